@@ -1,0 +1,419 @@
+"""A checkpoint: the whole inert tree of a file, and where in it the state_dict sits.
+
+Nothing is guessed: with one candidate it is used, with several the caller must name one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ckptool.errors import AmbiguousStateDict, LimitExceeded, Malformed, NoSuchKey
+from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
+from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, Set
+
+MAX_CANDIDATE_DEPTH = 4
+KNOWN_NAMES = frozenset(
+    "state_dict model_state_dict model net network params weights module generator "
+    "state_dict_ema model_ema ema ema_state_dict params_ema".split()
+)
+NOT_STATE_DICTS = ("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler")
+ORDERED_DICT = Global("collections", "OrderedDict")
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a file holds.
+
+    `globals` and `calls` are all that its pickles name and call, reachable from the tree or not;
+    `metadata` is the text that a safetensors file keeps beside its tensors; `generation` says in
+    words which torch wrote it, where that can be told; `notes` are for the user.
+    """
+
+    path: str
+    container: str
+    tree: Node
+    nbytes: int
+    globals: dict[Global, int] = field(default_factory=dict)
+    calls: Sequence[Object] = ()
+    pickle_name: str = ""
+    byteorder: str = "little"
+    metadata: dict[str, str] = field(default_factory=dict)
+    generation: str = ""
+    unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """The state_dict of a checkpoint: where it sits, its entries in order, its `_metadata`."""
+
+    at: Path
+    entries: dict[str, Node]
+    metadata: Node = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A dict that may be the state_dict."""
+
+    at: Path
+    count: int
+    nbytes: int
+    prefix: str
+
+
+def items(node: Node) -> Pairs | None:
+    """Give the pairs of a dict or of an object that was filled like one, None for others."""
+    if isinstance(node, Dict):
+        return node.pairs
+    if not isinstance(node, Object):
+        return None
+    pairs = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
+    return pairs or _python2_items(node) or ([] if node.callee == ORDERED_DICT else None)
+
+
+def _python2_items(node: Object) -> Pairs:
+    """Python 2 makes an OrderedDict of a list of [key, value] lists (`__reduce__`, 2.7)."""
+    if node.callee != ORDERED_DICT or not node.args or not isinstance(node.args[0], list):
+        return []
+    rows = node.args[0]
+    if any(not isinstance(row, list | tuple) or len(row) != 2 for row in rows):
+        return []
+    return [(row[0], row[1]) for row in rows]
+
+
+def attribute(node: Node, name: str) -> Node:
+    """Give an attribute that BUILD set on an object, None if it set none of that name."""
+    state = node.state if isinstance(node, Object) else None
+    if isinstance(state, Dict):
+        return next((value for key, value in state.pairs if key == name), None)
+    return None
+
+
+def text_items(node: Node) -> list[tuple[str, Node]] | None:
+    """Give the pairs of a dict all of whose keys are text, None for anything else."""
+    pairs = items(node)
+    if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
+        return None
+    return pairs
+
+
+def common_prefix(keys: Sequence[str]) -> str:
+    """Give the dotted prefix that all keys share, with its final dot; often empty."""
+    if not keys:
+        return ""
+    low, high = min(keys), max(keys)
+    size = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[: low.rfind(".", 0, size) + 1]
+
+
+def candidates(tree: Node) -> list[Candidate]:
+    """Find the dicts that may be the state_dict, those under known names first and alone."""
+    found = [(path, tensors) for path, tensors in _tensor_dicts(tree, (), set())]
+    known = [(path, tensors) for path, tensors in found if path and path[-1] in KNOWN_NAMES]
+    if known:
+        inner = {path[:depth] for path, _ in known for depth in range(len(path))}
+        found = [(path, tensors) for path, tensors in known if path not in inner]
+    return [
+        Candidate(
+            path,
+            len(tensors),
+            sum(info.nbytes for info in tensors.values()),
+            common_prefix(list(tensors)),
+        )
+        for path, tensors in found
+    ]
+
+
+def _tensor_dicts(
+    node: Node, path: Path, seen: set[int]
+) -> Iterator[tuple[Path, dict[str, AnyTensor]]]:
+    pairs = text_items(node)
+    if not pairs or id(node) in seen:
+        return
+    seen.add(id(node))
+    tensors = {key: value for key, value in pairs if isinstance(value, TENSORS)}
+    if tensors:
+        yield path, tensors
+    if len(path) < MAX_CANDIDATE_DEPTH:
+        for key, value in pairs:
+            if not any(fnmatchcase(key, pattern) for pattern in NOT_STATE_DICTS):
+                yield from _tensor_dicts(value, (*path, key), seen)
+
+
+def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
+    """Give the one state_dict, or the one that `at` names (dotted; `.` is the whole file).
+
+    Raises `AmbiguousStateDict` where there is none or more than one, `NoSuchKey` where `at`
+    names nothing that holds tensors.
+    """
+    if at is not None:
+        return _named(checkpoint, at)
+    found = candidates(checkpoint.tree)
+    if len(found) != 1:
+        raise _not_one(checkpoint, found)
+    return _state_dict(checkpoint, found[0].at)
+
+
+def find_or_none(checkpoint: Checkpoint) -> StateDict | None:
+    """Give the one state_dict, None where there is none or more than one."""
+    found = candidates(checkpoint.tree)
+    return _state_dict(checkpoint, found[0].at) if len(found) == 1 else None
+
+
+def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDict:
+    if found:
+        names = [dotted(candidate.at) or "." for candidate in found]
+        return AmbiguousStateDict(
+            f"{checkpoint.path} holds {len(found)} candidate state dicts",
+            evidence=_table(found),
+            hint=f"choose one with --at {names[-1]}",
+        )
+    count = sum(1 for _ in tensors(checkpoint.tree))
+    if count:
+        return AmbiguousStateDict(
+            f"{checkpoint.path} holds {count} tensors but no state_dict",
+            hint=f"ckptool keys --all {checkpoint.path}   shows where they are; "
+            "--at NAME chooses a dict of them",
+        )
+    return AmbiguousStateDict(f"{checkpoint.path} holds no tensors")
+
+
+def _table(found: list[Candidate]) -> list[str]:
+    rows = [
+        (dotted(candidate.at) or ".", f"{candidate.count} tensors", readable(candidate.nbytes),
+         f"prefix {candidate.prefix}" if candidate.prefix else "")
+        for candidate in found
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows]
+
+
+def readable(nbytes: int) -> str:
+    """Write a size as people read it: `36.8 KiB`."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def dotted(path: Path) -> str:
+    """Write a path as `--at` takes it."""
+    return ".".join(path)
+
+
+def _named(checkpoint: Checkpoint, at: str) -> StateDict:
+    path = () if at in ("", ".") else _resolve(checkpoint, at)
+    node = _node_at(checkpoint.tree, path)
+    if not any(isinstance(value, TENSORS) for value in _flattened(node).values()):
+        raise NoSuchKey(
+            f"`{at}` in {checkpoint.path} holds no tensors", evidence=_places(checkpoint)
+        )
+    return _state_dict(checkpoint, path)
+
+
+def _resolve(checkpoint: Checkpoint, at: str) -> Path:
+    """Split a dotted name into steps; a key may itself hold dots."""
+
+    def steps(node: Node, rest: str) -> Path | None:
+        for key, value in text_items(node) or []:
+            if key == rest:
+                return (key,)
+            if rest.startswith(key + "."):
+                further = steps(value, rest[len(key) + 1 :])
+                if further is not None:
+                    return (key, *further)
+        return None
+
+    path = steps(checkpoint.tree, at)
+    if path is None:
+        raise NoSuchKey(
+            f"there is no `{at}` in {checkpoint.path}", evidence=_places(checkpoint)
+        )
+    return path
+
+
+def _places(checkpoint: Checkpoint) -> list[str]:
+    found = candidates(checkpoint.tree)
+    return [f"tensors are at {dotted(candidate.at) or '.'}" for candidate in found[:8]]
+
+
+def _node_at(tree: Node, path: Path) -> Node:
+    node = tree
+    for step in path:
+        node = dict(text_items(node) or [])[step]
+    return node
+
+
+def _flattened(node: Node) -> dict[str, Node]:
+    """Give a dict's entries; those of a dict of dicts of tensors with their keys joined."""
+    pairs = text_items(node) or []
+    if any(isinstance(value, TENSORS) for _, value in pairs):
+        return dict(pairs)
+    flat: dict[str, Node] = {}
+    for key, value in pairs:
+        inner = text_items(value) or []
+        if any(isinstance(item, TENSORS) for _, item in inner):
+            flat.update({f"{key}.{name}": item for name, item in inner})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _state_dict(checkpoint: Checkpoint, path: Path) -> StateDict:
+    node = _node_at(checkpoint.tree, path)
+    repeated = _repeated(checkpoint, text_items(node) or [])
+    notes = tuple(f"the key {key} stands twice, with equal values" for key in repeated)
+    return StateDict(path, _flattened(node), attribute(node, "_metadata"), notes)
+
+
+def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str]:
+    """List keys that stand twice; torch takes the last, so that values must not differ."""
+    seen: dict[str, Node] = {}
+    repeated = []
+    for key, value in pairs:
+        if key in seen:
+            if not _same(seen[key], value):
+                raise Malformed(
+                    f"the key {key} stands twice in the state_dict, with different values",
+                    path=checkpoint.path,
+                )
+            repeated.append(key)
+        seen[key] = value
+    return repeated
+
+
+def _same(one: Node, other: Node) -> bool:
+    if isinstance(one, TensorInfo) and isinstance(other, TensorInfo):
+        return one.view == other.view
+    plain = isinstance(one, int | float | str | bytes | None)
+    return one is other or (plain and type(one) is type(other) and one == other)
+
+
+def beside(tree: Node, at: Path) -> list[str]:
+    """Name what stands beside the state_dict, at each level around it."""
+    names = []
+    for depth, step in enumerate(at):
+        pairs = text_items(_node_at(tree, at[:depth])) or []
+        keys = dict.fromkeys(key for key, _ in pairs)
+        names += [dotted((*at[:depth], key)) for key in keys if key != step]
+    return names
+
+
+def replaced(tree: Node, at: Path, node: Node) -> Node:
+    """Give the tree with another node at a place; what is not on the way is shared."""
+    if not at:
+        return node
+    step, *rest = at
+
+    def swap(pairs: Pairs) -> Pairs:
+        return [
+            (key, replaced(value, tuple(rest), node) if key == step else value)
+            for key, value in pairs
+        ]
+
+    if isinstance(tree, Dict):
+        return Dict(swap(tree.pairs))
+    if _python2_items(tree):
+        return replace(tree, args=([list(pair) for pair in swap(items(tree) or [])],))
+    steps = [
+        (kind, swap(payload) if kind == "setitem" else payload) for kind, payload in tree.steps
+    ]
+    return replace(tree, steps=steps)
+
+
+def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None) -> Node:
+    """Make the node of a state_dict: an OrderedDict, or what `like` is, with these entries."""
+    pairs = list(entries.items())
+    if isinstance(like, Dict) and metadata is None:
+        return Dict(pairs)
+    steps: list[tuple[str, Any]] = [("setitem", pairs)] if pairs else []
+    if not isinstance(like, Object):
+        like = Object(ORDERED_DICT, ())
+    attributes = like.state.pairs if isinstance(like.state, Dict) else []
+    attributes = [pair for pair in attributes if pair[0] != "_metadata"]
+    if metadata is not None:
+        attributes.append(("_metadata", metadata))
+    if attributes:
+        steps.append(("build", Dict(attributes)))
+    elif like.state is not None and not isinstance(like.state, Dict):
+        steps.append(("build", like.state))
+    args = () if _python2_items(like) else like.args
+    return replace(like, args=args, steps=steps)
+
+
+def state_dict_node(tree: Node, at: Path) -> Node:
+    """Give the node at a place in the tree."""
+    return _node_at(tree, at)
+
+
+def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
+    """Yield every tensor of a tree with its path, each container once.
+
+    Raises `LimitExceeded` for a tree nested more deeply than any real checkpoint.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[Path, Iterator[tuple[str, Node]]]] = [((), iter([("", tree)]))]
+    while stack:
+        path, level = stack[-1]
+        for name, node in level:
+            here = (*path, name) if name else path
+            if isinstance(node, TENSORS):
+                yield here, node
+            elif isinstance(node, _CONTAINERS) and id(node) not in seen:
+                seen.add(id(node))
+                stack.append((here, iter(list(_members(node)))))
+                break
+        else:
+            stack.pop()
+        if len(stack) > MAX_NESTING:
+            raise LimitExceeded(f"values nested more than {MAX_NESTING} deep")
+
+
+_CONTAINERS = (Dict, Object, Set, list, tuple)
+
+
+def _members(node: Node) -> Iterator[tuple[str, Node]]:
+    """Yield what is inside a node with the name a user would write for it."""
+    match node:
+        case Dict():
+            for key, value in node.pairs:
+                yield _label(key), value
+        case list() | tuple():
+            for index, value in enumerate(node):
+                yield str(index), value
+        case Set():
+            for index, value in enumerate(node.items):
+                yield str(index), value
+        case Object():
+            yield from _object_members(node)
+
+
+def _object_members(node: Object) -> Iterator[tuple[str, Node]]:
+    old = _python2_items(node)
+    yield from ((_label(key), value) for key, value in old)
+    if not old:
+        yield "", node.args
+    yield "", node.kwargs
+    for kind, payload in node.steps:
+        if kind == "setitem":
+            yield from ((_label(key), value) for key, value in payload)
+        elif kind == "append":
+            yield from ((str(index), value) for index, value in enumerate(payload))
+        else:
+            yield "", payload
+
+
+def _label(key: Node) -> str:
+    return key if isinstance(key, str) else str(key) if type(key) is int else "?"
+
+

@@ -1,0 +1,94 @@
+"""The one table of dtypes: bits, safetensors name, torch name and torch storage class.
+
+Order and names of the safetensors column: `safetensors/src/tensor.rs` (`enum Dtype`, which the
+library sorts by, largest alignment first). Storage classes: `torch/storage.py`
+(`_dtype_to_storage_type_map`); a dtype without one is saved as an `UntypedStorage` beside the
+dtype itself (`_new_dtypes` there).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class DType(Enum):
+    """One element type: `(bits, safetensors name, torch name, storage class, swap width)`.
+
+    `bits` are those of one element as torch counts them; `swap` is the width in bytes of what a
+    byte order applies to (a complex number is two floats). Members stand in the order in which
+    safetensors writes tensors.
+    """
+
+    U64 = (64, "U64", "uint64", "", 8)
+    I64 = (64, "I64", "int64", "LongStorage", 8)
+    F64 = (64, "F64", "float64", "DoubleStorage", 8)
+    C64 = (64, "C64", "complex64", "ComplexFloatStorage", 4)
+    F32 = (32, "F32", "float32", "FloatStorage", 4)
+    U32 = (32, "U32", "uint32", "", 4)
+    I32 = (32, "I32", "int32", "IntStorage", 4)
+    BF16 = (16, "BF16", "bfloat16", "BFloat16Storage", 2)
+    F16 = (16, "F16", "float16", "HalfStorage", 2)
+    U16 = (16, "U16", "uint16", "", 2)
+    I16 = (16, "I16", "int16", "ShortStorage", 2)
+    F8_E5M2FNUZ = (8, "F8_E5M2FNUZ", "float8_e5m2fnuz", "", 1)
+    F8_E4M3FNUZ = (8, "F8_E4M3FNUZ", "float8_e4m3fnuz", "", 1)
+    F8_E8M0 = (8, "F8_E8M0", "float8_e8m0fnu", "", 1)
+    F8_E4M3 = (8, "F8_E4M3", "float8_e4m3fn", "", 1)
+    F8_E5M2 = (8, "F8_E5M2", "float8_e5m2", "", 1)
+    I8 = (8, "I8", "int8", "CharStorage", 1)
+    U8 = (8, "U8", "uint8", "ByteStorage", 1)
+    F6_E3M2 = (6, "F6_E3M2", "", "", 1)
+    F6_E2M3 = (6, "F6_E2M3", "", "", 1)
+    # torch packs two four-bit floats into one element and counts the pairs; safetensors counts
+    # the floats, so that its last dimension is twice torch's.
+    F4 = (8, "F4", "float4_e2m1fn_x2", "", 1)
+    BOOL = (8, "BOOL", "bool", "BoolStorage", 1)
+
+    C128 = (128, "", "complex128", "ComplexDoubleStorage", 8)
+    C32 = (32, "", "complex32", "", 2)
+    BC32 = (32, "", "bcomplex32", "", 2)
+    QI8 = (8, "", "qint8", "QInt8Storage", 1)
+    QU8 = (8, "", "quint8", "QUInt8Storage", 1)
+    QI32 = (32, "", "qint32", "QInt32Storage", 4)
+    # Packed by torch without saying so in the shape: two and four elements share a byte.
+    QU4X2 = (4, "", "quint4x2", "QUInt4x2Storage", 1)
+    QU2X4 = (2, "", "quint2x4", "QUInt2x4Storage", 1)
+    BITS8 = (8, "", "bits8", "", 1)
+    BITS16 = (16, "", "bits16", "", 2)
+    BITS1X8 = (8, "", "bits1x8", "", 1)
+    BITS2X4 = (8, "", "bits2x4", "", 1)
+    BITS4X2 = (8, "", "bits4x2", "", 1)
+
+    bits: int
+    safetensors_name: str
+    torch_name: str
+    storage_class: str
+    swap: int
+    rank: int
+
+    def __init__(self, bits: int, safetensors: str, torch: str, storage: str, swap: int) -> None:
+        self.bits = bits
+        self.safetensors_name = safetensors
+        self.torch_name = torch
+        self.storage_class = storage
+        self.swap = swap
+        self.rank = len(type(self).__members__)
+
+    @property
+    def label(self) -> str:
+        """Name it as reports do: safetensors' name, torch's where safetensors has none."""
+        return self.safetensors_name or self.torch_name
+
+    @property
+    def itemsize(self) -> int:
+        """Give the bytes of one unit of a torch storage of this dtype."""
+        return max(1, self.bits // 8)
+
+    def nbytes(self, count: int) -> int:
+        """Give the bytes that `count` elements take, a final part of a byte counted whole."""
+        return (count * self.bits + 7) // 8
+
+
+BY_SAFETENSORS_NAME = {dtype.safetensors_name: dtype for dtype in DType if dtype.safetensors_name}
+BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DType if dtype.torch_name}
+BY_STORAGE_CLASS = {dtype.storage_class: dtype for dtype in DType if dtype.storage_class}

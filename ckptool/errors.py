@@ -1,0 +1,187 @@
+"""Every way a run can be refused, as one tree of classes.
+
+    CkptoolError                    what, where, and what to do
+    |-- FormatError(path, offset)   NoSuchFile NotACheckpoint Malformed Unsupported      exit 3
+    |                               LimitExceeded
+    |-- UnsafePickle                                                                     exit 4
+    |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
+    |                               AmbiguousStateDict
+    |-- PoorFit                                                                          exit 1
+    |-- WriteError                  OutputExists SameFile NotRepresentable NoSpace       exit 5
+    |-- DownloadError               DownloadFailed HashMismatch                          exit 6
+    `-- ModelError                  MissingExtra NoDevice OutOfMemory                    exit 7
+                                    NoSuchModel BadInput                                 exit 2
+                                    DoesNotLoad                                          exit 1
+
+An error is a sentence without a final period, evidence (lines that show it) and a hint (the
+command or flag that helps). The slug is the class name in kebab case; the exit code belongs to
+the class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class CkptoolError(Exception):
+    """Something the user can cause and mend."""
+
+    exit_code = 70
+
+    def __init__(self, message: str, *, evidence: Sequence[str] = (), hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.evidence = tuple(evidence)
+        self.hint = hint
+
+    @property
+    def slug(self) -> str:
+        """Name the class in kebab case: `key-collision`."""
+        return re.sub(r"(?<=.)([A-Z])", r"-\1", type(self).__name__).lower()
+
+
+class FormatError(CkptoolError):
+    """The input cannot be read."""
+
+    exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | str | None = None,
+        offset: int | None = None,
+        evidence: Sequence[str] = (),
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, evidence=evidence, hint=hint)
+        self.path = path
+        self.offset = offset
+
+
+class NoSuchFile(FormatError):
+    """The input is not there, or is not a file that can be opened."""
+
+
+class NotACheckpoint(FormatError):
+    """The input is something else; the message names what."""
+
+
+class Malformed(FormatError):
+    """The input claims to be a checkpoint and breaks the rules of its format."""
+
+
+class Unsupported(FormatError):
+    """A known thing that this version does not read."""
+
+
+class LimitExceeded(FormatError):
+    """The input is larger or deeper than any real checkpoint."""
+
+
+class UnsafePickle(FormatError):
+    """The input would run code when loaded, and the output would carry that on."""
+
+    exit_code = 4
+
+
+class EditError(CkptoolError):
+    """The edit is refused."""
+
+    exit_code = 2
+
+
+class NoSuchKey(EditError):
+    """A named key or place is not in the checkpoint."""
+
+
+class NothingMatched(EditError):
+    """An edit or a pattern changed or selected nothing."""
+
+
+class KeyCollision(EditError):
+    """Two keys would become one."""
+
+
+class AmbiguousStateDict(EditError):
+    """No state_dict, or several, where one is needed."""
+
+
+class PoorFit(CkptoolError):
+    """Too little of the target would be filled."""
+
+    exit_code = 1
+
+
+class WriteError(CkptoolError):
+    """The output cannot be written."""
+
+    exit_code = 5
+
+
+class OutputExists(WriteError):
+    """The output is there already."""
+
+
+class SameFile(WriteError):
+    """Input and output are the same file."""
+
+
+class NotRepresentable(WriteError):
+    """The output container cannot hold what it was given."""
+
+
+class NoSpace(WriteError):
+    """The file system has too little room."""
+
+
+class DownloadError(CkptoolError):
+    """A download is refused."""
+
+    exit_code = 6
+
+
+class DownloadFailed(DownloadError):
+    """The server or the network did not give the file."""
+
+
+class HashMismatch(DownloadError):
+    """The file that came is not the one that was meant."""
+
+
+class ModelError(CkptoolError):
+    """The model side cannot do it here."""
+
+    exit_code = 7
+
+
+class MissingExtra(ModelError):
+    """A library of an extra is not installed."""
+
+
+class NoDevice(ModelError):
+    """The device is not there."""
+
+
+class OutOfMemory(ModelError):
+    """The device has too little memory."""
+
+
+class NoSuchModel(ModelError):
+    """A model spec names nothing."""
+
+    exit_code = 2
+
+
+class BadInput(ModelError):
+    """The model cannot take this input."""
+
+    exit_code = 2
+
+
+class DoesNotLoad(ModelError):
+    """The state_dict does not load strictly into the model."""
+
+    exit_code = 1

@@ -1,0 +1,73 @@
+"""The containers ckptool knows, chosen by the bytes of a file, never by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptool.checkpoint import Checkpoint
+from ckptool.errors import FormatError, NotACheckpoint
+from ckptool.fileio import Reader
+from ckptool.formats import _others, safetensors, torch_legacy, torch_zip
+
+HEAD = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One container: how to tell it from its first bytes, and how to read it."""
+
+    name: str
+    title: str
+    suffixes: tuple[str, ...]
+    sniff: Callable[[bytes], bool]
+    read: Callable[[Reader], Checkpoint]
+    writable: bool
+
+
+FORMATS = (
+    Format(
+        "torch-zip",
+        "torch zip",
+        (".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pkl"),
+        torch_zip.sniff,
+        torch_zip.read,
+        writable=True,
+    ),
+    Format("torch-legacy", "legacy torch", (), torch_legacy.sniff, torch_legacy.read, False),
+    Format(
+        "safetensors",
+        "safetensors",
+        (".safetensors",),
+        safetensors.sniff,
+        safetensors.read,
+        writable=True,
+    ),
+)
+BY_NAME = {each.name: each for each in FORMATS}
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Read a checkpoint as data: its tree, and where its bytes lie.
+
+    Raises a `FormatError` that names what the file is, or what is wrong with it and where.
+    """
+    with Reader(path) as reader:
+        head = reader.read(0, min(HEAD, reader.nbytes))
+        for each in FORMATS:
+            if each.sniff(head):
+                return _read(each, reader)
+        what, hint = _others.describe(reader, head)
+        raise NotACheckpoint(f"{path} is {what}", path=str(path), hint=hint)
+
+
+def _read(each: Format, reader: Reader) -> Checkpoint:
+    try:
+        return each.read(reader)
+    except FormatError as error:
+        error.path = error.path or reader.path
+        if type(error) is not NotACheckpoint and reader.path not in error.message:
+            place = f", byte {error.offset}" if error.offset is not None else ""
+            error.message = f"{reader.path} ({each.title}{place}): {error.message}"
+        raise

@@ -1,0 +1,387 @@
+"""torch's words in the tree: tensors, storages and Parameters <-> `TensorInfo` and `Storage`.
+
+The rebuild functions and their arguments are those of `torch/_utils.py` and `torch/_tensor.py`;
+persistent ids are those of `torch/serialization.py` (`persistent_id` in `_save` and
+`_legacy_save`). Tensors of early 2017 are objects of a tensor class that get
+`(storage, offset, size, stride)` as their state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptool.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+from ckptool.errors import Malformed
+from ckptool.pickle_reader import Vocabulary
+from ckptool.tensor import CompositeTensor, Storage, TensorInfo, problem
+from ckptool.tree import Dict, Global, Node, Object, PersistentId
+
+_UTILS = "torch._utils"
+_UNTYPED = ("UntypedStorage", "_UntypedStorage")
+_ORDERED_DICT = Global("collections", "OrderedDict")
+
+# Functions that rebuild a tensor from (storage, storage_offset, size, stride, ...): where
+# requires_grad, the hooks and the metadata of lazy bits stand among their arguments.
+_PLAIN_REBUILDS = {
+    "_rebuild_tensor": (None, None, None),
+    "_rebuild_tensor_v2": (4, 5, 6),
+    "_rebuild_tensor_v3": (4, 5, 7),
+    "_rebuild_qtensor": (5, 6, None),
+}
+# Calls that wrap a finished tensor, their first argument.
+_WRAPPERS = {
+    Global(_UTILS, "_rebuild_parameter"),
+    Global(_UTILS, "_rebuild_parameter_with_state"),
+    Global("torch.nn.parameter", "Parameter"),
+    Global("torch.autograd.variable", "Variable"),
+}
+_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_PROTOCOL_0_ID = re.compile(
+    r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StorageId:
+    """What a pickle says of a storage: `numel` counts elements of `dtype`, bytes where None."""
+
+    key: str
+    dtype: DType | None
+    location: str
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes that the pickle says the storage has."""
+        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StorageView:
+    """A part of a storage that a legacy file names as a storage of its own, in elements."""
+
+    storage: Storage
+    offset: int
+    numel: int
+
+
+class TorchVocabulary(Vocabulary):
+    """Make storages, tensors and Parameters of what torch pickles."""
+
+    def __init__(self, find: Callable[[StorageId], Storage]) -> None:
+        self._find = find
+        self._known: dict[str, tuple[StorageId, Storage]] = {}
+        self._views: dict[str, StorageView] = {}
+
+    def persistent(self, value: Node, offset: int) -> Node:
+        """Turn a persistent id into a `Storage`, a view of one, or a class."""
+        if isinstance(value, str):  # protocol 0 writes the text of the tuple
+            value = _parsed(value)
+        match value:
+            case ("module", Global() as named, *_):
+                return named
+            case ("storage", Global() as kind, key, str(location), int(numel), *view):
+                found = self._storage(kind, key, location, numel, offset)
+                if view and view[0] is not None:
+                    return self._view(found, view[0], offset)
+                return found
+        raise Malformed("a persistent id that names no storage", offset=offset)
+
+    def _storage(
+        self, kind: Global, key: Node, location: str, numel: int, offset: int
+    ) -> Storage:
+        if type(key) is int:
+            key = str(key)
+        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+            raise Malformed("a persistent id that names no storage", offset=offset)
+        said = StorageId(key, _storage_dtype(kind, offset), location, numel)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = (said, self._find(said))
+        elif known[0] != said:
+            if known[0].nbytes or said.nbytes:
+                raise Malformed(f"storage {key} is described in two ways", offset=offset)
+            # An empty storage may stand under several types (torch/serialization.py, _load).
+            return replace(known[1], dtype=said.dtype)
+        return known[1]
+
+    def _view(self, storage: Storage, view: Node, offset: int) -> StorageView:
+        match view:
+            case (key, int(start), int(numel)):
+                itemsize = storage.dtype.itemsize if storage.dtype else 1
+                if start < 0 or numel < 0 or (start + numel) * itemsize > storage.nbytes:
+                    raise Malformed(
+                        f"a view of storage {storage.key} beyond its end", offset=offset
+                    )
+                made = StorageView(storage, start, numel)
+                return self._views.setdefault(str(key), made)
+        raise Malformed("the view of a storage is not (key, offset, size)", offset=offset)
+
+    def called(self, node: Object) -> Node:
+        """Turn a call of one of torch's rebuild functions into a tensor."""
+        callee = node.callee
+        if not isinstance(callee, Global):
+            return node
+        if callee in _WRAPPERS:
+            return _wrapped(node)
+        if callee == _FROM_TYPE:
+            return _from_type(node)
+        if callee.module == _UTILS:
+            if callee.name in _PLAIN_REBUILDS:
+                return _plain(callee.name, node.args, node, node.offset)
+            composite = _COMPOSITES.get(callee.name)
+            if composite is not None:
+                return composite(node) or node
+        return node
+
+    def built(self, node: Node, state: Node) -> Node | None:
+        """Give an object its state; a tensor of 2017 becomes whole by it."""
+        if isinstance(node, TensorInfo) and isinstance(node.origin, Object):
+            origin = replace(node.origin, steps=[*node.origin.steps, ("build", state)])
+            grad = state[0] if isinstance(state, tuple) and state else node.requires_grad
+            return replace(node, origin=origin, requires_grad=grad is True)
+        if _is_old_tensor(node) and isinstance(state, tuple) and len(state) == 4:
+            return _plain("_rebuild_tensor", state, None, node.offset)
+        return super().built(node, state)
+
+
+def _parsed(text: str) -> Node:
+    """Read the text that protocol 0 writes for a persistent id."""
+    found = _PROTOCOL_0_ID.fullmatch(text)
+    if not found:
+        return text
+    module, name, key, location, numel, view = found.groups()
+    known = ("storage", Global(module, name), key, location, int(numel))
+    return known if view is None else (*known, None)
+
+
+def _storage_dtype(kind: Global, offset: int) -> DType | None:
+    if kind.name in _UNTYPED:
+        return None
+    dtype = BY_STORAGE_CLASS.get(kind.name)
+    if dtype is None:
+        raise Malformed(f"an unknown storage class {kind}", offset=offset)
+    return dtype
+
+
+def _is_old_tensor(node: Node) -> bool:
+    return (
+        isinstance(node, Object)
+        and isinstance(node.callee, Global)
+        and node.callee.module in ("torch", "torch.cuda")
+        and node.callee.name.endswith("Tensor")
+    )
+
+
+def _sizes(node: Node) -> tuple[int, ...] | None:
+    """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
+    if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
+        node = node.args[0]
+    if type(node) not in (tuple, list) or any(type(number) is not int for number in node):
+        return None
+    return tuple(node)
+
+
+def _dtype(node: Node) -> DType | None:
+    if isinstance(node, Global) and node.module == "torch":
+        return BY_TORCH_NAME.get(node.name)
+    return None
+
+
+def _lazy(metadata: Node) -> frozenset[str]:
+    pairs = metadata.pairs if isinstance(metadata, Dict) else []
+    return frozenset(key for key, value in pairs if value is True and isinstance(key, str))
+
+
+def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorInfo:
+    """Read a tensor from the arguments of one of the plain rebuild functions."""
+    grad_at, hooks_at, metadata_at = _PLAIN_REBUILDS[name]
+    storage, start, limit = args[0] if args else None, args[1] if len(args) > 1 else None, None
+    if isinstance(storage, StorageView) and type(start) is int:
+        storage, start, limit = storage.storage, start + storage.offset, storage
+    shape, stride = (_sizes(node) for node in (*args[2:4], None, None)[:2])
+    if not isinstance(storage, Storage) or type(start) is not int:
+        raise Malformed("a tensor without a storage", offset=offset)
+    if shape is None or stride is None:
+        raise Malformed("a tensor whose size or stride is not a tuple of numbers", offset=offset)
+    dtype = _dtype(args[6]) if name == "_rebuild_tensor_v3" and len(args) > 6 else storage.dtype
+    if dtype is None:
+        raise Malformed("a tensor without a dtype", offset=offset)
+    metadata = args[metadata_at] if metadata_at and len(args) > metadata_at else None
+    hooks = args[hooks_at] if hooks_at and len(args) > hooks_at else None
+    info = TensorInfo(
+        dtype,
+        shape,
+        stride,
+        storage,
+        start,
+        requires_grad=bool(grad_at and len(args) > grad_at and args[grad_at] is True),
+        lazy=_lazy(metadata),
+        origin=None if _says_no_more(name, hooks, metadata) else origin,
+    )
+    wrong = problem(info) or _beyond_view(info, limit)
+    if wrong:
+        raise Malformed(f"a tensor in storage {storage.key} {wrong}", offset=offset)
+    return info
+
+
+def _beyond_view(info: TensorInfo, view: StorageView | None) -> str:
+    if view is None:
+        return ""
+    shifted = replace(
+        info,
+        storage=replace(info.storage, nbytes=view.numel * info.dtype.itemsize),
+        storage_offset=info.storage_offset - view.offset,
+    )
+    return problem(shifted)
+
+
+def _says_no_more(name: str, hooks: Node, metadata: Node) -> bool:
+    """Tell whether the fields of a `TensorInfo` say all that the call did."""
+    no_hooks = hooks is None or (
+        isinstance(hooks, Object) and hooks.callee == _ORDERED_DICT and not hooks.steps
+    )
+    no_metadata = metadata is None or (isinstance(metadata, Dict) and not metadata.pairs)
+    return name != "_rebuild_qtensor" and no_hooks and no_metadata
+
+
+def _wrapped(node: Object) -> Node:
+    """Read a Parameter or Variable around a tensor; anything else stays a call."""
+    inner = node.args[0] if node.args else None
+    grad = node.args[1] if len(node.args) > 1 else True
+    if isinstance(inner, TensorInfo):
+        return replace(inner, requires_grad=grad is True, origin=node)
+    if isinstance(inner, CompositeTensor):
+        return replace(inner, origin=node)
+    return node
+
+
+def _from_type(node: Object) -> Node:
+    """Read a tensor subclass or a tensor with attributes: (function, type, arguments, state)."""
+    match node.args:
+        case (Global(module="torch._utils", name=name), _, tuple() as inner, _):
+            if name in _PLAIN_REBUILDS:
+                return replace(_plain(name, inner, node, node.offset), origin=node)
+    return node
+
+
+def _layout(node: Node) -> str:
+    if isinstance(node, Object) and node.args and isinstance(node.args[0], str):
+        return node.args[0].removeprefix("torch.")
+    return node.name if isinstance(node, Global) else "sparse"
+
+
+def _sparse(node: Object) -> CompositeTensor | None:
+    match node.args:
+        case (layout, tuple() as data):
+            parts = tuple(part for part in data if isinstance(part, TensorInfo))
+            sizes = [size for part in data if (size := _sizes(part)) is not None]
+            if len(parts) >= 2 and sizes:
+                values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
+                return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
+    return None
+
+
+def _nested(node: Object) -> CompositeTensor | None:
+    parts = tuple(part for part in node.args if isinstance(part, TensorInfo))
+    if not parts:
+        return None
+    return CompositeTensor("nested", parts[0].dtype, parts[0].shape, parts, node)
+
+
+def _meta(node: Object) -> CompositeTensor | None:
+    match node.args:
+        case (named, size, *_):
+            dtype, shape = _dtype(named), _sizes(size)
+            if dtype is not None and shape is not None:
+                return CompositeTensor("meta", dtype, shape, (), node)
+    return None
+
+
+_COMPOSITES: dict[str, Callable[[Object], CompositeTensor | None]] = {
+    "_rebuild_sparse_tensor": _sparse,
+    "_rebuild_nested_tensor": _nested,
+    "_rebuild_meta_tensor_no_storage": _meta,
+}
+
+
+class Lowering:
+    """Turn tensors back into torch's calls, and number their storages in order of first use."""
+
+    def __init__(self) -> None:
+        self.storages: dict[Storage, str] = {}
+
+    def __call__(self, node: Any) -> Node:
+        """Give the tree that rebuilds a record."""
+        match node:
+            case Storage():
+                return self._storage(node)
+            case StorageView(storage=storage):
+                return self._storage(_cut(node, storage))
+            case TensorInfo():
+                return _rebuild(node)
+            case CompositeTensor():
+                return node.origin
+        raise TypeError(f"no place in a tree for a {type(node).__name__}")
+
+    def _storage(self, storage: Storage) -> PersistentId:
+        key = self.storages.setdefault(storage, str(len(self.storages)))
+        if storage.dtype is None:
+            kind, numel = Global("torch.storage", "UntypedStorage"), storage.nbytes
+        else:
+            kind = Global("torch", storage.dtype.storage_class)
+            numel = storage.nbytes // storage.dtype.itemsize
+        return PersistentId(("storage", kind, key, storage.location, numel))
+
+
+def _cut(view: StorageView, storage: Storage) -> Storage:
+    """Make a storage of a view that no tensor explains."""
+    itemsize = storage.dtype.itemsize if storage.dtype else 1
+    return replace(
+        storage,
+        key=f"{storage.key}[{view.offset}:{view.offset + view.numel}]",
+        start=storage.start + view.offset * itemsize,
+        nbytes=view.numel * itemsize,
+        crc32=None,
+    )
+
+
+def _rebuild(info: TensorInfo) -> Object:
+    origin = info.origin
+    if origin is None:
+        return _fresh(info)
+    if origin.callee in _WRAPPERS:
+        inner = origin.args[0]
+        if (inner.storage, inner.storage_offset) == (info.storage, info.storage_offset):
+            return origin
+        moved = replace(inner, storage=info.storage, storage_offset=info.storage_offset)
+        return replace(origin, args=(moved, *origin.args[1:]))
+    if origin.callee == _FROM_TYPE:
+        function, kind, inner, *rest = origin.args
+        return replace(origin, args=(function, kind, _moved(inner, info), *rest))
+    return replace(origin, args=_moved(origin.args, info))
+
+
+def _moved(args: tuple[Node, ...], info: TensorInfo) -> tuple[Node, ...]:
+    return (info.storage, info.storage_offset, *args[2:])
+
+
+def _fresh(info: TensorInfo) -> Object:
+    """Make the call that rebuilds a tensor of which there is nothing more to say."""
+    hooks = Object(_ORDERED_DICT, ())
+    args = (
+        info.storage,
+        info.storage_offset,
+        info.shape,
+        info.stride,
+        info.requires_grad,
+        hooks,
+    )
+    if info.storage.dtype is info.dtype:
+        return Object(Global(_UTILS, "_rebuild_tensor_v2"), args)
+    dtype = Global("torch", info.dtype.torch_name)
+    return Object(Global(_UTILS, "_rebuild_tensor_v3"), (*args, dtype))
+
