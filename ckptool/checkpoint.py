@@ -5,19 +5,21 @@ Nothing is guessed: with one candidate it is used, with several the caller must 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ckptool.errors import AmbiguousStateDict, LimitExceeded, Malformed, NoSuchKey
 from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
-from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, Set
+from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, PersistentId, Set, children
 
 MAX_CANDIDATE_DEPTH = 4
 KNOWN_NAMES = frozenset(
-    "state_dict model_state_dict model net network params weights module generator "
-    "state_dict_ema model_ema ema ema_state_dict params_ema".split()
+    (
+        "state_dict model_state_dict model net network params weights module generator "
+        "state_dict_ema model_ema ema ema_state_dict params_ema"
+    ).split()
 )
 NOT_STATE_DICTS = ("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler")
 ORDERED_DICT = Global("collections", "OrderedDict")
@@ -156,6 +158,8 @@ def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
     if at is not None:
         return _named(checkpoint, at)
     found = candidates(checkpoint.tree)
+    if not found and items(checkpoint.tree) == []:
+        return StateDict((), {}, attribute(checkpoint.tree, "_metadata"))
     if len(found) != 1:
         raise _not_one(checkpoint, found)
     return _state_dict(checkpoint, found[0].at)
@@ -169,11 +173,12 @@ def find_or_none(checkpoint: Checkpoint) -> StateDict | None:
 
 def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDict:
     if found:
-        names = [dotted(candidate.at) or "." for candidate in found]
+        # The likely one: the largest, and of equals the last, where EMA copies and teachers stand.
+        likely = max(reversed(found), key=lambda candidate: candidate.nbytes)
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {len(found)} candidate state dicts",
             evidence=_table(found),
-            hint=f"choose one with --at {names[-1]}",
+            hint=f"choose one with --at {dotted(likely.at) or '.'}",
         )
     count = sum(1 for _ in tensors(checkpoint.tree))
     if count:
@@ -187,13 +192,19 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDi
 
 def _table(found: list[Candidate]) -> list[str]:
     rows = [
-        (dotted(candidate.at) or ".", f"{candidate.count} tensors", readable(candidate.nbytes),
-         f"prefix {candidate.prefix}" if candidate.prefix else "")
+        (
+            dotted(candidate.at) or ".",
+            f"{candidate.count} tensors",
+            readable(candidate.nbytes),
+            f"prefix {candidate.prefix}" if candidate.prefix else "",
+        )
         for candidate in found
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows]
+    return [
+        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def readable(nbytes: int) -> str:
@@ -236,9 +247,7 @@ def _resolve(checkpoint: Checkpoint, at: str) -> Path:
 
     path = steps(checkpoint.tree, at)
     if path is None:
-        raise NoSuchKey(
-            f"there is no `{at}` in {checkpoint.path}", evidence=_places(checkpoint)
-        )
+        raise NoSuchKey(f"there is no `{at}` in {checkpoint.path}", evidence=_places(checkpoint))
     return path
 
 
@@ -356,11 +365,27 @@ def state_dict_node(tree: Node, at: Path) -> Node:
     return _node_at(tree, at)
 
 
-def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
-    """Yield every tensor of a tree with its path, each container once.
+def refuse_deep(tree: Node) -> None:
+    """Raise `LimitExceeded` for a tree nested more deeply than any real checkpoint.
 
-    Raises `LimitExceeded` for a tree nested more deeply than any real checkpoint.
+    Later rooms walk the tree by recursion, in this order and each node once, and rely on it.
     """
+    seen: set[int] = set()
+    stack = [iter((tree,))]
+    while stack:
+        for node in stack[-1]:
+            if isinstance(node, _INNER) and id(node) not in seen:
+                seen.add(id(node))
+                stack.append(children(node))
+                break
+        else:
+            stack.pop()
+        if len(stack) > MAX_NESTING:
+            raise LimitExceeded(f"values nested more than {MAX_NESTING} deep")
+
+
+def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
+    """Yield every tensor of a tree with its path, each container once."""
     seen: set[int] = set()
     stack: list[tuple[Path, Iterator[tuple[str, Node]]]] = [((), iter([("", tree)]))]
     while stack:
@@ -375,11 +400,10 @@ def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
                 break
         else:
             stack.pop()
-        if len(stack) > MAX_NESTING:
-            raise LimitExceeded(f"values nested more than {MAX_NESTING} deep")
 
 
 _CONTAINERS = (Dict, Object, Set, list, tuple)
+_INNER = (*_CONTAINERS, *TENSORS, PersistentId)
 
 
 def _members(node: Node) -> Iterator[tuple[str, Node]]:
@@ -415,5 +439,3 @@ def _object_members(node: Object) -> Iterator[tuple[str, Node]]:
 
 def _label(key: Node) -> str:
     return key if isinstance(key, str) else str(key) if type(key) is int else "?"
-
-

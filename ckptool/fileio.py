@@ -19,8 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptool.crc import join_crc32
-from ckptool.errors import Malformed, NoSpace, NoSuchFile, NotACheckpoint, OutputExists
-from ckptool.errors import SameFile, WriteError
+from ckptool.errors import (
+    Malformed,
+    NoSpace,
+    NoSuchFile,
+    NotACheckpoint,
+    OutputExists,
+    SameFile,
+    WriteError,
+)
 from ckptool.tensor import Packing, Storage
 
 CHUNK = 1 << 20

@@ -11,8 +11,17 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
-from ckptool.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString
-from ckptool.tree import PersistentId, Set
+from ckptool.tree import (
+    ByteArray,
+    Dict,
+    Global,
+    LongInteger,
+    Node,
+    Object,
+    OldString,
+    PersistentId,
+    Set,
+)
 
 MAX_OPCODES = 10_000_000
 MAX_DIGITS = 4300  # CPython's own bound for int(str)
@@ -386,7 +395,9 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x69: _Machine.inst,  # INST
     0x6F: _Machine.obj,  # OBJ
     0x62: _Machine.build,  # BUILD
-    0x50: lambda m: m.push(m.vocabulary.persistent(m.line().decode("ascii"), m.opcode_at)),  # PERSID
+    0x50: lambda m: m.push(
+        m.vocabulary.persistent(m.line().decode("ascii"), m.opcode_at)
+    ),  # PERSID
     0x82: lambda m: m.refuse("an extension code"),  # EXT1
     0x83: lambda m: m.refuse("an extension code"),  # EXT2
     0x84: lambda m: m.refuse("an extension code"),  # EXT4

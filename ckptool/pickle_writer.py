@@ -12,8 +12,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ckptool.errors import LimitExceeded, NotRepresentable
-from ckptool.tree import MAX_NESTING, ByteArray, Dict, Global, LongInteger, Node, Object
-from ckptool.tree import OldString, PersistentId, Set
+from ckptool.tree import (
+    MAX_NESTING,
+    ByteArray,
+    Dict,
+    Global,
+    LongInteger,
+    Node,
+    Object,
+    OldString,
+    PersistentId,
+    Set,
+)
 
 BATCH = 1000  # as Lib/pickle.py: items between a MARK and its SETITEMS or APPENDS
 
@@ -120,7 +130,7 @@ class _Writer:
             self.emit(f"c{node.module}\n{node.name}\n".encode())
             self.remember(node)
 
-    def tuple(self, node: tuple[Node, ...]) -> None:
+    def tuple_(self, node: tuple[Node, ...]) -> None:
         if not node:
             self.emit(b")")
         elif not self.known(id(node)):
@@ -139,13 +149,13 @@ class _Writer:
         self.kept.append(node)
         self.remember(id(node))
 
-    def list(self, node: list[Node]) -> None:
+    def list_(self, node: list[Node]) -> None:
         if not self.known(id(node)):
             self.emit(b"]")
             self.remembered(node)
             self.appends(node)
 
-    def dict(self, node: Dict) -> None:
+    def dict_(self, node: Dict) -> None:
         if not self.known(id(node)):
             self.emit(b"}")
             self.remembered(node)
@@ -173,7 +183,7 @@ class _Writer:
             self.emit(b"R")
             self.remembered(node)
 
-    def bytes(self, node: bytes) -> None:
+    def bytes_(self, node: bytes) -> None:
         self.call(node, _ENCODE, node.decode("latin-1"), "latin1")
 
     def object(self, node: Object) -> None:
@@ -210,11 +220,11 @@ _HANDLERS: dict[type, Callable[[_Writer, Any], None]] = {
     float: lambda writer, node: writer.emit(b"G" + struct.pack(">d", node)),
     str: _Writer.text,
     OldString: lambda writer, node: writer.sized(node.data, b"U", b"T"),
-    bytes: _Writer.bytes,
+    bytes: _Writer.bytes_,
     ByteArray: lambda writer, node: writer.call(node, _BYTEARRAY, node.data),
-    tuple: _Writer.tuple,
-    list: _Writer.list,
-    Dict: _Writer.dict,
+    tuple: _Writer.tuple_,
+    list: _Writer.list_,
+    Dict: _Writer.dict_,
     Set: lambda writer, node: writer.call(node, _SETS[node.frozen], node.items),
     Global: _Writer.name,
     Object: _Writer.object,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from ckptool.dtype import DType
 
@@ -160,7 +160,13 @@ def problem(info: TensorInfo) -> str:
 
 Read = Callable[[int, int], bytes]  # (start, nbytes) in the unpacked storage -> those bytes
 
-_UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}  # typecodes of memoryview.cast and array
+# Typecodes of memoryview.cast and array for whole numbers of so many bytes.
+_UNSIGNED: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+    1: "B",
+    2: "H",
+    4: "I",
+    8: "Q",
+}  # typecodes of memoryview.cast and array
 _PAGE = 4096
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptool.checkpoint import Checkpoint
+from ckptool.checkpoint import Checkpoint, refuse_deep
 from ckptool.errors import FormatError, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import _others, safetensors, torch_legacy, torch_zip
@@ -64,7 +64,9 @@ def read(path: str | Path) -> Checkpoint:
 
 def _read(each: Format, reader: Reader) -> Checkpoint:
     try:
-        return each.read(reader)
+        checkpoint = each.read(reader)
+        refuse_deep(checkpoint.tree)
+        return checkpoint
     except FormatError as error:
         error.path = error.path or reader.path
         if type(error) is not NotACheckpoint and reader.path not in error.message:

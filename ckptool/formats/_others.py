@@ -8,8 +8,11 @@ from ckptool.fileio import Reader
 _TORCH_HINT = "this version of ckptool does not read it"
 # First bytes -> what they say, and what helps.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs.github.com/", "a git-LFS pointer, not the file itself",
-     "git lfs pull   in the repository that it came from"),
+    (
+        b"version https://git-lfs.github.com/",
+        "a git-LFS pointer, not the file itself",
+        "git lfs pull   in the repository that it came from",
+    ),
     (b"\x1f\x8b", "a gzip archive", "tar -xzf or gunzip it, then look inside"),
     (b"BZh", "a bzip2 archive", "unpack it, then look inside"),
     (b"\xfd7zXZ\0", "an xz archive", "unpack it, then look inside"),

@@ -90,9 +90,7 @@ class TorchVocabulary(Vocabulary):
                 return found
         raise Malformed("a persistent id that names no storage", offset=offset)
 
-    def _storage(
-        self, kind: Global, key: Node, location: str, numel: int, offset: int
-    ) -> Storage:
+    def _storage(self, kind: Global, key: Node, location: str, numel: int, offset: int) -> Storage:
         if type(key) is int:
             key = str(key)
         if not isinstance(key, str) or type(numel) is not int or numel < 0:
@@ -199,9 +197,10 @@ def _lazy(metadata: Node) -> frozenset[str]:
 def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorInfo:
     """Read a tensor from the arguments of one of the plain rebuild functions."""
     grad_at, hooks_at, metadata_at = _PLAIN_REBUILDS[name]
-    storage, start, limit = args[0] if args else None, args[1] if len(args) > 1 else None, None
-    if isinstance(storage, StorageView) and type(start) is int:
-        storage, start, limit = storage.storage, start + storage.offset, storage
+    storage, start = (*args[:2], None, None)[:2]
+    view = storage if isinstance(storage, StorageView) else None
+    if view is not None and type(start) is int:
+        storage, start = view.storage, start + view.offset
     shape, stride = (_sizes(node) for node in (*args[2:4], None, None)[:2])
     if not isinstance(storage, Storage) or type(start) is not int:
         raise Malformed("a tensor without a storage", offset=offset)
@@ -222,7 +221,7 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
         lazy=_lazy(metadata),
         origin=None if _says_no_more(name, hooks, metadata) else origin,
     )
-    wrong = problem(info) or _beyond_view(info, limit)
+    wrong = problem(info) or _beyond_view(info, view)
     if wrong:
         raise Malformed(f"a tensor in storage {storage.key} {wrong}", offset=offset)
     return info
@@ -350,9 +349,9 @@ def _cut(view: StorageView, storage: Storage) -> Storage:
 
 
 def _rebuild(info: TensorInfo) -> Object:
-    origin = info.origin
-    if origin is None:
+    if info.origin is None:
         return _fresh(info)
+    origin: Object = info.origin
     if origin.callee in _WRAPPERS:
         inner = origin.args[0]
         if (inner.storage, inner.storage_offset) == (info.storage, info.storage_offset):
@@ -384,4 +383,3 @@ def _fresh(info: TensorInfo) -> Object:
         return Object(Global(_UTILS, "_rebuild_tensor_v2"), args)
     dtype = Global("torch", info.dtype.torch_name)
     return Object(Global(_UTILS, "_rebuild_tensor_v3"), (*args, dtype))
-

@@ -85,9 +85,7 @@ def _find_directory(reader: Reader) -> tuple[int, int, int]:
     )
 
 
-def _directory_of(
-    reader: Reader, fields: tuple[int, ...], end_at: int
-) -> tuple[int, int, int]:
+def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple[int, int, int]:
     _, disk, directory_disk, here, count, nbytes, offset, _ = fields
     stop = end_at
     if end_at >= _LOCATOR.size + _END64.size:
@@ -101,8 +99,11 @@ def _directory_of(
             )
             if signature != b"PK\6\6":
                 _fail(reader, "the zip64 end record is damaged", stop)
-            small = ((count, large[0], _BIG16), (nbytes, large[1], _BIG32),
-                     (offset, large[2], _BIG32))
+            small = (
+                (count, large[0], _BIG16),
+                (nbytes, large[1], _BIG32),
+                (offset, large[2], _BIG32),
+            )
             if any(short not in (long, big) for short, long, big in small):
                 _fail(reader, "the two end records of the archive disagree", stop)
             count, nbytes, offset = large
@@ -123,8 +124,25 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
         if len(data) - position < _CENTRAL.size:
             _fail(reader, "the archive's directory is cut off", base + position)
         fields = _CENTRAL.unpack_from(data, position)
-        (signature, _, _, flags, method, _, _, crc32, packed, nbytes, name_size, extra_size,
-         comment_size, _, _, _, header) = fields
+        (
+            signature,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc32,
+            packed,
+            nbytes,
+            name_size,
+            extra_size,
+            comment_size,
+            _,
+            _,
+            _,
+            header,
+        ) = fields
         name_at = position + _CENTRAL.size
         extra_at = name_at + name_size
         if signature != b"PK\1\2" or extra_at + extra_size + comment_size > len(data):
@@ -147,9 +165,7 @@ def _text(name: bytes) -> str:
         return name.decode("cp437")
 
 
-def _wide(
-    reader: Reader, extra: bytes, values: tuple[int, ...], offset: int
-) -> tuple[int, ...]:
+def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) -> tuple[int, ...]:
     """Take the 64-bit numbers of the zip64 extra field for those that do not fit 32 bits."""
     position = 0
     while position + 4 <= len(extra):
@@ -193,7 +209,7 @@ def _data_start(
             _fail(reader, f"the two headers of record {shown} disagree", header)
     if method == STORED and central[1] != central[2]:
         _fail(reader, f"record {shown} is stored and has two sizes", header)
-    return header + _LOCAL.size + name_size + int(extra_size)
+    return int(header + _LOCAL.size + name_size + extra_size)
 
 
 def _refuse_overlap(reader: Reader, members: Sequence[Member], directory: int) -> None:
@@ -291,8 +307,17 @@ def _local_header(record: Record) -> bytes:
     extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
     size = min(record.nbytes, _BIG32)
     fixed = _LOCAL.pack(
-        b"PK\3\4", _VERSION, _UTF8, STORED, _NO_TIME, _FIRST_DAY, record.crc32, size, size,
-        len(name), len(extra),
+        b"PK\3\4",
+        _VERSION,
+        _UTF8,
+        STORED,
+        _NO_TIME,
+        _FIRST_DAY,
+        record.crc32,
+        size,
+        size,
+        len(name),
+        len(extra),
     )
     return fixed + name + extra
 
@@ -305,8 +330,23 @@ def _central_header(record: Record) -> bytes:
         extra = struct.pack("<HH", 1, len(values)) + values
     size = min(record.nbytes, _BIG32)
     fixed = _CENTRAL.pack(
-        b"PK\1\2", _VERSION, _VERSION, _UTF8, STORED, _NO_TIME, _FIRST_DAY, record.crc32, size,
-        size, len(name), len(extra), 0, 0, 0, 0, header,
+        b"PK\1\2",
+        _VERSION,
+        _VERSION,
+        _UTF8,
+        STORED,
+        _NO_TIME,
+        _FIRST_DAY,
+        record.crc32,
+        size,
+        size,
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        header,
     )
     return fixed + name + extra
 

@@ -22,8 +22,17 @@ from ckptool.checkpoint import Checkpoint, make_state_dict
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
 from ckptool.fileio import Compute, Copy, Job, Layout, Reader, unpacked
-from ckptool.tensor import CompositeTensor, Packing, Storage, TensorInfo, contiguous_stride
-from ckptool.tensor import gather, is_contiguous, needs_swap, swapped
+from ckptool.tensor import (
+    CompositeTensor,
+    Packing,
+    Storage,
+    TensorInfo,
+    contiguous_stride,
+    gather,
+    is_contiguous,
+    needs_swap,
+    swapped,
+)
 from ckptool.tree import Node
 
 MAX_HEADER = 100_000_000
@@ -114,17 +123,17 @@ def _metadata(reader: Reader, said: Any) -> dict[str, str]:
 
 def _tensor(reader: Reader, key: str, said: Any, base: int) -> TensorInfo:
     match said:
-        case {"dtype": str(name), "shape": list(shape), "data_offsets": [begin, end]}:
+        case {"dtype": str(name), "shape": list(sizes), "data_offsets": [begin, end]}:
             pass
         case _:
             raise Malformed(f"the entry of {key} is damaged", path=reader.path, offset=8)
     dtype = BY_SAFETENSORS_NAME.get(name)
     if dtype is None:
         raise Unsupported(f"{key} has the unknown dtype {name}", path=reader.path, offset=8)
-    numbers = [*shape, begin, end]
+    numbers = [*sizes, begin, end]
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
         raise Malformed(f"the entry of {key} has an impossible number", path=reader.path, offset=8)
-    shape = _torch_shape(reader, key, dtype, tuple(shape))
+    shape = _torch_shape(reader, key, dtype, tuple(sizes))
     storage = Storage(
         reader.path, key, base + begin, end - begin, dtype if dtype.storage_class else None
     )
@@ -138,9 +147,7 @@ def _tensor(reader: Reader, key: str, said: Any, base: int) -> TensorInfo:
     return info
 
 
-def _torch_shape(
-    reader: Reader, key: str, dtype: DType, shape: tuple[int, ...]
-) -> tuple[int, ...]:
+def _torch_shape(reader: Reader, key: str, dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Count pairs of four-bit floats in the last dimension, as torch does."""
     if dtype is not DType.F4:
         return shape

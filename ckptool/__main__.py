@@ -1,0 +1,8 @@
+"""`python -m ckptool`."""
+
+from __future__ import annotations
+
+from ckptool.cli import entry
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,25 @@
+"""`ckptool add-prefix`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptool import edits
+from ckptool.commands._options import Request, run, writes
+
+
+@click.command("add-prefix")
+@writes
+@click.option(
+    "--prefix", default=edits.DEFAULT_PREFIX, show_default=True, help="What to put before keys."
+)
+def command(request: Request, prefix: str) -> None:
+    """Put the DataParallel prefix `module.` before keys.
+
+    \b
+    ckptool add-prefix in.pth out.pth
+    ckptool add-prefix --prefix backbone in.pth out.pth
+
+    This is what nn.DataParallel(model).load_state_dict expects.
+    """
+    run(request, [edits.add_prefix(prefix)])

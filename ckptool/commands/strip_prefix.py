@@ -1,0 +1,37 @@
+"""`ckptool strip-prefix`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptool import edits
+from ckptool.commands._options import Request, run, writes
+from ckptool.errors import EditError
+
+
+@click.command("strip-prefix")
+@writes
+@click.option(
+    "--prefix",
+    default=edits.DEFAULT_PREFIX,
+    show_default=True,
+    help="What to take off; `auto` peels every known wrapper that all keys share.",
+)
+@click.option("--every", is_flag=True, help="Insist that every key has the prefix.")
+@click.option("--anywhere", is_flag=True, help="Also inside keys, as whole dotted components.")
+def command(request: Request, prefix: str, every: bool, anywhere: bool) -> None:
+    """Take the DataParallel prefix `module.` off keys.
+
+    \b
+    ckptool strip-prefix in.pth out.pth
+    ckptool strip-prefix --prefix auto compiled.pth out.pth
+    ckptool strip-prefix --prefix module --anywhere in.pth out.pth
+
+    The prefix is taken off the start of a key, once. The rest of the file stays as it is.
+    """
+    if prefix != "auto":
+        run(request, [edits.strip_prefix(prefix, every=every, anywhere=anywhere)])
+        return
+    if every or anywhere:
+        raise EditError("--prefix auto takes neither --every nor --anywhere")
+    run(request, [edits.strip_wrappers()])

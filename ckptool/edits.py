@@ -1,0 +1,373 @@
+"""Pure edits of keys: `old key -> new key, the same key, or None` (dropped); and what they did.
+
+An edit that needs to see all keys first (a pattern that must match something, wrappers that all
+keys share) is made from them; once made, it is a plain function of one key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+
+from ckptool.errors import EditError, KeyCollision, NothingMatched
+
+KeyEdit = Callable[[str], str | None]
+Maker = Callable[[Sequence[str]], KeyEdit]  # all keys -> the edit of one
+
+DEFAULT_PREFIX = "module."
+WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_forward_module.",
+    "_module.",
+)
+_SENTINEL = "\0"  # stands for "some parameter" where a module path is edited
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMap:
+    """What edits did, in order: pairs of old key and new key, None for dropped ones.
+
+    `why` gives for each dropped key the name it had when it was dropped, and the reason.
+    """
+
+    pairs: tuple[tuple[str, str | None], ...]
+    why: dict[str, tuple[str, str]]
+
+    @property
+    def renamed(self) -> list[tuple[str, str]]:
+        """List the keys that are kept under another name."""
+        return [(old, new) for old, new in self.pairs if new is not None and new != old]
+
+    @property
+    def dropped(self) -> list[str]:
+        """List the keys that are not kept."""
+        return [old for old, new in self.pairs if new is None]
+
+    @property
+    def written(self) -> list[str]:
+        """List the new keys in order."""
+        return [new for _, new in self.pairs if new is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One step of an edit, as the user asked for it: `reason` is what a dropped key is told."""
+
+    name: str
+    make: Maker
+    reason: str = ""
+
+
+def with_dot(prefix: str) -> str:
+    """Complete a prefix: `module` means `module.`."""
+    return prefix if not prefix or prefix.endswith(".") else prefix + "."
+
+
+def strip_prefix(
+    prefix: str = DEFAULT_PREFIX, *, every: bool = False, anywhere: bool = False
+) -> Edit:
+    """Take a prefix off the start of each key that has it, once.
+
+    `every` insists that all keys have it; `anywhere` also takes it as whole dotted components
+    inside a key. Raises `NothingMatched` when made for keys of which none has it.
+    """
+    wanted = with_dot(prefix)
+
+    def strip(key: str) -> str:
+        if key.startswith(wanted):
+            key = key[len(wanted) :]
+        return _without_components(key, wanted) if anywhere else key
+
+    def make(keys: Sequence[str]) -> KeyEdit:
+        having = [key for key in keys if strip(key) != key]
+        if not having:
+            raise NothingMatched(
+                f"no key starts with `{wanted}`" if not anywhere else f"no key holds `{wanted}`",
+                evidence=[f"keys are like {key}" for key in _examples(keys)],
+                hint=_prefix_hint(keys, wanted),
+            )
+        if every and len(having) < len(keys):
+            others = [key for key in keys if strip(key) == key]
+            raise EditError(
+                f"{len(others)} of {len(keys)} keys do not start with `{wanted}`",
+                evidence=_examples(others),
+                hint="leave out --every to strip those that do",
+            )
+        return strip
+
+    return Edit(f"strip {wanted}", make)
+
+
+def _without_components(key: str, wanted: str) -> str:
+    """Take whole dotted components out of the inside of a key."""
+    steps, middle = key.split("."), wanted[:-1].split(".")
+    at = 0
+    while at + len(middle) < len(steps):
+        if steps[at : at + len(middle)] == middle:
+            del steps[at : at + len(middle)]
+        else:
+            at += 1
+    return ".".join(steps)
+
+
+def _prefix_hint(keys: Sequence[str], wanted: str) -> str:
+    for wrapper in WRAPPERS:
+        if wrapper != wanted and keys and all(key.startswith(wrapper) for key in keys):
+            return f"every key starts with `{wrapper}`: --prefix {wrapper}"
+    if any(f".{wanted}" in key for key in keys):
+        return f"`{wanted}` stands inside keys: --anywhere"
+    return ""
+
+
+def peeled(keys: Sequence[str]) -> list[str]:
+    """List the wrapper prefixes that all keys share, outermost first."""
+    found: list[str] = []
+    offset = 0
+    while keys:
+        wrapper = next(
+            (each for each in WRAPPERS if all(key.startswith(each, offset) for key in keys)), None
+        )
+        if wrapper is None or any(len(key) == offset + len(wrapper) for key in keys):
+            break
+        found.append(wrapper)
+        offset += len(wrapper)
+    return found
+
+
+def strip_wrappers(*, required: bool = True) -> Edit:
+    """Peel every known wrapper that all keys share, in any order, repeatedly.
+
+    Raises `NothingMatched` when made for keys that share none, if that is `required`.
+    """
+
+    def make(keys: Sequence[str]) -> KeyEdit:
+        wrappers = peeled(keys)
+        if not wrappers and required:
+            raise NothingMatched(
+                "no known wrapper prefix that all keys share",
+                evidence=[f"keys are like {key}" for key in _examples(keys)],
+                hint=_shared_by_most(keys),
+            )
+        return lambda key: unwrapped(key, wrappers)
+
+    return Edit("strip wrappers", make)
+
+
+def unwrapped(key: str, wrappers: Sequence[str]) -> str:
+    """Take wrapper prefixes off a key, one after the other."""
+    for wrapper in wrappers:
+        key = key.removeprefix(wrapper)
+    return key
+
+
+def _shared_by_most(keys: Sequence[str]) -> str:
+    for wrapper in WRAPPERS:
+        count = sum(key.startswith(wrapper) for key in keys)
+        if count:
+            return f"{count} of {len(keys)} keys start with `{wrapper}`: --prefix {wrapper}"
+    return ""
+
+
+def add_prefix(prefix: str = DEFAULT_PREFIX) -> Edit:
+    """Put a prefix before every key."""
+    wanted = with_dot(prefix)
+    return Edit(f"add {wanted}", lambda keys: lambda key: wanted + key)
+
+
+def rename(old: str, new: str) -> Edit:
+    """Move a dotted prefix, or one key, to another name.
+
+    Raises `NothingMatched` when made for keys of which none is under `old`.
+    """
+    old, new = old.rstrip("."), new.rstrip(".")
+
+    def move(key: str) -> str:
+        if key == old:
+            return new
+        if old and not key.startswith(old + "."):
+            return key
+        rest = key[len(old) + 1 :] if old else key
+        return f"{new}.{rest}" if new else rest
+
+    def make(keys: Sequence[str]) -> KeyEdit:
+        if all(move(key) == key for key in keys):
+            raise nothing_matched(old, keys)
+        return move
+
+    return Edit(f"rename {old}={new}", make)
+
+
+def drop(patterns: Sequence[str]) -> Edit:
+    """Drop what the patterns select; each must select something."""
+
+    def make(keys: Sequence[str]) -> KeyEdit:
+        selected = select(patterns, keys)
+        return lambda key: None if key in selected else key
+
+    return Edit("drop", make, "dropped as asked")
+
+
+def keep(patterns: Sequence[str]) -> Edit:
+    """Drop all but what the patterns select; each must select something."""
+
+    def make(keys: Sequence[str]) -> KeyEdit:
+        selected = select(patterns, keys)
+        return lambda key: key if key in selected or key.endswith(_SENTINEL) else None
+
+    return Edit("keep", make, "not among those to keep")
+
+
+def without(unwanted: Iterable[str], reason: str) -> Edit:
+    """Drop exactly the keys given, for a reason that is reported."""
+    dropped = frozenset(unwanted)
+    return Edit("without", lambda keys: lambda key: None if key in dropped else key, reason)
+
+
+# The selection language.
+
+
+def _is_pattern(text: str) -> bool:
+    return text.startswith("re:") or any(sign in text for sign in "*?[")
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Compile one pattern: a key or dotted prefix, a glob, or a regular expression after `re:`.
+
+    Raises `EditError` for a regular expression that is none.
+    """
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise EditError(f"`{pattern[3:]}` is not a regular expression: {error}") from None
+        return lambda key: expression.fullmatch(key) is not None
+    if _is_pattern(pattern):
+        glob = re.compile(translate(pattern))
+        return lambda key: glob.match(key) is not None
+    exact = pattern.rstrip(".")
+    return lambda key: key in (exact, pattern) or key.startswith(exact + ".")
+
+
+def select(patterns: Sequence[str], keys: Sequence[str]) -> set[str]:
+    """Give the keys that any pattern selects; raises `NothingMatched` for one that selects none."""
+    selected: set[str] = set()
+    for pattern in patterns:
+        matches = matcher(pattern)
+        found = {key for key in keys if matches(key)}
+        # A key may itself look like a glob: an exact match always counts.
+        found |= {pattern} & set(keys)
+        if not found:
+            raise nothing_matched(pattern, keys)
+        selected |= found
+    return selected
+
+
+def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
+    """Say that a pattern selects nothing, what keys look like, and what comes close."""
+    close = close_matches(pattern, keys)
+    return NothingMatched(
+        f"`{pattern}` selects none of {len(keys)} keys",
+        evidence=[f"keys are like {key}" for key in _examples(keys)],
+        hint=f"did you mean `{close[0]}`?" if close else "",
+    )
+
+
+def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
+    """Give keys and dotted prefixes that are spelled like `wanted`."""
+    from difflib import get_close_matches
+
+    prefixes = dict.fromkeys(
+        ".".join(steps[:depth])
+        for steps in (key.split(".") for key in keys[:20_000])
+        for depth in range(1, len(steps) + 1)
+    )
+    return get_close_matches(wanted, list(prefixes)[:20_000], n=3, cutoff=0.7)
+
+
+def _examples(keys: Sequence[str]) -> list[str]:
+    """Pick keys that show what keys look like: first, middle, last."""
+    if len(keys) <= 3:
+        return list(keys)
+    return [keys[0], keys[len(keys) // 2], keys[-1]]
+
+
+# Applying.
+
+
+def apply(steps: Sequence[Edit], keys: Sequence[str]) -> tuple[KeyMap, KeyEdit]:
+    """Apply edits one after the other; give what they did, and all of them as one edit.
+
+    Raises what the edits raise, and `KeyCollision` where two keys would become one.
+    """
+    now: list[str | None] = list(keys)
+    why: dict[str, tuple[str, str]] = {}
+    made: list[KeyEdit] = []
+    for step in steps:
+        edit = step.make([key for key in now if key is not None])
+        made.append(edit)
+        for index, key in enumerate(now):
+            if key is not None:
+                now[index] = edit(key)
+                if now[index] is None:
+                    why[keys[index]] = (key, step.reason)
+    pairs = tuple(zip(keys, now, strict=True))
+    _refuse_collision(pairs)
+
+    def all_of(key: str) -> str | None:
+        result: str | None = key
+        for edit in made:
+            if result is None:
+                return None
+            result = edit(result)
+        return result
+
+    return KeyMap(pairs, why), all_of
+
+
+def _refuse_collision(pairs: Sequence[tuple[str, str | None]]) -> None:
+    taken: dict[str, str] = {}
+    for old, new in pairs:
+        if new is None:
+            continue
+        if new == "" != old:
+            raise EditError(f"the key {old} would have no name left")
+        if new in taken:
+            raise KeyCollision(
+                f"{taken[new]} and {old} would both become {new}",
+                hint="--drop one of them first, or strip another prefix",
+            )
+        taken[new] = old
+
+
+def rekey_modules(
+    paths: Sequence[str], key_map: KeyMap, edit: KeyEdit
+) -> list[tuple[str | None, str]]:
+    """Say which `_metadata` entry stands under which module path after an edit, in order.
+
+    A module moves as a parameter directly in it would. An entry goes only when it had keys and
+    all of them were dropped; one that moves replaces one that did not (a wrapper's own). The old
+    path None stands for an entry to be made anew: the root that an added prefix leaves empty.
+    """
+    moved: dict[str, str | None] = {}
+    for path in paths:
+        if _all_dropped(path, key_map):
+            continue
+        new = edit(f"{path}.{_SENTINEL}" if path else _SENTINEL)
+        if new is None:
+            continue
+        place = new.removesuffix(_SENTINEL).removesuffix(".")
+        if place not in moved or place != path:
+            moved[place] = path
+    if "" in paths and "" not in moved:
+        moved = {"": None, **moved}
+    return [(old, new) for new, old in moved.items()]
+
+
+def _all_dropped(path: str, key_map: KeyMap) -> bool:
+    inside = [new for old, new in key_map.pairs if not path or old.startswith(path + ".")]
+    return bool(inside) and all(new is None for new in inside)

@@ -1,0 +1,337 @@
+"""Result values -> text or JSON; returns strings, prints and opens nothing.
+
+Everything that comes from a file is escaped here: control, escape and bidirectional characters,
+and what no encoding can hold. Only ASCII stands in our own words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ckptool import checkpoint as places
+from ckptool.checkpoint import Checkpoint, StateDict, readable
+from ckptool.edits import WRAPPERS, peeled
+from ckptool.formats import BY_NAME
+from ckptool.surgery import Rewrite
+from ckptool.tensor import AnyTensor, CompositeTensor
+from ckptool.transfer import SHAPE_DIFFERS, Fit
+
+_INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+SHOWN = 12  # names in a line of talk before "and N more"
+
+
+def visible(text: str) -> str:
+    """Escape what would not show, or would act, on a terminal."""
+    return _INVISIBLE.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    character = found[0]
+    code = ord(character)
+    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def document(schema: str, **fields: Any) -> str:
+    """Write one JSON document; ASCII alone, so that any stream can hold it."""
+    return json.dumps({"schema": schema, **fields}, indent=2)
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Write a shape as torch does: `[64, 3, 7, 7]`."""
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def listed(names: Iterable[str], limit: int = SHOWN) -> str:
+    """Write names in a line, the rest as a count."""
+    shown = [visible(name) for name in names]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Align columns; those in `right` to the right."""
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+Entry = tuple[str, AnyTensor]
+
+
+def key_rows(entries: Sequence[Entry]) -> list[str]:
+    """List tensors for programs: key, dtype, shape, bytes, with tabs between."""
+    return [
+        f"{visible(key)}\t{info.dtype.label}\t{shape(info.shape)}\t{info.nbytes}"
+        for key, info in entries
+    ]
+
+
+def key_table(entries: Sequence[Entry]) -> list[str]:
+    """List tensors for people."""
+    rows = [("KEY", "DTYPE", "SHAPE", "SIZE")]
+    rows += [
+        (visible(key), info.dtype.label + _layout(info), shape(info.shape), readable(info.nbytes))
+        for key, info in entries
+    ]
+    return table(rows)
+
+
+def _layout(info: AnyTensor) -> str:
+    return f" {info.layout}" if isinstance(info, CompositeTensor) else ""
+
+
+def keys_document(
+    checkpoint: Checkpoint, at: Sequence[str], entries: Sequence[Entry], beside: Sequence[str]
+) -> str:
+    """Write the document `keys/1`."""
+    return document(
+        "keys/1",
+        file=checkpoint.path,
+        container=checkpoint.container,
+        at=list(at),
+        count=len(entries),
+        nbytes=sum(info.nbytes for _, info in entries),
+        tensors=[_tensor_fields(key, info) for key, info in entries],
+        beside=list(beside),
+    )
+
+
+def _tensor_fields(key: str, info: AnyTensor) -> dict[str, Any]:
+    fields = {
+        "key": key,
+        "dtype": info.dtype.label,
+        "shape": list(info.shape),
+        "nbytes": info.nbytes,
+    }
+    if isinstance(info, CompositeTensor):
+        fields["layout"] = info.layout
+    return fields
+
+
+def tree_table(entries: Sequence[Entry], depth: int | None, *, wide: bool) -> list[str]:
+    """List modules with the count, size and share of what is under them."""
+    totals: dict[str, list[int]] = {"": [0, 0]}
+    for key, info in entries:
+        steps = key.split(".")
+        for level in range(min(len(steps), (depth or len(steps)) + 1)):
+            here = totals.setdefault(".".join(steps[:level]), [0, 0])
+            here[0] += 1
+            here[1] += info.nbytes
+    whole = totals[""][1] or 1
+    rows = [("MODULE", "TENSORS", "SIZE", "SHARE")] if wide else []
+    for path in _preorder(totals):
+        count, nbytes = totals[path]
+        name = path.rpartition(".")[2] or "(all)"
+        indent = "  " * (path.count(".") + 1) if path else ""
+        size = readable(nbytes) if wide else str(nbytes)
+        label = indent + visible(name) if wide else visible(path or ".")
+        rows.append((label, str(count), size, f"{100 * nbytes / whole:.1f} %"))
+    return table(rows, right=(1, 2, 3)) if wide else ["\t".join(row) for row in rows]
+
+
+def _preorder(paths: Iterable[str]) -> list[str]:
+    """Put each module before what is in it, in the order in which modules first appear."""
+    children: dict[str, list[str]] = {}
+    for path in paths:
+        if path:
+            children.setdefault(path.rpartition(".")[0], []).append(path)
+    ordered: list[str] = []
+    stack = [""]
+    while stack:
+        path = stack.pop()
+        ordered.append(path)
+        stack.extend(reversed(children.get(path, [])))
+    return ordered
+
+
+def container_title(name: str) -> str:
+    """Name a container for people."""
+    return BY_NAME[name].title
+
+
+def file_line(
+    checkpoint: Checkpoint, state: StateDict | None, entries: Sequence[Entry], beside: Sequence[str]
+) -> str:
+    """Say what a file is and what is in it, in one line."""
+    parts = [container_title(checkpoint.container)]
+    if state is not None and state.at:
+        parts.append(f"state_dict at `{visible(places.dotted(state.at))}`")
+    parts.append(f"{len(entries)} tensors")
+    parts.append(readable(sum(info.nbytes for _, info in entries)))
+    line = f"{visible(checkpoint.path)}: {', '.join(parts)}"
+    return f"{line}; beside it: {listed(beside)}" if beside else line
+
+
+_KINDS = {
+    "module.": "DataParallel",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.": "Lightning Fabric",
+    "_module.": "Opacus",
+}
+
+
+def prefix_line(path: str, keys: Sequence[str]) -> str:
+    """Say which wrapper all or some keys carry, and what removes it; an empty string for none."""
+    found = peeled(keys)
+    if found:
+        option = "" if found == ["module."] else " --prefix auto"
+        kinds = ", ".join(_KINDS[wrapper] for wrapper in found)
+        return (
+            f"every key starts with `{''.join(found)}` ({kinds}); "
+            f"ckptool strip-prefix{option} {visible(path)} OUT removes it"
+        )
+    for wrapper in WRAPPERS:
+        count = sum(key.startswith(wrapper) for key in keys)
+        if count:
+            return f"{count} of {len(keys)} keys start with `{wrapper}` ({_KINDS[wrapper]})"
+    return ""
+
+
+def counts_line(result: Rewrite) -> str:
+    """Count what a rewrite did, or would do."""
+    verb = "would write" if result.dry_run else "written"
+    added = f"added {result.added}, " if result.added else ""
+    return (
+        f"read {result.read}, renamed {result.renamed}, dropped {len(result.dropped)}, "
+        f"{added}{verb} {result.written}"
+    )
+
+
+def rewrite_lines(result: Rewrite, *, bare: bool) -> list[str]:
+    """Say what a rewrite did, for people."""
+    lines = []
+    if bare and result.at:
+        behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
+        lines.append(f"took the state_dict at `{visible(places.dotted(result.at))}`{behind}")
+    elif result.not_carried:
+        lines.append(f"left behind {listed(result.not_carried)}")
+    lines += _stripped_line(result)
+    lines += _dropped_lines(result)
+    lines += [visible(note) for note in result.notes]
+    if not result.dry_run:
+        lines.append(
+            f"{visible(result.target)}: {result.written} tensors, {readable(result.tensor_nbytes)}"
+        )
+    lines.append(counts_line(result))
+    return lines
+
+
+def _stripped_line(result: Rewrite) -> list[str]:
+    """Say which prefix keys lost or gained, where the renamed ones all lost or gained the same."""
+    pairs = [(old, new) for old, new in result.map if new is not None and new != old]
+    lost = {old.removesuffix(new) if old.endswith(new) else "" for old, new in pairs}
+    gained = {new.removesuffix(old) if new.endswith(old) else "" for old, new in pairs}
+    if len(lost) == 1 and "" not in lost:
+        (prefix,) = lost
+        count = sum(1 for old, _ in result.map if old.startswith(prefix))
+        return [f"stripped `{visible(prefix)}` from {count} of {result.read} keys"]
+    if len(gained) == 1 and "" not in gained:
+        (prefix,) = gained
+        return [f"added `{visible(prefix)}` to {len(pairs)} of {result.read} keys"]
+    return []
+
+
+def _dropped_lines(result: Rewrite) -> list[str]:
+    """Name what was dropped, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for dropped in result.dropped:
+        if dropped.reason.startswith("tied to "):
+            reason = "tied, written once"
+            name = f"{dropped.name} = {dropped.reason.removeprefix('tied to ')}"
+        else:
+            reason = dropped.reason
+            sizes = f" {shape(dropped.shape)}" if dropped.shape is not None else ""
+            name = f"{dropped.name}{sizes}"
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, named in by_reason.items():
+        if reason == SHAPE_DIFFERS:
+            continue  # the lines of the fit show both shapes
+        why = "" if reason == "dropped as asked" else f" ({reason})"
+        lines.append(f"dropped {len(named)}{why}: {listed(named)}")
+    return lines
+
+
+def fit_lines(fit: Fit) -> list[str]:
+    """Say how a checkpoint fits the target: shapes that differ, and what stays unfilled."""
+    lines = []
+    if fit.mismatched:
+        lines.append("dropped, shape differs:")
+        rows = [
+            (
+                f"    {visible(each.key)}",
+                f"{shape(each.here)}",
+                f"here, {shape(each.there)} in {visible(fit.target)}",
+            )
+            for each in fit.mismatched
+        ]
+        lines += table(rows)
+    unfilled = [*(each.key for each in fit.mismatched), *fit.missing]
+    total = len(fit.matched) + len(unfilled)
+    rest = f"; not filled: {listed(unfilled)}" if unfilled else ""
+    share = f"{100 * fit.filled:.1f} % of the parameters"
+    lines.append(f"fills {len(fit.matched)} of {total} tensors, {share}{rest}")
+    return lines
+
+
+def fit_fields(fit: Fit) -> dict[str, Any]:
+    """Give the fields that `transfer/1` has beyond `rewrite/1`."""
+    return {
+        "matched": len(fit.matched),
+        "mismatched": [
+            {"key": each.key, "here": list(each.here), "there": list(each.there)}
+            for each in fit.mismatched
+        ],
+        "missing": list(fit.missing),
+        "filled": fit.filled,
+    }
+
+
+def rewrite_fields(result: Rewrite) -> dict[str, Any]:
+    """Give the fields of the document `rewrite/1`."""
+    return {
+        "source": result.source,
+        "target": result.target,
+        "container": result.container,
+        "at": None if result.at is None else list(result.at),
+        "read": result.read,
+        "kept": result.kept,
+        "renamed": result.renamed,
+        "written": result.written,
+        "dropped": [{"key": each.key, "reason": each.reason} for each in result.dropped],
+        "not_carried": list(result.not_carried),
+        "map": [[old, new] for old, new in result.map],
+        "nbytes": result.nbytes,
+        "added": result.added,
+        "notes": [*result.warnings, *result.notes],
+        "dry_run": result.dry_run,
+    }
+
+
+def plan_lines(result: Rewrite) -> list[str]:
+    """Write the plan of a dry run: each change as `- old` and `+ new`, then counts and sizes."""
+    lines = []
+    for old, new in result.map:
+        if new != old:
+            lines.append(f"- {visible(old)}")
+            if new is not None:
+                lines.append(f"+ {visible(new)}")
+    lines.append(counts_line(result))
+    free = "unknown" if result.free is None else readable(result.free)
+    lines.append(f"{visible(result.target)}: {readable(result.nbytes)} to write, {free} free")
+    return lines

@@ -1,0 +1,117 @@
+"""How commands talk: data on stdout, talk and progress on stderr, colour on a terminal alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import click
+
+from ckptool.checkpoint import readable
+from ckptool.errors import CkptoolError
+from ckptool.report import visible
+
+BAR_AFTER = 1.0  # seconds before a bar is worth drawing
+LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
+
+
+def say(lines: Iterable[str], *, quiet: bool = False) -> None:
+    """Write lines of talk to stderr."""
+    if not quiet:
+        text = "".join(f"{line}\n" for line in lines)
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def put(lines: Sequence[str]) -> None:
+    """Write lines of data to stdout."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def on_terminal() -> bool:
+    """Tell whether data goes to a terminal."""
+    return sys.stdout.isatty()
+
+
+def coloured(text: str, colour: str) -> str:
+    """Colour a word of talk where that is wanted."""
+    wanted = (
+        sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+    return click.style(text, fg=colour, bold=True) if wanted else text
+
+
+def complain(error: CkptoolError) -> None:
+    """Write an error: what is wrong, what shows it, what helps."""
+    slug = coloured(f"error[{error.slug}]", "red")
+    lines = [f"{slug}: {visible(error.message)}"]
+    lines += [f"    {visible(line)}" for line in error.evidence]
+    if error.hint:
+        lines.append(f"{coloured('hint', 'cyan')}: {visible(error.hint)}")
+    say(lines)
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Write warnings, which -q silences no more than errors."""
+    say(f"{coloured('warning', 'yellow')}: {line}" for line in lines)
+
+
+class Progress:
+    """A bar on a terminal once a job takes longer than a second, plain lines elsewhere."""
+
+    def __init__(self, what: str, total: int, *, quiet: bool) -> None:
+        self._what = visible(os.path.basename(what))
+        self._total = total
+        self._quiet = quiet
+        self._done = 0
+        self._bar: Any = None
+        self._lock = threading.Lock()
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, nbytes: int) -> None:
+        """Count bytes; may be called from any thread."""
+        with self._lock:
+            self._done += nbytes
+            if self._bar is not None:
+                self._bar.update(nbytes)
+            elif not self._quiet and time.monotonic() - self._started > BAR_AFTER:
+                self._show()
+
+    def _show(self) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self._total,
+                initial=self._done,
+                desc=self._what,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                ascii=True,
+                leave=False,
+            )
+            self._bar.start_t = self._bar.last_print_t = self._started
+        elif time.monotonic() - self._said > LINE_EVERY:
+            self._said = time.monotonic()
+            speed = readable(int(self._done / (self._said - self._started)))
+            total = f" of {readable(self._total)}" if self._total else ""
+            say([f"{self._what}: {readable(self._done)}{total}, {speed}/s"])
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

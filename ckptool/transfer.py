@@ -1,0 +1,216 @@
+"""Pretrained transfer: keep of a checkpoint what fits a target, and say what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ckptool import checkpoint as places, edits, formats, surgery
+from ckptool.checkpoint import Checkpoint
+from ckptool.edits import Edit
+from ckptool.errors import PoorFit
+from ckptool.fileio import Progress
+from ckptool.surgery import Options, Rewrite
+from ckptool.tensor import TENSORS
+from ckptool.tree import Node
+
+SHAPE_DIFFERS = "shape differs"
+MIN_MATCH = 0.5
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The keys and shapes of a target, without wrapper prefixes; `name` is for reports."""
+
+    name: str
+    shapes: dict[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A key that both sides have, in different shapes."""
+
+    key: str
+    here: Shape
+    there: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a checkpoint fits a target; `filled` is the share of the target's elements."""
+
+    target: str
+    matched: tuple[str, ...]
+    mismatched: tuple[Mismatch, ...]
+    missing: tuple[str, ...]
+    absent: tuple[str, ...]
+    filled: float
+
+
+def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
+    """Make a reference of keys and shapes, wrapper prefixes peeled."""
+    wrappers = edits.peeled(list(shapes))
+    return Reference(
+        name, {edits.unwrapped(key, wrappers): tuple(shape) for key, shape in shapes.items()}
+    )
+
+
+def reference_of_file(path: str | Path, at: str | None = None) -> Reference:
+    """Take keys and shapes from another checkpoint."""
+    state = places.find(formats.read(path), at)
+    return reference(
+        str(path),
+        {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
+    )
+
+
+def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
+    """Compare the keys and shapes of a checkpoint with a target's."""
+    matched = tuple(key for key, shape in target.shapes.items() if shapes.get(key) == shape)
+    mismatched = tuple(
+        Mismatch(key, shapes[key], shape)
+        for key, shape in target.shapes.items()
+        if key in shapes and shapes[key] != shape
+    )
+    total = _elements(target.shapes.values())
+    filled = _elements(target.shapes[key] for key in matched)
+    return Fit(
+        target.name,
+        matched,
+        mismatched,
+        tuple(key for key in target.shapes if key not in shapes),
+        tuple(key for key in shapes if key not in target.shapes),
+        filled / total if total else 1.0,
+    )
+
+
+def _elements(shapes: Iterable[Shape]) -> int:
+    return sum(prod(shape) for shape in shapes)
+
+
+def first_steps(renames: Sequence[Edit], drop: Sequence[str], keep: Sequence[str]) -> list[Edit]:
+    """Give the edits that come before a comparison: peel, rename, drop, keep."""
+    steps = [edits.strip_wrappers(required=False), *renames]
+    if drop:
+        steps.append(edits.drop(drop))
+    if keep:
+        steps.append(edits.keep(keep))
+    return steps
+
+
+class Missing:
+    """Where the entries that the source lacks come from: nowhere."""
+
+    def __call__(self, keys: Sequence[str]) -> AbstractContextManager[Mapping[str, Node]]:
+        """Give the entries for keys, for as long as the context lasts."""
+        return nullcontext({})
+
+
+def transfer(
+    source: str | Path,
+    target: str | Path | None,
+    *,
+    like: Reference | None = None,
+    steps: Sequence[Edit] = (),
+    min_match: float = MIN_MATCH,
+    options: Options | None = None,
+    progress: Progress = surgery.no_progress,
+    fill: Missing | None = None,
+) -> tuple[Rewrite, Fit | None]:
+    """Write the bare state_dict with what fits the target alone.
+
+    `steps` come first (`first_steps`); `fill` gives what the source lacks. Raises `PoorFit` where
+    less than `min_match` of the target's elements would be filled, and what `rewrite` raises.
+    """
+    options = options or Options()
+    checkpoint = formats.read(source)
+    if like is None:
+        result = surgery.rewrite(
+            source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint
+        )
+        return result, None
+    shapes = _shapes_after(checkpoint, steps, options)
+    found = fit(shapes, like)
+    if found.filled < min_match:
+        raise _poor(found, shapes, like, min_match)
+    mismatched = [each.key for each in found.mismatched]
+    further = [
+        edits.without(mismatched, SHAPE_DIFFERS),
+        edits.without(found.absent, f"not in {like.name}"),
+    ]
+    with (fill or Missing())([*mismatched, *found.missing]) as added:
+        result = surgery.rewrite(
+            source,
+            target,
+            [*steps, *further],
+            bare=True,
+            options=options,
+            progress=progress,
+            opened=checkpoint,
+            added=added,
+            order=list(like.shapes) if added else (),
+        )
+    return result, found
+
+
+def _shapes_after(
+    checkpoint: Checkpoint, steps: Sequence[Edit], options: Options
+) -> dict[str, Shape]:
+    """Say which keys and shapes are there after the first edits."""
+    state = places.find(checkpoint, options.at)
+    key_map, _ = edits.apply(steps, list(state.entries))
+    values = {new: state.entries[old] for old, new in key_map.pairs if new is not None}
+    return {key: value.shape for key, value in values.items() if isinstance(value, TENSORS)}
+
+
+def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float) -> PoorFit:
+    total = len(like.shapes)
+    return PoorFit(
+        f"only {100 * found.filled:.1f} % of the parameters of {like.name} would be filled; "
+        "nothing was written",
+        evidence=[
+            f"{len(found.matched)} of {total} tensors match, {len(found.mismatched)} differ in "
+            f"shape, {len(found.missing)} are missing",
+            *_compared("here", list(shapes)),
+            *_compared("there", list(like.shapes)),
+        ],
+        hint=_mending_prefix(shapes, like, found.filled)
+        or f"--min-match {min(found.filled, min_match):.2g} accepts it",
+    )
+
+
+def _compared(side: str, keys: Sequence[str]) -> list[str]:
+    return [f"keys {side} are like {key}" for key in keys[:1]]
+
+
+def _mending_prefix(shapes: Mapping[str, Shape], like: Reference, filled: float) -> str:
+    """Look for one prefix that, taken off or put on, would fill much more."""
+    best, hint = max(2 * filled, filled + 0.2), ""
+    for prefix in _first_components(shapes):
+        moved = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
+        share = fit(moved, like).filled
+        if share > best:
+            best, hint = share, f"--rename {prefix[:-1]}=   would fill {100 * share:.1f} %"
+    for prefix in _first_components(like.shapes):
+        share = fit({prefix + key: shape for key, shape in shapes.items()}, like).filled
+        if share > best:
+            best, hint = (
+                share,
+                (f"ckptool add-prefix --prefix {prefix}   first would fill {100 * share:.1f} %"),
+            )
+    return hint
+
+
+def _first_components(keys: Iterable[str]) -> list[str]:
+    """List the one to three components that keys start with, each with its final dot."""
+    found: dict[str, None] = {}
+    for key in keys:
+        steps = key.split(".")
+        for depth in range(1, min(4, len(steps))):
+            found[".".join(steps[:depth]) + "."] = None
+    return list(found)[:64]
