@@ -162,11 +162,6 @@ Read = Callable[[int, int], bytes]  # (start, nbytes) in the unpacked storage ->
 
 # Typecodes of memoryview.cast and array for whole numbers of so many bytes.
 _UNSIGNED: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
-    1: "B",
-    2: "H",
-    4: "I",
-    8: "Q",
-}  # typecodes of memoryview.cast and array
 _PAGE = 4096
 
 
