@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptool.errors import AmbiguousStateDict, LimitExceeded, Malformed, NoSuchKey
 from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
+from ckptool.text import readable, table
 from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, PersistentId, Set, children
 
 MAX_CANDIDATE_DEPTH = 4
@@ -200,21 +201,7 @@ def _table(found: list[Candidate]) -> list[str]:
         )
         for candidate in found
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return [
-        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def readable(nbytes: int) -> str:
-    """Write a size as people read it: `36.8 KiB`."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
+    return table(rows)
 
 
 def dotted(path: Path) -> str:

@@ -17,6 +17,7 @@ KeyEdit = Callable[[str], str | None]
 Maker = Callable[[Sequence[str]], KeyEdit]  # all keys -> the edit of one
 
 DEFAULT_PREFIX = "module."
+SHAPE_DIFFERS = "shape differs"  # the reason that transfers give
 WRAPPERS = (
     "module.",
     "_orig_mod.",

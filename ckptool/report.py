@@ -7,68 +7,25 @@ and what no encoding can hold. Only ASCII stands in our own words.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptool import checkpoint as places
-from ckptool.checkpoint import Checkpoint, StateDict, readable
-from ckptool.edits import WRAPPERS, peeled
+from ckptool import checkpoint as places, safety
+from ckptool.checkpoint import Checkpoint
+from ckptool.edits import SHAPE_DIFFERS, WRAPPERS, peeled
 from ckptool.formats import BY_NAME
-from ckptool.surgery import Rewrite
-from ckptool.tensor import AnyTensor, CompositeTensor
-from ckptool.transfer import SHAPE_DIFFERS, Fit
+from ckptool.listing import Entry, Listing
+from ckptool.tensor import TENSORS, AnyTensor, CompositeTensor
+from ckptool.text import listed, readable, shape, table, visible
 
-_INVISIBLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
-)
-_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-SHOWN = 12  # names in a line of talk before "and N more"
-
-
-def visible(text: str) -> str:
-    """Escape what would not show, or would act, on a terminal."""
-    return _INVISIBLE.sub(_escape, text)
-
-
-def _escape(found: re.Match[str]) -> str:
-    character = found[0]
-    code = ord(character)
-    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
+    from ckptool.surgery import Rewrite
+    from ckptool.transfer import Fit
 
 
 def document(schema: str, **fields: Any) -> str:
     """Write one JSON document; ASCII alone, so that any stream can hold it."""
     return json.dumps({"schema": schema, **fields}, indent=2)
-
-
-def shape(sizes: Sequence[int]) -> str:
-    """Write a shape as torch does: `[64, 3, 7, 7]`."""
-    return f"[{', '.join(map(str, sizes))}]"
-
-
-def listed(names: Iterable[str], limit: int = SHOWN) -> str:
-    """Write names in a line, the rest as a count."""
-    shown = [visible(name) for name in names]
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(shown[:limit]) + more
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Align columns; those in `right` to the right."""
-    if not rows:
-        return []
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-Entry = tuple[str, AnyTensor]
 
 
 def key_rows(entries: Sequence[Entry]) -> list[str]:
@@ -93,19 +50,22 @@ def _layout(info: AnyTensor) -> str:
     return f" {info.layout}" if isinstance(info, CompositeTensor) else ""
 
 
-def keys_document(
-    checkpoint: Checkpoint, at: Sequence[str], entries: Sequence[Entry], beside: Sequence[str]
-) -> str:
+def key_names(entries: Sequence[Entry]) -> list[str]:
+    """List keys alone."""
+    return [visible(key) for key, _ in entries]
+
+
+def keys_document(found: Listing) -> str:
     """Write the document `keys/1`."""
     return document(
         "keys/1",
-        file=checkpoint.path,
-        container=checkpoint.container,
-        at=list(at),
-        count=len(entries),
-        nbytes=sum(info.nbytes for _, info in entries),
-        tensors=[_tensor_fields(key, info) for key, info in entries],
-        beside=list(beside),
+        file=found.checkpoint.path,
+        container=found.checkpoint.container,
+        at=list(found.state.at) if found.state else [],
+        count=len(found.entries),
+        nbytes=sum(info.nbytes for _, info in found.entries),
+        tensors=[_tensor_fields(key, info) for key, info in found.entries],
+        beside=found.beside,
     )
 
 
@@ -162,17 +122,43 @@ def container_title(name: str) -> str:
     return BY_NAME[name].title
 
 
-def file_line(
-    checkpoint: Checkpoint, state: StateDict | None, entries: Sequence[Entry], beside: Sequence[str]
-) -> str:
-    """Say what a file is and what is in it, in one line."""
-    parts = [container_title(checkpoint.container)]
-    if state is not None and state.at:
-        parts.append(f"state_dict at `{visible(places.dotted(state.at))}`")
-    parts.append(f"{len(entries)} tensors")
-    parts.append(readable(sum(info.nbytes for _, info in entries)))
-    line = f"{visible(checkpoint.path)}: {', '.join(parts)}"
-    return f"{line}; beside it: {listed(beside)}" if beside else line
+def listing_lines(found: Listing, *, every: bool) -> list[str]:
+    """Say what a listing shows, what is around it, and what would help."""
+    lines = [_file_line(found)]
+    state = found.state
+    if state is None:
+        if found.entries and not every:
+            lines.insert(0, "no state_dict in it: these are all tensors, by their path")
+    else:
+        others = sum(1 for value in state.entries.values() if not isinstance(value, TENSORS))
+        if others:
+            lines.append(f"{others} more entries of the state_dict are not tensors")
+        lines += map(visible, state.notes)
+        hint = prefix_line(found.checkpoint.path, list(state.entries))
+        lines += [hint] if hint else []
+    return [*lines, *map(visible, found.checkpoint.notes)]
+
+
+def _file_line(found: Listing) -> str:
+    parts = [container_title(found.checkpoint.container)]
+    if found.state is not None and found.state.at:
+        parts.append(f"state_dict at `{visible(places.dotted(found.state.at))}`")
+    parts.append(f"{len(found.entries)} tensors")
+    parts.append(readable(sum(info.nbytes for _, info in found.entries)))
+    line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
+    return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
+
+
+def danger_lines(checkpoint: Checkpoint) -> list[str]:
+    """Say what loading a file elsewhere would run; nothing where it would run nothing."""
+    verdict = safety.judge(checkpoint.globals)
+    if not verdict.dangerous:
+        return []
+    first = f"{visible(checkpoint.path)} would run code when loaded; nothing was executed"
+    lines = safety.evidence_lines(
+        verdict, checkpoint.calls, checkpoint.tree, checkpoint.pickle_name
+    )
+    return [first, *(f"    {visible(line)}" for line in lines)]
 
 
 _KINDS = {

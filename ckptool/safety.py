@@ -290,6 +290,17 @@ def evidence(verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int =
     return found
 
 
+def evidence_lines(
+    verdict: Verdict, calls: Iterable[Object], tree: Node, pickle_name: str
+) -> list[str]:
+    """Show what is dangerous in a file, a line for each call."""
+    return [
+        f"{pickle_name}, byte {call.offset}: {call.text}"
+        + (f"   at `{call.where}`" if call.where else "")
+        for call in evidence(verdict, calls, tree)
+    ]
+
+
 def _shown(node: Node) -> str:
     """Write an argument in a few characters."""
     match node:

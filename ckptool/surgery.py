@@ -18,6 +18,7 @@ from ckptool.errors import EditError, NotRepresentable, UnsafePickle, WriteError
 from ckptool.fileio import Layout, Progress, Target
 from ckptool.formats import safetensors, torch_zip
 from ckptool.tensor import TENSORS, TensorInfo
+from ckptool.text import readable
 from ckptool.tree import Dict, Node
 
 MAX_EXPANSION = 4
@@ -353,7 +354,7 @@ def _judge(plan: _Plan, *, bare: bool, options: Options) -> None:
         raise UnsafePickle(
             f"{source.path} would run code when loaded; nothing was executed or written",
             path=source.path,
-            evidence=evidence_lines(source, carried),
+            evidence=safety.evidence_lines(carried, source.calls, source.tree, source.pickle_name),
             hint="--tensors-only keeps the tensors and leaves the rest behind",
         )
     if whole.dangerous:
@@ -362,16 +363,6 @@ def _judge(plan: _Plan, *, bare: bool, options: Options) -> None:
         )
     if carried.foreign:
         plan.notes.append(f"carried as they are: {names(carried)}")
-
-
-def evidence_lines(checkpoint: Checkpoint, verdict: safety.Verdict) -> list[str]:
-    """Show what is dangerous in a file, a line for each call."""
-    found = safety.evidence(verdict, checkpoint.calls, checkpoint.tree)
-    return [
-        f"{checkpoint.pickle_name}, byte {call.offset}: {call.text}"
-        + (f"   at `{call.where}`" if call.where else "")
-        for call in found
-    ]
 
 
 def names(verdict: safety.Verdict, limit: int = 6) -> str:
@@ -415,8 +406,8 @@ def _refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) 
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
     if layout.nbytes > limit and not options.allow_expand:
         raise WriteError(
-            f"the output would have {places.readable(layout.nbytes)}, the input has "
-            f"{places.readable(checkpoint.nbytes)}",
+            f"the output would have {readable(layout.nbytes)}, the input has "
+            f"{readable(checkpoint.nbytes)}",
             hint="--allow-expand if that is meant",
         )
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import click
 
-from ckptool.checkpoint import readable
 from ckptool.errors import CkptoolError
-from ckptool.report import visible
+from ckptool.text import readable, visible
 
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
 LINE_EVERY = 10.0  # seconds between lines of progress off a terminal

@@ -17,8 +17,7 @@ from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
 from ckptool.tree import Node
 
-SHAPE_DIFFERS = "shape differs"
-MIN_MATCH = 0.5
+MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
 
 Shape = tuple[int, ...]
 
@@ -140,7 +139,7 @@ def transfer(
         raise _poor(found, shapes, like, min_match)
     mismatched = [each.key for each in found.mismatched]
     further = [
-        edits.without(mismatched, SHAPE_DIFFERS),
+        edits.without(mismatched, edits.SHAPE_DIFFERS),
         edits.without(found.absent, f"not in {like.name}"),
     ]
     with (fill or Missing())([*mismatched, *found.missing]) as added:

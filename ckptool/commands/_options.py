@@ -1,18 +1,25 @@
-"""The options that all commands which write share, and what they do with a result."""
+"""The options that all commands which write share, and what they do with a result.
+
+Modules of commands import the engine inside their functions: `--help` loads all of them, and
+needs none of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptool import report, surgery, talk
-from ckptool.edits import Edit
-from ckptool.errors import EditError
-from ckptool.surgery import Options, Rewrite
+from ckptool import talk
+from ckptool.text import visible
 
+if TYPE_CHECKING:
+    from ckptool.edits import Edit
+    from ckptool.surgery import Options, Rewrite
+
+PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
 
 _WRITES: tuple[Callable[[Function], Function], ...] = (
@@ -70,6 +77,8 @@ class Request:
 
 
 def _request(given: dict[str, Any]) -> Request:
+    from ckptool.surgery import Options
+
     if given["target"] is None and not given["in_place"]:
         raise click.UsageError("name an output OUT, or use --in-place", click.get_current_context())
     options = Options(
@@ -90,6 +99,8 @@ def run(
     request: Request, steps: Sequence[Edit], *, bare: bool = False, unwrap: bool = False
 ) -> None:
     """Rewrite, and say what was done."""
+    from ckptool import surgery
+
     name = request.target or request.source
     with talk.Progress(name, 0, quiet=request.quiet) as progress:
         result = surgery.rewrite(
@@ -114,7 +125,9 @@ def tell(
     fields: dict[str, Any] | None = None,
 ) -> None:
     """Print the document, the plan or the talk of a rewrite."""
-    talk.warn(report.visible(line) for line in result.warnings)
+    from ckptool import report
+
+    talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
         talk.put([report.document(schema, **report.rewrite_fields(result), **(fields or {}))])
     elif result.dry_run:
@@ -134,6 +147,8 @@ def patterns(given: Sequence[str]) -> list[str]:
             with open(text[1:], encoding="utf-8") as lines:
                 read = [line.strip() for line in lines]
         except (OSError, UnicodeDecodeError) as error:
+            from ckptool.errors import EditError
+
             raise EditError(f"the pattern file {text[1:]} cannot be read: {error}") from None
         found += [line for line in read if line and not line.startswith("#")]
     return found

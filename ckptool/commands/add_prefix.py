@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptool import edits
-from ckptool.commands._options import Request, run, writes
+from ckptool.commands._options import PREFIX, Request, run, writes
 
 
 @click.command("add-prefix")
 @writes
-@click.option(
-    "--prefix", default=edits.DEFAULT_PREFIX, show_default=True, help="What to put before keys."
-)
+@click.option("--prefix", default=PREFIX, show_default=True, help="What to put before keys.")
 def command(request: Request, prefix: str) -> None:
     """Put the DataParallel prefix `module.` before keys.
 
@@ -22,4 +19,6 @@ def command(request: Request, prefix: str) -> None:
 
     This is what nn.DataParallel(model).load_state_dict expects.
     """
+    from ckptool import edits
+
     run(request, [edits.add_prefix(prefix)])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptool import edits
 from ckptool.commands._options import Request, patterns, run, writes
-from ckptool.edits import Edit
 from ckptool.errors import EditError
+
+if TYPE_CHECKING:
+    from ckptool.edits import Edit
 
 
 class _InOrder(click.Command):
@@ -33,6 +34,8 @@ class _InOrder(click.Command):
 
 def renaming(text: str) -> Edit:
     """Read `OLD=NEW`."""
+    from ckptool import edits
+
     old, sign, new = text.partition("=")
     if not sign or not old:
         raise EditError(f"`{text}` is not OLD=NEW", hint="--rename classifier=head")
@@ -40,6 +43,8 @@ def renaming(text: str) -> Edit:
 
 
 def _step(name: str, value: str) -> Edit | None:
+    from ckptool import edits
+
     match name:
         case "strip_prefix":
             return edits.strip_wrappers() if value == "auto" else edits.strip_prefix(value)
@@ -76,6 +81,8 @@ def command(request: Request, unwrap: bool, **_: Any) -> None:
 
 def _steps(ordered: list[tuple[str, str]]) -> list[Edit]:
     """Make the edits in order; several --keep in a row select together."""
+    from ckptool import edits
+
     steps = []
     for name, group in groupby(ordered, key=lambda pair: pair[0]):
         values = [value for _, value in group]

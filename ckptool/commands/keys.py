@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 import click
 
-from ckptool import checkpoint as places, edits, formats, report, safety, surgery, talk
-from ckptool.checkpoint import Checkpoint, StateDict
+from ckptool import talk
 from ckptool.commands._options import patterns
-from ckptool.report import Entry
-from ckptool.tensor import TENSORS
 
 
 @click.command("keys")
@@ -52,67 +49,21 @@ def command(
 
     Off a terminal, lines are separated by tabs and never cut.
     """
+    from ckptool import formats, listing, report
+
     checkpoint = formats.read(file)
-    state, entries = _entries(checkpoint, at, every=every, quiet=quiet)
-    if select:
-        chosen = edits.select(patterns(select), [key for key, _ in entries])
-        entries = [(key, info) for key, info in entries if key in chosen]
-    if sort == "size":
-        entries.sort(key=lambda entry: -entry[1].nbytes)
-    elif sort == "name":
-        entries.sort(key=lambda entry: entry[0])
-    _warn(checkpoint)
-    beside = places.beside(checkpoint.tree, state.at) if state else []
+    found = listing.chosen(listing.listing(checkpoint, at, every=every), patterns(select), sort)
+    warning, *evidence = report.danger_lines(checkpoint) or [""]
+    if warning:
+        talk.warn([warning])
+        talk.say(evidence)
     if as_json:
-        at_steps = state.at if state else ()
-        talk.put([report.keys_document(checkpoint, at_steps, entries, beside)])
+        talk.put([report.keys_document(found)])
     elif tree:
-        talk.put(report.tree_table(entries, depth, wide=talk.on_terminal()))
+        talk.put(report.tree_table(found.entries, depth, wide=talk.on_terminal()))
     elif names:
-        talk.put([report.visible(key) for key, _ in entries])
+        talk.put(report.key_names(found.entries))
     else:
         rows = report.key_table if talk.on_terminal() else report.key_rows
-        talk.put(rows(entries))
-    talk.say(_summary(checkpoint, state, entries, beside), quiet=quiet)
-
-
-def _entries(
-    checkpoint: Checkpoint, at: str | None, *, every: bool, quiet: bool
-) -> tuple[StateDict | None, list[Entry]]:
-    """Choose what to list: the state_dict, or every tensor where that is asked or all there is."""
-    none = at is None and not places.candidates(checkpoint.tree)
-    if every or none:
-        whole = [
-            (places.dotted(path) or ".", info) for path, info in places.tensors(checkpoint.tree)
-        ]
-        if whole and not every:
-            talk.say(["no state_dict in it: these are all tensors, by their path"], quiet=quiet)
-        return None, whole
-    state = places.find(checkpoint, at)
-    tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
-    return state, tensors
-
-
-def _warn(checkpoint: Checkpoint) -> None:
-    verdict = safety.judge(checkpoint.globals)
-    if verdict.dangerous:
-        path = report.visible(checkpoint.path)
-        talk.warn([f"{path} would run code when loaded; nothing was executed"])
-        lines = surgery.evidence_lines(checkpoint, verdict)
-        talk.say(f"    {report.visible(line)}" for line in lines)
-
-
-def _summary(
-    checkpoint: Checkpoint, state: StateDict | None, entries: list[Entry], beside: list[str]
-) -> list[str]:
-    lines = [report.file_line(checkpoint, state, entries, beside)]
-    if state is not None:
-        others = len(state.entries) - len(
-            [v for v in state.entries.values() if isinstance(v, TENSORS)]
-        )
-        if others:
-            lines.append(f"{others} more entries of the state_dict are not tensors")
-        lines += [report.visible(note) for note in state.notes]
-        hint = report.prefix_line(checkpoint.path, list(state.entries))
-        lines += [hint] if hint else []
-    return lines + [report.visible(note) for note in checkpoint.notes]
+        talk.put(rows(found.entries))
+    talk.say(report.listing_lines(found, every=every), quiet=quiet)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptool import edits
-from ckptool.commands._options import Request, run, writes
+from ckptool.commands._options import PREFIX, Request, run, writes
 from ckptool.errors import EditError
 
 
@@ -13,7 +12,7 @@ from ckptool.errors import EditError
 @writes
 @click.option(
     "--prefix",
-    default=edits.DEFAULT_PREFIX,
+    default=PREFIX,
     show_default=True,
     help="What to take off; `auto` peels every known wrapper that all keys share.",
 )
@@ -29,6 +28,8 @@ def command(request: Request, prefix: str, every: bool, anywhere: bool) -> None:
 
     The prefix is taken off the start of a key, once. The rest of the file stays as it is.
     """
+    from ckptool import edits
+
     if prefix != "auto":
         run(request, [edits.strip_prefix(prefix, every=every, anywhere=anywhere)])
         return

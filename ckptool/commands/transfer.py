@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptool import report, talk, transfer
+from ckptool import talk
 from ckptool.commands._options import Request, patterns, tell, writes
 from ckptool.commands.convert import renaming
 
@@ -22,7 +22,7 @@ from ckptool.commands.convert import renaming
 @click.option(
     "--min-match",
     type=click.FloatRange(0, 1),
-    default=transfer.MIN_MATCH,
+    default=0.5,
     show_default=True,
     help="Share of the target's parameters that must be filled.",
 )
@@ -44,6 +44,8 @@ def command(
     Takes the state_dict out, peels wrapper prefixes, drops what is not wanted. Patterns are
     matched against the peeled keys.
     """
+    from ckptool import report, transfer
+
     steps = transfer.first_steps(
         [renaming(text) for text in rename], patterns(drop), patterns(keep)
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ckptool.checkpoint import readable
 from ckptool.fileio import Reader
+from ckptool.text import readable
 
 _TORCH_HINT = "this version of ckptool does not read it"
 # First bytes -> what they say, and what helps.

@@ -1,0 +1,61 @@
+"""Text for people: sizes, shapes, and what comes from a file made harmless to show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+_INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+SHOWN = 12  # names in a line of talk before "and N more"
+
+
+def visible(text: str) -> str:
+    """Escape control, escape and bidirectional characters, and what no encoding can hold."""
+    return _INVISIBLE.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    character = found[0]
+    code = ord(character)
+    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def readable(nbytes: int) -> str:
+    """Write a size as people read it: `36.8 KiB`."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    size = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TiB"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Write a shape as torch does: `[64, 3, 7, 7]`."""
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def listed(names: Iterable[str], limit: int = SHOWN) -> str:
+    """Write names in a line, the rest as a count."""
+    shown = [visible(name) for name in names]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Align columns; those in `right` to the right."""
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
