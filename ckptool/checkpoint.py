@@ -158,7 +158,10 @@ def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
     """
     if at is not None:
         return _named(checkpoint, at)
-    found = candidates(checkpoint.tree)
+    return _only(checkpoint, candidates(checkpoint.tree))
+
+
+def _only(checkpoint: Checkpoint, found: list[Candidate]) -> StateDict:
     if not found and items(checkpoint.tree) == []:
         return StateDict((), {}, attribute(checkpoint.tree, "_metadata"))
     if len(found) != 1:
@@ -166,10 +169,15 @@ def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
     return _state_dict(checkpoint, found[0].at)
 
 
-def find_or_none(checkpoint: Checkpoint) -> StateDict | None:
-    """Give the one state_dict, None where there is none or more than one."""
+def find_or_none(checkpoint: Checkpoint, *, several: bool = True) -> StateDict | None:
+    """Give the one state_dict, None where there is none.
+
+    Where there is more than one, None if `several` is allowed, else `AmbiguousStateDict`.
+    """
     found = candidates(checkpoint.tree)
-    return _state_dict(checkpoint, found[0].at) if len(found) == 1 else None
+    if not found or (several and len(found) > 1):
+        return None
+    return _only(checkpoint, found)
 
 
 def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDict:
@@ -361,6 +369,8 @@ def refuse_deep(tree: Node) -> None:
     stack = [iter((tree,))]
     while stack:
         for node in stack[-1]:
+            if type(node) is TensorInfo and node.origin is None:
+                continue
             if isinstance(node, _INNER) and id(node) not in seen:
                 seen.add(id(node))
                 stack.append(children(node))

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptool.crc import join_crc32
 from ckptool.errors import (
@@ -29,6 +29,9 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.tensor import Packing, Storage
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
 
 CHUNK = 1 << 20
 WORKERS = 2
@@ -48,10 +51,10 @@ class Reader:
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` from `start`; raises `Malformed` where the file ends before."""
-        data = bytearray(min(nbytes, max(0, self.nbytes - start)))
-        self.read_into(memoryview(data), start)
-        if len(data) != nbytes:
+        if start + nbytes > self.nbytes:
             raise Malformed("the file ends too early", path=self.path, offset=self.nbytes)
+        data = bytearray(nbytes)
+        self.read_into(memoryview(data), start)
         return bytes(data)
 
     def read_into(self, view: memoryview[int], start: int) -> None:

@@ -27,12 +27,16 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
 
     Raises `AmbiguousStateDict` where there are several candidates, `NoSuchKey` for a wrong `at`.
     """
-    if every or (at is None and not places.candidates(checkpoint.tree)):
+    state = None
+    if at is not None:
+        state = places.find(checkpoint, at)
+    elif not every:
+        state = places.find_or_none(checkpoint, several=False)
+    if state is None:
         whole = places.tensors(checkpoint.tree)
         return Listing(
             checkpoint, None, [(places.dotted(path) or ".", info) for path, info in whole], []
         )
-    state = places.find(checkpoint, at)
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     return Listing(checkpoint, state, tensors, places.beside(checkpoint.tree, state.at))
 

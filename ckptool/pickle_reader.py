@@ -120,12 +120,12 @@ class _Machine:
             self.opcode_at = position
             op = data[position]
             position += 1
-            if op == 0x71:  # BINPUT
-                memo[data[position]] = stack[-1]
-                position += 1
-            elif op == 0x72:  # LONG_BINPUT
+            if op == 0x72:  # LONG_BINPUT
                 memo[_U32(data, position)[0]] = stack[-1]
                 position += 4
+            elif op == 0x71:  # BINPUT
+                memo[data[position]] = stack[-1]
+                position += 1
             elif op == 0x4B:  # BININT1
                 stack.append(data[position])
                 position += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptool import checkpoint as places, edits, fileio, formats, safety
 from ckptool.checkpoint import Checkpoint, StateDict
@@ -20,6 +20,9 @@ from ckptool.formats import safetensors, torch_zip
 from ckptool.tensor import TENSORS, TensorInfo
 from ckptool.text import readable
 from ckptool.tree import Dict, Node
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
 
 MAX_EXPANSION = 4
 SMALL_OUTPUT = 1 << 20  # below this, growth is headers and alignment

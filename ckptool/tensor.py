@@ -147,12 +147,17 @@ def problem(info: TensorInfo) -> str:
         return f"has {len(shape)} sizes but {len(stride)} strides"
     if len(shape) > MAX_DIMENSIONS:
         return f"has {len(shape)} dimensions"
-    if info.storage_offset < 0 or any(number < 0 for number in (*shape, *stride)):
+    start = info.storage_offset
+    count, needed, lowest, widest = 1, 1, start, start
+    for size, step in zip(shape, stride, strict=True):
+        count *= size or 1
+        needed += (size - 1) * step
+        lowest, widest = min(lowest, size, step), max(widest, step)
+    if lowest < 0:
         return "has a negative size, stride or offset"
-    if max((info.storage_offset, *stride, prod(size or 1 for size in shape))) > MAX_COUNT:
+    if max(count, widest) > MAX_COUNT:
         return "has a size, stride or offset beyond 2^62"
-    needed = span(shape, stride)
-    end = info.dtype.nbytes(info.storage_offset + needed) if needed else 0
+    end = 0 if 0 in shape else info.dtype.nbytes(start + needed)
     if end > info.storage.nbytes:
         return f"needs {end} bytes of a storage of {info.storage.nbytes}"
     return ""

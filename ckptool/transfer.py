@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
@@ -16,6 +16,9 @@ from ckptool.fileio import Progress
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
 from ckptool.tree import Node
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
 
 MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptool.checkpoint import Checkpoint, refuse_deep
 from ckptool.errors import FormatError, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import _others, safetensors, torch_legacy, torch_zip
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
 
 HEAD = 4096
 

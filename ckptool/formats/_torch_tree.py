@@ -38,6 +38,7 @@ _WRAPPERS = {
     Global("torch.nn.parameter", "Parameter"),
     Global("torch.autograd.variable", "Variable"),
 }
+NOT_LAZY: frozenset[str] = frozenset()
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _PROTOCOL_0_ID = re.compile(
     r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
@@ -123,17 +124,14 @@ class TorchVocabulary(Vocabulary):
         callee = node.callee
         if not isinstance(callee, Global):
             return node
+        if callee.module == _UTILS and callee.name in _PLAIN_REBUILDS:
+            return _plain(callee.name, node.args, node, node.offset)
         if callee in _WRAPPERS:
             return _wrapped(node)
         if callee == _FROM_TYPE:
             return _from_type(node)
-        if callee.module == _UTILS:
-            if callee.name in _PLAIN_REBUILDS:
-                return _plain(callee.name, node.args, node, node.offset)
-            composite = _COMPOSITES.get(callee.name)
-            if composite is not None:
-                return composite(node) or node
-        return node
+        composite = _COMPOSITES.get(callee.name) if callee.module == _UTILS else None
+        return (composite(node) if composite else None) or node
 
     def built(self, node: Node, state: Node) -> Node | None:
         """Give an object its state; a tensor of 2017 becomes whole by it."""
@@ -178,8 +176,11 @@ def _sizes(node: Node) -> tuple[int, ...] | None:
     """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
     if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
         node = node.args[0]
-    if type(node) not in (tuple, list) or any(type(number) is not int for number in node):
+    if type(node) is not tuple and type(node) is not list:
         return None
+    for number in node:
+        if type(number) is not int:
+            return None
     return tuple(node)
 
 
@@ -201,7 +202,7 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
     view = storage if isinstance(storage, StorageView) else None
     if view is not None and type(start) is int:
         storage, start = view.storage, start + view.offset
-    shape, stride = (_sizes(node) for node in (*args[2:4], None, None)[:2])
+    shape, stride = (_sizes(args[2]), _sizes(args[3])) if len(args) > 3 else (None, None)
     if not isinstance(storage, Storage) or type(start) is not int:
         raise Malformed("a tensor without a storage", offset=offset)
     if shape is None or stride is None:
@@ -218,7 +219,7 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
         storage,
         start,
         requires_grad=bool(grad_at and len(args) > grad_at and args[grad_at] is True),
-        lazy=_lazy(metadata),
+        lazy=_lazy(metadata) if metadata is not None else NOT_LAZY,
         origin=None if _says_no_more(name, hooks, metadata) else origin,
     )
     wrong = problem(info) or _beyond_view(info, view)

@@ -189,27 +189,37 @@ def _data_start(
     header: int,
 ) -> int:
     """Read a local header, refuse it where it disagrees, and say where the data starts."""
-    shown = _text(name)
     if flags & (_ENCRYPTED | _PATCHED):
-        raise Unsupported(f"record {shown} is encrypted or a patch", path=reader.path)
+        raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
     if method not in (STORED, DEFLATED):
-        raise Unsupported(f"record {shown} has compression method {method}", path=reader.path)
+        raise Unsupported(f"record {_text(name)} has compression method {method}", path=reader.path)
     if header + _LOCAL.size + len(name) > reader.nbytes:
-        _fail(reader, f"the header of record {shown} lies beyond the end", header)
+        _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
     data = reader.read(header, _LOCAL.size + len(name))
     signature, _, here_flags, here_method, _, _, *sizes, name_size, extra_size = _LOCAL.unpack_from(
         data
     )
     if signature != b"PK\3\4" or name_size != len(name) or data[_LOCAL.size :] != name:
-        _fail(reader, f"the header of record {shown} is not where the directory says", header)
-    if here_method != method or here_flags & (_ENCRYPTED | _PATCHED):
-        _fail(reader, f"the two headers of record {shown} disagree", header)
-    for here, there, unknown in zip(sizes, central, (0, _BIG32, _BIG32), strict=True):
-        if here not in (there, unknown) and not (here == 0 and here_flags & _DESCRIPTOR):
-            _fail(reader, f"the two headers of record {shown} disagree", header)
+        _fail(reader, f"the header of record {_text(name)} is not where the directory says", header)
+    if (
+        here_method != method
+        or here_flags & (_ENCRYPTED | _PATCHED)
+        or not _sizes_agree(sizes, central, deferred=bool(here_flags & _DESCRIPTOR))
+    ):
+        _fail(reader, f"the two headers of record {_text(name)} disagree", header)
     if method == STORED and central[1] != central[2]:
-        _fail(reader, f"record {shown} is stored and has two sizes", header)
+        _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
     return int(header + _LOCAL.size + name_size + extra_size)
+
+
+def _sizes_agree(local: Sequence[int], central: Sequence[int], *, deferred: bool) -> bool:
+    """Compare CRC and sizes; a local header may defer them, or leave sizes to its zip64 field."""
+    if tuple(local) == central or (deferred and not any(local)):
+        return True
+    return all(
+        here in (there, unknown) or (here == 0 and deferred)
+        for here, there, unknown in zip(local, central, (0, _BIG32, _BIG32), strict=True)
+    )
 
 
 def _refuse_overlap(reader: Reader, members: Sequence[Member], directory: int) -> None:
