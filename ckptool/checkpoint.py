@@ -384,11 +384,11 @@ def refuse_deep(tree: Node) -> None:
 def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
     """Yield every tensor of a tree with its path, each container once."""
     seen: set[int] = set()
-    stack: list[tuple[Path, Iterator[tuple[str, Node]]]] = [((), iter([("", tree)]))]
+    stack: list[tuple[Path, Iterator[tuple[str | None, Node]]]] = [((), iter([(None, tree)]))]
     while stack:
         path, level = stack[-1]
         for name, node in level:
-            here = (*path, name) if name else path
+            here = path if name is None else (*path, name)
             if isinstance(node, TENSORS):
                 yield here, node
             elif isinstance(node, _CONTAINERS) and id(node) not in seen:
@@ -403,8 +403,8 @@ _CONTAINERS = (Dict, Object, Set, list, tuple)
 _INNER = (*_CONTAINERS, *TENSORS, PersistentId)
 
 
-def _members(node: Node) -> Iterator[tuple[str, Node]]:
-    """Yield what is inside a node with the name a user would write for it."""
+def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
+    """Yield what is inside a node with the name a user would write for it, None for no name."""
     match node:
         case Dict():
             for key, value in node.pairs:
@@ -419,19 +419,19 @@ def _members(node: Node) -> Iterator[tuple[str, Node]]:
             yield from _object_members(node)
 
 
-def _object_members(node: Object) -> Iterator[tuple[str, Node]]:
+def _object_members(node: Object) -> Iterator[tuple[str | None, Node]]:
     old = _python2_items(node)
     yield from ((_label(key), value) for key, value in old)
     if not old:
-        yield "", node.args
-    yield "", node.kwargs
+        yield None, node.args
+    yield None, node.kwargs
     for kind, payload in node.steps:
         if kind == "setitem":
             yield from ((_label(key), value) for key, value in payload)
         elif kind == "append":
             yield from ((str(index), value) for index, value in enumerate(payload))
         else:
-            yield "", payload
+            yield None, payload
 
 
 def _label(key: Node) -> str:

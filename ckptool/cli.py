@@ -11,14 +11,16 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import click
 
 from ckptool import __version__
-from ckptool.errors import CkptoolError, EditError
-from ckptool.talk import complain, say
+from ckptool.errors import CkptoolError, EditError, NoSuchFile, WriteError
+from ckptool.talk import complain, put, say, silence
+from ckptool.text import visible
 
 GROUPS = {
     "Look": ("keys",),
@@ -32,7 +34,7 @@ EXAMPLES = (
 BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
-TERMINATED = 143
+SIGNALLED = 128  # and the number of the signal
 
 
 class _Commands(click.Group):
@@ -97,7 +99,7 @@ class NoSuchCommand(EditError):
 def ckptool(ctx: click.Context, debug: bool) -> None:
     """ckptool: look into PyTorch checkpoints and edit them, without running what is in them."""
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        put([ctx.get_help()])
 
 
 def main(args: list[str] | None = None) -> int:
@@ -107,15 +109,13 @@ def main(args: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     # The tree of a checkpoint lives to the end: looking for garbage in it is time lost.
     gc.disable()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _terminated)
+    _prepare_streams()
+    _prepare_signals()
     try:
-        code = _run(arguments, debug)
-        sys.stdout.flush()
-        return code
+        return _run(arguments, debug)
     except BrokenPipeError:
-        return _pipe_closed()
+        silence()
+        return PIPE_CLOSED
 
 
 def entry() -> None:
@@ -123,15 +123,25 @@ def entry() -> None:
     sys.exit(main())
 
 
+def _prepare_streams() -> None:
+    """Escape what a stream cannot encode; give a stream that was closed (`>&-`) somewhere to go."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it lives as long as we do)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _prepare_signals() -> None:
+    """End in order, so that no temporary file stays, unless a signal is to be ignored (nohup)."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminated)
+
+
 def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
-
-
-def _pipe_closed() -> int:
-    """Let the interpreter flush to nowhere at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    return PIPE_CLOSED
+    raise SystemExit(SIGNALLED + number)
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -139,12 +149,11 @@ def _run(arguments: list[str], debug: bool) -> int:
         result: Any = ckptool.main(arguments, prog_name="ckptool", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except CkptoolError as error:
-        if debug:
-            raise
-        complain(error)
+        complain(_with_hint(error))
+        _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
-        say([_usage(error)])
+        say(_usage(error))
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -153,19 +162,49 @@ def _run(arguments: list[str], debug: bool) -> int:
         return INTERRUPTED
     except (BrokenPipeError, SystemExit):
         raise
+    except OSError as error:
+        complain(_of_system(error))
+        _trace(error, debug)
+        return WriteError.exit_code
     except Exception as error:
-        if debug:
-            raise
         say(
             [
-                f"error[bug]: {type(error).__name__}: {error}",
+                f"error[bug]: {type(error).__name__}: {visible(str(error))}",
                 "hint: this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where",
             ]
         )
+        _trace(error, debug)
         return BUG
 
 
-def _usage(error: click.UsageError) -> str:
+def _trace(error: BaseException, debug: bool) -> None:
+    if debug:
+        sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _of_system(error: OSError) -> WriteError:
+    """Tell what the system refused; with no file named, it was stdout (`> /dev/full`)."""
+    if error.filename is None:
+        silence()
+    reason = (error.strerror or str(error)).lower()
+    return WriteError(f"{error.filename or 'the standard output'} cannot be written: {reason}")
+
+
+def _usage(error: click.UsageError) -> list[str]:
     command = error.ctx.command_path if error.ctx else "ckptool"
-    message = error.format_message().rstrip(".")
-    return f"error[usage]: {message[:1].lower()}{message[1:]}\nhint: {command} --help"
+    first, *rest = error.format_message().rstrip(".").splitlines() or [""]
+    lines = [f"error[usage]: {first[:1].lower()}{first[1:]}", *rest]
+    return [*map(visible, lines), f"hint: {command} --help"]
+
+
+def _with_hint(error: CkptoolError) -> CkptoolError:
+    """Name a file beside the missing one that is spelled like it."""
+    if isinstance(error, NoSuchFile) and error.path and not error.hint:
+        from difflib import get_close_matches
+
+        folder, name = os.path.split(str(error.path))
+        with suppress(OSError, ValueError):
+            close = get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.7)
+            if close and close[0] != name:
+                error.hint = f"did you mean {os.path.join(folder, close[0])}?"
+    return error

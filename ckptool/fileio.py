@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -34,9 +35,11 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
 CHUNK = 1 << 20
+FLUSH_EVERY = 32 << 20
 WORKERS = 2
 
 Progress = Callable[[int], None]  # bytes copied since the last call
+Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
 
 
 class Reader:
@@ -238,9 +241,37 @@ class Readers:
                 reader.close()
 
 
-def run_jobs(jobs: list[Job], target: int | None, progress: Progress) -> None:
-    """Do all jobs on a few threads; the first error ends all and is raised."""
+class _WriteBack:
+    """Start the write-back of what was written while the rest is copied.
+
+    The flush at the end then finds little left to wait for. On dirty pages,
+    POSIX_FADV_DONTNEED starts write-back without waiting and drops nothing (Linux, mm/fadvise.c).
+    """
+
+    def __init__(self, target: int, *, wanted: bool) -> None:
+        self._target = target
+        self._next = FLUSH_EVERY if wanted and hasattr(os, "posix_fadvise") else None
+        self._lock = threading.Lock()
+
+    def reached(self, position: int) -> None:
+        """Note that bytes up to about `position` are written; a window behind it is flushed."""
+        if self._next is None or position < self._next:
+            return
+        with self._lock:
+            start = max(0, self._next - 2 * FLUSH_EVERY)
+            self._next = position + FLUSH_EVERY
+        os.posix_fadvise(self._target, start, position - start, os.POSIX_FADV_DONTNEED)
+
+
+def run_jobs(
+    jobs: list[Job], target: int | None, progress: Progress, *, sync: bool = False
+) -> None:
+    """Do all jobs on a few threads; the first error ends all and is raised.
+
+    With `sync` the output will be flushed: its write-back starts early.
+    """
     readers = Readers()
+    write_back = _WriteBack(-1 if target is None else target, wanted=sync and target is not None)
     tasks = _tasks(jobs)
     lock = threading.Lock()
     errors: list[BaseException] = []
@@ -254,6 +285,8 @@ def run_jobs(jobs: list[Job], target: int | None, progress: Progress) -> None:
                 return
             try:
                 progress(_do(task, readers, target, buffer))
+                job, start, nbytes = task
+                write_back.reached((job.target or 0) + start + nbytes)
             except BaseException as error:
                 errors.append(error)
 
@@ -418,12 +451,12 @@ def refuse_full(target: Target, nbytes: int) -> None:
         )
 
 
-def write_layout(fd: int, layout: Layout, progress: Progress) -> None:
-    """Write a planned file through an open descriptor."""
+def write_layout(fd: int, layout: Layout, progress: Progress, *, sync: bool = False) -> None:
+    """Write a planned file through an open descriptor; `sync` says that it will be flushed."""
     os.ftruncate(fd, layout.nbytes)
     for offset, data in layout.literals:
         write_at(fd, data, offset)
-    run_jobs(layout.jobs, fd, progress)
+    run_jobs(layout.jobs, fd, progress, sync=sync)
     for offset, data in layout.finish():
         write_at(fd, data, offset)
 
@@ -497,3 +530,112 @@ def _publish_new(temporary: str, path: str) -> None:
         if os.path.exists(path):
             raise OutputExists(f"{path} exists", hint="use --force") from None
         os.rename(temporary, path)
+
+
+WINDOWS = os.name == "nt"
+
+
+@dataclass(slots=True)
+class Part:
+    """The growing part of a target, which a later run may go on with.
+
+    `kept` says whether it stays when this run fails. What a later run must know of it lies beside
+    it, in `record`.
+    """
+
+    fd: int
+    path: str
+    kept: bool = False
+
+    @property
+    def record(self) -> str:
+        """Name the file beside the part."""
+        return f"{self.path}.json"
+
+    def note(self, text: str) -> None:
+        """Write the record."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        fd = os.open(self.record, flags, 0o666)
+        try:
+            write_at(fd, text.encode(), 0)
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove the part and its record."""
+        for path in (self.path, self.record):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def close(self) -> None:
+        """Close the part, and give up its lock."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@contextmanager
+def part_output(path: str, target: Target) -> Iterator[Part | None]:
+    """Open the part of a target for this process alone; publish it when the block ends well.
+
+    Yields None where another process has it. Whatever fails, the target stays as it was. The lock
+    is held until the part is gone, so that nobody grows a file that is published already.
+    Raises `NoSpace`, `OutputExists` or `WriteError`.
+    """
+    try:
+        part = _open_alone(path)
+        if part is None:
+            yield None
+            return
+        try:
+            yield part
+            part.kept = False
+            _finish(part.fd, target)
+            if WINDOWS:  # where an open file can be neither renamed nor removed
+                part.close()
+            _publish(path, target)
+        finally:
+            if WINDOWS:
+                part.close()
+            if not part.kept:
+                part.remove()
+            part.close()
+    except OSError as error:
+        raise _write_error(error, target) from error
+
+
+def _open_alone(path: str) -> Part | None:
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    while True:
+        part = Part(os.open(path, flags, 0o666), path)
+        try:
+            if not stat.S_ISREG(os.fstat(part.fd).st_mode):
+                raise FileExistsError(errno.EEXIST, f"{path} is not a regular file")
+            if not _locked(part.fd):
+                part.close()
+                return None
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(part.fd)):
+                return part
+        except BaseException:
+            part.close()
+            raise
+        part.close()  # published or removed by another process between the open and the lock
+
+
+def _locked(fd: int) -> bool:
+    """Lock a file without waiting; a file system that knows no locks is taken as it is."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(fd, 1 << 40, os.SEEK_SET)  # beyond the data: a locked byte cannot be read
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True

@@ -199,7 +199,7 @@ def counts_line(result: Rewrite) -> str:
 
 
 def rewrite_lines(result: Rewrite, *, bare: bool) -> list[str]:
-    """Say what a rewrite did, for people."""
+    """Say what a rewrite changed and left behind, for people."""
     lines = []
     if bare and result.at:
         behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
@@ -208,13 +208,15 @@ def rewrite_lines(result: Rewrite, *, bare: bool) -> list[str]:
         lines.append(f"left behind {listed(result.not_carried)}")
     lines += _stripped_line(result)
     lines += _dropped_lines(result)
-    lines += [visible(note) for note in result.notes]
-    if not result.dry_run:
-        lines.append(
-            f"{visible(result.target)}: {result.written} tensors, {readable(result.tensor_nbytes)}"
-        )
-    lines.append(counts_line(result))
-    return lines
+    return lines + [visible(note) for note in result.notes]
+
+
+def written_lines(result: Rewrite) -> list[str]:
+    """Say what was written, and count."""
+    if result.dry_run:
+        return [counts_line(result)]
+    size = f"{result.written} tensors, {readable(result.tensor_nbytes)}"
+    return [f"{visible(result.target)}: {size}", counts_line(result)]
 
 
 def _stripped_line(result: Rewrite) -> list[str]:

@@ -15,7 +15,7 @@ from ckptool import checkpoint as places, edits, fileio, formats, safety
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.edits import Edit, KeyMap
 from ckptool.errors import EditError, NotRepresentable, UnsafePickle, WriteError
-from ckptool.fileio import Layout, Progress, Target
+from ckptool.fileio import Begin, Layout, Progress, Target
 from ckptool.formats import safetensors, torch_zip
 from ckptool.tensor import TENSORS, TensorInfo
 from ckptool.text import readable
@@ -104,8 +104,9 @@ class _Plan:
     added: int = 0
 
 
-def no_progress(nbytes: int) -> None:
+def no_progress(total: int) -> Progress:
     """Draw nothing."""
+    return lambda nbytes: None
 
 
 def rewrite(
@@ -116,7 +117,7 @@ def rewrite(
     bare: bool = False,
     unwrap: bool = False,
     options: Options | None = None,
-    progress: Progress = no_progress,
+    progress: Begin = no_progress,
     opened: Checkpoint | None = None,
     added: Mapping[str, Node] | None = None,
     order: Sequence[str] = (),
@@ -145,7 +146,7 @@ def rewrite(
     result = _result(plan, str(target), layout, place, options)
     if not options.dry_run:
         fileio.refuse_full(place, layout.nbytes)
-        _write(place, layout, plan, progress)
+        _write(place, layout, plan, progress(layout.job_nbytes))
     return result
 
 
@@ -448,7 +449,7 @@ def _result(
 
 def _write(place: Target, layout: Layout, plan: _Plan, progress: Progress) -> None:
     with fileio.atomic_output(place) as (fd, temporary):
-        fileio.write_layout(fd, layout, progress)
+        fileio.write_layout(fd, layout, progress, sync=place.sync)
         _verify(temporary, layout, plan)
 
 

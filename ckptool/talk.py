@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from shutil import get_terminal_size
 from types import TracebackType
 from typing import Any
 
@@ -23,14 +25,21 @@ def say(lines: Iterable[str], *, quiet: bool = False) -> None:
     """Write lines of talk to stderr."""
     if not quiet:
         text = "".join(f"{line}\n" for line in lines)
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        with suppress(OSError):  # nobody listens: the work goes on
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def put(lines: Sequence[str]) -> None:
     """Write lines of data to stdout."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
+
+
+def silence() -> None:
+    """Send what is left of stdout nowhere, so that flushing it at the end fails no more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 def on_terminal() -> bool:
@@ -64,14 +73,20 @@ def warn(lines: Iterable[str]) -> None:
 class Progress:
     """A bar on a terminal once a job takes longer than a second, plain lines elsewhere."""
 
-    def __init__(self, what: str, total: int, *, quiet: bool) -> None:
+    def __init__(self, what: str, *, quiet: bool) -> None:
         self._what = visible(os.path.basename(what))
-        self._total = total
+        self._total = 0
         self._quiet = quiet
         self._done = 0
         self._bar: Any = None
         self._lock = threading.Lock()
         self._started = self._said = time.monotonic()
+
+    def begin(self, total: int) -> Progress:
+        """Start to count towards so many bytes."""
+        self._total = total
+        self._started = self._said = time.monotonic()
+        return self
 
     def __call__(self, nbytes: int) -> None:
         """Count bytes; may be called from any thread."""
@@ -95,8 +110,13 @@ class Progress:
                 unit_divisor=1024,
                 ascii=True,
                 leave=False,
+                # tqdm draws nothing where a terminal does not know its width.
+                ncols=get_terminal_size().columns,
             )
-            self._bar.start_t = self._bar.last_print_t = self._started
+            passed = time.monotonic() - self._started
+            self._bar.start_t -= passed
+            self._bar.last_print_t -= passed
+            self._bar.refresh()
         elif time.monotonic() - self._said > LINE_EVERY:
             self._said = time.monotonic()
             speed = readable(int(self._done / (self._said - self._started)))

@@ -12,7 +12,7 @@ from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
 from ckptool.edits import Edit
 from ckptool.errors import PoorFit
-from ckptool.fileio import Progress
+from ckptool.fileio import Begin
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
 from ckptool.tree import Node
@@ -121,7 +121,7 @@ def transfer(
     steps: Sequence[Edit] = (),
     min_match: float = MIN_MATCH,
     options: Options | None = None,
-    progress: Progress = surgery.no_progress,
+    progress: Begin = surgery.no_progress,
     fill: Missing | None = None,
 ) -> tuple[Rewrite, Fit | None]:
     """Write the bare state_dict with what fits the target alone.

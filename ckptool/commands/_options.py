@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +22,30 @@ if TYPE_CHECKING:
 
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
+
+
+class Command(click.Command):
+    """A command whose help starts with its examples: the second paragraph of its docstring."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write examples, usage, what the command does, options."""
+        examples = self._paragraphs()[1].removeprefix("\b\n")
+        with formatter.section("Examples"):
+            for line in examples.splitlines():
+                formatter.write(f"{' ' * formatter.current_indent}{line}\n")
+        formatter.write_paragraph()
+        super().format_help(ctx, formatter)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help without the examples, which stand above."""
+        first, _, *rest = self._paragraphs()
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text("\n\n".join([first, *rest]))
+
+    def _paragraphs(self) -> list[str]:
+        return cleandoc(self.help or "").split("\n\n")
+
 
 _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.argument("source", metavar="IN"),
@@ -102,7 +127,7 @@ def run(
     from ckptool import surgery
 
     name = request.target or request.source
-    with talk.Progress(name, 0, quiet=request.quiet) as progress:
+    with talk.Progress(name, quiet=request.quiet) as progress:
         result = surgery.rewrite(
             request.source,
             request.target,
@@ -110,9 +135,11 @@ def run(
             bare=bare,
             unwrap=unwrap,
             options=request.options,
-            progress=progress,
+            progress=progress.begin,
         )
-    tell(request, result, bare=bare or result.container == "safetensors")
+    already = bare and result.at == ()
+    more = ["the state_dict is bare already: nothing to unwrap"] if already else []
+    tell(request, result, bare=bare or result.container == "safetensors", more=more)
 
 
 def tell(
@@ -132,8 +159,9 @@ def tell(
         talk.put([report.document(schema, **report.rewrite_fields(result), **(fields or {}))])
     elif result.dry_run:
         talk.put(report.plan_lines(result))
-    lines = report.rewrite_lines(result, bare=bare)
-    talk.say([*lines[:-2], *more, *lines[-2:]], quiet=request.quiet)
+    what, counts = report.rewrite_lines(result, bare=bare), report.written_lines(result)
+    planned = result.dry_run and not request.as_json  # the plan counts too
+    talk.say([*what, *more, *([] if planned else counts)], quiet=request.quiet)
 
 
 def patterns(given: Sequence[str]) -> list[str]:

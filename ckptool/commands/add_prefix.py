@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ckptool.commands._options import PREFIX, Request, run, writes
+from ckptool.commands._options import PREFIX, Command, Request, run, writes
 
 
-@click.command("add-prefix")
+@click.command("add-prefix", cls=Command)
 @writes
 @click.option("--prefix", default=PREFIX, show_default=True, help="What to put before keys.")
 def command(request: Request, prefix: str) -> None:

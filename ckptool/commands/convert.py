@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptool.commands._options import Request, patterns, run, writes
+from ckptool.commands._options import Command, Request, patterns, run, writes
 from ckptool.errors import EditError
 
 if TYPE_CHECKING:
     from ckptool.edits import Edit
 
 
-class _InOrder(click.Command):
+class _InOrder(Command):
     """A command that knows in which order its options stood."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import click
 
 from ckptool import talk
-from ckptool.commands._options import patterns
+from ckptool.commands._options import Command, patterns
 
 
-@click.command("keys")
+@click.command("keys", cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Every tensor of the file, by its path.")
@@ -51,6 +51,8 @@ def command(
     """
     from ckptool import formats, listing, report
 
+    if depth and not tree:
+        raise click.UsageError("--depth goes with --tree", click.get_current_context())
     checkpoint = formats.read(file)
     found = listing.chosen(listing.listing(checkpoint, at, every=every), patterns(select), sort)
     warning, *evidence = report.danger_lines(checkpoint) or [""]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ckptool.commands._options import PREFIX, Request, run, writes
+from ckptool.commands._options import PREFIX, Command, Request, run, writes
 from ckptool.errors import EditError
 
 
-@click.command("strip-prefix")
+@click.command("strip-prefix", cls=Command)
 @writes
 @click.option(
     "--prefix",

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from ckptool import talk
-from ckptool.commands._options import Request, patterns, tell, writes
+from ckptool.commands._options import Command, Request, patterns, tell, writes
 from ckptool.commands.convert import renaming
 
 
-@click.command("transfer")
+@click.command("transfer", cls=Command)
 @writes
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave keys out.")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Leave all other keys out.")
@@ -51,7 +51,7 @@ def command(
     )
     target = transfer.reference_of_file(like, like_at) if like else None
     name = request.target or request.source
-    with talk.Progress(name, 0, quiet=request.quiet) as progress:
+    with talk.Progress(name, quiet=request.quiet) as progress:
         result, fit = transfer.transfer(
             request.source,
             request.target,
@@ -59,7 +59,7 @@ def command(
             steps=steps,
             min_match=min_match,
             options=request.options,
-            progress=progress,
+            progress=progress.begin,
         )
     more = report.fit_lines(fit) if fit else []
     fields = report.fit_fields(fit) if fit else NO_FIT

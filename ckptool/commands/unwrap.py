@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ckptool.commands._options import Request, run, writes
+from ckptool.commands._options import Command, Request, run, writes
 
 
-@click.command("unwrap")
+@click.command("unwrap", cls=Command)
 @writes
 def command(request: Request) -> None:
     """Take the state_dict out of a training checkpoint.

@@ -1,0 +1,225 @@
+"""What a model is run on: seeded random tensors, a picture, or a folder of pictures by class.
+
+Inputs are made on the CPU, so that they are the same whatever the device. Pictures go through the
+transforms of torchvision's weights for the model, or through ImageNet's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ckptool.errors import BadInput, MissingExtra
+from ckptool.model import libraries, zoo
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision has them
+DEFAULT_SHAPE = (1, 3, 224, 224)
+VOCABULARY = 100  # random integers stay below: any table of tokens is longer
+_SHAPE = re.compile(r"(\d+(?:[,x]\d+)*)(?::(\w+))?")
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+DTYPES = {"float": "float32", "half": "float16", "double": "float64", **{n: n for n in _FLOATS}}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to run a model on; `shapes` are `1,3,224,224`, or `1,16:int64` for whole numbers."""
+
+    shapes: Sequence[str] = ()
+    batch_size: int | None = None
+    picture: str | None = None
+    folder: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Positional arguments of one forward pass, on the CPU; the true classes where known."""
+
+    arguments: tuple[Any, ...]
+    labels: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Batches, what they are in words, and the names of classes where they are known.
+
+    `source` gives the batches anew each time; `kind` is `random`, `picture` or `folder`.
+    """
+
+    kind: str
+    what: str
+    count: int
+    source: Any
+    classes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.source())
+
+    def first(self) -> Batch:
+        """Give the first batch."""
+        return next(iter(self))
+
+
+def make(spec: str, options: Options) -> Inputs:
+    """Make what was asked for; raises `BadInput` for what cannot be."""
+    if options.batch_size is not None and options.batch_size < 1:
+        raise BadInput("a batch has at least one element")
+    chosen = [bool(options.shapes), options.picture is not None, options.folder is not None]
+    if sum(chosen) > 1:
+        raise BadInput("--input-shape, --input and --data exclude each other")
+    if options.picture is not None:
+        return _picture(spec, options.picture, options.batch_size or 1)
+    if options.folder is not None:
+        return _folder(spec, options.folder, options.batch_size or 32)
+    return _random(spec, options)
+
+
+def dtype(name: str | None) -> Any:
+    """Give the torch dtype of a name, None for None."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise BadInput(f"`{name}` is no dtype to run a model in", hint=", ".join(DTYPES))
+    return getattr(libraries.torch(), DTYPES[name])
+
+
+# Random.
+
+
+def _random(spec: str, options: Options) -> Inputs:
+    asked = [_shape(text) for text in options.shapes] or [(default_shape(spec), "")]
+    if options.batch_size is not None:
+        asked = [((options.batch_size, *sizes[1:]), kind) for sizes, kind in asked]
+    torch = libraries.torch()
+    generator = torch.Generator().manual_seed(options.seed)
+    made = tuple(_drawn(torch, generator, sizes, kind) for sizes, kind in asked)
+    what = ", ".join(str(list(sizes)) + (f" {kind}" if kind else "") for sizes, kind in asked)
+    return Inputs("random", f"random {what}, seed {options.seed}", 1, lambda: [Batch(made)])
+
+
+def _shape(text: str) -> tuple[tuple[int, ...], str]:
+    found = _SHAPE.fullmatch(text.replace(" ", ""))
+    if not found:
+        raise BadInput(f"`{text}` is no shape", hint="--input-shape 1,3,224,224, or 1,16:int64")
+    return tuple(int(size) for size in re.split("[,x]", found[1])), found[2] or ""
+
+
+def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any:
+    dtype = getattr(torch, DTYPES.get(kind, kind), None) if kind else torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise BadInput(f"`{kind}` is no dtype", hint="--input-shape 1,16:int64")
+    try:
+        if dtype.is_floating_point:
+            return torch.randn(sizes, generator=generator).to(dtype)
+        high = 2 if dtype is torch.bool else VOCABULARY
+        return torch.randint(high, sizes, generator=generator).to(dtype)
+    except (RuntimeError, MemoryError) as error:
+        raise BadInput(f"no input of shape {list(sizes)} can be made here") from error
+
+
+def default_shape(spec: str) -> tuple[int, ...]:
+    """Give the shape that a model was trained on, where torchvision's registry says it."""
+    crop = getattr(_transforms(spec), "crop_size", None)
+    if not crop:
+        return DEFAULT_SHAPE
+    size = (crop[0], crop[-1])
+    is_video = "video" in libraries.torchvision().models.get_model_builder(spec).__module__
+    return (1, 3, 16, *size) if is_video else (1, 3, *size)
+
+
+def _weights(spec: str) -> Any:
+    name = zoo.registered(spec)
+    if name is None:
+        return None
+    try:
+        found = list(libraries.torchvision().models.get_model_weights(name))
+    except ValueError:  # a model without weights
+        return None
+    return found[-1] if found else None
+
+
+def _transforms(spec: str) -> Any:
+    weights = _weights(spec)
+    return weights.transforms() if weights is not None else None
+
+
+# Pictures.
+
+
+def _prepared(spec: str) -> Any:
+    """Give the transforms that make a model's input of a picture."""
+    from_weights = _transforms(spec)
+    if from_weights is not None:
+        return from_weights
+    libraries.torchvision()
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _classes(spec: str) -> tuple[str, ...]:
+    weights = _weights(spec)
+    if weights is None:
+        weights = libraries.torchvision().models.ResNet18_Weights.IMAGENET1K_V1
+    return tuple(weights.meta.get("categories") or ())
+
+
+def _opened(path: str) -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        reason = "a picture needs pillow, which is not installed"
+        raise MissingExtra(reason, hint="pip install pillow") from error
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path} is no picture that can be read: {zoo.last_line(error)}") from error
+
+
+def _picture(spec: str, path: str, batch_size: int) -> Inputs:
+    tensor = _prepared(spec)(_opened(path))
+    batch = tensor.unsqueeze(0).expand(batch_size, *tensor.shape).contiguous()
+    what = f"{os.path.basename(path)} as {list(batch.shape)}"
+    return Inputs("picture", what, 1, lambda: [Batch((batch,))], _classes(spec))
+
+
+def _folder(spec: str, path: str, batch_size: int) -> Inputs:
+    libraries.torchvision()
+    from torchvision.datasets import ImageFolder
+
+    try:
+        pictures = ImageFolder(path, transform=_prepared(spec), loader=_opened)
+    except (OSError, RuntimeError) as error:
+        raise BadInput(
+            f"{path} holds no pictures by class: {zoo.last_line(error)}",
+            hint="a folder of folders, one for each class, with pictures in them",
+        ) from error
+    count = -(-len(pictures) // batch_size)
+    what = f"{len(pictures)} pictures of {len(pictures.classes)} classes in {path}"
+    batches = partial(_batches, pictures, batch_size)
+    return Inputs("folder", what, count, batches, tuple(pictures.classes))
+
+
+def _batches(pictures: Any, batch_size: int) -> Iterator[Batch]:
+    torch = libraries.torch()
+    for start in range(0, len(pictures), batch_size):
+        rows = [pictures[index] for index in range(start, min(start + batch_size, len(pictures)))]
+        sizes = {tuple(picture.shape) for picture, _ in rows}
+        if len(sizes) > 1:
+            raise BadInput(f"the pictures have different sizes: {sorted(sizes)[:2]}")
+        yield Batch(
+            (torch.stack([picture for picture, _ in rows]),),
+            torch.tensor([label for _, label in rows]),
+        )

@@ -1,0 +1,279 @@
+"""Checkpoints as real torch tensors, through ckptool's own reader: nothing is unpickled.
+
+`load_matching` does what `load_state_dict(strict=False)` should have done. That one ignores
+missing and unexpected keys without a word, loads nothing at all when every key has a prefix, and
+still refuses a tensor of another shape (torch/nn/modules/module.py, `load_state_dict`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptool import checkpoint as places
+from ckptool import edits, formats
+from ckptool.checkpoint import Checkpoint, StateDict
+from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
+from ckptool.fileio import Copy, run_jobs
+from ckptool.model import libraries
+from ckptool.model.devices import is_out_of_memory, memory_of
+from ckptool.model.revive import Reviver
+from ckptool.tensor import Storage
+from ckptool.tree import children
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A state_dict of real tensors, where it sat, and what could not be made of the file.
+
+    `left_out` gives the reason for each key whose value is neither a tensor nor plain.
+    """
+
+    state_dict: OrderedDict[str, Any]
+    at: tuple[str, ...]
+    left_out: dict[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A key whose shapes differ: in the file, and in the model."""
+
+    key: str
+    here: tuple[int, ...] | None
+    there: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """What `load_matching` loaded, by the names of the bare model, and what it did not.
+
+    `missing` are keys of the model that the file does not fill; one that is tied to a filled one
+    stands in `tied` instead. `filled` is the share of the model's parameter elements that were
+    loaded. `left_out` gives the reason for each entry that is neither a tensor nor plain;
+    `wrappers` are the prefixes taken off the file's keys.
+    """
+
+    matched: tuple[str, ...]
+    mismatched: tuple[Mismatch, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    dropped: tuple[str, ...]
+    tied: tuple[str, ...]
+    filled: float
+    left_out: dict[str, str]
+    wrappers: tuple[str, ...]
+    at: tuple[str, ...]
+
+
+def load_state_dict(
+    path: str | Path, device: str = "cpu", at: str | None = None, *, check: bool = False
+) -> OrderedDict[str, Any]:
+    """Load a state_dict as torch tensors, mapped from the file where that is possible.
+
+    Takes any container that ckptool reads; `at` chooses among several state_dicts. `check` reads
+    every byte once and compares the checksums that the file records. A value that is neither a
+    tensor nor plain is left out, with a warning that names it.
+    """
+    loaded = load(formats.read(path), device, at, check=check)
+    for key, reason in loaded.left_out.items():
+        warnings.warn(f"{path}: left out {key}: {reason}", stacklevel=2)
+    return loaded.state_dict
+
+
+def load(
+    checkpoint: Checkpoint, device: str = "cpu", at: str | None = None, *, check: bool = False
+) -> Loaded:
+    """Load the state_dict of a checkpoint that has been read."""
+    state = places.find(checkpoint, at)
+    if check:
+        check_sums(state)
+    values: OrderedDict[str, Any] = OrderedDict()
+    left_out = {}
+    with on_device(device):
+        revive = Reviver(checkpoint.path, device)
+        for key, node in state.entries.items():
+            try:
+                values[key] = revive(node)
+            except Unsupported as error:
+                left_out[key] = error.message
+        if state.metadata is not None:
+            values._metadata = revive(state.metadata)  # type: ignore[attr-defined]
+    return Loaded(values, state.at, left_out, (*checkpoint.notes, *state.notes))
+
+
+def check_sums(state: StateDict) -> None:
+    """Read the state_dict's storages and compare the checksums that the file records."""
+    storages: dict[Storage, None] = {}
+    seen: set[int] = set()
+    stack = list(state.entries.values())
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Storage):
+            storages[node] = None
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack += [node.storage] if hasattr(node, "storage") else children(node)
+    run_jobs([Copy(storage, None) for storage in storages], None, lambda nbytes: None)
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Turn what a device that is absent or full raises into our errors."""
+    torch = libraries.torch()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise NoDevice(f"there is no device `{device}` here: {first}") from error
+    with memory_of(device):
+        yield
+
+
+# Into a model.
+
+
+def shape(value: Any) -> tuple[int, ...] | None:
+    """Give the shape of a tensor, None for another value or a parameter still to be made."""
+    try:
+        return tuple(value.shape)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def ties(model: Any) -> dict[str, tuple[str, ...]]:
+    """Say of each key of a model which keys are the same parameter or buffer, itself included."""
+    groups: dict[int, list[str]] = {}
+    for pairs in (model.named_parameters, model.named_buffers):
+        for key, tensor in pairs(remove_duplicate=False):
+            groups.setdefault(id(tensor), []).append(key)
+    return {key: tuple(keys) for keys in groups.values() for key in keys}
+
+
+def mismatches(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Mismatch]:
+    """List the keys that both have, with different shapes."""
+    found = {}
+    for key in given:
+        if key in wanted:
+            here, there = shape(given[key]), shape(wanted[key])
+            if here != there and not is_lazy(wanted[key]):
+                found[key] = Mismatch(key, here, there)
+    return found
+
+
+def is_lazy(value: Any) -> bool:
+    """Tell whether a parameter takes its shape from what is loaded."""
+    return type(value).__name__ in ("UninitializedParameter", "UninitializedBuffer")
+
+
+def load_matching(
+    model: Any, path: str | Path, drop: Sequence[str] = (), at: str | None = None
+) -> Matching:
+    """Load into a model all that fits it, and say what did and what did not.
+
+    Wrapper prefixes that all keys share (`module.`, `_orig_mod.` ...) are taken off the file's
+    side; the model may be wrapped itself. `drop` takes patterns as `--drop` does, over the keys
+    without prefix. Tensors of another shape are not loaded, they are listed.
+    """
+    refuse_meta(model)
+    checkpoint = formats.read(path)
+    loaded = load(checkpoint, "cpu", at)
+    keys = list(loaded.state_dict)
+    target = model.state_dict()
+    outer = "".join(edits.peeled(list(target)))
+    steps = [edits.strip_wrappers(required=False), *([edits.drop(drop)] if drop else [])]
+    state, key_map = rekeyed(loaded.state_dict, steps, outer)
+    unfit = mismatches(target, state)
+    for key in unfit:
+        del state[key]
+    absent, unexpected = into(model, state)
+    tied = tied_to(model, absent, state)
+    matched = [key for key in state if key not in set(unexpected)]
+
+    def bare(keys: Iterable[str]) -> tuple[str, ...]:
+        return tuple(key.removeprefix(outer) for key in keys)
+
+    return Matching(
+        matched=bare(matched),
+        mismatched=tuple(
+            Mismatch(key.removeprefix(outer), each.here, each.there) for key, each in unfit.items()
+        ),
+        missing=bare(key for key in absent if key not in unfit and key not in tied),
+        unexpected=bare(unexpected),
+        dropped=tuple(key_map.dropped),
+        tied=bare(tied),
+        filled=filled(model, matched),
+        left_out=loaded.left_out,
+        wrappers=tuple(edits.peeled(keys)),
+        at=loaded.at,
+    )
+
+
+def refuse_meta(model: Any) -> None:
+    """Raise `BadInput` for a model without memory: torch would load into it, and do nothing."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BadInput(
+            "the model is on the meta device and can hold no values",
+            hint="model.to_empty(device='cpu') first, or build it without the meta device",
+        )
+
+
+def rekeyed(
+    state_dict: Mapping[str, Any], steps: Sequence[edits.Edit], prefix: str = ""
+) -> tuple[OrderedDict[str, Any], edits.KeyMap]:
+    """Apply edits and then a prefix to the keys of a loaded state_dict and its `_metadata`.
+
+    The prefix may be an empty text. The key map is that of the edits alone.
+    """
+    keys = list(state_dict)
+    key_map, _ = edits.apply(steps, keys)
+    whole, edit = edits.apply([*steps, edits.add_prefix(prefix)] if prefix else steps, keys)
+    moved = OrderedDict((new, state_dict[old]) for old, new in whole.pairs if new is not None)
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        paths = edits.rekey_modules(list(metadata), whole, edit)
+        fresh = {"version": 1}
+        moved._metadata = OrderedDict(  # type: ignore[attr-defined]
+            (new, fresh if old is None else metadata[old]) for old, new in paths
+        )
+    return moved, key_map
+
+
+def into(model: Any, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Load a state_dict whose shapes fit; give the missing and the unexpected keys.
+
+    Raises `DoesNotLoad` for what torch refuses beyond that.
+    """
+    try:
+        found = model.load_state_dict(state, strict=False)
+    except Exception as error:  # a module's own `_load_from_state_dict` may raise anything
+        if is_out_of_memory(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise DoesNotLoad(
+            f"{type(model).__name__} does not take the state_dict", evidence=lines[-5:]
+        ) from error
+    return list(found.missing_keys), list(found.unexpected_keys)
+
+
+def tied_to(model: Any, missing: Sequence[str], state: Mapping[str, Any]) -> list[str]:
+    """List the missing keys that the model ties to a key that was loaded."""
+    groups = ties(model)
+    return [key for key in missing if any(other in state for other in groups.get(key, ()))]
+
+
+def filled(model: Any, loaded: Sequence[str]) -> float:
+    """Give the share of a model's parameter elements that were loaded; 1 if it has none."""
+    known = set(loaded)
+    groups = ties(model)
+    total = have = 0
+    for key, parameter in model.named_parameters():
+        count = 0 if is_lazy(parameter) else parameter.numel()
+        total += count
+        have += count if any(each in known for each in groups[key]) else 0
+    return have / total if total else 1.0

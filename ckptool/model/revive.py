@@ -1,0 +1,275 @@
+"""Nodes of the inert tree -> plain Python values and real torch tensors; nothing is unpickled.
+
+A file is mapped once, privately, and its storages are slices of that map, as
+`torch.load(mmap=True)` does it (torch/serialization.py, `_load`): equal storages stay one storage,
+writing to a tensor never reaches the file, and bytes are read when they are first used. What
+cannot be mapped is copied: deflated records, foreign byte orders, storages at odd offsets.
+
+Names are only ever compared with the tables here. What stands in none of them is not revived.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+from typing import Any
+
+from ckptool.checkpoint import items
+from ckptool.dtype import BY_TORCH_NAME, DType
+from ckptool.errors import CkptoolError, Malformed, Unsupported
+from ckptool.fileio import Reader, unpacked
+from ckptool.model import libraries
+from ckptool.tensor import CompositeTensor, Packing, Storage, TensorInfo, needs_swap
+from ckptool.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
+
+_UTILS = "torch._utils"
+_PARAMETERS = {
+    Global(_UTILS, "_rebuild_parameter"),
+    Global(_UTILS, "_rebuild_parameter_with_state"),
+    Global("torch.nn.parameter", "Parameter"),
+}
+_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_WITH_STATE = {_FROM_TYPE, Global(_UTILS, "_rebuild_parameter_with_state")}
+_QTENSOR = Global(_UTILS, "_rebuild_qtensor")
+_SCHEMES = frozenset(
+    "per_tensor_affine per_tensor_symmetric per_channel_affine per_channel_symmetric "
+    "per_channel_affine_float_qparams".split()
+)
+_COMPRESSED = ("sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
+_UNFINISHED = object()
+_KEYS = (str, int, float, bytes, bool, type(None))
+
+
+class Reviver:
+    """Make values of one file's nodes; tensors that share a storage there share it here."""
+
+    def __init__(self, path: str, device: str = "cpu") -> None:
+        self._torch: Any = libraries.torch()
+        self._path = path
+        self._device = self._torch.device(device)
+        self._map: Any = None
+        self._storages: dict[Storage, Any] = {}
+        self._made: dict[int, tuple[Node, Any]] = {}
+
+    def __call__(self, node: Node) -> Any:
+        """Give the value of a node.
+
+        Raises `Unsupported` for what is neither a tensor nor plain, `Malformed` for what torch
+        refuses to build.
+        """
+        try:
+            return self._value(node)
+        except CkptoolError:
+            raise
+        except (RuntimeError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise Malformed(f"torch refuses it: {first}", path=self._path) from error
+
+    def _value(self, node: Node) -> Any:
+        if node is None or isinstance(node, bool | int | float | str | bytes):
+            return node
+        if id(node) in self._made:
+            if self._made[id(node)][1] is _UNFINISHED:
+                raise Unsupported("a value that holds itself", path=self._path)
+            return self._made[id(node)][1]
+        self._made[id(node)] = (node, _UNFINISHED)
+        made = self._make(node)
+        self._made[id(node)] = (node, made)
+        return made
+
+    def _make(self, node: Node) -> Any:
+        match node:
+            case TensorInfo():
+                return self._tensor(node)
+            case CompositeTensor():
+                return self._composite(node)
+            case list():
+                return [self._value(item) for item in node]
+            case tuple():
+                return tuple(self._value(item) for item in node)
+            case Dict():
+                return self._filled({}, node)
+            case Set(items=inside, frozen=frozen):
+                return (frozenset if frozen else set)(_hashable(item) for item in inside)
+            case ByteArray(data=data):
+                return bytearray(data)
+            case OldString(data=data):
+                return data
+            case LongInteger(data=data):
+                return int.from_bytes(data, "little", signed=True)
+            case Global():
+                return self._named(node)
+            case Object():
+                return self._object(node)
+        raise Unsupported(f"a {type(node).__name__.lower()} is no plain value", path=self._path)
+
+    def _filled(self, made: Any, node: Node) -> Any:
+        for key, value in items(node) or ():
+            made[_hashable(key)] = self._value(value)
+        return made
+
+    def _named(self, node: Global) -> Any:
+        if node.module == "torch" and (node.name in BY_TORCH_NAME or node.name in _SCHEMES):
+            return getattr(self._torch, node.name)
+        raise Unsupported(f"{node} is no plain value", path=self._path)
+
+    def _object(self, node: Object) -> Any:
+        plain = [argument for argument in node.args if isinstance(argument, str | int | float)]
+        match str(node.callee), node.args:
+            case "collections.OrderedDict", _:
+                return self._filled(OrderedDict(), node)
+            case "torch.Size", (list() | tuple() as sizes,):
+                return self._torch.Size(sizes)
+            case "torch.device", _ if len(plain) == len(node.args):
+                return self._torch.device(*plain)
+            case "_codecs.encode", (str(text), "latin1" | "latin-1"):
+                return text.encode("latin-1")
+            case "builtins.set", (list() as inside,):
+                return {_hashable(item) for item in inside}
+            case "builtins.bytearray", (bytes(data),):
+                return bytearray(data)
+            case "builtins.complex", (float(real), float(imaginary)):
+                return complex(real, imaginary)
+        raise Unsupported(f"a {node.callee} is no plain value", path=self._path)
+
+    # Tensors.
+
+    def _tensor(self, info: TensorInfo) -> Any:
+        origin = info.origin.callee if isinstance(info.origin, Object) else None
+        quantizer = _quantizer(info.origin)
+        if quantizer is not None:
+            tensor = self._quantized(info, quantizer)
+        elif origin in _PARAMETERS and isinstance(info.origin.args[0], TensorInfo):
+            inner = self._value(info.origin.args[0])
+            tensor = self._torch.nn.Parameter(inner, info.requires_grad)
+        else:
+            tensor = self._dense(info)
+        if info.lazy:
+            self._torch._utils.set_tensor_metadata(tensor, dict.fromkeys(info.lazy, True))
+        if info.requires_grad and origin not in _PARAMETERS:
+            tensor.requires_grad_(True)
+        attributes = self._attributes(info.origin)
+        if attributes:
+            tensor.__dict__.update(attributes)
+        return tensor
+
+    def _dense(self, info: TensorInfo) -> Any:
+        dtype = self._dtype(info.dtype)
+        empty = self._torch.empty(0, dtype=dtype, device=self._device)
+        storage = self._storage(info.storage, info.dtype)
+        return empty.set_(storage, info.storage_offset, info.shape, info.stride)
+
+    def _quantized(self, info: TensorInfo, parts: tuple[Node, ...]) -> Any:
+        quantizer = tuple(self._value(part) for part in parts)
+        storage = self._torch.storage.TypedStorage(
+            wrap_storage=self._storage(info.storage, info.dtype),
+            dtype=self._dtype(info.dtype),
+            _internal=True,
+        )
+        return self._torch._utils._rebuild_qtensor(
+            storage, info.storage_offset, info.shape, info.stride, quantizer, False, OrderedDict()
+        )
+
+    def _composite(self, node: CompositeTensor) -> Any:
+        torch, parts = self._torch, [self._value(part) for part in node.parts]
+        if node.origin.callee in _PARAMETERS:
+            grad = len(node.origin.args) < 2 or node.origin.args[1] is True
+            return torch.nn.Parameter(self._value(node.origin.args[0]), grad)
+        if node.layout == "sparse_coo":
+            coalesced = node.origin.args[1][3] if len(node.origin.args[1]) > 3 else None
+            return torch.sparse_coo_tensor(
+                *parts, node.shape, check_invariants=True, is_coalesced=coalesced
+            )
+        if node.layout in _COMPRESSED:
+            layout = getattr(torch, node.layout)
+            return torch.sparse_compressed_tensor(
+                *parts, node.shape, layout=layout, check_invariants=True
+            )
+        if node.layout == "meta":
+            dtype = self._dtype(node.dtype)
+            return torch.empty_strided(node.shape, node.origin.args[2], dtype=dtype, device="meta")
+        raise Unsupported(f"a {node.layout} tensor is not rebuilt", path=self._path)
+
+    def _attributes(self, origin: Node) -> dict[str, Any]:
+        """Give the Python attributes that a tensor carries, those that are plain."""
+        if not isinstance(origin, Object) or origin.callee not in _WITH_STATE:
+            return {}
+        state = origin.args[3] if len(origin.args) > 3 else None
+        if isinstance(state, tuple) and state:  # (the instance's dict, its slots)
+            state = state[0]
+        found = {}
+        for key, value in state.pairs if isinstance(state, Dict) else ():
+            with suppress(Unsupported):
+                found[str(key)] = self._value(value)
+        return found
+
+    def _dtype(self, dtype: DType) -> Any:
+        found = getattr(self._torch, dtype.torch_name, None) if dtype.torch_name else None
+        if found is None:
+            raise Unsupported(
+                f"torch {self._torch.__version__} has no dtype {dtype.label}", path=self._path
+            )
+        return found
+
+    # Storages.
+
+    def _storage(self, storage: Storage, dtype: DType) -> Any:
+        if storage not in self._storages:
+            made = self._on_cpu(storage, dtype)
+            self._storages[storage] = made if self._is_cpu else made.to(device=self._device)
+        return self._storages[storage]
+
+    @property
+    def _is_cpu(self) -> bool:
+        return bool(self._device.type == "cpu")
+
+    def _on_cpu(self, storage: Storage, dtype: DType) -> Any:
+        if self._device.type == "meta" or not storage.nbytes:
+            kind = "meta" if self._device.type == "meta" else "cpu"
+            return self._torch.UntypedStorage(storage.nbytes, device=kind)
+        if storage.packing is Packing.DEFLATED:
+            made = self._inflated(storage)
+        else:
+            made = self._mapped()[storage.start : storage.start + storage.nbytes]
+            if storage.start % dtype.swap:
+                made = made.clone()
+        return self._swapped(made, dtype.swap) if needs_swap(storage, dtype.swap) else made
+
+    def _mapped(self) -> Any:
+        if self._map is None:
+            with Reader(self._path) as reader:
+                nbytes = reader.nbytes
+            self._map = self._torch.UntypedStorage.from_file(self._path, False, nbytes)
+        return self._map
+
+    def _inflated(self, storage: Storage) -> Any:
+        data = bytearray()
+        with Reader(self._path) as reader:
+            for block in unpacked(storage, reader):
+                data += block
+        return self._torch.frombuffer(data, dtype=self._torch.uint8).untyped_storage()
+
+    def _swapped(self, storage: Any, width: int) -> Any:
+        size = storage.nbytes() // width * width
+        flat = self._torch.empty(0, dtype=self._torch.uint8).set_(storage)
+        flat[:size] = flat[:size].view(-1, width).flip(1).reshape(-1)
+        return storage
+
+
+def _quantizer(origin: Node) -> tuple[Node, ...] | None:
+    """Give the quantizer among the arguments that rebuild a tensor, None for a plain one."""
+    if not isinstance(origin, Object):
+        return None
+    callee, args = origin.callee, origin.args
+    if callee == _FROM_TYPE:
+        callee, args = args[0], args[2]
+    return args[4] if callee == _QTENSOR and isinstance(args[4], tuple) else None
+
+
+def _hashable(key: Node) -> Any:
+    """Refuse keys that are more than plain values: a file must not choose what is hashed."""
+    if isinstance(key, tuple):
+        return tuple(_hashable(part) for part in key)
+    if not isinstance(key, _KEYS):
+        raise Unsupported("a key of a dictionary that is no plain value")
+    return key

@@ -1,0 +1,133 @@
+"""What several test files use: the fixtures, the command line in and out of this process."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+# What changes how ckptool talks; tests that want it say so.
+TALK = ("NO_COLOR", "CKPTOOL_DEBUG", "PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "COLUMNS")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command line came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Read stdout as one JSON document."""
+        document: dict[str, Any] = json.loads(self.out)
+        return document
+
+
+@pytest.fixture(scope="session")
+def good() -> Path:
+    return FIXTURES / "good"
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Path:
+    return FIXTURES / "hostile"
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Outcome]]:
+    """Run a command line in this process."""
+    from ckptool.cli import main
+
+    for name in TALK:
+        monkeypatch.delenv(name, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run_here(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    yield run_here
+    signal.signal(signal.SIGTERM, before)
+    gc.enable()
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Callable[..., Outcome]:
+    """Run a command line in a process of its own, in `tmp_path`."""
+
+    def run_there(
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "ckptool"),
+        encoding: str = "utf-8",
+        **more: Any,
+    ) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, *program, *map(os.fspath, map(_argument, arguments))],
+            env=environment(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            cwd=tmp_path,
+            **more,
+        )
+        out, err = (text.decode(encoding) for text in (done.stdout, done.stderr))
+        return Outcome(done.returncode, out, err)
+
+    return run_there
+
+
+def _argument(value: object) -> str | bytes:
+    return value if isinstance(value, bytes) else str(value)
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Give this process's environment without what changes how ckptool talks."""
+    plain = {name: value for name, value in os.environ.items() if name not in TALK}
+    return {**plain, **(changes or {})}
+
+
+@pytest.fixture(scope="session")
+def make_safetensors() -> Callable[..., Path]:
+    """Write a safetensors file of float32 tensors with the shapes given; a sparse file of zeros."""
+
+    def make(path: Path, shapes: Mapping[str, Sequence[int]], fill: bytes = b"") -> Path:
+        header, position = {}, 0
+        for key, shape in shapes.items():
+            nbytes = 4 * prod(shape)
+            offsets = [position, position + nbytes]
+            header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}
+            position += nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.write((fill * (position // len(fill) + 1))[:position] if fill else b"")
+            file.truncate(8 + len(text) + position)
+        return path
+
+    return make
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Give every name under a folder with its bytes, None for what is no regular file."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
