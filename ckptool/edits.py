@@ -354,9 +354,10 @@ def rekey_modules(
     all of them were dropped; one that moves replaces one that did not (a wrapper's own). The old
     path None stands for an entry to be made anew: the root that an added prefix leaves empty.
     """
+    emptied = _emptied(key_map)
     moved: dict[str, str | None] = {}
     for path in paths:
-        if _all_dropped(path, key_map):
+        if path in emptied:
             continue
         new = edit(f"{path}.{_SENTINEL}" if path else _SENTINEL)
         if new is None:
@@ -369,6 +370,14 @@ def rekey_modules(
     return [(old, new) for new, old in moved.items()]
 
 
-def _all_dropped(path: str, key_map: KeyMap) -> bool:
-    inside = [new for old, new in key_map.pairs if not path or old.startswith(path + ".")]
-    return bool(inside) and all(new is None for new in inside)
+def _emptied(key_map: KeyMap) -> set[str]:
+    """Find the module paths that had keys under them, all of which were dropped."""
+    had: set[str] = set()
+    kept: set[str] = set()
+    for old, new in key_map.pairs:
+        steps = old.split(".")
+        paths = {".".join(steps[:depth]) for depth in range(len(steps))}
+        had |= paths
+        if new is not None:
+            kept |= paths
+    return had - kept

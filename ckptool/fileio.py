@@ -594,6 +594,9 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
             if WINDOWS:  # where an open file can be neither renamed nor removed
                 part.close()
             _publish(path, target)
+        except OSError:  # a full disk is given back
+            part.kept = False
+            raise
         finally:
             if WINDOWS:
                 part.close()

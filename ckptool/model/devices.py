@@ -130,8 +130,7 @@ def repeatable(seed: int, *, allow_tf32: bool = False) -> Iterator[None]:
         for place, name, value in _precision("tf32" if allow_tf32 else "ieee"):
             stack.enter_context(_setting(place, name, value))
         sow(seed)
-        with libraries.torch().inference_mode():
-            yield
+        yield
 
 
 def sow(seed: int) -> None:

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
@@ -24,6 +24,7 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 AGAIN = frozenset({429, 500, 502, 503, 504})
 MAX_REDIRECTS = 10
 SHOWN = 200  # characters of what a server says
+HEADERS = {"Accept-Encoding": "identity", "User-Agent": "ckptool"}
 _HINTS = {
     401: "the server wants a login; it goes before the host: https://USER:PASSWORD@HOST/...",
     403: "the link needs a login or a token, or has expired; get a new link",
@@ -40,7 +41,7 @@ class Limits:
     connect: float = 15.0
     read: float = 60.0
     retries: int = 4
-    backoff: float = 0.5
+    backoff: float = 0.25
     longest_wait: float = 30.0
     nbytes: int = 1 << 40  # of a body whose length the server does not say
 
@@ -136,7 +137,7 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
     login = _login(url)
     origin = _origin(url)
     while True:
-        own = {**headers, **(login if _origin(url) == origin else {})}
+        own = {**HEADERS, **headers, **(login if _origin(url) == origin else {})}
         answer = Answer(url, _answered(url, own, limits))
         if answer.status not in REDIRECTS:
             return answer
@@ -199,6 +200,7 @@ def _answered(url: str, headers: Mapping[str, str], limits: Limits) -> BaseHTTPR
                 redirect=False,
                 preload_content=False,
                 decode_content=False,
+                enforce_content_length=False,  # the caller counts
             )
         except (exceptions.TimeoutError, exceptions.ProtocolError, exceptions.ProxyError):
             if last:
@@ -260,22 +262,21 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
     from urllib3 import exceptions as known
 
     host = parsed(url).hostname
-    again = "run it again; what has come is gone on with"
     match error:
         case known.ProxyError() | known.ProxySchemeUnknown() | known.ProxySchemeUnsupported():
             what, hint = "the proxy does not work", "look at HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
         case known.SSLError():
-            what, hint = f"{host} cannot be trusted", "the certificate or TLS itself is refused"
+            what, hint = f"no trusted connection to {host}", "SSL_CERT_FILE names certificates to trust"
         case known.NameResolutionError():
             what, hint = f"the host {host} is not found", "check the link and the network"
         case known.NewConnectionError() | known.ConnectTimeoutError():
             what, hint = f"{host} does not answer", "check the link and the network"
         case known.ReadTimeoutError():
-            what, hint = f"{host} stopped sending", again
+            what, hint = f"{host} stopped sending", "run it again"
         case known.LocationValueError() | UnicodeError():
             what, hint = "this is not a URL", "check the link"
         case _:
-            what, hint = f"the connection to {host} was lost", again
+            what, hint = f"the connection to {host} was lost", "run it again"
     return DownloadFailed(f"{shown(url)}: {what}", evidence=[_said(error)], hint=hint)
 
 
@@ -297,8 +298,3 @@ def refuse_status(url: str, answer: Answer) -> None:
     raise DownloadFailed(
         f"{shown(url)}: the server says {answer.status}{reason[:SHOWN]}", hint=hint
     )
-
-
-def with_read(limits: Limits, seconds: float) -> Limits:
-    """Give limits with another read timeout."""
-    return replace(limits, read=seconds)

@@ -136,10 +136,9 @@ def _weights(spec: str) -> Any:
     if name is None:
         return None
     try:
-        found = list(libraries.torchvision().models.get_model_weights(name))
-    except ValueError:  # a model without weights
+        return libraries.torchvision().models.get_model_weights(name).DEFAULT
+    except (ValueError, AttributeError):  # a model without weights
         return None
-    return found[-1] if found else None
 
 
 def _transforms(spec: str) -> Any:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import checkpoint as places
-from ckptool import edits, formats
+from ckptool import checkpoint as places, edits, formats
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
 from ckptool.fileio import Copy, run_jobs

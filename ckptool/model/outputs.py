@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from ckptool.errors import BadInput
@@ -34,6 +34,7 @@ class Difference:
     max_abs: float | None = None
     ulp: int | None = None
     nan: int = 0
+    beyond: bool = True
 
 
 def leaves(output: Any, path: str = "", depth: int = 0) -> Iterator[Leaf]:
@@ -107,14 +108,16 @@ def same_bytes(left: Any, right: Any) -> bool:
 def differences(
     reference: Sequence[Leaf], candidate: Sequence[Leaf], atol: float = 0.0, rtol: float = 0.0
 ) -> list[Difference]:
-    """List what differs between two outputs; with a tolerance, what is beyond it."""
+    """List what differs in its bytes; what is within the tolerance is not `beyond` it."""
     left, right = dict(reference), dict(candidate)
-    found = [Difference(path, "only in the reference's output") for path in left.keys() - right]
-    found += [Difference(path, "only in the candidate's output") for path in right.keys() - left]
+    found = []
     for path in left:
         if path in right:
             found += _difference(path, left[path], right[path], atol, rtol)
-    return found
+        else:
+            found.append(Difference(path, "only in the reference's output"))
+    absent = [path for path in right if path not in left]
+    return found + [Difference(path, "only in the candidate's output") for path in absent]
 
 
 def _difference(path: str, left: Any, right: Any, atol: float, rtol: float) -> list[Difference]:
@@ -125,9 +128,10 @@ def _difference(path: str, left: Any, right: Any, atol: float, rtol: float) -> l
         return [Difference(path, f"dtype {left.dtype} against {right.dtype}")]
     if left.shape != right.shape:
         return [Difference(path, f"shape {list(left.shape)} against {list(right.shape)}")]
-    if same_bytes(left, right) or ((atol or rtol) and _close(left, right, atol, rtol)):
+    if same_bytes(left, right):
         return []
-    return [measure(path, left, right)]
+    within = bool(atol or rtol) and _close(left, right, atol, rtol)
+    return [replace(measure(path, left, right), beyond=not within)]
 
 
 def _same_plain(left: Any, right: Any) -> bool:

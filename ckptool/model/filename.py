@@ -1,0 +1,69 @@
+"""What a download is called, and the hash that a name may hold.
+
+torch's convention: `resnet18-5c106cde.pth` holds the first digits of the file's sha256
+(torch.hub.load_state_dict_from_url). A run of digits alone is a date more often than a hash.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote, urlsplit
+
+LONGEST = 255  # bytes, of a name on any common file system
+_UNWANTED = re.compile(
+    '[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufffd'
+    '\\ud800-\\udfff<>:"|?*]'
+)
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
+_HASH = re.compile(r"-([0-9a-f]{8,64})(?:\.[^-]*)?$", re.IGNORECASE)
+_REGISTRY_HASH = re.compile(r"[-_]([0-9a-f]{8,64})\.[^-_]*$", re.IGNORECASE)
+
+
+def safe(name: str) -> str:
+    """Make a name from elsewhere harmless: one name in a folder; an empty string for none."""
+    name = re.split(r"[/\\]", name)[-1]
+    name = _UNWANTED.sub("_", name).lstrip(". ").rstrip(". ")
+    if name.startswith("-") or _DEVICES.match(name):
+        name = f"_{name}"
+    return shortened(name)
+
+
+def shortened(name: str, ending: str = "") -> str:
+    """Give a name with an ending, cut where it is too long to be one; its suffix is kept."""
+    stem, dot, suffix = name.rpartition(".")
+    if not stem or len(suffix.encode()) > 20:
+        stem, dot, suffix = name, "", ""
+    room = LONGEST - len(f"{dot}{suffix}{ending}".encode())
+    return stem.encode()[:room].decode("utf-8", "ignore") + dot + suffix + ending
+
+
+def of_url(url: str) -> str:
+    """Give the file name that a URL ends with; an empty string for none."""
+    segment = urlsplit(url).path.rpartition("/")[2]
+    return safe(unquote(segment))
+
+
+def of_disposition(header: str) -> str:
+    """Give the file name in a Content-Disposition header; an empty string for none."""
+    from email.message import Message
+
+    message = Message()
+    message["Content-Disposition"] = header
+    try:
+        return safe(message.get_filename() or "")
+    except (LookupError, UnicodeError, ValueError):  # a charset that nobody knows
+        return ""
+
+
+def hash_in(name: str) -> str | None:
+    """Give the start of a sha256 that a name holds after its last hyphen."""
+    found = _HASH.search(name)
+    if found is None or found[1].isdigit():
+        return None
+    return found[1].lower()
+
+
+def hash_of_registry(name: str) -> str | None:
+    """Give the start of a sha256 in a name of torchvision's registry, where digits alone count."""
+    found = _REGISTRY_HASH.search(name)
+    return found[1].lower() if found else None

@@ -1,0 +1,149 @@
+"""A state_dict loaded the way its author would: by torch or by the safetensors library.
+
+`torch.load(weights_only=True)` has had memory errors of its own, so that a file goes there only
+after ckptool's strict reader found it sound, and plain in all that it names. What torch refuses,
+and what is not plain, ckptool reads itself, and says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptool import checkpoint as places, formats, safety
+from ckptool.checkpoint import Checkpoint, StateDict
+from ckptool.model import libraries, loading
+from ckptool.model.devices import is_out_of_memory
+from ckptool.model.zoo import last_line
+from ckptool.tensor import Packing, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that was read as data, and its state_dict."""
+
+    path: str
+    checkpoint: Checkpoint
+    state: StateDict
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """A loaded state_dict; `loader` is `torch.load`, `safetensors` or `ckptool`."""
+
+    state_dict: Mapping[str, Any]
+    loader: str
+    notes: tuple[str, ...] = ()
+
+
+class _Refused(Exception):
+    """A library does not load the file, or not what ckptool reads in it."""
+
+
+def read(path: str | Path, at: str | None = None) -> Source:
+    """Read a file as data and find its state_dict."""
+    checkpoint = formats.read(path)
+    return Source(str(path), checkpoint, places.find(checkpoint, at))
+
+
+def load(source: Source) -> Native:
+    """Load a state_dict on the CPU, by its author's library where that is possible."""
+    try:
+        if source.checkpoint.container.startswith("safetensors"):
+            return _by_safetensors(source)
+        return _by_torch(source)
+    except _Refused as refused:
+        loaded = loading.load(source.checkpoint, "cpu", ".".join(source.state.at) or None)
+        left = [f"left out {key}: {reason}" for key, reason in loaded.left_out.items()]
+        note = f"{source.path} was loaded by ckptool's own reader: {refused}"
+        return Native(loaded.state_dict, "ckptool", (note, *left))
+
+
+def _by_torch(source: Source) -> Native:
+    verdict = safety.judge(source.checkpoint.globals)
+    if verdict.level is not safety.Level.PLAIN:
+        names = [str(each) for each in (*verdict.dangerous, *verdict.foreign)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise _Refused(f"it names {', '.join(names[:3])}{more}, not given to torch.load")
+    torch = libraries.torch()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole = torch.load(
+                source.path, map_location="cpu", weights_only=True, mmap=_can_map(source)
+            )
+        found = _taken_out(whole, source.state)
+    except _Refused:
+        raise
+    except Exception as error:  # an unpickler may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise _Refused(f"torch.load refuses it ({last_line(error)[:160]})") from error
+    return Native(found, "torch.load")
+
+
+def _can_map(source: Source) -> bool:
+    """torch maps zip files only, and none with deflated records."""
+    tensors = (tensor for _, tensor in places.tensors(source.checkpoint.tree))
+    return source.checkpoint.container == "torch-zip" and all(
+        tensor.storage.packing is Packing.PLAIN
+        for tensor in tensors
+        if isinstance(tensor, TensorInfo)
+    )
+
+
+def _taken_out(whole: Any, state: StateDict) -> Mapping[str, Any]:
+    found = whole
+    for step in state.at:
+        found = found[step]
+    if list(found) != list(state.entries):
+        found = _joined(found)
+    if not isinstance(found, Mapping) or set(found) != set(state.entries):
+        raise _Refused("torch.load gives other keys")
+    return found
+
+
+def _joined(parts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Join a dict of dicts by dots, as `--at` does."""
+    flat: dict[str, Any] = {}
+    for name, part in parts.items():
+        if isinstance(part, Mapping):
+            flat.update({f"{name}.{key}": value for key, value in part.items()})
+        else:
+            flat[name] = part
+    return flat
+
+
+def _by_safetensors(source: Source) -> Native:
+    library = libraries.safetensors()
+    try:
+        loaded = library.torch.load_file(source.path, device="cpu")
+    except Exception as error:  # SafetensorError, and whatever torch raises for a dtype
+        if is_out_of_memory(error):
+            raise
+        raise _Refused(f"safetensors refuses it ({last_line(error)[:160]})") from error
+    ties = _ties(source.state)
+    for alias, kept in ties.items():
+        if alias not in loaded and kept in loaded:
+            loaded[alias] = loaded[kept]
+    ordered = OrderedDict((key, loaded[key]) for key in source.state.entries if key in loaded)
+    if len(ordered) != len(loaded) or len(ordered) != len(source.state.entries):
+        raise _Refused("safetensors gives other keys")
+    note = f"{source.path} ties {', '.join(list(ties)[:3])}: restored from ckptool's note in it"
+    return Native(ordered, "safetensors", (note,) if ties else ())
+
+
+def _ties(state: StateDict) -> dict[str, str]:
+    """Say of each key that shares its exact view with another which one that is."""
+    first: dict[Any, str] = {}
+    ties = {}
+    for key, info in state.entries.items():
+        if isinstance(info, TensorInfo) and info.nbytes:
+            kept = first.setdefault(info.view, key)
+            if kept != key:
+                ties[key] = kept
+    return ties | {kept: key for key, kept in ties.items()}

@@ -1,0 +1,220 @@
+"""One side of a comparison: a file's weights in a model that is ready to run.
+
+The reference is loaded as its author would, in `nn.DataParallel` where every key starts with
+`module.`; the candidate must load strictly into the bare model.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptool import edits
+from ckptool.checkpoint import StateDict
+from ckptool.errors import DoesNotLoad
+from ckptool.model import devices, libraries, loading, native, zoo
+from ckptool.model.loading import Mismatch
+from ckptool.model.native import Source
+from ckptool.tensor import TENSORS
+
+SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to make the model of both sides.
+
+    `common` are the keys to load, None for all; `initial` collects what all other keys get on
+    both sides: the values that they had in the first model made.
+    """
+
+    spec: str
+    args: Mapping[str, Any]
+    seed: int = 0
+    dtype: Any = None
+    memory_format: Any = None
+    common: frozenset[str] | None = None
+    initial: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to run: `module` may be a wrapper of `bare`, whose names are the model's own."""
+
+    module: Any
+    bare: Any
+    loader: str
+    notes: tuple[str, ...]
+
+
+def wrappers(source: Source) -> tuple[str, ...]:
+    """List the wrapper prefixes that all keys of a state_dict share."""
+    return tuple(edits.peeled(list(source.state.entries)))
+
+
+def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Subject:
+    """Make the model, load one side's weights into it, and bring it to a device."""
+    devices.sow(recipe.seed)
+    model = zoo.build(recipe.spec, recipe.args, "cpu").eval()
+    loaded = native.load(source)
+    notes = list(loaded.notes)
+    state, outer = loaded.state_dict, wrappers(source) if reference else ()
+    parallel = outer == ("module.",) and recipe.common is None
+    if outer and not parallel:
+        state, _ = loading.rekeyed(state, [edits.strip_wrappers()])
+        notes.append(f"took the prefix {''.join(outer)} off the reference's keys")
+    if recipe.common is None:
+        _strictly(_parallel(model) if parallel else model, state, recipe, source, reference)
+    else:
+        _partly(model, state, recipe)
+    model = model.to(device=device, dtype=recipe.dtype, memory_format=recipe.memory_format)
+    module = _parallel(model, device) if parallel else model
+    return Subject(module, model, loaded.loader, tuple(notes))
+
+
+def _parallel(model: Any, device: Any = None) -> Any:
+    """Wrap a model in `nn.DataParallel` on the one device that it is on.
+
+    On a machine with GPUs its constructor would move the model there; without one it does
+    what stands here (torch/nn/parallel/data_parallel.py, `__init__`).
+    """
+    torch = libraries.torch()
+    if device is not None and device.type == "cuda":
+        return torch.nn.DataParallel(model, device_ids=[device.index]).eval()
+    wrapper = torch.nn.DataParallel.__new__(torch.nn.DataParallel)
+    torch.nn.Module.__init__(wrapper)
+    wrapper.module, wrapper.device_ids = model, []
+    return wrapper.eval()
+
+
+def _strictly(
+    model: Any, state: Mapping[str, Any], recipe: Recipe, source: Source, reference: bool
+) -> None:
+    """Load everything; raise `DoesNotLoad` with what is in the way, and what would mend it."""
+    unfit = loading.mismatches(model.state_dict(), state)
+    fitting = OrderedDict((key, value) for key, value in state.items() if key not in unfit)
+    if hasattr(state, "_metadata"):
+        fitting._metadata = state._metadata  # type: ignore[attr-defined]
+    absent, unexpected = loading.into(model, fitting)
+    tied = set(loading.tied_to(model, absent, fitting))
+    missing = [key for key in absent if key not in unfit and key not in tied]
+    if missing or unexpected or unfit:
+        raise _does_not_load(recipe, source, reference, missing, unexpected, list(unfit.values()))
+
+
+def _partly(model: Any, state: Mapping[str, Any], recipe: Recipe) -> None:
+    """Load the keys that both sides have; give all others the same values on both sides."""
+    common = recipe.common or frozenset()
+    chosen = OrderedDict((key, value) for key, value in state.items() if key in common)
+    if not recipe.initial:
+        tensor = libraries.torch().Tensor
+        tied = set(loading.tied_to(model, [key for key in model.state_dict()], chosen))
+        recipe.initial.update(
+            (key, value.clone())
+            for key, value in model.state_dict().items()
+            if key not in common and key not in tied and isinstance(value, tensor)
+        )
+    if hasattr(state, "_metadata"):
+        chosen._metadata = state._metadata  # type: ignore[attr-defined]
+    loading.into(model, chosen)
+    loading.into(model, recipe.initial)
+
+
+# What fits.
+
+
+def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozenset[str]:
+    """Find the model's keys that both files fill, with the model's shapes.
+
+    Raises `DoesNotLoad` where there are none.
+    """
+    wanted = {key: sizes for key, (_, sizes) in zoo.shapes(recipe.spec, recipe.args).items()}
+    outer = wrappers(reference)
+    left = {edits.unwrapped(key, outer): sizes for key, sizes in _shapes(reference.state)}
+    right = dict(_shapes(candidate.state))
+    found = frozenset(
+        key for key, sizes in wanted.items() if left.get(key) == sizes == right.get(key)
+    )
+    if not found:
+        raise DoesNotLoad(
+            f"{reference.path}, {candidate.path} and `{recipe.spec}` have no tensor in common",
+            evidence=_named("the model's", wanted) + _named("the candidate's", right),
+            hint=_peeling(candidate),
+        )
+    return found
+
+
+def left_out(recipe: Recipe, common: frozenset[str]) -> list[str]:
+    """Name the modules of which not every tensor is loaded on both sides."""
+    keys = zoo.shapes(recipe.spec, recipe.args)
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys if key not in common))
+
+
+def _shapes(state: StateDict) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (key, tuple(value.shape))
+        for key, value in state.entries.items()
+        if isinstance(value, TENSORS)
+    ]
+
+
+def _does_not_load(
+    recipe: Recipe,
+    source: Source,
+    reference: bool,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    unfit: Sequence[Mismatch],
+) -> DoesNotLoad:
+    counts = [("missing", missing), ("unexpected", unexpected), ("of another shape", unfit)]
+    told = ", ".join(f"{len(keys)} {what}" for what, keys in counts if keys)
+    shapes = [f"{each.key} {_size(each.here)}, {_size(each.there)} in the model" for each in unfit]
+    evidence = _named("missing", missing) + _named("unexpected", unexpected)
+    role = "reference" if reference else "candidate"
+    return DoesNotLoad(
+        f"the {role} {source.path} does not load into `{recipe.spec}`: {told}",
+        evidence=evidence + _named("shape differs", shapes),
+        hint=_classes(unfit) if reference else _mending(recipe, source, unfit),
+    )
+
+
+def _size(sizes: tuple[int, ...] | None) -> str:
+    return str(list(sizes)) if sizes is not None else "no tensor"
+
+
+def _named(what: str, keys: Iterable[str]) -> list[str]:
+    listed = list(keys)
+    lines = [f"{what}: {key}" for key in listed[:SHOWN]]
+    more = len(listed) - SHOWN
+    return [*lines, f"{what}: {more} more"] if more > 0 else lines
+
+
+def _classes(unfit: Sequence[Mismatch]) -> str:
+    """Guess from a head of another size how many classes the model should have."""
+    counts = {each.here[0] for each in unfit if each.here}
+    if len(counts) == 1 and all(each.here and each.there for each in unfit):
+        return f"--model-arg num_classes={counts.pop()}   makes the model with that many classes"
+    return "--partial compares what both files have and the model takes"
+
+
+def _peeling(source: Source) -> str:
+    path = shlex.quote(source.path)
+    if wrappers(source):
+        extra = "" if wrappers(source) == ("module.",) else " --prefix auto"
+        return f"ckptool strip-prefix {path} OUT{extra}"
+    if any(key.startswith(edits.DEFAULT_PREFIX) for key in source.state.entries):
+        return f"ckptool strip-prefix {path} OUT"
+    return ""
+
+
+def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:
+    peeling = _peeling(source)
+    if peeling and not unfit:
+        return peeling
+    given = "".join(f" --model-arg {shlex.quote(f'{k}={v}')}" for k, v in recipe.args.items())
+    model = f"--model {shlex.quote(recipe.spec)}{given}"
+    mend = f"ckptool transfer {shlex.quote(source.path)} OUT {model} --init-missing"
+    return f"{mend}   or --partial, which compares what both have"

@@ -1,0 +1,233 @@
+"""What a rewrite would write: the tree edited in memory, what stays behind, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptool import checkpoint as places, edits, module_metadata, safety
+from ckptool.checkpoint import Checkpoint, StateDict
+from ckptool.edits import Edit, KeyMap
+from ckptool.errors import EditError, UnsafePickle
+from ckptool.formats import safetensors
+from ckptool.tensor import TENSORS, TensorInfo
+from ckptool.tree import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every command that writes can be told."""
+
+    at: str | None = None
+    to: str | None = None
+    force: bool = False
+    in_place: bool = False
+    dry_run: bool = False
+    tensors_only: bool = False
+    untie: bool = False
+    allow_expand: bool = False
+    sync: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An entry that was not written, and why; `name` is the key as edits had left it."""
+
+    key: str
+    name: str
+    reason: str
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """A rewrite on its way: what will be written, and what there is to say of it."""
+
+    checkpoint: Checkpoint
+    state: StateDict | None
+    key_map: KeyMap
+    container: str
+    not_carried: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    added: int = 0
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    steps: Sequence[Edit],
+    container: str,
+    *,
+    bare: bool,
+    unwrap: bool,
+    options: Options,
+) -> Plan:
+    """Edit the tree in memory."""
+    bare = bare or container == "safetensors"
+    needed = bool(steps) or bare or options.at is not None
+    state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
+    if unwrap and state is not None and not state.at:
+        raise EditError(
+            f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
+            hint="ckptool convert writes it again as it is",
+        )
+    keys = list(state.entries) if state else _all_keys(checkpoint)
+    key_map, edit = edits.apply(steps, keys)
+    plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes))
+    if state is not None:
+        plan.notes += state.notes
+        _edit_state(plan, state, edit, bare=bare, changed=bool(steps))
+    _leave_behind(plan, bare=bare, options=options)
+    _judge(plan, bare=bare, options=options)
+    return plan
+
+
+def _all_keys(checkpoint: Checkpoint) -> list[str]:
+    return list(dict.fromkeys(places.dotted(path) for path, _ in places.tensors(checkpoint.tree)))
+
+
+def _edit_state(
+    plan: Plan, state: StateDict, edit: edits.KeyEdit, *, bare: bool, changed: bool
+) -> None:
+    """Put the edited state_dict where the old one was, or alone."""
+    entries = {new: state.entries[old] for old, new in plan.key_map.pairs if new is not None}
+    for old in plan.key_map.dropped:
+        value = state.entries[old]
+        shape = value.shape if isinstance(value, TENSORS) else None
+        plan.dropped.append(Dropped(old, *plan.key_map.why[old], shape))
+    tree = plan.checkpoint.tree
+    metadata = module_metadata.cleaned(state.metadata)
+    if changed:
+        metadata = module_metadata.rekeyed(metadata, plan.key_map, edit)
+    like = places.state_dict_node(tree, state.at)
+    node = places.make_state_dict(entries, metadata, like)
+    if bare:
+        beside = places.beside(tree, state.at)
+        plan.not_carried += beside
+        plan.checkpoint = replace(plan.checkpoint, tree=node)
+        if plan.container == "safetensors" and metadata is not None:
+            plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
+    else:
+        plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, state.at, node))
+        if plan.key_map.dropped and _has_optimizer(tree):
+            plan.notes.append(
+                "the optimizer counts parameters by index: after dropping some, "
+                "its state no longer fits; ckptool unwrap leaves it behind"
+            )
+    plan.state = StateDict(state.at, entries, metadata)
+
+
+def _has_optimizer(tree: Node) -> bool:
+    return any(key.startswith("optimizer") for key, _ in places.text_items(tree) or [])
+
+
+def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
+    """With --tensors-only, take out what is neither tensor nor plain value; untie on request."""
+    if options.tensors_only:
+        tree, left = safety.only_plain(plan.checkpoint.tree)
+        plan.checkpoint = replace(plan.checkpoint, tree=tree)
+        inside = places.dotted(plan.state.at) + "." if plan.state and plan.state.at else ""
+        for place in left:
+            key = place.removeprefix(inside) if not bare else place
+            if plan.state is not None and key in plan.state.entries:
+                _drop(plan, key, "neither a tensor nor a plain value")
+            else:
+                plan.not_carried.append(place)
+        if plan.state is not None:
+            at = () if bare else plan.state.at
+            kept = places.text_items(places.state_dict_node(tree, at)) or []
+            plan.state = replace(plan.state, entries=dict(kept))
+    if plan.state is not None and plan.container == "safetensors":
+        _leave_unfit(plan, options)
+    if options.untie and plan.container != "safetensors":
+        _untie(plan, bare=bare)
+
+
+def _leave_unfit(plan: Plan, options: Options) -> None:
+    """Name what safetensors leaves out: ties always, what does not fit with --tensors-only."""
+    assert plan.state is not None
+    left = safetensors.left_behind(plan.state.entries, untie=options.untie)
+    if options.tensors_only:
+        for key, reason in left.unfit.items():
+            _drop(plan, key, reason)
+        entries = {key: value for key, value in plan.state.entries.items() if key not in left.unfit}
+        plan.state = replace(plan.state, entries=entries)
+    for key, kept in left.ties.items():
+        _drop(plan, key, f"tied to {kept}")
+    if left.ties:
+        plan.notes.append("ties are noted in the file: ckptool convert brings them back")
+
+
+def _drop(plan: Plan, new: str, reason: str) -> None:
+    """Count an entry as dropped after all; `new` is the name it would have had."""
+    old = next(old for old, here in plan.key_map.pairs if here == new)
+    pairs = tuple((key, None if key == old else here) for key, here in plan.key_map.pairs)
+    plan.key_map = replace(plan.key_map, pairs=pairs)
+    value = plan.state.entries.get(new) if plan.state else None
+    shape = value.shape if isinstance(value, TENSORS) else None
+    plan.dropped.append(Dropped(old, new, reason, shape))
+
+
+def _untie(plan: Plan, *, bare: bool) -> None:
+    """Give each tensor of the state_dict that shares its storage a copy of its own."""
+    assert plan.state is not None or not bare
+    if plan.state is None:
+        return
+    taken = set()
+    entries: dict[str, Node] = {}
+    for key, value in plan.state.entries.items():
+        if isinstance(value, TensorInfo):
+            if value.storage in taken:
+                value = replace(value, storage=replace(value.storage, key=f"{key} (untied)"))
+            taken.add(value.storage)
+        entries[key] = value
+    at = () if bare else plan.state.at
+    tree = plan.checkpoint.tree
+    like = places.state_dict_node(tree, at)
+    node = places.make_state_dict(entries, plan.state.metadata, like)
+    plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, at, node))
+    plan.state = replace(plan.state, entries=entries)
+
+
+def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
+    """Say what is foreign, and refuse to carry on what is dangerous."""
+    source = plan.checkpoint
+    whole = safety.judge(source.globals)
+    carried = whole
+    if bare or options.tensors_only:
+        carried = safety.judge(safety.names_in(source.tree))
+    if plan.container == "safetensors":
+        carried = safety.Verdict(safety.Level.PLAIN, {}, {})
+    if carried.dangerous:
+        raise UnsafePickle(
+            f"{source.path} would run code when loaded; nothing was executed or written",
+            path=source.path,
+            evidence=safety.evidence_lines(carried, source.calls, source.tree, source.pickle_name),
+            hint="--tensors-only keeps the tensors and leaves the rest behind",
+        )
+    if whole.dangerous:
+        plan.warnings.append(
+            f"{source.path} would run code when loaded; the output does not carry it"
+        )
+    if carried.foreign:
+        plan.notes.append(f"carried as they are: {names(carried)}")
+
+
+def names(verdict: safety.Verdict, limit: int = 6) -> str:
+    """List foreign names in a few words."""
+    shown = [str(each) for each in verdict.foreign]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def add_entries(plan: Plan, added: Mapping[str, Node], order: Sequence[str]) -> None:
+    """Put entries from elsewhere into a bare state_dict, all in the order of the target."""
+    assert plan.state is not None
+    entries = {**plan.state.entries, **added}
+    ordered = [key for key in order if key in entries]
+    entries = {key: entries[key] for key in dict.fromkeys([*ordered, *entries])}
+    node = places.make_state_dict(entries, plan.state.metadata, plan.checkpoint.tree)
+    plan.checkpoint = replace(plan.checkpoint, tree=node)
+    plan.state = replace(plan.state, entries=entries)
+    plan.added = len(added)
