@@ -12,7 +12,7 @@ from typing import Any
 
 from ckptool.errors import AmbiguousStateDict, LimitExceeded, Malformed, NoSuchKey
 from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
-from ckptool.text import readable, table
+from ckptool.text import quoted, readable, table
 from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, PersistentId, Set, children
 
 MAX_CANDIDATE_DEPTH = 4
@@ -187,7 +187,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDi
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {len(found)} candidate state dicts",
             evidence=_table(found),
-            hint=f"choose one with --at {dotted(likely.at) or '.'}",
+            option=f"--at {quoted(dotted(likely.at) or '.')}",
         )
     count = sum(1 for _ in tensors(checkpoint.tree))
     if count:

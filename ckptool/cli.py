@@ -20,7 +20,7 @@ import click
 from ckptool import __version__
 from ckptool.errors import CkptoolError, EditError, NoSuchFile, WriteError
 from ckptool.talk import complain, put, say, silence
-from ckptool.text import visible
+from ckptool.text import quoted, visible
 
 GROUPS = {
     "Look": ("keys",),
@@ -149,7 +149,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         result: Any = ckptool.main(arguments, prog_name="ckptool", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except CkptoolError as error:
-        complain(_with_hint(error))
+        complain(_with_hint(error, arguments))
         _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
@@ -197,8 +197,11 @@ def _usage(error: click.UsageError) -> list[str]:
     return [*map(visible, lines), f"hint: {command} --help"]
 
 
-def _with_hint(error: CkptoolError) -> CkptoolError:
-    """Name a file beside the missing one that is spelled like it."""
+def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
+    """Write the command to paste, or name a file that is spelled like the missing one."""
+    if error.option:
+        command = " ".join(["ckptool", *map(quoted, arguments), error.option])
+        error.hint = f"{command}   {error.hint}".rstrip()
     if isinstance(error, NoSuchFile) and error.path and not error.hint:
         from difflib import get_close_matches
 

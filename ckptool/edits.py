@@ -365,7 +365,7 @@ def rekey_modules(
         place = new.removesuffix(_SENTINEL).removesuffix(".")
         if place not in moved or place != path:
             moved[place] = path
-    if "" in paths and "" not in moved:
+    if "" in paths and "" not in {*moved, *emptied}:
         moved = {"": None, **moved}
     return [(old, new) for new, old in moved.items()]
 

@@ -14,8 +14,9 @@
                                     DoesNotLoad                                          exit 1
 
 An error is a sentence without a final period, evidence (lines that show it) and a hint (the
-command or flag that helps). The slug is the class name in kebab case; the exit code belongs to
-the class.
+command or flag that helps). `option` is what the command that failed must be given to succeed:
+the command line shows it as a whole command to paste. The slug is the class name in kebab case;
+the exit code belongs to the class.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ class CkptoolError(Exception):
 
     exit_code = 70
 
-    def __init__(self, message: str, *, evidence: Sequence[str] = (), hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, evidence: Sequence[str] = (), hint: str = "", option: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.evidence = tuple(evidence)
         self.hint = hint
+        self.option = option
 
     @property
     def slug(self) -> str:
@@ -58,8 +62,9 @@ class FormatError(CkptoolError):
         offset: int | None = None,
         evidence: Sequence[str] = (),
         hint: str = "",
+        option: str = "",
     ) -> None:
-        super().__init__(message, evidence=evidence, hint=hint)
+        super().__init__(message, evidence=evidence, hint=hint, option=option)
         self.path = path
         self.offset = offset
 

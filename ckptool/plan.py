@@ -204,7 +204,8 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
             f"{source.path} would run code when loaded; nothing was executed or written",
             path=source.path,
             evidence=safety.evidence_lines(carried, source.calls, source.tree, source.pickle_name),
-            hint="--tensors-only keeps the tensors and leaves the rest behind",
+            option="--tensors-only",
+            hint="keeps the tensors and leaves the rest behind",
         )
     if whole.dangerous:
         plan.warnings.append(

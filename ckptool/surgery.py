@@ -164,7 +164,8 @@ def _refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) 
         raise WriteError(
             f"the output would have {readable(layout.nbytes)}, the input has "
             f"{readable(checkpoint.nbytes)}",
-            hint="--allow-expand if that is meant",
+            option="--allow-expand",
+            hint="if that is meant",
         )
 
 

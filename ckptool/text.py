@@ -23,6 +23,13 @@ def _escape(found: re.Match[str]) -> str:
     return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
 
 
+def quoted(word: str) -> str:
+    """Write a word so that a POSIX shell takes it as one."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):
+        return word
+    return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
 def readable(nbytes: int) -> str:
     """Write a size as people read it: `36.8 KiB`."""
     if nbytes < 1024:

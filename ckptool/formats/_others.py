@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from ckptool import pickle_reader
+from ckptool.errors import CkptoolError
 from ckptool.fileio import Reader
+from ckptool.pickle_reader import Ended
 from ckptool.text import readable
 
+SHORTEST_PICKLE = 16
 _TORCH_HINT = "this version of ckptool does not read it"
 # First bytes -> what they say, and what helps.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
@@ -47,9 +51,22 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
         return f"a film or picture ({size})", ""
     if head[:1] == b"\x08" and b"pytorch" in head[:256]:
         return f"an ONNX model ({size})", ""
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    if _is_pickle(head):
+        if b"torch.distributed.checkpoint.metadata" in head:
+            return f"the metadata of a distributed checkpoint ({size})", _TORCH_HINT
         return f"a plain pickle ({size}) that torch.save did not write", _TORCH_HINT
     return _text(head, size)
+
+
+def _is_pickle(head: bytes) -> bool:
+    """Tell whether a file starts as a pickle, and not by chance as a few letters of a text do."""
+    try:
+        pickle_reader.load(head)
+    except Ended as error:
+        return head[:1] == b"\x80" or (error.offset or 0) > SHORTEST_PICKLE
+    except CkptoolError:
+        return False
+    return True
 
 
 def _text(head: bytes, size: str) -> tuple[str, str]:

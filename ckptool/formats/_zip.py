@@ -93,7 +93,7 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
         if locator[:4] == b"PK\6\7":
             stop = _LOCATOR.unpack(locator)[2]
             if stop + _END64.size + _LOCATOR.size != end_at:
-                _fail(reader, "the zip64 end record is not where it should be", end_at)
+                _refuse_shifted(reader, stop, end_at)
             signature, _, _, _, disk, directory_disk, here, *large = _END64.unpack(
                 reader.read(stop, _END64.size)
             )
@@ -112,6 +112,19 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
     if offset + nbytes != stop:
         _fail(reader, "the archive's directory does not end where its end record starts", stop)
     return offset, nbytes, count
+
+
+def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> None:
+    """Refuse an end record in the wrong place; say where archives lie one behind another."""
+    here = end_at - _LOCATOR.size - _END64.size
+    if here > stop and reader.read(here, 4) == b"PK\6\6":
+        raise Unsupported(
+            "zip archives one behind another, as in a shard (.distcp) of a distributed checkpoint; "
+            "such checkpoints are not read yet",
+            path=reader.path,
+            offset=here,
+        )
+    _fail(reader, "the zip64 end record is not where it should be", end_at)
 
 
 def _fail(reader: Reader, what: str, offset: int) -> None:

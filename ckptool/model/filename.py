@@ -6,16 +6,19 @@ torch's convention: `resnet18-5c106cde.pth` holds the first digits of the file's
 
 from __future__ import annotations
 
+import os
 import re
+from hashlib import sha256
 from urllib.parse import unquote, urlsplit
 
 LONGEST = 255  # bytes, of a name on any common file system
 _UNWANTED = re.compile(
-    '[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufffd'
+    "[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufffd"
     '\\ud800-\\udfff<>:"|?*]'
 )
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
 _HASH = re.compile(r"-([0-9a-f]{8,64})(?:\.[^-]*)?$", re.IGNORECASE)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(?![0-9a-f])", re.IGNORECASE)
 _REGISTRY_HASH = re.compile(r"[-_]([0-9a-f]{8,64})\.[^-_]*$", re.IGNORECASE)
 
 
@@ -28,13 +31,21 @@ def safe(name: str) -> str:
     return shortened(name)
 
 
-def shortened(name: str, ending: str = "") -> str:
-    """Give a name with an ending, cut where it is too long to be one; its suffix is kept."""
+def shortened(name: str) -> str:
+    """Cut a name that is too long to be one; its suffix is kept."""
     stem, dot, suffix = name.rpartition(".")
     if not stem or len(suffix.encode()) > 20:
         stem, dot, suffix = name, "", ""
-    room = LONGEST - len(f"{dot}{suffix}{ending}".encode())
-    return stem.encode()[:room].decode("utf-8", "ignore") + dot + suffix + ending
+    room = LONGEST - len(f"{dot}{suffix}".encode())
+    return stem.encode()[:room].decode("utf-8", "ignore") + dot + suffix
+
+
+def of_part(name: str) -> str:
+    """Name the part of a file; it leaves room for a suffix of the record beside it."""
+    raw = os.fsencode(name)
+    if len(raw) > LONGEST - len(".part.json"):
+        name = f"{raw[:200].decode('utf-8', 'ignore')}-{sha256(raw).hexdigest()[:8]}"
+    return f"{name}.part"
 
 
 def of_url(url: str) -> str:
@@ -58,7 +69,7 @@ def of_disposition(header: str) -> str:
 def hash_in(name: str) -> str | None:
     """Give the start of a sha256 that a name holds after its last hyphen."""
     found = _HASH.search(name)
-    if found is None or found[1].isdigit():
+    if found is None or found[1].isdigit() or _UUID.search(name):
         return None
     return found[1].lower()
 

@@ -266,7 +266,10 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
         case known.ProxyError() | known.ProxySchemeUnknown() | known.ProxySchemeUnsupported():
             what, hint = "the proxy does not work", "look at HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
         case known.SSLError():
-            what, hint = f"no trusted connection to {host}", "SSL_CERT_FILE names certificates to trust"
+            what, hint = (
+                f"no trusted connection to {host}",
+                "SSL_CERT_FILE names certificates to trust",
+            )
         case known.NameResolutionError():
             what, hint = f"the host {host} is not found", "check the link and the network"
         case known.NewConnectionError() | known.ConnectTimeoutError():

@@ -1,33 +1,28 @@
 """Download a file: resumed, checked, published whole or not at all.
 
-Bytes go to `NAME.part` beside the target. `NAME.part.json` says what they are a part of: the
-request (as a digest, for a URL may hold a token), the server's validator and the whole length.
-A later run sends `Range` with `If-Range` (RFC 9110, 13.1.5), and starts again where the answer
-does not go on exactly there. A part without a strong validator is not kept.
+Bytes go to `NAME.part` beside the target, which is locked while it grows, and become the target
+by one link or rename once their length and hash are right.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from ckptool import fileio
 from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
 from ckptool.fileio import Part, Target
-from ckptool.model import filename, http
+from ckptool.model import body, filename, http, resume
 from ckptool.model.http import Answer, Limits, shown
+from ckptool.model.resume import Begun
 
 CHUNK = 1 << 17
-HEAD = 512  # bytes that tell what a body is
 NOTHING = "nothing to check against"
 Progress = Callable[[int, int | None], None]  # bytes here so far, bytes in all
 
@@ -70,31 +65,6 @@ class _Job:
     sync: bool
     progress: Progress
     limits: Limits
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """What a part is a part of."""
-
-    url: str
-    request: str
-    etag: str
-    last_modified: str
-    total: int | None
-
-    @property
-    def validator(self) -> str:
-        """Give what If-Range may hold; an empty string for none."""
-        return self.etag or self.last_modified
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """What an earlier run left: so many bytes of a file, and their hash."""
-
-    nbytes: int
-    hash: Any
-    record: _Record | None
 
 
 def download(
@@ -212,7 +182,7 @@ def _already_there(job: _Job) -> Downloaded | None:
             hint="--force replaces it, -o names another output",
         )
     nbytes = os.path.getsize(job.path)
-    sha256 = _hash_of(job.path, nbytes).hexdigest()
+    sha256 = resume.hash_of(job.path, nbytes).hexdigest()
     if job.expected.fits(sha256):
         checked = job.expected.checked if job.expected.prefixes else "size"
         return Downloaded(shown(job.url), job.path, nbytes, sha256, 0, True, checked)
@@ -236,21 +206,10 @@ def _served_nbytes(job: _Job) -> int | None:
         return answer.nbytes
 
 
-def _hash_of(path: str, nbytes: int) -> Any:
-    """Hash the first bytes of a file."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while nbytes > 0 and (data := file.read(min(nbytes, 1 << 20))):
-            found.update(data)
-            nbytes -= len(data)
-    return found
-
-
 def _fetched(job: _Job) -> Downloaded:
     target = fileio.refuse_target(job.path, (), force=job.force, sync=job.sync)
     folder, name = os.path.split(target.path)
-    ending = ".part" if len(name.encode()) < filename.LONGEST - 10 else f"-{_digest(name)[:8]}.part"
-    path = os.path.join(folder, filename.shortened(name, ending, room=len(".json")))
+    path = os.path.join(folder, filename.of_part(name))
     with fileio.part_output(path, target) as part:
         if part is None:
             raise DownloadFailed(
@@ -266,89 +225,38 @@ def _fetched(job: _Job) -> Downloaded:
             raise
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _grown(job: _Job, target: Target, part: Part) -> Downloaded:
     """Ask for what is missing, and for all of it where the answer does not go on."""
-    begun = _begun(job, part)
+    begun = resume.begun(part, job.url)
     part.kept = begun.nbytes > 0
     if begun.record is not None:
         headers = {"Range": f"bytes={begun.nbytes}-", "If-Range": begun.record.validator}
         with http.asked(job.url, headers, job.limits) as answer:
-            if _goes_on(answer, begun.record, begun.nbytes):
+            if resume.goes_on(answer, begun.record, begun.nbytes):
                 return _taken(job, target, part, answer, begun)
             if answer.status not in (206, 416):
-                return _taken(job, target, part, answer, _NOTHING_BEGUN())
+                return _taken(job, target, part, answer, resume.anew())
     with http.asked(job.url, {}, job.limits) as answer:
-        return _taken(job, target, part, answer, _NOTHING_BEGUN())
+        return _taken(job, target, part, answer, resume.anew())
 
 
-def _NOTHING_BEGUN() -> _Begun:
-    return _Begun(0, hashlib.sha256(), None)
-
-
-def _begun(job: _Job, part: Part) -> _Begun:
-    """Find what an earlier run left of the same file; its last byte is asked for again."""
-    record = _read_record(part)
-    nbytes = os.fstat(part.fd).st_size
-    if record is None or record.request != _digest(job.url) or not record.validator:
-        return _NOTHING_BEGUN()
-    if record.total is None or not 1 < nbytes <= record.total:
-        return _NOTHING_BEGUN()
-    nbytes = min(nbytes, record.total - 1)
-    return _Begun(nbytes, _hash_of(part.path, nbytes), record)
-
-
-def _read_record(part: Part) -> _Record | None:
-    try:
-        with open(part.record, encoding="utf-8") as file:
-            fields = json.loads(file.read(1 << 16))
-        record = _Record(**fields)
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    texts = (record.url, record.request, record.etag, record.last_modified)
-    whole = record.total is None or type(record.total) is int
-    return record if whole and all(isinstance(text, str) for text in texts) else None
-
-
-def _goes_on(answer: Answer, record: _Record, start: int) -> bool:
-    """Tell whether an answer holds exactly the rest of the same file."""
-    if answer.status != 206:
-        return False
-    part = http.content_range(answer.header("Content-Range"))
-    if part is None or (part.start, part.end, part.total) != (start, record.total, record.total):
-        return False
-    etag, modified = _etag(answer), answer.header("Last-Modified")
-    same = etag == record.etag if etag and record.etag else True
-    same = same and (modified == record.last_modified if modified and record.last_modified else True)
-    return same and answer.nbytes in (None, part.end - start)
-
-
-def _etag(answer: Answer) -> str:
-    """Give a strong ETag; a weak one says nothing about bytes."""
-    etag = answer.header("ETag")
-    return etag if etag.startswith('"') else ""
-
-
-def _taken(job: _Job, target: Target, part: Part, answer: Answer, begun: _Begun) -> Downloaded:
+def _taken(job: _Job, target: Target, part: Part, answer: Answer, begun: Begun) -> Downloaded:
     """Take a body to the end of the part, and check what has become of it."""
     start, found = begun.nbytes, begun.hash
     http.refuse_status(job.url, answer)
-    _refuse_encoding(job, answer)
+    body.refuse_encoding(job.url, answer)
     if start == 0 and answer.status != 200:
         raise DownloadFailed(f"{shown(job.url)}: the server sends a part where all was asked for")
     total = answer.nbytes if begun.record is None else begun.record.total
-    body = answer.body.stream(CHUNK, decode_content=False)
-    head = _head(body)
+    stream = answer.body.stream(CHUNK, decode_content=False)
+    head = body.head(stream)
     if start == 0:
-        _refuse_page(job, answer, head)
+        body.refuse_page(job.url, answer, head)
     limit = _room(job, target, total, start)
-    part.kept = _noted(job, part, answer, begun, total)
+    part.kept = resume.note(part, job.url, answer, begun, total)
     done = start
     job.progress(done, total)
-    for data in chain([head], body):
+    for data in chain([head], stream):
         done += len(data)
         if done > limit:
             part.kept = False
@@ -374,46 +282,7 @@ def _checked(job: _Job, part: Part, nbytes: int, sha256: str, start: int) -> Dow
             evidence=_both(job.expected, sha256),
             hint=hint,
         )
-    return Downloaded(
-        shown(job.url), job.path, nbytes, sha256, start, False, job.expected.checked
-    )
-
-
-def _refuse_encoding(job: _Job, answer: Answer) -> None:
-    encoding = answer.header("Content-Encoding").lower()
-    if encoding not in ("", "identity"):
-        raise DownloadFailed(
-            f"{shown(job.url)}: the server packs the file ({encoding[: http.SHOWN]}), "
-            "which was not asked for",
-            hint="look for another link",
-        )
-
-
-def _head(body: Iterator[bytes]) -> bytes:
-    head = b""
-    while len(head) < HEAD and (data := next(body, b"")):
-        head += data
-    return head
-
-
-def _refuse_page(job: _Job, answer: Answer, head: bytes) -> None:
-    """Raise `DownloadFailed` where a server sends something else than a file, and calls it one."""
-    start = head[:HEAD].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    html = answer.header("Content-Type").lower().startswith(("text/html", "application/xhtml"))
-    if start.startswith((b"<!doctype", b"<html", b"<head")) or (html and b"\0" not in head):
-        raise DownloadFailed(
-            f"{shown(job.url)} is an HTML page, not a file; nothing was kept",
-            hint="a server sends this when a link is wrong or needs a login; "
-            "look for the link of the file itself",
-        )
-    if start.startswith(b"version https://git-lfs.github.com/"):
-        raise DownloadFailed(
-            f"{shown(job.url)} is a git-LFS pointer, not the file itself; nothing was kept",
-            hint="use the link behind `download` on the file's page "
-            "(/resolve/ or media.githubusercontent.com, not /raw/), or git lfs pull",
-        )
-    if not head and not answer.nbytes:
-        raise DownloadFailed(f"{shown(job.url)}: the server sends an empty file")
+    return Downloaded(shown(job.url), job.path, nbytes, sha256, start, False, job.expected.checked)
 
 
 def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
@@ -432,15 +301,3 @@ def _endless(job: _Job, target: Target, total: int | None, limit: int) -> Except
         f"{shown(job.url)}: the body does not end after {limit} bytes; nothing was kept",
         hint="look for another link",
     )
-
-
-def _noted(job: _Job, part: Part, answer: Answer, begun: _Begun, total: int | None) -> bool:
-    """Cut the part to what is gone on with, note what it is; tell whether it is worth keeping."""
-    os.ftruncate(part.fd, begun.nbytes)
-    if begun.record is not None:
-        return True
-    record = _Record(
-        shown(job.url), _digest(job.url), _etag(answer), answer.header("Last-Modified"), total
-    )
-    part.note(json.dumps(asdict(record)))
-    return bool(record.validator) and total is not None

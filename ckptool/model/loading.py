@@ -92,17 +92,22 @@ def load(
     state = places.find(checkpoint, at)
     if check:
         check_sums(state)
+    return revive(checkpoint, state, device)
+
+
+def revive(checkpoint: Checkpoint, state: StateDict, device: str = "cpu") -> Loaded:
+    """Make real tensors of a state_dict that has been found."""
     values: OrderedDict[str, Any] = OrderedDict()
     left_out = {}
     with on_device(device):
-        revive = Reviver(checkpoint.path, device)
+        make = Reviver(checkpoint.path, device)
         for key, node in state.entries.items():
             try:
-                values[key] = revive(node)
+                values[key] = make(node)
             except Unsupported as error:
                 left_out[key] = error.message
         if state.metadata is not None:
-            values._metadata = revive(state.metadata)  # type: ignore[attr-defined]
+            values._metadata = make(state.metadata)  # type: ignore[attr-defined]
     return Loaded(values, state.at, left_out, (*checkpoint.notes, *state.notes))
 
 

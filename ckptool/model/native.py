@@ -57,7 +57,7 @@ def load(source: Source) -> Native:
             return _by_safetensors(source)
         return _by_torch(source)
     except _Refused as refused:
-        loaded = loading.load(source.checkpoint, "cpu", ".".join(source.state.at) or None)
+        loaded = loading.revive(source.checkpoint, source.state)
         left = [f"left out {key}: {reason}" for key, reason in loaded.left_out.items()]
         note = f"{source.path} was loaded by ckptool's own reader: {refused}"
         return Native(loaded.state_dict, "ckptool", (note, *left))

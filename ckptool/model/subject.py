@@ -111,7 +111,7 @@ def _partly(model: Any, state: Mapping[str, Any], recipe: Recipe) -> None:
     chosen = OrderedDict((key, value) for key, value in state.items() if key in common)
     if not recipe.initial:
         tensor = libraries.torch().Tensor
-        tied = set(loading.tied_to(model, [key for key in model.state_dict()], chosen))
+        tied = set(loading.tied_to(model, list(model.state_dict()), chosen))
         recipe.initial.update(
             (key, value.clone())
             for key, value in model.state_dict().items()

@@ -1,0 +1,383 @@
+"""Do two files give the same outputs? One model, one set of inputs, both weights, bit for bit.
+
+The reference runs twice first: a model that differs from itself proves nothing. One model is in
+memory at a time. Where outputs differ, both run once more with a hook on every module, and the
+first module whose output differs is the place to look; layout, TF32 and cuDNN's choice of
+algorithm are fixed before, since they change the last bits of a convolution on their own.
+
+With `partial`, what is not in both files gets the same values on both sides, so that everything
+behind it can be compared as well.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ckptool import edits
+from ckptool.errors import BadInput
+from ckptool.model import devices, inputs, libraries, native, outputs, runner, subject
+from ckptool.model.inputs import Batch, Inputs
+from ckptool.model.native import Source
+from ckptool.model.outputs import Difference
+from ckptool.model.runner import Kept, Place
+from ckptool.model.subject import Recipe
+
+TOP = 5
+Progress = Callable[[str, int, int], None]  # what is run, batches done, batches in all
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to compare; devices are `auto`, `cpu`, `cuda`, `cuda:N`, `mps`."""
+
+    devices: Sequence[str] = ("auto",)
+    inputs: inputs.Options = field(default_factory=inputs.Options)
+    dtype: str | None = None
+    channels_last: bool = False
+    partial: bool = False
+    atol: float = 0.0
+    rtol: float = 0.0
+    allow_tf32: bool = False
+    at: str | None = None
+    candidate_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Class:
+    """One of the likeliest classes of a picture."""
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Predictions over a folder: the share that is right, by either file."""
+
+    count: int
+    reference: float
+    candidate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What was seen on one device.
+
+    `identical` is None where the reference differs from itself. `bitwise` says whether all bytes
+    are equal, with or without a tolerance. `first_difference` is the first module in execution
+    order whose output differs, by its name in the bare model, an empty text for the model itself.
+    `seconds` are those of the forward passes.
+    """
+
+    device: str
+    device_name: str
+    identical: bool | None
+    deterministic: bool
+    bitwise: bool = False
+    max_abs_diff: float | None = None
+    max_ulp: int | None = None
+    nan_differs: int = 0
+    first_difference: str | None = None
+    differences: tuple[Difference, ...] = ()
+    parameters: tuple[str, ...] = ()
+    top1_agreement: float | None = None
+    top_reference: tuple[Class, ...] = ()
+    top_candidate: tuple[Class, ...] = ()
+    accuracy: Accuracy | None = None
+    modules: int = 0
+    seconds_reference: tuple[float, ...] = ()
+    seconds_candidate: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared, and what came of it on each device.
+
+    `left_out` names the modules that are not in both files, with `partial`.
+    """
+
+    reference: str
+    candidate: str
+    model: str
+    inputs: str
+    dtype: str
+    torch: str
+    runs: tuple[Run, ...]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def identical(self) -> bool:
+        """Tell whether the outputs are the same on every device."""
+        return all(run.identical is True for run in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    reference: Source
+    candidate: Source
+    recipe: Recipe
+    inputs: Inputs
+    options: Options
+    progress: Progress
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Take no notice."""
+
+
+def verify(
+    reference: str | Path,
+    candidate: str | Path,
+    model: str,
+    model_args: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    progress: Progress = no_progress,
+) -> Verification:
+    """Run a model on the weights of two files and compare the outputs.
+
+    Raises `DoesNotLoad` where a file does not load strictly (or, with `partial`, where nothing
+    fits), `NoDevice`, `OutOfMemory`, `NoSuchModel`, `BadInput`, and what reading a file can raise.
+    """
+    options = options or Options()
+    torch = libraries.torch()
+    places = list(dict.fromkeys(devices.resolve(name) for name in options.devices))
+    plan = _plan(reference, candidate, model, model_args or {}, options, progress)
+    left = []
+    if plan.recipe.common is not None:
+        left = subject.left_out(plan.recipe, plan.recipe.common)
+    runs = tuple(_run(plan, device) for device in places)
+    dtype = plan.recipe.dtype or torch.float32
+    shared = [note for note in runs[0].notes if all(note in run.notes for run in runs)]
+    return Verification(
+        reference=str(reference),
+        candidate=str(candidate),
+        model=model,
+        inputs=plan.inputs.what,
+        dtype=str(dtype).removeprefix("torch."),
+        torch=str(torch.__version__),
+        runs=tuple(
+            replace(run, notes=tuple(each for each in run.notes if each not in shared))
+            for run in runs
+        ),
+        left_out=tuple(left),
+        notes=tuple(shared),
+    )
+
+
+def _plan(
+    reference: str | Path,
+    candidate: str | Path,
+    model: str,
+    model_args: Mapping[str, Any],
+    options: Options,
+    progress: Progress,
+) -> _Plan:
+    if min(options.atol, options.rtol) < 0:
+        raise BadInput("a tolerance is not negative")
+    left = native.read(reference, options.at)
+    right = native.read(candidate, options.candidate_at)
+    channels_last = libraries.torch().channels_last if options.channels_last else None
+    recipe = Recipe(
+        model, model_args, options.inputs.seed, inputs.dtype(options.dtype), channels_last
+    )
+    if options.partial:
+        recipe = replace(recipe, common=subject.common_keys(recipe, left, right))
+    return _Plan(left, right, recipe, inputs.make(model, options.inputs), options, progress)
+
+
+def _run(plan: _Plan, device: Any) -> Run:
+    """Compare on one device, and leave its memory and all settings as they were."""
+    seed, tf32 = plan.options.inputs.seed, plan.options.allow_tf32
+    plan.recipe.initial.clear()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            with devices.memory_of(device), devices.repeatable(seed, allow_tf32=tf32):
+                run = _Comparison(plan, device).run()
+        finally:
+            devices.free(device)
+    told = [str(each.message).partition("\n")[0] for each in warned]
+    notes = [text for text in dict.fromkeys(told) if "deterministic" in text]
+    return replace(run, notes=(*run.notes, *notes[:3]))
+
+
+class _Comparison:
+    """The passes on one device, and what they show."""
+
+    def __init__(self, plan: _Plan, device: Any) -> None:
+        self._plan = plan
+        self._device = device
+        self._place = Place(device, plan.recipe.dtype, plan.recipe.memory_format)
+        self._notes: list[str] = []
+        self._labels: list[Any] = []
+        self._deterministic = True
+        self._total = 2 * plan.inputs.count
+
+    def run(self) -> Run:
+        """Run the reference twice and the candidate once, and compare."""
+        blank = Run(str(self._device), devices.describe(self._device), None, False)
+        traces: list[runner.Trace] = []
+        left = self._pass(self._plan.reference, True, traces)
+        if left is None:
+            return replace(blank, notes=tuple(self._notes))
+        right = self._pass(self._plan.candidate, False, traces)
+        assert right is not None
+        found = self._compared(replace(blank, deterministic=self._deterministic), left, right)
+        if traces and not (self._plan.options.atol or self._plan.options.rtol):
+            first = runner.first_difference(*traces)
+            agree = found.identical and first is None
+            bitwise = found.bitwise and first is None
+            found = replace(found, identical=agree, bitwise=bitwise, first_difference=first)
+        elif not found.identical:
+            found = replace(found, first_difference=self._located(left, right))
+        if not found.identical:
+            found = replace(found, parameters=tuple(_parameters(self._plan)))
+        return replace(found, modules=len(dict(traces[0])) if traces else 0)
+
+    def _pass(self, source: Source, reference: bool, traces: list[runner.Trace]) -> Kept | None:
+        """Run all batches on one side; None where the reference differs from itself."""
+        kept, first = Kept(), None
+        model = self._model(source, reference)
+        devices.sow(self._plan.recipe.seed)
+        for index, batch in enumerate(self._plan.inputs):
+            kept.add(*runner.forward(model, batch, self._place))
+            if reference and index == 0 and not self._repeats(model, batch, kept):
+                return None
+            if reference:
+                self._labels.append(batch.labels)
+            first = first or batch
+            self._tell(source, reference, index + 1)
+        if self._plan.recipe.common is not None and first is not None:
+            traces.append(runner.trace(model, first, self._place))
+        return kept
+
+    def _model(self, source: Source, reference: bool) -> subject.Subject:
+        """Make one side's model, in memory that the other side's has given back."""
+        devices.free(self._device)
+        made = subject.make(self._plan.recipe, source, self._device, reference=reference)
+        self._notes += [note for note in made.notes if note not in self._notes]
+        return made
+
+    def _repeats(self, model: subject.Subject, batch: Batch, kept: Kept) -> bool:
+        """Run the first batch again; tell whether it came out the same, within the tolerance."""
+        again = Kept()
+        again.add(*runner.forward(model, batch, self._place))
+        one, other = kept.outputs[0], again.outputs[0]
+        kept.outputs[0] = replace(one, seconds=min(one.seconds, other.seconds))
+        apart = self._apart(one, other)
+        self._deterministic = not apart
+        if apart:
+            self._notes.append("the reference gave two outputs for one input")
+        return not any(each.beyond for each in apart)
+
+    def _tell(self, source: Source, reference: bool, done: int) -> None:
+        before = 0 if reference else self._plan.inputs.count
+        self._plan.progress(source.path, before + done, self._total)
+
+    def _apart(self, one: runner.Output, other: runner.Output) -> list[Difference]:
+        if one.leaves is None or other.leaves is None:
+            same = one.digest == other.digest
+            return [] if same else [Difference("", "the bytes differ; too large to say how far")]
+        options = self._plan.options
+        return outputs.differences(one.leaves, other.leaves, options.atol, options.rtol)
+
+    def _compared(self, run: Run, left: Kept, right: Kept) -> Run:
+        pairs = list(zip(left.outputs, right.outputs, strict=True))
+        apart = [each for one, other in pairs for each in self._apart(one, other)]
+        gaps = [each.max_abs for each in apart if each.max_abs is not None]
+        ulps = [each.ulp for each in apart if each.ulp is not None]
+        same = not apart
+        return replace(
+            run,
+            identical=not any(each.beyond for each in apart),
+            bitwise=same,
+            max_abs_diff=0.0 if same else max(gaps, default=None),
+            max_ulp=0 if same else max(ulps, default=None),
+            nan_differs=sum(each.nan for each in apart),
+            differences=tuple(apart),
+            top1_agreement=_agreement(pairs),
+            top_reference=self._top(left),
+            top_candidate=self._top(right),
+            accuracy=_accuracy(pairs, self._labels),
+            seconds_reference=tuple(each.seconds for each in left.outputs),
+            seconds_candidate=tuple(each.seconds for each in right.outputs),
+            notes=tuple(self._notes),
+        )
+
+    def _top(self, kept: Kept) -> tuple[Class, ...]:
+        leaves = kept.outputs[0].leaves
+        scores = outputs.scores(leaves) if leaves and self._plan.inputs.kind == "picture" else None
+        if scores is None:
+            return ()
+        names = (
+            self._plan.inputs.classes if len(self._plan.inputs.classes) == scores.shape[1] else ()
+        )
+        chances, indices = scores[0].float().softmax(0).topk(min(TOP, scores.shape[1]))
+        return tuple(
+            Class(index, names[index] if names else str(index), chance)
+            for index, chance in zip(indices.tolist(), chances.tolist(), strict=True)
+        )
+
+    def _located(self, left: Kept, right: Kept) -> str | None:
+        """Find the first module that differs, on the first batch whose outputs do."""
+        pairs = zip(left.outputs, right.outputs, strict=True)
+        wanted = next(index for index, pair in enumerate(pairs) if self._apart(*pair))
+        batch = next(each for index, each in enumerate(self._plan.inputs) if index == wanted)
+        traces = []
+        for source, reference in ((self._plan.reference, True), (self._plan.candidate, False)):
+            model = self._model(source, reference)
+            devices.sow(self._plan.recipe.seed)
+            traces.append(runner.trace(model, batch, self._place))
+            del model
+        return runner.first_difference(*traces)
+
+
+def _agreement(pairs: Sequence[tuple[runner.Output, runner.Output]]) -> float | None:
+    """Give the share of elements for which both sides find the same class."""
+    same = total = 0
+    for one, other in pairs:
+        if one.predictions is None or other.predictions is None:
+            return None
+        if one.predictions.shape != other.predictions.shape:
+            return None
+        same += int((one.predictions == other.predictions).sum())
+        total += one.predictions.numel()
+    return same / total if total else None
+
+
+def _accuracy(
+    pairs: Sequence[tuple[runner.Output, runner.Output]], labels: Sequence[Any]
+) -> Accuracy | None:
+    right = [0, 0]
+    total = 0
+    for pair, truth in zip(pairs, labels, strict=True):
+        if truth is None or any(each.predictions is None for each in pair):
+            return None
+        total += truth.numel()
+        for side, output in enumerate(pair):
+            right[side] += int((output.predictions == truth).sum())
+    return Accuracy(total, right[0] / total, right[1] / total) if total else None
+
+
+def _parameters(plan: _Plan) -> list[str]:
+    """List the keys whose values differ in their bytes between the two files."""
+    tensor = libraries.torch().Tensor
+    outer = subject.wrappers(plan.reference)
+    left = native.load(plan.reference).state_dict
+    right = native.load(plan.candidate).state_dict
+    found = []
+    for old, value in left.items():
+        key = edits.unwrapped(old, outer)
+        other = right.get(key)
+        if isinstance(value, tensor) and isinstance(other, tensor):
+            one, two = (next(outputs.leaves(side))[1] for side in (value, other))
+            if not outputs.same_bytes(one, two):
+                found.append(key)
+    return found
