@@ -75,9 +75,9 @@ def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
     """Compare the keys and shapes of a checkpoint with a target's."""
     matched = tuple(key for key, shape in target.shapes.items() if shapes.get(key) == shape)
     mismatched = tuple(
-        Mismatch(key, shapes[key], shape)
-        for key, shape in target.shapes.items()
-        if key in shapes and shapes[key] != shape
+        Mismatch(key, shape, target.shapes[key])
+        for key, shape in shapes.items()
+        if key in target.shapes and target.shapes[key] != shape
     )
     total = _elements(target.shapes.values())
     filled = _elements(target.shapes[key] for key in matched)

@@ -18,7 +18,15 @@ import pytest
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # What changes how ckptool talks; tests that want it say so.
-TALK = ("NO_COLOR", "CKPTOOL_DEBUG", "PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "COLUMNS")
+TALK = (
+    "NO_COLOR",
+    "CKPTOOL_DEBUG",
+    "PYTHONIOENCODING",
+    "PYTHONUTF8",
+    "LC_ALL",
+    "COLUMNS",
+    "PYTHONUNBUFFERED",
+)
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ _HINTS = {
 class Limits:
     """How long to wait in seconds, how often to ask again, how much to take."""
 
-    connect: float = 15.0
-    read: float = 60.0
-    retries: int = 4
-    backoff: float = 0.25
+    connect: float = 10.0
+    read: float = 30.0
+    retries: int = 3
+    backoff: float = 0.5
     longest_wait: float = 30.0
     nbytes: int = 1 << 40  # of a body whose length the server does not say
 
@@ -202,7 +202,7 @@ def _answered(url: str, headers: Mapping[str, str], limits: Limits) -> BaseHTTPR
                 decode_content=False,
                 enforce_content_length=False,  # the caller counts
             )
-        except (exceptions.TimeoutError, exceptions.ProtocolError, exceptions.ProxyError):
+        except (exceptions.ConnectTimeoutError, exceptions.ProtocolError, exceptions.ProxyError):
             if last:
                 raise
         else:

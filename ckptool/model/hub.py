@@ -253,7 +253,7 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, begun: Begun) 
     if start == 0:
         body.refuse_page(job.url, answer, head)
     limit = _room(job, target, total, start)
-    part.kept = resume.note(part, job.url, answer, begun, total)
+    worth_keeping = resume.note(part, job.url, answer, begun, total)
     done = start
     job.progress(done, total)
     for data in chain([head], stream):
@@ -263,6 +263,7 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, begun: Begun) 
             raise _endless(job, target, total, limit)
         found.update(data)
         fileio.write_at(part.fd, data, done - len(data))
+        part.kept = worth_keeping and done > 1
         job.progress(done, total)
     if total is not None and done < total:
         raise DownloadFailed(

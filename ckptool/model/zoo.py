@@ -65,7 +65,7 @@ def build(spec: str, args: Mapping[str, Any] | None = None, device: str = "cpu")
             made = factory(**fixed, **(args or {}))
     if not isinstance(made, torch.nn.Module):
         raise NoSuchModel(
-            f"`{spec}` gives a {type(made).__name__}, not an nn.Module",
+            f"`{spec}` gives a value of type {type(made).__name__}, not an nn.Module",
             hint="name a function or class that gives a model",
         )
     return made

@@ -1,0 +1,251 @@
+"""Real checkpoints of public repositories: a folder that `CKPTOOL_CORPUS` names; skipped without.
+
+`index.json` there says of each file what it is and how many tensors it refers to. Nothing that a
+file names is imported: torch either reads it with `weights_only=True`, or is given stand-ins for
+every name that it does not accept by default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from ckptool import edits, surgery
+from ckptool.errors import AmbiguousStateDict
+from ckptool.surgery import Options
+
+torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+judge = pytest.importorskip("judge")
+
+FOLDER = Path(os.environ.get("CKPTOOL_CORPUS") or "no corpus")
+INDEX = FOLDER / "index.json"
+ROWS = json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else []
+READ = ("zip-torch", "legacy-pickle (magic)", "whole-model pickle in legacy-pickle", "safetensors")
+READABLE = [row for row in ROWS if row["format"] in READ]
+TORCH_FILES = [row for row in READABLE if row["format"] != "safetensors"]
+OTHERS = [row for row in ROWS if row["format"] not in READ]
+
+# What a file in a container that is not read yet is called.
+NAMED = {
+    "torchscript": "TorchScript archive",
+    "legacy-tar IMITATION": "tar archive",
+    "tar.gz archive (other)": "gzip archive",
+    "plain pickle (non-torch.save)": "plain pickle",
+    "DCP shard (concatenated zips)": "shard (.distcp) of a distributed checkpoint",
+    "DCP .metadata (plain pickle p4)": "metadata of a distributed checkpoint",
+    "other: git-LFS pointer": "git-LFS pointer",
+    "other: JSON": "JSON text",
+}
+# What a file that is no checkpoint at all is called, by a word of its description.
+NO_CHECKPOINT = {
+    "ZERO-BYTE": "empty (0 bytes)",
+    "SYMLINK": "path of a symbolic link",
+    "3 bytes": "a text (3 B)",
+    "": "unknown bytes",
+}
+# Files of which no state_dict can be taken without being told where it is.
+NESTED = {"tracel-ai__burn/complex_structure.pt": ["state.encoder", "state.decoder"]}
+
+pytestmark = pytest.mark.skipif(not ROWS, reason="CKPTOOL_CORPUS names no folder with index.json")
+
+
+def each(rows: list[dict[str, Any]]) -> Any:
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row["path"])
+
+
+# Stand-ins.
+
+
+class Stand:
+    """Stands for a class or function that a file names: keeps what it is given, does nothing."""
+
+    dump_patches = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Stand:
+        made = super().__new__(cls)
+        made.args, made.kwargs, made.items, made.state = args, kwargs, [], None
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        self.items.append(value)
+
+    def extend(self, values: Any) -> None:
+        self.items += values
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stand) and vars(self) == vars(other)
+
+
+@cache
+def stand_in(module: str, name: str) -> type[Stand]:
+    return type(f"{module}.{name}", (Stand,), {})
+
+
+class Unpickler(pickle.Unpickler):
+    """Resolves the names that torch accepts by default, to what torch resolves them to."""
+
+    accepted: ClassVar = torch._weights_only_unpickler._get_allowed_globals()
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self.accepted.get(f"{module}.{name}") or stand_in(module, name)
+
+
+stand_ins = SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=pickle.load)
+
+
+def accepted(row: dict[str, Any]) -> bool:
+    return bool(row["torch_weights_only"] == "OK")
+
+
+def load(row: dict[str, Any], path: Path, **how: Any) -> Any:
+    """Load a file, or what was made of it, as the original can be loaded."""
+    if accepted(row):
+        return judge.load(path, weights_only=True, **how)
+    return judge.load(path, weights_only=False, pickle_module=stand_ins, encoding="latin1", **how)
+
+
+def original(row: dict[str, Any]) -> Any:
+    path = FOLDER / row["path"]
+    if row["format"] != "safetensors":
+        return load(row, path)
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    tensors = safetensors_torch.load_file(path)
+    return OrderedDict((key, tensors[key].clone()) for key in header if key != "__metadata__")
+
+
+# Reading.
+
+
+LABELS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "bool": "BOOL",
+}
+
+
+@each(READABLE)
+def test_all_tensors_are_listed(row: dict[str, Any], run: Callable[..., Any]) -> None:
+    outcome = run("keys", "--all", "--json", FOLDER / row["path"])
+    assert outcome.code == 0
+    document = outcome.document
+    assert document["count"] == row["tensor_references"] == len(document["tensors"])
+    if not accepted(row):
+        return
+    found = [(each["key"], each["dtype"], each["shape"]) for each in document["tensors"]]
+    assert found == [
+        (path.partition("#")[0], LABELS[str(tensor.dtype).removeprefix("torch.")], [*tensor.shape])
+        for path, tensor in judge.tensors(original(row)).items()
+    ]
+
+
+# Rewriting.
+
+
+@each(READABLE)
+def test_torch_output_holds_the_same(row: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out.pth"
+    surgery.rewrite(FOLDER / row["path"], out, options=Options(sync=False))
+    wanted = original(row)
+    loosely = {"storage": False} if row["format"] == "safetensors" else {}
+    for how in ({}, {"mmap": True}, {"mmap": True, "calculated_offsets": True}):
+        assert judge.same(wanted, load(row, out, **how), **loosely) == []
+
+
+@each(READABLE)
+def test_there_and_back_through_safetensors(row: dict[str, Any], tmp_path: Path) -> None:
+    source = FOLDER / row["path"]
+    for at in NESTED.get(row["path"], [None]):
+        out, back = tmp_path / f"{at}.safetensors", tmp_path / f"{at}.pth"
+        options = Options(at=at, sync=False)
+        if row["format"].startswith("whole-model") or row["tensor_references"] == 0:
+            assert_no_state_dict(row, out)
+            return
+        result = surgery.rewrite(source, out, options=options)
+        state = original(row)
+        for step in result.at or ():
+            state = state[step]
+        wanted = OrderedDict(
+            (key, t.detach().clone(memory_format=torch.contiguous_format))
+            for key, t in state.items()
+        )
+        ties = {each.key: each.reason.removeprefix("tied to ") for each in result.dropped}
+        assert all(judge.same(wanted[one], wanted[other]) == [] for one, other in ties.items())
+        kept = {key: t for key, t in wanted.items() if key not in ties}
+        loosely = {"containers": False, "order": False, "sharing": False, "storage": False}
+        assert judge.same(kept, safetensors_torch.load_file(out), **loosely) == []
+
+        surgery.rewrite(out, back, options=Options(sync=False))
+        restored = OrderedDict((key, wanted[ties.get(key, key)]) for key in wanted)
+        assert judge.same(restored, judge.load(back), storage=False) == []
+
+
+def assert_no_state_dict(row: dict[str, Any], out: Path) -> None:
+    if row["tensor_references"] == 0:  # an empty dict is an empty state_dict
+        surgery.rewrite(FOLDER / row["path"], out, options=Options(sync=False))
+        assert safetensors_torch.load_file(out) == {}
+        return
+    with pytest.raises(AmbiguousStateDict):
+        surgery.rewrite(FOLDER / row["path"], out, options=Options(sync=False))
+
+
+@each([row for row in TORCH_FILES if "all keys `module.`" in row["quirks"]])
+def test_wrapped_checkpoints_are_unwrapped(row: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out.pth"
+    surgery.rewrite(
+        FOLDER / row["path"], out, [edits.strip_prefix()], bare=True, options=Options(sync=False)
+    )
+    state = original(row)["state_dict"]
+    wanted = OrderedDict((key.removeprefix("module."), tensor) for key, tensor in state.items())
+    assert judge.same(wanted, judge.load(out), metadata=False) == []
+
+
+# What is not read.
+
+
+@each(OTHERS)
+def test_other_files_are_named(row: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    what = NAMED.get(row["format"]) or next(
+        called for word, called in NO_CHECKPOINT.items() if word in row["quirks"]
+    )
+    out = tmp_path / "out.pth"
+    for command in (["keys"], ["keys", "--all", "--json"], ["convert"], ["strip-prefix"]):
+        arguments = [FOLDER / row["path"]] + ([out] if command[0] != "keys" else [])
+        outcome = run(*command, *arguments)
+        assert outcome.code == 3
+        assert outcome.out == ""
+        assert outcome.err.startswith("error[")
+        assert what in outcome.err
+        assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []

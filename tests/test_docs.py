@@ -1,0 +1,103 @@
+"""The README is run, not trusted: every console example gives what it shows."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GOOD = ROOT / "fixtures" / "good"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# What the examples work on: the name in the README, and the fixture behind it.
+FILES = {
+    "model_best.pth.tar": "good/model_best.pth.tar",
+    "dino.pth": "good/dino.pth",
+    "tied.pth": "good/tied.pth",
+    "parallel_inside.pth": "good/parallel_inside.pth",
+    "compiled_parallel.pth": "good/compiled_parallel.pth",
+    "hooked.pth": "hostile/eval_in_namespace.pth",
+    "flowers.safetensors": "good/flowers.safetensors",
+}
+
+
+def examples() -> list[tuple[str, list[str]]]:
+    """List the console examples of the README: a command, and the lines that it shows."""
+    found: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            elif line:
+                found[-1][1].append(line)
+    return found
+
+
+def on_terminal(command: str, folder: Path) -> list[str]:
+    """Run a command on a terminal of 100 columns; give the lines it shows."""
+    arguments = shlex.split(command)
+    assert arguments[0] == "ckptool"
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "dumb", "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptool", *arguments[1:]],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=child,
+        stderr=child,
+    )
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            data = os.read(parent, 65536)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(parent)
+    process.wait(timeout=60)
+    return shown.decode().replace("\r\n", "\n").splitlines()
+
+
+def matches(shown: list[str], expected: list[str]) -> bool:
+    """Compare lines; `...` stands for any number of them."""
+    if not expected:
+        return not shown
+    if expected[0] == "...":
+        return any(matches(shown[skip:], expected[1:]) for skip in range(len(shown) + 1))
+    return bool(shown) and shown[0] == expected[0] and matches(shown[1:], expected[1:])
+
+
+def test_a_difference_is_noticed() -> None:
+    assert matches(["a", "b", "c"], ["a", "...", "c"])
+    assert not matches(["a", "b"], ["a"])
+    assert not matches(["a"], ["b"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are those of POSIX")
+def test_the_examples_give_what_they_show(tmp_path: Path) -> None:
+    for name, fixture in FILES.items():
+        shutil.copy(ROOT / "fixtures" / fixture, tmp_path / name)
+    assert len(examples()) > 10
+    for command, expected in examples():
+        shown = on_terminal(command, tmp_path)
+        assert matches(shown, expected), f"$ {command}\n" + "\n".join(shown)
+
+
+def test_the_set_up_commands_are_the_ones_that_ci_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in ("pip install .", "ckptool keys fixtures/good/model_best.pth.tar"):
+        assert command in README
+        assert command.replace("pip install", "pip install --quiet") in script
+    assert "pip install '.[test]' && pytest" in README
