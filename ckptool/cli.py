@@ -32,6 +32,8 @@ EXAMPLES = (
     "ckptool strip-prefix model_best.pth.tar clean.pth",
     "ckptool convert clean.pth clean.safetensors",
 )
+COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
+INTERRUPTION = ["interrupted; nothing was written"]
 BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -112,11 +114,7 @@ def main(args: list[str] | None = None) -> int:
     gc.disable()
     _prepare_streams()
     _prepare_signals()
-    try:
-        return _run(arguments, debug)
-    except BrokenPipeError:
-        silence()
-        return PIPE_CLOSED
+    return _run(arguments, debug)
 
 
 def entry() -> None:
@@ -131,8 +129,8 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it lives as long as we do)
     if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED
         # An unbuffered text stream takes a short write for a whole one and loses the rest.
-        encoding = sys.stdout.encoding
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(sys.stdout.detach()), encoding)
+        raw = sys.stdout.fileno()
+        sys.stdout = open(raw, "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -151,8 +149,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
-        result: Any = ckptool.main(arguments, prog_name="ckptool", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        return _invoke(arguments)
     except CkptoolError as error:
         complain(_with_hint(error, arguments))
         _trace(error, debug)
@@ -162,11 +159,13 @@ def _run(arguments: list[str], debug: bool) -> int:
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        say(["interrupted; nothing was written"])
+    except KeyboardInterrupt:
+        # The line of a terminal ends in ^C by now.
+        say(["", *INTERRUPTION] if sys.stderr.isatty() else INTERRUPTION)
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit):
-        raise
+    except BrokenPipeError:
+        silence()
+        return PIPE_CLOSED
     except OSError as error:
         complain(_of_system(error))
         _trace(error, debug)
@@ -180,6 +179,18 @@ def _run(arguments: list[str], debug: bool) -> int:
         )
         _trace(error, debug)
         return BUG
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Do what click's `main` does, save for its exit codes of Ctrl-C and a closed pipe."""
+    completing = os.environ.get(COMPLETION)
+    if completing:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(ckptool, {}, "ckptool", COMPLETION, completing)
+    with ckptool.make_context("ckptool", list(arguments)) as context:
+        result: Any = ckptool.invoke(context)
+    return result if isinstance(result, int) else 0
 
 
 def _trace(error: BaseException, debug: bool) -> None:

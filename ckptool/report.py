@@ -16,7 +16,7 @@ from ckptool.edits import SHAPE_DIFFERS, WRAPPERS, peeled
 from ckptool.formats import BY_NAME
 from ckptool.listing import Entry, Listing
 from ckptool.tensor import TENSORS, AnyTensor, CompositeTensor
-from ckptool.text import listed, readable, shape, table, visible
+from ckptool.text import listed, percent, readable, shape, table, visible
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.surgery import Rewrite
@@ -255,8 +255,11 @@ def _dropped_lines(result: Rewrite) -> list[str]:
     return lines
 
 
-def fit_lines(fit: Fit) -> list[str]:
-    """Say how a checkpoint fits the target: shapes that differ, and what stays unfilled."""
+def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
+    """Say how a checkpoint fits the target: shapes that differ, and what stays unfilled.
+
+    `added` entries came from the model's own initialisation instead.
+    """
     lines = []
     if fit.mismatched:
         lines.append("dropped, shape differs:")
@@ -271,9 +274,17 @@ def fit_lines(fit: Fit) -> list[str]:
         lines += table(rows)
     unfilled = [*(each.key for each in fit.mismatched), *fit.missing]
     total = len(fit.matched) + len(unfilled)
-    rest = f"; not filled: {listed(unfilled)}" if unfilled else ""
-    share = f"{100 * fit.filled:.1f} % of the parameters"
+    rest = ""
+    if unfilled:
+        what = "from the model's own initialisation" if added else "not filled"
+        rest = f"; {what}: {listed(unfilled)}"
+    share = f"{percent(fit.filled)} of the parameters"
     lines.append(f"fills {len(fit.matched)} of {total} tensors, {share}{rest}")
+    if model and unfilled and not added:
+        lines.append(
+            "load_state_dict(strict=False) leaves these as the model has them; "
+            "--init-missing writes them too"
+        )
     return lines
 
 

@@ -129,6 +129,7 @@ FOREIGN = frozenset(
     | _names("torch", "memory_format contiguous_format channels_last preserve_format strided")
     | _names("torch._utils", "_rebuild_nested_tensor _rebuild_xla_tensor")
     | _names("torch.autograd.variable", "Variable")
+    | _names("torch.nn.backends.thnn", "_get_thnn_function_backend")  # models saved before 1.5
     | _names("torch.torch_version", "TorchVersion")
     | _names("torch.jit._pickle", "build_intlist build_tensorlist build_doublelist build_boollist")
     | _names("torch.jit._pickle", "build_tensor_from_id restore_type_tag")

@@ -97,12 +97,17 @@ class Progress:
             elif not self._quiet and time.monotonic() - self._started > BAR_AFTER:
                 self._show()
 
+    def reached(self, done: int, total: int) -> None:
+        """Count up to `done` of `total` bytes; a total of 0 is not known."""
+        self._total = total
+        self(done - self._done)
+
     def _show(self) -> None:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=self._total,
+                total=self._total or None,
                 initial=self._done,
                 desc=self._what,
                 unit="B",

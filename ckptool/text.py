@@ -42,6 +42,11 @@ def readable(nbytes: int) -> str:
     return f"{size / 1024:.1f} TiB"
 
 
+def percent(share: float) -> str:
+    """Write a share, rounded down: `100.0 %` is all of it."""
+    return f"{int(share * 1000) / 10:.1f} %"
+
+
 def shape(sizes: Sequence[int]) -> str:
     """Write a shape as torch does: `[64, 3, 7, 7]`."""
     return f"[{', '.join(map(str, sizes))}]"

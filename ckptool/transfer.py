@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +15,7 @@ from ckptool.errors import PoorFit
 from ckptool.fileio import Begin
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
+from ckptool.text import percent
 from ckptool.tree import Node
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
 
 Shape = tuple[int, ...]
+# Gives the entries for keys that the source lacks, for as long as the context lasts.
+Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +108,6 @@ def first_steps(renames: Sequence[Edit], drop: Sequence[str], keep: Sequence[str
     return steps
 
 
-class Missing:
-    """Where the entries that the source lacks come from: nowhere."""
-
-    def __call__(self, keys: Sequence[str]) -> AbstractContextManager[Mapping[str, Node]]:
-        """Give the entries for keys, for as long as the context lasts."""
-        return nullcontext({})
-
-
 def transfer(
     source: str | Path,
     target: str | Path | None,
@@ -122,7 +117,7 @@ def transfer(
     min_match: float = MIN_MATCH,
     options: Options | None = None,
     progress: Begin = surgery.no_progress,
-    fill: Missing | None = None,
+    fill: Fill | None = None,
 ) -> tuple[Rewrite, Fit | None]:
     """Write the bare state_dict with what fits the target alone.
 
@@ -139,13 +134,14 @@ def transfer(
     shapes = _shapes_after(checkpoint, steps, options)
     found = fit(shapes, like)
     if found.filled < min_match:
-        raise _poor(found, shapes, like, min_match)
+        raise _poor(found, shapes, like)
     mismatched = [each.key for each in found.mismatched]
     further = [
         edits.without(mismatched, edits.SHAPE_DIFFERS),
         edits.without(found.absent, f"not in {like.name}"),
     ]
-    with (fill or Missing())([*mismatched, *found.missing]) as added:
+    unfilled = [*mismatched, *found.missing]
+    with fill(unfilled) if fill else nullcontext({}) as added:
         result = surgery.rewrite(
             source,
             target,
@@ -170,10 +166,11 @@ def _shapes_after(
     return {key: value.shape for key, value in values.items() if isinstance(value, TENSORS)}
 
 
-def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float) -> PoorFit:
+def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference) -> PoorFit:
     total = len(like.shapes)
+    lower = int(found.filled * 100) / 100
     return PoorFit(
-        f"only {100 * found.filled:.1f} % of the parameters of {like.name} would be filled; "
+        f"only {percent(found.filled)} of the parameters of {like.name} would be filled; "
         "nothing was written",
         evidence=[
             f"{len(found.matched)} of {total} tensors match, {len(found.mismatched)} differ in "
@@ -182,7 +179,7 @@ def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: f
             *_compared("there", list(like.shapes)),
         ],
         hint=_mending_prefix(shapes, like, found.filled)
-        or f"--min-match {min(found.filled, min_match):.2g} accepts it",
+        or (f"--min-match {lower} accepts it" if lower else ""),
     )
 
 
@@ -197,13 +194,13 @@ def _mending_prefix(shapes: Mapping[str, Shape], like: Reference, filled: float)
         moved = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
         share = fit(moved, like).filled
         if share > best:
-            best, hint = share, f"--rename {prefix[:-1]}=   would fill {100 * share:.1f} %"
+            best, hint = share, f"--rename {prefix[:-1]}=   would fill {percent(share)}"
     for prefix in _first_components(like.shapes):
         share = fit({prefix + key: shape for key, shape in shapes.items()}, like).filled
         if share > best:
             best, hint = (
                 share,
-                (f"ckptool add-prefix --prefix {prefix}   first would fill {100 * share:.1f} %"),
+                (f"ckptool add-prefix --prefix {prefix}   first would fill {percent(share)}"),
             )
     return hint
 

@@ -198,7 +198,7 @@ def test_there_and_back_through_safetensors(row: dict[str, Any], tmp_path: Path)
             state = state[step]
         wanted = OrderedDict(
             (key, t.detach().clone(memory_format=torch.contiguous_format))
-            for key, t in state.items()
+            for key, t in judge.tensors(state).items()
         )
         ties = {each.key: each.reason.removeprefix("tied to ") for each in result.dropped}
         assert all(judge.same(wanted[one], wanted[other]) == [] for one, other in ties.items())
@@ -235,7 +235,9 @@ def test_wrapped_checkpoints_are_unwrapped(row: dict[str, Any], tmp_path: Path) 
 
 
 @each(OTHERS)
-def test_other_files_are_named(row: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_other_files_are_named(
+    row: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
     what = NAMED.get(row["format"]) or next(
         called for word, called in NO_CHECKPOINT.items() if word in row["quirks"]
     )

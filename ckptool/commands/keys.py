@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import click
 
 from ckptool import talk
+from ckptool.commands._fetch import local
 from ckptool.commands._options import Command, patterns
 
 
@@ -53,7 +55,8 @@ def command(
 
     if depth and not tree:
         raise click.UsageError("--depth goes with --tree", click.get_current_context())
-    checkpoint = formats.read(file)
+    with local(file, quiet=quiet) as path:
+        checkpoint = replace(formats.read(path), path=file)
     found = listing.chosen(listing.listing(checkpoint, at, every=every), patterns(select), sort)
     warning, *evidence = report.danger_lines(checkpoint) or [""]
     if warning:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptool import talk
+from ckptool.commands._fetch import local
 from ckptool.commands._options import Command, Request, patterns, tell, writes
 from ckptool.commands.convert import renaming
+
+if TYPE_CHECKING:
+    from ckptool.transfer import Fill, Reference
 
 
 @click.command("transfer", cls=Command)
@@ -19,6 +24,10 @@ from ckptool.commands.convert import renaming
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Move a dotted prefix.")
 @click.option("--like", metavar="FILE", help="Keep what FILE has too, in the same shape.")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
+@click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
+@click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option("--init-missing", is_flag=True, help="Fill the rest as the model initialises it.")
+@click.option("--seed", default=0, show_default=True, help="For --init-missing.")
 @click.option(
     "--min-match",
     type=click.FloatRange(0, 1),
@@ -33,6 +42,10 @@ def command(
     rename: Sequence[str],
     like: str | None,
     like_at: str | None,
+    model: str | None,
+    model_arg: Sequence[str],
+    init_missing: bool,
+    seed: int,
     min_match: float,
 ) -> None:
     """Make pretrained weights of a training checkpoint: what fits, and nothing else.
@@ -40,6 +53,8 @@ def command(
     \b
     ckptool transfer model_best.pth.tar pretrain.pth --drop classifier
     ckptool transfer resnet50.pth init.pth --like flowers102.safetensors
+    ckptool transfer resnet18.pth init.pth --model resnet18 --model-arg num_classes=10
+    ckptool transfer https://example.org/resnet18.pth init.pth --drop fc
 
     Takes the state_dict out, peels wrapper prefixes, drops what is not wanted. Patterns are
     matched against the peeled keys.
@@ -49,21 +64,50 @@ def command(
     steps = transfer.first_steps(
         [renaming(text) for text in rename], patterns(drop), patterns(keep)
     )
-    target = transfer.reference_of_file(like, like_at) if like else None
+    target, fill = _target(like, like_at, model, model_arg, seed if init_missing else None)
     name = request.target or request.source
-    with talk.Progress(name, quiet=request.quiet) as progress:
+    with (
+        local(request.source, quiet=request.quiet) as source,
+        talk.Progress(name, quiet=request.quiet) as progress,
+    ):
         result, fit = transfer.transfer(
-            request.source,
+            source,
             request.target,
             like=target,
             steps=steps,
             min_match=min_match,
             options=request.options,
             progress=progress.begin,
+            fill=fill,
         )
-    more = report.fit_lines(fit) if fit else []
+    result = replace(result, source=request.source)
+    more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []
     fields = report.fit_fields(fit) if fit else NO_FIT
     tell(request, result, bare=True, more=more, schema="transfer/1", fields=fields)
+
+
+def _target(
+    like: str | None,
+    like_at: str | None,
+    model: str | None,
+    model_arg: Sequence[str],
+    seed: int | None,
+) -> tuple[Reference | None, Fill | None]:
+    """Say what the checkpoint is to fit, and where what it lacks comes from."""
+    from ckptool import transfer
+
+    if like and model:
+        raise click.UsageError("--like and --model cannot both be given")
+    if model is None:
+        if model_arg or seed is not None:
+            raise click.UsageError("--model-arg and --init-missing need --model")
+        return (transfer.reference_of_file(like, like_at) if like else None), None
+    from ckptool.model import initial, zoo
+
+    arguments = zoo.arguments(model_arg)
+    shapes = {key: shape for key, (_, shape) in zoo.shapes(model, arguments).items()}
+    fill = None if seed is None else initial.initial_values(model, arguments, seed)
+    return transfer.reference(model, shapes), fill
 
 
 NO_FIT: dict[str, Any] = {"matched": None, "mismatched": [], "missing": [], "filled": None}

@@ -99,7 +99,8 @@ def revive(checkpoint: Checkpoint, state: StateDict, device: str = "cpu") -> Loa
     """Make real tensors of a state_dict that has been found."""
     values: OrderedDict[str, Any] = OrderedDict()
     left_out = {}
-    with on_device(device):
+    with on_device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on dtypes and layouts that it calls unfinished
         make = Reviver(checkpoint.path, device)
         for key, node in state.entries.items():
             try:

@@ -1,0 +1,35 @@
+"""What a pretrained file lacks, from the model's own initialisation."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ckptool import checkpoint as places, formats
+from ckptool.model import libraries, zoo
+from ckptool.transfer import Fill
+from ckptool.tree import Node
+
+
+def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
+    """Give a source of entries: keys of the model -> the values it starts with, seeded.
+
+    The entries lie in a temporary file and are there as long as the context lasts.
+    """
+
+    @contextmanager
+    def fill(keys: Sequence[str]) -> Iterator[Mapping[str, Node]]:
+        torch = libraries.torch()
+        with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                values = zoo.build(spec, args, "cpu").state_dict()
+            path = os.path.join(folder, "initial.pth")
+            torch.save({key: values[key].contiguous() for key in keys}, path)
+            del values
+            yield dict(places.text_items(formats.read(path).tree) or [])
+
+    return fill
