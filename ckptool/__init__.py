@@ -13,16 +13,26 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CkptoolError": "ckptool.errors",
+    "Options": "ckptool.plan",
+    "add_prefix": "ckptool.api",
+    "convert": "ckptool.api",
+    "edits": "ckptool.edits",
+    "keys": "ckptool.api",
+    "load_matching": "ckptool.model.loading",
+    "load_state_dict": "ckptool.model.loading",
     "read": "ckptool.formats",
-    "rewrite": "ckptool.surgery",
+    "strip_prefix": "ckptool.api",
+    "transfer": "ckptool.api",
+    "unwrap": "ckptool.api",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_PUBLIC[name])
+    return module if _PUBLIC[name] == f"ckptool.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

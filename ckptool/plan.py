@@ -52,6 +52,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     added: int = 0
+    bare: bool = False
 
 
 def make_plan(
@@ -74,7 +75,7 @@ def make_plan(
         )
     keys = list(state.entries) if state else _all_keys(checkpoint)
     key_map, edit = edits.apply(steps, keys)
-    plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes))
+    plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
     if state is not None:
         plan.notes += state.notes
         _edit_state(plan, state, edit, bare=bare, changed=bool(steps))

@@ -19,8 +19,8 @@ from ckptool.tensor import TENSORS, AnyTensor, CompositeTensor
 from ckptool.text import listed, percent, readable, shape, table, visible
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
+    from ckptool.fitting import Fit
     from ckptool.surgery import Rewrite
-    from ckptool.transfer import Fit
 
 
 def document(schema: str, **fields: Any) -> str:
@@ -198,10 +198,10 @@ def counts_line(result: Rewrite) -> str:
     )
 
 
-def rewrite_lines(result: Rewrite, *, bare: bool) -> list[str]:
+def rewrite_lines(result: Rewrite) -> list[str]:
     """Say what a rewrite changed and left behind, for people."""
     lines = []
-    if bare and result.at:
+    if result.bare and result.at:
         behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
         lines.append(f"took the state_dict at `{visible(places.dotted(result.at))}`{behind}")
     elif result.not_carried:

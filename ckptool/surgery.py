@@ -50,6 +50,7 @@ class Rewrite:
     dry_run: bool = False
     free: int | None = None
     added: int = 0
+    bare: bool = False
 
     @property
     def read(self) -> int:
@@ -197,6 +198,7 @@ def _result(
         options.dry_run,
         fileio.free_space(place),
         plan.added,
+        plan.bare,
     )
 
 

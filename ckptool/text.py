@@ -43,8 +43,8 @@ def readable(nbytes: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Write a share, rounded down: `100.0 %` is all of it."""
-    return f"{int(share * 1000) / 10:.1f} %"
+    """Write a share; only all of it is `100.0 %`."""
+    return f"{min(100 * share, 100.0 if share >= 1 else 99.9):.1f} %"
 
 
 def shape(sizes: Sequence[int]) -> str:

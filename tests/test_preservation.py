@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from ckptool import edits, formats, safety, surgery, transfer
+from ckptool import edits, fitting, formats, safety, surgery
 from ckptool.cli import main
 from ckptool.errors import (
     AmbiguousStateDict,
@@ -261,7 +261,7 @@ KINDS = {
         lambda keys: unless(lambda key: not under(first_part(keys), key)),
     ),
     "transfer": Kind(
-        lambda keys: transfer.first_steps([], [], []),
+        lambda keys: fitting.first_steps([], [], []),
         peeled,
         lambda keys: stripped(*wrappers(keys)),
         bare=True,
@@ -385,7 +385,7 @@ def do(name: str, kind: str, container: str, target: Path) -> Rewrite:
     asked = KINDS[kind]
     steps = asked.steps(keys or ["no.such"])
     if kind == "transfer":
-        return transfer.transfer(GOOD / name, target, steps=steps, options=options)[0]
+        return fitting.transfer(GOOD / name, target, steps=steps, options=options)[0]
     return surgery.rewrite(
         GOOD / name, target, steps, bare=asked.bare, unwrap=asked.unwrap, options=options
     )

@@ -17,7 +17,6 @@ from ckptool import talk
 from ckptool.text import visible
 
 if TYPE_CHECKING:
-    from ckptool.edits import Edit
     from ckptool.surgery import Options, Rewrite
 
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
@@ -120,33 +119,25 @@ def _request(given: dict[str, Any]) -> Request:
     return Request(given["source"], given["target"], options, given)
 
 
-def run(
-    request: Request, steps: Sequence[Edit], *, bare: bool = False, unwrap: bool = False
-) -> None:
-    """Rewrite, and say what was done."""
-    from ckptool import surgery
-
+def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rewrite:
+    """Call a verb of the library, and say what was done."""
     name = request.target or request.source
     with talk.Progress(name, quiet=request.quiet) as progress:
-        result = surgery.rewrite(
+        result = verb(
             request.source,
             request.target,
-            steps,
-            bare=bare,
-            unwrap=unwrap,
             options=request.options,
             progress=progress.begin,
+            **arguments,
         )
-    already = bare and result.at == ()
-    more = ["the state_dict is bare already: nothing to unwrap"] if already else []
-    tell(request, result, bare=bare or result.container == "safetensors", more=more)
+    tell(request, result)
+    return result
 
 
 def tell(
     request: Request,
     result: Rewrite,
     *,
-    bare: bool,
     more: Sequence[str] = (),
     schema: str = "rewrite/1",
     fields: dict[str, Any] | None = None,
@@ -159,7 +150,7 @@ def tell(
         talk.put([report.document(schema, **report.rewrite_fields(result), **(fields or {}))])
     elif result.dry_run:
         talk.put(report.plan_lines(result))
-    what, counts = report.rewrite_lines(result, bare=bare), report.written_lines(result)
+    what, counts = report.rewrite_lines(result), report.written_lines(result)
     planned = result.dry_run and not request.as_json  # the plan counts too
     talk.say([*what, *more, *([] if planned else counts)], quiet=request.quiet)
 

@@ -19,6 +19,6 @@ def command(request: Request, prefix: str) -> None:
 
     This is what nn.DataParallel(model).load_state_dict expects.
     """
-    from ckptool import edits
+    from ckptool import api
 
-    run(request, [edits.add_prefix(prefix)])
+    run(request, api.add_prefix, prefix=prefix)

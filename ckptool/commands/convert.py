@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptool import talk
 from ckptool.commands._options import Command, Request, patterns, run, writes
 from ckptool.errors import EditError
 
@@ -32,14 +33,12 @@ class _InOrder(Command):
         return super().parse_args(ctx, args)
 
 
-def renaming(text: str) -> Edit:
+def renaming(text: str) -> tuple[str, str]:
     """Read `OLD=NEW`."""
-    from ckptool import edits
-
     old, sign, new = text.partition("=")
     if not sign or not old:
         raise EditError(f"`{text}` is not OLD=NEW", hint="--rename classifier=head")
-    return edits.rename(old, new)
+    return old, new
 
 
 def _step(name: str, value: str) -> Edit | None:
@@ -51,7 +50,7 @@ def _step(name: str, value: str) -> Edit | None:
         case "add_prefix":
             return edits.add_prefix(value)
         case "rename":
-            return renaming(value)
+            return edits.rename(*renaming(value))
         case "drop":
             return edits.drop(patterns([value]))
     return None
@@ -76,7 +75,12 @@ def command(request: Request, unwrap: bool, **_: Any) -> None:
     Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
     beside it is left behind and named.
     """
-    run(request, _steps(click.get_current_context().meta["ckptool.ordered"]), bare=unwrap)
+    from ckptool import api
+
+    steps = _steps(click.get_current_context().meta["ckptool.ordered"])
+    result = run(request, api.convert, steps=steps, unwrap=unwrap)
+    if unwrap and result.at == ():
+        talk.say(["the state_dict was bare already: nothing to unwrap"], quiet=request.quiet)
 
 
 def _steps(ordered: list[tuple[str, str]]) -> list[Edit]:

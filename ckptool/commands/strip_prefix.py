@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from ckptool.commands._options import PREFIX, Command, Request, run, writes
-from ckptool.errors import EditError
 
 
 @click.command("strip-prefix", cls=Command)
@@ -28,11 +27,6 @@ def command(request: Request, prefix: str, every: bool, anywhere: bool) -> None:
 
     The prefix is taken off the start of a key, once. The rest of the file stays as it is.
     """
-    from ckptool import edits
+    from ckptool import api
 
-    if prefix != "auto":
-        run(request, [edits.strip_prefix(prefix, every=every, anywhere=anywhere)])
-        return
-    if every or anywhere:
-        raise EditError("--prefix auto takes neither --every nor --anywhere")
-    run(request, [edits.strip_wrappers()])
+    run(request, api.strip_prefix, prefix=prefix, every=every, anywhere=anywhere)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,9 +12,6 @@ from ckptool import talk
 from ckptool.commands._fetch import local
 from ckptool.commands._options import Command, Request, patterns, tell, writes
 from ckptool.commands.convert import renaming
-
-if TYPE_CHECKING:
-    from ckptool.transfer import Fill, Reference
 
 
 @click.command("transfer", cls=Command)
@@ -59,55 +56,34 @@ def command(
     Takes the state_dict out, peels wrapper prefixes, drops what is not wanted. Patterns are
     matched against the peeled keys.
     """
-    from ckptool import report, transfer
+    from ckptool import api, report
+    from ckptool.model import zoo
 
-    steps = transfer.first_steps(
-        [renaming(text) for text in rename], patterns(drop), patterns(keep)
-    )
-    target, fill = _target(like, like_at, model, model_arg, seed if init_missing else None)
     name = request.target or request.source
     with (
         local(request.source, quiet=request.quiet) as source,
         talk.Progress(name, quiet=request.quiet) as progress,
     ):
-        result, fit = transfer.transfer(
+        result, fit = api.transfer(
             source,
             request.target,
-            like=target,
-            steps=steps,
+            drop=patterns(drop),
+            keep=patterns(keep),
+            rename=dict(map(renaming, rename)),
+            like=like,
+            like_at=like_at,
+            model=model,
+            model_args=zoo.arguments(model_arg),
+            init_missing=init_missing,
+            seed=seed,
             min_match=min_match,
             options=request.options,
             progress=progress.begin,
-            fill=fill,
         )
     result = replace(result, source=request.source)
     more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []
     fields = report.fit_fields(fit) if fit else NO_FIT
-    tell(request, result, bare=True, more=more, schema="transfer/1", fields=fields)
-
-
-def _target(
-    like: str | None,
-    like_at: str | None,
-    model: str | None,
-    model_arg: Sequence[str],
-    seed: int | None,
-) -> tuple[Reference | None, Fill | None]:
-    """Say what the checkpoint is to fit, and where what it lacks comes from."""
-    from ckptool import transfer
-
-    if like and model:
-        raise click.UsageError("--like and --model cannot both be given")
-    if model is None:
-        if model_arg or seed is not None:
-            raise click.UsageError("--model-arg and --init-missing need --model")
-        return (transfer.reference_of_file(like, like_at) if like else None), None
-    from ckptool.model import initial, zoo
-
-    arguments = zoo.arguments(model_arg)
-    shapes = {key: shape for key, (_, shape) in zoo.shapes(model, arguments).items()}
-    fill = None if seed is None else initial.initial_values(model, arguments, seed)
-    return transfer.reference(model, shapes), fill
+    tell(request, result, more=more, schema="transfer/1", fields=fields)
 
 
 NO_FIT: dict[str, Any] = {"matched": None, "mismatched": [], "missing": [], "filled": None}

@@ -18,4 +18,6 @@ def command(request: Request) -> None:
 
     What stands beside it (epoch, optimizer, args ...) is left behind and named.
     """
-    run(request, [], bare=True, unwrap=True)
+    from ckptool import api
+
+    run(request, api.unwrap)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptool import checkpoint as places, formats
 from ckptool.model import libraries, zoo
-from ckptool.transfer import Fill
+from ckptool.fitting import Fill
 from ckptool.tree import Node
 
 

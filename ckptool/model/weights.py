@@ -100,10 +100,9 @@ def _matches(name: str, pattern: str) -> bool:
 def _no_such_weights(name: str, known: list[Weights]) -> NoSuchModel:
     from difflib import get_close_matches
 
-    short = [each.model for each in known if each.default]
-    pool = {text.lower(): text for each in known for text in (*each.names, *short)}
+    pool = {text.lower(): text for each in known for text in each.names}
     close = [pool[text] for text in get_close_matches(name.lower(), pool, n=3, cutoff=0.6)]
     hint = f"did you mean {' or '.join(close)}?" if close else "ckptool download --list shows all"
-    if "/" in name or ("." in name.partition("/")[0][1:] and not close):
+    if not close and ("/" in name or "." in name):
         hint = "a URL starts with https://"
     return NoSuchModel(f"torchvision has no weights named `{name}`", hint=hint)

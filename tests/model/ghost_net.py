@@ -31,7 +31,9 @@ class GhostNet(nn.Module):
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            GhostModule(3, width, 2), GhostModule(width, 2 * width, 2), GhostModule(2 * width, width)
+            GhostModule(3, width, 2),
+            GhostModule(width, 2 * width, 2),
+            GhostModule(2 * width, width),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(width, num_classes)

@@ -196,7 +196,9 @@ def test_everything_matches(trained: Path) -> None:
     assert found.wrappers == ("module.",)
     assert found.at == ("state_dict",)
     saved = torch.load(trained)["state_dict"]
-    assert all(torch.equal(value, saved[f"module.{key}"]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, saved[f"module.{key}"]) for key, value in model.state_dict().items()
+    )
 
 
 def test_another_head_is_listed_and_left_alone(trained: Path) -> None:

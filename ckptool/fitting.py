@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
@@ -55,6 +55,13 @@ class Fit:
     missing: tuple[str, ...]
     absent: tuple[str, ...]
     filled: float
+
+
+class Transferred(NamedTuple):
+    """What a transfer wrote, and how it fits its target, if it had one."""
+
+    rewrite: Rewrite
+    fit: Fit | None
 
 
 def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
@@ -118,7 +125,7 @@ def transfer(
     options: Options | None = None,
     progress: Begin = surgery.no_progress,
     fill: Fill | None = None,
-) -> tuple[Rewrite, Fit | None]:
+) -> Transferred:
     """Write the bare state_dict with what fits the target alone.
 
     `steps` come first (`first_steps`); `fill` gives what the source lacks. Raises `PoorFit` where
@@ -130,7 +137,7 @@ def transfer(
         result = surgery.rewrite(
             source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint
         )
-        return result, None
+        return Transferred(result, None)
     shapes = _shapes_after(checkpoint, steps, options)
     found = fit(shapes, like)
     if found.filled < min_match:
@@ -153,7 +160,7 @@ def transfer(
             added=added,
             order=list(like.shapes) if added else (),
         )
-    return result, found
+    return Transferred(result, found)
 
 
 def _shapes_after(

@@ -1,0 +1,155 @@
+"""The verbs of the command line as functions: its names, and the results that its JSON is made of.
+
+    import ckptool
+
+    done = ckptool.strip_prefix("in.pth", "out.pth")
+    print(done.renamed, done.dropped)
+
+Each raises a `CkptoolError` where the command line ends with another exit code than 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptool import edits, fitting, formats, listing, surgery
+from ckptool.edits import Edit
+from ckptool.errors import EditError
+from ckptool.fileio import Begin
+from ckptool.fitting import MIN_MATCH, Fill, Reference, Transferred
+from ckptool.listing import Listing
+from ckptool.surgery import Options, Rewrite, no_progress
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+AUTO = "auto"
+
+
+def keys(
+    path: str | Path,
+    *,
+    at: str | None = None,
+    every: bool = False,
+    select: Sequence[str] = (),
+    sort: str = "file",
+) -> Listing:
+    """List the tensors of a checkpoint; `every` lists all of the file, by path.
+
+    `sort` is `file`, `size` or `name`; `select` holds patterns. Raises what reading raises, and
+    `AmbiguousStateDict` where `at` must choose.
+    """
+    return listing.chosen(listing.listing(formats.read(path), at, every=every), select, sort)
+
+
+def strip_prefix(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    prefix: str = edits.DEFAULT_PREFIX,
+    every: bool = False,
+    anywhere: bool = False,
+    options: Options | None = None,
+    progress: Begin = no_progress,
+) -> Rewrite:
+    """Take a prefix off keys; `auto` peels every known wrapper that all keys share."""
+    if prefix == AUTO and (every or anywhere):
+        raise EditError("--prefix auto takes neither --every nor --anywhere")
+    step = (
+        edits.strip_wrappers()
+        if prefix == AUTO
+        else edits.strip_prefix(prefix, every=every, anywhere=anywhere)
+    )
+    return surgery.rewrite(source, target, [step], options=options, progress=progress)
+
+
+def add_prefix(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    prefix: str = edits.DEFAULT_PREFIX,
+    options: Options | None = None,
+    progress: Begin = no_progress,
+) -> Rewrite:
+    """Put a prefix before every key."""
+    steps = [edits.add_prefix(prefix)]
+    return surgery.rewrite(source, target, steps, options=options, progress=progress)
+
+
+def unwrap(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    options: Options | None = None,
+    progress: Begin = no_progress,
+) -> Rewrite:
+    """Write the state_dict alone; raises `EditError` where it is alone already."""
+    return surgery.rewrite(
+        source, target, bare=True, unwrap=True, options=options, progress=progress
+    )
+
+
+def convert(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    steps: Sequence[Edit] = (),
+    unwrap: bool = False,
+    options: Options | None = None,
+    progress: Begin = no_progress,
+) -> Rewrite:
+    """Write a checkpoint again, in the container of the target, with edits in their order."""
+    return surgery.rewrite(source, target, steps, bare=unwrap, options=options, progress=progress)
+
+
+def transfer(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    like: str | Path | None = None,
+    like_at: str | None = None,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    init_missing: bool = False,
+    seed: int = 0,
+    min_match: float = MIN_MATCH,
+    options: Options | None = None,
+    progress: Begin = no_progress,
+) -> Transferred:
+    """Write the bare state_dict with what fits a target: another file, or a model.
+
+    Raises `PoorFit` where less than `min_match` of the target's elements would be filled.
+    """
+    if like is not None and model is not None:
+        raise EditError("a transfer has one target: --like or --model")
+    if model is None and (model_args or init_missing):
+        raise EditError("--model-arg and --init-missing need --model")
+    moves = [edits.rename(old, new) for old, new in (rename or {}).items()]
+    reference: Reference | None = None
+    fill: Fill | None = None
+    if like is not None:
+        reference = fitting.reference_of_file(like, like_at)
+    elif model is not None:
+        reference, fill = _model(model, model_args or {}, seed if init_missing else None)
+    return fitting.transfer(
+        source,
+        target,
+        like=reference,
+        steps=fitting.first_steps(moves, drop, keep),
+        min_match=min_match,
+        options=options,
+        progress=progress,
+        fill=fill,
+    )
+
+
+def _model(spec: str, args: Mapping[str, Any], seed: int | None) -> tuple[Reference, Fill | None]:
+    from ckptool.model import initial, zoo
+
+    shapes = {key: shape for key, (_, shape) in zoo.shapes(spec, args).items()}
+    fill = None if seed is None else initial.initial_values(spec, args, seed)
+    return fitting.reference(spec, shapes), fill
