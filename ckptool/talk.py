@@ -106,6 +106,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
+            size = get_terminal_size()
             self._bar = tqdm(
                 total=self._total or None,
                 initial=self._done,
@@ -115,8 +116,9 @@ class Progress:
                 unit_divisor=1024,
                 ascii=True,
                 leave=False,
-                # tqdm draws nothing where a terminal does not know its width.
-                ncols=get_terminal_size().columns,
+                # tqdm draws nothing where a terminal does not know its own size.
+                ncols=size.columns,
+                nrows=size.lines,
             )
             passed = time.monotonic() - self._started
             self._bar.start_t -= passed

@@ -12,6 +12,7 @@ import pickletools
 import stat
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -25,8 +26,8 @@ from ckptool import edits, formats, surgery
 from ckptool.errors import (
     KeyCollision,
     Malformed,
-    NotRepresentable,
     NothingMatched,
+    NotRepresentable,
     WriteError,
 )
 from ckptool.surgery import Options, Rewrite
@@ -38,7 +39,7 @@ judge = pytest.importorskip("judge")
 FOLDER = Path(__file__).parent.parent / "fixtures"
 sys.path.append(str(FOLDER))
 
-from containers import Member, records, torch_zip, zip_bytes  # noqa: E402
+from containers import Member, records, torch_members, torch_zip, zip_bytes  # noqa: E402
 from opcodes import integer, name, ordered_dict, pickled, storage, tensor, text, tuple_  # noqa: E402
 
 GOOD, HOSTILE = FOLDER / "good", FOLDER / "hostile"
@@ -153,14 +154,17 @@ def test_crc_zero_on_one_record_alone_is_damage(source: Path, out: Path) -> None
 # torch zip: records.
 
 
-def test_names_that_differ_in_case_alone_are_refused(out: Path) -> None:
-    trap = HOSTILE / "case_variant_names.pth"
-    first = next(iter(judge.load(trap).values()))
-    with zipfile.ZipFile(trap) as opened:
-        stored = opened.read("archive/data/0")
-    assert judge.storage_bytes(first.untyped_storage()) != stored  # DATA/0 it is
-    with pytest.raises(Malformed, match=r"data/0 and archive/DATA/0"):
-        rewrite(trap, out)
+def test_names_that_differ_in_case_alone_are_refused(source: Path, out: Path) -> None:
+    body = pickled(ordered_dict([(text("w"), tensor(storage(text("0"), 2), [2]))]))
+    members = torch_members(body, {"0": struct.pack("<2f", 1, 2)})
+    loaded = []
+    for place in range(len(members) + 1):
+        variant = Member("archive/DATA/0", bytes(8))
+        source.write_bytes(zip_bytes([*members[:place], variant, *members[place:]]))
+        loaded.append(judge.load(source)["w"].tolist())
+        with pytest.raises(Malformed, match="two records are named"):
+            rewrite(source, out)
+    assert [0, 0] in loaded  # torch may take DATA/0 for data/0
     assert nothing_written(out)
 
 
@@ -178,11 +182,10 @@ def test_local_headers_leave_sizes_to_the_directory(source: Path, out: Path) -> 
 
 
 def test_deflated_members_are_stored_again_so_that_mmap_works(out: Path) -> None:
-    zipped = GOOD / "rezipped.pth"
-    with pytest.raises(RuntimeError):
-        judge.load(zipped, mmap=True)
+    zipped, wanted = GOOD / "rezipped.pth", judge.load(GOOD / "plain.pth")
+    assert judge.same(wanted, judge.load(zipped)) == []
+    assert judge.same(wanted, judge.load(zipped, mmap=True)) != []  # the packed bytes, unnoticed
     rewrite(zipped, out)
-    wanted = judge.load(GOOD / "plain.pth")
     assert judge.same(wanted, judge.load(out, mmap=True)) == []
     rewrite(zipped, out.with_suffix(".safetensors"))
     loosely = {"containers": False, "order": False, "metadata": False, "storage": False}
@@ -286,7 +289,7 @@ def test_legacy_ids_of_modules_become_plain_names(source: Path, out: Path) -> No
     old = ("module", "torch.nn.modules.linear Linear", "linear.py", "class Linear: ...")
     body = tuple_(text(old[0]), name(*old[1].split()), text(old[2]), text(old[3])) + b"Q"
     source.write_bytes(torch_zip(pickled(body), {}))
-    with pytest.raises(RuntimeError, match="Unknown typename"):  # no zip may hold one
+    with pytest.raises(AssertionError, match="Unknown typename"):  # no zip may hold one
         judge.load(source, weights_only=False)
     rewrite(GOOD / "whole_model_legacy.pth", out)
     body = records(out.read_bytes())["data.pkl"]
@@ -322,12 +325,13 @@ def test_metadata_follows_the_keys(source: Path, out: Path) -> None:
     naive = OrderedDict((key.removeprefix("module."), t) for key, t in judge.load(source).items())
     model.load_state_dict(naive)  # nothing is missing, it says
     rewrite(source, out, *STRIP)
-    with pytest.raises(RuntimeError, match="0.num_batches_tracked"):
+    with pytest.raises(RuntimeError, match=r"0\.num_batches_tracked"):
         model.load_state_dict(judge.load(out))
 
 
 def test_metadata_of_quantized_modules_is_needed_to_load_them(source: Path, out: Path) -> None:
-    with pytest.warns(DeprecationWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(4, 3)))
     state = model.state_dict()
     wrapped = OrderedDict((f"module.{key}", value) for key, value in state.items())
@@ -484,7 +488,7 @@ def test_looking_at_the_first_key_only_is_not_enough(source: Path, out: Path) ->
 
 def test_cutting_seven_characters_off_every_key_is_too_much(source: Path, out: Path) -> None:
     keys = ["module.a", "classifier.weight"]
-    assert [key[7:] for key in keys] == ["a", "fier.weight"]
+    assert [key[7:] for key in keys] == ["a", "ier.weight"]
     assert keys_after(source, out, keys, *STRIP) == ["a", "classifier.weight"]
 
 
@@ -762,11 +766,11 @@ def test_lazy_bits_both_at_once(source: Path, out: Path) -> None:
     both = torch._neg_view(base.conj()).t()
     assert both.is_conj()
     assert both.is_neg()
-    torch.save({"both": both, "double": torch._neg_view(base.double().imag)}, source)
+    torch.save({"both": both}, source)
     ours = out.with_suffix(".safetensors")
-    rewrite(source, ours, edits.keep(["both", "double"]))
-    loaded = safetensors_torch.load_file(ours)
-    assert judge.same(both.resolve_conj().resolve_neg().contiguous(), loaded["both"]) == []
+    rewrite(source, ours)
+    meant = both.resolve_conj().resolve_neg().contiguous()
+    assert judge.same(meant, safetensors_torch.load_file(ours)["both"]) == []
 
 
 def test_big_endian_bytes_are_swapped_for_safetensors_alone(out: Path) -> None:
@@ -877,7 +881,7 @@ def test_crc_of_ours_is_what_zlib_says(source: Path, out: Path) -> None:
     rewrite(source, out)
     with zipfile.ZipFile(out) as opened:
         for member in opened.infolist():
-            assert member.CRC == zlib.crc32(opened.read(member))
+            assert zlib.crc32(opened.read(member)) == member.CRC
 
 
 def test_numbers_of_many_storages_are_in_order_of_first_use(source: Path, out: Path) -> None:

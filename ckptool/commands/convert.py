@@ -80,7 +80,7 @@ def command(request: Request, unwrap: bool, **_: Any) -> None:
     steps = _steps(click.get_current_context().meta["ckptool.ordered"])
     result = run(request, api.convert, steps=steps, unwrap=unwrap)
     if unwrap and result.at == ():
-        talk.say(["the state_dict was bare already: nothing to unwrap"], quiet=request.quiet)
+        talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
 
 
 def _steps(ordered: list[tuple[str, str]]) -> list[Edit]:

@@ -6,8 +6,8 @@ import gc
 import os
 import random
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ckptool.errors import BadInput, NoDevice, OutOfMemory
@@ -84,9 +84,13 @@ def synchronize(device: Any) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def free(device: Any) -> None:
-    """Give unused memory of a device back."""
-    gc.collect()
+def free(device: Any, last: Callable[[], Any] = lambda: None) -> None:
+    """Give a device's memory back; `last` is a weak reference to the model that held it.
+
+    A model in a reference cycle is collected; that takes long, and most models are in none.
+    """
+    if last() is not None:
+        gc.collect()
     torch = libraries.torch()
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
@@ -124,11 +128,7 @@ def repeatable(seed: int, *, allow_tf32: bool = False) -> Iterator[None]:
     An operator without a deterministic version runs and warns: whether a model repeats itself is
     found out by running it twice.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_random_states())
-        stack.enter_context(_algorithms())
-        for place, name, value in _precision("tf32" if allow_tf32 else "ieee"):
-            stack.enter_context(_setting(place, name, value))
+    with _random_states(), _algorithms(), _float32(allow_tf32):
         sow(seed)
         yield
 
@@ -147,6 +147,7 @@ def sow(seed: int) -> None:
 @contextmanager
 def _random_states() -> Iterator[None]:
     torch = libraries.torch()
+    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     state, numpy_random = random.getstate(), None
     with suppress(ImportError):
         import numpy
@@ -154,7 +155,7 @@ def _random_states() -> Iterator[None]:
         numpy_random = numpy.random
     numpy_state = numpy_random.get_state() if numpy_random else None
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(used):
             yield
     finally:
         random.setstate(state)
@@ -185,17 +186,36 @@ def _algorithms() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _precision(value: str) -> list[tuple[Any, str, Any]]:
-    """List the settings of float32 arithmetic; torch before 2.9 knows only `allow_tf32`."""
-    backends = libraries.torch().backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-        found: list[tuple[Any, str, Any]] = [(each, "fp32_precision", value) for each in places]
-        cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-        return found + [(each, "fp32_precision", "ieee") for each in cpu]
-    return [
-        (each, "allow_tf32", value == "tf32") for each in (backends.cuda.matmul, backends.cudnn)
-    ]
+@contextmanager
+def _float32(allow_tf32: bool) -> Iterator[None]:
+    """Fix the precision of float32 arithmetic.
+
+    Through the older settings, which a model's own code may read: that raises where only the
+    newer ones are set. A program that used the newer ones gets those.
+    """
+    torch = libraries.torch()
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if _is_mixed(torch):
+        value, name = "tf32" if allow_tf32 else "ieee", "fp32_precision"
+        with _setting(matmul, name, value), _setting(cudnn.conv, name, value):
+            yield
+        return
+    before = torch.get_float32_matmul_precision()
+    try:
+        with _setting(cudnn, "allow_tf32", allow_tf32), _setting(matmul, "allow_tf32", allow_tf32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _is_mixed(torch: Any) -> bool:
+    """Tell whether a program has set the newer precisions, so that the older cannot be read."""
+    try:
+        torch.get_float32_matmul_precision()
+        _ = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return True
+    return False
 
 
 @contextmanager

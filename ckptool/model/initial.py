@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ckptool import checkpoint as places, formats
-from ckptool.model import libraries, zoo
 from ckptool.fitting import Fill
+from ckptool.model import libraries, zoo
 from ckptool.tree import Node
 
 

@@ -12,6 +12,7 @@ behind it can be compared as well.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,11 +199,12 @@ def _run(plan: _Plan, device: Any) -> Run:
     plan.recipe.initial.clear()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
+        comparison = _Comparison(plan, device)
         try:
             with devices.memory_of(device), devices.repeatable(seed, allow_tf32=tf32):
-                run = _Comparison(plan, device).run()
+                run = comparison.run()
         finally:
-            devices.free(device)
+            devices.free(device, comparison.last)
     told = [str(each.message).partition("\n")[0] for each in warned]
     notes = [text for text in dict.fromkeys(told) if "deterministic" in text]
     return replace(run, notes=(*run.notes, *notes[:3]))
@@ -218,6 +220,7 @@ class _Comparison:
         self._notes: list[str] = []
         self._labels: list[Any] = []
         self._deterministic = True
+        self.last: Callable[[], Any] = lambda: None
         self._total = 2 * plan.inputs.count
 
     def run(self) -> Run:
@@ -260,8 +263,9 @@ class _Comparison:
 
     def _model(self, source: Source, reference: bool) -> subject.Subject:
         """Make one side's model, in memory that the other side's has given back."""
-        devices.free(self._device)
+        devices.free(self._device, self.last)
         made = subject.make(self._plan.recipe, source, self._device, reference=reference)
+        self.last = weakref.ref(made.bare)
         self._notes += [note for note in made.notes if note not in self._notes]
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from ckptool.errors import CkptoolError
 from ckptool.model.http import Limits
 from ckptool.model.hub import download
 
-BODY = os.urandom(500_000)
+BODY = random.Random(1).randbytes(500_000)
 SHA = hashlib.sha256(BODY).hexdigest()
-OTHER = os.urandom(400_000)
+OTHER = random.Random(2).randbytes(400_000)
 QUICK = Limits(connect=2, read=2, retries=2, backoff=0.01, longest_wait=0.05)
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"

@@ -9,10 +9,17 @@ import judge
 import pytest
 from ghost_net import ghost_net
 
-
 from ckptool import checkpoint, formats
-from ckptool.errors import AmbiguousStateDict, BadInput, CkptoolError, DoesNotLoad, Malformed
-from ckptool.errors import NoDevice, NothingMatched, OutOfMemory
+from ckptool.errors import (
+    AmbiguousStateDict,
+    BadInput,
+    CkptoolError,
+    DoesNotLoad,
+    Malformed,
+    NoDevice,
+    NothingMatched,
+    OutOfMemory,
+)
 from ckptool.model import loading, revive
 
 torch = pytest.importorskip("torch")
@@ -162,7 +169,7 @@ def test_torch_refusing_a_tensor_is_an_error_of_ours(monkeypatch: pytest.MonkeyP
         raise RuntimeError("set_storage: no\nmore lines")
 
     monkeypatch.setattr(revive.Reviver, "_dense", refuse)
-    with pytest.raises(Malformed, match="torch refuses it: set_storage: no$"):
+    with pytest.raises(Malformed, match=r"torch refuses it: set_storage: no$"):
         loading.load_state_dict(GOOD / "plain.pth")
 
 
@@ -192,7 +199,7 @@ def test_everything_matches(trained: Path) -> None:
     model = ghost_net(7)
     found = loading.load_matching(model, trained)
     assert found.filled == 1.0
-    assert not (found.missing or found.unexpected or found.mismatched or found.dropped)
+    assert found.missing + found.unexpected + found.mismatched + found.dropped == ()
     assert found.wrappers == ("module.",)
     assert found.at == ("state_dict",)
     saved = torch.load(trained)["state_dict"]

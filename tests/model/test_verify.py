@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import itertools
 import math
 from collections import OrderedDict
@@ -24,6 +25,15 @@ ARGS = {"num_classes": 10, "width": 8}
 SMALL = inputs.Options(shapes=["2,3,32,32"])
 CPU = Options(devices=["cpu"], inputs=SMALL)
 Files = Callable[[str, Any], str]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -275,9 +285,9 @@ def test_settings_are_as_before(training: str, weights: dict[str, Any], file: Fi
     clean = file("clean.pth", weights)
     check(training, clean, GHOST, **ARGS)
     assert _settings() == before
+    wrong = Options(devices=["cpu"], inputs=inputs.Options(shapes=["1,4,32,32"]))
     with pytest.raises(BadInput):
-        shapes = inputs.Options(shapes=["1,4,32,32"])
-        check(training, clean, GHOST, Options(devices=["cpu"], inputs=shapes), **ARGS)
+        check(training, clean, GHOST, wrong, **ARGS)
     assert _settings() == before
 
 
@@ -315,6 +325,20 @@ def test_within_the_block_settings_are_fixed() -> None:
         assert torch.backends.cudnn.allow_tf32
 
 
+def test_a_program_that_uses_the_newer_precisions() -> None:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    was = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+    try:
+        matmul.fp32_precision = "tf32"
+        with devices.repeatable(0):
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision(was[0])
+        torch.backends.cudnn.allow_tf32 = was[1]
+
+
 def test_a_model_is_run_in_eval_and_inference_mode(net: Any, two_layers: str) -> None:
     spec = net(
         "        assert not self.training and torch.is_inference_mode_enabled()\n"
@@ -329,17 +353,31 @@ def test_only_one_model_is_in_memory(net: Any, two_layers: str, file: Files) -> 
     make = subject.make
 
     def counting(*given: Any, **more: Any) -> Any:
-        import gc
-
-        gc.collect()
         alive.append(sum(type(each).__name__ == "Net" for each in gc.get_objects()))
         return make(*given, **more)
 
     other = file("other.pth", flipped(torch.load(two_layers), "second.weight"))
+    gc.collect()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject, "make", counting)
         check(two_layers, other, spec, vector())
     assert alive == [0, 0, 0, 0]
+
+
+def test_a_model_in_a_cycle_is_given_back(net: Any, two_layers: str) -> None:
+    spec = net("        self.__dict__['me'] = self\n        return self.second(self.first(x))")
+    alive: list[int] = []
+    make = subject.make
+
+    def counting(*given: Any, **more: Any) -> Any:
+        alive.append(sum(type(each).__name__ == "Net" for each in gc.get_objects()))
+        return make(*given, **more)
+
+    gc.collect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "make", counting)
+        check(two_layers, two_layers, spec, vector())
+    assert alive == [0, 0]
 
 
 # How the reference is loaded.
@@ -558,7 +596,7 @@ def test_a_shape_that_does_not_fit(
     assert "--input-shape" in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,,2", "-1,3", "1,3:int", "1,3:Tensor", "1.5"])
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "-1,3", "1,3:Tensor", "1.5"])
 def test_what_is_no_shape(text: str) -> None:
     with pytest.raises(BadInput):
         inputs.make(GHOST, inputs.Options(shapes=[text]))

@@ -155,7 +155,7 @@ def test_close_matches_are_named() -> None:
 
 def test_what_is_no_module_is_refused(written: Any) -> None:
     path = written("def net():\n    return 3\n")
-    with pytest.raises(NoSuchModel, match="gives a value of type int, not an nn.Module"):
+    with pytest.raises(NoSuchModel, match=r"gives a value of type int, not an nn\.Module"):
         zoo.build(f"{path}:net")
 
 
