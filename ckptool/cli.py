@@ -25,6 +25,7 @@ from ckptool.text import quoted, visible
 
 GROUPS = {
     "Look": ("keys",),
+    "Models": ("verify",),
     "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
 }
 EXAMPLES = (

@@ -218,6 +218,25 @@ def unpacked(storage: Storage, reader: Reader) -> Iterator[bytes]:
         )
 
 
+@contextmanager
+def seekable(storage: Storage, reader: Reader) -> Iterator[Callable[[int, int], bytes]]:
+    """Give a function that reads `(start, nbytes)` of a storage; a deflated one is spooled."""
+    if storage.packing is Packing.PLAIN:
+        yield lambda start, nbytes: reader.read(storage.start + start, nbytes)
+        return
+    from tempfile import TemporaryFile
+
+    with TemporaryFile() as spool:
+        for data in unpacked(storage, reader):
+            spool.write(data)
+
+        def fetch(start: int, nbytes: int) -> bytes:
+            spool.seek(start)
+            return spool.read(nbytes)
+
+        yield fetch
+
+
 class Readers:
     """The open files of a run, by path."""
 

@@ -21,10 +21,9 @@ from typing import Any
 from ckptool.checkpoint import Checkpoint, make_state_dict
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.fileio import Compute, Copy, Job, Layout, Reader, unpacked
+from ckptool.fileio import Compute, Copy, Job, Layout, Reader, seekable
 from ckptool.tensor import (
     CompositeTensor,
-    Packing,
     Storage,
     TensorInfo,
     contiguous_stride,
@@ -315,21 +314,11 @@ def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> lis
 
 def _computed(info: TensorInfo, reader: Reader) -> Iterator[bytes | bytearray]:
     """Yield the bytes of a tensor that does not lie in its storage as safetensors wants it."""
-    storage = info.storage
-    if storage.packing is Packing.DEFLATED:
-        data = b"".join(unpacked(storage, reader))
-
-        def fetch(start: int, nbytes: int) -> bytes:
-            return data[start : start + nbytes]
-    else:
-
-        def fetch(start: int, nbytes: int) -> bytes:
-            return reader.read(storage.start + start, nbytes)
-
     width = info.dtype.swap
-    for block in gather(info, fetch, GATHER_BLOCK):
-        ready = swapped(block, width) if needs_swap(storage, width) else block
-        yield _resolved(bytearray(ready), info) if info.lazy else ready
+    with seekable(info.storage, reader) as fetch:
+        for block in gather(info, fetch, GATHER_BLOCK):
+            ready = swapped(block, width) if needs_swap(info.storage, width) else block
+            yield _resolved(bytearray(ready), info) if info.lazy else ready
 
 
 _FLIP_SIGN = bytes(byte ^ 0x80 for byte in range(256))

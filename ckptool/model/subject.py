@@ -6,7 +6,6 @@ The reference is loaded as its author would, in `nn.DataParallel` where every ke
 
 from __future__ import annotations
 
-import shlex
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from ckptool.errors import DoesNotLoad
 from ckptool.model import devices, libraries, loading, native, zoo
 from ckptool.model.loading import Mismatch
 from ckptool.model.native import Source
+from ckptool.model.zoo import argument
 from ckptool.tensor import TENSORS
+from ckptool.text import quoted
 
 SHOWN = 6
 
@@ -174,10 +175,12 @@ def _does_not_load(
     shapes = [f"{each.key} {_size(each.here)}, {_size(each.there)} in the model" for each in unfit]
     evidence = _named("missing", missing) + _named("unexpected", unexpected)
     role = "reference" if reference else "candidate"
+    option, hint = _own_classes(unfit) if reference else ("", _mending(recipe, source, unfit))
     return DoesNotLoad(
         f"the {role} {source.path} does not load into `{recipe.spec}`: {told}",
         evidence=evidence + _named("shape differs", shapes),
-        hint=_classes(unfit) if reference else _mending(recipe, source, unfit),
+        hint=hint,
+        option=option,
     )
 
 
@@ -192,16 +195,17 @@ def _named(what: str, keys: Iterable[str]) -> list[str]:
     return [*lines, f"{what}: {more} more"] if more > 0 else lines
 
 
-def _classes(unfit: Sequence[Mismatch]) -> str:
+def _own_classes(unfit: Sequence[Mismatch]) -> tuple[str, str]:
     """Guess from a head of another size how many classes the model should have."""
     counts = {each.here[0] for each in unfit if each.here}
     if len(counts) == 1 and all(each.here and each.there for each in unfit):
-        return f"--model-arg num_classes={counts.pop()}   makes the model with that many classes"
-    return "--partial compares what both files have and the model takes"
+        option = f"--model-arg num_classes={counts.pop()}"
+        return option, "makes the model with that many classes"
+    return "--partial", "compares what both files have and the model takes"
 
 
 def _peeling(source: Source) -> str:
-    path = shlex.quote(source.path)
+    path = quoted(source.path)
     if wrappers(source):
         extra = "" if wrappers(source) == ("module.",) else " --prefix auto"
         return f"ckptool strip-prefix {path} OUT{extra}"
@@ -214,7 +218,7 @@ def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:
     peeling = _peeling(source)
     if peeling and not unfit:
         return peeling
-    given = "".join(f" --model-arg {shlex.quote(f'{k}={v}')}" for k, v in recipe.args.items())
-    model = f"--model {shlex.quote(recipe.spec)}{given}"
-    mend = f"ckptool transfer {shlex.quote(source.path)} OUT {model} --init-missing"
-    return f"{mend}   or --partial, which compares what both have"
+    given = "".join(f" --model-arg {quoted(argument(*pair))}" for pair in recipe.args.items())
+    model = f"--model {quoted(recipe.spec)}{given}"
+    mend = f"ckptool transfer {quoted(source.path)} OUT {model} --init-missing"
+    return f"{mend}   (or verify with --partial, which compares what both have)"

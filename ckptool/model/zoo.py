@@ -48,6 +48,12 @@ def arguments(given: Sequence[str]) -> dict[str, Any]:
     return read
 
 
+def argument(name: str, value: Any) -> str:
+    """Write an argument as `arguments` reads it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{name}={text}"
+
+
 def build(spec: str, args: Mapping[str, Any] | None = None, device: str = "cpu") -> Any:
     """Make a model on `cpu`, or on `meta`, where it takes no memory.
 
