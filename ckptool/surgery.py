@@ -178,7 +178,10 @@ def _result(
     options: Options,
 ) -> Rewrite:
     entries = plan.state.entries if plan.state is not None else {}
-    infos = [value for value in entries.values() if isinstance(value, TENSORS)]
+    tied = {each.name for each in plan.dropped}
+    infos = [
+        value for key, value in entries.items() if isinstance(value, TENSORS) and key not in tied
+    ]
     if plan.state is None:
         infos = [info for _, info in places.tensors(plan.checkpoint.tree)]
     not_carried = [*plan.not_carried, *plan.checkpoint.unread]

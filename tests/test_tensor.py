@@ -202,7 +202,8 @@ def test_gather_reads_little_of_what_lies_far_apart() -> None:
 def test_joined_dimensions() -> None:
     joined = module._coalesced
     assert joined((2, 3, 4), (12, 4, 1)) == ((24,), (1,))
-    assert joined((2, 3, 4), (12, 4, 2)) == ((2, 3, 4), (12, 4, 2))
+    assert joined((2, 3, 4), (12, 4, 2)) == ((6, 4), (4, 2))
+    assert joined((2, 3, 4), (30, 5, 1)) == ((2, 3, 4), (30, 5, 1))
     assert joined((2, 3, 4), (24, 8, 2)) == ((24,), (2,))
     assert joined((1, 5, 1), (99, 1, 7)) == ((5,), (1,))
     assert joined((4, 7), (1, 0)) == ((4, 7), (1, 0))
@@ -283,7 +284,7 @@ def test_safetensors_names_are_the_librarys() -> None:
     ours = {dtype.safetensors_name: dtype.torch_name for dtype in DType if dtype.safetensors_name}
     for name, theirs in _TYPES.items():
         assert ours[name] == str(theirs).removeprefix("torch."), name
-    assert ours.keys() - _TYPES.keys() <= {"F6_E2M3", "F6_E3M2", "F4"}
+    assert ours.keys() - _TYPES.keys() <= {"F6_E2M3", "F6_E3M2", "F4", "F8_E8M0"}
 
 
 def test_bits_are_counted_up_to_whole_bytes() -> None:

@@ -133,7 +133,7 @@ def asked(url: str, headers: Mapping[str, str], limits: Limits) -> Iterator[Answ
 
 
 def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
-    seen = {url}
+    seen = [url]
     login = _login(url)
     origin = _origin(url)
     while True:
@@ -146,7 +146,7 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
         if url in seen or len(seen) > MAX_REDIRECTS:
             why = "in a circle" if url in seen else f"more than {MAX_REDIRECTS} times"
             raise DownloadFailed(f"{shown(url)}: the server redirects {why}", hint=_HINTS[404])
-        seen.add(url)
+        seen.append(url)
 
 
 def redirected(url: str, location: str) -> str:

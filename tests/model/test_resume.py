@@ -62,7 +62,7 @@ def test_a_part_that_cannot_be_told_apart_is_not_kept(server: Server, tmp_path: 
     "second",
     [
         pytest.param(Reply(OTHER, etag='"v2"'), id="changed"),
-        pytest.param(Reply(OTHER, etag='"v2"', if_range=False), id="changed-if-range-ignored"),
+        pytest.param(Reply(BODY[::-1], etag='"v2"', if_range=False), id="if-range-ignored"),
         pytest.param(Reply(OTHER, etag='"v1"', if_range=False), id="another-length"),
         pytest.param(Reply(OTHER, etag='"v1"', ranges=False), id="range-ignored"),
         pytest.param(Reply(BODY[:150_000], etag='"v1"'), id="416"),
@@ -102,9 +102,19 @@ def test_a_damaged_record_is_no_record(server: Server, tmp_path: Path, record: s
 
 
 def test_a_part_of_another_url_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
-    interrupted(server, tmp_path)
-    done = get(server.on("/other/f.pth?x=1", Reply(OTHER, etag='"v1"')), tmp_path)
-    assert (done.resumed_from, done.nbytes) == (0, len(OTHER))
+    url = interrupted(server, tmp_path)
+    server.on("/f.pth", Reply(BODY[::-1], etag='"v1"'))
+    assert get(f"{url}?another", tmp_path).resumed_from == 0
+    assert (tmp_path / "f.pth").read_bytes() == BODY[::-1]
+
+
+def test_a_part_without_a_validator_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
+    url = interrupted(server, tmp_path)  # as a kill leaves it
+    record = tmp_path / "f.pth.part.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "etag": ""}))
+    server.on("/f.pth", Reply(BODY[::-1]))
+    assert get(url, tmp_path).resumed_from == 0
+    assert (tmp_path / "f.pth").read_bytes() == BODY[::-1]
 
 
 def test_a_part_that_is_whole_is_checked_with_the_server(server: Server, tmp_path: Path) -> None:

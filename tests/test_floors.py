@@ -1,0 +1,335 @@
+"""The house: who may import whom, what must not leak, and what is not loaded without need."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+from conftest import environment
+
+import ckptool
+
+PACKAGE = Path(ckptool.__file__).parent
+FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# From the ground up. A file imports from lower floors alone; a new file fails until it is placed.
+FLOORS = (
+    ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "__init__.py"),
+    ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
+    ("fileio.py", "checkpoint.py", "safety.py"),
+    ("edits.py", "formats/*.py"),
+    ("listing.py", "module_metadata.py"),
+    ("plan.py",),
+    ("surgery.py",),
+    ("fitting.py",),
+    ("report.py", "talk.py", "model/*.py"),
+    ("api.py", "report_model.py"),
+    ("cli.py", "__main__.py", "commands/*.py"),
+)
+# The imports within a floor: (who, whom).
+SIDEWAYS = (
+    ("formats/*.py", "formats/_*.py"),
+    ("formats/__init__.py", "formats/*.py"),
+    ("model/*.py", "model/*.py"),
+    ("commands/*.py", "commands/_*.py"),
+    ("commands/transfer.py", "commands/convert.py"),
+    ("__main__.py", "cli.py"),
+)
+
+
+def floor_of(name: str) -> int:
+    return next(
+        number
+        for number, patterns in enumerate(FLOORS)
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Yield every module that a source imports, at its top or anywhere inside."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            module = node.module or ""
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield (inner if file_of(inner) else module), node
+
+
+def file_of(module: str) -> str | None:
+    """Give the file of a module of ckptool, None for others."""
+    inside = module.removeprefix("ckptool").removeprefix(".").replace(".", "/")
+    if module.partition(".")[0] != "ckptool":
+        return None
+    names = [f"{inside}.py", f"{inside}/__init__.py".lstrip("/")]
+    return next((name for name in names if name in FILES), None)
+
+
+def parsed(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def own_imports(name: str) -> set[str]:
+    found = {file_of(module) for module, _ in imports(parsed(name))}
+    return {each for each in found if each}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_import_from_lower_floors(name: str) -> None:
+    placed = [pattern for floor in FLOORS for pattern in floor if fnmatchcase(name, pattern)]
+    assert len(placed) == 1, f"{name} has no place in FLOORS, or several"
+    for other in own_imports(name) - {"commands/__init__.py", "model/__init__.py"}:
+        allowed = any(fnmatchcase(name, a) and fnmatchcase(other, b) for a, b in SIDEWAYS)
+        assert floor_of(other) < floor_of(name) or (
+            allowed and floor_of(other) == floor_of(name)
+        ), f"{name} imports {other}"
+
+
+def test_the_table_names_nothing_that_is_gone() -> None:
+    for pattern in (pattern for floor in FLOORS for pattern in floor):
+        assert any(fnmatchcase(name, pattern) for name in FILES), pattern
+    for pair in SIDEWAYS:
+        assert any(
+            fnmatchcase(one, pair[0]) and fnmatchcase(other, pair[1])
+            for one in FILES
+            for other in own_imports(one)
+        ), pair
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    below = {name: own_imports(name) - {name} for name in FILES}
+    while below:
+        ready = {name for name, others in below.items() if not others & below.keys()}
+        assert ready, f"a circle: {sorted(below)}"
+        below = {name: others for name, others in below.items() if name not in ready}
+
+
+# What must not leak: module -> the files that may import it.
+ROOMS = {
+    r"pickle|_pickle|cPickle|marshal|shelve|dill|cloudpickle|joblib": (),
+    r"subprocess|runpy|ctypes|pty|code|codeop": (),
+    r"logging|warnings": ("model/*.py",),
+    r"torch|torchvision|torchaudio|numpy|safetensors|timm|transformers|PIL": ("model/*.py",),
+    r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": ("model/*.py",),
+    r"click": ("cli.py", "talk.py", "commands/*.py"),
+    r"tqdm": ("talk.py", "commands/verify.py"),
+    r"tempfile|shutil": ("fileio.py", "talk.py", "model/hub.py", "model/initial.py"),
+    r"zlib": ("fileio.py", "formats/_zip.py", "formats/torch_zip.py"),
+    r"zipfile|tarfile": (),
+}
+
+
+@pytest.mark.parametrize("modules", ROOMS)
+def test_modules_stay_in_their_rooms(modules: str) -> None:
+    found = {
+        name
+        for name in FILES
+        for module, _ in imports(parsed(name))
+        if re.fullmatch(modules, module.partition(".")[0])
+    }
+    outside = {
+        name for name in found if not any(fnmatchcase(name, room) for room in ROOMS[modules])
+    }
+    assert not outside
+
+
+HEAVY = re.compile(r"torch|torchvision|numpy|safetensors|timm|urllib3|tqdm|ssl")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_heavy_modules_are_imported_inside_functions(name: str) -> None:
+    tree = parsed(name)
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    typing = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    for module, node in imports(tree):
+        if HEAVY.fullmatch(module.partition(".")[0]) and name != "model/http.py":
+            assert id(node) in inside | typing, f"{name} imports {module} at its top"
+
+
+def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(parsed(name)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+TALKING = ("cli.py", "talk.py", "__main__.py", "commands/*.py")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_printing_and_exit_are_for_the_command_line(name: str) -> None:
+    if any(fnmatchcase(name, room) for room in TALKING):
+        return
+    called = {function for function, _ in calls(name)}
+    assert not called & {"print", "sys.exit", "exit", "quit", "os._exit", "input"}
+    text = FILES[name].read_text(encoding="utf-8")
+    assert not re.search(r"sys\.std(out|err|in)|raise SystemExit|isatty", text)
+
+
+CHANGES = set(
+    "rename replace link unlink remove symlink truncate ftruncate write pwrite writev pwritev "
+    "sendfile copy_file_range fsync fdatasync chmod fchmod mkdir makedirs rmdir removedirs mkfifo "
+    "utime system popen execv execve spawnv startfile".split()
+)
+# A file may be opened for writing, renamed or removed there alone; beyond it, what is named here.
+WRITERS: dict[str, set[str]] = {
+    "fileio.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
+    "atomic.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
+    "model/hub.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
+    "model/resume.py": {"os.ftruncate"},  # of a file that fileio opened
+    "talk.py": {"os.open"},  # of os.devnull
+    "cli.py": {"open"},  # of os.devnull, and of stdout itself
+}
+
+
+def changes_files(function: str, call: ast.Call) -> bool:
+    """Tell whether a call could open for writing, or change what is on disk."""
+    if function == "open":
+        mode = call.args[1] if len(call.args) > 1 else None
+        modes = [*([mode] if mode else []), *(k.value for k in call.keywords if k.arg == "mode")]
+        return any(not isinstance(m, ast.Constant) or set(m.value) & set("wax+") for m in modes)
+    owner, _, method = function.rpartition(".")
+    if owner == "formatter":  # click's, which writes help
+        return False
+    if owner == "os":
+        return method in CHANGES or method == "open"
+    return method in {"write_text", "write_bytes", "touch", "rmtree", "hardlink_to", "symlink_to"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_fileio_changes_files(name: str) -> None:
+    found = {function for function, call in calls(name) if changes_files(function, call)}
+    assert found <= WRITERS.get(name, set())
+
+
+def test_nothing_is_evaluated() -> None:
+    running = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "builtins.eval"}
+    for name in FILES:
+        assert not running & {function for function, _ in calls(name)}, name
+        importing = [function for function, _ in calls(name) if "import_module" in function]
+        known = ("__init__.py", "cli.py", "model/libraries.py", "model/zoo.py")
+        assert not importing or name in known, name
+
+
+def test_opcodes_stay_in_the_pickle_rooms() -> None:
+    """The words of torch's pickles stand in one room, those of pickle in two."""
+    for name in FILES:
+        text = FILES[name].read_text(encoding="utf-8")
+        if name not in ("pickle_reader.py", "pickle_writer.py"):
+            assert "BINPUT" not in text, name
+        if name not in ("formats/_torch_tree.py", "safety.py") and not name.startswith("model/"):
+            code = "\n".join(ast.unparse(ast.Constant(each)) for each in literals(name))
+            assert "_rebuild_" not in code, name
+
+
+def literals(name: str) -> list[str]:
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(parsed(name))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        node.value
+        for node in ast.walk(parsed(name))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+        and "\n" not in node.value
+    ]
+
+
+# What runs without a model loads no library, no network and no bar.
+
+UNWANTED = "torch torchvision numpy safetensors timm urllib3 requests tqdm socket ssl".split()
+LOADED = """
+import json, os, sys
+sys.argv[0] = "ckptool"
+code = 0
+if sys.argv[1:] == ["import"]:
+    import ckptool, ckptool.cli
+else:
+    from ckptool.cli import main
+    code = main()
+with open(os.environ["LOADED"], "w") as file:
+    json.dump([code, sorted(sys.modules)], file)
+"""
+LINES = [
+    "import",
+    "--help",
+    "keys --help",
+    "convert --help",
+    "transfer --help",
+    "keys {g}/model_best.pth.tar",
+    "keys --tree --json {g}/every_dtype.safetensors",
+    "keys {g}/plain_legacy.pth",
+    "strip-prefix {g}/data_parallel.pth out.pth",
+    "add-prefix {g}/plain.pth out.pth",
+    "unwrap {g}/model_best.pth.tar out.pth",
+    "convert {g}/every_dtype.pth out.pth",
+    "convert {g}/strided.pth out.safetensors",
+    "convert {g}/big_endian.pth out.safetensors",
+    "convert {g}/plain.safetensors out.pth",
+    "transfer {g}/model_best.pth.tar out.pth --like {g}/plain.pth",
+    "keys missing.pth",
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    tmp_path_factory: pytest.TempPathFactory, good: Path
+) -> Callable[[str], tuple[int, set[str]]]:
+    def load(line: str) -> tuple[int, set[str]]:
+        folder = tmp_path_factory.mktemp("loaded")
+        subprocess.run(
+            [sys.executable, "-c", LOADED, *line.format(g=good).split()],
+            cwd=folder,
+            env=environment({"LOADED": str(folder / "loaded.json")}),
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+        code, modules = json.loads((folder / "loaded.json").read_text())
+        return code, set(modules)
+
+    return load
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_no_library_is_loaded_without_need(
+    loaded: Callable[[str], tuple[int, set[str]]], line: str
+) -> None:
+    code, modules = loaded(line)
+    assert code == (3 if "missing" in line else 0)
+    assert not modules & set(UNWANTED)
+    if not line.startswith("transfer"):  # it knows of --model
+        assert not any(module.startswith("ckptool.model.") for module in modules)
+    if line == "import" or line.endswith("--help"):
+        assert not modules & {"ckptool.surgery", "ckptool.formats", "ckptool.edits", "difflib"}
+    else:
+        assert "ckptool.formats" in modules
+
+
+def test_the_proof_can_fail(loaded: Callable[[str], tuple[int, set[str]]]) -> None:
+    """The list of loaded modules is a list: what a command needs is in it."""
+    assert "ckptool.surgery" in loaded(LINES[8])[1]
+    assert "ckptool.surgery" not in loaded(LINES[5])[1]
