@@ -38,6 +38,7 @@ CHUNK = 1 << 20
 FLUSH_EVERY = 32 << 20
 WORKERS = 2
 
+Stamp = tuple[int, int, int]  # which file it is, its size, and when it was written to
 Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
 
@@ -49,8 +50,8 @@ class Reader:
         self.path = str(path)
         self._lock = threading.Lock()
         self._fd = _open_regular(self.path)
-        self._opened = os.fstat(self._fd)
-        self.nbytes = self._opened.st_size
+        self.stamp = _stamp(os.fstat(self._fd))
+        self.nbytes = self.stamp[1]
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` from `start`; raises `Malformed` where the file ends before."""
@@ -89,9 +90,8 @@ class Reader:
 
     def refuse_change(self) -> None:
         """Raise `Malformed` if the file was written to since it was opened."""
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
-            raise Malformed("the file was changed while it was read", path=self.path)
+        if _stamp(os.fstat(self._fd)) != self.stamp:
+            raise Malformed(f"{self.path} was changed while it was read", path=self.path)
 
     def close(self) -> None:
         """Close the file."""
@@ -102,6 +102,20 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def refuse_changed(path: str, stamp: Stamp) -> None:
+    """Raise `Malformed` if there is another file now, or the file was written to."""
+    try:
+        changed = _stamp(os.stat(path)) != stamp
+    except OSError:
+        changed = True
+    if changed:
+        raise Malformed(f"{path} was changed while it was read", path=path)
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _open_regular(path: str) -> int:
@@ -487,7 +501,7 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
     Yields its descriptor and path. Whatever fails, the target stays as it was and the temporary
     file goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
     """
-    name = os.path.basename(target.path)[:100]
+    name = os.path.basename(target.path)[:40]  # of up to four bytes each; 255 are allowed
     temporary = os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -529,11 +543,25 @@ def _publish(temporary: str, target: Target) -> None:
     else:
         _publish_new(temporary, target.path)
     if target.sync and hasattr(os, "O_DIRECTORY"):
+        _flush_folder(target)
+
+
+def _flush_folder(target: Target) -> None:
+    """Flush the folder, where its file system knows how to and it may be opened."""
+    try:
         folder = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    except OSError:
+        return
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise WriteError(
+                f"{target.path} was written, but its folder could not be flushed: {_reason(error)}",
+                hint="look whether the disk is sound before you rely on the file",
+            ) from error
+    finally:
+        os.close(folder)
 
 
 def _publish_new(temporary: str, path: str) -> None:

@@ -178,7 +178,7 @@ def _result(
     options: Options,
 ) -> Rewrite:
     entries = plan.state.entries if plan.state is not None else {}
-    tied = {each.name for each in plan.dropped}
+    tied = {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
     infos = [
         value for key, value in entries.items() if isinstance(value, TENSORS) and key not in tied
     ]

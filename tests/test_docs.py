@@ -101,3 +101,32 @@ def test_the_set_up_commands_are_the_ones_that_ci_runs() -> None:
         assert command in README
         assert command.replace("pip install", "pip install --quiet") in script
     assert "pip install '.[test]' && pytest" in README
+
+
+def test_the_python_examples_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    for name, fixture in FILES.items():
+        shutil.copy(ROOT / "fixtures" / fixture, tmp_path / name)
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    shown = [run_python(block, tmp_path) for block in blocks]
+    assert shown[0].splitlines() == [
+        "['module.features.0.weight', 'module.features.1.weight'] ('state_dict',)",
+        "8 8 8",
+        "0.8928571428571429 ['classifier.weight', 'classifier.bias']",
+    ]
+    assert shown[1].splitlines() == ["6 ['classifier.weight', 'classifier.bias']"]
+
+
+def run_python(source: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

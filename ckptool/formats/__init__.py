@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptool.checkpoint import Checkpoint, refuse_deep
@@ -69,7 +69,7 @@ def _read(each: Format, reader: Reader) -> Checkpoint:
     try:
         checkpoint = each.read(reader)
         refuse_deep(checkpoint.tree)
-        return checkpoint
+        return replace(checkpoint, stamp=reader.stamp)
     except FormatError as error:
         error.path = error.path or reader.path
         if type(error) is not NotACheckpoint and reader.path not in error.message:
