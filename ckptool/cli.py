@@ -6,7 +6,6 @@ stdout is data, stderr is talk. A command is loaded when it is called for, so th
 
 from __future__ import annotations
 
-import gc
 import importlib
 import io
 import os
@@ -111,8 +110,6 @@ def main(args: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments or bool(os.environ.get("CKPTOOL_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
-    # The tree of a checkpoint lives to the end: looking for garbage in it is time lost.
-    gc.disable()
     _prepare_streams()
     _prepare_signals()
     return _run(arguments, debug)

@@ -26,7 +26,7 @@ WRAPPERS = (
     "_forward_module.",
     "_module.",
 )
-_SENTINEL = "\0"  # stands for "some parameter" where a module path is edited
+_SENTINEL = "\0some parameter\0"  # stands for "some parameter" where a module path is edited
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,8 @@ class Vocabulary:
 class Ended(Malformed):
     """The bytes ended inside the pickle; with more of the file it may be whole."""
 
+    slug = "malformed"
+
 
 def load(data: bytes, start: int = 0, vocabulary: Vocabulary | None = None) -> Pickle:
     """Parse the pickle that starts at `start`.

@@ -208,6 +208,7 @@ def _result(
 def _write(place: Target, layout: Layout, plan: Plan, progress: Progress) -> None:
     with fileio.atomic_output(place) as (fd, temporary):
         fileio.write_layout(fd, layout, progress, sync=place.sync)
+        fileio.refuse_changed(plan.checkpoint.path, plan.checkpoint.stamp)
         _verify(temporary, layout, plan)
 
 

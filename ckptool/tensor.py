@@ -175,6 +175,8 @@ def gather(info: TensorInfo, read: Read, limit: int) -> Iterator[bytearray]:
 
     What is read at once stays below `limit` too, whatever the strides.
     """
+    if 0 in info.shape:
+        return
     shape, stride = _coalesced(info.shape, info.stride)
     yield from _blocks(shape, stride, info.storage_offset, info.dtype.itemsize, read, limit)
 

@@ -42,6 +42,8 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
     size = readable(reader.nbytes)
     if not head:
         return "empty (0 bytes)", "get it again from where it came"
+    if not head.strip(b"\0"):
+        return f"{size} of zeros", "its data never arrived; get it again from where it came"
     for signature, what, hint in _SIGNATURES:
         if head.startswith(signature):
             return f"{what} ({size})", hint
@@ -51,6 +53,8 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
         return f"a film or picture ({size})", ""
     if head[:1] == b"\x08" and b"pytorch" in head[:256]:
         return f"an ONNX model ({size})", ""
+    if len(head) < SHORTEST_PICKLE:
+        return f"too short for a checkpoint ({size})", "get it again from where it came"
     if _is_pickle(head):
         if b"torch.distributed.checkpoint.metadata" in head:
             return f"the metadata of a distributed checkpoint ({size})", _TORCH_HINT

@@ -117,7 +117,8 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
 def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> None:
     """Refuse an end record in the wrong place; say where archives lie one behind another."""
     here = end_at - _LOCATOR.size - _END64.size
-    if here > stop and reader.read(here, 4) == b"PK\6\6":
+    moved = here - stop  # where the last of several archives starts
+    if moved > 0 and reader.read(here, 4) == b"PK\6\6" and reader.read(moved, 4) == b"PK\3\4":
         raise Unsupported(
             "zip archives one behind another, as in a shard (.distcp) of a distributed checkpoint; "
             "such checkpoints are not read yet",

@@ -39,15 +39,16 @@ def _number(node: object) -> object:
 def read(reader: Reader) -> Checkpoint:
     """Read the five pickles and the counts before the storages."""
     window = _Window(reader)
-    start = window.load(0).end
-    version = window.load(start)
+    magic = window.load(0)
+    version = window.load(magic.end)
     if version.tree != PROTOCOL_VERSION:
         raise Malformed(
             f"a legacy torch file of protocol version {version.tree!r}"[:100],
             path=reader.path,
-            offset=start,
+            offset=magic.end,
         )
-    at = window.load(version.end).end
+    system = window.load(version.end)
+    at = system.end
     # The pickle says which storages there are, the list behind it where they lie: the first
     # reading collects what the second needs.
     said: dict[str, StorageId] = {}
@@ -58,21 +59,23 @@ def read(reader: Reader) -> Checkpoint:
 
     first = window.load(at, TorchVocabulary(note))
     keys = window.load(first.end)
-    places = _places(reader, said, keys)
+    places, end = _places(reader, said, keys)
 
     def find_storage(storage: StorageId) -> Storage:
         return _storage(reader, storage, places[storage.key])
 
     parsed = window.load(at, TorchVocabulary(find_storage))
+    others = (magic, version, system, keys)  # loading runs what they call, too
     return Checkpoint(
         reader.path,
         "torch-legacy",
         parsed.tree,
         reader.nbytes,
-        globals=parsed.globals,
-        calls=parsed.calls,
+        globals=parsed.globals | {name: at for each in others for name, at in each.globals.items()},
+        calls=[*parsed.calls, *(call for each in others for call in each.calls)],
         pickle_name="the pickle",
         generation="torch before 1.6, or its legacy format",
+        unread=("what stands behind the storages",) if end < reader.nbytes else (),
     )
 
 
@@ -80,8 +83,8 @@ def _storage(reader: Reader, said: StorageId, start: int) -> Storage:
     return Storage(reader.path, said.key, start, said.nbytes, said.dtype, said.location)
 
 
-def _places(reader: Reader, said: dict[str, StorageId], keys: Pickle) -> dict[str, int]:
-    """Find where each storage starts, and check every count and the end of the file."""
+def _places(reader: Reader, said: dict[str, StorageId], keys: Pickle) -> tuple[dict[str, int], int]:
+    """Find where each storage starts and where the last one ends; check every count."""
     listed = keys.tree
     if not isinstance(listed, list) or not all(isinstance(key, str | int) for key in listed):
         raise Malformed("the list of storage keys is damaged", path=reader.path)
@@ -111,7 +114,7 @@ def _places(reader: Reader, said: dict[str, StorageId], keys: Pickle) -> dict[st
             offset=reader.nbytes,
             hint="it is truncated; get it again from where it came",
         )
-    return places
+    return places, position
 
 
 class _Window:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from ckptool import pickle_reader, pickle_writer
 from ckptool.checkpoint import Checkpoint
-from ckptool.errors import Malformed, NotRepresentable, Unsupported
+from ckptool.errors import Malformed, NotACheckpoint, NotRepresentable, Unsupported
 from ckptool.fileio import Copy, Layout, Reader
 from ckptool.formats import _zip
 from ckptool.formats._torch_tree import Lowering, StorageId, TorchVocabulary
@@ -85,13 +85,12 @@ _CARRIED_ANEW = ("version", ".storage_alignment", ".data/serialization_id")
 def _root(reader: Reader, members: dict[str, _zip.Member]) -> str:
     """Find the one folder that all records lie in; torch names it after the file."""
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(pickles) != 1:
-        raise Malformed(
-            "a zip archive without data.pkl, so not one that torch.save wrote"
-            if not pickles
-            else "a zip archive with more than one data.pkl",
-            path=reader.path,
-        )
+    if not pickles:
+        arrays = members and all(name.endswith(".npy") for name in members)
+        what = "of numpy arrays (.npz)" if arrays else "that torch.save did not write"
+        raise NotACheckpoint(f"{reader.path} is a zip archive {what}", path=reader.path)
+    if len(pickles) > 1:
+        raise Malformed("a zip archive with more than one data.pkl", path=reader.path)
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in members:
         raise Unsupported(

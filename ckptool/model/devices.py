@@ -92,6 +92,9 @@ def free(device: Any, last: Callable[[], Any] = lambda: None) -> None:
     if last() is not None:
         gc.collect()
     torch = libraries.torch()
+    if device.type == "cuda":
+        # cuBLAS keeps a workspace for each stream, which counts as allocated.
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
 

@@ -7,6 +7,7 @@ and what is not plain, ckptool reads itself, and says so.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -82,8 +83,15 @@ def _by_torch(source: Source) -> Native:
     except Exception as error:  # an unpickler may raise anything
         if is_out_of_memory(error):
             raise
-        raise _Refused(f"torch.load refuses it ({last_line(error)[:160]})") from error
+        raise _Refused(f"torch.load refuses it ({_reason(error)})") from error
     return Native(found, "torch.load")
+
+
+def _reason(error: Exception) -> str:
+    """Give what torch says is wrong, without its advice to turn safety off."""
+    found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+    text = found[1] if found else last_line(error)
+    return re.split(r"Please |Re-running|In PyTorch 2\.6", text)[0].strip().rstrip(".")[:160]
 
 
 def _can_map(source: Source) -> bool:

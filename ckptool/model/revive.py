@@ -161,6 +161,7 @@ class Reviver:
 
     def _quantized(self, info: TensorInfo, parts: tuple[Node, ...]) -> Any:
         quantizer = tuple(self._value(part) for part in parts)
+        self._refuse_channels(info, quantizer)
         storage = self._torch.storage.TypedStorage(
             wrap_storage=self._storage(info.storage, info.dtype),
             dtype=self._dtype(info.dtype),
@@ -169,6 +170,15 @@ class Reviver:
         return self._torch._utils._rebuild_qtensor(
             storage, info.storage_offset, info.shape, info.stride, quantizer, False, OrderedDict()
         )
+
+    def _refuse_channels(self, info: TensorInfo, quantizer: tuple[Any, ...]) -> None:
+        """Check what torch before 2.13 does not: a scale and a zero point for each channel."""
+        if len(quantizer) != 4:
+            return
+        _, scales, zero_points, axis = quantizer
+        counts = {len(scales), len(zero_points)}
+        if type(axis) is not int or not 0 <= axis < len(info.shape) or counts != {info.shape[axis]}:
+            raise Malformed("a quantizer that does not fit its tensor", path=self._path)
 
     def _composite(self, node: CompositeTensor) -> Any:
         torch, parts = self._torch, [self._value(part) for part in node.parts]

@@ -66,7 +66,7 @@ def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Sub
     parallel = outer == ("module.",) and recipe.common is None
     if outer and not parallel:
         state, _ = loading.rekeyed(state, [edits.strip_wrappers()])
-        notes.append(f"took the prefix {''.join(outer)} off the reference's keys")
+        notes.append(f"took the prefix `{''.join(outer)}` off the reference's keys")
     if recipe.common is None:
         _strictly(_parallel(model) if parallel else model, state, recipe, source, reference)
     else:

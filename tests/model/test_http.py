@@ -217,6 +217,7 @@ def test_a_circle_is_left(server: Server, tmp_path: Path, location: str) -> None
     server.on("/other", redirect("/f.pth"))
     url = server.on("/f.pth", redirect(location))
     assert "in a circle" in refused(DownloadFailed, url, tmp_path).message
+    assert len(server.asked) <= 2
 
 
 def test_a_long_way_is_left(server: Server, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,19 @@ def test_checksums_are_read_on_request() -> None:
     with pytest.raises(Malformed, match="checksum"):
         loading.load_state_dict(path, check=True)
     assert loading.load_state_dict(GOOD / "quantized.pth", check=True)
+
+
+@pytest.mark.parametrize("axis", [-1, 2, 99])
+def test_a_quantizer_that_does_not_fit(axis: int) -> None:
+    """torch before 2.13 would write beyond its memory."""
+    read = formats.read(GOOD / "qtensors.pth")
+    state = checkpoint.find(read)
+    info = state.entries["per_channel"]
+    arguments = list(info.origin.args)
+    arguments[4] = (*arguments[4][:3], axis)
+    broken = replace(info, origin=replace(info.origin, args=tuple(arguments)))
+    with pytest.raises(Malformed, match="quantizer"):
+        loading.revive(read, replace(state, entries={"per_channel": broken}))
 
 
 def test_what_is_not_plain_is_left_out_and_named() -> None:

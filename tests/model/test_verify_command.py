@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ghost_net import ghost_net
 
+from ckptool import load_matching
 from ckptool.commands.verify import _Batches
 
 torch = pytest.importorskip("torch")
@@ -163,6 +164,20 @@ def test_another_head_is_mended_by_transfer(verify: Run, run: Run, files: dict[s
     assert run(*hint.replace("OUT", "mended.pth").split()[1:]).code == 0
     assert verify("trained.pth", "mended.pth").out.startswith("cpu\tdifferent")  # a head anew
     assert verify("trained.pth", "four.pth", "--partial").code == 0
+
+
+def test_a_thousand_classes_become_ten(verify: Run, run: Run) -> None:
+    """What a user does: train in DataParallel, take the weights to another task, load, compare."""
+    trained = torch.nn.DataParallel(ghost_net(1000, 8))
+    torch.save({"state_dict": trained.state_dict(), "arch": "ghost_net"}, "imagenet.pth.tar")
+    own = ("--model", GHOST, "--model-arg", "num_classes=10", "--model-arg", "width=8")
+    assert run("transfer", "imagenet.pth.tar", "init.pth", *own, "--init-missing").code == 0
+    model = ghost_net(10, 8)
+    model.load_state_dict(torch.load("init.pth"), strict=True)
+    assert load_matching(ghost_net(10, 8), "init.pth").filled == 1.0
+    done = verify("imagenet.pth.tar", "init.pth", "--partial")
+    assert (done.code, done.out) == (0, "cpu\tidentical\t0\t0\t\n")
+    assert "left out, as not in both files: classifier;" in done.err
 
 
 @pytest.mark.parametrize(
