@@ -503,10 +503,10 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
     """
     name = os.path.basename(target.path)[:40]  # of up to four bytes each; 255 are allowed
     temporary = os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        fd = os.open(temporary, flags, 0o666)
-        try:
+        try:  # before the file is made: a signal may come right after
+            fd = os.open(temporary, flags, 0o666)
             try:
                 yield fd, temporary
                 _finish(fd, target)

@@ -218,11 +218,20 @@ def _fetched(job: _Job) -> Downloaded:
         try:
             fileio.refuse_target(job.path, (), force=job.force, sync=job.sync)
             return _grown(job, target, part)
-        except DownloadFailed as error:
-            if part.kept:
-                nbytes = os.fstat(part.fd).st_size
-                error.hint = f"{error.hint or 'run it again'}; {nbytes} bytes are kept in {path}"
+        except (DownloadFailed, KeyboardInterrupt) as error:
+            _tell_kept(error, part)
             raise
+
+
+def _tell_kept(error: DownloadFailed | KeyboardInterrupt, part: Part) -> None:
+    """Say what a later run will go on with: in the hint, or as a note of an interruption."""
+    if not part.kept:
+        return
+    kept = f"{os.fstat(part.fd).st_size} bytes are kept in {part.path}"
+    if isinstance(error, DownloadFailed):
+        error.hint = f"{error.hint or 'run it again'}; {kept}"
+    else:
+        error.add_note(f"{kept}; run it again to go on")
 
 
 def _grown(job: _Job, target: Target, part: Part) -> Downloaded:

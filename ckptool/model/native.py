@@ -89,7 +89,7 @@ def _by_torch(source: Source) -> Native:
 
 def _reason(error: Exception) -> str:
     """Give what torch says is wrong, without its advice to turn safety off."""
-    found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+    found = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
     text = found[1] if found else last_line(error)
     return re.split(r"Please |Re-running|In PyTorch 2\.6", text)[0].strip().rstrip(".")[:160]
 

@@ -420,7 +420,7 @@ def test_torchs_advice_is_not_passed_on() -> None:
         (note,) = native.load(native.read(GOOD / name)).notes
         assert "torch.load refuses it" in note
         assert "weights_only" not in note
-        assert "Unsupported operand 149" in note or "codec" in note
+        assert "Unsupported operand" in note
 
 
 def test_only_weights_are_ever_unpickled(
