@@ -24,7 +24,7 @@ from ckptool.text import quoted, visible
 
 GROUPS = {
     "Look": ("keys",),
-    "Models": ("verify",),
+    "Models": ("download", "verify"),
     "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
 }
 EXAMPLES = (

@@ -217,7 +217,7 @@ def unpacked(storage: Storage, reader: Reader) -> Iterator[bytes]:
             data = b""
         if not data and (inflater.eof or position >= end or not packed):
             raise Malformed(
-                f"the deflated record of storage {storage.key} is damaged",
+                f"{storage.path}: the deflated record of storage {storage.key} is damaged",
                 path=storage.path,
                 offset=storage.start,
             )
@@ -226,7 +226,7 @@ def unpacked(storage: Storage, reader: Reader) -> Iterator[bytes]:
             yield data
     if inflater.decompress(inflater.unconsumed_tail, 1):
         raise Malformed(
-            f"the deflated record of storage {storage.key} is longer than declared",
+            f"{storage.path}: the deflated record of storage {storage.key} is longer than declared",
             path=storage.path,
             offset=storage.start,
         )
@@ -401,7 +401,8 @@ def _check(copy: Copy) -> None:
     recorded = copy.storage.crc32
     if copy.whole and recorded is not None and recorded != copy.crc32:
         raise Malformed(
-            f"the bytes of storage {copy.storage.key} do not match their checksum",
+            f"{copy.storage.path}: the bytes of storage {copy.storage.key} do not match their "
+            "checksum",
             path=copy.storage.path,
             offset=copy.storage.start,
             evidence=[f"CRC-32 recorded {recorded:08x}, found {copy.crc32:08x}"],

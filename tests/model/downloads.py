@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server import Reply
+from server import Reply, Server, serving
 
 from ckptool.errors import CkptoolError
 from ckptool.model.http import Limits
@@ -21,6 +22,20 @@ QUICK = Limits(connect=2, read=2, retries=2, backoff=0.01, longest_wait=0.05)
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
 DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
+PROXIES = "http_proxy https_proxy all_proxy no_proxy".split()
+
+
+@pytest.fixture(name="no_proxy", autouse=True)
+def no_proxy_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture(name="server")
+def server_fixture() -> Iterator[Server]:
+    with serving() as server:
+        yield server
 
 
 def get(url: str, target: object, **more: Any) -> Any:

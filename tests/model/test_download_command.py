@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Outcome
-from downloads import BODY, OTHER, SHA
+from downloads import BODY, OTHER, SHA, no_proxy_fixture, server_fixture  # noqa: F401  (fixtures)
 from server import Reply, Server
 
 Run = Callable[..., Outcome]

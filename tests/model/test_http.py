@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from downloads import BODY, PAGE, POINTER, QUICK, SHA, get, names, redirect, refused
+from downloads import (  # noqa: F401  (fixtures)
+    BODY,
+    PAGE,
+    POINTER,
+    QUICK,
+    SHA,
+    get,
+    names,
+    no_proxy_fixture,
+    redirect,
+    refused,
+    server_fixture,
+)
 from server import Reply, Server, certificate, closed_port, serving
 
 from ckptool import fileio

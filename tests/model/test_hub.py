@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from downloads import BODY, OTHER, PAGE, QUICK, SHA, get, names, redirect, refused
+from downloads import (  # noqa: F401  (fixtures)
+    BODY,
+    OTHER,
+    PAGE,
+    QUICK,
+    SHA,
+    get,
+    names,
+    no_proxy_fixture,
+    redirect,
+    refused,
+    server_fixture,
+)
 from server import Reply, Server
 
 from ckptool import fileio

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from downloads import BODY, DATE, OTHER, PAGE, SHA, get, names, refused
+from downloads import (  # noqa: F401  (fixtures)
+    BODY,
+    DATE,
+    OTHER,
+    PAGE,
+    SHA,
+    get,
+    names,
+    no_proxy_fixture,
+    refused,
+    server_fixture,
+)
 from server import Reply, Server
 
 from ckptool.errors import (
@@ -162,8 +173,9 @@ def test_ctrl_c_keeps_the_part(server: Server, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     url = server.on("/f.pth", Reply(BODY, etag='"v1"'))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         get(url, tmp_path, progress=interrupt)
+    assert "bytes are kept in" in caught.value.__notes__[0]
     assert names(tmp_path) == ["f.pth.part", "f.pth.part.json"]
     done = get(url, tmp_path, sha256=SHA)
     assert 200_000 < done.resumed_from < len(BODY)
