@@ -16,6 +16,7 @@ _PUBLIC = {
     "Options": "ckptool.plan",
     "add_prefix": "ckptool.api",
     "convert": "ckptool.api",
+    "download": "ckptool.api",
     "edits": "ckptool.edits",
     "keys": "ckptool.api",
     "load_matching": "ckptool.model.loading",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "strip_prefix": "ckptool.api",
     "transfer": "ckptool.api",
     "unwrap": "ckptool.api",
+    "verify": "ckptool.api",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -10,7 +10,7 @@ Each raises a `CkptoolError` where the command line ends with another exit code 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptool import edits, fitting, formats, listing, surgery
@@ -23,6 +23,9 @@ from ckptool.surgery import Options, Rewrite, no_progress
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
+
+    from ckptool.model.hub import Downloaded
+    from ckptool.model.verify import Verification
 
 AUTO = "auto"
 
@@ -153,3 +156,48 @@ def _model(spec: str, args: Mapping[str, Any], seed: int | None) -> tuple[Refere
     shapes = {key: shape for key, (_, shape) in zoo.shapes(spec, args).items()}
     fill = None if seed is None else initial.initial_values(spec, args, seed)
     return fitting.reference(spec, shapes), fill
+
+
+def download(
+    what: str,
+    target: str | Path = ".",
+    *,
+    sha256: str | None = None,
+    force: bool = False,
+    sync: bool = True,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Downloaded:
+    """Download a torchvision weight by name, or any URL, into a folder or to a file.
+
+    Raises `DownloadFailed`, `HashMismatch`, `OutputExists`, `WriteError`; for names `NoSuchModel`
+    and `MissingExtra`.
+    """
+    from ckptool.model import hub, weights
+
+    known = None if "://" in what else weights.resolve(what)
+    return hub.download(
+        known.url if known else what,
+        target,
+        sha256=sha256,
+        expected_prefix=known.sha256_prefix if known else None,
+        force=force,
+        sync=sync,
+        progress=progress,
+    )
+
+
+def verify(
+    reference: str | Path,
+    candidate: str | Path,
+    model: str,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Verification:
+    """Run a model on the weights of two files and compare the outputs, bit for bit.
+
+    `options` are the fields of `ckptool.model.verify.Options` (`devices`, `partial`, `atol` ...).
+    Raises `DoesNotLoad`, `NoDevice`, `NoSuchModel`, `BadInput`, `MissingExtra`, `OutOfMemory`.
+    """
+    from ckptool.model import verify as room
+
+    return room.verify(reference, candidate, model, model_args, room.Options(**options))

@@ -290,8 +290,8 @@ def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str
         if key in seen:
             if not _same(seen[key], value):
                 raise Malformed(
-                    f"{checkpoint.path}: the key {key} stands twice in the state_dict, with different "
-                    "values",
+                    f"{checkpoint.path}: the key {key} stands twice in the state_dict, "
+                    "with different values",
                     path=checkpoint.path,
                 )
             repeated.append(key)

@@ -102,8 +102,9 @@ def _verdict(run: Run) -> str:
 
 
 def _difference_lines(run: Run) -> list[str]:
-    if run.bitwise:
-        return []
+    if run.bitwise and run.identical:
+        named = f"{len(run.parameters)} differ in their bytes: {listed(run.parameters)}"
+        return [f"of the tensors behind them, {named}"] if run.parameters else []
     lines = []
     if run.first_difference is not None:
         lines.append(f"the first module that differs is {_module(run.first_difference)}")

@@ -404,7 +404,7 @@ def test_changed_in_every_byte(here: Path, small: bytes) -> None:
 
 NAMED = {
     "empty_file.pth": "is empty (0 bytes)",
-    "one_byte.pth": "too short for a checkpoint (1 B)",
+    "one_byte.pth": "is not a checkpoint: 1 B of unknown bytes",
     "html_page.pth": "is an HTML page (145 B); a server sends this when",
     "lfs_pointer.pth": "is a git-LFS pointer, not the file itself",
     "symlink_text.ckpt": "looks like the path of a symbolic link",
@@ -439,7 +439,7 @@ def test_files_are_named_for_what_they_are(run: Run, here: Path, hostile: Path, 
 
 
 def test_a_page_may_come_with_a_byte_order_mark(run: Run, here: Path) -> None:
-    for text in ("\ufeff<!DOCTYPE HTML>\n<p>", "\n\n <html lang=en>", "<HEAD>\n<TITLE>"):
+    for text in ("\ufeff<!DOCTYPE HTML>\n<p>", "\n\n <html lang=en>", "<HEAD>"):
         (here / "page.pth").write_text(text, encoding="utf-8")
         assert "is an HTML page" in run("keys", "page.pth").err
 
@@ -568,7 +568,7 @@ def test_a_tensor_that_declares_gigabytes_is_refused_before_writing(here: Path, 
     )
     assert (code, nbytes < BOUND) == (5, True)
     assert "--allow-expand" in said
-    assert listing(here).keys() == {"said.txt"}
+    assert listing(here) == {}
 
 
 def test_an_inflating_pickle_is_bounded(here: Path) -> None:

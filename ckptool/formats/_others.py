@@ -53,8 +53,6 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
         return f"a film or picture ({size})", ""
     if head[:1] == b"\x08" and b"pytorch" in head[:256]:
         return f"an ONNX model ({size})", ""
-    if len(head) < SHORTEST_PICKLE:
-        return f"too short for a checkpoint ({size})", "get it again from where it came"
     if _is_pickle(head):
         if b"torch.distributed.checkpoint.metadata" in head:
             return f"the metadata of a distributed checkpoint ({size})", _TORCH_HINT
@@ -67,7 +65,8 @@ def _is_pickle(head: bytes) -> bool:
     try:
         pickle_reader.load(head)
     except Ended as error:
-        return head[:1] == b"\x80" or (error.offset or 0) > SHORTEST_PICKLE
+        protocol = head[:1] == b"\x80" and len(head) > 1
+        return protocol or (error.offset or 0) > SHORTEST_PICKLE
     except CkptoolError:
         return False
     return True

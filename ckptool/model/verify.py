@@ -240,8 +240,8 @@ class _Comparison:
             found = replace(found, identical=agree, bitwise=bitwise, first_difference=first)
         elif not found.identical:
             found = replace(found, first_difference=self._located(left, right))
-        if not found.identical:
-            found = replace(found, parameters=tuple(_parameters(self._plan)))
+        # Said even where the outputs agree: a difference may be too small to reach them.
+        found = replace(found, parameters=tuple(_parameters(self._plan)))
         return replace(found, modules=len(dict(traces[0])) if traces else 0)
 
     def _pass(self, source: Source, reference: bool, traces: list[runner.Trace]) -> Kept | None:

@@ -93,6 +93,13 @@ def test_from_download_to_proof(registered: str, tmp_path: Path, run: Run) -> No
     done = run("verify", best, head, *ten, *SMALL, "--partial", "--json")
     assert json.loads(done.out)["identical"] is True
 
+    weights = torch.load(bare, weights_only=True)
+    weights["bn1.num_batches_tracked"] += 1  # which no output depends on
+    torch.save(weights, wrong)
+    done = run("verify", best, wrong, "--model", "resnet18", *SMALL)
+    assert done.code == 0
+    assert "1 differ in their bytes: bn1.num_batches_tracked" in done.err
+
     flip_a_bit(bare, wrong, "layer3.1.conv2.weight")
     done = run("verify", best, wrong, "--model", "resnet18", *SMALL, "--json")
     assert done.code == 1
