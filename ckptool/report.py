@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
 
 
 def document(schema: str, **fields: Any) -> str:
-    """Write one JSON document; ASCII alone, so that any stream can hold it."""
-    return json.dumps({"schema": schema, **fields}, indent=2)
+    """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
+    return json.dumps({"schema": schema, **fields}, indent=2).replace("\x7f", "\\u007f")
 
 
 def key_rows(entries: Sequence[Entry]) -> list[str]:
@@ -250,7 +250,7 @@ def _dropped_lines(result: Rewrite) -> list[str]:
     for reason, named in by_reason.items():
         if reason == SHAPE_DIFFERS:
             continue  # the lines of the fit show both shapes
-        why = "" if reason == "dropped as asked" else f" ({reason})"
+        why = "" if reason == "dropped as asked" else f" ({visible(reason)})"
         lines.append(f"dropped {len(named)}{why}: {listed(named)}")
     return lines
 

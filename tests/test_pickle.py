@@ -259,9 +259,7 @@ def test_names_and_calls_are_listed_even_when_thrown_away() -> None:
     assert [(call.callee, call.offset) for call in found.calls] == [(A, 7)]
 
 
-def test_repr_of_a_vocabularys_nodes_reaches_every_memo_entry() -> None:
-    """What BUILD makes of a node takes its place in the memo too."""
-
+def test_what_build_makes_of_a_node_takes_its_place_in_the_memo() -> None:
     class Words(Vocabulary):
         def built(self, node: Node, state: Node) -> Node:
             return ("built", state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import pickle
 import pickletools
 import re
@@ -24,7 +25,6 @@ from typing import Any
 import pytest
 
 from ckptool import edits, fitting, formats, safety, surgery
-from ckptool.cli import main
 from ckptool.errors import (
     AmbiguousStateDict,
     CkptoolError,
@@ -680,14 +680,11 @@ def storage_count(tree: Loaded) -> int:
     return len({t.untyped_storage().data_ptr() for t in judge.tensors(tree).values()})
 
 
-@pytest.mark.parametrize(
-    "name", ["model_best.pth.tar", "shared_with_optimizer.pth", "tied.pth", "slices.pth"]
-)
+@pytest.mark.parametrize("name", ["shared_with_optimizer.pth", "tied.pth", "slices.pth"])
 def test_shared_storages_are_written_once(name: str, tmp_path: Path) -> None:
     surgery.rewrite(GOOD / name, tmp_path / "out.pth", options=Options(sync=False))
-    tensors = judge.tensors(original(name))
     assert len(records_of(tmp_path / "out.pth")) == storage_count(original(name))
-    assert len(records_of(tmp_path / "out.pth")) < len(tensors) or "best" in name
+    assert storage_count(original(name)) < len(judge.tensors(original(name)))
 
 
 def test_what_is_no_longer_referenced_is_not_written(tmp_path: Path) -> None:
@@ -748,7 +745,7 @@ def test_bytes_do_not_hang_on_the_hash_seed(tmp_path: Path) -> None:
     sources = [str(GOOD / name) for name in ("set_and_bytes_protocol4.pth", "foreign.pth")]
     for seed in ("1", "2"):
         command = [sys.executable, "-c", script, str(tmp_path / seed), *sources]
-        subprocess.run(command, check=True, env={"PYTHONHASHSEED": seed}, cwd=FOLDER.parent)
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
     for number in range(len(sources)):
         first, second = (tmp_path / f"{seed}{number}.pth" for seed in ("1", "2"))
         assert first.read_bytes() == second.read_bytes()
@@ -838,11 +835,16 @@ EXIT_CODES: dict[type[CkptoolError], int] = {
 @pytest.mark.parametrize("name", THROUGH_THE_COMMAND_LINE)
 @pytest.mark.parametrize(("kind", "container", "command"), COMMANDS)
 def test_the_command_line_writes_the_same_bytes(
-    name: str, kind: str, container: str, command: list[str], tmp_path: Path
+    name: str,
+    kind: str,
+    container: str,
+    command: list[str],
+    run: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     suffix = {"torch-zip": ".pth", "safetensors": ".safetensors"}[container]
     ours, theirs = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
-    code = main([*command, "--no-sync", str(GOOD / name), str(ours)])
+    code = run(*command, "--no-sync", GOOD / name, ours).code
     error = refusal(name, kind, container)
     if error is not None:
         assert code == EXIT_CODES[error]

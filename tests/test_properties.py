@@ -36,13 +36,13 @@ judge = pytest.importorskip("judge")
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st  # noqa: E402
 
 settings.register_profile(
-    "quick",
+    "ckptool",
     deadline=None,
-    derandomize=bool(os.environ.get("CI")),
+    derandomize=bool(os.environ.get("CI")) or os.environ.get("HYPOTHESIS_PROFILE") == "ci",
     max_examples=100,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.load_profile("quick")
+settings.load_profile("ckptool")
 
 # Tensors.
 

@@ -128,6 +128,7 @@ BROKEN: dict[str, tuple[Any, bytes, type[FormatError]]] = {
     "gap": ({"a": A, "b": entry("F32", [1], 12, 16)}, DATA, Malformed),
     "overlap": ({"a": A, "b": entry("F32", [3], 4, 16)}, DATA, Malformed),
     "same bytes twice": ({"a": A, "b": A}, DATA[:8], Malformed),
+    "same bytes twice, others never": ({"a": A, "b": A}, DATA, Malformed),
     "trailing": ({"a": A}, DATA, Malformed),
     "beyond the end": ({"a": entry("F32", [4], 0, 16)}, DATA[:8], Malformed),
     "first not at zero": ({"b": B}, DATA, Malformed),

@@ -622,6 +622,19 @@ def test_untie_writes_copies(out: Path) -> None:
     assert judge.same(judge.load(GOOD / "tied.pth"), loaded, sharing=False) == []
 
 
+def test_untie_works_on_what_is_more_than_a_tensor(source: Path, out: Path) -> None:
+    base, hooked = torch.arange(4.0), torch.arange(3.0)
+    one, other = torch.nn.Parameter(base), torch.nn.Parameter(base.view(4), requires_grad=False)
+    tagged = hooked.view(3)
+    tagged.note = "kept"
+    torch.save({"one": one, "other": other, "hooked": hooked, "tagged": tagged}, source)
+    rewrite(source, out, untie=True)
+    before, after = judge.load(source), judge.load(out)
+    assert judge.same(before, after, sharing=False) == []
+    assert judge.same(before, after) != []
+    assert len({tensor.data_ptr() for tensor in after.values()}) == 4
+
+
 def test_renamed_ties_are_noted_under_their_new_names(out: Path) -> None:
     ours = out.with_suffix(".safetensors")
     rewrite(GOOD / "tied.pth", ours, edits.add_prefix())

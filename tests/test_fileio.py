@@ -1,0 +1,391 @@
+"""Bytes on disk: reads, copies with checksums, deflated storages, and atomic output."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import listing
+from hypothesis import given, strategies as st
+
+from ckptool import fileio
+from ckptool.crc import join_crc32
+from ckptool.errors import (
+    Malformed,
+    NoSpace,
+    NoSuchFile,
+    NotACheckpoint,
+    OutputExists,
+    SameFile,
+    WriteError,
+)
+from ckptool.fileio import (
+    CHUNK,
+    Compute,
+    Copy,
+    Layout,
+    Reader,
+    Target,
+    atomic_output,
+    refuse_target,
+    run_jobs,
+    seekable,
+    unpacked,
+    write_layout,
+)
+from ckptool.tensor import Packing, Storage
+
+DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
+
+
+def quiet(nbytes: int) -> None:
+    """Count nothing."""
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Storage:
+    """Give a storage in a file, with bytes before and after it."""
+    path = tmp_path / "stored"
+    path.write_bytes(b"before" + DATA + b"after")
+    return Storage(str(path), "0", 6, len(DATA), crc32=zlib.crc32(DATA))
+
+
+def deflated(path: Path, data: bytes, nbytes: int | None = None) -> Storage:
+    packer = zlib.compressobj(wbits=-15)
+    packed = packer.compress(data) + packer.flush()
+    path.write_bytes(b"before" + packed + b"after")
+    return Storage(
+        str(path), "0", 6, len(data) if nbytes is None else nbytes, crc32=zlib.crc32(data),
+        packing=Packing.DEFLATED, packed_nbytes=len(packed),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Storage:
+    return deflated(tmp_path / "packed", DATA)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "output", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def written(tmp_path: Path) -> bytes:
+    return (tmp_path / "output").read_bytes()
+
+
+# Reading.
+
+
+def test_reads_are_positioned(stored: Storage) -> None:
+    with Reader(stored.path) as reader:
+        assert reader.nbytes == len(DATA) + 11
+        assert reader.read(0, 6) == b"before"
+        assert reader.read(6, 0) == b""
+        assert reader.read(reader.nbytes - 5, 5) == b"after"
+        assert reader.read(6, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize(
+    ("start", "nbytes"), [(0, 12), (11, 1), (12, 0), (1 << 62, 1), (5, 1 << 62)]
+)
+def test_reading_past_the_end_is_refused_before_memory_is_taken(
+    tmp_path: Path, start: int, nbytes: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"01234567890")
+    with Reader(path) as reader, pytest.raises(Malformed, match="ends too early") as caught:
+        reader.read(start, nbytes)
+    assert caught.value.offset == 11
+
+
+def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"01234567890")
+    with Reader(path) as reader:
+        os.truncate(path, 4)
+        with pytest.raises(Malformed, match="became shorter"):
+            reader.read(0, 11)
+        with pytest.raises(Malformed, match="was changed"):
+            reader.refuse_change()
+
+
+def test_a_disk_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "file"
+    path.write_bytes(b"0123")
+    monkeypatch.setattr(os, "preadv", broken)
+    with Reader(path) as reader, pytest.raises(Malformed, match="input/output error") as caught:
+        reader.read(2, 2)
+    assert str(path) in caught.value.message
+    assert caught.value.offset == 2
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    with pytest.raises(NotACheckpoint, match="is a folder"):
+        Reader(tmp_path)
+    with pytest.raises(NoSuchFile, match="does not exist"):
+        Reader(tmp_path / "missing")
+    with pytest.raises(NoSuchFile, match="cannot be opened"):
+        Reader("nul\0byte")
+
+
+# Copying.
+
+
+@pytest.mark.parametrize(
+    ("start", "nbytes"),
+    [(0, len(DATA)), (0, 1), (1, 2), (CHUNK - 1, 2), (CHUNK, CHUNK), (5, 2 * CHUNK), (7, 0)],
+)
+@pytest.mark.parametrize("kind", ["stored", "packed"])
+def test_ranges_are_copied(
+    request: pytest.FixtureRequest, tmp_path: Path, output: int, kind: str, start: int, nbytes: int
+) -> None:
+    storage = request.getfixturevalue(kind)
+    counted: list[int] = []
+    copy = Copy(storage, 10, start, nbytes)
+    run_jobs([copy], output, counted.append)
+    assert written(tmp_path)[10:] == DATA[start : start + nbytes]
+    assert copy.crc32 == zlib.crc32(DATA[start : start + nbytes])
+    assert sum(counted) == nbytes
+
+
+def test_a_copy_is_whole_unless_told_otherwise(stored: Storage) -> None:
+    assert Copy(stored, 0).whole
+    assert Copy(stored, 0, 5).nbytes == len(DATA) - 5
+    assert not Copy(stored, 0, 5).whole
+
+
+def test_many_jobs_in_any_order(
+    tmp_path: Path, output: int, stored: Storage, packed: Storage
+) -> None:
+    pieces = [(index * 1000, 1000) for index in range(300)]
+    jobs = [
+        Copy(stored if index % 3 else packed, 300_000 - start, start, nbytes)
+        for index, (start, nbytes) in enumerate(pieces)
+    ]
+    run_jobs(list(jobs), output, quiet)
+    for start, nbytes in pieces:
+        place = 300_000 - start
+        assert written(tmp_path)[place : place + nbytes] == DATA[start : start + nbytes]
+
+
+def test_computed_bytes_are_written_in_place(tmp_path: Path, output: int, stored: Storage) -> None:
+    def block(reader: Reader) -> Iterator[bytes | bytearray]:
+        yield bytearray(reader.read(0, 6)).upper()
+        yield b"!"
+
+    run_jobs([Compute(stored, block, 3, 7)], output, quiet)
+    assert written(tmp_path) == b"\0\0\0BEFORE!"
+
+
+@pytest.mark.parametrize("kind", ["stored", "packed"])
+@pytest.mark.parametrize("target", [0, None], ids=["copied", "checked"])
+def test_a_wrong_checksum_is_found(
+    request: pytest.FixtureRequest, output: int, kind: str, target: int | None
+) -> None:
+    storage = replace(request.getfixturevalue(kind), crc32=1)
+    with pytest.raises(Malformed, match="do not match their checksum") as caught:
+        run_jobs([Copy(storage, target)], output, quiet)
+    assert caught.value.evidence == (f"CRC-32 recorded 00000001, found {zlib.crc32(DATA):08x}",)
+    assert storage.path in caught.value.message
+
+
+def test_a_part_is_not_measured_against_the_checksum_of_all(output: int, stored: Storage) -> None:
+    run_jobs([Copy(stored, 0, 0, 100)], output, quiet)
+    run_jobs([Copy(replace(stored, crc32=None), 0)], output, quiet)
+
+
+def test_checking_writes_nothing(tmp_path: Path, output: int, stored: Storage) -> None:
+    run_jobs([Copy(stored, None)], output, quiet)
+    assert written(tmp_path) == b""
+
+
+def test_the_first_error_ends_all_jobs(tmp_path: Path, output: int, stored: Storage) -> None:
+    missing = replace(stored, path=str(tmp_path / "missing"))
+    with pytest.raises(NoSuchFile):
+        run_jobs([Copy(missing, 0), *(Copy(stored, 0) for _ in range(50))], output, quiet)
+
+
+def test_an_error_of_the_progress_is_raised(output: int, stored: Storage) -> None:
+    def broken(nbytes: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_jobs([Copy(stored, 0)], output, broken)
+
+
+@given(st.lists(st.binary(max_size=50), max_size=8))
+def test_checksums_are_joined(parts: list[bytes]) -> None:
+    assert join_crc32((zlib.crc32(part), len(part)) for part in parts) == zlib.crc32(
+        b"".join(parts)
+    )
+
+
+def test_checksums_of_long_parts_are_joined() -> None:
+    for cut in (1, CHUNK, len(DATA) - 1):
+        parts = (DATA[:cut], DATA[cut:])
+        joined = join_crc32((zlib.crc32(part), len(part)) for part in parts)
+        assert joined == zlib.crc32(DATA)
+
+
+# Deflated storages.
+
+
+def test_a_deflated_storage_comes_in_small_parts(packed: Storage) -> None:
+    with Reader(packed.path) as reader:
+        parts = list(unpacked(packed, reader))
+    assert b"".join(parts) == DATA
+    assert max(map(len, parts)) <= CHUNK
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\0" * (5 * CHUNK)], ids=["none", "one", "zeros"])
+def test_deflated_storages_of_other_sizes(tmp_path: Path, data: bytes) -> None:
+    storage = deflated(tmp_path / "packed", data)
+    with Reader(storage.path) as reader:
+        assert b"".join(unpacked(storage, reader)) == data
+
+
+LIES: list[tuple[str, Callable[[Storage], Storage]]] = [
+    ("longer than declared", lambda s: replace(s, nbytes=s.nbytes - 1)),
+    ("is damaged", lambda s: replace(s, nbytes=s.nbytes + 1)),
+    ("is damaged", lambda s: replace(s, packed_nbytes=s.packed_nbytes // 2)),
+    ("is damaged", lambda s: replace(s, packed_nbytes=0)),
+    ("is damaged", lambda s: replace(s, start=0)),
+    ("is damaged", lambda s: replace(s, start=s.start + 1, packed_nbytes=s.packed_nbytes - 1)),
+]
+
+
+@pytest.mark.parametrize(("said", "lie"), LIES)
+def test_deflated_storages_that_lie(
+    tmp_path: Path, said: str, lie: Callable[[Storage], Storage]
+) -> None:
+    storage = lie(deflated(tmp_path / "packed", b"0123456789" * 1000))
+    with Reader(storage.path) as reader, pytest.raises(Malformed, match=said):
+        list(unpacked(storage, reader))
+
+
+@pytest.mark.parametrize("kind", ["stored", "packed"])
+def test_any_storage_can_be_read_here_and_there(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    storage = request.getfixturevalue(kind)
+    before = listing(tmp_path).keys()
+    with Reader(storage.path) as reader, seekable(storage, reader) as fetch:
+        assert fetch(CHUNK, 10) == DATA[CHUNK : CHUNK + 10]
+        assert fetch(0, 3) == DATA[:3]
+        assert listing(tmp_path).keys() == before
+    assert listing(tmp_path).keys() == before
+
+
+# Output.
+
+
+def test_a_planned_file_is_written(tmp_path: Path, output: int, stored: Storage) -> None:
+    copy = Copy(stored, 4, 0, 8)
+    layout = Layout(
+        20, [copy], [(0, b"head")], lambda: [(12, copy.crc32.to_bytes(4, "little")), (18, b"ok")]
+    )
+    assert layout.job_nbytes == 8
+    write_layout(output, layout, quiet)
+    crc = zlib.crc32(DATA[:8]).to_bytes(4, "little")
+    assert written(tmp_path) == b"head" + DATA[:8] + crc + b"\0\0ok"
+
+
+def publish(target: Target, error: BaseException | None = None) -> None:
+    with atomic_output(target) as (fd, _):
+        os.write(fd, b"new")
+        if error is not None:
+            raise error
+
+
+def test_output_is_published_at_the_end(tmp_path: Path) -> None:
+    target = Target(str(tmp_path / "file"))
+    with atomic_output(target) as (fd, temporary):
+        os.write(fd, b"new")
+        assert not (tmp_path / "file").exists()
+        assert Path(temporary).parent == tmp_path
+        assert Path(temporary).name.startswith(".file.")
+    assert listing(tmp_path) == {"file": b"new"}
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), KeyboardInterrupt(), SystemExit(143), OSError(errno.EIO, "x")]
+)
+@pytest.mark.parametrize("force", [True, False])
+def test_whatever_fails_the_target_stays(tmp_path: Path, error: BaseException, force: bool) -> None:
+    if force:
+        (tmp_path / "file").write_bytes(b"old")
+    before = listing(tmp_path)
+    expected = WriteError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        publish(Target(str(tmp_path / "file"), force), error=error)
+    assert listing(tmp_path) == before
+
+
+def test_only_force_replaces(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OutputExists):
+        publish(Target(str(tmp_path / "file")))
+    assert listing(tmp_path) == {"file": b"old"}
+    publish(Target(str(tmp_path / "file"), force=True))
+    assert listing(tmp_path) == {"file": b"new"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_no_space(tmp_path: Path, code: int) -> None:
+    with pytest.raises(NoSpace):
+        publish(Target(str(tmp_path / "file")), error=OSError(code, "full"))
+
+
+def test_targets_are_refused_before_writing(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"in")
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("in")
+    source = [str(tmp_path / "in")]
+
+    def place(name: str, force: bool = False) -> Target:
+        return refuse_target(tmp_path / name, source, force=force, sync=True)
+
+    assert place("new") == Target(str(tmp_path / "new"))
+    assert place("old", force=True) == Target(str(tmp_path / "old"), force=True)
+    for name in ("in", "link", "./in"):
+        for force in (False, True):
+            with pytest.raises(SameFile):
+                place(name, force)
+    with pytest.raises(OutputExists):
+        place("old")
+    with pytest.raises(WriteError, match="not a regular file"):
+        place(".")
+    with pytest.raises(WriteError, match="does not exist"):
+        place("nowhere/new")
+
+
+def test_a_link_leads_to_its_target(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    target = refuse_target(tmp_path / "link", [], force=False, sync=True)
+    assert target.path == str(tmp_path / "real")
+    assert target.folder == str(tmp_path)
+
+
+def test_free_space_is_told_and_judged(tmp_path: Path) -> None:
+    target = Target(str(tmp_path / "file"))
+    free = fileio.free_space(target)
+    assert free is not None
+    assert free > 0
+    fileio.refuse_full(target, 0)
+    with pytest.raises(NoSpace, match="are free"):
+        fileio.refuse_full(target, 1 << 60)
