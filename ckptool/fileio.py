@@ -30,6 +30,7 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.tensor import Packing, Storage
+from ckptool.text import quoted
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -461,7 +462,9 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
             raise OutputExists(f"{shown} exists", hint="name another output, or use --force")
     target = Target(real, force, sync)
     if not os.path.isdir(target.folder):
-        raise WriteError(f"the folder of {shown} does not exist", hint=f"mkdir {target.folder}")
+        raise WriteError(
+            f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
+        )
     if not os.access(target.folder, os.W_OK):
         raise WriteError(f"the folder of {shown} cannot be written to")
     return target

@@ -16,7 +16,7 @@ from ckptool.edits import SHAPE_DIFFERS, WRAPPERS, peeled
 from ckptool.formats import BY_NAME
 from ckptool.listing import Entry, Listing
 from ckptool.tensor import TENSORS, AnyTensor, CompositeTensor
-from ckptool.text import listed, percent, readable, shape, table, visible
+from ckptool.text import listed, percent, quoted, readable, shape, table, visible
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.fitting import Fit
@@ -179,7 +179,7 @@ def prefix_line(path: str, keys: Sequence[str]) -> str:
         kinds = ", ".join(_KINDS[wrapper] for wrapper in found)
         return (
             f"every key starts with `{''.join(found)}` ({kinds}); "
-            f"ckptool strip-prefix{option} {visible(path)} OUT removes it"
+            f"ckptool strip-prefix{option} {visible(quoted(path))} OUT removes it"
         )
     for wrapper in WRAPPERS:
         count = sum(key.startswith(wrapper) for key in keys)

@@ -370,8 +370,9 @@ def test_targets_are_refused_before_writing(tmp_path: Path) -> None:
         place("old")
     with pytest.raises(WriteError, match="not a regular file"):
         place(".")
-    with pytest.raises(WriteError, match="does not exist"):
-        place("nowhere/new")
+    with pytest.raises(WriteError, match="does not exist") as caught:
+        place("no where/new")
+    assert caught.value.hint == f"mkdir -p '{tmp_path}/no where'"
 
 
 def test_a_link_leads_to_its_target(tmp_path: Path) -> None:

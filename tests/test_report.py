@@ -171,6 +171,11 @@ def test_wrappers_are_named_with_what_removes_them(
     assert bool(line) is bool(said)
 
 
+def test_commands_in_hints_can_be_pasted() -> None:
+    line = report.prefix_line("my file.pth", ["module.a"])
+    assert "ckptool strip-prefix 'my file.pth' OUT" in line
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
