@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptool import edits, fitting, formats, listing, surgery
+from ckptool.copying import Begin
 from ckptool.edits import Edit
 from ckptool.errors import EditError
-from ckptool.fileio import Begin
 from ckptool.fitting import MIN_MATCH, Fill, Reference, Transferred
 from ckptool.listing import Listing
 from ckptool.surgery import Options, Rewrite, no_progress

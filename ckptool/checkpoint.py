@@ -12,7 +12,7 @@ from typing import Any
 
 from ckptool.errors import AmbiguousStateDict, LimitExceeded, Malformed, NoSuchKey
 from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
-from ckptool.text import quoted, readable, table
+from ckptool.text import counted, quoted, readable, table
 from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, PersistentId, Set, children
 
 MAX_CANDIDATE_DEPTH = 4
@@ -109,6 +109,11 @@ def text_items(node: Node) -> list[tuple[str, Node]] | None:
     return pairs
 
 
+def named_items(node: Node) -> list[tuple[str, Node]]:
+    """Give those pairs of a dict whose keys are text; a way to the state_dict goes by names."""
+    return [(key, value) for key, value in items(node) or [] if isinstance(key, str)]
+
+
 def common_prefix(keys: Sequence[str]) -> str:
     """Give the dotted prefix that all keys share, with its final dot; often empty."""
     if not keys:
@@ -139,15 +144,15 @@ def candidates(tree: Node) -> list[Candidate]:
 def _tensor_dicts(
     node: Node, path: Path, seen: set[int]
 ) -> Iterator[tuple[Path, dict[str, AnyTensor]]]:
-    pairs = text_items(node)
-    if not pairs or id(node) in seen:
+    named = named_items(node)
+    if not named or id(node) in seen:
         return
     seen.add(id(node))
-    tensors = {key: value for key, value in pairs if isinstance(value, TENSORS)}
-    if tensors:
+    tensors = {key: value for key, value in named if isinstance(value, TENSORS)}
+    if tensors and text_items(node) is not None:
         yield path, tensors
     if len(path) < MAX_CANDIDATE_DEPTH:
-        for key, value in pairs:
+        for key, value in named:
             if not any(fnmatchcase(key, pattern) for pattern in NOT_STATE_DICTS):
                 yield from _tensor_dicts(value, (*path, key), seen)
 
@@ -194,7 +199,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDi
     count = sum(1 for _ in tensors(checkpoint.tree))
     if count:
         return AmbiguousStateDict(
-            f"{checkpoint.path} holds {count} tensors but no state_dict",
+            f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
             hint=f"ckptool keys --all {checkpoint.path}   shows where they are; "
             "--at NAME chooses a dict of them",
         )
@@ -205,7 +210,7 @@ def _table(found: list[Candidate]) -> list[str]:
     rows = [
         (
             dotted(candidate.at) or ".",
-            f"{candidate.count} tensors",
+            counted(candidate.count, "tensor"),
             readable(candidate.nbytes),
             f"prefix {candidate.prefix}" if candidate.prefix else "",
         )
@@ -233,7 +238,7 @@ def _resolve(checkpoint: Checkpoint, at: str) -> Path:
     """Split a dotted name into steps; a key may itself hold dots."""
 
     def steps(node: Node, rest: str) -> Path | None:
-        for key, value in text_items(node) or []:
+        for key, value in named_items(node):
             if key == rest:
                 return (key,)
             if rest.startswith(key + "."):
@@ -256,7 +261,7 @@ def _places(checkpoint: Checkpoint) -> list[str]:
 def _node_at(tree: Node, path: Path) -> Node:
     node = tree
     for step in path:
-        node = dict(text_items(node) or [])[step]
+        node = dict(named_items(node))[step]
     return node
 
 
@@ -310,8 +315,8 @@ def beside(tree: Node, at: Path) -> list[str]:
     """Name what stands beside the state_dict, at each level around it."""
     names = []
     for depth, step in enumerate(at):
-        pairs = text_items(_node_at(tree, at[:depth])) or []
-        keys = dict.fromkeys(key for key, _ in pairs)
+        pairs = items(_node_at(tree, at[:depth])) or []
+        keys = dict.fromkeys(_label(key) for key, _ in pairs)
         names += [dotted((*at[:depth], key)) for key in keys if key != step]
     return names
 

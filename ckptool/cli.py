@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from ckptool import __version__
-from ckptool.errors import CkptoolError, EditError, NoSuchFile, WriteError
+from ckptool.errors import CkptoolError, NoSuchCommand, NoSuchFile, WriteError
 from ckptool.talk import complain, put, say, silence
 from ckptool.text import quoted, visible
 
@@ -79,16 +79,12 @@ class _Commands(click.Group):
         return command.get_short_help_str(limit=100) if command else ""
 
 
-def _no_such_command(name: str, known: list[str]) -> EditError:
+def _no_such_command(name: str, known: list[str]) -> NoSuchCommand:
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean `ckptool {close[0]}`?" if close else "ckptool --help lists them"
     return NoSuchCommand(f"there is no command `{name}`", hint=hint)
-
-
-class NoSuchCommand(EditError):
-    """A command that ckptool does not have."""
 
 
 @click.group(

@@ -5,7 +5,7 @@
     |                               LimitExceeded
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
-    |                               AmbiguousStateDict
+    |                               AmbiguousStateDict NoSuchCommand
     |-- PoorFit                                                                          exit 1
     |-- WriteError                  OutputExists SameFile NotRepresentable NoSpace       exit 5
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
@@ -115,6 +115,10 @@ class KeyCollision(EditError):
 
 class AmbiguousStateDict(EditError):
     """No state_dict, or several, where one is needed."""
+
+
+class NoSuchCommand(EditError):
+    """A command that ckptool does not have."""
 
 
 class PoorFit(CkptoolError):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
+from ckptool.copying import Begin
 from ckptool.edits import Edit
 from ckptool.errors import PoorFit
-from ckptool.fileio import Begin
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
 from ckptool.text import percent

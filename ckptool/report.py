@@ -16,7 +16,7 @@ from ckptool.edits import SHAPE_DIFFERS, WRAPPERS, peeled
 from ckptool.formats import BY_NAME
 from ckptool.listing import Entry, Listing
 from ckptool.tensor import TENSORS, AnyTensor, CompositeTensor
-from ckptool.text import listed, percent, quoted, readable, shape, table, visible
+from ckptool.text import counted, listed, percent, quoted, readable, shape, table, visible
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.fitting import Fit
@@ -143,7 +143,7 @@ def _file_line(found: Listing) -> str:
     parts = [container_title(found.checkpoint.container)]
     if found.state is not None and found.state.at:
         parts.append(f"state_dict at `{visible(places.dotted(found.state.at))}`")
-    parts.append(f"{len(found.entries)} tensors")
+    parts.append(counted(len(found.entries), "tensor"))
     parts.append(readable(sum(info.nbytes for _, info in found.entries)))
     line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
     return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
@@ -215,7 +215,7 @@ def written_lines(result: Rewrite) -> list[str]:
     """Say what was written, and count."""
     if result.dry_run:
         return [counts_line(result)]
-    size = f"{result.written} tensors, {readable(result.tensor_nbytes)}"
+    size = f"{counted(result.written, 'tensor')}, {readable(result.tensor_nbytes)}"
     return [f"{visible(result.target)}: {size}", counts_line(result)]
 
 

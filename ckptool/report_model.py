@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptool.model.verify import Class, Run, Verification
 from ckptool.report import document
-from ckptool.text import listed, percent, table, visible
+from ckptool.text import counted, listed, percent, table, visible
 
 ITSELF = "(the model itself)"
 _HEAD = ("DEVICE", "RESULT", "MAX DIFF", "ULP", "FIRST DIFFERENCE")
@@ -103,7 +103,7 @@ def _verdict(run: Run) -> str:
 
 def _difference_lines(run: Run) -> list[str]:
     if run.bitwise and run.identical:
-        named = f"{len(run.parameters)} differ in their bytes: {listed(run.parameters)}"
+        named = f"{len(run.parameters)} with other bytes: {listed(run.parameters)}"
         return [f"of the tensors behind them, {named}"] if run.parameters else []
     lines = []
     if run.first_difference is not None:
@@ -116,7 +116,7 @@ def _difference_lines(run: Run) -> list[str]:
         lines.append(f"the likeliest class agrees for {percent(run.top1_agreement)}")
     if run.parameters:
         lines.append(
-            f"{len(run.parameters)} tensors differ in their bytes: {listed(run.parameters)}"
+            f"{counted(len(run.parameters), 'tensor')} with other bytes: {listed(run.parameters)}"
         )
     elif not run.identical:
         lines.append("no tensor that both files have differs in its bytes")

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ckptool import checkpoint as places, fileio, formats
+from ckptool import atomic, checkpoint as places, copying, fileio, formats
+from ckptool.atomic import Target
 from ckptool.checkpoint import Checkpoint
+from ckptool.copying import Begin, Layout, Progress
 from ckptool.edits import Edit
 from ckptool.errors import EditError, NotRepresentable, WriteError
-from ckptool.fileio import Begin, Layout, Progress, Target
 from ckptool.formats import safetensors, torch_zip
 from ckptool.plan import Dropped, Options, Plan, add_entries, make_plan
 from ckptool.tensor import TENSORS, TensorInfo
@@ -96,7 +97,7 @@ def rewrite(
     checkpoint = opened or formats.read(source)
     target, options = _in_place(source, target, options)
     container = _container(checkpoint, str(target), options.to)
-    place = fileio.refuse_target(
+    place = atomic.refuse_target(
         target,
         [checkpoint.path] if not options.in_place else [],
         force=options.force,
@@ -109,7 +110,7 @@ def rewrite(
     _refuse_expansion(checkpoint, layout, options)
     result = _result(plan, str(target), layout, place, options)
     if not options.dry_run:
-        fileio.refuse_full(place, layout.nbytes)
+        atomic.refuse_full(place, layout.nbytes)
         _write(place, layout, plan, progress(layout.job_nbytes))
     return result
 
@@ -199,15 +200,15 @@ def _result(
         tuple(plan.notes),
         tuple(plan.warnings),
         options.dry_run,
-        fileio.free_space(place),
+        atomic.free_space(place),
         plan.added,
         plan.bare,
     )
 
 
 def _write(place: Target, layout: Layout, plan: Plan, progress: Progress) -> None:
-    with fileio.atomic_output(place) as (fd, temporary):
-        fileio.write_layout(fd, layout, progress, sync=place.sync)
+    with atomic.atomic_output(place) as (fd, temporary):
+        copying.write_layout(fd, layout, progress, sync=place.sync)
         fileio.refuse_changed(plan.checkpoint.path, plan.checkpoint.stamp)
         _verify(temporary, layout, plan)
 

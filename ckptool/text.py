@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 _INVISIBLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 SHOWN = 12  # names in a line of talk before "and N more"
@@ -20,7 +21,8 @@ def visible(text: str) -> str:
 def _escape(found: re.Match[str]) -> str:
     character = found[0]
     code = ord(character)
-    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+    wide = f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+    return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else wide)
 
 
 def quoted(word: str) -> str:
@@ -28,6 +30,11 @@ def quoted(word: str) -> str:
     if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun: `1 tensor`, `2 tensors`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def readable(nbytes: int) -> str:

@@ -30,7 +30,7 @@ from ckptool.errors import CkptoolError
 Run = Callable[..., Outcome]
 PACKAGE = Path(ckptool.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parent.parent
 COMMANDS = [name for names in cli.GROUPS.values() for name in names]
 WRITERS = ["strip-prefix", "add-prefix", "unwrap", "transfer", "convert"]
 

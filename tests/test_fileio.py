@@ -15,7 +15,9 @@ import pytest
 from conftest import listing
 from hypothesis import given, strategies as st
 
-from ckptool import fileio
+from ckptool import atomic
+from ckptool.atomic import Target, atomic_output, refuse_target
+from ckptool.copying import Compute, Copy, Layout, run_jobs, write_layout
 from ckptool.crc import join_crc32
 from ckptool.errors import (
     Malformed,
@@ -26,20 +28,7 @@ from ckptool.errors import (
     SameFile,
     WriteError,
 )
-from ckptool.fileio import (
-    CHUNK,
-    Compute,
-    Copy,
-    Layout,
-    Reader,
-    Target,
-    atomic_output,
-    refuse_target,
-    run_jobs,
-    seekable,
-    unpacked,
-    write_layout,
-)
+from ckptool.fileio import CHUNK, Reader, seekable, unpacked
 from ckptool.tensor import Packing, Storage
 
 DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
@@ -384,9 +373,9 @@ def test_a_link_leads_to_its_target(tmp_path: Path) -> None:
 
 def test_free_space_is_told_and_judged(tmp_path: Path) -> None:
     target = Target(str(tmp_path / "file"))
-    free = fileio.free_space(target)
+    free = atomic.free_space(target)
     assert free is not None
     assert free > 0
-    fileio.refuse_full(target, 0)
+    atomic.refuse_full(target, 0)
     with pytest.raises(NoSpace, match="are free"):
-        fileio.refuse_full(target, 1 << 60)
+        atomic.refuse_full(target, 1 << 60)

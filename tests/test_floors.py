@@ -24,6 +24,7 @@ FLOORS = (
     ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "__init__.py"),
     ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
     ("fileio.py", "checkpoint.py", "safety.py"),
+    ("atomic.py", "copying.py"),
     ("edits.py", "formats/*.py"),
     ("listing.py", "module_metadata.py"),
     ("plan.py",),
@@ -123,7 +124,7 @@ ROOMS = {
     r"click": ("cli.py", "talk.py", "commands/*.py"),
     r"tqdm": ("talk.py", "commands/verify.py"),
     r"tempfile|shutil": ("fileio.py", "talk.py", "model/hub.py", "model/initial.py"),
-    r"zlib": ("fileio.py", "formats/_zip.py", "formats/torch_zip.py"),
+    r"zlib": ("fileio.py", "copying.py", "formats/_zip.py", "formats/torch_zip.py"),
     r"zipfile|tarfile": (),
 }
 
@@ -191,10 +192,11 @@ CHANGES = set(
 )
 # A file may be opened for writing, renamed or removed there alone; beyond it, what is named here.
 WRITERS: dict[str, set[str]] = {
-    "fileio.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
+    "fileio.py": {"os.open", "os.write", "os.pwrite"},  # of a descriptor that atomic opened
+    "copying.py": {"os.ftruncate"},
     "atomic.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
     "model/hub.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
-    "model/resume.py": {"os.ftruncate"},  # of a file that fileio opened
+    "model/resume.py": {"os.ftruncate"},  # of a file that atomic opened
     "talk.py": {"os.open"},  # of os.devnull
     "cli.py": {"open"},  # of os.devnull, and of stdout itself
 }
@@ -215,7 +217,7 @@ def changes_files(function: str, call: ast.Call) -> bool:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_only_fileio_changes_files(name: str) -> None:
+def test_only_atomic_opens_files_for_writing(name: str) -> None:
     found = {function for function, call in calls(name) if changes_files(function, call)}
     assert found <= WRITERS.get(name, set())
 

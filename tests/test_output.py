@@ -19,7 +19,7 @@ import pytest
 from conftest import Outcome, environment, listing
 from test_cli import SLOW
 
-from ckptool import fileio, surgery
+from ckptool import atomic, surgery
 
 Run = Callable[..., Outcome]
 TARGETS = ["out.pth", "out.safetensors"]
@@ -241,7 +241,7 @@ def test_too_little_space_is_refused_before_writing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = make_safetensors(tmp_path / "in.safetensors", {"module.a": [100_000]})
-    monkeypatch.setattr(fileio, "atomic_output", None)  # a call would be a defect, exit 70
+    monkeypatch.setattr(atomic, "atomic_output", None)  # a call would be a defect, exit 70
     done = run("strip-prefix", source, small_disk / "out.safetensors")
     assert done.code == 5
     assert done.err.startswith("error[no-space]: ")
@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = make_safetensors(tmp_path / "in.safetensors", {"module.a": [100_000]}, b"data")
-    monkeypatch.setattr(fileio, "free_space", lambda target: None)
+    monkeypatch.setattr(atomic, "free_space", lambda target: None)
     (small_disk / "out.safetensors").write_bytes(b"old")
     done = run("strip-prefix", "--force", source, small_disk / "out.safetensors")
     assert_refused(done, errno.ENOSPC)

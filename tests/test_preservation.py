@@ -86,15 +86,15 @@ AT: dict[str, tuple[str, ...]] = {
             "model_best.pth.tar model_best_legacy.pth.tar protocol0.pth protocol0_legacy.pth "
             "protocol1.pth protocol2.pth protocol3.pth protocol4.pth protocol4_legacy.pth "
             "protocol5.pth python2_training.pth same_string.pth shared_with_optimizer.pth "
-            "stdlib.pth"
+            "stdlib.pth integer_keys.pth set_and_bytes.pth set_and_bytes_protocol4.pth"
         ),
         ("state_dict",),
     ),
 }
 # No state_dict, or several: nothing is guessed.
 NO_STATE_DICT = words(
-    "bare_tensor.pth dino.pth ema.pth empty_state_dict.pth integer_keys.pth list_of_tensors.pth "
-    "no_tensors.pth optimizer.pth parts.pth set_and_bytes.pth set_and_bytes_protocol4.pth "
+    "bare_tensor.pth dino.pth ema.pth empty_state_dict.pth list_of_tensors.pth "
+    "no_tensors.pth optimizer.pth parts.pth "
     "whole_model.pth whole_model_legacy.pth"
 )
 # The entries that safetensors cannot hold.

@@ -19,9 +19,10 @@ from functools import partial
 from typing import Any
 
 from ckptool.checkpoint import Checkpoint, make_state_dict
+from ckptool.copying import Compute, Copy, Job, Layout
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.fileio import Compute, Copy, Job, Layout, Reader, seekable
+from ckptool.fileio import Reader, seekable
 from ckptool.tensor import (
     CompositeTensor,
     Storage,

@@ -16,8 +16,9 @@ from collections.abc import Iterable
 
 from ckptool import pickle_reader, pickle_writer
 from ckptool.checkpoint import Checkpoint
+from ckptool.copying import Copy, Layout
 from ckptool.errors import Malformed, NotACheckpoint, NotRepresentable, Unsupported
-from ckptool.fileio import Copy, Layout, Reader
+from ckptool.fileio import Reader
 from ckptool.formats import _zip
 from ckptool.formats._torch_tree import Lowering, StorageId, TorchVocabulary
 from ckptool.tensor import Packing, Storage

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ckptool import fileio
+from ckptool import atomic, fileio
+from ckptool.atomic import Part, Target
 from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
-from ckptool.fileio import Part, Target
 from ckptool.model import body, filename, http, resume
 from ckptool.model.http import Answer, Limits, shown
 from ckptool.model.resume import Begun
@@ -207,16 +207,16 @@ def _served_nbytes(job: _Job) -> int | None:
 
 
 def _fetched(job: _Job) -> Downloaded:
-    target = fileio.refuse_target(job.path, (), force=job.force, sync=job.sync)
+    target = atomic.refuse_target(job.path, (), force=job.force, sync=job.sync)
     folder, name = os.path.split(target.path)
     path = os.path.join(folder, filename.of_part(name))
-    with fileio.part_output(path, target) as part:
+    with atomic.part_output(path, target) as part:
         if part is None:
             raise DownloadFailed(
                 f"another process downloads {job.path}", hint="wait for it, or use another -o"
             )
         try:
-            fileio.refuse_target(job.path, (), force=job.force, sync=job.sync)
+            atomic.refuse_target(job.path, (), force=job.force, sync=job.sync)
             return _grown(job, target, part)
         except (DownloadFailed, KeyboardInterrupt) as error:
             _tell_kept(error, part)
@@ -298,9 +298,9 @@ def _checked(job: _Job, part: Part, nbytes: int, sha256: str, start: int) -> Dow
 def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
     """Say how many bytes may come: those declared, or what the disk can well take."""
     if total is not None:
-        fileio.refuse_full(target, total - start)
+        atomic.refuse_full(target, total - start)
         return total
-    free = fileio.free_space(target)
+    free = atomic.free_space(target)
     return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 10 * 9)
 
 

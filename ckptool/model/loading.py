@@ -17,8 +17,8 @@ from typing import Any
 
 from ckptool import checkpoint as places, edits, formats
 from ckptool.checkpoint import Checkpoint, StateDict
+from ckptool.copying import Copy, run_jobs
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
-from ckptool.fileio import Copy, run_jobs
 from ckptool.model import libraries
 from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.revive import Reviver

@@ -24,7 +24,7 @@ from downloads import (  # noqa: F401  (fixtures)
 )
 from server import Reply, Server, certificate, closed_port, serving
 
-from ckptool import fileio
+from ckptool import atomic, fileio
 from ckptool.errors import (
     DownloadFailed,
     NoSpace,
@@ -155,14 +155,14 @@ def test_an_endless_body_is_stopped(server: Server, tmp_path: Path) -> None:
 def test_an_endless_body_leaves_the_disk_room(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fileio, "free_space", lambda target: 1_000_000)
+    monkeypatch.setattr(atomic, "free_space", lambda target: 1_000_000)
     refused(NoSpace, server.on("/f.pth", Reply(endless=True)), tmp_path)
 
 
 def test_space_is_looked_at_first(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fileio, "free_space", lambda target: 1000)
+    monkeypatch.setattr(atomic, "free_space", lambda target: 1000)
     refused(NoSpace, server.on("/f.pth", Reply(BODY, etag='"v1"')), tmp_path)
 
 

@@ -1,0 +1,283 @@
+"""Output that is atomic: a target is old or new, never partial.
+
+The only room that opens a file for writing. A file is written beside its target under a temporary
+name and published by one link or rename; a download grows in a part that a later run may go on
+with.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptool.errors import (
+    NoSpace,
+    OutputExists,
+    SameFile,
+    WriteError,
+)
+from ckptool.fileio import reason, write_at
+from ckptool.text import quoted
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place for output: the file behind any symlink, and whether it may be replaced."""
+
+    path: str
+    force: bool = False
+    sync: bool = True
+
+    @property
+    def folder(self) -> str:
+        """Name the folder that the file, and the temporary one beside it, lie in."""
+        return os.path.dirname(self.path) or "."
+
+
+def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync: bool) -> Target:
+    """Say where output goes, or why it cannot go there, before a byte is written.
+
+    Raises `SameFile`, `OutputExists` or `WriteError`.
+    """
+    shown, real = str(path), os.path.realpath(path)
+    if os.path.exists(real):
+        if any(os.path.exists(source) and os.path.samefile(source, real) for source in sources):
+            raise SameFile(
+                f"{shown} is the input itself", hint="name another output, or use --in-place"
+            )
+        if not os.path.isfile(real):
+            raise WriteError(f"{shown} is not a regular file", hint="name a file as the output")
+        if not force:
+            raise OutputExists(f"{shown} exists", hint="name another output, or use --force")
+    target = Target(real, force, sync)
+    if not os.path.isdir(target.folder):
+        raise WriteError(
+            f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
+        )
+    if not os.access(target.folder, os.W_OK):
+        raise WriteError(f"the folder of {shown} cannot be written to")
+    return target
+
+
+def free_space(target: Target) -> int | None:
+    """Count the bytes free for output, None where the system does not tell."""
+    if not hasattr(os, "statvfs"):
+        return None
+    found = os.statvfs(target.folder)
+    return found.f_bavail * found.f_frsize
+
+
+def refuse_full(target: Target, nbytes: int) -> None:
+    """Raise `NoSpace` where the file cannot fit."""
+    free = free_space(target)
+    if free is not None and nbytes > free:
+        raise NoSpace(
+            f"{target.path} needs {nbytes} bytes; {free} are free",
+            hint="make room, or name an output on another file system",
+        )
+
+
+@contextmanager
+def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
+    """Open a temporary file beside the target; publish it when the block ends well.
+
+    Yields its descriptor and path. Whatever fails, the target stays as it was and the temporary
+    file goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
+    """
+    name = os.path.basename(target.path)[:40]  # of up to four bytes each; 255 are allowed
+    temporary = os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        try:  # before the file is made: a signal may come right after
+            fd = os.open(temporary, flags, 0o666)
+            try:
+                yield fd, temporary
+                _finish(fd, target)
+            finally:
+                os.close(fd)
+            _publish(temporary, target)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except OSError as error:
+        raise _write_error(error, target) from error
+
+
+def _write_error(error: OSError, target: Target) -> WriteError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return NoSpace(
+            f"no space left while writing {target.path}; nothing was kept",
+            hint="make room, or name an output on another file system",
+        )
+    return WriteError(f"{target.path} cannot be written: {reason(error)}; nothing was kept")
+
+
+def _finish(fd: int, target: Target) -> None:
+    """Give the file the mode of the one it replaces, and bring it to the disk."""
+    if hasattr(os, "fchmod") and os.path.exists(target.path):
+        os.fchmod(fd, stat.S_IMODE(os.stat(target.path).st_mode))
+    if target.sync:
+        os.fsync(fd)
+
+
+def _publish(temporary: str, target: Target) -> None:
+    if target.force:
+        os.replace(temporary, target.path)
+    else:
+        _publish_new(temporary, target.path)
+    if target.sync and hasattr(os, "O_DIRECTORY"):
+        _flush_folder(target)
+
+
+def _flush_folder(target: Target) -> None:
+    """Flush the folder, where its file system knows how to and it may be opened."""
+    try:
+        folder = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise WriteError(
+                f"{target.path} was written, but its folder could not be flushed: {reason(error)}",
+                hint="look whether the disk is sound before you rely on the file",
+            ) from error
+    finally:
+        os.close(folder)
+
+
+def _publish_new(temporary: str, path: str) -> None:
+    """Publish without replacing: a link fails where a file has appeared meanwhile."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise OutputExists(
+            f"{path} was made by someone else meanwhile; it was left alone",
+            hint="name another output, or use --force",
+        ) from None
+    except OSError:  # a file system without hard links
+        if os.path.exists(path):
+            raise OutputExists(f"{path} exists", hint="use --force") from None
+        os.rename(temporary, path)
+
+
+WINDOWS = os.name == "nt"
+
+
+@dataclass(slots=True)
+class Part:
+    """The growing part of a target, which a later run may go on with.
+
+    `kept` says whether it stays when this run fails. What a later run must know of it lies beside
+    it, in `record`.
+    """
+
+    fd: int
+    path: str
+    kept: bool = False
+
+    @property
+    def record(self) -> str:
+        """Name the file beside the part."""
+        return f"{self.path}.json"
+
+    def note(self, text: str) -> None:
+        """Write the record."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        fd = os.open(self.record, flags, 0o666)
+        try:
+            write_at(fd, text.encode(), 0)
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove the part and its record."""
+        for path in (self.path, self.record):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def close(self) -> None:
+        """Close the part, and give up its lock."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@contextmanager
+def part_output(path: str, target: Target) -> Iterator[Part | None]:
+    """Open the part of a target for this process alone; publish it when the block ends well.
+
+    Yields None where another process has it. Whatever fails, the target stays as it was. The lock
+    is held until the part is gone, so that nobody grows a file that is published already.
+    Raises `NoSpace`, `OutputExists` or `WriteError`.
+    """
+    try:
+        part = _open_alone(path)
+        if part is None:
+            yield None
+            return
+        try:
+            yield part
+            part.kept = False
+            _finish(part.fd, target)
+            if WINDOWS:  # where an open file can be neither renamed nor removed
+                part.close()
+            _publish(path, target)
+        except OSError:  # a full disk is given back
+            part.kept = False
+            raise
+        finally:
+            if WINDOWS:
+                part.close()
+            if not part.kept:
+                part.remove()
+            part.close()
+    except OSError as error:
+        raise _write_error(error, target) from error
+
+
+def _open_alone(path: str) -> Part | None:
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    while True:
+        part = Part(os.open(path, flags, 0o666), path)
+        try:
+            if not stat.S_ISREG(os.fstat(part.fd).st_mode):
+                raise FileExistsError(errno.EEXIST, f"{path} is not a regular file")
+            if not _locked(part.fd):
+                part.close()
+                return None
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(part.fd)):
+                return part
+        except BaseException:
+            part.close()
+            raise
+        part.close()  # published or removed by another process between the open and the lock
+
+
+def _locked(fd: int) -> bool:
+    """Lock a file without waiting; a file system that knows no locks is taken as it is."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(fd, 1 << 40, os.SEEK_SET)  # beyond the data: a locked byte cannot be read
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
