@@ -884,7 +884,7 @@ def test_a_bar_on_a_terminal_once_it_takes_long(slow_source: Path) -> None:
     bars = [part for part in shown.split("\r") if part.startswith("out.safetensors: ")]
     assert len(bars) >= 2
     # done, all, elapsed < left, speed
-    assert re.search(r"\d+%\|.*\| \d+\.\dM/64\.0M \[00:0\d<00:\d\d, .*B/s\]", bars[1]), bars[1]
+    assert re.search(r"\d+%\|.*\| \d+\.\d+M/64\.0M \[00:0\d<00:\d\d, .*B/s\]", bars[1]), bars[1]
     assert shown.isascii()
     done = shown.split("\r\n")
     assert done[-2] == "read 1, renamed 1, dropped 0, written 1"
