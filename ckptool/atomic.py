@@ -49,6 +49,10 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
     Raises `SameFile`, `OutputExists` or `WriteError`.
     """
     shown, real = str(path), os.path.realpath(path)
+    if shown.endswith(("/", os.sep)):
+        raise WriteError(f"{shown} names a folder", hint="name a file as the output")
+    if shown == "-":
+        raise WriteError("output goes to files, not to stdout", hint="./- is a file of that name")
     if os.path.exists(real):
         if any(os.path.exists(source) and os.path.samefile(source, real) for source in sources):
             raise SameFile(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptool.errors import AmbiguousStateDict, LimitExceeded, Malformed, NoSuchKey
+from ckptool.errors import AmbiguousStateDict, KeyCollision, LimitExceeded, Malformed, NoSuchKey
 from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
 from ckptool.text import counted, quoted, readable, table
 from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, PersistentId, Set, children
@@ -80,7 +80,7 @@ def items(node: Node) -> Pairs | None:
     if not isinstance(node, Object):
         return None
     pairs = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
-    return pairs or _python2_items(node) or ([] if node.callee == ORDERED_DICT else None)
+    return [*_python2_items(node), *pairs] or ([] if node.callee == ORDERED_DICT else None)
 
 
 def _python2_items(node: Object) -> Pairs:
@@ -229,7 +229,9 @@ def _named(checkpoint: Checkpoint, at: str) -> StateDict:
     node = _node_at(checkpoint.tree, path)
     if not any(isinstance(value, TENSORS) for value in _flattened(node).values()):
         raise NoSuchKey(
-            f"`{at}` in {checkpoint.path} holds no tensors", evidence=_places(checkpoint)
+            f"`{at}` in {checkpoint.path} is no dict of tensors",
+            evidence=_places(checkpoint),
+            hint=f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path",
         )
     return _state_dict(checkpoint, path)
 
@@ -249,7 +251,15 @@ def _resolve(checkpoint: Checkpoint, at: str) -> Path:
 
     path = steps(checkpoint.tree, at)
     if path is None:
-        raise NoSuchKey(f"there is no `{at}` in {checkpoint.path}", evidence=_places(checkpoint))
+        from difflib import get_close_matches
+
+        known = [dotted(found.at) for found in candidates(checkpoint.tree)]
+        close = get_close_matches(at, known, n=1, cutoff=0.6)
+        raise NoSuchKey(
+            f"there is no `{at}` in {checkpoint.path}",
+            evidence=_places(checkpoint),
+            hint=f"did you mean --at {quoted(close[0])}?" if close else "",
+        )
     return path
 
 
@@ -271,20 +281,36 @@ def _flattened(node: Node) -> dict[str, Node]:
     if any(isinstance(value, TENSORS) for _, value in pairs):
         return dict(pairs)
     flat: dict[str, Node] = {}
-    for key, value in pairs:
+    for key, value in dict(pairs).items():
         inner = text_items(value) or []
-        if any(isinstance(item, TENSORS) for _, item in inner):
-            flat.update({f"{key}.{name}": item for name, item in inner})
-        else:
-            flat[key] = value
+        parts = any(isinstance(item, TENSORS) for _, item in inner)
+        for name, item in dict(inner).items() if parts else [(None, value)]:
+            joined = key if name is None else f"{key}.{name}"
+            if joined in flat:
+                raise KeyCollision(f"two tensors would both be {joined}, with their keys joined")
+            flat[joined] = item
     return flat
+
+
+def _joined_metadata(node: Node) -> Node:
+    """Give the `_metadata` of a state_dict, or those of its parts under the joined paths."""
+    own = attribute(node, "_metadata")
+    pairs = text_items(node) or []
+    if own is not None or any(isinstance(value, TENSORS) for _, value in pairs):
+        return own
+    joined = {
+        f"{key}.{path}".rstrip("."): entry
+        for key, value in pairs
+        for path, entry in text_items(attribute(value, "_metadata")) or []
+    }
+    return make_state_dict(joined, None) if joined else None
 
 
 def _state_dict(checkpoint: Checkpoint, path: Path) -> StateDict:
     node = _node_at(checkpoint.tree, path)
     repeated = _repeated(checkpoint, text_items(node) or [])
     notes = tuple(f"the key {key} stands twice, with equal values" for key in repeated)
-    return StateDict(path, _flattened(node), attribute(node, "_metadata"), notes)
+    return StateDict(path, _flattened(node), _joined_metadata(node), notes)
 
 
 def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str]:
@@ -327,20 +353,23 @@ def replaced(tree: Node, at: Path, node: Node) -> Node:
         return node
     step, *rest = at
 
+    last = next(value for key, value in reversed(items(tree) or []) if key == step)
+
     def swap(pairs: Pairs) -> Pairs:
         return [
-            (key, replaced(value, tuple(rest), node) if key == step else value)
+            (key, replaced(value, tuple(rest), node) if value is last and key == step else value)
             for key, value in pairs
         ]
 
     if isinstance(tree, Dict):
         return Dict(swap(tree.pairs))
-    if _python2_items(tree):
-        return replace(tree, args=([list(pair) for pair in swap(items(tree) or [])],))
+    args, rows = tree.args, _python2_items(tree)
+    if rows:
+        args = ([list(pair) for pair in swap(rows)],)
     steps = [
         (kind, swap(payload) if kind == "setitem" else payload) for kind, payload in tree.steps
     ]
-    return replace(tree, steps=steps)
+    return replace(tree, args=args, steps=steps)
 
 
 def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None) -> Node:

@@ -33,11 +33,13 @@ _SENTINEL = "\0some parameter\0"  # stands for "some parameter" where a module p
 class KeyMap:
     """What edits did, in order: pairs of old key and new key, None for dropped ones.
 
-    `why` gives for each dropped key the name it had when it was dropped, and the reason.
+    `why` gives for each dropped key the name it had when it was dropped, and the reason; `said`
+    tells in words which prefixes came off or on, and how many keys had them.
     """
 
     pairs: tuple[tuple[str, str | None], ...]
     why: dict[str, tuple[str, str]]
+    said: tuple[str, ...] = ()
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
@@ -69,6 +71,12 @@ def with_dot(prefix: str) -> str:
     return prefix if not prefix or prefix.endswith(".") else prefix + "."
 
 
+def _some_prefix(prefix: str) -> str:
+    if not prefix:
+        raise EditError("the prefix is empty: nothing to do")
+    return with_dot(prefix)
+
+
 def strip_prefix(
     prefix: str = DEFAULT_PREFIX, *, every: bool = False, anywhere: bool = False
 ) -> Edit:
@@ -77,7 +85,7 @@ def strip_prefix(
     `every` insists that all keys have it; `anywhere` also takes it as whole dotted components
     inside a key. Raises `NothingMatched` when made for keys of which none has it.
     """
-    wanted = with_dot(prefix)
+    wanted = _some_prefix(prefix)
 
     def strip(key: str) -> str:
         if key.startswith(wanted):
@@ -176,7 +184,7 @@ def _shared_by_most(keys: Sequence[str]) -> str:
 
 def add_prefix(prefix: str = DEFAULT_PREFIX) -> Edit:
     """Put a prefix before every key."""
-    wanted = with_dot(prefix)
+    wanted = _some_prefix(prefix)
     return Edit(f"add {wanted}", lambda keys: lambda key: wanted + key)
 
 
@@ -282,12 +290,16 @@ def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
     """Give keys and dotted prefixes that are spelled like `wanted`."""
     from difflib import get_close_matches
 
-    prefixes = dict.fromkeys(
-        ".".join(steps[:depth])
-        for steps in (key.split(".") for key in keys[:20_000])
-        for depth in range(1, len(steps) + 1)
-    )
-    return get_close_matches(wanted, list(prefixes)[:20_000], n=3, cutoff=0.7)
+    # Names as they would be written: whole prefixes, and those below a shared first component.
+    named: dict[str, str] = {}
+    for key in keys[:20_000]:
+        steps = key.split(".")
+        for depth in range(1, len(steps) + 1):
+            path = ".".join(steps[:depth])
+            named.setdefault(path, path)
+            named.setdefault(".".join(steps[1:depth]) or path, path)
+    close = get_close_matches(wanted, list(named)[:20_000], n=3, cutoff=0.7)
+    return [named[name] for name in close]
 
 
 def _examples(keys: Sequence[str]) -> list[str]:
@@ -308,8 +320,11 @@ def apply(steps: Sequence[Edit], keys: Sequence[str]) -> tuple[KeyMap, KeyEdit]:
     now: list[str | None] = list(keys)
     why: dict[str, tuple[str, str]] = {}
     made: list[KeyEdit] = []
+    said: list[str] = []
     for step in steps:
-        edit = step.make([key for key in now if key is not None])
+        before = [key for key in now if key is not None]
+        edit = step.make(before)
+        said += _said(step, before, [edit(key) for key in before])
         made.append(edit)
         for index, key in enumerate(now):
             if key is not None:
@@ -327,7 +342,24 @@ def apply(steps: Sequence[Edit], keys: Sequence[str]) -> tuple[KeyMap, KeyEdit]:
             result = edit(result)
         return result
 
-    return KeyMap(pairs, why), all_of
+    return KeyMap(pairs, why, tuple(said)), all_of
+
+
+def _said(step: Edit, before: Sequence[str], after: Sequence[str | None]) -> list[str]:
+    """Tell what a step did to the names, where it moved a prefix."""
+    moved = [(old, new) for old, new in zip(before, after, strict=True) if new not in (old, None)]
+    verb, _, what = step.name.partition(" ")
+    if not moved or verb not in ("strip", "add", "rename"):
+        return []
+    count = f"{len(moved)} of {len(before)} keys"
+    if verb == "rename":
+        old, _, new = what.partition("=")
+        return [f"moved `{old}` to `{new}` in {count}"]
+    if verb == "add":
+        return [f"added `{what}` to {count}"]
+    lost = {old.removesuffix(new or "") if old.endswith(new or "") else what for old, new in moved}
+    prefix = lost.pop() if len(lost) == 1 else what
+    return [f"stripped `{prefix}` from {count}"]
 
 
 def _refuse_collision(pairs: Sequence[tuple[str, str | None]]) -> None:
@@ -340,7 +372,7 @@ def _refuse_collision(pairs: Sequence[tuple[str, str | None]]) -> None:
         if new in taken:
             raise KeyCollision(
                 f"{taken[new]} and {old} would both become {new}",
-                hint="--drop one of them first, or strip another prefix",
+                hint="leave one of them out first: ckptool convert --drop KEY IN OUT",
             )
         taken[new] = old
 

@@ -105,6 +105,9 @@ def _open_regular(path: str) -> int:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        if path.lower().startswith(("http://", "https://")):
+            hint = f"ckptool download {path}"
+            raise NoSuchFile(f"{path} is a URL; a file is needed", hint=hint) from None
         raise NoSuchFile(f"{path} does not exist", path=path) from None
     except (OSError, ValueError) as error:
         raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None

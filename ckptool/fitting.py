@@ -12,7 +12,7 @@ from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin
 from ckptool.edits import Edit
-from ckptool.errors import PoorFit
+from ckptool.errors import AmbiguousStateDict, PoorFit
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
 from ckptool.text import percent
@@ -74,7 +74,11 @@ def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
 
 def reference_of_file(path: str | Path, at: str | None = None) -> Reference:
     """Take keys and shapes from another checkpoint."""
-    state = places.find(formats.read(path), at)
+    try:
+        state = places.find(formats.read(path), at)
+    except AmbiguousStateDict as error:
+        error.option = error.option.replace("--at", "--like-at")
+        raise
     return reference(
         str(path),
         {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
@@ -106,13 +110,13 @@ def _elements(shapes: Iterable[Shape]) -> int:
 
 
 def first_steps(renames: Sequence[Edit], drop: Sequence[str], keep: Sequence[str]) -> list[Edit]:
-    """Give the edits that come before a comparison: peel, rename, drop, keep."""
-    steps = [edits.strip_wrappers(required=False), *renames]
+    """Give the edits that come before a comparison: peel, drop, keep, rename."""
+    steps = [edits.strip_wrappers(required=False)]
     if drop:
         steps.append(edits.drop(drop))
     if keep:
         steps.append(edits.keep(keep))
-    return steps
+    return [*steps, *renames]
 
 
 def transfer(

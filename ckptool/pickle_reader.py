@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NoReturn
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
@@ -24,6 +25,7 @@ from ckptool.tree import (
 )
 
 MAX_OPCODES = 10_000_000
+MAX_STATE_MEMO = 1000
 MAX_DIGITS = 4300  # CPython's own bound for int(str)
 HIGHEST_PROTOCOL = 5
 
@@ -265,7 +267,10 @@ class _Machine:
             self.fail(f"state for a {type(target).__name__}")
         if node is not target:
             self.stack[-1] = node
-            self.memo.update({key: node for key, held in self.memo.items() if held is target})
+            # It was memoized before its state was pickled, which is short.
+            for key in islice(reversed(self.memo), MAX_STATE_MEMO):
+                if self.memo[key] is target:
+                    self.memo[key] = node
 
     def decimal(self, text: bytes) -> int:
         if len(text) > MAX_DIGITS:

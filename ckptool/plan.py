@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from ckptool import checkpoint as places, edits, module_metadata, safety
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.edits import Edit, KeyMap
-from ckptool.errors import EditError, UnsafePickle
+from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.formats import safetensors
-from ckptool.tensor import TENSORS, TensorInfo
+from ckptool.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.tree import Node
 
 
@@ -79,6 +79,8 @@ def make_plan(
     if state is not None:
         plan.notes += state.notes
         _edit_state(plan, state, edit, bare=bare, changed=bool(steps))
+    if keys and not key_map.written:
+        plan.warnings.append(f"nothing is left of {len(keys)} keys")
     _leave_behind(plan, bare=bare, options=options)
     _judge(plan, bare=bare, options=options)
     return plan
@@ -128,21 +130,31 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
     if options.tensors_only:
         tree, left = safety.only_plain(plan.checkpoint.tree)
         plan.checkpoint = replace(plan.checkpoint, tree=tree)
-        inside = places.dotted(plan.state.at) + "." if plan.state and plan.state.at else ""
-        for place in left:
-            key = place.removeprefix(inside) if not bare else place
-            if plan.state is not None and key in plan.state.entries:
-                _drop(plan, key, "neither a tensor nor a plain value")
-            else:
-                plan.not_carried.append(place)
-        if plan.state is not None:
-            at = () if bare else plan.state.at
-            kept = places.text_items(places.state_dict_node(tree, at)) or []
-            plan.state = replace(plan.state, entries=dict(kept))
+        if plan.state is None:
+            plan.not_carried += left
+        else:
+            _leave_entries(plan, left, bare=bare)
     if plan.state is not None and plan.container == "safetensors":
         _leave_unfit(plan, options)
     if options.untie and plan.container != "safetensors":
         _untie(plan, bare=bare)
+
+
+def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
+    """Count the entries that pruning took out of the state_dict, and name what else it took."""
+    assert plan.state is not None
+    at = () if bare else plan.state.at
+    try:
+        node = places.state_dict_node(plan.checkpoint.tree, at)
+    except KeyError:
+        raise NothingMatched("--tensors-only would leave nothing of the state_dict") from None
+    kept = dict(places.text_items(node) or [])
+    gone = [key for key in plan.state.entries if key not in kept]
+    for key in gone:
+        _drop(plan, key, "neither a tensor nor a plain value")
+    inside = {places.dotted((*at, key)) for key in gone}
+    plan.not_carried += [place for place in left if place not in inside]
+    plan.state = replace(plan.state, entries=kept)
 
 
 def _leave_unfit(plan: Plan, options: Options) -> None:
@@ -180,7 +192,7 @@ def _untie(plan: Plan, *, bare: bool) -> None:
     for key, value in plan.state.entries.items():
         if isinstance(value, TensorInfo):
             if value.storage in taken:
-                value = replace(value, storage=replace(value.storage, key=f"{key} (untied)"))
+                value = _untied(value, key)
             taken.add(value.storage)
         entries[key] = value
     at = () if bare else plan.state.at
@@ -189,6 +201,16 @@ def _untie(plan: Plan, *, bare: bool) -> None:
     node = places.make_state_dict(entries, plan.state.metadata, like)
     plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, at, node))
     plan.state = replace(plan.state, entries=entries)
+
+
+def _untied(info: TensorInfo, key: str) -> TensorInfo:
+    """Give a tensor a storage of its own, no larger than what it reaches."""
+    own = replace(info.storage, key=f"{key} (untied)")
+    if own.packing is not Packing.PLAIN:
+        return replace(info, storage=own)
+    reach = info.dtype.nbytes(span(info.shape, info.stride))
+    own = replace(own, start=own.start + info.start, nbytes=reach, crc32=None)
+    return replace(info, storage=own, storage_offset=0)
 
 
 def _judge(plan: Plan, *, bare: bool, options: Options) -> None:

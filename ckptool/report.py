@@ -206,7 +206,7 @@ def rewrite_lines(result: Rewrite) -> list[str]:
         lines.append(f"took the state_dict at `{visible(places.dotted(result.at))}`{behind}")
     elif result.not_carried:
         lines.append(f"left behind {listed(result.not_carried)}")
-    lines += _stripped_line(result)
+    lines += map(visible, result.said)
     lines += _dropped_lines(result)
     return lines + [visible(note) for note in result.notes]
 
@@ -215,23 +215,8 @@ def written_lines(result: Rewrite) -> list[str]:
     """Say what was written, and count."""
     if result.dry_run:
         return [counts_line(result)]
-    size = f"{counted(result.written, 'tensor')}, {readable(result.tensor_nbytes)}"
+    size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     return [f"{visible(result.target)}: {size}", counts_line(result)]
-
-
-def _stripped_line(result: Rewrite) -> list[str]:
-    """Say which prefix keys lost or gained, where the renamed ones all lost or gained the same."""
-    pairs = [(old, new) for old, new in result.map if new is not None and new != old]
-    lost = {old.removesuffix(new) if old.endswith(new) else "" for old, new in pairs}
-    gained = {new.removesuffix(old) if new.endswith(old) else "" for old, new in pairs}
-    if len(lost) == 1 and "" not in lost:
-        (prefix,) = lost
-        count = sum(1 for old, _ in result.map if old.startswith(prefix))
-        return [f"stripped `{visible(prefix)}` from {count} of {result.read} keys"]
-    if len(gained) == 1 and "" not in gained:
-        (prefix,) = gained
-        return [f"added `{visible(prefix)}` to {len(pairs)} of {result.read} keys"]
-    return []
 
 
 def _dropped_lines(result: Rewrite) -> list[str]:

@@ -8,6 +8,7 @@ imports what is named.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -160,16 +161,23 @@ _CLASS_PACKAGES = (
     "torch.nn.intrinsic",
     "torch.nn.qat",
     "torch.ao.nn",
-    "torch.ao.quantization",
-    "torch.quantization",
+    *(
+        f"{base}.{module}"
+        for base in ("torch.ao.quantization", "torch.quantization")
+        for module in ("observer", "fake_quantize", "stubs", "qconfig")
+    ),
     "torch.optim",
     "torchvision.models",
     "torchvision.ops",
     "torchvision.transforms",
     "numpy.dtypes",
 )
+# Classes in or behind them that compile or run what they are given (torch.fx, RPC).
+_RUNS_CODE = re.compile(
+    r"(Graph|GraphModule|Node|Tracer|Interpreter|CodeGen|RRef)$|\.feature_extraction\."
+)
 # Third-party packages whose functions run what they are given.
-_EXECUTORS = frozenset(("cloudpickle dill joblib jsonpickle IPython six fire numexpr").split())
+_EXECUTORS = frozenset("cloudpickle dill joblib jsonpickle IPython six fire numexpr yaml".split())
 _PYTHON_2_MODULES = frozenset(["__builtin__", "copy_reg", "exceptions"])
 # Of the standard library or of the installer, in any version of Python, and not always listed.
 _RESERVED = frozenset(
@@ -221,7 +229,7 @@ def _is_known_class(module: str, name: str) -> bool:
     inside = any(
         module == package or module.startswith(package + ".") for package in _CLASS_PACKAGES
     )
-    return inside and name[:1].isupper()
+    return inside and name[:1].isupper() and not _RUNS_CODE.search(f"{module}.{name}")
 
 
 def judge(named: Mapping[Global, int]) -> Verdict:
@@ -420,7 +428,9 @@ class _Pruner:
             self.node(part, path) for part in (node.callee, node.args, node.kwargs)
         )
         if callee is _LEFT or isinstance(args, _Left) or kwargs is _LEFT:
-            return _LEFT
+            filled = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
+            # A dict of a class that is not plain (defaultdict ...) is kept as a plain one.
+            return Dict(self.pairs(filled, path)) if filled else _LEFT
         steps: list[tuple[str, Any]] = []
         for kind, payload in node.steps:
             if kind == "setitem":

@@ -19,7 +19,7 @@ from ckptool.edits import Edit
 from ckptool.errors import EditError, NotRepresentable, WriteError
 from ckptool.formats import safetensors, torch_zip
 from ckptool.plan import Dropped, Options, Plan, add_entries, make_plan
-from ckptool.tensor import TENSORS, TensorInfo
+from ckptool.tensor import TENSORS, Packing, TensorInfo
 from ckptool.text import readable
 from ckptool.tree import Node
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 __all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
 
 MAX_EXPANSION = 4
+MAX_INFLATION = 16  # times that: each view of a deflated storage inflates it anew
 SMALL_OUTPUT = 1 << 20  # below this, growth is headers and alignment
 
 
@@ -52,6 +53,8 @@ class Rewrite:
     free: int | None = None
     added: int = 0
     bare: bool = False
+    tensors: int = 0
+    said: tuple[str, ...] = ()
 
     @property
     def read(self) -> int:
@@ -96,7 +99,7 @@ def rewrite(
     options = options or Options()
     checkpoint = opened or formats.read(source)
     target, options = _in_place(source, target, options)
-    container = _container(checkpoint, str(target), options.to)
+    container = _container(checkpoint, str(target), options)
     place = atomic.refuse_target(
         target,
         [checkpoint.path] if not options.in_place else [],
@@ -104,6 +107,9 @@ def rewrite(
         sync=options.sync,
     )
     plan = make_plan(checkpoint, steps, container, bare=bare, unwrap=unwrap, options=options)
+    if options.to is None and not options.in_place and _suffix(str(target)) not in _KNOWN_SUFFIXES:
+        title = formats.BY_NAME[container].title
+        plan.notes.append(f"{target} is a {title} file: its suffix does not say; --to chooses")
     if added:
         add_entries(plan, added, order)
     layout = _lay_out(plan, options)
@@ -130,13 +136,19 @@ def _in_place(
 _BY_WORD = {"torch": "torch-zip", "safetensors": "safetensors"}
 
 
-def _container(checkpoint: Checkpoint, target: str, to: str | None) -> str:
-    """Choose the output container: as told, by the suffix, or the input's own."""
-    if to is not None:
-        return _BY_WORD[to]
-    suffix = os.path.splitext(target)[1].lower()
+_KNOWN_SUFFIXES = {suffix for each in formats.FORMATS for suffix in each.suffixes}
+
+
+def _suffix(target: str) -> str:
+    return os.path.splitext(target)[1].lower()
+
+
+def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
+    """Choose the output container: as told, by the suffix, or the input's own (in place too)."""
+    if options.to is not None:
+        return _BY_WORD[options.to]
     for each in formats.FORMATS:
-        if suffix in each.suffixes:
+        if _suffix(target) in each.suffixes and not options.in_place:
             return each.name
     own = formats.BY_NAME.get(checkpoint.container)
     return own.name if own is not None and own.writable else "torch-zip"
@@ -162,6 +174,15 @@ def _subbyte(entries: dict[str, Node]) -> bool:
 def _refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) -> None:
     """Refuse an output far larger than the input: a kilobyte can declare terabytes."""
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
+    inflated = sum(
+        job.storage.nbytes for job in layout.jobs if job.storage.packing is not Packing.PLAIN
+    )
+    if inflated > MAX_INFLATION * limit and not options.allow_expand:
+        raise WriteError(
+            f"{readable(inflated)} would be inflated from {readable(checkpoint.nbytes)}",
+            option="--allow-expand",
+            hint="if that is meant",
+        )
     if layout.nbytes > limit and not options.allow_expand:
         raise WriteError(
             f"the output would have {readable(layout.nbytes)}, the input has "
@@ -203,6 +224,8 @@ def _result(
         atomic.free_space(place),
         plan.added,
         plan.bare,
+        len(infos),
+        plan.key_map.said,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from ckptool import formats, listing, report, text
+from ckptool import edits, formats, listing, report, text
 from ckptool.dtype import DType
 from ckptool.fitting import Fit, Mismatch
 from ckptool.surgery import Dropped, Rewrite
@@ -217,21 +217,28 @@ def test_counts_add_up() -> None:
 
 
 CHANGES = [
-    ((("module.a", "a"), ("module.b", "b")), ["stripped `module.` from 2 of 2 keys"]),
-    ((("module.a", "a"), ("b", "b")), ["stripped `module.` from 1 of 2 keys"]),
-    ((("module.a", "a"), ("module.b", None)), ["stripped `module.` from 2 of 2 keys"]),
-    ((("a", "module.a"), ("b", "module.b")), ["added `module.` to 2 of 2 keys"]),
-    ((("a", "a"),), []),
-    ((("x.a", "a"), ("y.b", "b")), []),
-    ((("x\x1b.a", "a"),), ["stripped `x\\x1b.` from 1 of 1 keys"]),
-]
+    ([edits.strip_prefix()], "module.a module.b", ["stripped `module.` from 2 of 2 keys"]),
+    ([edits.strip_prefix()], "module.a b", ["stripped `module.` from 1 of 2 keys"]),
+    ([edits.strip_prefix(), edits.drop(["b"])], "module.a module.b",
+     ["stripped `module.` from 2 of 2 keys"]),
+    ([edits.strip_wrappers()], "_orig_mod.module.a",
+     ["stripped `_orig_mod.module.` from 1 of 1 keys"]),
+    ([edits.strip_wrappers(required=False)], "a", []),
+    ([edits.strip_prefix(anywhere=True)], "a.module.b c",
+     ["stripped `module.` from 1 of 2 keys"]),
+    ([edits.add_prefix()], "a b", ["added `module.` to 2 of 2 keys"]),
+    ([edits.strip_prefix(), edits.rename("a", "c")], "module.a.x module.b",
+     ["stripped `module.` from 2 of 2 keys", "moved `a` to `c` in 1 of 2 keys"]),
+    ([edits.strip_prefix("x\x1b")], "x\x1b.a", ["stripped `x\\x1b.` from 1 of 1 keys"]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("pairs", "lines"), CHANGES, ids=[ascii(row[0]) for row in CHANGES])
-def test_a_common_change_is_named(
-    pairs: tuple[tuple[str, str | None], ...], lines: list[str]
+@pytest.mark.parametrize(("steps", "keys", "lines"), CHANGES, ids=[row[1] for row in CHANGES])
+def test_what_happened_to_prefixes_is_named(
+    steps: list[edits.Edit], keys: str, lines: list[str]
 ) -> None:
-    assert report.rewrite_lines(rewrite(map=pairs)) == lines
+    key_map, _ = edits.apply(steps, keys.split(" "))
+    assert report.rewrite_lines(rewrite(map=key_map.pairs, said=key_map.said)) == lines
 
 
 def test_what_is_dropped_is_named_by_reason() -> None:

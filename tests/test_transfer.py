@@ -147,15 +147,15 @@ def test_without_a_target_it_unwraps_and_peels(run: Run, good: Path, here: Path)
     assert run("transfer", good / "plain.pth", "bare.pth").code == 0
 
 
-def test_patterns_are_matched_after_peeling_and_renaming(
+def test_patterns_are_matched_after_peeling_and_before_renaming(
     run: Run, make: Callable[[str, Shapes], str]
 ) -> None:
     source = make("in.safetensors", prefixed("module.backbone.", {**BODY, **HEAD}))
     for options, keys in (
         (["--drop", "backbone.fc"], list(prefixed("backbone.", BODY))),
-        (["--rename", "backbone=", "--drop", "fc"], list(BODY)),
-        (["--rename", "backbone=", "--keep", "fc"], list(HEAD)),
-        (["--rename", "backbone=", "--keep", "fc", "--drop", "*.bias"], ["fc.weight"]),
+        (["--rename", "backbone=", "--drop", "backbone.fc"], list(BODY)),
+        (["--rename", "backbone=", "--keep", "backbone.fc"], list(HEAD)),
+        (["--rename", "backbone=", "--keep", "backbone.fc", "--drop", "*.bias"], ["fc.weight"]),
     ):
         done = run("transfer", "--force", source, "out.safetensors", *options)
         assert done.code == 0, done.err

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ckptool import talk
+from ckptool.errors import CkptoolError
 from ckptool.text import readable, visible
+
+if TYPE_CHECKING:
+    from ckptool.model.hub import Downloaded
 
 
 @contextmanager
@@ -27,9 +32,19 @@ def local(source: str, *, quiet: bool) -> Iterator[str]:
 
         with hub.temporary(source, progress=show) as found:
             size = readable(found.nbytes)
-            checked = f"checked: {found.checked}"
-            talk.say(
-                [f"downloaded {visible(found.url)} ({size}) to a temporary place; {checked}"],
-                quiet=quiet,
-            )
-            yield found.path
+            what = f"downloaded {visible(found.url)} ({size}) to a temporary place"
+            talk.say([f"{what}; {checked(found)}"], quiet=quiet)
+            try:
+                yield found.path
+            except CkptoolError as error:  # which names the copy, that nobody will find
+                error.message = error.message.replace(found.path, source)
+                error.evidence = tuple(line.replace(found.path, source) for line in error.evidence)
+                error.hint = error.hint.replace(found.path, source)
+                raise
+
+
+def checked(found: Downloaded) -> str:
+    """Say what a download was checked against."""
+    if found.checked in ("nothing to check against", "size"):
+        return "not checked: no hash is known"
+    return f"checked: {found.checked}"

@@ -169,5 +169,10 @@ def patterns(given: Sequence[str]) -> list[str]:
             from ckptool.errors import EditError
 
             raise EditError(f"the pattern file {text[1:]} cannot be read: {error}") from None
-        found += [line for line in read if line and not line.startswith("#")]
+        named = [line for line in read if line and not line.startswith("#")]
+        if not named:
+            from ckptool.errors import NothingMatched
+
+            raise NothingMatched(f"the pattern file {text[1:]} holds no pattern")
+        found += named
     return found

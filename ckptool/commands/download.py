@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptool import talk
+from ckptool.commands._fetch import checked
 from ckptool.commands._options import Command
 from ckptool.text import readable, table, visible
 
@@ -120,13 +121,14 @@ def _lines(done: Downloaded) -> list[str]:
     """Say what a download did."""
     lines = []
     if done.already_there:
-        how = "its size is the server's" if done.checked == "size" else f"checked: {done.checked}"
+        how = checked(done)
+        if done.checked == "size":
+            how += ", and its size is the server's; --force downloads it again"
         lines.append(f"{visible(done.path)} is there already and was left alone; {how}")
     elif done.resumed_from:
         lines.append(f"went on after {readable(done.resumed_from)} that were there")
     if not done.already_there:
-        checked = f"checked: {done.checked}"
-        lines.append(f"{visible(done.path)}: {readable(done.nbytes)}, {checked}")
+        lines.append(f"{visible(done.path)}: {readable(done.nbytes)}, {checked(done)}")
     return [*lines, f"sha256 {done.sha256}"]
 
 
@@ -151,8 +153,11 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
 
 
 def _rows(found: Sequence[Weights]) -> list[str]:
-    """List weights for programs: name, file, bytes, parameters, top-1, with tabs between."""
-    cells = ((each.name, each.file, each.nbytes, each.parameters, each.top1) for each in found)
+    """List weights for programs: name, file, bytes, parameters, top-1, and * for a default."""
+    cells = (
+        (each.name, each.file, each.nbytes, each.parameters, each.top1, "*" * each.default)
+        for each in found
+    )
     return ["\t".join("" if cell is None else str(cell) for cell in row) for row in cells]
 
 

@@ -59,6 +59,8 @@ def command(
     from ckptool import api, report
     from ckptool.model import zoo
 
+    if request.options.in_place and "://" in request.source:
+        raise click.UsageError("--in-place needs a file; name an output for what a URL holds")
     name = request.target or request.source
     with (
         local(request.source, quiet=request.quiet) as source,

@@ -70,13 +70,12 @@ def _find_directory(reader: Reader) -> tuple[int, int, int]:
     """Give offset, size and entry count of the central directory."""
     tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
     data = reader.read(reader.nbytes - tail, tail)
-    at = data.rfind(b"PK\5\6")
-    while at >= 0:
-        if len(data) - at >= _END.size:
-            fields = _END.unpack_from(data, at)
-            if at + _END.size + fields[-1] == len(data):
-                return _directory_of(reader, fields, reader.nbytes - tail + at)
-        at = data.rfind(b"PK\5\6", 0, at)
+    # The last one with room behind it, as miniz takes it: an earlier one must not be believed.
+    at = data.rfind(b"PK\5\6", 0, len(data) - _END.size + 4)
+    if at >= 0:
+        fields = _END.unpack_from(data, at)
+        if at + _END.size + fields[-1] == len(data):
+            return _directory_of(reader, fields, reader.nbytes - tail + at)
     raise Malformed(
         "the zip archive has no end record; the file is truncated or not whole",
         path=reader.path,

@@ -99,10 +99,14 @@ def _parse(reader: Reader, data: bytes) -> dict[str, Any]:
     return header
 
 
+# Possessive, so that a text without its closing quote is passed over once and not again and again.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+
+
 def _depth(data: bytes) -> int:
     """Count how deep brackets nest, text aside: what would make the JSON parser recurse."""
     deepest = depth = 0
-    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', data):
+    for token in _TOKEN.finditer(data):
         if token[0][:1] in b"[{":
             depth += 1
             deepest = max(deepest, depth)
@@ -113,11 +117,16 @@ def _depth(data: bytes) -> int:
     return deepest
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _metadata(reader: Reader, said: Any) -> dict[str, str]:
     if said is None:
         return {}
     if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
         raise Malformed("`__metadata__` is not a map of text", path=reader.path, offset=8)
+    if any(_SURROGATE.search(text) for pair in said.items() for text in pair):
+        raise Malformed("`__metadata__` holds half a character", path=reader.path, offset=8)
     return said
 
 
@@ -247,7 +256,7 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) ->
         raise NotRepresentable(
             f"safetensors cannot hold {len(left.unfit)} of {len(entries)} entries",
             evidence=[f"{key}   {reason}" for key, reason in list(left.unfit.items())[:20]],
-            hint="--drop KEY leaves one behind, --tensors-only all of them",
+            hint="--tensors-only leaves them behind, ckptool convert --drop KEY one of them",
         )
     kept = {key: info for key, info in entries.items() if key not in left.ties}
     ordered = sorted(kept.items(), key=lambda item: (item[1].dtype.rank, item[0].encode()))

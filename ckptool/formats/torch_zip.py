@@ -93,6 +93,9 @@ def _root(reader: Reader, members: dict[str, _zip.Member]) -> str:
     if len(pickles) > 1:
         raise Malformed("a zip archive with more than one data.pkl", path=reader.path)
     root = pickles[0].removesuffix("data.pkl")
+    outside = [name for name in members if not name.startswith(root)]
+    if outside:  # torch takes the first record's folder: nothing may shadow what lies in it
+        raise Malformed(f"record {outside[0]} lies outside {root}", path=reader.path)
     if f"{root}constants.pkl" in members:
         raise Unsupported(
             f"{reader.path} is a TorchScript archive, which is not read yet", path=reader.path

@@ -198,7 +198,10 @@ def load_matching(
         del state[key]
     absent, unexpected = into(model, state)
     tied = tied_to(model, absent, state)
-    matched = [key for key in state if key not in set(unexpected)]
+    others = set(unexpected)
+    matched = [key for key in state if key not in others]
+    if not matched:
+        warnings.warn(f"{path}: nothing in it fits the model", stacklevel=2)
 
     def bare(keys: Iterable[str]) -> tuple[str, ...]:
         return tuple(key.removeprefix(outer) for key in keys)

@@ -24,7 +24,7 @@ def test_the_path_is_data_and_the_rest_is_talk(run: Run, server: Server, here: P
     done = run("download", server.on("/f.pth", Reply(BODY)), "--no-sync")
     assert done.code == 0
     assert Path(done.out.strip()).samefile(here / "f.pth")
-    assert "checked: nothing to check against" in done.err
+    assert "not checked: no hash is known" in done.err
     assert SHA in done.err
     quiet = run("download", server.root + "/f.pth", "-q", "-o", "new/", "--sha256", SHA)
     assert (quiet.code, quiet.err) == (0, "")
@@ -136,7 +136,7 @@ def test_the_registry_can_be_listed(run: Run) -> None:
     done = run("download", "--list", "vgg13*")
     rows = [line.split("\t") for line in done.out.splitlines()]
     assert rows[0][:2] == ["vgg13:IMAGENET1K_V1", "vgg13-19584684.pth"]
-    assert (len(rows), rows[0][3:]) == (2, ["133047848", "69.928"])
+    assert (len(rows), rows[0][3:]) == (2, ["133047848", "69.928", "*"])
     found = run("download", "--list", "vgg13", "--json").document
     assert found["schema"] == "weights/1"
     assert [each["model"] for each in found["weights"]] == ["vgg13", "vgg13_bn"]

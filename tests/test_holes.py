@@ -1,0 +1,174 @@
+"""Ways in and ways to lose something that were found once, and are closed."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptool import checkpoint, formats, safety
+from ckptool.errors import KeyCollision, Malformed
+from ckptool.tree import Dict, Global, Object
+
+torch = pytest.importorskip("torch")
+
+Run = Callable[..., Any]
+W = torch.arange(4.0)
+
+
+def saved(content: object, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def listed(path: Path) -> list[str]:
+    return list(torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ("torch.ao.quantization.fx.graph_module", "GraphModule"),
+        ("torch.ao.quantization.fx.graph_module", "ObservedGraphModule"),
+        ("torch.ao.quantization.fx._equalize", "Node"),
+        ("torchvision.models.feature_extraction", "DualGraphModule"),
+        ("torch.nn.parallel.distributed", "RRef"),
+    ],
+)
+def test_classes_that_compile_what_they_are_given_are_dangerous(name: tuple[str, str]) -> None:
+    assert safety.level(Global(*name)) is safety.Level.DANGEROUS
+    assert safety.level(Global("torch.ao.quantization.stubs", "QuantStub")) is safety.Level.FOREIGN
+
+
+def test_an_end_record_in_the_comment_of_another_is_not_believed(tmp_path: Path) -> None:
+    path = saved({"w": W}, tmp_path / "two.pth")
+    data = path.read_bytes()
+    fake = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, 0, 0, 9)  # a comment that is not there
+    end = data.rfind(b"PK\5\6")
+    path.write_bytes(data[: end + 20] + struct.pack("<H", len(fake)) + fake)
+    with pytest.raises(Malformed):
+        formats.read(path)
+
+
+@pytest.mark.parametrize("name", ["data/0", "data.pkl", "evil/data/0"])
+def test_a_record_outside_the_root_shadows_nothing(tmp_path: Path, name: str) -> None:
+    path = saved({"w": W}, tmp_path / "shadow.pth")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"\xff" * 16)
+    with pytest.raises(Malformed, match="outside"):
+        formats.read(path)
+
+
+def test_tensors_only_keeps_what_a_dict_of_another_class_holds(tmp_path: Path, run: Run) -> None:
+    from collections import defaultdict
+
+    for content in (defaultdict(list, a=W, b=W + 1), {"state_dict": defaultdict(list, a=W, b=W)}):
+        source = saved(content, tmp_path / "source.pth")
+        target = tmp_path / "target.pth"
+        done = run("convert", "--unwrap", "--tensors-only", "--force", source, target)
+        assert done.code == 0, done.err
+        assert listed(target) == ["a", "b"]
+
+
+def test_tensors_only_tells_equal_paths_apart(tmp_path: Path, run: Run) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (print, ("executed",))
+
+    source = saved({"state_dict": {"hook": W, "w": W}, "hook": Evil()}, tmp_path / "source.pth")
+    done = run("convert", "--tensors-only", "--json", source, tmp_path / "target.pth")
+    assert done.code == 0, done.err
+    assert done.document["written"] == 2
+    assert done.document["not_carried"] == ["hook"]
+    dotted = saved({"a": {"b": Evil()}, "a.b": Evil(), "w": W}, tmp_path / "dotted.pth")
+    assert run("convert", "--tensors-only", dotted, tmp_path / "out.pth").code == 0
+
+
+def test_keys_joined_by_dots_do_not_swallow_each_other(tmp_path: Path) -> None:
+    content = {"m": {"a": {"b.c": W}, "a.b": {"c": W + 1}}}
+    found = formats.read(saved(content, tmp_path / "joined.pth"))
+    with pytest.raises(KeyCollision):
+        checkpoint.find(found, "m")
+
+
+def test_metadata_of_joined_parts_comes_along(tmp_path: Path, run: Run) -> None:
+    parts = {"G": torch.nn.BatchNorm1d(2).state_dict(), "D": torch.nn.Linear(2, 2).state_dict()}
+    source = saved({"nets": parts, "epoch": 1}, tmp_path / "parts.pth")
+    target = tmp_path / "joined.pth"
+    assert run("unwrap", "--at", "nets", source, target).code == 0
+    loaded = torch.load(target, weights_only=True)
+    assert loaded._metadata["G"] == {"version": 2}
+    assert list(loaded._metadata) == ["G", "D"]
+
+
+def test_rows_and_items_of_an_ordered_dict_both_count() -> None:
+    node = Object(checkpoint.ORDERED_DICT, ([["a", 1]],), steps=[("setitem", [("b", 2)])])
+    assert checkpoint.items(node) == [("a", 1), ("b", 2)]
+
+
+def test_a_repeated_key_on_the_way_is_walked_by_its_last_value(tmp_path: Path, run: Run) -> None:
+    tree = Dict([("m", 5), ("m", Dict([("n", Dict([("w", 7)]))]))])
+    replaced = checkpoint.replaced(tree, ("m", "n"), Dict([("x", 8)]))
+    assert checkpoint.state_dict_node(replaced, ("m", "n")).pairs == [("x", 8)]
+    assert replaced.pairs[0] == ("m", 5)
+
+
+def header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+def test_an_endless_text_in_a_header_takes_linear_time(tmp_path: Path) -> None:
+    path = tmp_path / "slow.safetensors"
+    path.write_bytes(header(b'{"' + b'\\"' * 2_000_000))
+    start = time.monotonic()
+    with pytest.raises(Malformed):
+        formats.read(path)
+    assert time.monotonic() - start < 20
+
+
+def test_half_a_character_in_metadata_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    path.write_bytes(header(json.dumps({"__metadata__": {"a": "\ud800"}}).encode()))
+    with pytest.raises(Malformed):
+        formats.read(path)
+
+
+def test_untied_rows_take_their_own_bytes_alone(tmp_path: Path, run: Run) -> None:
+    whole = torch.arange(100_000.0).view(1000, 100)
+    source = saved({f"r{i}": whole[i] for i in range(1000)}, tmp_path / "rows.pth")
+    target = tmp_path / "untied.pth"
+    done = run("convert", "--untie", source, target)
+    assert done.code == 0, done.err
+    loaded = torch.load(target, weights_only=True)
+    assert all(torch.equal(loaded[f"r{i}"], whole[i]) for i in range(1000))
+    assert len({value.untyped_storage().data_ptr() for value in loaded.values()}) == 1000
+
+
+def test_in_place_keeps_the_container(tmp_path: Path, run: Run) -> None:
+    path = saved({"state_dict": {"w": W}, "epoch": 1}, tmp_path / "misnamed.safetensors")
+    assert run("add-prefix", "--in-place", path).code == 0
+    loaded = torch.load(path.rename(tmp_path / "named.pth"), weights_only=True)
+    assert loaded["epoch"] == 1
+    assert list(loaded["state_dict"]) == ["module.w"]
+
+
+def test_an_empty_pattern_file_is_refused(tmp_path: Path, run: Run) -> None:
+    source = saved({"w": W}, tmp_path / "in.pth")
+    empty = tmp_path / "empty"
+    empty.write_text("# nothing\n")
+    for option in ("--drop", "--keep"):
+        assert run("convert", option, f"@{empty}", source, tmp_path / "out.pth").code == 2
+    assert run("keys", "--select", f"@{empty}", source).code == 2
+
+
+def test_outputs_that_are_no_files_are_refused(tmp_path: Path, run: Run) -> None:
+    source = saved({"w": W}, tmp_path / "in.pth")
+    assert run("convert", source, f"{tmp_path}/folder/").code == 5
+    assert run("convert", source, "-").code == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth"]
