@@ -347,6 +347,22 @@ def beside(tree: Node, at: Path) -> list[str]:
     return names
 
 
+def also_at(tree: Node, at: Path) -> list[Path]:
+    """List the other places, as deep as candidates lie, where the very node at a place stands."""
+    node = _node_at(tree, at)
+    found: list[Path] = []
+    seen: set[int] = set()
+    stack: list[tuple[Path, Node]] = [((), tree)]
+    while stack:
+        path, here = stack.pop()
+        if here is node:
+            found += [path] if path != at else []
+        elif id(here) not in seen and len(path) < MAX_CANDIDATE_DEPTH:
+            seen.add(id(here))
+            stack += [((*path, key), value) for key, value in named_items(here)]
+    return found
+
+
 def replaced(tree: Node, at: Path, node: Node) -> Node:
     """Give the tree with another node at a place; what is not on the way is shared."""
     if not at:

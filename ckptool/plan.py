@@ -113,6 +113,11 @@ def _edit_state(
             plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
     else:
         plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, state.at, node))
+        if changed:
+            plan.notes += [
+                f"the same state_dict also stands at `{places.dotted(other)}`: that keeps its keys"
+                for other in places.also_at(tree, state.at)
+            ]
         if plan.key_map.dropped and _has_optimizer(tree):
             plan.notes.append(
                 "the optimizer counts parameters by index: after dropping some, "

@@ -472,7 +472,7 @@ class TextIds(pickle._Unpickler):  # type: ignore[name-defined]
         parts = ("storage", kind, found["key"], found["location"], int(found["numel"]), *view)
         self.append(self.persistent_load(parts))
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.PERSID[0]: load_persid}  # type: ignore
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.PERSID[0]: load_persid}  # type: ignore[attr-defined]
 
 
 text_ids = SimpleNamespace(__name__="pickle", Unpickler=TextIds, load=pickle.load)

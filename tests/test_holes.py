@@ -172,3 +172,47 @@ def test_outputs_that_are_no_files_are_refused(tmp_path: Path, run: Run) -> None
     assert run("convert", source, f"{tmp_path}/folder/").code == 5
     assert run("convert", source, "-").code == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth"]
+
+
+def test_one_state_dict_under_two_names_is_told(tmp_path: Path, run: Run) -> None:
+    state = {"w": W}
+    source = saved({"state_dict": state, "best": state, "epoch": 1}, tmp_path / "two.pth")
+    target = tmp_path / "out.pth"
+    done = run("add-prefix", source, target)
+    assert done.code == 0, done.err
+    assert "the same state_dict also stands at `best`" in done.err
+    loaded = torch.load(target, weights_only=True)
+    assert (list(loaded["state_dict"]), list(loaded["best"])) == (["module.w"], ["w"])
+    alone = saved({"state_dict": state, "best": dict(state)}, tmp_path / "copy.pth")
+    assert "also stands" not in run("add-prefix", alone, tmp_path / "alone.pth").err
+
+
+def test_views_that_inflate_without_end_are_refused(tmp_path: Path, run: Run) -> None:
+    base = torch.zeros(1 << 20)
+    plain = saved({f"v{i}": base[i : i + 2] for i in range(200)}, tmp_path / "plain.pth")
+    packed = tmp_path / "packed.pth"
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    target = tmp_path / "out.safetensors"
+    done = run("convert", packed, target)
+    assert done.code == 5
+    assert "inflated" in done.err
+    assert "--allow-expand" in done.err
+    assert not target.exists()
+
+
+def test_a_tensor_gets_its_state_once() -> None:
+    from ckptool.dtype import DType
+    from ckptool.formats._torch_tree import TorchVocabulary
+    from ckptool.tensor import Storage, TensorInfo
+
+    def nowhere(said: object) -> Storage:
+        raise AssertionError(said)
+
+    call = Object(Global("torch.nn.parameter", "Parameter"), ())
+    info = TensorInfo(DType.F32, (), (), Storage("f", "0", 0, 4, DType.F32), origin=call)
+    vocabulary = TorchVocabulary(nowhere)
+    once = vocabulary.built(info, (True, False, None))
+    assert once.requires_grad
+    assert vocabulary.built(once, (True, False, None)) is None
