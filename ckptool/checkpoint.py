@@ -34,8 +34,9 @@ class Checkpoint:
 
     `globals` and `calls` are all that its pickles name and call, reachable from the tree or not;
     `metadata` is the text that a safetensors file keeps beside its tensors; `generation` says in
-    words which torch wrote it, where that can be told; `stamp` tells whether the file is still the
-    one that was read; `notes` are for the user.
+    words which torch wrote it, where that can be told; `program` names what the tree was taken out
+    of and cannot be put back into (a TorchScript module); `files` are all that were read, with
+    what tells whether each is still the same; `notes` are for the user.
     """
 
     path: str
@@ -49,7 +50,8 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     generation: str = ""
     unread: tuple[str, ...] = ()
-    stamp: tuple[int, int, int] = (0, 0, 0)
+    program: str = ""
+    files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     notes: tuple[str, ...] = ()
 
 

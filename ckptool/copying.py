@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from ckptool.crc import join_crc32
 from ckptool.errors import Malformed
-from ckptool.fileio import CHUNK, Reader, unpacked, write_at
-from ckptool.tensor import Packing, Storage
+from ckptool.fileio import CHUNK, Part, Readers, fill, unpacked, write_at
+from ckptool.tensor import Chunked, Packing, Storage, contiguous_stride
 
 FLUSH_EVERY = 32 << 20
 WORKERS = 2
@@ -24,7 +24,7 @@ WORKERS = 2
 Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
 
-Block = Callable[[Reader], Iterator[bytes | bytearray]]
+Block = Callable[[Readers], Iterator[bytes | bytearray]]
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class Copy:
     nbytes: int = -1
     crc32: int = 0
     _parts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _chunk_parts: list[Part] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.nbytes < 0:
@@ -54,7 +55,7 @@ class Copy:
 
 @dataclass(slots=True)
 class Compute:
-    """Write what `block` makes of a storage's file to `target`: `nbytes` of them."""
+    """Write what `block` makes of a storage to `target`: `nbytes` of them."""
 
     storage: Storage
     block: Block
@@ -82,29 +83,6 @@ class Layout:
     def job_nbytes(self) -> int:
         """Count the bytes that the jobs move, for a progress bar."""
         return sum(job.nbytes for job in self.jobs)
-
-
-class Readers:
-    """The open files of a run, by path."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, Reader] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, path: str) -> Reader:
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = Reader(path)
-            return self._open[path]
-
-    def close(self) -> None:
-        """Close all files, after a last look whether one was changed meanwhile."""
-        try:
-            for reader in self._open.values():
-                reader.refuse_change()
-        finally:
-            for reader in self._open.values():
-                reader.close()
 
 
 class _WriteBack:
@@ -193,15 +171,15 @@ def _tasks(jobs: list[Job]) -> Iterator[_Task]:
 
 def _do(task: _Task, readers: Readers, target: int | None, buffer: memoryview[int]) -> int:
     job, start, nbytes = task
-    reader = readers[job.storage.path]
     if isinstance(job, Compute):
-        _stream(job.block(reader), target, job.target)
+        _stream(job.block(readers), target, job.target)
     elif job.storage.packing is Packing.DEFLATED:
+        reader = readers[job.storage.path]
         parts = _clipped(unpacked(job.storage, reader), job.start, job.nbytes)
         job.crc32 = _stream(parts, target, job.target)
     else:
         view = buffer[:nbytes]
-        reader.read_into(view, job.storage.start + job.start + start)
+        job._chunk_parts += fill(view, job.storage, job.start + start, readers)
         job._parts[start] = (zlib.crc32(view), nbytes)
         if target is not None and job.target is not None:
             write_at(target, view, job.target + start)
@@ -229,16 +207,34 @@ def _clipped(parts: Iterable[bytes], start: int, nbytes: int) -> Iterator[bytes]
 
 
 def _check(copy: Copy) -> None:
-    if copy.storage.packing is Packing.PLAIN:
+    if copy.storage.packing is not Packing.DEFLATED:
         copy.crc32 = join_crc32(part for _, part in sorted(copy._parts.items()))
-    recorded = copy.storage.crc32
-    if copy.whole and recorded is not None and recorded != copy.crc32:
+    if copy.storage.chunked is not None:
+        _check_chunks(copy.storage.chunked, copy._chunk_parts)
+    if copy.whole:
+        _compare(copy.storage, copy.crc32)
+
+
+def _check_chunks(chunked: Chunked, parts: list[Part]) -> None:
+    """Compare the checksums of those chunks that were read whole."""
+    read: dict[int, list[tuple[int, int]]] = {}
+    for index, _, nbytes, crc32 in sorted(parts):
+        read.setdefault(index, []).append((crc32, nbytes))
+    for index, found in read.items():
+        source = chunked.chunks[index].source
+        whole = sum(nbytes for _, nbytes in found) == source.storage.nbytes
+        if whole and source.stride == contiguous_stride(source.shape):
+            _compare(source.storage, join_crc32(found))
+
+
+def _compare(storage: Storage, crc32: int) -> None:
+    recorded = storage.crc32
+    if recorded is not None and recorded != crc32:
         raise Malformed(
-            f"{copy.storage.path}: the bytes of storage {copy.storage.key} do not match their "
-            "checksum",
-            path=copy.storage.path,
-            offset=copy.storage.start,
-            evidence=[f"CRC-32 recorded {recorded:08x}, found {copy.crc32:08x}"],
+            f"{storage.path}: the bytes of storage {storage.key} do not match their checksum",
+            path=storage.path,
+            offset=storage.start,
+            evidence=[f"CRC-32 recorded {recorded:08x}, found {crc32:08x}"],
             hint="the file is damaged; get it again from where it came",
         )
 

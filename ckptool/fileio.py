@@ -8,8 +8,10 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING
 
+from ckptool.chunks import pieces, place, read_elements
 from ckptool.errors import (
     Malformed,
     NoSuchFile,
@@ -26,14 +28,27 @@ Stamp = tuple[int, int, int]  # which file it is, its size, and when it was writ
 
 
 class Reader:
-    """A file open for positioned reads; safe to share between threads."""
+    """A file open for positioned reads; safe to share between threads.
+
+    `path` is what it is called in messages and `file` what is opened. A part of a file has its
+    own `base` in it: positions count from there, those of a `Storage` from the file's start.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+        self.path = self.file = str(path)
+        self.base = 0
         self._lock = threading.Lock()
         self._fd = _open_regular(self.path)
         self.stamp = _stamp(os.fstat(self._fd))
         self.nbytes = self.stamp[1]
+
+    def part(self, start: int, nbytes: int, path: str) -> Reader:
+        """Give a reader of `nbytes` from `start`; it shares the open file and is not closed."""
+        if min(start, nbytes) < 0 or start + nbytes > self.nbytes:
+            raise Malformed("the file ends too early", path=self.path, offset=self.nbytes)
+        part = copy(self)
+        part.path, part.base, part.nbytes = path, self.base + start, nbytes
+        return part
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` from `start`; raises `Malformed` where the file ends before."""
@@ -47,7 +62,7 @@ class Reader:
         """Fill `view` from `start`."""
         done = 0
         while done < len(view):
-            count = self._read_once(view[done:], start + done)
+            count = self._read_once(view[done:], self.base + start + done)
             if count == 0:
                 raise Malformed(
                     "the file became shorter while it was read", path=self.path, offset=start + done
@@ -158,12 +173,75 @@ def unpacked(storage: Storage, reader: Reader) -> Iterator[bytes]:
         )
 
 
+class Readers:
+    """The open files of a run, by path."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Reader] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, path: str) -> Reader:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = Reader(path)
+            return self._open[path]
+
+    def close(self) -> None:
+        """Close all files, after a last look whether one was changed meanwhile."""
+        try:
+            for reader in self._open.values():
+                reader.refuse_change()
+        finally:
+            for reader in self._open.values():
+                reader.close()
+
+
+Part = tuple[int, int, int, int]  # of a chunk: its index, the first byte, how many, their CRC-32
+
+
+def fill(view: memoryview[int], storage: Storage, start: int, readers: Readers) -> list[Part]:
+    """Fill `view` from `start` in a storage that is not deflated; a chunked one is assembled.
+
+    `start` and the length are whole elements of a chunked storage. Gives the parts of its chunks
+    that were read, whose checksums together are those of the chunks.
+    """
+    chunked = storage.chunked
+    if chunked is None:
+        readers[storage.path].read_into(view, storage.start + start)
+        return []
+    first, count = start // chunked.itemsize, len(view) // chunked.itemsize
+    parts = []
+    for piece in pieces(chunked, first, count):
+        source = piece.chunk.source
+        read = _plain_read(source.storage, readers)
+        data = read_elements(source, piece.first, piece.count, read)
+        place(chunked, piece, data, first, view)
+        begin = (source.storage_offset + piece.first) * chunked.itemsize
+        parts.append((piece.index, begin, len(data), zlib.crc32(data)))
+    return parts
+
+
+def _plain_read(storage: Storage, readers: Readers) -> Callable[[int, int], bytes]:
+    reader = readers[storage.path]
+    return lambda start, nbytes: reader.read(storage.start + start, nbytes)
+
+
 @contextmanager
-def seekable(storage: Storage, reader: Reader) -> Iterator[Callable[[int, int], bytes]]:
+def seekable(storage: Storage, readers: Readers) -> Iterator[Callable[[int, int], bytes]]:
     """Give a function that reads `(start, nbytes)` of a storage; a deflated one is spooled."""
     if storage.packing is Packing.PLAIN:
-        yield lambda start, nbytes: reader.read(storage.start + start, nbytes)
+        yield _plain_read(storage, readers)
         return
+    if storage.packing is Packing.CHUNKED:
+
+        def assembled(start: int, nbytes: int) -> bytes:
+            data = bytearray(nbytes)
+            fill(memoryview(data), storage, start, readers)
+            return bytes(data)
+
+        yield assembled
+        return
+    reader = readers[storage.path]
     from tempfile import TemporaryFile
 
     with TemporaryFile() as spool:

@@ -102,7 +102,7 @@ def rewrite(
     container = _container(checkpoint, str(target), options)
     place = atomic.refuse_target(
         target,
-        [checkpoint.path] if not options.in_place else [],
+        [path for path, _ in checkpoint.files] if not options.in_place else [],
         force=options.force,
         sync=options.sync,
     )
@@ -232,7 +232,8 @@ def _result(
 def _write(place: Target, layout: Layout, plan: Plan, progress: Progress) -> None:
     with atomic.atomic_output(place) as (fd, temporary):
         copying.write_layout(fd, layout, progress, sync=place.sync)
-        fileio.refuse_changed(plan.checkpoint.path, plan.checkpoint.stamp)
+        for path, stamp in plan.checkpoint.files:
+            fileio.refuse_changed(path, stamp)
         _verify(temporary, layout, plan)
 
 

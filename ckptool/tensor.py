@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import product
 from math import prod
@@ -24,6 +24,7 @@ class Packing(Enum):
 
     PLAIN = "plain"
     DEFLATED = "deflated"
+    CHUNKED = "chunked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Storage:
     """A run of bytes in a file; equal storages are shared storages.
 
     `dtype` is that of torch's typed storage, None for an untyped one. `crc32` is what the file
-    recorded for the unpacked bytes, None where it recorded nothing.
+    recorded for the unpacked bytes, None where it recorded nothing. A chunked storage lies in
+    pieces, `chunked` says where; `path` and `key` then name the whole.
     """
 
     path: str
@@ -44,6 +46,24 @@ class Storage:
     crc32: int | None = None
     packing: Packing = Packing.PLAIN
     packed_nbytes: int = 0
+    chunked: Chunked | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunked:
+    """The pieces of a contiguous tensor of this shape; they cover it exactly."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """A box of a tensor: where it begins in each dimension, and the tensor that fills it."""
+
+    offsets: tuple[int, ...]
+    source: TensorInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -28,7 +28,7 @@ from ckptool.errors import (
     SameFile,
     WriteError,
 )
-from ckptool.fileio import CHUNK, Reader, seekable, unpacked
+from ckptool.fileio import CHUNK, Reader, Readers, seekable, unpacked
 from ckptool.tensor import Packing, Storage
 
 DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
@@ -173,8 +173,8 @@ def test_many_jobs_in_any_order(
 
 
 def test_computed_bytes_are_written_in_place(tmp_path: Path, output: int, stored: Storage) -> None:
-    def block(reader: Reader) -> Iterator[bytes | bytearray]:
-        yield bytearray(reader.read(0, 6)).upper()
+    def block(readers: Readers) -> Iterator[bytes | bytearray]:
+        yield bytearray(readers[stored.path].read(0, 6)).upper()
         yield b"!"
 
     run_jobs([Compute(stored, block, 3, 7)], output, quiet)
@@ -273,10 +273,12 @@ def test_any_storage_can_be_read_here_and_there(
 ) -> None:
     storage = request.getfixturevalue(kind)
     before = listing(tmp_path).keys()
-    with Reader(storage.path) as reader, seekable(storage, reader) as fetch:
+    readers = Readers()
+    with seekable(storage, readers) as fetch:
         assert fetch(CHUNK, 10) == DATA[CHUNK : CHUNK + 10]
         assert fetch(0, 3) == DATA[:3]
         assert listing(tmp_path).keys() == before
+    readers.close()
     assert listing(tmp_path).keys() == before
 
 

@@ -23,6 +23,7 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 FLOORS = (
     ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "__init__.py"),
     ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
+    ("chunks.py",),
     ("fileio.py", "checkpoint.py", "safety.py"),
     ("atomic.py", "copying.py"),
     ("edits.py", "formats/*.py"),

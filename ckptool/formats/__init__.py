@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ckptool.checkpoint import Checkpoint, refuse_deep
-from ckptool.errors import FormatError, NotACheckpoint
+from ckptool.errors import AmbiguousStateDict, FormatError, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import _others, safetensors, torch_legacy, torch_zip
 
@@ -21,7 +23,11 @@ HEAD = 4096
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One container: how to tell it from its first bytes, and how to read it."""
+    """One container: how to tell it from its first bytes, and how to read it.
+
+    A container of many files is read from one of them, its index: a folder that holds a file
+    which one of `folder_patterns` matches is that container.
+    """
 
     name: str
     title: str
@@ -29,6 +35,7 @@ class Format:
     sniff: Callable[[bytes], bool]
     read: Callable[[Reader], Checkpoint]
     writable: bool
+    folder_patterns: tuple[str, ...] = ()
 
 
 FORMATS = (
@@ -58,13 +65,33 @@ def read(path: str | Path) -> Checkpoint:
 
     Raises a `FormatError` that names what the file is, or what is wrong with it and where.
     """
-    with Reader(path) as reader:
+    with Reader(index_of(str(path))) as reader:
         head = reader.read(0, min(HEAD, reader.nbytes))
         for each in FORMATS:
             if each.sniff(head):
-                return _read(each, reader)
+                return replace(_read(each, reader), path=str(path))
         what, hint = _others.describe(reader, head)
         raise NotACheckpoint(f"{path} is {what}", path=str(path), hint=hint)
+
+
+def index_of(path: str) -> str:
+    """Give the file that stands for a folder which is a checkpoint; any other path as it is.
+
+    Raises `AmbiguousStateDict` for a folder with several.
+    """
+    if not os.path.isdir(path):
+        return path
+    patterns = [pattern for each in FORMATS for pattern in each.folder_patterns]
+    found = [
+        name
+        for name in sorted(os.listdir(path))
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if len(found) > 1:
+        raise AmbiguousStateDict(
+            f"{path} holds {len(found)} checkpoints: {', '.join(found)}", hint="name one of them"
+        )
+    return os.path.join(path, found[0]) if found else path
 
 
 @contextmanager
@@ -84,7 +111,7 @@ def _read(each: Format, reader: Reader) -> Checkpoint:
         with _growing():
             checkpoint = each.read(reader)
             refuse_deep(checkpoint.tree)
-        return replace(checkpoint, stamp=reader.stamp)
+        return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path
         if type(error) is not NotACheckpoint and reader.path not in error.message:

@@ -22,7 +22,7 @@ from ckptool.checkpoint import Checkpoint, make_state_dict
 from ckptool.copying import Compute, Copy, Job, Layout
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.fileio import Reader, seekable
+from ckptool.fileio import Reader, Readers, seekable
 from ckptool.tensor import (
     CompositeTensor,
     Storage,
@@ -63,8 +63,9 @@ def read(reader: Reader) -> Checkpoint:
         )
     header = _parse(reader, reader.read(8, size))
     metadata = _metadata(reader, header.pop("__metadata__", {}))
-    entries = {key: _tensor(reader, key, said, 8 + size) for key, said in header.items()}
-    _refuse_gaps(reader, list(entries.values()), 8 + size)
+    base = reader.base + 8 + size
+    entries = {key: _tensor(reader, key, said, base) for key, said in header.items()}
+    _refuse_gaps(reader, list(entries.values()), base)
     entries, notes = _restored(entries, metadata.pop(NOTE, None))
     return Checkpoint(
         reader.path,
@@ -144,7 +145,7 @@ def _tensor(reader: Reader, key: str, said: Any, base: int) -> TensorInfo:
         raise Malformed(f"the entry of {key} has an impossible number", path=reader.path, offset=8)
     shape = _torch_shape(reader, key, dtype, tuple(sizes))
     storage = Storage(
-        reader.path, key, base + begin, end - begin, dtype if dtype.storage_class else None
+        reader.file, key, base + begin, end - begin, dtype if dtype.storage_class else None
     )
     info = TensorInfo(dtype, shape, contiguous_stride(shape), storage)
     if end < begin or info.nbytes != end - begin or (info.numel * dtype.bits) % 8:
@@ -175,11 +176,12 @@ def _refuse_gaps(reader: Reader, tensors: list[TensorInfo], base: int) -> None:
                 offset=storage.start,
             )
         position += storage.nbytes
-    if position != reader.nbytes:
+    nbytes = position - reader.base
+    if nbytes != reader.nbytes:
         raise Malformed(
-            f"the file should have {position} bytes and has {reader.nbytes}",
+            f"the file should have {nbytes} bytes and has {reader.nbytes}",
             path=reader.path,
-            offset=min(position, reader.nbytes),
+            offset=min(nbytes, reader.nbytes),
         )
 
 
@@ -322,10 +324,10 @@ def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> lis
     ]
 
 
-def _computed(info: TensorInfo, reader: Reader) -> Iterator[bytes | bytearray]:
+def _computed(info: TensorInfo, readers: Readers) -> Iterator[bytes | bytearray]:
     """Yield the bytes of a tensor that does not lie in its storage as safetensors wants it."""
     width = info.dtype.swap
-    with seekable(info.storage, reader) as fetch:
+    with seekable(info.storage, readers) as fetch:
         for block in gather(info, fetch, GATHER_BLOCK):
             ready = swapped(block, width) if needs_swap(info.storage, width) else block
             yield _resolved(bytearray(ready), info) if info.lazy else ready

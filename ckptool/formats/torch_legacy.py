@@ -80,7 +80,8 @@ def read(reader: Reader) -> Checkpoint:
 
 
 def _storage(reader: Reader, said: StorageId, start: int) -> Storage:
-    return Storage(reader.path, said.key, start, said.nbytes, said.dtype, said.location)
+    start += reader.base
+    return Storage(reader.file, said.key, start, said.nbytes, said.dtype, said.location)
 
 
 def _places(reader: Reader, said: dict[str, StorageId], keys: Pickle) -> tuple[dict[str, int], int]:

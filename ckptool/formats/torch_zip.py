@@ -113,9 +113,9 @@ def _storage(
 ) -> Storage:
     deflated = member.method == _zip.DEFLATED
     return Storage(
-        reader.path,
+        reader.file,
         said.key,
-        member.start,
+        reader.base + member.start,
         member.nbytes,
         said.dtype,
         said.location,

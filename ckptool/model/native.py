@@ -53,10 +53,13 @@ def read(path: str | Path, at: str | None = None) -> Source:
 
 def load(source: Source) -> Native:
     """Load a state_dict on the CPU, by its author's library where that is possible."""
+    container = source.checkpoint.container
     try:
-        if source.checkpoint.container.startswith("safetensors"):
+        if container == "safetensors":
             return _by_safetensors(source)
-        return _by_torch(source)
+        if container in ("torch-zip", "torch-legacy"):
+            return _by_torch(source)
+        raise _Refused(f"torch.load does not read a {formats.BY_NAME[container].title}")
     except _Refused as refused:
         loaded = loading.revive(source.checkpoint, source.state)
         left = [f"left out {key}: {reason}" for key, reason in loaded.left_out.items()]

@@ -17,7 +17,7 @@ from typing import Any
 from ckptool.checkpoint import items
 from ckptool.dtype import BY_TORCH_NAME, DType
 from ckptool.errors import CkptoolError, Malformed, Unsupported
-from ckptool.fileio import Reader, unpacked
+from ckptool.fileio import Reader, Readers, fill, unpacked
 from ckptool.model import libraries
 from ckptool.tensor import CompositeTensor, Packing, Storage, TensorInfo, needs_swap
 from ckptool.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
@@ -47,7 +47,7 @@ class Reviver:
         self._torch: Any = libraries.torch()
         self._path = path
         self._device = self._torch.device(device)
-        self._map: Any = None
+        self._maps: dict[str, Any] = {}
         self._storages: dict[Storage, Any] = {}
         self._made: dict[int, tuple[Node, Any]] = {}
 
@@ -237,26 +237,32 @@ class Reviver:
         if self._device.type == "meta" or not storage.nbytes:
             kind = "meta" if self._device.type == "meta" else "cpu"
             return self._torch.UntypedStorage(storage.nbytes, device=kind)
-        if storage.packing is Packing.DEFLATED:
-            made = self._inflated(storage)
+        if storage.packing is not Packing.PLAIN:
+            made = self._unpacked(storage)
         else:
-            made = self._mapped()[storage.start : storage.start + storage.nbytes]
+            made = self._mapped(storage.path)[storage.start : storage.start + storage.nbytes]
             if storage.start % dtype.swap:
                 made = made.clone()
         return self._swapped(made, dtype.swap) if needs_swap(storage, dtype.swap) else made
 
-    def _mapped(self) -> Any:
-        if self._map is None:
-            with Reader(self._path) as reader:
+    def _mapped(self, path: str) -> Any:
+        if path not in self._maps:
+            with Reader(path) as reader:
                 nbytes = reader.nbytes
-            self._map = self._torch.UntypedStorage.from_file(self._path, False, nbytes)
-        return self._map
+            self._maps[path] = self._torch.UntypedStorage.from_file(path, False, nbytes)
+        return self._maps[path]
 
-    def _inflated(self, storage: Storage) -> Any:
-        data = bytearray()
-        with Reader(self._path) as reader:
-            for block in unpacked(storage, reader):
+    def _unpacked(self, storage: Storage) -> Any:
+        """Read a storage that cannot be mapped: a deflated or a chunked one."""
+        readers = Readers()
+        if storage.packing is Packing.DEFLATED:
+            data = bytearray()
+            for block in unpacked(storage, readers[storage.path]):
                 data += block
+        else:
+            data = bytearray(storage.nbytes)
+            fill(memoryview(data), storage, 0, readers)
+        readers.close()
         return self._torch.frombuffer(data, dtype=self._torch.uint8).untyped_storage()
 
     def _swapped(self, storage: Any, width: int) -> Any:
