@@ -40,7 +40,7 @@ class Storage:
     key: str
     start: int
     nbytes: int
-    dtype: DType | None = None
+    dtype: DType | None = field(default=None, compare=False)  # bytes may stand under two
     location: str = "cpu"
     byteorder: str = "little"
     crc32: int | None = None

@@ -928,3 +928,15 @@ def test_counts_add_up_on_the_command_line(run: Run, out: Path) -> None:
     assert (document["read"], document["renamed"], len(document["dropped"])) == (8, 6, 2)
     assert document["read"] == document["kept"] + document["renamed"] + len(document["dropped"])
     assert document["written"] == len(judge.load(out)["state_dict"]) == 6
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("order", [("tensor", "storage"), ("storage", "tensor")])
+def test_bytes_and_their_bare_storage_stay_one(tmp_path: Path, order: tuple[str, str]) -> None:
+    tensor = torch.arange(10, dtype=torch.uint8)
+    both = {"tensor": tensor, "storage": tensor.untyped_storage()}
+    torch.save({name: both[name] for name in order}, tmp_path / "in.pth")
+    surgery.rewrite(tmp_path / "in.pth", tmp_path / "out.pth")
+    found = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert torch.equal(found["tensor"], tensor)
+    assert found["tensor"].untyped_storage().data_ptr() == found["storage"].data_ptr()

@@ -101,10 +101,11 @@ class TorchVocabulary(Vocabulary):
         if known is None:
             known = self._known[key] = (said, self._find(said))
         elif known[0] != said:
-            if known[0].nbytes or said.nbytes:
+            if not _same_bytes(known[0], said):
                 raise Malformed(f"storage {key} is described in two ways", offset=offset)
-            # An empty storage may stand under several types (torch/serialization.py, _load).
-            return replace(known[1], dtype=said.dtype)
+            if not said.nbytes:  # one record has one type: these are two
+                key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
+            return replace(known[1], key=key, dtype=said.dtype)
         return known[1]
 
     def _view(self, storage: Storage, view: Node, offset: int) -> StorageView:
@@ -144,6 +145,18 @@ class TorchVocabulary(Vocabulary):
         if _is_old_tensor(node) and isinstance(state, tuple) and len(state) == 4:
             return _plain("_rebuild_tensor", state, None, node.offset)
         return super().built(node, state)
+
+
+def _same_bytes(one: StorageId, other: StorageId) -> bool:
+    """Tell whether a storage may stand under both types.
+
+    An empty one may stand under any (torch/serialization.py, `_load`), bytes under that of uint8
+    and without a type (`persistent_id` in `_save`, which takes the one for the other).
+    """
+    if not one.nbytes and not other.nbytes:
+        return True
+    bytewise = {one.dtype, other.dtype} == {None, DType.U8}
+    return bytewise and (one.location, one.nbytes) == (other.location, other.nbytes)
 
 
 def _parsed(text: str) -> Node:
