@@ -18,6 +18,7 @@ _PUBLIC = {
     "convert": "ckptool.api",
     "download": "ckptool.api",
     "edits": "ckptool.edits",
+    "info": "ckptool.api",
     "keys": "ckptool.api",
     "load_matching": "ckptool.model.loading",
     "load_state_dict": "ckptool.model.loading",

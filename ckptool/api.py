@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptool import edits, fitting, formats, listing, surgery
+from ckptool import edits, fitting, formats, listing, surgery, survey
 from ckptool.copying import Begin
 from ckptool.edits import Edit
 from ckptool.errors import EditError
 from ckptool.fitting import MIN_MATCH, Fill, Reference, Transferred
 from ckptool.listing import Listing
+from ckptool.suggestions import Suggestion, suggestions
 from ckptool.surgery import Options, Rewrite, no_progress
+from ckptool.survey import Survey
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -44,6 +46,15 @@ def keys(
     `AmbiguousStateDict` where `at` must choose.
     """
     return listing.chosen(listing.listing(formats.read(path), at, every=every), select, sort)
+
+
+def info(path: str | Path, *, at: str | None = None) -> tuple[Survey, list[Suggestion]]:
+    """Say what a file is and what is in it, and which commands would help.
+
+    Raises what reading raises; several state_dicts are all described, unless `at` chooses.
+    """
+    facts = survey.survey(formats.read(path), at)
+    return facts, suggestions(facts)
 
 
 def strip_prefix(

@@ -34,9 +34,11 @@ class Checkpoint:
 
     `globals` and `calls` are all that its pickles name and call, reachable from the tree or not;
     `metadata` is the text that a safetensors file keeps beside its tensors; `generation` says in
-    words which torch wrote it, where that can be told; `program` names what the tree was taken out
-    of and cannot be put back into (a TorchScript module); `files` are all that were read, with
-    what tells whether each is still the same; `notes` are for the user.
+    words which torch wrote it, where that can be told, and `protocol` is that of its pickle;
+    `program` names what the tree was taken out of and cannot be put back into (a TorchScript
+    module); `unread` names records that nothing in the tree uses, of `unread_nbytes` in all;
+    `files` are all that were read, with what tells whether each is still the same; `notes` are
+    for the user.
     """
 
     path: str
@@ -49,7 +51,9 @@ class Checkpoint:
     byteorder: str = "little"
     metadata: dict[str, str] = field(default_factory=dict)
     generation: str = ""
+    protocol: int | None = None
     unread: tuple[str, ...] = ()
+    unread_nbytes: int = 0
     program: str = ""
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     notes: tuple[str, ...] = ()
@@ -175,7 +179,7 @@ def _only(checkpoint: Checkpoint, found: list[Candidate]) -> StateDict:
         return StateDict((), {}, attribute(checkpoint.tree, "_metadata"))
     if len(found) != 1:
         raise _not_one(checkpoint, found)
-    return _state_dict(checkpoint, found[0].at)
+    return state_dict_at(checkpoint, found[0].at)
 
 
 def find_or_none(checkpoint: Checkpoint, *, several: bool = True) -> StateDict | None:
@@ -235,7 +239,7 @@ def _named(checkpoint: Checkpoint, at: str) -> StateDict:
             evidence=_places(checkpoint),
             hint=f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path",
         )
-    return _state_dict(checkpoint, path)
+    return state_dict_at(checkpoint, path)
 
 
 def _resolve(checkpoint: Checkpoint, at: str) -> Path:
@@ -308,7 +312,7 @@ def _joined_metadata(node: Node) -> Node:
     return make_state_dict(joined, None) if joined else None
 
 
-def _state_dict(checkpoint: Checkpoint, path: Path) -> StateDict:
+def state_dict_at(checkpoint: Checkpoint, path: Path) -> StateDict:
     node = _node_at(checkpoint.tree, path)
     repeated = _repeated(checkpoint, text_items(node) or [])
     notes = tuple(f"the key {key} stands twice, with equal values" for key in repeated)

@@ -23,11 +23,12 @@ from ckptool.talk import complain, put, say, silence
 from ckptool.text import quoted, visible
 
 GROUPS = {
-    "Look": ("keys",),
+    "Look": ("info", "keys"),
     "Models": ("download", "verify"),
     "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
 }
 EXAMPLES = (
+    "ckptool info model_best.pth.tar",
     "ckptool keys model_best.pth.tar",
     "ckptool strip-prefix model_best.pth.tar clean.pth",
     "ckptool convert clean.pth clean.safetensors",

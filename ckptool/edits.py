@@ -18,14 +18,15 @@ Maker = Callable[[Sequence[str]], KeyEdit]  # all keys -> the edit of one
 
 DEFAULT_PREFIX = "module."
 SHAPE_DIFFERS = "shape differs"  # the reason that transfers give
-WRAPPERS = (
-    "module.",
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_forward_module.",
-    "_module.",
-)
+# The prefixes of known wrappers, and who puts them there.
+WRAPPERS = {
+    "module.": "DataParallel",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.": "Lightning Fabric",
+    "_module.": "Opacus",
+}
 _SENTINEL = "\0some parameter\0"  # stands for "some parameter" where a module path is edited
 
 

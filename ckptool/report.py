@@ -161,22 +161,12 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
     return [first, *(f"    {visible(line)}" for line in lines)]
 
 
-_KINDS = {
-    "module.": "DataParallel",
-    "_orig_mod.": "torch.compile",
-    "_fsdp_wrapped_module.": "FSDP",
-    "_checkpoint_wrapped_module.": "activation checkpointing",
-    "_forward_module.": "Lightning Fabric",
-    "_module.": "Opacus",
-}
-
-
 def prefix_line(path: str, keys: Sequence[str]) -> str:
     """Say which wrapper all or some keys carry, and what removes it; an empty string for none."""
     found = peeled(keys)
     if found:
         option = "" if found == ["module."] else " --prefix auto"
-        kinds = ", ".join(_KINDS[wrapper] for wrapper in found)
+        kinds = ", ".join(WRAPPERS[wrapper] for wrapper in found)
         return (
             f"every key starts with `{''.join(found)}` ({kinds}); "
             f"ckptool strip-prefix{option} {visible(quoted(path))} OUT removes it"
@@ -184,7 +174,7 @@ def prefix_line(path: str, keys: Sequence[str]) -> str:
     for wrapper in WRAPPERS:
         count = sum(key.startswith(wrapper) for key in keys)
         if count:
-            return f"{count} of {len(keys)} keys start with `{wrapper}` ({_KINDS[wrapper]})"
+            return f"{count} of {len(keys)} keys start with `{wrapper}` ({WRAPPERS[wrapper]})"
     return ""
 
 

@@ -26,13 +26,13 @@ FLOORS = (
     ("chunks.py",),
     ("fileio.py", "checkpoint.py", "safety.py"),
     ("atomic.py", "copying.py"),
-    ("edits.py", "formats/*.py"),
-    ("listing.py", "module_metadata.py"),
-    ("plan.py",),
+    ("edits.py", "formats/*.py", "frameworks.py"),
+    ("listing.py", "module_metadata.py", "survey.py"),
+    ("plan.py", "suggestions.py"),
     ("surgery.py",),
     ("fitting.py",),
     ("report.py", "talk.py", "model/*.py"),
-    ("api.py", "report_model.py"),
+    ("api.py", "report_info.py", "report_model.py"),
     ("cli.py", "__main__.py", "commands/*.py"),
 )
 # The imports within a floor: (who, whom).

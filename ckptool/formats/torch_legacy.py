@@ -75,6 +75,8 @@ def read(reader: Reader) -> Checkpoint:
         calls=[*parsed.calls, *(call for each in others for call in each.calls)],
         pickle_name="the pickle",
         generation="torch before 1.6, or its legacy format",
+        protocol=parsed.protocol,
+        unread_nbytes=reader.nbytes - end,
         unread=("what stands behind the storages",) if end < reader.nbytes else (),
     )
 

@@ -66,6 +66,7 @@ def read(reader: Reader) -> Checkpoint:
     if parsed.end != len(small["data.pkl"]):
         raise Malformed("data.pkl goes on after its end", path=reader.path, offset=parsed.end)
     known = {f"{root}{name}" for name in (*small, *_CARRIED_ANEW)} | used
+    unread = [name for name in members if name not in known]
     return Checkpoint(
         reader.path,
         "torch-zip",
@@ -76,7 +77,9 @@ def read(reader: Reader) -> Checkpoint:
         pickle_name="data.pkl",
         byteorder=byteorder,
         generation=_generation(records),
-        unread=tuple(name.removeprefix(root) for name in members if name not in known),
+        protocol=parsed.protocol,
+        unread=tuple(name.removeprefix(root) for name in unread),
+        unread_nbytes=sum(members[name].packed_nbytes for name in unread),
     )
 
 

@@ -1,0 +1,41 @@
+"""`ckptool info`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from ckptool import talk
+from ckptool.commands._fetch import local
+from ckptool.commands._options import Command
+
+
+@click.command("info", cls=Command)
+@click.argument("file", metavar="FILE")
+@click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
+    """Say what a file is, what is in it, and which commands would help.
+
+    \b
+    ckptool info mystery.pth
+    ckptool info --json model_best.pth.tar
+    ckptool info --at teacher dino.pth
+
+    A file that is no checkpoint is named for what it is, exit 3.
+    """
+    from ckptool import formats, report_info
+    from ckptool.suggestions import suggestions
+    from ckptool.survey import survey
+
+    with local(file, quiet=quiet) as path:
+        checkpoint = replace(formats.read(path), path=file)
+    facts = survey(checkpoint, at)
+    suggested = suggestions(facts)
+    if as_json:
+        talk.put([report_info.info_document(facts, suggested)])
+    else:
+        rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
+        talk.put(rows(facts, suggested))

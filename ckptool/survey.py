@@ -1,0 +1,350 @@
+"""What a checkpoint is, as facts: where its state_dict sits, what is beside it, what takes room.
+
+Nothing is refused for being ambiguous: where several dicts may be the state_dict all are described.
+Bytes are those of the file: a storage counts once, for the part of the tree that uses it first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptool import checkpoint as places, edits, frameworks, safety
+from ckptool.checkpoint import Checkpoint, Path, StateDict
+from ckptool.formats import safetensors
+from ckptool.frameworks import Framework
+from ckptool.safety import Verdict
+from ckptool.tensor import (
+    TENSORS,
+    AnyTensor,
+    CompositeTensor,
+    Packing,
+    Storage,
+    TensorInfo,
+    is_contiguous,
+    span,
+)
+from ckptool.text import counted, shape
+from ckptool.tree import (
+    ByteArray,
+    Dict,
+    Global,
+    LongInteger,
+    Node,
+    Object,
+    OldString,
+    Set,
+    children,
+)
+
+MAX_VALUE = 60  # characters of a plain value that are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """How many tensors there are, of how many elements and bytes."""
+
+    count: int
+    elements: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A dict that may be the state_dict: `stored` counts the bytes of the file that only it needs.
+
+    `wrappers` are the known prefixes that all its keys share, `other` counts its entries that are
+    no tensors, `unfit` says which entries safetensors cannot hold and why.
+    """
+
+    at: Path
+    keys: Sequence[str]
+    total: Total
+    stored: int
+    prefix: str
+    wrappers: Sequence[str]
+    other: int
+    unfit: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What stands beside the state_dict: its name, what it is, how many tensors and bytes."""
+
+    name: str
+    what: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a file is and what is in it.
+
+    `state` is the one state_dict, None where there is none or more than one; the totals are then
+    those of the whole file; `alone` says that nothing must choose it. `elsewhere` counts bytes of
+    other tensors, `unused` those of storages that no tensor reaches, `rest` what is neither
+    tensor data nor an unread record: the pickle, headers, padding.
+    """
+
+    checkpoint: Checkpoint
+    places: tuple[Place, ...]
+    place: Place | None
+    state: StateDict | None
+    total: Total
+    dtypes: dict[str, Total]
+    ties: dict[str, str]
+    views: tuple[str, ...]
+    strided: tuple[str, ...]
+    requires_grad: int
+    devices: dict[str, int]
+    deflated: int
+    beside: tuple[Beside, ...]
+    elsewhere: int
+    unused: int
+    rest: int
+    verdict: Verdict
+    framework: Framework | None
+    alone: bool
+
+    @property
+    def framework_prefix(self) -> str:
+        """Give the prefix under which a framework keeps the weights, if the keys have it."""
+        return self.framework.prefix if self.framework else ""
+
+
+def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
+    """Collect the facts of a checkpoint; `at` chooses one of several state_dicts.
+
+    Raises `NoSuchKey` for an `at` that names no dict of tensors.
+    """
+    tree = checkpoint.tree
+    state = places.find(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
+    paths = [state.at] if at is not None and state else _paths(tree)
+    ledger = _Ledger()
+    found = tuple(_place(checkpoint, path, state, ledger) for path in paths)
+    entries = _tensors(checkpoint, state)
+    beside = tuple(_beside(name, node, ledger) for name, node in _around(tree, paths))
+    before = ledger.nbytes
+    ledger.take(tree)
+    left = safetensors.left_behind(dict(entries), untie=False)
+    storages = ledger.storages()
+    data = sum(_stored(storage) for storage in storages)
+    return Survey(
+        checkpoint,
+        found,
+        found[0] if len(found) == 1 else None,
+        state,
+        _total(info for _, info in entries),
+        _by_dtype(entries),
+        left.ties,
+        tuple(key for key, info in entries if _is_part(info)),
+        tuple(key for key, info in entries if _is_strided(info)),
+        sum(isinstance(info, TensorInfo) and info.requires_grad for _, info in entries),
+        dict(Counter(storage.location for storage in storages)),
+        sum(storage.packing is Packing.DEFLATED for storage in storages),
+        beside,
+        ledger.nbytes - before,
+        ledger.unused(),
+        max(0, checkpoint.nbytes - data - checkpoint.unread_nbytes),
+        safety.judge(checkpoint.globals),
+        frameworks.recognise(checkpoint, [key for place in found[:1] for key in place.keys]),
+        len(found) == 1 and (at is None or len(_paths(tree)) == 1),
+    )
+
+
+def _paths(tree: Node) -> list[Path]:
+    return [candidate.at for candidate in places.candidates(tree)]
+
+
+def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str, AnyTensor]]:
+    """List the tensors of the state_dict by key, or those of the whole file by path."""
+    if state is None:
+        return [(places.dotted(path) or ".", i) for path, i in places.tensors(checkpoint.tree)]
+    return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
+
+
+def _place(checkpoint: Checkpoint, path: Path, state: StateDict | None, ledger: _Ledger) -> Place:
+    if state is None or state.at != path:
+        state = places.state_dict_at(checkpoint, path)
+    keys = list(state.entries)
+    tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
+    before = ledger.nbytes
+    ledger.take(places.state_dict_node(checkpoint.tree, path))
+    return Place(
+        path,
+        keys,
+        _total(tensors),
+        ledger.nbytes - before,
+        places.common_prefix(keys),
+        edits.peeled(keys),
+        len(keys) - len(tensors),
+        safetensors.left_behind(state.entries, untie=True).unfit,
+    )
+
+
+def _total(tensors: Iterable[AnyTensor]) -> Total:
+    found = list(tensors)
+    return Total(len(found), sum(i.numel for i in found), sum(i.nbytes for i in found))
+
+
+def _by_dtype(entries: Sequence[tuple[str, AnyTensor]]) -> dict[str, Total]:
+    """Count tensors by dtype, those of most bytes first."""
+    kinds: dict[str, list[AnyTensor]] = {}
+    for _, info in entries:
+        kinds.setdefault(info.dtype.label, []).append(info)
+    totals = {label: _total(infos) for label, infos in kinds.items()}
+    return dict(sorted(totals.items(), key=lambda item: -item[1].nbytes))
+
+
+def _is_part(info: AnyTensor) -> bool:
+    """Tell whether a tensor is a view of a larger storage."""
+    return isinstance(info, TensorInfo) and info.nbytes < info.storage.nbytes
+
+
+def _is_strided(info: AnyTensor) -> bool:
+    return isinstance(info, TensorInfo) and not is_contiguous(info.shape, info.stride)
+
+
+# What stands beside the state_dicts.
+
+
+def _around(tree: Node, paths: Sequence[Path]) -> Iterator[tuple[str, Node]]:
+    """Yield what stands beside the places given, at each level around them, by dotted name."""
+    inner = {path[:depth] for path in paths for depth in range(len(path))}
+    if not paths:
+        inner = {()}
+    for level in sorted(inner, key=len):
+        for key, value in dict(_named(places.state_dict_node(tree, level))).items():
+            here = (*level, key)
+            if here not in inner and here not in paths:
+                yield places.dotted(here), value
+
+
+def _named(node: Node) -> list[tuple[str, Node]]:
+    pairs = places.items(node) or []
+    return [(key if isinstance(key, str) else _shown(key), value) for key, value in pairs]
+
+
+def _beside(name: str, node: Node, ledger: _Ledger) -> Beside:
+    before = ledger.nbytes
+    count = ledger.take(node)
+    return Beside(name, what(node), count, ledger.nbytes - before)
+
+
+def what(node: Node) -> str:
+    """Say in a few words what a node is; plain values are shown."""
+    match node:
+        case Dict():
+            return f"dict of {len(node.pairs)}"
+        case list() | tuple():
+            return f"{type(node).__name__} of {len(node)}"
+        case Set():
+            return f"set of {len(node.items)}"
+        case Global():
+            return str(node)
+        case Object():
+            return _object(node)
+        case TensorInfo() | CompositeTensor():
+            return f"{node.dtype.label} {shape(node.shape)}"
+        case Storage():
+            return "storage"
+        case bytes() | ByteArray() | OldString():
+            data = node if isinstance(node, bytes) else node.data
+            return counted(len(data), "byte")
+    return _shown(node)
+
+
+def _shown(node: Node) -> str:
+    """Write a plain value, cut where it is long."""
+    match node:
+        case str():
+            return repr(node[:MAX_VALUE]) + ("..." if len(node) > MAX_VALUE else "")
+        case LongInteger():
+            return "a long integer"
+        case None | bool() | int() | float():
+            text = str(node)
+            return text if len(text) <= MAX_VALUE else "a long number"
+    return "?"
+
+
+def _object(node: Object) -> str:
+    pairs = places.items(node)
+    name = node.callee if isinstance(node.callee, Global) else None
+    if name is not None and name.module == "copyreg" and node.args:
+        name = node.args[0] if isinstance(node.args[0], Global) else name
+    said = "an object" if name is None else name.name if pairs is not None else str(name)
+    return said if pairs is None else f"{said} of {len(pairs)}"
+
+
+# Which bytes of the file belong to what.
+
+
+def _stored(storage: Storage) -> int:
+    return storage.packed_nbytes if storage.packing is Packing.DEFLATED else storage.nbytes
+
+
+class _Ledger:
+    """The storages that a walk has met, and which bytes of each a tensor reaches."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._seen: set[int] = set()
+        self._reached: dict[Storage, list[tuple[int, int]]] = {}
+
+    def take(self, node: Node) -> int:
+        """Count what was not met before under a node; give the number of tensors."""
+        count = 0
+        stack: list[tuple[Node, bool]] = [(node, False)]
+        while stack:
+            here, of_tensor = stack.pop()
+            if isinstance(here, _LEAVES):
+                continue
+            if isinstance(here, Storage):
+                if not of_tensor:  # one that a tensor is made of says nothing of its own
+                    self._reach(here, 0, here.nbytes)
+                continue
+            if id(here) in self._seen:
+                continue
+            self._seen.add(id(here))
+            if isinstance(here, TensorInfo):
+                self._reach_of(here)
+            count += isinstance(here, TENSORS) and not of_tensor
+            inside = of_tensor or isinstance(here, TENSORS)
+            stack.extend((child, inside) for child in children(here))
+        return count
+
+    def _reach_of(self, info: TensorInfo) -> None:
+        length = info.dtype.nbytes(span(info.shape, info.stride))
+        self._reach(info.storage, info.start, info.start + length)
+
+    def _reach(self, storage: Storage, start: int, stop: int) -> None:
+        reached = self._reached.get(storage)
+        if reached is None:
+            reached = self._reached[storage] = []
+            self.nbytes += _stored(storage)
+        reached.append((start, stop))
+
+    def storages(self) -> list[Storage]:
+        """List the storages met."""
+        return list(self._reached)
+
+    def unused(self) -> int:
+        """Count the bytes that no tensor reaches."""
+        return sum(
+            storage.nbytes - _covered(reached)
+            for storage, reached in self._reached.items()
+            if storage.packing is Packing.PLAIN and (0, storage.nbytes) not in reached
+        )
+
+
+_LEAVES = (str, int, float, bytes, type(None), Global)
+
+
+def _covered(reached: list[tuple[int, int]]) -> int:
+    covered = end = 0
+    for start, stop in sorted(reached):
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
