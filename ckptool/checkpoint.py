@@ -313,6 +313,7 @@ def _joined_metadata(node: Node) -> Node:
 
 
 def state_dict_at(checkpoint: Checkpoint, path: Path) -> StateDict:
+    """Give the state_dict at a place in the tree, which must be there."""
     node = _node_at(checkpoint.tree, path)
     repeated = _repeated(checkpoint, text_items(node) or [])
     notes = tuple(f"the key {key} stands twice, with equal values" for key in repeated)

@@ -29,7 +29,6 @@ GROUPS = {
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",
-    "ckptool keys model_best.pth.tar",
     "ckptool strip-prefix model_best.pth.tar clean.pth",
     "ckptool convert clean.pth clean.safetensors",
 )

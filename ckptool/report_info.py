@@ -2,61 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ckptool import checkpoint as places, safety
 from ckptool.edits import WRAPPERS
+from ckptool.frameworks import Framework
 from ckptool.report import container_title, document
 from ckptool.safety import Level
 from ckptool.suggestions import Suggestion
 from ckptool.survey import Beside, Place, Survey, Total
 from ckptool.text import counted, listed, percent, readable, table, visible
 
-Fact = tuple[str, str]  # what it is about, and what there is to say; no name goes on
+MAX_BESIDE = 30  # rows for people
+MAX_PARTS = 8
+MAX_NAMES = 12
+Fact = tuple[str, ...]  # what it is about, then cells
+
+
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """How to write numbers and lists: for people, or for programs (raw and never cut)."""
+
+    wide: bool
+
+    def size(self, nbytes: int) -> str:
+        return readable(nbytes) if self.wide else str(nbytes)
+
+    def count(self, count: int, noun: str) -> str:
+        return counted(count, noun) if self.wide else str(count)
+
+    def names(self, names: Iterable[str], limit: int) -> str:
+        shown = list(names)
+        return listed(shown, limit if self.wide else len(shown))
+
+    def first(self, facts: Sequence[Fact], limit: int) -> list[Fact]:
+        """Cut a list of facts for people."""
+        more = len(facts) - limit
+        if not self.wide or more <= 0:
+            return list(facts)
+        return [*facts[:limit], (facts[0][0], f"and {more} more, listed by --json")]
 
 
 def info_table(facts: Survey, suggested: Sequence[Suggestion]) -> list[str]:
     """Show the facts to people: one below the other, then the commands that would help."""
-    named: list[Fact] = []
-    for name, text in _facts(facts):
-        named.append(("" if named and name == _last(named) else name, text))
-    lines = table(named)
+    groups = groupby(_facts(facts, _Style(wide=True)), key=lambda fact: fact[0])
+    listed_facts = [(name, _aligned([fact[1:] for fact in group])) for name, group in groups]
+    rows = [
+        (name if index == 0 else "", line)
+        for name, lines in listed_facts
+        for index, line in enumerate(lines)
+    ]
+    lines = table(rows)
     for each in suggested:
         lines += ["", f"{visible(each.reason)}:", f"    {visible(each.command)}"]
     return lines
 
 
-def _last(named: Sequence[Fact]) -> str:
-    return next((name for name, _ in reversed(named) if name), "")
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Align the rows of a group that have several cells; a row of one cell is a sentence."""
+    width = max(map(len, rows))
+    full = [row + ("",) * (width - len(row)) for row in rows if len(row) > 1]
+    aligned = iter(table(full))
+    return [row[0] if len(row) == 1 else next(aligned) for row in rows]
 
 
 def info_rows(facts: Survey, suggested: Sequence[Suggestion]) -> list[str]:
-    """Give the facts to programs: a line each, with tabs between."""
-    rows = [f"{name}\t{text}" for name, text in _facts(facts)]
+    """Give the facts to programs: a line each, with tabs between; sizes are bytes."""
+    rows = ["\t".join(fact) for fact in _facts(facts, _Style(wide=False))]
     return rows + [
         f"suggestion\t{visible(each.reason)}\t{visible(each.command)}" for each in suggested
     ]
 
 
-def _facts(facts: Survey) -> list[Fact]:
+def _facts(facts: Survey, style: _Style) -> list[Fact]:
     checkpoint = facts.checkpoint
     found: list[Fact] = [
-        ("file", f"{visible(checkpoint.path)}, {readable(checkpoint.nbytes)}"),
+        ("file", visible(checkpoint.path), style.size(checkpoint.nbytes)),
         ("container", _container(facts)),
     ]
     if facts.framework is not None:
-        found.append(("looks like", _framework(facts)))
-    found += [("state_dict", line) for line in _places(facts)]
-    found += [("dtypes", line) for line in _dtypes(facts.dtypes)]
+        found.append(("looks like", _framework(facts.framework)))
+    if checkpoint.program:
+        found.append(("inside", visible(checkpoint.program)))
+    found += _places(facts, style)
+    found += [
+        ("dtype", label, style.count(total.count, "tensor"), style.size(total.nbytes))
+        for label, total in facts.dtypes.items()
+    ]
     if facts.place is not None:
         found += [("keys", line) for line in _keys(facts.place)]
-    found += [("layout", line) for line in _layout(facts)]
-    found += [("beside", line) for line in _beside(facts.beside)]
-    found += [("bytes", line) for line in _shares(facts)]
-    found += [("__metadata__", f"{visible(k)}: {_cut(v)}") for k, v in checkpoint.metadata.items()]
-    found += [("safety", line) for line in _safety(facts)]
-    return found + [("note", visible(note)) for note in _notes(facts)]
+    found += [("layout", line) for line in _layout(facts, style)]
+    found += style.first([_beside(each, style) for each in facts.beside], MAX_BESIDE)
+    found += _shares(facts, style)
+    found += [("__metadata__", visible(k), _cut(v)) for k, v in checkpoint.metadata.items()]
+    found += _safety(facts, style)
+    return found + [("note", visible(note)) for note in _notes(facts, style)]
 
 
 def _container(facts: Survey) -> str:
@@ -67,59 +110,48 @@ def _container(facts: Survey) -> str:
     if checkpoint.protocol is not None:
         parts.append(f"pickle protocol {checkpoint.protocol or '0 or 1'}")
     if checkpoint.byteorder != "little":
-        parts.append("big-endian")
+        parts.append(f"{checkpoint.byteorder}-endian")
     if facts.deflated:
         parts.append(f"{counted(facts.deflated, 'record')} deflated")
+    if len(checkpoint.files) > 1:
+        parts.append(f"{len(checkpoint.files)} files")
     return ", ".join(parts)
 
 
-def _framework(facts: Survey) -> str:
-    framework = facts.framework
-    assert framework is not None
-    by = f" (by {listed(framework.seen, 6)})" if framework.seen else ""
-    note = f"; {visible(framework.note)}" if framework.note else ""
-    return f"{framework.name}{by}{note}"
+def _framework(framework: Framework) -> str:
+    by = f", with {listed(framework.seen, 6)}" if framework.seen else ""
+    return f"{framework.name}{by}"
 
 
-def _places(facts: Survey) -> list[str]:
+def _places(facts: Survey, style: _Style) -> list[Fact]:
     if not facts.places:
-        count = facts.total.count
-        return [f"none found; {_counted(facts.total)} in the file" if count else "no tensors"]
-    if len(facts.places) == 1:
-        place = facts.places[0]
-        where = f"at `{visible(places.dotted(place.at))}`: " if place.at else ""
-        others = f", and {place.other} entries that are no tensors" if place.other else ""
-        return [f"{where}{_counted(place.total)}{others}"]
+        where = "none found; in the file" if facts.total.count else "none, and no tensors"
+        return [("state_dict", where, *_totals(facts.total, style))]
     rows = [
         (
-            visible(places.dotted(place.at) or "."),
-            counted(place.total.count, "tensor"),
-            readable(place.total.nbytes),
-            f"prefix {visible(place.prefix)}" if place.prefix else "",
+            "state_dict" if len(facts.places) == 1 else "candidate",
+            f"`{visible(places.dotted(place.at))}`" if place.at else "(the top)",
+            *_totals(place.total, style),
+            *([f"prefix {visible(place.prefix)}"] if place.prefix else []),
         )
         for place in facts.places
     ]
-    return [f"{len(rows)} candidates; --at chooses one", *table(rows)]
+    others = sum(place.other for place in facts.places)
+    if others and style.wide:
+        rows.append((rows[0][0], f"{others} more entries are not tensors"))
+    return rows
 
 
-def _counted(total: Total) -> str:
-    return (
-        f"{counted(total.count, 'tensor')}, {total.elements:,} elements, {readable(total.nbytes)}"
-    )
-
-
-def _dtypes(dtypes: dict[str, Total]) -> list[str]:
-    return [
-        f"{label}  {counted(total.count, 'tensor')}, {readable(total.nbytes)}"
-        for label, total in dtypes.items()
-    ]
+def _totals(total: Total, style: _Style) -> tuple[str, str, str]:
+    elements = f"{total.elements:,} elements" if style.wide else str(total.elements)
+    return style.count(total.count, "tensor"), elements, style.size(total.nbytes)
 
 
 def _keys(place: Place) -> list[str]:
     if place.wrappers:
         kinds = ", ".join(WRAPPERS[wrapper] for wrapper in place.wrappers)
         return [f"all start with `{''.join(place.wrappers)}` ({kinds})"]
-    lines = [f"all start with `{visible(place.prefix)}`"] if place.prefix else []
+    lines = []
     for wrapper, kind in WRAPPERS.items():
         count = sum(key.startswith(wrapper) for key in place.keys)
         inside = sum(f".{wrapper}" in key for key in place.keys)
@@ -130,89 +162,89 @@ def _keys(place: Place) -> list[str]:
     return lines
 
 
-def _layout(facts: Survey) -> list[str]:
-    lines = []
+def _layout(facts: Survey, style: _Style) -> Iterator[str]:
     if facts.ties:
-        lines.append("tied: " + listed(f"{one} = {two}" for one, two in facts.ties.items()))
+        yield "tied: " + style.names((f"{a} = {b}" for a, b in facts.ties.items()), 8)
     if facts.views:
-        lines.append(
-            f"{counted(len(facts.views), 'view')} of a larger storage: {listed(facts.views, 4)}"
-        )
+        views = counted(len(facts.views), "view")
+        yield f"{views} of a larger storage: {style.names(facts.views, 4)}"
     if facts.strided:
-        lines.append(f"{len(facts.strided)} not contiguous: {listed(facts.strided, 4)}")
+        yield f"{len(facts.strided)} not contiguous: {style.names(facts.strided, 4)}"
     if facts.requires_grad:
-        lines.append(f"{facts.requires_grad} of {facts.total.count} require a gradient")
+        yield f"{facts.requires_grad} of {facts.total.count} require a gradient"
     if set(facts.devices) - {"cpu"}:
-        tagged = ", ".join(
-            f"{visible(name)} ({counted(count, 'storage')})"
+        tags = (
+            f"{name} ({counted(count, 'storage')})" if len(facts.devices) > 1 else name
             for name, count in facts.devices.items()
         )
-        lines.append(f"tagged for {tagged}")
+        yield f"tagged for {style.names(tags, 8)}"
     if facts.state is not None and facts.checkpoint.container != "safetensors":
         there = "there" if facts.state.metadata is not None else "not there"
-        lines.append(f"`_metadata` (versions of modules) is {there}")
-    return lines
+        yield f"`_metadata`, the versions of modules, is {there}"
 
 
-def _beside(beside: Sequence[Beside]) -> list[str]:
-    rows = []
-    for each in beside[:40]:
-        weight = f"{counted(each.tensors, 'tensor')}, {readable(each.nbytes)}"
-        rows.append((visible(each.name), visible(each.what), weight if each.tensors else ""))
-    more = [f"and {len(beside) - 40} more"] if len(beside) > 40 else []
-    return [*table(rows), *more]
+def _beside(each: Beside, style: _Style) -> Fact:
+    row = ("beside", visible(each.name), visible(each.what))
+    if not each.tensors:
+        return row
+    return (*row, style.count(each.tensors, "tensor"), style.size(each.nbytes))
 
 
-def _shares(facts: Survey) -> list[str]:
+def _shares(facts: Survey, style: _Style) -> list[Fact]:
     whole = facts.checkpoint.nbytes
-    rows = [(name, readable(size), percent(size / whole)) for name, size in parts(facts) if size]
-    return table(rows, right=(1, 2))
+    return [
+        ("bytes", name, style.size(size), percent(size / whole))
+        for name, size in _parts(facts)
+        if size
+    ]
 
 
-def parts(facts: Survey) -> list[tuple[str, int]]:
+def _parts(facts: Survey) -> list[tuple[str, int]]:
     """Divide the bytes of the file: what each part takes."""
     found = [
         (visible(places.dotted(place.at)) or "state_dict", place.stored) for place in facts.places
     ]
     heavy = sorted((each for each in facts.beside if each.nbytes), key=lambda each: -each.nbytes)
-    found += [(visible(each.name), each.nbytes) for each in heavy[:8]]
-    others = sum(each.nbytes for each in heavy[8:]) + facts.elsewhere
+    found += [(visible(each.name), each.nbytes) for each in heavy[:MAX_PARTS]]
     found += [
-        ("other tensors", others),
-        ("records not read", facts.checkpoint.unread_nbytes),
+        ("other tensors", facts.elsewhere + sum(each.nbytes for each in heavy[MAX_PARTS:])),
+        ("records that nothing refers to", facts.checkpoint.unread_nbytes),
         ("structure (pickle, headers, padding)", facts.rest),
+        ("of all this, used by no tensor", facts.unused),
     ]
-    if facts.unused:
-        found.append(("of all this, used by no tensor", facts.unused))
     return found
 
 
-def _safety(facts: Survey) -> list[str]:
+def _safety(facts: Survey, style: _Style) -> list[Fact]:
     verdict, checkpoint = facts.verdict, facts.checkpoint
-    if checkpoint.container == "safetensors":
-        return ["plain: the container has no place for code"]
+    if not checkpoint.pickle_name:
+        return [("safety", "plain: there is no pickle in it")]
     if verdict.level is Level.PLAIN:
-        return ["plain: every name in it is one that torch.load(weights_only=True) accepts"]
-    lines = []
+        what = "plain: all that it names is what torch.load(weights_only=True) accepts"
+        return [("safety", what)]
+    found: list[Fact] = []
     if verdict.dangerous:
-        lines.append("dangerous: it would run code when loaded; nothing was executed")
-        lines += map(
-            visible,
-            safety.evidence_lines(
-                verdict, checkpoint.calls, checkpoint.tree, checkpoint.pickle_name
-            ),
+        found.append(("safety", "dangerous: it would run code when loaded; nothing was executed"))
+        lines = safety.evidence_lines(
+            verdict, checkpoint.calls, checkpoint.tree, checkpoint.pickle_name
         )
+        found += [("safety", f"    {visible(line)}") for line in lines]
     if verdict.foreign:
-        lines.append(f"foreign: {listed(map(str, verdict.foreign), 40)}")
-    return lines
+        what = "foreign: torch.load(weights_only=True) refuses it; loading it otherwise imports"
+        found.append(("safety", what))
+        names: list[Fact] = [("safety", f"    {visible(str(name))}") for name in verdict.foreign]
+        found += style.first(names, MAX_NAMES)
+    return found
 
 
-def _notes(facts: Survey) -> Iterable[str]:
+def _notes(facts: Survey, style: _Style) -> Iterator[str]:
+    if facts.framework is not None and facts.framework.note:
+        yield facts.framework.note
     yield from facts.checkpoint.notes
     if facts.state is not None:
         yield from facts.state.notes
     if facts.checkpoint.unread:
-        yield f"not read, as nothing refers to it: {listed(facts.checkpoint.unread, 6)}"
+        yield f"nothing refers to {style.names(facts.checkpoint.unread, 4)}"
 
 
 def _cut(text: str) -> str:
@@ -250,6 +282,7 @@ def info_document(facts: Survey, suggested: Sequence[Suggestion]) -> str:
             for each in facts.beside
         ],
         bytes={
+            "other": facts.elsewhere,
             "unused": facts.unused,
             "unread": checkpoint.unread_nbytes,
             "structure": facts.rest,
@@ -263,7 +296,7 @@ def info_document(facts: Survey, suggested: Sequence[Suggestion]) -> str:
             {"what": call.text, "byte": call.offset, "at": call.where}
             for call in safety.evidence(facts.verdict, checkpoint.calls, checkpoint.tree)
         ],
-        notes=[*_notes(facts)],
+        notes=list(_notes(facts, _Style(wide=False))),
         suggestions=[{"reason": each.reason, "command": each.command} for each in suggested],
     )
 
