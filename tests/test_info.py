@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections import Counter
@@ -12,8 +11,6 @@ from typing import Any
 
 import pytest
 from conftest import FIXTURES, Outcome
-
-import ckptool
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
