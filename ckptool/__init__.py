@@ -15,6 +15,7 @@ _PUBLIC = {
     "CkptoolError": "ckptool.errors",
     "Options": "ckptool.plan",
     "add_prefix": "ckptool.api",
+    "check": "ckptool.api",
     "convert": "ckptool.api",
     "download": "ckptool.api",
     "edits": "ckptool.edits",

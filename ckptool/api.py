@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptool import edits, fitting, formats, listing, surgery, survey
+from ckptool import checking, edits, fitting, formats, listing, surgery, survey
+from ckptool.checking import Checked
 from ckptool.copying import Begin
 from ckptool.edits import Edit
 from ckptool.errors import EditError
@@ -55,6 +56,22 @@ def info(path: str | Path, *, at: str | None = None) -> tuple[Survey, list[Sugge
     """
     facts = survey.survey(formats.read(path), at)
     return facts, suggestions(facts)
+
+
+def check(
+    path: str | Path,
+    *,
+    sha256: bool = False,
+    finite: bool = False,
+    strict: bool = False,
+    progress: Begin = no_progress,
+) -> Checked:
+    """Say whether a file is whole, and whether loading it elsewhere would run code.
+
+    `finite` counts NaN and infinity, `strict` calls foreign names unsafe. Never raises for what
+    a file holds: its `status` says that.
+    """
+    return checking.check(path, sha256=sha256, finite=finite, strict=strict, progress=progress)
 
 
 def strip_prefix(

@@ -5,13 +5,14 @@ Nothing is guessed: with one candidate it is used, with several the caller must 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ckptool.errors import AmbiguousStateDict, KeyCollision, LimitExceeded, Malformed, NoSuchKey
-from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
+from ckptool.tensor import TENSORS, AnyTensor, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, table
 from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, PersistentId, Set, children
 
@@ -37,8 +38,10 @@ class Checkpoint:
     words which torch wrote it, where that can be told, and `protocol` is that of its pickle;
     `program` names what the tree was taken out of and cannot be put back into (a TorchScript
     module); `unread` names records that nothing in the tree uses, of `unread_nbytes` in all;
-    `files` are all that were read, with what tells whether each is still the same; `notes` are
-    for the user.
+    `records` are all parts of the container that may have a checksum, by name, whether the tree
+    uses them or not; `unlisted` counts the bytes that belong to nothing the container lists;
+    `flaws` are what torch would not load it for; `files` are all that were read, with what tells
+    whether each is still the same; `notes` are for the user.
     """
 
     path: str
@@ -55,6 +58,9 @@ class Checkpoint:
     unread: tuple[str, ...] = ()
     unread_nbytes: int = 0
     program: str = ""
+    records: dict[str, Storage] = field(default_factory=dict)
+    unlisted: int = 0
+    flaws: tuple[str, ...] = ()
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -335,6 +341,27 @@ def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str
             repeated.append(key)
         seen[key] = value
     return repeated
+
+
+def repeated_keys(checkpoint: Checkpoint) -> list[str]:
+    """List keys that stand twice in a dict, anywhere in the tree.
+
+    Raises `Malformed` where that dict may be the state_dict and the values differ.
+    """
+    for found in candidates(checkpoint.tree):
+        _repeated(checkpoint, text_items(_node_at(checkpoint.tree, found.at)) or [])
+    repeated: dict[str, None] = {}
+    seen: set[int] = set()
+    stack = [checkpoint.tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, _INNER) and id(node) not in seen:
+            seen.add(id(node))
+            keys = [key for key, _ in named_items(node)]
+            if len(set(keys)) != len(keys):
+                repeated |= dict.fromkeys(key for key, count in Counter(keys).items() if count > 1)
+            stack += children(node)
+    return list(repeated)
 
 
 def _same(one: Node, other: Node) -> bool:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -50,7 +50,11 @@ class CkptoolError(Exception):
 
 
 class FormatError(CkptoolError):
-    """The input cannot be read."""
+    """The input cannot be read.
+
+    `named` and `calls` are what its pickles had named and called before the fault: whatever loads
+    the file elsewhere gets as far.
+    """
 
     exit_code = 3
 
@@ -67,6 +71,8 @@ class FormatError(CkptoolError):
         super().__init__(message, evidence=evidence, hint=hint, option=option)
         self.path = path
         self.offset = offset
+        self.named: dict[Any, int] = {}
+        self.calls: list[Any] = []
 
 
 class NoSuchFile(FormatError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NoReturn
 
-from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.tree import (
     ByteArray,
     Dict,
@@ -77,6 +77,15 @@ def load(data: bytes, start: int = 0, vocabulary: Vocabulary | None = None) -> P
     otherwise, each with the offset of the opcode.
     """
     machine = _Machine(data, start, vocabulary or Vocabulary())
+    try:
+        return _loaded(machine)
+    except FormatError as error:
+        error.named, error.calls = machine.globals, machine.calls
+        raise
+
+
+def _loaded(machine: _Machine) -> Pickle:
+    data = machine.data
     try:
         tree = machine.run()
     except (struct.error, _Short):

@@ -274,11 +274,22 @@ _LEAVES = (str, int, float, bytes, type(None), Global)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A dangerous call or name, for people: what, at which byte, and under which key if any."""
+    """A dangerous call, or a name that nothing calls (`arguments` None), as people read it.
 
-    text: str
+    At which byte of its pickle, and under which key if any.
+    """
+
+    named: Global
+    arguments: tuple[str, ...] | None
     offset: int
     where: str
+
+    @property
+    def text(self) -> str:
+        """Write it as Python would."""
+        if self.arguments is None:
+            return str(self.named)
+        return f"{self.named}({', '.join(self.arguments)})"
 
 
 def evidence(verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int = 8) -> list[Call]:
@@ -290,12 +301,11 @@ def evidence(verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int =
         if isinstance(callee, Global) and callee in verdict.dangerous:
             named.add(callee)
             if len(found) < limit:
-                arguments = ", ".join(_shown(argument) for argument in call.args)
-                where = _where(tree, call)
-                found.append(Call(f"{callee}({arguments})", call.offset, where))
+                arguments = tuple(_shown(argument) for argument in call.args)
+                found.append(Call(callee, arguments, call.offset, _where(tree, call)))
     for name, offset in verdict.dangerous.items():
         if name not in named and len(found) < limit:
-            found.append(Call(str(name), offset, _where(tree, name)))
+            found.append(Call(name, None, offset, _where(tree, name)))
     return found
 
 
@@ -303,11 +313,13 @@ def evidence_lines(
     verdict: Verdict, calls: Iterable[Object], tree: Node, pickle_name: str
 ) -> list[str]:
     """Show what is dangerous in a file, a line for each call."""
-    return [
-        f"{pickle_name}, byte {call.offset}: {call.text}"
-        + (f"   at `{call.where}`" if call.where else "")
-        for call in evidence(verdict, calls, tree)
-    ]
+    return [evidence_line(call, pickle_name) for call in evidence(verdict, calls, tree)]
+
+
+def evidence_line(call: Call, pickle_name: str) -> str:
+    """Show one call, and where it is."""
+    where = f"   at `{call.where}`" if call.where else ""
+    return f"{pickle_name}, byte {call.offset}: {call.text}{where}"
 
 
 def _shown(node: Node) -> str:

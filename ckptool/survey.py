@@ -154,6 +154,13 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     )
 
 
+def unused_nbytes(tree: Node) -> int:
+    """Count the bytes of storages that no tensor reaches."""
+    ledger = _Ledger()
+    ledger.take(tree)
+    return ledger.unused()
+
+
 def _paths(tree: Node) -> list[Path]:
     return [candidate.at for candidate in places.candidates(tree)]
 

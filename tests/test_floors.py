@@ -21,18 +21,18 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 
 # From the ground up. A file imports from lower floors alone; a new file fails until it is placed.
 FLOORS = (
-    ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "__init__.py"),
+    ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "filehash.py", "__init__.py"),
     ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
     ("chunks.py",),
     ("fileio.py", "checkpoint.py", "safety.py"),
     ("atomic.py", "copying.py"),
-    ("edits.py", "formats/*.py", "frameworks.py"),
+    ("edits.py", "finite.py", "formats/*.py", "frameworks.py"),
     ("listing.py", "module_metadata.py", "survey.py"),
-    ("plan.py", "suggestions.py"),
+    ("plan.py", "checking.py", "suggestions.py"),
     ("surgery.py",),
     ("fitting.py",),
     ("report.py", "talk.py", "model/*.py"),
-    ("api.py", "report_info.py", "report_model.py"),
+    ("api.py", "report_check.py", "report_info.py", "report_model.py"),
     ("cli.py", "__main__.py", "commands/*.py"),
 )
 # The imports within a floor: (who, whom).
@@ -293,6 +293,8 @@ LINES = [
     "convert {g}/big_endian.pth out.safetensors",
     "convert {g}/plain.safetensors out.pth",
     "transfer {g}/model_best.pth.tar out.pth --like {g}/plain.pth",
+    "check --help",
+    "check --finite --sha256 {g}/plain.pth {g}/plain_legacy.pth {g}/plain.safetensors",
     "keys missing.pth",
 ]
 

@@ -14,6 +14,7 @@ from ckptool.checkpoint import Checkpoint, refuse_deep
 from ckptool.errors import AmbiguousStateDict, FormatError, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import _others, safetensors, torch_legacy, torch_zip
+from ckptool.tree import Global, Object
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -92,6 +93,12 @@ def index_of(path: str) -> str:
             f"{path} holds {len(found)} checkpoints: {', '.join(found)}", hint="name one of them"
         )
     return os.path.join(path, found[0]) if found else path
+
+
+def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:
+    """Give what the pickle names and calls that a file is, or starts as, which is no checkpoint."""
+    with Reader(path) as reader:
+        return _others.pickled(reader, reader.read(0, min(HEAD, reader.nbytes)))
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ckptool import pickle_reader
-from ckptool.errors import CkptoolError
+from ckptool.errors import CkptoolError, FormatError
 from ckptool.fileio import Reader
 from ckptool.pickle_reader import Ended
 from ckptool.text import readable
+from ckptool.tree import Global, Object
 
 SHORTEST_PICKLE = 16
+MAX_PICKLE = 64 << 20
 _TORCH_HINT = "this version of ckptool does not read it"
 # First bytes -> what they say, and what helps.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
@@ -58,6 +60,16 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
             return f"the metadata of a distributed checkpoint ({size})", _TORCH_HINT
         return f"a plain pickle ({size}) that torch.save did not write", _TORCH_HINT
     return _text(head, size)
+
+
+def pickled(reader: Reader, head: bytes) -> tuple[dict[Global, int], list[Object]]:
+    """Give what a file names and calls that starts as a pickle, up to where it stops being one."""
+    data = reader.read(0, min(reader.nbytes, MAX_PICKLE)) if _is_pickle(head) else head
+    try:
+        parsed = pickle_reader.load(data)
+    except FormatError as error:
+        return error.named, error.calls
+    return parsed.globals, parsed.calls
 
 
 def _is_pickle(head: bytes) -> bool:

@@ -29,6 +29,7 @@ _BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
 _PATCHED = 0x0020
 _DESCRIPTOR = 0x0008
+_LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,15 @@ class Member:
     start: int
 
 
-def read_directory(reader: Reader) -> dict[str, Member]:
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The records of an archive by name, and how many of its bytes belong to none of them."""
+
+    members: dict[str, Member]
+    unlisted: int
+
+
+def read_directory(reader: Reader) -> Directory:
     """Read the central directory and check it against every local header.
 
     Raises `Malformed`, `Unsupported` or `LimitExceeded` with the offset of what is wrong.
@@ -60,10 +69,10 @@ def read_directory(reader: Reader) -> dict[str, Member]:
             path=reader.path,
             offset=offset,
         )
-    _refuse_overlap(reader, found, offset)
+    unlisted = _unlisted(reader, found, offset)
     members = [member for member in found if not member.name.endswith("/")]
     _refuse_odd_names(reader, members)
-    return {member.name: member for member in members}
+    return Directory({member.name: member for member in members}, unlisted)
 
 
 def _find_directory(reader: Reader) -> tuple[int, int, int]:
@@ -235,14 +244,21 @@ def _sizes_agree(local: Sequence[int], central: Sequence[int], *, deferred: bool
     )
 
 
-def _refuse_overlap(reader: Reader, members: Sequence[Member], directory: int) -> None:
-    end, before = 0, ""
+def _unlisted(reader: Reader, members: Sequence[Member], directory: int) -> int:
+    """Refuse records that overlap; count the bytes between them that are no data descriptor."""
+    end, before, unlisted = 0, "", 0
     for member in sorted(members, key=lambda member: member.header):
         if member.header < end:
             _fail(reader, f"records {before} and {member.name} overlap", member.header)
+        unlisted += _beyond_descriptor(member.header - end, before)
         end, before = member.start + member.packed_nbytes, member.name
     if end > directory:
         _fail(reader, f"record {before} reaches into the archive's directory", directory)
+    return unlisted + _beyond_descriptor(directory - end, before)
+
+
+def _beyond_descriptor(gap: int, before: str) -> int:
+    return gap if gap > (_LARGEST_DESCRIPTOR if before else 0) else 0
 
 
 def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:

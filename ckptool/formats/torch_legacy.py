@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ckptool import pickle_reader
 from ckptool.checkpoint import Checkpoint
-from ckptool.errors import CkptoolError, Malformed
+from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.fileio import Reader
 from ckptool.formats._torch_tree import StorageId, TorchVocabulary
 from ckptool.pickle_reader import Ended, Pickle, Vocabulary
@@ -58,8 +58,12 @@ def read(reader: Reader) -> Checkpoint:
         return _storage(reader, storage, 0)
 
     first = window.load(at, TorchVocabulary(note))
-    keys = window.load(first.end)
-    places, end = _places(reader, said, keys)
+    try:
+        keys = window.load(first.end)
+        places, end = _places(reader, said, keys)
+    except FormatError as error:
+        error.named, error.calls = {**error.named, **first.globals}, first.calls + error.calls
+        raise
 
     def find_storage(storage: StorageId) -> Storage:
         return _storage(reader, storage, places[storage.key])

@@ -21,6 +21,7 @@ from ckptool.errors import Malformed, NotACheckpoint, NotRepresentable, Unsuppor
 from ckptool.fileio import Reader
 from ckptool.formats import _zip
 from ckptool.formats._torch_tree import Lowering, StorageId, TorchVocabulary
+from ckptool.pickle_reader import Pickle
 from ckptool.tensor import Packing, Storage
 
 ALIGNMENT = 64
@@ -35,7 +36,8 @@ def sniff(head: bytes) -> bool:
 
 def read(reader: Reader) -> Checkpoint:
     """Read the directory and the pickle; the storages stay where they are."""
-    members = _zip.read_directory(reader)
+    directory = _zip.read_directory(reader)
+    members = directory.members
     root = _root(reader, members)
     records = {name.removeprefix(root): member for name, member in members.items()}
     recorded = any(member.crc32 for member in members.values() if member.nbytes)
@@ -47,7 +49,7 @@ def read(reader: Reader) -> Checkpoint:
     byteorder = small.get("byteorder", b"little").decode("latin-1")
     if byteorder not in ("little", "big"):
         raise Malformed(f"the byteorder record says {byteorder!r}", path=reader.path)
-    used: set[str] = set()
+    used: dict[str, Storage] = {}
 
     def find_storage(said: StorageId) -> Storage:
         member = records.get(f"data/{said.key}")
@@ -59,13 +61,15 @@ def read(reader: Reader) -> Checkpoint:
                 path=reader.path,
                 offset=member.start,
             )
-        used.add(member.name)
-        return _storage(reader, said, member, byteorder, recorded)
+        storage = _storage(reader, said, member, byteorder, recorded)
+        used[member.name] = storage
+        return storage
 
     parsed = pickle_reader.load(small["data.pkl"], 0, TorchVocabulary(find_storage))
     if parsed.end != len(small["data.pkl"]):
-        raise Malformed("data.pkl goes on after its end", path=reader.path, offset=parsed.end)
-    known = {f"{root}{name}" for name in (*small, *_CARRIED_ANEW)} | used
+        what = "data.pkl goes on after its end"
+        raise _after(parsed, Malformed(what, path=reader.path, offset=parsed.end))
+    known = {f"{root}{name}" for name in (*small, *_CARRIED_ANEW)} | used.keys()
     unread = [name for name in members if name not in known]
     return Checkpoint(
         reader.path,
@@ -80,7 +84,23 @@ def read(reader: Reader) -> Checkpoint:
         protocol=parsed.protocol,
         unread=tuple(name.removeprefix(root) for name in unread),
         unread_nbytes=sum(members[name].packed_nbytes for name in unread),
+        records={
+            name: used.get(member.name) or _record_of(reader, name, member, recorded)
+            for name, member in records.items()
+        },
+        unlisted=directory.unlisted,
+        flaws=() if "version" in records else ("there is no `version` record; torch demands one",),
     )
+
+
+def _after(parsed: Pickle, error: Malformed) -> Malformed:
+    error.named, error.calls = parsed.globals, parsed.calls
+    return error
+
+
+def _record_of(reader: Reader, name: str, member: _zip.Member, recorded: bool) -> Storage:
+    """Describe a record that holds no storage of the tree as if it did."""
+    return _storage(reader, StorageId(name, None, "cpu", 0), member, "little", recorded)
 
 
 _CARRIED_ANEW = ("version", ".storage_alignment", ".data/serialization_id")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ckptool import atomic, fileio
+from ckptool import atomic, filehash, fileio
 from ckptool.atomic import Part, Target
 from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
 from ckptool.model import body, filename, http, resume
@@ -120,7 +120,7 @@ def expectation(name: str, sha256: str | None, registry: str | None) -> Expected
         return Expected((registry.lower(), *given), "sha256 given" if given else "registry")
     if given:
         return Expected(given, "sha256 given")
-    found = filename.hash_in(name)
+    found = filehash.hash_in(name)
     return Expected((found,), "hash in the name") if found else Expected()
 
 

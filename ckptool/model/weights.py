@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ckptool import filehash
 from ckptool.errors import NoSuchModel
 from ckptool.model import filename, libraries
 
@@ -79,7 +80,7 @@ def _entry(model: str, member: Any, default: bool) -> Weights:
         default=default,
         url=member.url,
         file=file,
-        sha256_prefix=filename.hash_of_registry(file),
+        sha256_prefix=filehash.hash_of_registry(file),
         nbytes=None if size is None else round(size * 2**20),
         parameters=meta.get("num_params"),
         top1=_top1(meta.get("_metrics", {})),

@@ -1,0 +1,400 @@
+"""`check`: is it whole, would it run code; judged by zipfile, hashlib and torch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import FIXTURES, Outcome
+
+import ckptool
+from ckptool import checking, finite, formats
+from ckptool.checking import Status
+from ckptool.dtype import DType
+from ckptool.errors import CkptoolError
+
+Run = Callable[..., Outcome]
+
+GOOD = sorted((FIXTURES / "good").iterdir())
+HOSTILE = sorted((FIXTURES / "hostile").iterdir())
+ZIPS = [path for path in GOOD if path.read_bytes()[:4] == b"PK\3\4"]
+named = pytest.mark.parametrize("path", GOOD, ids=lambda path: path.name)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(done: Outcome) -> list[list[str]]:
+    return [line.split("\t") for line in done.out.splitlines()]
+
+
+def status(path: object, **how: bool) -> str:
+    return checking.check(str(path), **how).status.value
+
+
+# What reads is whole, and says what was compared.
+
+
+@named
+def test_good_files_are_ok(run: Run, path: Path) -> None:
+    try:
+        formats.read(path)
+        expected, code = "ok", 0
+    except CkptoolError as error:
+        expected, code = error.slug, 3
+    done = run("check", path)
+    ((name, found, detail),) = rows(done)
+    assert (name, found, done.code) == (str(path), expected, code), detail
+    assert done.err.splitlines()[-1].startswith("not checked: ")
+
+
+@pytest.mark.parametrize("path", ZIPS, ids=lambda path: path.name)
+def test_every_record_is_compared(path: Path) -> None:
+    """As many as zipfile finds; where all are zero, none were recorded."""
+    with zipfile.ZipFile(path) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+    detail = checking.check(path).detail
+    if any(info.CRC for info in infos):
+        assert f"; {len(infos)} checksums match" in detail
+    else:
+        assert "; no checksums recorded" in detail
+
+
+@pytest.mark.parametrize("name", ["plain.pth", "rezipped.pth", "model_best.pth.tar"])
+def test_a_flipped_byte_in_any_record_is_found(here: Path, good: Path, name: str) -> None:
+    """Every record of a zip, stored and deflated; `zipfile` finds each as well."""
+    content = (good / name).read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        infos = [info for info in archive.infolist() if info.compress_size]
+    for info in infos:
+        fields = struct.unpack_from("<2H", content, info.header_offset + 26)
+        start = info.header_offset + 30 + sum(fields)
+        damaged = bytearray(content)
+        damaged[start + info.compress_size // 2] ^= 1
+        (here / "in.pth").write_bytes(damaged)
+        assert first_bad(damaged) == info.filename
+        found = checking.check("in.pth")
+        assert found.status is Status.DAMAGED, info.filename
+        record = info.filename.partition("/")[2]
+        named = any(f"{what} " in found.detail for what in (record, info.filename))
+        assert named, found.detail
+
+
+def first_bad(content: bytes | bytearray) -> str | None:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for info in archive.infolist():
+            try:
+                archive.read(info)
+            except (zipfile.BadZipFile, zlib.error):
+                return info.filename
+    return None
+
+
+def test_all_damaged_records_are_named(here: Path, good: Path) -> None:
+    content = bytearray((good / "plain.pth").read_bytes())
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        infos = [info for info in archive.infolist() if "/data/" in info.filename][:2]
+    for info in infos:
+        fields = struct.unpack_from("<2H", content, info.header_offset + 26)
+        content[info.header_offset + 30 + sum(fields)] ^= 1
+    (here / "in.pth").write_bytes(content)
+    detail = checking.check("in.pth").detail
+    assert "record data/0 does not match" in detail
+    assert "record data/1 does not match" in detail
+
+
+def test_what_is_odd_is_a_note(here: Path, good: Path, hostile: Path) -> None:
+    with zipfile.ZipFile(here / "more.pth", "w") as made:
+        with zipfile.ZipFile(good / "plain.pth") as archive:
+            for info in archive.infolist():
+                made.writestr(info.filename, archive.read(info))
+        made.writestr("plain/extra.txt", "hello")
+    assert checking.check("more.pth").notes == ("nothing in it refers to extra.txt (5 B)",)
+    (note,) = checking.check(hostile / "legacy_sixth_pickle.pth").notes
+    assert note == "nothing in it refers to what stands behind the storages (52 B)"
+    (note,) = checking.check(good / "duplicate_keys.pth").notes
+    assert "stands twice; the last one counts" in note
+
+
+def test_bytes_between_records_are_noted(here: Path, good: Path) -> None:
+    """A record that the directory no longer lists: zipfile does not see it either."""
+    content = bytearray((good / "no_byteorder.pth").read_bytes())
+    with zipfile.ZipFile(here / "in.pth", "w") as made, zipfile.ZipFile(io.BytesIO(content)) as old:
+        for info in old.infolist():
+            made.writestr(info.filename, old.read(info))
+            if info.filename.endswith("data.pkl"):
+                made.fp.write(b"hidden" * 10)  # type: ignore[union-attr]
+                made.start_dir = made.fp.tell()  # type: ignore[union-attr, attr-defined]
+    with zipfile.ZipFile("in.pth") as archive:
+        assert archive.testzip() is None
+    found = checking.check("in.pth")
+    assert found.status is Status.OK
+    assert found.notes == ("60 B in it belong to no part of it",)
+
+
+# What is refused, and what would run code.
+
+
+@pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
+def test_hostile_files_have_a_status(run: Run, path: Path) -> None:
+    """By the tables of bad input: what is dangerous is unsafe, however broken it is."""
+    from test_bad_input import DANGEROUS, HARMLESS, REFUSED
+
+    done = run("check", path)
+    ((_, found, detail),) = rows(done)
+    assert done.code == Status(found).exit_code
+    if path.name in DANGEROUS or path.name in BROKEN_AND_DANGEROUS:
+        assert found == "unsafe"
+        assert done.err.startswith("warning: ")
+    elif path.name in HARMLESS:
+        worse = {"crc_mismatch.pth", "inflate_lies.pth", "missing_version.pth"}
+        assert found == ("damaged" if path.name in worse else "ok"), detail
+    else:
+        (slug,) = (slug for slug, names in REFUSED.items() if path.name in names.split())
+        expected = {"malformed": "damaged", "limit-exceeded": "damaged"}.get(slug, slug)
+        assert found == expected, detail
+
+
+# Refused by the reader, and run by whoever loads them before they find the fault.
+BROKEN_AND_DANGEROUS = (
+    "bare_pickle.pkl", "in_persistent_id.pth", "legacy_magic_call.pth", "legacy_module_call.pth",
+    "legacy_popped_magic.pth", "unknown_storage_class.pth",
+)  # fmt: skip
+
+
+def test_a_broken_pickle_is_judged_as_far_as_it_runs(here: Path, hostile: Path) -> None:
+    """Cut behind the call, where a loader has run it already."""
+    whole = (hostile / "legacy_os_system.pth").read_bytes()
+    assert status(hostile / "legacy_os_system.pth") == "unsafe"
+    (here / "cut.pth").write_bytes(whole[:-3])
+    found = checking.check("cut.pth")
+    assert found.status is Status.UNSAFE
+    assert "; damaged: " in found.detail
+    (here / "text.pth").write_text("cos\nsystem\n(S'echo'\ntR and no more", encoding="ascii")
+    assert status("text.pth") == "unsafe"
+    (here / "code.pth").write_text("class Net:\n    pass\n", encoding="ascii")
+    assert status("code.pth", strict=True) == "not-a-checkpoint"
+
+
+def test_calls_are_listed_with_place_and_arguments(run: Run, hostile: Path) -> None:
+    done = run("check", "--json", hostile / "os_system.pth")
+    document = done.document
+    assert document["schema"] == "check/1"
+    (found,) = document["files"]
+    assert (found["status"], found["safety"]) == ("unsafe", "dangerous")
+    (call,) = found["calls"]
+    assert call["offset"] == 386
+    assert {key: call[key] for key in ("module", "name", "pickle", "at")} == {
+        "module": "os", "name": "system", "pickle": "data.pkl", "at": "hook",
+    }  # fmt: skip
+    assert call["arguments"] == ["'echo > ckptool-was-executed'"]
+
+
+def test_strict_refuses_foreign_names(run: Run, good: Path) -> None:
+    done = run("check", good / "foreign.pth")
+    assert done.code == 0
+    assert "foreign names: argparse.Namespace" in done.out
+    done = run("check", "--strict", good / "foreign.pth")
+    assert (done.code, rows(done)[0][1]) == (4, "unsafe")
+    assert run("check", "--strict", good / "plain.pth").code == 0
+
+
+# Many files, folders, missing ones.
+
+
+def test_the_exit_is_the_worst(run: Run, here: Path, good: Path, hostile: Path) -> None:
+    ok, damaged, other, unsafe = (
+        good / "plain.pth", hostile / "crc_mismatch.pth", hostile / "png.pth",
+        hostile / "os_system.pth",
+    )  # fmt: skip
+    for files, code in (
+        ([ok], 0), ([ok, damaged], 1), ([damaged, other, ok], 3), ([other, "missing.pth"], 3),
+        ([unsafe, other, damaged, ok], 4),
+    ):  # fmt: skip
+        done = run("check", *files)
+        assert done.code == code
+        assert [row[0] for row in rows(done)] == [str(file) for file in files]
+
+
+def test_a_missing_file_does_not_stop_the_others(run: Run, here: Path, good: Path) -> None:
+    done = run("check", "missing.pth", good / "plain.pth")
+    assert done.code == 3
+    assert rows(done)[0] == ["missing.pth", "not-a-checkpoint", "does not exist"]
+    assert rows(done)[1][1] == "ok"
+
+
+def test_folders_give_their_files(run: Run, here: Path, good: Path) -> None:
+    """Known suffixes, sorted, nested; nothing hidden, and no loop through a link."""
+    for name in ("b.pth", "sub/a.safetensors", ".hidden.pth", ".git/c.pth", "notes.txt", "A.PT"):
+        place = here / "folder" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        source = "plain.safetensors" if name.endswith("safetensors") else "plain.pth"
+        shutil.copy(good / source, place)
+    os.symlink("..", here / "folder" / "sub" / "loop")
+    done = run("check", "folder")
+    assert done.code == 0
+    names = [row[0] for row in rows(done)]
+    assert names == ["folder/A.PT", "folder/b.pth", "folder/sub/a.safetensors"]
+    (here / "empty").mkdir()
+    done = run("check", "empty", "folder/b.pth")
+    assert done.code == 3
+    assert rows(done)[0][:2] == ["empty", "not-a-checkpoint"]
+    assert "without files of a known suffix" in rows(done)[0][2]
+
+
+def test_quiet_leaves_data_and_warnings(run: Run, hostile: Path, good: Path) -> None:
+    done = run("check", "-q", good / "plain.pth", hostile / "os_system.pth", hostile / "png.pth")
+    assert len(rows(done)) == 3
+    assert done.err.startswith("warning: ")
+    assert "not checked" not in done.err
+
+
+# Hashes.
+
+
+def test_sha256(run: Run, here: Path, good: Path) -> None:
+    content = (good / "plain.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    (here / "net.pth").write_bytes(content)
+    assert digest in run("check", "--sha256", "net.pth").out
+    assert digest not in run("check", "net.pth").out
+    (here / f"net-{digest[:8]}.pth").write_bytes(content)
+    done = run("check", "--json", f"net-{digest[:8]}.pth")
+    assert done.document["files"][0]["sha256"] == digest
+    assert "as its name says" in done.document["files"][0]["notes"][0]
+    (here / "net-5c106cde.pth").write_bytes(content)
+    done = run("check", "net-5c106cde.pth")
+    assert done.code == 0  # names lie
+    assert "does not start with 5c106cde" in done.err
+    (here / "net-20240115.pth").write_bytes(content)
+    assert "sha256" not in run("check", "net-20240115.pth").err
+
+
+def test_a_damaged_file_is_hashed_too(run: Run, hostile: Path) -> None:
+    path = hostile / "truncated.pth"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in run("check", "--sha256", path).out
+
+
+# NaN and infinity.
+
+
+FLOATING = sorted(finite.DTYPES, key=lambda dtype: dtype.rank)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=lambda dtype: dtype.label)
+def test_every_float_is_judged_as_by_torch(dtype: DType) -> None:
+    """All patterns of one and two bytes; for wider floats those around the exponent's limits."""
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch, dtype.torch_name, None)
+    if kind is None:
+        pytest.skip("this torch has no such dtype")
+    part = {DType.C128: torch.float64, DType.C64: torch.float32, DType.C32: torch.float16}.get(
+        dtype, torch.bfloat16 if dtype is DType.BC32 else kind
+    )
+    width = part.itemsize
+    if width <= 2:
+        numbers = range(1 << 8 * width)
+    else:
+        exponents = {4: (0xFF, 23), 8: (0x7FF, 52)}[width]
+        top, shift = exponents
+        numbers = [
+            sign << (8 * width - 1) | exponent << shift | mantissa
+            for sign in (0, 1)
+            for exponent in (0, 1, top >> 1, top - 1, top)
+            for mantissa in (0, 1, 1 << (shift - 1), (1 << shift) - 1, 255, 1 << 8)
+        ]
+    data = b"".join(number.to_bytes(width, "little") for number in numbers)
+    values = torch.frombuffer(bytearray(data), dtype=part)
+    wide = values.to(torch.float64)
+    expected = finite.Tally(int(wide.isnan().sum()), int(wide.isinf().sum()))
+    assert finite.tally(data, dtype) == expected
+    swapped = b"".join(number.to_bytes(width, "big") for number in numbers)
+    assert finite.tally(swapped, dtype, "big") == expected
+
+
+def test_floats_are_counted_as_torch_counts_them(here: Path) -> None:
+    torch = pytest.importorskip("torch")
+    nan, inf = float("nan"), float("inf")
+    flat = torch.arange(24, dtype=torch.float32)
+    flat[[3, 7]], flat[11] = nan, -inf
+    content = {
+        "whole": flat, "transposed": flat.view(4, 6).t(), "steps": flat[1::2], "part": flat[8:10],
+        "tied": flat, "expanded": flat[3].expand(1000, 1000), "count": torch.tensor(3),
+        "half": torch.tensor([inf, 1, nan], dtype=torch.float16),
+        "complex": torch.tensor([complex(nan, inf), 1], dtype=torch.complex128),
+        "complex_steps": torch.tensor([1, complex(0, nan), 1, 1], dtype=torch.complex128)[1::2],
+        "sparse": torch.tensor([[0, nan], [0, 0]]).to_sparse(),
+        "empty": torch.zeros(0), "fine": torch.ones(3),
+    }  # fmt: skip
+    torch.save({"state_dict": content, "best": torch.tensor(nan)}, "in.pth")
+    found = dict(checking.check("in.pth", finite=True).not_finite)
+    expected = {}
+    for key, value in [*content.items(), ("best", torch.tensor(nan))]:
+        dense = value.to_dense() if value.is_sparse else value
+        real = torch.view_as_real(dense) if dense.is_complex() else dense
+        counts = finite.Tally(int(real.isnan().sum()), int(real.isinf().sum()))
+        if counts != finite.Tally():
+            expected[key if key == "best" else f"state_dict.{key}"] = counts
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["special_values.pth", "big_endian_odd.pth", "every_dtype.pth"])
+def test_finite_on_fixtures(run: Run, good: Path, name: str) -> None:
+    torch = pytest.importorskip("torch")
+    content = torch.load(good / name, weights_only=True)
+    odd = {
+        key
+        for key, value in content.items()
+        if value.is_floating_point() and not value.to(torch.float64).isfinite().all()
+    }
+    done = run("check", "--finite", "--json", good / name)
+    (found,) = done.document["files"]
+    assert {each["key"] for each in found["not_finite"]} == odd
+    assert (done.code, found["status"]) == ((1, "damaged") if odd else (0, "ok"))
+
+
+def test_overlapping_views_cost_no_more_than_the_file(here: Path) -> None:
+    """A megabyte that declares gigabytes is not walked through, and that is said."""
+    torch = pytest.importorskip("torch")
+    flat = torch.zeros(1 << 20)
+    views = {f"v{n}": flat[n : n + 1000].as_strided((500_000, 500_000), (1, 1)) for n in range(3)}
+    torch.save({"flat": flat, **views}, "in.pth")
+    found = checking.check("in.pth", finite=True)
+    assert found.status is Status.OK
+    assert "overlap many times over: v0, v1, v2" in " ".join(found.not_checked)
+
+
+# As a function.
+
+
+def test_the_function(good: Path, hostile: Path) -> None:
+    found = ckptool.check(good / "plain.pth")
+    assert (found.status.value, found.safety, found.container) == ("ok", "plain", "torch-zip")
+    assert "names" in found.checked
+    assert ckptool.check(hostile / "png.pth").status.exit_code == 3
+
+
+def test_a_file_that_changes_meanwhile_is_not_ok(
+    here: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(good / "plain.pth", "in.pth")
+
+    def begin(total: int) -> Callable[[int], None]:
+        with (here / "in.pth").open("ab") as file:
+            file.write(b"more")
+        return lambda nbytes: None
+
+    found = checking.check("in.pth", progress=begin)
+    assert found.status is Status.DAMAGED
+    assert "was changed while it was read" in found.detail
