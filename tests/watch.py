@@ -1,0 +1,97 @@
+"""What Python does while ckptool reads a file: an audit hook that sees every import, open and call.
+
+As a program it reads `[good files, other files]` as JSON from stdin, runs many command lines over
+each and writes which kinds of events the good files caused, and every event of the others:
+`python tests/watch.py`. With `unpickle` it loads the files with pickle instead, to show that the
+hook sees what runs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+Event = tuple[str, tuple[Any, ...]]
+
+# What no run of ckptool may cause that loads no model.
+NEVER = (
+    "exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn",
+    "os.spawn", "subprocess.Popen", "pty.spawn", "ctypes.dlopen", "ctypes.dlsym", "marshal.loads",
+    "pickle.find_class", "code.__new__", "function.__new__", "socket.connect", "socket.__new__",
+    "socket.bind", "urllib.Request", "webbrowser.open", "shutil.rmtree", "os.putenv",
+)  # fmt: skip
+COMMANDS: tuple[tuple[str | None, ...], ...] = (  # None stands for the file
+    ("keys", None), ("keys", "--all", "--json", None), ("keys", "--tree", None),
+    ("convert", None, "out.pth"), ("convert", None, "out.safetensors"),
+    ("convert", "--tensors-only", None, "out.pth"),
+    ("convert", "--tensors-only", None, "out.safetensors"),
+    ("strip-prefix", None, "out.pth"), ("add-prefix", None, "out.pth"),
+    ("unwrap", None, "out.pth"), ("transfer", None, "out.pth", "--drop", "*.bias"),
+)  # fmt: skip
+
+
+class Watch:
+    """An audit hook; hooks cannot be taken away, so that one is made for each process."""
+
+    def __init__(self) -> None:
+        self._seen: list[Event] | None = None
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._seen is not None:
+            self._seen.append((event, arguments))
+
+    @contextmanager
+    def events(self) -> Iterator[list[Event]]:
+        """Record what happens in the block."""
+        seen: list[Event] = []
+        self._seen = seen
+        try:
+            yield seen
+        finally:
+            self._seen = None
+
+
+def run_commands(path: str) -> list[Event]:
+    """Run every command line over a file; give what it caused."""
+    from ckptool.cli import main
+
+    seen: list[Event] = []
+    for command in COMMANDS:
+        silent = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
+        with silent[0], silent[1], WATCH.events() as events:
+            main([path if part is None else part for part in command])
+        seen += events
+        for name in ("out.pth", "out.safetensors"):
+            if os.path.exists(name):
+                os.unlink(name)
+    return seen
+
+
+def unpickle(path: str) -> list[Event]:
+    """Load the pickle of a torch zip as no one should; give what it caused."""
+    import pickle
+    import zipfile
+
+    with WATCH.events() as events:
+        pickle.loads(zipfile.ZipFile(path).read("archive/data.pkl"))
+    return events
+
+
+if __name__ == "__main__":
+    WATCH = Watch()
+    run = unpickle if sys.argv[1:] == ["unpickle"] else run_commands
+    good, others = json.load(sys.stdin)
+    for each in good:
+        run(each)
+    kinds = sorted({event for each in good for event, _ in run(each)})
+    told = {
+        path: [(event, [repr(each)[:4000] for each in arguments]) for event, arguments in run(path)]
+        for path in others
+    }
+    json.dump([kinds, told], sys.stdout)
