@@ -383,9 +383,13 @@ def _without_path(error: FormatError, path: str) -> str:
 
 
 def expanded(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the files that paths stand for; a folder without any stands for itself."""
+    """Yield the files that paths stand for.
+
+    A folder that is a checkpoint, and one without any, stands for itself.
+    """
     for path in paths:
-        inside = list(found_in(path)) if os.path.isdir(path) else []
+        whole = not os.path.isdir(path) or formats.index_of(path) != path
+        inside = [] if whole else list(found_in(path))
         yield from inside or [path]
 
 
