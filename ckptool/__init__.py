@@ -17,6 +17,7 @@ _PUBLIC = {
     "add_prefix": "ckptool.api",
     "check": "ckptool.api",
     "convert": "ckptool.api",
+    "diff": "ckptool.api",
     "download": "ckptool.api",
     "edits": "ckptool.edits",
     "info": "ckptool.api",

@@ -27,6 +27,7 @@ from ckptool.survey import Survey
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from ckptool.compare import Difference
     from ckptool.model.hub import Downloaded
     from ckptool.model.verify import Verification
 
@@ -72,6 +73,45 @@ def check(
     a file holds: its `status` says that.
     """
     return checking.check(path, sha256=sha256, finite=finite, strict=strict, progress=progress)
+
+
+def diff(
+    left: str | Path,
+    right: str | Path,
+    *,
+    at: str | None = None,
+    left_at: str | None = None,
+    right_at: str | None = None,
+    every: bool = False,
+    structure: bool = False,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    select: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    ignore_prefix: str | None = None,
+    progress: Begin = no_progress,
+) -> Difference:
+    """Compare two checkpoints bit for bit, or within `atol + rtol * |left|`.
+
+    `at` is where the state_dict sits on both sides, `every` compares all there is by path,
+    `structure` reads no values; `rename` gives dotted prefixes of the left their names on the
+    right; `ignore_prefix` is a prefix or `auto`. Raises what reading raises,
+    `AmbiguousStateDict`, and `NothingMatched` for what no key has.
+    """
+    from ckptool import compare
+    from ckptool.compare_sides import Asked, tolerance
+
+    asked = Asked(
+        at if left_at is None else left_at,
+        at if right_at is None else right_at,
+        every,
+        structure,
+        tolerance(atol, rtol),
+        select,
+        tuple((rename or {}).items()),
+        ignore_prefix,
+    )
+    return compare.diff(formats.read(left), formats.read(right), asked, progress)
 
 
 def strip_prefix(

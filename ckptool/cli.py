@@ -23,7 +23,7 @@ from ckptool.talk import complain, put, say, silence
 from ckptool.text import quoted, visible
 
 GROUPS = {
-    "Look": ("info", "keys", "check"),
+    "Look": ("info", "keys", "check", "diff"),
     "Models": ("download", "verify"),
     "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
 }

@@ -312,3 +312,25 @@ def _copy(
 def needs_swap(storage: Storage, width: int) -> bool:
     """Tell whether numbers of `width` bytes in this storage are not little-endian."""
     return width > 1 and storage.byteorder != "little"
+
+
+_FLIP_SIGN = bytes(byte ^ 0x80 for byte in range(256))
+
+
+def settled(block: bytes | bytearray, info: TensorInfo) -> bytes | bytearray:
+    """Give elements as they lie in a storage in little-endian order, pending operations done."""
+    width = info.dtype.swap
+    if needs_swap(info.storage, width):
+        block = swapped(block, width)
+    return _resolved(bytearray(block), info) if info.lazy else block
+
+
+def _resolved(block: bytearray, info: TensorInfo) -> bytearray:
+    """Do torch's pending conjugation and negation: flip the sign bits that they mean."""
+    width = info.dtype.swap
+    if "neg" in info.lazy:
+        block[width - 1 :: width] = block[width - 1 :: width].translate(_FLIP_SIGN)
+    if "conj" in info.lazy:
+        step = 2 * width
+        block[step - 1 :: step] = block[step - 1 :: step].translate(_FLIP_SIGN)
+    return block

@@ -33,11 +33,11 @@ class _InOrder(Command):
         return super().parse_args(ctx, args)
 
 
-def renaming(text: str) -> tuple[str, str]:
+def renaming(text: str, option: str = "--rename") -> tuple[str, str]:
     """Read `OLD=NEW`."""
     old, sign, new = text.partition("=")
     if not sign or not old:
-        raise EditError(f"`{text}` is not OLD=NEW", hint="--rename classifier=head")
+        raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
     return old, new
 
 

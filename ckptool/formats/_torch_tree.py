@@ -16,7 +16,7 @@ from typing import Any
 from ckptool.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.errors import Malformed
 from ckptool.pickle_reader import Vocabulary
-from ckptool.tensor import CompositeTensor, Storage, TensorInfo, problem
+from ckptool.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
 from ckptool.tree import Dict, Global, Node, Object, PersistentId
 
 _UTILS = "torch._utils"
@@ -39,6 +39,7 @@ _WRAPPERS = {
     Global("torch.autograd.variable", "Variable"),
 }
 NOT_LAZY: frozenset[str] = frozenset()
+_QUANTIZED = Global(_UTILS, "_rebuild_qtensor")
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _PROTOCOL_0_ID = re.compile(
     r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
@@ -281,6 +282,24 @@ def _from_type(node: Object) -> Node:
             if name in _PLAIN_REBUILDS:
                 return replace(_plain(name, inner, node, node.offset), origin=node)
     return node
+
+
+def is_parameter(tensor: AnyTensor) -> bool:
+    """Tell whether a tensor is pickled as a Parameter."""
+    return isinstance(tensor.origin, Object) and tensor.origin.callee in _WRAPPERS
+
+
+def quantizer(info: TensorInfo) -> Node:
+    """Give how the integers of a quantized tensor are to be read, None of any other tensor."""
+    origin = info.origin
+    while isinstance(origin, Object) and origin.callee in _WRAPPERS:
+        origin = origin.args[0].origin
+    if not isinstance(origin, Object):
+        return None
+    callee, args = origin.callee, origin.args
+    if callee == _FROM_TYPE:
+        callee, _, args, *_ = args
+    return args[4] if callee == _QUANTIZED and len(args) > 4 else None
 
 
 def _layout(node: Node) -> str:

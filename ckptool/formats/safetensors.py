@@ -31,7 +31,7 @@ from ckptool.tensor import (
     gather,
     is_contiguous,
     needs_swap,
-    swapped,
+    settled,
 )
 from ckptool.tree import Node
 
@@ -326,22 +326,6 @@ def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> lis
 
 def _computed(info: TensorInfo, readers: Readers) -> Iterator[bytes | bytearray]:
     """Yield the bytes of a tensor that does not lie in its storage as safetensors wants it."""
-    width = info.dtype.swap
     with seekable(info.storage, readers) as fetch:
         for block in gather(info, fetch, GATHER_BLOCK):
-            ready = swapped(block, width) if needs_swap(info.storage, width) else block
-            yield _resolved(bytearray(ready), info) if info.lazy else ready
-
-
-_FLIP_SIGN = bytes(byte ^ 0x80 for byte in range(256))
-
-
-def _resolved(block: bytearray, info: TensorInfo) -> bytearray:
-    """Do torch's pending conjugation and negation: flip the sign bits that they mean."""
-    width = info.dtype.swap
-    if "neg" in info.lazy:
-        block[width - 1 :: width] = block[width - 1 :: width].translate(_FLIP_SIGN)
-    if "conj" in info.lazy:
-        step = 2 * width
-        block[step - 1 :: step] = block[step - 1 :: step].translate(_FLIP_SIGN)
-    return block
+            yield settled(block, info)

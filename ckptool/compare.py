@@ -1,0 +1,327 @@
+"""`diff`: what two checkpoints have apart, in any two containers.
+
+Keys, dtypes, shapes and bytes decide whether state_dicts are equal, and the values beside them
+where both files have a place for such. Order of keys, ties, strides, requires_grad and device
+tags are told and decide nothing: containers differ in what they can say of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ckptool import checkpoint as places, edits, fileio, module_metadata
+from ckptool.checkpoint import Checkpoint, Path, StateDict
+from ckptool.compare_bytes import Comparer, Pair, pair
+from ckptool.compare_sides import Asked, edited, notes, state_dicts
+from ckptool.compare_trees import TAKEN, Place, places_of, shown
+from ckptool.compare_values import Values
+from ckptool.copying import Begin
+from ckptool.errors import (
+    EditError,
+    LimitExceeded,
+    Unsupported,
+)
+from ckptool.formats._torch_tree import quantizer
+from ckptool.tensor import AnyTensor, CompositeTensor, TensorInfo
+from ckptool.text import counted, listed, readable, shape
+
+MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
+SMALL = 64 << 20  # below this, they may
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What differs under a key that both sides have.
+
+    `what` is `dtype`, `shape`, `layout`, `quantizer`, `value` (of what is no tensor) or `values`;
+    `left` and `right` say it in text, `values` in numbers; `at` is the index of the first.
+    """
+
+    key: str
+    what: str
+    left: str = ""
+    right: str = ""
+    values: Values | None = None
+    first: tuple[int, ...] | None = None
+
+
+@dataclass(slots=True)
+class Found:
+    """What differs in a part of two checkpoints; `within` differs and is within the tolerance."""
+
+    only_left: list[str] = field(default_factory=list)
+    only_right: list[str] = field(default_factory=list)
+    changed: list[Change] = field(default_factory=list)
+    within: list[Change] = field(default_factory=list)
+
+    @property
+    def nothing(self) -> bool:
+        """Tell whether all is equal."""
+        return not (self.only_left or self.only_right or self.changed)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two files; `at` is None where its tensors were compared by their paths."""
+
+    path: str
+    container: str
+    at: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How two checkpoints differ: in the state_dict, and in what stands beside it.
+
+    `tensors` of `nbytes` in all were compared.
+    """
+
+    left: Side
+    right: Side
+    asked: Asked
+    state: Found
+    beside: Found
+    tensors: int
+    nbytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Tell whether nothing differs that decides."""
+        return self.state.nothing and self.beside.nothing
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether all tensors were compared, by their path."""
+        return self.left.at is None
+
+
+def diff(left: Checkpoint, right: Checkpoint, asked: Asked, progress: Begin) -> Difference:
+    """Compare two checkpoints.
+
+    Raises `AmbiguousStateDict` where one of several must be chosen, `NothingMatched` for patterns
+    and prefixes that no key has, `LimitExceeded` for views that repeat themselves beyond measure.
+    """
+    work = _Work(left, right, asked)
+    one, other = state_dicts(left, right, asked)
+    if one is None or other is None:
+        work.compare_trees()
+    else:
+        work.compare_states(one, other)
+    if not asked.structure:
+        work.compare_values(progress)
+    sides = [
+        Side(checkpoint.path, checkpoint.container, state.at if state else None)
+        for checkpoint, state in ((left, one), (right, other))
+    ]
+    return Difference(
+        sides[0],
+        sides[1],
+        asked,
+        work.state,
+        work.beside,
+        work.tensors,
+        work.nbytes,
+        tuple(work.notes),
+    )
+
+
+@dataclass(slots=True)
+class _Work:
+    """A comparison on its way: what was found, and the tensors whose values are yet to be read."""
+
+    left: Checkpoint
+    right: Checkpoint
+    asked: Asked
+    state: Found = field(default_factory=Found)
+    beside: Found = field(default_factory=Found)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    nbytes: int = 0
+    _queue: list[tuple[Found, str, Pair]] = field(default_factory=list)
+
+    def compare_states(self, left: StateDict, right: StateDict) -> None:
+        """Compare two state_dicts, and what stands beside them unless a part was chosen."""
+        one, other = edited(self.asked, left, right)
+        keys = list(dict.fromkeys([*one.entries, *other.entries]))
+        if self.asked.select:
+            selected = edits.select(self.asked.select, keys)
+            keys = [key for key in keys if key in selected]
+        both = [key for key in keys if key in one.entries and key in other.entries]
+        self.state.only_left += [key for key in keys if key not in other.entries]
+        self.state.only_right += [key for key in keys if key not in one.entries]
+        for key in both:
+            for place in places_of(one.entries[key], other.entries[key], (key,)):
+                self._take(self.state, place)
+        self._note_prefixes(list(one.entries), list(other.entries))
+        self.notes += notes(self.left, self.right, one, other, both)
+        if not self.asked.select:
+            self._compare_metadata(one, other)
+            self._compare_beside(left.at, right.at)
+
+    def compare_trees(self) -> None:
+        """Compare all there is, tensors by their paths."""
+        if self.asked.rename or self.asked.ignore_prefix is not None:
+            raise EditError("--map and --ignore-prefix need a state_dict on both sides")
+        found = list(places_of(self.left.tree, self.right.tree))
+        selected = None
+        if self.asked.select:
+            keys = [key for place in found for key in _tensor_paths(place)]
+            selected = edits.select(self.asked.select, list(dict.fromkeys(keys)))
+        for place in found:
+            paths = _tensor_paths(place)
+            if selected is not None:
+                paths = [path for path in paths if path in selected]
+            if place.what == "tensors" and paths:
+                self._take(self.state, place)
+            elif paths:
+                where = self.state.only_left if place.what == "only-left" else self.state.only_right
+                where += paths
+            elif selected is None:
+                self._take(self.beside, place)
+
+    def _compare_metadata(self, left: StateDict, right: StateDict) -> None:
+        one, other = (module_metadata.cleaned(state.metadata) for state in (left, right))
+        if one is None and other is None:
+            return
+        alone = Found()
+        for place in places_of(one, other, ("_metadata",)) if one and other else ():
+            self._take(self.beside if place.what == "value" else alone, place)
+        if self.state.only_left or self.state.only_right:
+            return  # and modules with them
+        for path, lacks, names in (
+            (self.left.path, other is None, alone.only_left),
+            (self.right.path, one is None, alone.only_right),
+        ):
+            if lacks or names:
+                of = f" of {listed(names, 3)}" if names else ""
+                self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
+
+    def _compare_beside(self, left_at: Path, right_at: Path) -> None:
+        if self.asked.left_at is not None or self.asked.right_at is not None:
+            return
+        sides = ((self.left, left_at), (self.right, right_at))
+        if not left_at or not right_at:  # a bare state_dict, with no place for anything beside it
+            for checkpoint, at in sides:
+                names = places.beside(checkpoint.tree, at)
+                if names:
+                    self.notes.append(
+                        f"beside the state_dict, {checkpoint.path} alone has {listed(names)}"
+                    )
+            return
+        one, other = (places.replaced(checkpoint.tree, at, TAKEN) for checkpoint, at in sides)
+        for place in places_of(one, other):
+            self._take(self.beside, place)
+
+    def _take(self, found: Found, place: Place) -> None:
+        """Note what differs at a place, or queue its tensors."""
+        path = places.dotted(place.path) or "."
+        match place.what:
+            case "only-left":
+                found.only_left.append(path)
+            case "only-right":
+                found.only_right.append(path)
+            case "value":
+                found.changed.append(Change(path, "value", shown(place.left), shown(place.right)))
+            case _:
+                self.tensors += 1
+                self.nbytes += place.left.nbytes
+                self._compare_tensors(found, path, place.left, place.right)
+
+    def _compare_tensors(self, found: Found, key: str, left: AnyTensor, right: AnyTensor) -> None:
+        """Compare what tensors are; queue those of one dtype and shape."""
+        facts = [
+            ("layout", _layout(left), _layout(right)),
+            ("dtype", left.dtype.label, right.dtype.label),
+            ("shape", shape(left.shape), shape(right.shape)),
+        ]
+        differing = [Change(key, *fact) for fact in facts if fact[1] != fact[2]]
+        found.changed += differing
+        if differing:
+            return
+        if isinstance(left, TensorInfo) and isinstance(right, TensorInfo):
+            self._queue_values(found, key, left, right)
+        elif isinstance(left, CompositeTensor) and isinstance(right, CompositeTensor):
+            for index, parts in enumerate(zip(left.parts, right.parts, strict=True)):
+                self._compare_tensors(found, f"{key}.({index})", *parts)
+
+    def _queue_values(self, found: Found, key: str, left: TensorInfo, right: TensorInfo) -> None:
+        for place in places_of(quantizer(left), quantizer(right), (key, "(quantizer)")):
+            if place.what == "tensors":
+                self._compare_tensors(found, places.dotted(place.path), place.left, place.right)
+            else:
+                one, other = shown(place.left), shown(place.right)
+                found.changed.append(Change(key, "quantizer", one, other))
+        if left.numel:
+            try:
+                self._queue.append((found, key, pair(left, right)))
+            except Unsupported as error:
+                error.message = f"{key}: {error.message}"
+                raise
+
+    def _note_prefixes(self, left: list[str], right: list[str]) -> None:
+        """Say where keys would pair but for wrapper prefixes."""
+        if not self.state.only_left or not self.state.only_right:
+            return
+        one, other = edits.peeled(left), edits.peeled(right)
+        bare = {edits.unwrapped(key, one) for key in left}
+        if one != other and bare & {edits.unwrapped(key, other) for key in right}:
+            prefix = "".join(one or other)
+            path = (self.left if one else self.right).path
+            self.notes.append(
+                f"every key of {path} starts with `{prefix}`; --ignore-prefix auto looks past it"
+            )
+
+    # Values.
+
+    def compare_values(self, progress: Begin) -> None:
+        """Read and compare the tensors that are queued, each pair of views once."""
+        distinct = {both.views: both for _, _, both in self._queue}
+        limit = max(MAX_EXPANSION * (self.left.nbytes + self.right.nbytes), SMALL)
+        total = sum(both.nbytes for both in distinct.values())
+        if total > limit:
+            raise LimitExceeded(
+                f"{readable(total)} would be compared of files of {readable(self.left.nbytes)} "
+                f"and {readable(self.right.nbytes)}",
+                option="--structure",
+                hint="compares no values, --select some",
+            )
+        known: dict[tuple[object, ...], Values] = {}
+        with Comparer(self.asked.tolerance, limit, progress(2 * total)) as comparer:
+            for found, key, both in self._queue:
+                if both.views not in known:
+                    known[both.views] = comparer.compare(both)
+                _judge(found, key, both, known[both.views])
+        for path, stamp in (*self.left.files, *self.right.files):
+            fileio.refuse_changed(path, stamp)
+
+
+def _judge(found: Found, key: str, both: Pair, values: Values) -> None:
+    if values.count or values.within:
+        first = None if values.first is None else _index(values.first, both.left.shape)
+        change = Change(key, "values", values=values, first=first)
+        (found.changed if values.count else found.within).append(change)
+
+
+def _index(flat: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Give the index in each dimension of an element counted in contiguous order."""
+    index = []
+    for size in reversed(sizes):
+        flat, here = divmod(flat, size)
+        index.append(here)
+    return tuple(reversed(index))
+
+
+def _tensor_paths(place: Place) -> list[str]:
+    """List the tensors at a place that one side has alone, or that both have."""
+    if place.what == "value":
+        return []
+    node = place.right if place.what == "only-right" else place.left
+    return [places.dotted((*place.path, *path)) or "." for path, _ in places.tensors(node)]
+
+
+def _layout(tensor: AnyTensor) -> str:
+    if isinstance(tensor, TensorInfo):
+        return "strided"
+    return f"{tensor.layout} of {counted(len(tensor.parts), 'part')}"
