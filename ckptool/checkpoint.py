@@ -7,16 +7,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptool.errors import AmbiguousStateDict, KeyCollision, LimitExceeded, Malformed, NoSuchKey
+from ckptool import modules
+from ckptool.errors import (
+    AmbiguousStateDict,
+    FormatError,
+    KeyCollision,
+    LimitExceeded,
+    Malformed,
+    NoSuchKey,
+)
 from ckptool.tensor import TENSORS, AnyTensor, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, table
-from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object, Pairs, PersistentId, Set, children
+from ckptool.tree import (
+    MAX_NESTING,
+    ORDERED_DICT,
+    Dict,
+    Global,
+    Node,
+    Object,
+    Pairs,
+    PersistentId,
+    Set,
+    attribute as attribute,
+    children,
+    items as items,
+    python2_items,
+    text_items as text_items,
+)
 
 MAX_CANDIDATE_DEPTH = 4
+MAX_LISTED = 100  # items of a list that are named one by one
 KNOWN_NAMES = frozenset(
     (
         "state_dict model_state_dict model net network params weights module generator "
@@ -24,7 +49,7 @@ KNOWN_NAMES = frozenset(
     ).split()
 )
 NOT_STATE_DICTS = ("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler")
-ORDERED_DICT = Global("collections", "OrderedDict")
+NOT_MODELS = (*NOT_STATE_DICTS, "hyper_parameters", "hparams")  # copies of modules to be trained
 
 Path = tuple[str, ...]
 
@@ -67,58 +92,29 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class StateDict:
-    """The state_dict of a checkpoint: where it sits, its entries in order, its `_metadata`."""
+    """The state_dict of a checkpoint: where it sits, its entries in order, its `_metadata`.
+
+    `module` names the class where a whole module sits there; `missing` says which of its entries
+    could not be told without its code.
+    """
 
     at: Path
     entries: dict[str, Node]
     metadata: Node = None
     notes: tuple[str, ...] = ()
+    module: str = ""
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A dict that may be the state_dict."""
+    """A dict that may be the state_dict, or a module that has one; `module` names its class."""
 
     at: Path
     count: int
     nbytes: int
     prefix: str
-
-
-def items(node: Node) -> Pairs | None:
-    """Give the pairs of a dict or of an object that was filled like one, None for others."""
-    if isinstance(node, Dict):
-        return node.pairs
-    if not isinstance(node, Object):
-        return None
-    pairs = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
-    return [*_python2_items(node), *pairs] or ([] if node.callee == ORDERED_DICT else None)
-
-
-def _python2_items(node: Object) -> Pairs:
-    """Python 2 makes an OrderedDict of a list of [key, value] lists (`__reduce__`, 2.7)."""
-    if node.callee != ORDERED_DICT or not node.args or not isinstance(node.args[0], list):
-        return []
-    rows = node.args[0]
-    if any(not isinstance(row, list | tuple) or len(row) != 2 for row in rows):
-        return []
-    return [(row[0], row[1]) for row in rows]
-
-
-def attribute(node: Node, name: str) -> Node:
-    """Give an attribute that BUILD set on an object, None if it set none of that name."""
-    state = node.state if isinstance(node, Object) else None
-    if isinstance(state, Dict):
-        return next((value for key, value in state.pairs if key == name), None)
-    return None
-
-
-def text_items(node: Node) -> list[tuple[str, Node]] | None:
-    """Give the pairs of a dict all of whose keys are text, None for anything else."""
-    pairs = items(node)
-    if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
-        return None
-    return pairs
+    module: str = ""
 
 
 def named_items(node: Node) -> list[tuple[str, Node]]:
@@ -135,38 +131,110 @@ def common_prefix(keys: Sequence[str]) -> str:
     return low[: low.rfind(".", 0, size) + 1]
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A place that may be the state_dict, with its tensors."""
+
+    at: Path
+    tensors: dict[str, AnyTensor]
+    module: str = ""
+
+
 def candidates(tree: Node) -> list[Candidate]:
-    """Find the dicts that may be the state_dict, those under known names first and alone."""
-    found = [(path, tensors) for path, tensors in _tensor_dicts(tree, (), set())]
-    known = [(path, tensors) for path, tensors in found if path and path[-1] in KNOWN_NAMES]
-    if known:
-        inner = {path[:depth] for path, _ in known for depth in range(len(path))}
-        found = [(path, tensors) for path, tensors in known if path not in inner]
+    """Find the dicts and modules that may be the state_dict, those under known names alone.
+
+    Raises `LimitExceeded` for modules that repeat each other without end, `Malformed` for one that
+    contains itself.
+    """
+    found = list(_Search().visit(tree, ()))
+    known = [each for each in found if each.at and each.at[-1] in KNOWN_NAMES]
+    hiding = known or [each for each in found if each.module]
+    inner = {each.at[:depth] for each in hiding for depth in range(len(each.at))}
     return [
         Candidate(
-            path,
-            len(tensors),
-            sum(info.nbytes for info in tensors.values()),
-            common_prefix(list(tensors)),
+            each.at,
+            len(each.tensors),
+            sum(info.nbytes for info in each.tensors.values()),
+            common_prefix(list(each.tensors)),
+            each.module,
         )
-        for path, tensors in found
+        for each in known or found
+        if each.at not in inner
     ]
 
 
-def _tensor_dicts(
-    node: Node, path: Path, seen: set[int]
-) -> Iterator[tuple[Path, dict[str, AnyTensor]]]:
-    named = named_items(node)
-    if not named or id(node) in seen:
+def whole_models(tree: Node) -> list[Path]:
+    """List where modules stand that may be candidates, those under unknown names too."""
+    return [each.at for each in _Search().visit(tree, ()) if each.module]
+
+
+class _Search:
+    """Looks for dicts of tensors by the keys of dicts, for modules in lists and objects too."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[int, bool, bool]] = set()
+        self.effort = modules.Effort()
+
+    def visit(
+        self, node: Node, path: Path, *, dicts: bool = True, models: bool = True
+    ) -> Iterator[_Found]:
+        """Yield what is found in a node: dicts of tensors, modules, or both."""
+        if not isinstance(node, _WAYS) or (id(node), dicts, models) in self.seen:
+            return
+        self.seen.add((id(node), dicts, models))
+        if isinstance(node, Object) and modules.is_module(node, self.effort):
+            if models and not {(id(node), not dicts, True)} & self.seen:
+                yield from self.module(node, path)
+            return
+        named = named_items(node)
+        tensors = _tensors_of(dict(named)) if dicts else {}
+        if tensors and text_items(node) is not None:
+            yield _Found(path, tensors)
+        if len(path) < MAX_CANDIDATE_DEPTH:
+            for key, value in ways(node, self.effort):
+                deeper = dicts and bool(named) and not _matches(key, NOT_STATE_DICTS)
+                also = models and not _matches(key, NOT_MODELS)
+                if deeper or also:
+                    yield from self.visit(value, (*path, key), dicts=deeper, models=also)
+
+    def module(self, node: Object, path: Path) -> Iterator[_Found]:
+        state = modules.state_of(node, self.effort)
+        tensors = _tensors_of(state.entries)
+        if tensors:
+            yield _Found(path, tensors, state.class_name)
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _tensors_of(entries: dict[str, Node]) -> dict[str, AnyTensor]:
+    return {key: value for key, value in entries.items() if isinstance(value, TENSORS)}
+
+
+_WAYS = (Dict, Object, list, tuple)
+
+
+def ways(node: Node, effort: modules.Effort) -> Iterator[tuple[str, Node]]:
+    """Yield the steps that a path may take from a node.
+
+    Keys of dicts, indexes of lists, modules in modules, attributes of other objects.
+    """
+    if isinstance(node, list | tuple):
+        yield from ((str(index), value) for index, value in enumerate(node))
         return
-    seen.add(id(node))
-    tensors = {key: value for key, value in named if isinstance(value, TENSORS)}
-    if tensors and text_items(node) is not None:
-        yield path, tensors
-    if len(path) < MAX_CANDIDATE_DEPTH:
-        for key, value in named:
-            if not any(fnmatchcase(key, pattern) for pattern in NOT_STATE_DICTS):
-                yield from _tensor_dicts(value, (*path, key), seen)
+    named = named_items(node)
+    if named:
+        yield from named
+        return
+    held = modules.parts(node, effort)
+    if held is not None:
+        yield from held.modules
+        return
+    pairs = modules.attributes(node)
+    if pairs is not None:
+        effort.pay(pairs, len(pairs))
+        yield from ((key, value) for key, value in pairs if isinstance(key, str))
 
 
 def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
@@ -175,17 +243,34 @@ def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
     Raises `AmbiguousStateDict` where there is none or more than one, `NoSuchKey` where `at`
     names nothing that holds tensors.
     """
-    if at is not None:
-        return _named(checkpoint, at)
-    return _only(checkpoint, candidates(checkpoint.tree))
+    with _naming(checkpoint):
+        if at is not None:
+            return _named(checkpoint, at)
+        return _only(checkpoint, candidates(checkpoint.tree))
+
+
+@contextmanager
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Name the file in what is raised about its modules."""
+    try:
+        yield
+    except FormatError as error:
+        if error.path is None:
+            error.path = checkpoint.path
+            error.message = f"{checkpoint.path}: {error.message}"
+        raise
 
 
 def _only(checkpoint: Checkpoint, found: list[Candidate]) -> StateDict:
-    if not found and items(checkpoint.tree) == []:
-        return StateDict((), {}, attribute(checkpoint.tree, "_metadata"))
+    if not found and _is_empty(checkpoint.tree):
+        return state_dict_at(checkpoint, ())
     if len(found) != 1:
         raise _not_one(checkpoint, found)
     return state_dict_at(checkpoint, found[0].at)
+
+
+def _is_empty(tree: Node) -> bool:
+    return items(tree) == [] or modules.is_module(tree, modules.Effort())
 
 
 def find_or_none(checkpoint: Checkpoint, *, several: bool = True) -> StateDict | None:
@@ -193,10 +278,11 @@ def find_or_none(checkpoint: Checkpoint, *, several: bool = True) -> StateDict |
 
     Where there is more than one, None if `several` is allowed, else `AmbiguousStateDict`.
     """
-    found = candidates(checkpoint.tree)
-    if not found or (several and len(found) > 1):
-        return None
-    return _only(checkpoint, found)
+    with _naming(checkpoint):
+        found = candidates(checkpoint.tree)
+        if not found or (several and len(found) > 1):
+            return None
+        return _only(checkpoint, found)
 
 
 def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDict:
@@ -225,6 +311,7 @@ def _table(found: list[Candidate]) -> list[str]:
             counted(candidate.count, "tensor"),
             readable(candidate.nbytes),
             f"prefix {candidate.prefix}" if candidate.prefix else "",
+            f"module {candidate.module}" if candidate.module else "",
         )
         for candidate in found
     ]
@@ -238,21 +325,23 @@ def dotted(path: Path) -> str:
 
 def _named(checkpoint: Checkpoint, at: str) -> StateDict:
     path = () if at in ("", ".") else _resolve(checkpoint, at)
-    node = _node_at(checkpoint.tree, path)
-    if not any(isinstance(value, TENSORS) for value in _flattened(node).values()):
+    state = state_dict_at(checkpoint, path)
+    if not any(isinstance(value, TENSORS) for value in state.entries.values()):
         raise NoSuchKey(
             f"`{at}` in {checkpoint.path} is no dict of tensors",
             evidence=_places(checkpoint),
             hint=f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path",
         )
-    return state_dict_at(checkpoint, path)
+    return state
 
 
 def _resolve(checkpoint: Checkpoint, at: str) -> Path:
     """Split a dotted name into steps; a key may itself hold dots."""
 
+    effort = modules.Effort()
+
     def steps(node: Node, rest: str) -> Path | None:
-        for key, value in named_items(node):
+        for key, value in ways(node, effort):
             if key == rest:
                 return (key,)
             if rest.startswith(key + "."):
@@ -283,7 +372,10 @@ def _places(checkpoint: Checkpoint) -> list[str]:
 def _node_at(tree: Node, path: Path) -> Node:
     node = tree
     for step in path:
-        node = dict(named_items(node))[step]
+        if isinstance(node, list | tuple):
+            node = node[int(step)]
+        else:
+            node = dict(ways(node, modules.Effort()))[step]
     return node
 
 
@@ -321,6 +413,9 @@ def _joined_metadata(node: Node) -> Node:
 def state_dict_at(checkpoint: Checkpoint, path: Path) -> StateDict:
     """Give the state_dict at a place in the tree, which must be there."""
     node = _node_at(checkpoint.tree, path)
+    if isinstance(node, Object) and modules.is_module(node, modules.Effort()):
+        held = modules.state_of(node)
+        return StateDict(path, held.entries, None, held.notes, held.class_name, held.missing)
     repeated = _repeated(checkpoint, text_items(node) or [])
     notes = tuple(f"the key {key} stands twice, with equal values" for key in repeated)
     return StateDict(path, _flattened(node), _joined_metadata(node), notes)
@@ -375,16 +470,28 @@ def beside(tree: Node, at: Path) -> list[str]:
     """Name what stands beside the state_dict, at each level around it."""
     names = []
     for depth, step in enumerate(at):
-        pairs = items(_node_at(tree, at[:depth])) or []
-        keys = dict.fromkeys(_label(key) for key, _ in pairs)
+        keys = dict.fromkeys(_labels(_node_at(tree, at[:depth])))
         names += [dotted((*at[:depth], key)) for key in keys if key != step]
     return names
+
+
+def _labels(node: Node) -> list[str]:
+    """Name what is directly inside a node."""
+    if isinstance(node, list | tuple):
+        shown = [str(index) for index in range(min(len(node), MAX_LISTED))]
+        more = len(node) - len(shown)
+        return [*shown, *([f"{more} more items"] if more else [])]
+    held = modules.parts(node, modules.Effort())
+    if held is not None:
+        return [name for name, _ in (*held.tensors, *held.modules)]
+    return [_label(key) for key, _ in items(node) or modules.attributes(node) or []]
 
 
 def also_at(tree: Node, at: Path) -> list[Path]:
     """List the other places, as deep as candidates lie, where the very node at a place stands."""
     node = _node_at(tree, at)
     found: list[Path] = []
+    effort = modules.Effort()
     seen: set[int] = set()
     stack: list[tuple[Path, Node]] = [((), tree)]
     while stack:
@@ -393,7 +500,8 @@ def also_at(tree: Node, at: Path) -> list[Path]:
             found += [path] if path != at else []
         elif id(here) not in seen and len(path) < MAX_CANDIDATE_DEPTH:
             seen.add(id(here))
-            stack += [((*path, key), value) for key, value in named_items(here)]
+            inside = ways(here, effort)
+            stack += [((*path, key), value) for key, value in inside if isinstance(value, _WAYS)]
     return found
 
 
@@ -401,25 +509,38 @@ def replaced(tree: Node, at: Path, node: Node) -> Node:
     """Give the tree with another node at a place; what is not on the way is shared."""
     if not at:
         return node
-    step, *rest = at
-
-    last = next(value for key, value in reversed(items(tree) or []) if key == step)
+    step, rest = at[0], at[1:]
+    if isinstance(tree, list | tuple):
+        place = int(step)
+        return type(tree)([*tree[:place], replaced(tree[place], rest, node), *tree[place + 1 :]])
+    given = None if named_items(tree) else modules.attributes(tree)
+    pairs = items(tree) or [] if given is None else given
+    last = next(value for key, value in reversed(pairs) if key == step)
 
     def swap(pairs: Pairs) -> Pairs:
         return [
-            (key, replaced(value, tuple(rest), node) if value is last and key == step else value)
+            (key, replaced(value, rest, node) if value is last and key == step else value)
             for key, value in pairs
         ]
 
     if isinstance(tree, Dict):
         return Dict(swap(tree.pairs))
-    args, rows = tree.args, _python2_items(tree)
+    if given is not None:
+        return _with_attributes(tree, Dict(swap(given)))
+    args, rows = tree.args, python2_items(tree)
     if rows:
         args = ([list(pair) for pair in swap(rows)],)
     steps = [
         (kind, swap(payload) if kind == "setitem" else payload) for kind, payload in tree.steps
     ]
     return replace(tree, args=args, steps=steps)
+
+
+def _with_attributes(node: Object, attributes: Dict) -> Object:
+    state = node.state
+    new = (attributes, state[1]) if isinstance(state, tuple) else attributes
+    steps = [(kind, new if payload is state else payload) for kind, payload in node.steps]
+    return replace(node, steps=steps)
 
 
 def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None) -> Node:
@@ -438,7 +559,7 @@ def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None)
         steps.append(("build", Dict(attributes)))
     elif like.state is not None and not isinstance(like.state, Dict):
         steps.append(("build", like.state))
-    args = () if _python2_items(like) else like.args
+    args = () if python2_items(like) else like.args
     return replace(like, args=args, steps=steps)
 
 
@@ -507,7 +628,7 @@ def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
 
 
 def _object_members(node: Object) -> Iterator[tuple[str | None, Node]]:
-    old = _python2_items(node)
+    old = python2_items(node)
     yield from ((_label(key), value) for key, value in old)
     if not old:
         yield None, node.args

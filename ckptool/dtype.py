@@ -84,6 +84,11 @@ class DType(Enum):
         """Give the bytes of one unit of a torch storage of this dtype."""
         return max(1, self.bits // 8)
 
+    @property
+    def quantized(self) -> bool:
+        """Tell whether the numbers mean nothing without a scale beside them."""
+        return self.torch_name.startswith(("qint", "quint"))
+
     def nbytes(self, count: int) -> int:
         """Give the bytes that `count` elements take, a final part of a byte counted whole."""
         return (count * self.bits + 7) // 8

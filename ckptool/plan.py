@@ -11,6 +11,7 @@ from ckptool.edits import Edit, KeyMap
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.formats import safetensors
 from ckptool.tensor import TENSORS, Packing, TensorInfo, span
+from ckptool.text import counted, quoted
 from ckptool.tree import Node
 
 
@@ -68,17 +69,23 @@ def make_plan(
     bare = bare or container == "safetensors"
     needed = bool(steps) or bare or options.at is not None
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
-    if unwrap and state is not None and not state.at:
+    if unwrap and state is not None and not state.at and not state.module:
         raise EditError(
             f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
             hint="ckptool convert writes it again as it is",
         )
+    if state is not None and state.module and not bare:
+        _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
     keys = list(state.entries) if state else _all_keys(checkpoint)
     key_map, edit = edits.apply(steps, keys)
     plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
+    if options.tensors_only and not bare:
+        _leave_classes(plan)
     if state is not None:
         plan.notes += state.notes
-        _edit_state(plan, state, edit, bare=bare, changed=bool(steps))
+        plan.warnings += state.missing
+        if bare or not state.module or options.tensors_only:
+            _edit_state(plan, state, edit, bare=bare, changed=bool(steps))
     if keys and not key_map.written:
         plan.warnings.append(f"nothing is left of {len(keys)} keys")
     _leave_behind(plan, bare=bare, options=options)
@@ -88,6 +95,44 @@ def make_plan(
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:
     return list(dict.fromkeys(places.dotted(path) for path, _ in places.tensors(checkpoint.tree)))
+
+
+def _refuse_attributes(
+    checkpoint: Checkpoint, state: StateDict, *, changed: bool, options: Options
+) -> None:
+    """Refuse to rename what are attributes of Python objects."""
+    if not changed and not options.untie and not options.tensors_only:
+        return
+    at = f" at `{places.dotted(state.at)}`" if state.at else ""
+    if not options.tensors_only:
+        raise EditError(
+            f"{checkpoint.path} holds a whole model, {state.module}{at}: its keys are attributes "
+            "of objects and stay as they are",
+            option="--tensors-only",
+            hint="writes its state_dict in its place",
+        )
+    if state.at not in places.whole_models(checkpoint.tree):
+        raise EditError(
+            f"{checkpoint.path} holds {state.module}{at} inside a model: it can be taken out, "
+            "not edited there",
+            hint=f"ckptool convert --unwrap --at {quoted(places.dotted(state.at))} "
+            f"{quoted(checkpoint.path)} OUT",
+        )
+
+
+def _leave_classes(plan: Plan) -> None:
+    """Put the state_dict of each whole model in its place."""
+    tree = plan.checkpoint.tree
+    for at in places.whole_models(tree):
+        state = places.find(plan.checkpoint, places.dotted(at) or ".")
+        node = places.make_state_dict(state.entries, None)
+        tree = places.replaced(tree, at, node)
+        plan.not_carried.append(_class_left(state))
+    plan.checkpoint = replace(plan.checkpoint, tree=tree)
+
+
+def _class_left(state: StateDict) -> str:
+    return f"the class {state.module} and its attributes"
 
 
 def _edit_state(
@@ -103,11 +148,13 @@ def _edit_state(
     metadata = module_metadata.cleaned(state.metadata)
     if changed:
         metadata = module_metadata.rekeyed(metadata, plan.key_map, edit)
-    like = places.state_dict_node(tree, state.at)
-    node = places.make_state_dict(entries, metadata, like)
+    original = places.state_dict_node(tree, state.at)
+    node = places.make_state_dict(entries, metadata, None if state.module else original)
     if bare:
-        beside = places.beside(tree, state.at)
-        plan.not_carried += beside
+        if state.module:
+            plan.not_carried.append(_class_left(state))
+            plan.notes += _no_part(original, state)
+        plan.not_carried += places.beside(tree, state.at)
         plan.checkpoint = replace(plan.checkpoint, tree=node)
         if plan.container == "safetensors" and metadata is not None:
             plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
@@ -123,7 +170,23 @@ def _edit_state(
                 "the optimizer counts parameters by index: after dropping some, "
                 "its state no longer fits; ckptool unwrap leaves it behind"
             )
-    plan.state = StateDict(state.at, entries, metadata)
+    plan.state = replace(state, entries=entries, metadata=metadata)
+
+
+def _no_part(model: Node, state: StateDict) -> list[str]:
+    """Count the tensors of a model that state_dict() leaves out."""
+    inside = {value.view for value in state.entries.values() if isinstance(value, TensorInfo)}
+    others = {
+        info.view
+        for _, info in places.tensors(model)
+        if isinstance(info, TensorInfo) and info.view not in inside
+    }
+    if not others:
+        return []
+    return [
+        f"{counted(len(others), 'tensor')} of the model not in its state_dict "
+        "(buffers that are not persistent, other attributes)"
+    ]
 
 
 def _has_optimizer(tree: Node) -> bool:

@@ -62,6 +62,7 @@ def keys_document(found: Listing) -> str:
         file=found.checkpoint.path,
         container=found.checkpoint.container,
         at=list(found.state.at) if found.state else [],
+        module=found.state.module if found.state else "",
         count=len(found.entries),
         nbytes=sum(info.nbytes for _, info in found.entries),
         tensors=[_tensor_fields(key, info) for key, info in found.entries],
@@ -133,7 +134,7 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
         others = sum(1 for value in state.entries.values() if not isinstance(value, TENSORS))
         if others:
             lines.append(f"{others} more entries of the state_dict are not tensors")
-        lines += map(visible, state.notes)
+        lines += map(visible, (*state.missing, *state.notes))
         hint = prefix_line(found.checkpoint.path, list(state.entries))
         lines += [hint] if hint else []
     return [*lines, *map(visible, found.checkpoint.notes)]
@@ -141,8 +142,8 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
 
 def _file_line(found: Listing) -> str:
     parts = [container_title(found.checkpoint.container)]
-    if found.state is not None and found.state.at:
-        parts.append(f"state_dict at `{visible(places.dotted(found.state.at))}`")
+    if found.state is not None and (found.state.at or found.state.module):
+        parts.append(f"state_dict{_whereabouts(found.state.module, found.state.at)}")
     parts.append(counted(len(found.entries), "tensor"))
     parts.append(readable(sum(info.nbytes for _, info in found.entries)))
     line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
@@ -191,14 +192,20 @@ def counts_line(result: Rewrite) -> str:
 def rewrite_lines(result: Rewrite) -> list[str]:
     """Say what a rewrite changed and left behind, for people."""
     lines = []
-    if result.bare and result.at:
+    if result.bare and (result.at or result.module):
         behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
-        lines.append(f"took the state_dict at `{visible(places.dotted(result.at))}`{behind}")
+        lines.append(f"took the state_dict{_whereabouts(result.module, result.at)}{behind}")
     elif result.not_carried:
         lines.append(f"left behind {listed(result.not_carried)}")
     lines += map(visible, result.said)
     lines += _dropped_lines(result)
     return lines + [visible(note) for note in result.notes]
+
+
+def _whereabouts(module: str, at: Sequence[str] | None) -> str:
+    """Say of what, and where, a state_dict is."""
+    of = f" of the whole model `{visible(module.rpartition('.')[2])}`" if module else ""
+    return of + (f" at `{visible(places.dotted(tuple(at)))}`" if at else "")
 
 
 def written_lines(result: Rewrite) -> list[str]:
@@ -283,6 +290,7 @@ def rewrite_fields(result: Rewrite) -> dict[str, Any]:
         "target": result.target,
         "container": result.container,
         "at": None if result.at is None else list(result.at),
+        "module": result.module,
         "read": result.read,
         "kept": result.kept,
         "renamed": result.renamed,

@@ -464,5 +464,4 @@ class _Pruner:
         origin = None if node.origin is None else self.node(node.origin, path)
         if origin is not _LEFT:
             return node if origin is None else replace(node, origin=origin)
-        quantized = "qint" in node.dtype.torch_name or "quint" in node.dtype.torch_name
-        return _LEFT if quantized else replace(node, origin=None)
+        return _LEFT if node.dtype.quantized else replace(node, origin=None)

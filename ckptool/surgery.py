@@ -55,6 +55,7 @@ class Rewrite:
     bare: bool = False
     tensors: int = 0
     said: tuple[str, ...] = ()
+    module: str = ""
 
     @property
     def read(self) -> int:
@@ -230,6 +231,7 @@ def _result(
         plan.bare,
         len(infos),
         plan.key_map.said,
+        plan.state.module if plan.state is not None else "",
     )
 
 

@@ -29,6 +29,9 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
+ORDERED_DICT = Global("collections", "OrderedDict")
+
+
 @dataclass(slots=True, eq=False)
 class Dict:
     """A dictionary as it was pickled: pairs in order, repeated keys included."""
@@ -124,3 +127,39 @@ def children(node: Node) -> Iterator[Node]:
             origin = getattr(node, "origin", None)
             if origin is not None:
                 yield origin
+
+
+def items(node: Node) -> Pairs | None:
+    """Give the pairs of a dict or of an object that was filled like one, None for others."""
+    if isinstance(node, Dict):
+        return node.pairs
+    if not isinstance(node, Object):
+        return None
+    pairs = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
+    return [*python2_items(node), *pairs] or ([] if node.callee == ORDERED_DICT else None)
+
+
+def python2_items(node: Object) -> Pairs:
+    """Python 2 makes an OrderedDict of a list of [key, value] lists (`__reduce__`, 2.7)."""
+    if node.callee != ORDERED_DICT or not node.args or not isinstance(node.args[0], list):
+        return []
+    rows = node.args[0]
+    if any(not isinstance(row, list | tuple) or len(row) != 2 for row in rows):
+        return []
+    return [(row[0], row[1]) for row in rows]
+
+
+def attribute(node: Node, name: str) -> Node:
+    """Give an attribute that BUILD set on an object, None if it set none of that name."""
+    state = node.state if isinstance(node, Object) else None
+    if isinstance(state, Dict):
+        return next((value for key, value in state.pairs if key == name), None)
+    return None
+
+
+def text_items(node: Node) -> list[tuple[str, Node]] | None:
+    """Give the pairs of a dict all of whose keys are text, None for anything else."""
+    pairs = items(node)
+    if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
+        return None
+    return pairs

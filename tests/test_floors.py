@@ -24,6 +24,7 @@ FLOORS = (
     ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "filehash.py", "__init__.py"),
     ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
     ("chunks.py",),
+    ("modules.py",),
     ("fileio.py", "checkpoint.py", "safety.py", "compare_values.py"),
     ("atomic.py", "copying.py", "compare_numpy.py"),
     ("edits.py", "finite.py", "formats/*.py", "frameworks.py", "compare_bytes.py"),
