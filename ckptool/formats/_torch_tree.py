@@ -3,7 +3,8 @@
 The rebuild functions and their arguments are those of `torch/_utils.py` and `torch/_tensor.py`;
 persistent ids are those of `torch/serialization.py` (`persistent_id` in `_save` and
 `_legacy_save`). Tensors of early 2017 are objects of a tensor class that get
-`(storage, offset, size, stride)` as their state.
+`(storage, offset, size, stride)` as their state; Variables and Parameters of that time get
+`(data, grad, hooks, requires_grad, volatile)` (torch/autograd/variable.py, `__reduce_ex__`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _WRAPPERS = {
     Global("torch.nn.parameter", "Parameter"),
     Global("torch.autograd.variable", "Variable"),
 }
+# What protocols 0 and 1 call where 2 has the opcode NEWOBJ (CPython, Lib/copyreg.py).
+_NEW_OBJECT = {Global("copyreg", "__newobj__"), Global("copy_reg", "__newobj__")}
 NOT_LAZY: frozenset[str] = frozenset()
 _QUANTIZED = Global(_UTILS, "_rebuild_qtensor")
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
@@ -128,6 +131,9 @@ class TorchVocabulary(Vocabulary):
             return node
         if callee.module == _UTILS and callee.name in _PLAIN_REBUILDS:
             return _plain(callee.name, node.args, node, node.offset)
+        kind = node.args[0] if node.args else None
+        if callee in _NEW_OBJECT and isinstance(kind, Global) and kind in _WRAPPERS:
+            callee, node = kind, replace(node, callee=kind, args=node.args[1:], how="newobj")
         if callee in _WRAPPERS:
             return _wrapped(node)
         if callee == _FROM_TYPE:
@@ -143,6 +149,8 @@ class TorchVocabulary(Vocabulary):
             origin = replace(node.origin, steps=[*node.origin.steps, ("build", state)])
             grad = state[0] if isinstance(state, tuple) and state else node.requires_grad
             return replace(node, origin=origin, requires_grad=grad is True)
+        if _is_unfilled(node):
+            return _filled_variable(node, state) or super().built(node, state)
         if _is_old_tensor(node) and isinstance(state, tuple) and len(state) == 4:
             return _plain("_rebuild_tensor", state, None, node.offset)
         return super().built(node, state)
@@ -275,6 +283,21 @@ def _wrapped(node: Object) -> Node:
     return node
 
 
+def _is_unfilled(node: Node) -> bool:
+    """Tell whether a node is a Variable or Parameter that was made without a tensor."""
+    made = isinstance(node, Object) and not node.args and isinstance(node.callee, Global)
+    return made and node.callee in _WRAPPERS
+
+
+def _filled_variable(node: Object, state: Node) -> TensorInfo | None:
+    """Read a Variable or Parameter that gets its tensor by its state, as those of 2017 do."""
+    match state:
+        case (TensorInfo() as inner, _, _, grad, _):
+            origin = replace(node, steps=[*node.steps, ("build", state)])
+            return replace(inner, requires_grad=grad is True, origin=origin)
+    return None
+
+
 def _from_type(node: Object) -> Node:
     """Read a tensor subclass or a tensor with attributes: (function, type, arguments, state)."""
     match node.args:
@@ -388,10 +411,12 @@ def _rebuild(info: TensorInfo) -> Object:
         return _fresh(info)
     origin: Object = info.origin
     if origin.callee in _WRAPPERS:
-        inner = origin.args[0]
+        inner = origin.args[0] if origin.args else origin.state[0]
         if (inner.storage, inner.storage_offset) == (info.storage, info.storage_offset):
             return origin
         moved = replace(inner, storage=info.storage, storage_offset=info.storage_offset)
+        if not origin.args:
+            return replace(origin, steps=[("build", (moved, *origin.state[1:]))])
         return replace(origin, args=(moved, *origin.args[1:]))
     if origin.callee == _FROM_TYPE:
         function, kind, inner, *rest = origin.args
