@@ -94,8 +94,8 @@ class Checkpoint:
 class StateDict:
     """The state_dict of a checkpoint: where it sits, its entries in order, its `_metadata`.
 
-    `module` names the class where a whole module sits there; `missing` says which of its entries
-    could not be told without its code.
+    `module` names the class where a whole module sits there, `classes` counts the modules in it by
+    theirs; `missing` says which of its entries could not be told without its code.
     """
 
     at: Path
@@ -104,6 +104,7 @@ class StateDict:
     notes: tuple[str, ...] = ()
     module: str = ""
     missing: tuple[str, ...] = ()
+    classes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,7 +416,8 @@ def state_dict_at(checkpoint: Checkpoint, path: Path) -> StateDict:
     node = _node_at(checkpoint.tree, path)
     if isinstance(node, Object) and modules.is_module(node, modules.Effort()):
         held = modules.state_of(node)
-        return StateDict(path, held.entries, None, held.notes, held.class_name, held.missing)
+        said = (held.notes, held.class_name, held.missing, held.classes)
+        return StateDict(path, held.entries, None, *said)
     repeated = _repeated(checkpoint, text_items(node) or [])
     notes = tuple(f"the key {key} stands twice, with equal values" for key in repeated)
     return StateDict(path, _flattened(node), _joined_metadata(node), notes)

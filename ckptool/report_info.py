@@ -34,6 +34,9 @@ class _Style:
     def count(self, count: int, noun: str) -> str:
         return counted(count, noun) if self.wide else str(count)
 
+    def name(self, dotted: str) -> str:
+        return visible(dotted.rpartition(".")[2] if self.wide else dotted)
+
     def names(self, names: Iterable[str], limit: int) -> str:
         shown = list(names)
         return listed(shown, limit if self.wide else len(shown))
@@ -136,6 +139,11 @@ def _places(facts: Survey, style: _Style) -> list[Fact]:
         )
         for place in facts.places
     ]
+    for place in facts.places:
+        if place.module:
+            rows.append(("whole model", visible(place.module)))
+            kinds = [f"{style.name(name)} x {count}" for name, count in place.classes.items()]
+            rows.append(("whole model", f"modules: {style.names(kinds, MAX_NAMES)}"))
     others = sum(place.other for place in facts.places)
     if others and style.wide:
         rows.append((rows[0][0], f"{others} more entries are not tensors"))
@@ -242,7 +250,7 @@ def _notes(facts: Survey, style: _Style) -> Iterator[str]:
         yield facts.framework.note
     yield from facts.checkpoint.notes
     if facts.state is not None:
-        yield from facts.state.notes
+        yield from (*facts.state.missing, *facts.state.notes)
     if facts.checkpoint.unread:
         yield f"nothing refers to {style.names(facts.checkpoint.unread, 4)}"
 
@@ -312,4 +320,6 @@ def _place_fields(place: Place) -> dict[str, Any]:
         "stored": place.stored,
         "prefix": place.prefix,
         "wrappers": list(place.wrappers),
+        "module": place.module,
+        "classes": place.classes,
     }

@@ -133,7 +133,7 @@ def _word(name: str) -> str:
 
 def _prefixes(facts: Survey) -> Advised:
     place = facts.place
-    if place is None or not place.wrappers:
+    if place is None or not place.wrappers or place.module:
         return
     auto = () if list(place.wrappers) == ["module."] else ("--prefix", "auto")
     reason = f"every key starts with `{''.join(place.wrappers)}` ({_kinds(place.wrappers)})"
@@ -143,10 +143,13 @@ def _prefixes(facts: Survey) -> Advised:
 def _weights(facts: Survey) -> Advised:
     """Offer the state_dict alone, with the share of what would be left behind."""
     place = facts.place
-    if place is None or not place.at:
+    if place is None or not (place.at or place.module):
         return
     heavy = _heavy(facts)
-    if heavy:
+    if place.module:
+        name = place.module.rpartition(".")[2]
+        reason = f"the state_dict of the model, which loads without the code of `{name}`"
+    elif heavy:
         share = percent(sum(each.nbytes for each in heavy) / facts.checkpoint.nbytes)
         takes = "takes" if len(heavy) == 1 else "take"
         reason = f"{listed(each.name for each in heavy)} {takes} {share} of the file"
@@ -172,7 +175,7 @@ def _inner(facts: Survey) -> Advised:
         return
     before = "".join(place.wrappers)
     inside = [key for key in place.keys if key.startswith(before + prefix)]
-    options = ["--unwrap"] if place.at else []
+    options = ["--unwrap"] if place.at or place.module else []
     if len(inside) < len(place.keys):
         options += ["--keep", before + prefix.rstrip(".")]
     if place.wrappers:
@@ -191,7 +194,7 @@ def _safety(facts: Survey) -> Advised:
         else:
             reason = "the tensors and plain values, without what would run"
             yield Advice(reason, "convert", ("--tensors-only",), "tensors", whole=True)
-    elif facts.verdict.level is Level.FOREIGN and facts.places:
+    elif facts.verdict.level is Level.FOREIGN and any(not each.module for each in facts.places):
         names = listed((str(name) for name in facts.verdict.foreign), 2)
         reason = f"torch.load(weights_only=True) refuses it for {names}"
         yield Advice(reason, "convert", ("--tensors-only",), "tensors", whole=True)

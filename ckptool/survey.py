@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptool import checkpoint as places, edits, frameworks, safety
 from ckptool.checkpoint import Checkpoint, Path, StateDict
 from ckptool.formats import safetensors
 from ckptool.frameworks import Framework
+from ckptool.modules import Effort
 from ckptool.safety import Verdict
 from ckptool.tensor import (
     TENSORS,
@@ -66,6 +67,8 @@ class Place:
     wrappers: Sequence[str]
     other: int
     unfit: dict[str, str]
+    module: str = ""
+    classes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,8 @@ def _place(checkpoint: Checkpoint, path: Path, state: StateDict | None, ledger: 
         edits.peeled(keys),
         len(keys) - len(tensors),
         safetensors.left_behind(state.entries, untie=True).unfit,
+        state.module,
+        state.classes,
     )
 
 
@@ -230,7 +235,9 @@ def _around(tree: Node, paths: Sequence[Path]) -> Iterator[tuple[str, Node]]:
 
 
 def _named(node: Node) -> list[tuple[str, Node]]:
-    pairs = places.items(node) or []
+    pairs = places.items(node)
+    if not pairs:
+        return list(places.ways(node, Effort()))
     return [(key if isinstance(key, str) else _shown(key), value) for key, value in pairs]
 
 

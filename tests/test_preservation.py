@@ -94,9 +94,10 @@ AT: dict[str, tuple[str, ...]] = {
 # No state_dict, or several: nothing is guessed.
 NO_STATE_DICT = words(
     "bare_tensor.pth dino.pth ema.pth empty_state_dict.pth list_of_tensors.pth "
-    "no_tensors.pth optimizer.pth parts.pth "
-    "whole_model.pth whole_model_legacy.pth"
+    "no_tensors.pth optimizer.pth parts.pth"
 )
+# Modules: their state_dict can be taken out, and is not edited where it is.
+WHOLE_MODELS = words("whole_model.pth whole_model_legacy.pth")
 # The entries that safetensors cannot hold.
 UNFIT = {
     "complex32.pth": words("weight"),
@@ -296,6 +297,9 @@ NAMES_KEYS = words("rename keep") | {"drop a key", "drop a prefix", "several"}
 
 def state_of(name: str) -> dict[str, Any]:
     state = original(name)
+    if name in WHOLE_MODELS:
+        state = state.state_dict()
+        del state._metadata  # versions of classes, which are not in the file
     for step in AT.get(name, ()):
         state = state[step]
     return state
@@ -306,7 +310,9 @@ def refusal(name: str, kind: str, container: str) -> type[CkptoolError] | None:
     bare = KINDS[kind].bare or container == "safetensors"
     if name in NO_STATE_DICT:
         return AmbiguousStateDict if kind != "no edit" or bare else None
-    if KINDS[kind].unwrap and name not in AT:
+    if name in WHOLE_MODELS and kind != "no edit" and not bare:
+        return EditError
+    if KINDS[kind].unwrap and name not in {*AT, *WHOLE_MODELS}:
         return EditError
     if name in KEYLESS and kind in NAMES_KEYS:
         return NothingMatched
@@ -330,7 +336,7 @@ def moved(name: str, kind: str) -> OldToNew:
 def expected(name: str, kind: str, *, bare: bool) -> Loaded:
     """Edit what torch loads from a fixture."""
     tree = original(name)
-    if name in NO_STATE_DICT:
+    if name in NO_STATE_DICT or (name in WHOLE_MODELS and not bare):
         return tree
     state = expected_state(name, kind)
     return state if bare else put(tree, AT.get(name, ()), state)
