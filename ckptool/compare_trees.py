@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptool import checkpoint as places
-from ckptool.checkpoint import ORDERED_DICT, Path
+from ckptool.checkpoint import Path
 from ckptool.dtype import DType
 from ckptool.formats._torch_tree import StorageView
 from ckptool.tensor import TENSORS, Storage, TensorInfo
 from ckptool.text import shape
 from ckptool.tree import (
+    ORDERED_DICT,
     ByteArray,
     Dict,
     Global,
