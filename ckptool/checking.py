@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING
 from ckptool import checkpoint as places, fileio, formats, safety
 from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin, Copy, Progress, run_jobs
-from ckptool.errors import FormatError, Malformed, NoSuchFile, NotACheckpoint, Unsupported
+from ckptool.errors import (
+    CkptoolError,
+    FormatError,
+    Malformed,
+    NoSuchFile,
+    NotACheckpoint,
+    Unsupported,
+)
 from ckptool.filehash import hash_in
 from ckptool.fileio import CHUNK, Reader
 from ckptool.finite import Tally, floating, not_finite
@@ -383,27 +390,38 @@ def _without_path(error: FormatError, path: str) -> str:
 
 
 def expanded(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the files that paths stand for.
-
-    A folder that is a checkpoint, and one without any, stands for itself.
-    """
+    """Yield the files that paths stand for; a folder without any stands for itself."""
     for path in paths:
-        whole = not os.path.isdir(path) or formats.index_of(path) != path
-        inside = [] if whole else list(found_in(path))
+        inside = list(found_in(path)) if os.path.isdir(path) else []
         yield from inside or [path]
 
 
 def found_in(folder: str) -> Iterator[str]:
     """Yield the files in a folder, and in those in it, whose suffix is that of a checkpoint.
 
-    Sorted; hidden ones are left out, and links to folders are not followed.
+    Sorted; hidden ones are left out, and links to folders are not followed. The index of a
+    checkpoint of many files stands for them all. A folder that cannot be listed stands for itself.
     """
-    suffixes = _suffixes()
-    for here, folders, files in os.walk(folder):
+    denied: list[OSError] = []
+    for here, folders, files in os.walk(folder, onerror=denied.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        indexes = [os.path.join(here, name) for name in sorted(files) if formats.is_index(name)]
+        yield from indexes
+        known = {path for index in indexes for path in _files_of(index)}
         for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                yield os.path.join(here, name)
+            path = os.path.join(here, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in _suffixes() and not name.startswith(".") and path not in known:
+                yield path
+    yield from (str(error.filename) for error in denied)
+
+
+def _files_of(index: str) -> set[str]:
+    """Name the files that are checked with an index."""
+    try:
+        return {index, *(path for path, _ in formats.read(index).files)}
+    except CkptoolError:
+        return {index}
 
 
 def _suffixes() -> list[str]:

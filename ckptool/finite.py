@@ -10,14 +10,22 @@ of torch/headeronly/util (Float8_e4m3fn.h ...): most have a NaN or two and no in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 from ckptool import checkpoint as places
-from ckptool.checkpoint import Checkpoint
+from ckptool.checkpoint import Checkpoint, Path
 from ckptool.dtype import DType
-from ckptool.fileio import Readers, seekable
-from ckptool.tensor import CompositeTensor, Read, Storage, TensorInfo, gather, is_contiguous
+from ckptool.fileio import Reader, Readers, seekable, unpacked
+from ckptool.tensor import (
+    CompositeTensor,
+    Packing,
+    Read,
+    Storage,
+    TensorInfo,
+    gather,
+    is_contiguous,
+)
 from ckptool.tree import Node
 
 BLOCK = 1 << 19
@@ -107,40 +115,45 @@ class Floats:
     skipped: tuple[str, ...]
 
 
-def floating(tree: Node) -> Iterator[tuple[str, TensorInfo]]:
+def floating(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
     """Yield the tensors of a tree that can hold NaN or infinity, with their paths."""
     for path, info in places.tensors(tree):
         parts = info.parts if isinstance(info, CompositeTensor) else (info,)
         for part in parts:
             if part.dtype in DTYPES:
-                yield places.dotted(path) or ".", part
+                yield path, part
 
 
 def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Floats:
     """Count NaN and infinity in every tensor, those of one storage together; ties once."""
-    by_storage: dict[Storage, list[tuple[str, TensorInfo]]] = {}
+    by_storage: dict[Storage, list[tuple[Path, TensorInfo]]] = {}
     for path, info in floating(checkpoint.tree):
         by_storage.setdefault(info.storage, []).append((path, info))
     left = MAX_REPEATS * max(SMALL, sum(storage.nbytes for storage in by_storage))
-    tallies: dict[str, Tally] = {}
-    skipped = []
+    tallies: dict[Path, Tally] = {}
+    skipped: list[Path] = []
     with closing(Readers()) as readers:
         for storage, tensors in by_storage.items():
             known: dict[tuple[object, ...], Tally] = {}
-            with seekable(storage, readers) as read:
-                for path, info in tensors:
-                    once, repeats = _once(info)
-                    if once.view not in known and once.nbytes > left:
-                        skipped.append(path)
-                        continue
+            views = [(path, *_once(info)) for path, info in tensors]
+            with _blocks_of(storage, [once for _, once, _ in views], readers) as blocks:
+                for path, once, repeats in views:
                     if once.view not in known:
-                        left -= once.nbytes
-                        known[once.view] = _tally_of(once, read)
+                        cost = max(once.nbytes, storage.packed_nbytes and storage.nbytes)
+                        if cost > left:
+                            skipped.append(path)
+                            continue
+                        left -= cost
+                        known[once.view] = _tally_of(once, blocks)
                         progress(once.nbytes)
                     here = known[once.view].times(repeats)
                     tallies[path] = tallies.get(path, Tally()) + here
-    found = tuple((path, here) for path, here in tallies.items() if here != Tally())
-    return Floats(found, tuple(skipped))
+    found = [(_name(path), here) for path, here in tallies.items() if here != Tally()]
+    return Floats(tuple(found), tuple(map(_name, skipped)))
+
+
+def _name(path: Path) -> str:
+    return places.dotted(path) or "."
 
 
 def _once(info: TensorInfo) -> tuple[TensorInfo, int]:
@@ -159,17 +172,40 @@ def _once(info: TensorInfo) -> tuple[TensorInfo, int]:
     return replace(parts, storage_offset=start), repeats
 
 
-def _tally_of(info: TensorInfo, read: Read) -> Tally:
+Blocks = Callable[[TensorInfo], Iterator[bytes | bytearray]]  # whole elements of a view
+
+
+def _tally_of(info: TensorInfo, blocks: Blocks) -> Tally:
     total = Tally()
-    for data in _blocks(info, read):
+    for data in blocks(info):
         total += tally(data, info.dtype, info.storage.byteorder)
     return total
 
 
-def _blocks(info: TensorInfo, read: Read) -> Iterator[bytes | bytearray]:
-    """Yield the elements in whole numbers of them."""
+@contextmanager
+def _blocks_of(storage: Storage, views: list[TensorInfo], readers: Readers) -> Iterator[Blocks]:
+    """Give what reads the elements of views of one storage; it is spooled only where it must be."""
+    contiguous = all(is_contiguous(info.shape, info.stride) for info in views)
+    if storage.packing is Packing.DEFLATED and contiguous:
+        yield lambda info: _streamed(info, readers[storage.path])
+        return
+    with seekable(storage, readers) as read:
+        yield lambda info: _read_in_order(info, read)
+
+
+def _read_in_order(info: TensorInfo, read: Read) -> Iterator[bytes | bytearray]:
     if not is_contiguous(info.shape, info.stride):
         yield from gather(info, read, BLOCK)
         return
     for start in range(0, info.nbytes, BLOCK):
         yield read(info.start + start, min(BLOCK, info.nbytes - start))
+
+
+def _streamed(info: TensorInfo, reader: Reader) -> Iterator[bytes]:
+    position, stop, rest = 0, info.start + info.nbytes, b""
+    for data in unpacked(info.storage, reader):
+        part = rest + data[max(0, info.start - position) : max(0, stop - position)]
+        position += len(data)
+        cut = len(part) - len(part) % info.dtype.itemsize
+        rest = part[cut:]
+        yield part[:cut]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -110,7 +110,6 @@ FOREIGN = frozenset(
     | _names("decimal", "Decimal")
     | _names("fractions", "Fraction")
     | _names("functools", "partial")
-    | _names("_io", "BytesIO")  # a buffer in memory: `_extra_state` of Megatron core
     | _names("pathlib", _PATHS)
     | _names("pathlib._local", _PATHS)
     | _names("re", "_compile")
@@ -150,10 +149,6 @@ FOREIGN = frozenset(
         "Metadata MetadataIndex TensorProperties "
         "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata StorageMeta "
         "_MEM_FORMAT_ENCODING",
-    )
-    | _names(f"{_DISTRIBUTED}.checkpoint.filesystem", "_StorageInfo")
-    | _names(
-        f"{_DISTRIBUTED}._shard.sharded_tensor.metadata", "TensorProperties MEM_FORMAT_ENCODING"
     )
 )
 
@@ -277,6 +272,9 @@ def _walk(tree: Node) -> Iterator[Node]:
 _LEAVES = (str, int, float, bytes, type(None), Global)
 
 
+_LONGEST_KEY = 200  # characters that are shown of one
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """A dangerous call, or a name that nothing calls (`arguments` None), as people read it.
@@ -299,7 +297,7 @@ class Call:
 
 def evidence(verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int = 8) -> list[Call]:
     """List the dangerous calls with their arguments, then names that nothing calls."""
-    found: list[Call] = []
+    found: list[tuple[Node, Global, tuple[str, ...] | None, int]] = []
     named: set[Global] = set()
     for call in calls:
         callee = call.callee
@@ -307,11 +305,15 @@ def evidence(verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int =
             named.add(callee)
             if len(found) < limit:
                 arguments = tuple(_shown(argument) for argument in call.args)
-                found.append(Call(callee, arguments, call.offset, _where(tree, call)))
+                found.append((call, callee, arguments, call.offset))
     for name, offset in verdict.dangerous.items():
         if name not in named and len(found) < limit:
-            found.append(Call(name, None, offset, _where(tree, name)))
-    return found
+            found.append((name, name, None, offset))
+    where = _where(tree, [node for node, *_ in found])
+    return [
+        Call(callee, arguments, offset, where.get(id(node), ""))
+        for node, callee, arguments, offset in found
+    ]
 
 
 def evidence_lines(
@@ -341,22 +343,37 @@ def _shown(node: Node) -> str:
             return "..."
 
 
-def _where(tree: Node, wanted: Node) -> str:
-    """Name the keys above a node, the first way to it."""
+_Way = tuple[Any, str] | None  # the way to the parent, and a key
+
+
+def _where(tree: Node, wanted: Sequence[Node]) -> dict[int, str]:
+    """Name the keys above nodes, the first way to each, by their `id`."""
+    left = {id(node) for node in wanted}
+    found: dict[int, str] = {}
     seen: set[int] = set()
-    stack: list[tuple[str, Node]] = [("", tree)]
-    while stack:
-        path, node = stack.pop()
-        if node is wanted:
-            return path
+    stack: list[tuple[_Way, Node]] = [(None, tree)]
+    while stack and left:
+        way, node = stack.pop()
+        if id(node) in left:
+            left.discard(id(node))
+            found[id(node)] = _dotted(way)
         if isinstance(node, _LEAVES) or id(node) in seen:
             continue
         seen.add(id(node))
         keyed = {id(value): key for key, value in _keyed(node) if isinstance(key, str)}
         for child in children(node):
             key = keyed.get(id(child))
-            stack.append((f"{path}.{key}".lstrip(".") if key else path, child))
-    return ""
+            stack.append(((way, key) if key else way, child))
+    return found
+
+
+def _dotted(way: _Way) -> str:
+    """Write a way; joined only here, as keys may be long and ways many."""
+    keys: list[str] = []
+    while way is not None:
+        way, key = way
+        keys.append(key[:_LONGEST_KEY])
+    return ".".join(reversed(keys))
 
 
 def _keyed(node: Node) -> Pairs:

@@ -28,31 +28,37 @@ MARKER = "ckptool-was-executed"
 # Hostile files that cannot be read: every command says the same, exit 3.
 REFUSED = {
     "malformed": """
-        absolute_name.pth bool_size.pth byteorder_empty.pth byteorder_unknown.pth
-        bytes_1_tib.pth bytes_after.pth case_variant_names.pth crlf.pth dimensions_65.pth
-        duplicate_keys_differ.pth duplicate_names.pth false_end_record.pth float_size.pth
-        in_persistent_id.pth inflate_bomb.pth legacy_duplicate_key.pth legacy_extra_key.pth
-        legacy_module_call.pth legacy_no_keys.pth legacy_protocol_1002.pth legacy_truncated.pth
-        legacy_view_beyond.pth legacy_wrong_count.pth local_name_differs.pth long_negative.pth
-        long_storage.pth lossy_utf8.pth memo_undefined.pth missing_mark.pth missing_storage.pth
+        absolute_name.pth bool_size.pth byteorder_empty.pth byteorder_unknown.pth bytes_1_tib.pth
+        bytes_after.pth case_variant_names.pth crlf.pth dimensions_65.pth duplicate_keys_differ.pth
+        duplicate_names.pth false_end_record.pth float_size.pth forged_mark.pth
+        header_beyond_file.pth in_persistent_id.pth inflate_bomb.pth legacy_duplicate_key.pth
+        legacy_extra_key.pth legacy_module_call.pth legacy_no_keys.pth legacy_protocol_1002.pth
+        legacy_truncated.pth legacy_view_beyond.pth legacy_wrong_count.pth local_crc_differs.pth
+        local_extra_beyond.pth local_method_differs.pth local_name_differs.pth
+        local_size_differs.pth long_negative.pth long_storage.pth lossy_utf8.pth low_count.pth
+        member_inside_member.pth memo_undefined.pth missing_mark.pth missing_storage.pth
         negative_numel.pth negative_offset.pth negative_size.pth negative_stride.pth no_stop.pth
-        none_size.pth nul_name.pth numel_2_63.pth odd_setitems.pth offset_beyond_storage.pth
-        overlapping_members.pth persistent_id_arity.pth persistent_id_path.pth
-        persistent_id_text.pth rank_mismatch.pth safetensors_duplicate_escaped.safetensors
-        safetensors_duplicate_key.safetensors safetensors_end_before_begin.safetensors
-        safetensors_float_offset.safetensors safetensors_gap.safetensors
-        safetensors_header_beyond_file.safetensors safetensors_metadata_number.safetensors
-        safetensors_missing_field.safetensors safetensors_nan_token.safetensors
-        safetensors_negative_shape.safetensors safetensors_not_json.safetensors
-        safetensors_not_utf8.safetensors safetensors_overlap.safetensors
-        safetensors_shape_mismatch.safetensors safetensors_shape_overflow.safetensors
-        safetensors_trailing.safetensors safetensors_trailing_json.safetensors
-        safetensors_truncated.safetensors setitem_on_tensor.pth short_storage.pth size_2_63.pth
-        size_beyond_storage.pth stack_underflow.pth storage_is_text.pth
-        stride_beyond_storage.pth truncated.pth truncated_end.pth two_dtypes_one_storage.pth
-        two_lengths_one_storage.pth two_roots.pth two_stops.pth unicode_2_63.pth
-        unknown_opcode.pth unknown_storage_class.pth wrapping_sizes.pth wrong_count.pth
-        zero_size_huge.pth zip_slip.pth
+        none_size.pth nul_name.pth numel_2_63.pth odd_setitems.pth offset_2_63.pth
+        offset_beyond_storage.pth overlapping_members.pth persistent_id_arity.pth
+        persistent_id_number.pth persistent_id_path.pth persistent_id_text.pth rank_mismatch.pth
+        safetensors_duplicate_escaped.safetensors safetensors_duplicate_key.safetensors
+        safetensors_end_before_begin.safetensors safetensors_float_offset.safetensors
+        safetensors_gap.safetensors safetensors_header_beyond_file.safetensors
+        safetensors_metadata_number.safetensors safetensors_missing_field.safetensors
+        safetensors_nan_token.safetensors safetensors_negative_shape.safetensors
+        safetensors_not_json.safetensors safetensors_not_utf8.safetensors
+        safetensors_overlap.safetensors safetensors_shape_mismatch.safetensors
+        safetensors_shape_overflow.safetensors safetensors_trailing.safetensors
+        safetensors_trailing_json.safetensors safetensors_truncated.safetensors
+        setitem_on_tensor.pth short_storage.pth size_2_63.pth size_beyond_file.pth
+        size_beyond_storage.pth stack_underflow.pth storage_is_text.pth stored_two_sizes.pth
+        stride_2_63.pth stride_beyond_storage.pth truncated.pth truncated_end.pth
+        two_dtypes_one_storage.pth two_lengths_one_storage.pth two_roots.pth two_stops.pth
+        unicode_2_63.pth unknown_opcode.pth unknown_storage_class.pth wrapping_sizes.pth
+        wrong_count.pth zero_size_huge.pth zip64_disagrees.pth zip64_end_beyond.pth
+        zip64_end_elsewhere.pth zip64_field_beyond.pth zip64_huge_directory.pth zip64_no_end.pth
+        zip64_no_sizes.pth zip64_short_field.pth zip64_size_2_63.pth zip64_without_locator.pth
+        zip_slip.pth
     """,
     "not-a-checkpoint": """
         bare_pickle.pkl bytes_before.pth empty_file.pth float_dump.bin gguf.gguf gzip.pth
@@ -65,7 +71,7 @@ REFUSED = {
     """,
     "unsupported": """
         bzip2_member.pth encrypted.pth extension_code.pth lzma_member.pth next_buffer.pth
-        safetensors_unknown_dtype.safetensors torchscript.pt
+        safetensors_unknown_dtype.safetensors torchscript.pt patched.pth two_volumes.pth
     """,
     "limit-exceeded": """
         deep_key.pth deep_list.pth deep_tuple.pth safetensors_deep_json.safetensors
@@ -106,18 +112,28 @@ DANGEROUS = {
 HARMLESS = {
     "billion_dups.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
     "billion_laughs.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
+    "bytes_between.pth": ("ok", "ok", "ok", "ok"),
     "colliding_keys.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
     "crc_mismatch.pth": ("ok", "malformed", "malformed", "malformed"),
     "cycle.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
     "cyclic_state_dict.pth": ("ok", "ok", "not-representable", "ok"),
+    "descriptor_absent.pth": ("ok", "ok", "ok", "ok"),
+    "descriptor_wrong.pth": ("ok", "ok", "ok", "ok"),
     "frame_straddles.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
+    "inflate_garbage.pth": ("ok", "malformed", "malformed", "malformed"),
     "inflate_lies.pth": ("ok", "malformed", "malformed", "malformed"),
+    "inflate_short.pth": ("ok", "malformed", "malformed", "malformed"),
     "legacy_big_endian.pth": ("ok", "ok", "ok", "ok"),
     "legacy_sixth_pickle.pth": ("ok", "ok", "ok", "ok"),
+    "legacy_unsorted_keys.pth": ("ok", "ok", "ok", "ok"),
+    "local_extra_shifts.pth": ("ok", "malformed", "malformed", "malformed"),
     "long_many_digits.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
     "memo_far.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
     "missing_version.pth": ("ok", "ok", "ok", "ok"),
+    "odd_keys.pth": ("ok", "ok", "not-representable", "ok"),
     "safetensors_metadata_null.safetensors": ("ok", "ok", "ok", "ok"),
+    "safetensors_odd_keys.safetensors": ("ok", "ok", "ok", "ok"),
+    "zip64_sizes.pth": ("ok", "ok", "ok", "ok"),
 }
 # The four commands of the tables below, in the order of their columns.
 COMMANDS: tuple[tuple[str, ...], ...] = (

@@ -27,6 +27,7 @@ NEVER = (
 )  # fmt: skip
 COMMANDS: tuple[tuple[str | None, ...], ...] = (  # None stands for the file
     ("keys", None), ("keys", "--all", "--json", None), ("keys", "--tree", None),
+    ("info", None), ("check", None), ("check", "--finite", "--sha256", "--json", None),
     ("convert", None, "out.pth"), ("convert", None, "out.safetensors"),
     ("convert", "--tensors-only", None, "out.pth"),
     ("convert", "--tensors-only", None, "out.safetensors"),

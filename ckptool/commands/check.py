@@ -9,6 +9,7 @@ import click
 
 from ckptool import talk
 from ckptool.commands._options import Command
+from ckptool.text import visible
 
 if TYPE_CHECKING:
     from ckptool.checking import Checked
@@ -39,7 +40,8 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
     results = []
     if not as_json and talk.on_terminal():
         talk.put([report_check.aligned(None, paths)])
-    for found in _checked(paths, quiet, how):
+    bugs: list[Exception] = []
+    for found in _checked(paths, quiet, how, bugs):
         results.append(found)
         if not as_json:
             wide = talk.on_terminal()
@@ -49,16 +51,26 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
     for found in results:
         _tell(found, quiet)
     talk.say(report_check.last_lines(results), quiet=quiet)
-    return max(found.status.exit_code for found in results)
+    if bugs:
+        raise bugs[0]
+    return max((found.status.exit_code for found in results), default=0)
 
 
-def _checked(paths: Sequence[str], quiet: bool, how: dict[str, bool]) -> Iterator[Checked]:
+def _checked(
+    paths: Sequence[str], quiet: bool, how: dict[str, bool], bugs: list[Exception]
+) -> Iterator[Checked]:
+    """Check one file after the other; a defect of ours at one of them hides none of the others."""
     from ckptool import checking
 
     for path in paths:
-        with talk.Progress(path, quiet=quiet) as progress:
-            found = checking.check(path, progress=progress.begin, **how)
-        yield found
+        try:
+            with talk.Progress(path, quiet=quiet) as progress:
+                found = checking.check(path, progress=progress.begin, **how)
+        except Exception as error:
+            talk.say([f"{visible(path)}: error[bug]: {type(error).__name__}: not checked"])
+            bugs.append(error)
+        else:
+            yield found
 
 
 def _tell(found: Checked, quiet: bool) -> None:

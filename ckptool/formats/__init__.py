@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ckptool.checkpoint import Checkpoint, refuse_deep
-from ckptool.errors import AmbiguousStateDict, FormatError, NotACheckpoint
-from ckptool.fileio import Reader
-from ckptool.formats import _others, dcp, safetensors, torch_legacy, torch_zip
+from ckptool.errors import AmbiguousStateDict, FormatError, NoSuchFile, NotACheckpoint
+from ckptool.fileio import Reader, reason
+from ckptool.formats import _others, safetensors, torch_legacy, torch_zip
 from ckptool.tree import Global, Object
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -57,15 +57,6 @@ FORMATS = (
         safetensors.read,
         writable=True,
     ),
-    Format(
-        "torch-dcp",
-        "distributed checkpoint",
-        (),
-        dcp.sniff,
-        dcp.read,
-        writable=False,
-        folder_patterns=(".metadata", "__*.metadata"),
-    ),
 )
 BY_NAME = {each.name: each for each in FORMATS}
 
@@ -91,12 +82,10 @@ def index_of(path: str) -> str:
     """
     if not os.path.isdir(path):
         return path
-    patterns = [pattern for each in FORMATS for pattern in each.folder_patterns]
-    found = [
-        name
-        for name in sorted(os.listdir(path))
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    ]
+    try:
+        found = sorted(filter(is_index, os.listdir(path)))
+    except OSError as error:
+        raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None
     if len(found) > 1:
         raise AmbiguousStateDict(
             f"{path} holds {len(found)} checkpoints: {', '.join(found)}", hint="name one of them"
@@ -108,6 +97,11 @@ def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:
     """Give what the pickle names and calls that a file is, or starts as, which is no checkpoint."""
     with Reader(path) as reader:
         return _others.pickled(reader, reader.read(0, min(HEAD, reader.nbytes)))
+
+
+def is_index(name: str) -> bool:
+    """Tell whether a file of that name stands for the folder that it is in."""
+    return any(fnmatchcase(name, pattern) for each in FORMATS for pattern in each.folder_patterns)
 
 
 @contextmanager
@@ -130,7 +124,7 @@ def _read(each: Format, reader: Reader) -> Checkpoint:
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path
-        if type(error) is not NotACheckpoint and str(error.path) not in error.message:
+        if type(error) is not NotACheckpoint and reader.path not in error.message:
             place = f", byte {error.offset}" if error.offset is not None else ""
-            error.message = f"{error.path} ({each.title}{place}): {error.message}"
+            error.message = f"{reader.path} ({each.title}{place}): {error.message}"
         raise
