@@ -4,6 +4,7 @@
     python tests/fuzz/run.py --minutes 10 --seed 7 --containers zip,legacy --commands convert
     python tests/fuzz/run.py --case good/plain.pth@7.123   (one case again, in this process)
     python tests/fuzz/run.py --corpus                      (the cases of corpus.txt)
+    python tests/fuzz/run.py --minutes 10 --torch          (ask torch, see agree.py)
     python tests/fuzz/run.py --minutes 1 --collect         (add new kinds of outcome to corpus.txt)
 
 Cases run in a process of their own, which is ended where a command hangs and started again after
@@ -52,6 +53,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, help="append one line of JSON about the run")
     parser.add_argument("--collect", action="store_true")
     parser.add_argument("--corpus", action="store_true")
+    parser.add_argument("--torch", action="store_true", help="ask torch, see agree.py")
     parser.add_argument("--case", action="append", default=[])
     parser.add_argument("--keep", type=Path, help="with --case: write the damaged file there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -70,15 +72,16 @@ def work(job: dict[str, Any]) -> int:
     """Run cases, a line of JSON on stdout before and after each."""
     import resource
 
-    from cases import Bench, draw, fixtures, parsed
+    from cases import draw, fixtures, parsed
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    limit = MEMORY * (4 if job["torch"] else 1)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     tell = os.fdopen(os.dup(1), "w", buffering=1)
     names = fixtures(job["containers"])
     corpus = [parsed(name) for name in job["corpus"]]
     number = job["first"]
     with tempfile.TemporaryDirectory(dir=_quick_folder()) as place:
-        bench = Bench(Path(place))
+        bench = make_bench(Path(place), job["torch"])
         while number < job["end"]:
             case = corpus[number] if corpus else draw(names, job["seed"], number)
             tell.write(json.dumps({"begin": number, "case": str(case)}) + "\n")
@@ -91,6 +94,17 @@ def work(job: dict[str, Any]) -> int:
             tell.write(json.dumps(done) + "\n")
             number += job["step"]
     return 0
+
+
+def make_bench(place: Path, ask_torch: bool) -> Any:
+    """Make what runs a case."""
+    if ask_torch:
+        from agree import Judge
+
+        return Judge(place)
+    from cases import Bench
+
+    return Bench(place)
 
 
 def _quick_folder() -> str | None:
@@ -134,7 +148,9 @@ def fuzz(given: argparse.Namespace) -> int:
         f"{len(tally.findings)} findings"
     )
     for what, cases in tally.findings.items():
-        print(f"  {len(cases)} x {what}\n      python tests/fuzz/run.py --case {cases[0]}")
+        print(
+            f"  {len(cases)} x {what}\n      python tests/fuzz/run.py {'--torch ' * given.torch}--case {cases[0]}"
+        )
     if given.collect:
         collect(tally)
     if given.log:
@@ -157,6 +173,7 @@ def supervise(
     number = first
     while number < end and time.monotonic() < deadline:
         job = {
+            "torch": given.torch,
             "seed": given.seed, "first": number, "step": given.jobs, "end": end, "corpus": corpus,
             "containers": [each for each in given.containers.split(",") if each],
             "commands": [each for each in given.commands.split(",") if each],
@@ -259,11 +276,11 @@ def collect(tally: Tally) -> None:
 
 def again(given: argparse.Namespace) -> int:
     """Run named cases in this process, and say all about them."""
-    from cases import Bench, make, parsed
+    from cases import make, parsed
 
     found = 0
     with tempfile.TemporaryDirectory(dir=_quick_folder()) as place:
-        bench = Bench(Path(place))
+        bench = make_bench(Path(place), given.torch)
         for name in given.case:
             if given.keep:
                 given.keep.mkdir(parents=True, exist_ok=True)
