@@ -159,7 +159,9 @@ def _edit_state(
         if plan.container == "safetensors" and metadata is not None:
             plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
     else:
-        plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, state.at, node))
+        # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
+        if changed or metadata is not state.metadata or not _is_whole(like, entries):
+            plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, state.at, node))
         if changed:
             plan.notes += [
                 f"the same state_dict also stands at `{places.dotted(other)}`: that keeps its keys"
@@ -187,6 +189,12 @@ def _no_part(model: Node, state: StateDict) -> list[str]:
         f"{counted(len(others), 'tensor')} of the model not in its state_dict "
         "(buffers that are not persistent, other attributes)"
     ]
+
+
+def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
+    """Tell whether entries are those of a node as they stand, none joined and none twice."""
+    pairs = places.text_items(node) or []
+    return len(pairs) == len(entries) and all(entries.get(key) is value for key, value in pairs)
 
 
 def _has_optimizer(tree: Node) -> bool:

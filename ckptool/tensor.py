@@ -315,6 +315,16 @@ def needs_swap(storage: Storage, width: int) -> bool:
 
 
 _FLIP_SIGN = bytes(byte ^ 0x80 for byte in range(256))
+# What torch conjugates and negates (aten/src/ATen/native/cpu/UnaryOpsKernel.cpp, `neg_kernel`).
+_COMPLEX = {DType.C128, DType.C64, DType.C32}
+_NEGATED_BY_SIGN = {DType.F64, DType.F32, DType.BF16, DType.F16} | _COMPLEX
+_NEGATED_BY_COMPLEMENT = {DType.I64, DType.I32, DType.I16, DType.I8, DType.U8}
+
+
+def is_resolvable(info: TensorInfo) -> bool:
+    """Tell whether torch could do the pending operations of a tensor."""
+    negated = info.dtype in _NEGATED_BY_SIGN | _NEGATED_BY_COMPLEMENT or "neg" not in info.lazy
+    return negated and (info.dtype in _COMPLEX or "conj" not in info.lazy)
 
 
 def settled(block: bytes | bytearray, info: TensorInfo) -> bytes | bytearray:
@@ -326,9 +336,13 @@ def settled(block: bytes | bytearray, info: TensorInfo) -> bytes | bytearray:
 
 
 def _resolved(block: bytearray, info: TensorInfo) -> bytearray:
-    """Do torch's pending conjugation and negation: flip the sign bits that they mean."""
+    """Do torch's pending conjugation and negation."""
     width = info.dtype.swap
-    if "neg" in info.lazy:
+    if "neg" in info.lazy and info.dtype in _NEGATED_BY_COMPLEMENT:
+        for at in range(0, len(block), width):
+            value = -int.from_bytes(block[at : at + width], "little") % (1 << 8 * width)
+            block[at : at + width] = value.to_bytes(width, "little")
+    elif "neg" in info.lazy:
         block[width - 1 :: width] = block[width - 1 :: width].translate(_FLIP_SIGN)
     if "conj" in info.lazy:
         step = 2 * width

@@ -29,6 +29,7 @@ _BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
 _PATCHED = 0x0020
 _DESCRIPTOR = 0x0008
+_FOLDER = 0x10  # of MS-DOS: miniz, and so torch, reads no byte of such a record, whoever wrote it
 _LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
 
 
@@ -162,7 +163,7 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             comment_size,
             _,
             _,
-            _,
+            attributes,
             header,
         ) = fields
         name_at = position + _CENTRAL.size
@@ -173,6 +174,8 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             extra = data[extra_at : extra_at + extra_size]
             nbytes, packed, header = _wide(reader, extra, (nbytes, packed, header), base + position)
         name = _text(data[name_at:extra_at])
+        if attributes & _FOLDER and nbytes:
+            _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
         start = _data_start(
             reader, data[name_at:extra_at], flags, method, (crc32, packed, nbytes), header
         )

@@ -30,6 +30,7 @@ from ckptool.tensor import (
     contiguous_stride,
     gather,
     is_contiguous,
+    is_resolvable,
     needs_swap,
     settled,
 )
@@ -237,6 +238,8 @@ def _unfit(key: str, value: Node) -> str:
         return "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
+    if value.lazy and not is_resolvable(value):
+        return f"a pending operation that torch does not do on {value.dtype.torch_name}"
     if key == "__metadata__":
         return "its name is taken by the format"
     if value.dtype is DType.F4 and not value.shape:

@@ -148,9 +148,8 @@ def fuzz(given: argparse.Namespace) -> int:
         f"{len(tally.findings)} findings"
     )
     for what, cases in tally.findings.items():
-        print(
-            f"  {len(cases)} x {what}\n      python tests/fuzz/run.py {'--torch ' * given.torch}--case {cases[0]}"
-        )
+        print(f"  {len(cases)} x {what}")
+        print(f"      python tests/fuzz/run.py {'--torch ' * given.torch}--case {cases[0]}")
     if given.collect:
         collect(tally)
     if given.log:
