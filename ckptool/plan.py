@@ -160,7 +160,7 @@ def _edit_state(
             plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
     else:
         # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
-        if changed or metadata is not state.metadata or not _is_whole(like, entries):
+        if changed or metadata is not state.metadata or not _is_whole(original, entries):
             plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, state.at, node))
         if changed:
             plan.notes += [
