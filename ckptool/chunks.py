@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, product
 from math import prod
+from operator import itemgetter
 
+from ckptool.errors import LimitExceeded
 from ckptool.tensor import Chunk, Chunked, Read, TensorInfo, contiguous_stride, gather
 
 BLOCK = 1 << 20
@@ -142,3 +145,48 @@ def _unravelled(index: int, shape: Sequence[int]) -> list[int]:
         here, index = divmod(index, step)
         indices.append(here)
     return indices
+
+
+MAX_CUT = 6  # dimensions that a tensor is cut along; each doubles the corners of a box
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins in each dimension, its sizes
+
+
+def tiling_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str:
+    """Say in words why boxes do not cover a tensor exactly; an empty string where they do.
+
+    The corners of a box, signed, are the mixed derivative of the function that is one in it: those
+    of all boxes sum to those of the whole where they tile it, and only there. The boxes lie in the
+    tensor. Raises `LimitExceeded` for a tensor cut along many dimensions.
+    """
+    whole = (tuple(0 for _ in shape), shape)
+    if 0 in shape:
+        return ""
+    cut = [
+        dimension
+        for dimension, size in enumerate(shape)
+        if any((begins[dimension], sizes[dimension]) != (0, size) for begins, sizes in boxes)
+    ]
+    if len(cut) > MAX_CUT:
+        raise LimitExceeded(f"a tensor cut along {len(cut)} dimensions")
+    corners = [*_corners(whole, cut, -1)]
+    for box in boxes:
+        corners += _corners(box, cut, 1)
+    corners.sort()
+    sums = [sum(sign for _, sign in same) for _, same in groupby(corners, key=itemgetter(0))]
+    if not any(sums):
+        return ""
+    held, total = sum(prod(sizes) for _, sizes in boxes), prod(shape)
+    if held == total:
+        return "overlap, and leave a gap elsewhere"
+    return f"{'overlap' if held > total else 'leave a gap'}: they hold {held} of {total} elements"
+
+
+def _corners(box: Box, cut: Sequence[int], sign: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    begins, sizes = box
+    for ends in product((0, 1), repeat=len(cut)):
+        point = tuple(
+            begins[dimension] + end * sizes[dimension]
+            for dimension, end in zip(cut, ends, strict=True)
+        )
+        yield point, sign if sum(ends) % 2 == 0 else -sign

@@ -110,6 +110,7 @@ FOREIGN = frozenset(
     | _names("decimal", "Decimal")
     | _names("fractions", "Fraction")
     | _names("functools", "partial")
+    | _names("_io", "BytesIO")  # a buffer in memory: `_extra_state` of Megatron core
     | _names("pathlib", _PATHS)
     | _names("pathlib._local", _PATHS)
     | _names("re", "_compile")
@@ -149,6 +150,10 @@ FOREIGN = frozenset(
         "Metadata MetadataIndex TensorProperties "
         "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata StorageMeta "
         "_MEM_FORMAT_ENCODING",
+    )
+    | _names(f"{_DISTRIBUTED}.checkpoint.filesystem", "_StorageInfo")
+    | _names(
+        f"{_DISTRIBUTED}._shard.sharded_tensor.metadata", "TensorProperties MEM_FORMAT_ENCODING"
     )
 )
 

@@ -128,6 +128,10 @@ def _in_place(
     if options.in_place:
         if target is not None:
             raise EditError("--in-place takes the input alone, without an output")
+        if os.path.isdir(source):
+            raise EditError(
+                f"{source} is a folder: --in-place replaces one file", hint="name an output"
+            )
         return source, replace(options, force=True)
     if target is None:
         raise EditError("no output was named", hint="name one, or use --in-place")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from ckptool.chunks import tiling_problem
 from ckptool.copying import Copy, run_jobs
 from ckptool.dtype import DType
-from ckptool.errors import Malformed
+from ckptool.errors import LimitExceeded, Malformed
 from ckptool.fileio import Readers, fill
 from ckptool.tensor import Chunk, Chunked, Packing, Storage, TensorInfo
 
@@ -95,3 +96,53 @@ def test_a_copy_checks_every_chunk(tmp_path: Path, axis: int) -> None:
     (tmp_path / "chunks").write_bytes(raw)
     with pytest.raises(Malformed, match="storage 1 do not match"):
         run_jobs([Copy(storage, None)], None, lambda nbytes: None)
+
+
+# Do boxes tile a tensor?
+
+
+def counts(shape: tuple[int, ...], boxes: list) -> np.ndarray:
+    """Count how many boxes hold each element."""
+    held = np.zeros(shape, int)
+    for begins, sizes in boxes:
+        held[tuple(slice(b, b + s) for b, s in zip(begins, sizes, strict=True))] += 1
+    return held
+
+
+@given(st.data())
+def test_a_cut_tiles_and_no_other_set_of_boxes_does(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 5), max_size=3).map(tuple))
+    boxes = [
+        (tuple(begin for begin, _ in box), tuple(end - begin for begin, end in box))
+        for box in product(*(cuts(data.draw, size) for size in shape))
+    ]
+    assert tiling_problem(shape, boxes) == ""
+    for _ in range(data.draw(st.integers(1, 2))):
+        at = data.draw(st.integers(0, len(boxes) - 1))
+        begins = tuple(data.draw(st.integers(0, size)) for size in shape)
+        sizes = tuple(
+            data.draw(st.integers(0, size - begin))
+            for size, begin in zip(shape, begins, strict=True)
+        )
+        boxes[at] = (begins, sizes)
+    assert (tiling_problem(shape, boxes) == "") == bool((counts(shape, boxes) == 1).all())
+
+
+def test_boxes_around_a_middle_tile() -> None:
+    """No straight cut goes through these five."""
+    boxes = [
+        ((0, 0), (1, 2)),
+        ((0, 2), (2, 1)),
+        ((2, 1), (1, 2)),
+        ((1, 0), (2, 1)),
+        ((1, 1), (1, 1)),
+    ]
+    assert tiling_problem((3, 3), boxes) == ""
+    assert "leave a gap: they hold 8 of 9" in tiling_problem((3, 3), boxes[:-1])
+
+
+def test_a_tensor_cut_along_many_dimensions_is_refused() -> None:
+    """Each dimension doubles the corners of a box."""
+    shape = (2,) * 20
+    with pytest.raises(LimitExceeded):
+        tiling_problem(shape, [((0,) * 20, (1,) * 20)])

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
@@ -32,7 +34,8 @@ ROWS = json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else []
 READ = ("zip-torch", "legacy-pickle (magic)", "whole-model pickle in legacy-pickle", "safetensors")
 READABLE = [row for row in ROWS if row["format"] in READ]
 TORCH_FILES = [row for row in READABLE if row["format"] != "safetensors"]
-OTHERS = [row for row in ROWS if row["format"] not in READ]
+INDICES = [row for row in ROWS if row["format"].startswith("DCP .metadata")]
+OTHERS = [row for row in ROWS if row["format"] not in READ and row not in INDICES]
 
 # What a file in a container that is not read yet is called.
 NAMED = {
@@ -41,7 +44,6 @@ NAMED = {
     "tar.gz archive (other)": "gzip archive",
     "plain pickle (non-torch.save)": "plain pickle",
     "DCP shard (concatenated zips)": "shard (.distcp) of a distributed checkpoint",
-    "DCP .metadata (plain pickle p4)": "metadata of a distributed checkpoint",
     "other: git-LFS pointer": "git-LFS pointer",
     "other: JSON": "JSON text",
 }
@@ -239,6 +241,59 @@ def test_wrapped_checkpoints_are_unwrapped(row: dict[str, Any], tmp_path: Path) 
     state = original(row)["state_dict"]
     wanted = OrderedDict((key.removeprefix("module."), tensor) for key, tensor in state.items())
     assert judge.same(wanted, judge.load(out), metadata=False) == []
+
+
+# Distributed checkpoints.
+
+# What an index may name before torch is let near it: torch unpickles it, whatever is in it.
+INERT = re.compile(
+    r"torch (float32|Size)|torch\.serialization _get_layout|pathlib PosixPath"
+    r"|torch\.distributed\.(checkpoint|_shard\.sharded_tensor)\.(metadata|filesystem) \w+"
+)
+
+
+@each(INDICES)
+def test_a_folder_holds_what_torch_loads(
+    row: dict[str, Any], tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    folder = (FOLDER / row["path"]).parent
+    assert all(INERT.fullmatch(each) for each in named((folder / ".metadata").read_bytes()))
+    out = tmp_path / "out.pth"
+    assert run("convert", folder, out, "--no-sync", "--tensors-only").code == 0
+    reader = dcp.FileSystemReader(folder)
+    known = reader.read_metadata().state_dict_metadata
+    keys = {key for key, value in known.items() if hasattr(value, "chunks")}
+    wanted: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys=keys)
+    planner._should_include_key = lambda key, metadata: key in keys
+    _load_state_dict(wanted, storage_reader=reader, planner=planner, no_dist=True)
+    found = judge.tensors(judge.load(out))
+    assert list(found) == list(judge.tensors(wanted))
+    for key, tensor in judge.tensors(wanted).items():
+        assert judge.same(found[key], tensor, storage=False) == []
+
+
+def named(data: bytes) -> set[str]:
+    """List what a pickle of protocol 4 names: `module name`, of the texts before each global."""
+    texts: list[str] = []
+    memo: list[Any] = []
+    found = set()
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("GLOBAL", "INST"):
+            found.add(argument)
+        elif "UNICODE" in opcode.name:
+            texts.append(argument)
+        elif opcode.name in ("BINGET", "LONG_BINGET"):
+            texts.append(memo[argument])
+        elif opcode.name == "MEMOIZE":
+            memo.append(texts[-1] if texts else "")
+        elif opcode.name == "STACK_GLOBAL":
+            found.add(" ".join(texts[-2:]))
+    return found
 
 
 # What is not read.

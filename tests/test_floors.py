@@ -40,6 +40,7 @@ FLOORS = (
 SIDEWAYS = (
     ("formats/*.py", "formats/_*.py"),
     ("formats/__init__.py", "formats/*.py"),
+    ("formats/dcp.py", "formats/torch_zip.py"),  # what is saved is a torch zip each
     ("model/*.py", "model/*.py"),
     ("commands/*.py", "commands/_*.py"),
     ("commands/transfer.py", "commands/convert.py"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ckptool.checkpoint import Checkpoint, refuse_deep
 from ckptool.errors import AmbiguousStateDict, FormatError, NoSuchFile, NotACheckpoint
 from ckptool.fileio import Reader, reason
-from ckptool.formats import _others, safetensors, torch_legacy, torch_zip
+from ckptool.formats import _others, dcp, safetensors, torch_legacy, torch_zip
 from ckptool.tree import Global, Object
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -56,6 +56,15 @@ FORMATS = (
         safetensors.sniff,
         safetensors.read,
         writable=True,
+    ),
+    Format(
+        "torch-dcp",
+        "distributed checkpoint",
+        (),
+        dcp.sniff,
+        dcp.read,
+        writable=False,
+        folder_patterns=(".metadata", "__*.metadata"),
     ),
 )
 BY_NAME = {each.name: each for each in FORMATS}
@@ -124,7 +133,7 @@ def _read(each: Format, reader: Reader) -> Checkpoint:
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path
-        if type(error) is not NotACheckpoint and reader.path not in error.message:
+        if type(error) is not NotACheckpoint and str(error.path) not in error.message:
             place = f", byte {error.offset}" if error.offset is not None else ""
-            error.message = f"{reader.path} ({each.title}{place}): {error.message}"
+            error.message = f"{error.path} ({each.title}{place}): {error.message}"
         raise

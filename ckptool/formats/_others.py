@@ -56,8 +56,6 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
     if head[:1] == b"\x08" and b"pytorch" in head[:256]:
         return f"an ONNX model ({size})", ""
     if _is_pickle(head):
-        if b"torch.distributed.checkpoint.metadata" in head:
-            return f"the metadata of a distributed checkpoint ({size})", _TORCH_HINT
         return f"a plain pickle ({size}) that torch.save did not write", _TORCH_HINT
     return _text(head, size)
 

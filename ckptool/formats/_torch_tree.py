@@ -196,7 +196,7 @@ def _is_old_tensor(node: Node) -> bool:
     )
 
 
-def _sizes(node: Node) -> tuple[int, ...] | None:
+def sizes_of(node: Node) -> tuple[int, ...] | None:
     """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
     if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
         node = node.args[0]
@@ -208,7 +208,7 @@ def _sizes(node: Node) -> tuple[int, ...] | None:
     return tuple(node)
 
 
-def _dtype(node: Node) -> DType | None:
+def dtype_of(node: Node) -> DType | None:
     if isinstance(node, Global) and node.module == "torch":
         return BY_TORCH_NAME.get(node.name)
     return None
@@ -226,12 +226,12 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
     view = storage if isinstance(storage, StorageView) else None
     if view is not None and type(start) is int:
         storage, start = view.storage, start + view.offset
-    shape, stride = (_sizes(args[2]), _sizes(args[3])) if len(args) > 3 else (None, None)
+    shape, stride = (sizes_of(args[2]), sizes_of(args[3])) if len(args) > 3 else (None, None)
     if not isinstance(storage, Storage) or type(start) is not int:
         raise Malformed("a tensor without a storage", offset=offset)
     if shape is None or stride is None:
         raise Malformed("a tensor whose size or stride is not a tuple of numbers", offset=offset)
-    dtype = _dtype(args[6]) if name == "_rebuild_tensor_v3" and len(args) > 6 else storage.dtype
+    dtype = dtype_of(args[6]) if name == "_rebuild_tensor_v3" and len(args) > 6 else storage.dtype
     if dtype is None:
         raise Malformed("a tensor without a dtype", offset=offset)
     metadata = args[metadata_at] if metadata_at and len(args) > metadata_at else None
@@ -335,7 +335,7 @@ def _sparse(node: Object) -> CompositeTensor | None:
     match node.args:
         case (layout, tuple() as data):
             parts = tuple(part for part in data if isinstance(part, TensorInfo))
-            sizes = [size for part in data if (size := _sizes(part)) is not None]
+            sizes = [size for part in data if (size := sizes_of(part)) is not None]
             if len(parts) >= 2 and sizes:
                 values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
                 return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
@@ -352,7 +352,7 @@ def _nested(node: Object) -> CompositeTensor | None:
 def _meta(node: Object) -> CompositeTensor | None:
     match node.args:
         case (named, size, *_):
-            dtype, shape = _dtype(named), _sizes(size)
+            dtype, shape = dtype_of(named), sizes_of(size)
             if dtype is not None and shape is not None:
                 return CompositeTensor("meta", dtype, shape, (), node)
     return None

@@ -129,10 +129,10 @@ def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> None:
     moved = here - stop  # where the last of several archives starts
     if moved > 0 and reader.read(here, 4) == b"PK\6\6" and reader.read(moved, 4) == b"PK\3\4":
         raise Unsupported(
-            "zip archives one behind another, as in a shard (.distcp) of a distributed checkpoint; "
-            "such checkpoints are not read yet",
+            "zip archives one behind another, as in a shard (.distcp) of a distributed checkpoint",
             path=reader.path,
             offset=here,
+            hint="give the folder that it lies in, with its .metadata",
         )
     _fail(reader, "the zip64 end record is not where it should be", end_at)
 
