@@ -238,6 +238,11 @@ def ways(node: Node, effort: modules.Effort) -> Iterator[tuple[str, Node]]:
         yield from ((key, value) for key, value in pairs if isinstance(key, str))
 
 
+def is_no_state_dict(name: str) -> bool:
+    """Tell whether what has this name holds tensors that are no weights."""
+    return _matches(name, NOT_STATE_DICTS)
+
+
 def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
     """Give the one state_dict, or the one that `at` names (dotted; `.` is the whole file).
 

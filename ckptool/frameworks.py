@@ -142,16 +142,11 @@ _ROWS = (
         "state param_groups",
         note="it holds no weights; those are in another file",
     ),
-    _Row("Opacus", also=lambda shape: _all_start(shape.keys, "_module.")),
 )
 
 
-def _all_start(keys: Sequence[str], prefix: str) -> bool:
-    return bool(keys) and all(key.startswith(prefix) for key in keys)
-
-
 def recognise(checkpoint: Checkpoint, keys: Sequence[str]) -> Framework | None:
-    """Tell which framework a checkpoint looks like; `keys` are those of its state_dict."""
+    """Tell which framework a checkpoint looks like; `keys` have no wrapper prefixes any more."""
     tree = checkpoint.tree
     root = tree.callee if isinstance(tree, Object) else None
     kind = str(root) if isinstance(root, Global) else ""
@@ -171,5 +166,11 @@ def _seen(row: _Row, shape: Shape) -> list[str] | None:
         there = [name for name in names.split("|") if name in shape.top]
         if not there:
             return None
-        seen += there
+        seen += (_with_value(name, shape.top[name]) for name in there)
     return seen
+
+
+def _with_value(name: str, value: Node) -> str:
+    """Show the value of a version, as that tells most."""
+    plain = isinstance(value, str | int | float) and "version" in name
+    return f"{name} {str(value)[:20]}" if plain else name

@@ -89,7 +89,7 @@ def _facts(facts: Survey, style: _Style) -> list[Fact]:
     if facts.framework is not None:
         found.append(("looks like", _framework(facts.framework)))
     if checkpoint.program:
-        found.append(("inside", visible(checkpoint.program)))
+        found.append(("program", visible(checkpoint.program)))
     found += _places(facts, style)
     found += [
         ("dtype", label, style.count(total.count, "tensor"), style.size(total.nbytes))
@@ -98,7 +98,8 @@ def _facts(facts: Survey, style: _Style) -> list[Fact]:
     if facts.place is not None:
         found += [("keys", line) for line in _keys(facts.place)]
     found += [("layout", line) for line in _layout(facts, style)]
-    found += style.first([_beside(each, style) for each in facts.beside], MAX_BESIDE)
+    about = "beside" if facts.places else "inside"
+    found += style.first([_beside(about, each, style) for each in facts.beside], MAX_BESIDE)
     found += _shares(facts, style)
     found += [("__metadata__", visible(k), _cut(v)) for k, v in checkpoint.metadata.items()]
     found += _safety(facts, style)
@@ -128,8 +129,9 @@ def _framework(framework: Framework) -> str:
 
 def _places(facts: Survey, style: _Style) -> list[Fact]:
     if not facts.places:
+        holds = [("holds", visible(facts.root))]
         where = "none found; in the file" if facts.total.count else "none, and no tensors"
-        return [("state_dict", where, *_totals(facts.total, style))]
+        return [*holds, ("state_dict", where, *_totals(facts.total, style))]
     rows = [
         (
             "state_dict" if len(facts.places) == 1 else "candidate",
@@ -166,7 +168,7 @@ def _keys(place: Place) -> list[str]:
         if count:
             lines.append(f"{count} of {len(place.keys)} start with `{wrapper}` ({kind})")
         if inside:
-            lines.append(f"{inside} of {len(place.keys)} hold `.{wrapper}` ({kind})")
+            lines.append(f"{inside} of {len(place.keys)} hold `.{wrapper}`")
     return lines
 
 
@@ -191,8 +193,8 @@ def _layout(facts: Survey, style: _Style) -> Iterator[str]:
         yield f"`_metadata`, the versions of modules, is {there}"
 
 
-def _beside(each: Beside, style: _Style) -> Fact:
-    row = ("beside", visible(each.name), visible(each.what))
+def _beside(about: str, each: Beside, style: _Style) -> Fact:
+    row = (about, visible(each.name), visible(each.what))
     if not each.tensors:
         return row
     return (*row, style.count(each.tensors, "tensor"), style.size(each.nbytes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptool import checkpoint as places, edits
 from ckptool.edits import WRAPPERS
@@ -19,6 +19,7 @@ from ckptool.text import counted, listed, percent, quoted, readable
 WORTH = 0.1  # share of the file from which what stands beside the weights is worth leaving out
 LOST = 0.01  # share of the file from which bytes that nothing uses are
 LOST_NBYTES = 1 << 20
+WORDS = 1 << 10  # below this no share is worth words
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pkl", ".safetensors")
 MAX_EXPANSION = 4  # of a conversion, as surgery allows it
 SMALL = 1 << 20
@@ -36,15 +37,14 @@ class Suggestion:
 class Advice:
     """A command in the making: the output is the input's name, `tag` and `suffix`.
 
-    `whole` says that what stands beside the state_dict is carried along.
+    Without a suffix of its own it gets that of the input's container.
     """
 
     reason: str
     verb: str
     options: tuple[str, ...] = ()
     tag: str = ""
-    suffix: str = ".pth"
-    whole: bool = False
+    suffix: str = ""
 
 
 def suggestions(facts: Survey) -> list[Suggestion]:
@@ -68,7 +68,8 @@ def _command(facts: Survey, advice: Advice, taken: set[str]) -> str:
         return " ".join([*words, _argument(path)])
     if facts.verdict.dangerous and advice.suffix != ".safetensors":
         words += [] if "--tensors-only" in advice.options else ["--tensors-only"]
-    target = _free(path, advice, taken)
+    own = ".safetensors" if facts.checkpoint.container == "safetensors" else ".pth"
+    target = _free(path, advice.tag, advice.suffix or own, taken)
     taken.add(target)
     return " ".join([*words, _argument(path), _argument(target)])
 
@@ -77,7 +78,7 @@ def _argument(path: str) -> str:
     return quoted(f".{os.sep}{path}" if path.startswith("-") else path)
 
 
-def _free(path: str, advice: Advice, taken: set[str]) -> str:
+def _free(path: str, tag: str, suffix: str, taken: set[str]) -> str:
     """Name an output that does not exist yet: beside the input, or here where that is closed."""
     folder, name = os.path.split(path)
     stem = name
@@ -85,10 +86,10 @@ def _free(path: str, advice: Advice, taken: set[str]) -> str:
         stem = os.path.splitext(stem)[0]
     if not os.access(folder or ".", os.W_OK):
         folder = ""
-    tag = f".{advice.tag}" if advice.tag else ""
+    stem += f".{tag}" if tag else ""
     for number in range(1, 1000):
         again = f"-{number}" if number > 1 else ""
-        target = os.path.join(folder, f"{stem}{tag}{again}{advice.suffix}")
+        target = os.path.join(folder, f"{stem}{again}{suffix}")
         if target not in taken and not os.path.lexists(target):
             break
     return target
@@ -113,17 +114,43 @@ def _several(facts: Survey) -> Advised:
     if len(facts.places) < 2:
         return
     largest = max(place.total.nbytes for place in facts.places)
-    likely = [place for place in facts.places if 2 * place.total.nbytes >= largest]
+    likely = [
+        place
+        for place in facts.places
+        if place.total.count > 1 or 2 * place.total.nbytes >= largest
+    ]
     for place in likely[:4]:
         name = places.dotted(place.at) or "."
+        averaged = _averaged(facts, place)
+        if averaged is not None:
+            yield replace(averaged, tag=_word(name))
+            continue
         peeled = f", without `{''.join(place.wrappers)}`" if place.wrappers else ""
         verb = "transfer" if place.wrappers or not place.at else "unwrap"
-        yield Advice(
-            f"`{name}` alone: {counted(place.total.count, 'tensor')}{peeled}",
-            verb,
-            _at(facts, place),
-            _word(name),
-        )
+        reason = f"`{name}` alone: {counted(place.total.count, 'tensor')}{peeled}"
+        yield Advice(reason, verb, _at(facts, place), _word(name))
+
+
+def _averaged(facts: Survey, place: Place) -> Advice | None:
+    """Offer the model inside torch's AveragedModel: `n_averaged` beside `module.`."""
+    wanted = edits.DEFAULT_PREFIX
+    others = [key for key in place.keys if not key.startswith(wanted)]
+    if others != ["n_averaged"] or len(place.keys) == 1:
+        return None
+    unwrap = ("--unwrap",) if place.at else ()
+    steps = ("--keep", wanted.rstrip("."), "--strip-prefix", wanted)
+    reason = f"the averaged model alone, without `n_averaged` and `{wanted}`"
+    return Advice(reason, "convert", (*unwrap, *steps, *_at(facts, place)), "averaged")
+
+
+def _further(facts: Survey) -> Advised:
+    """Offer what else is a dict of tensors (a discriminator ...) and is no optimizer's."""
+    if facts.place is None or not facts.place.at:
+        return
+    for each in facts.beside[:40]:
+        if each.weights and not places.is_no_state_dict(each.name) and "." not in each.name:
+            reason = f"`{each.name}` alone: {counted(each.tensors, 'tensor')}"
+            yield Advice(reason, "unwrap", ("--at", each.name), _word(each.name))
 
 
 def _word(name: str) -> str:
@@ -133,11 +160,27 @@ def _word(name: str) -> str:
 
 def _prefixes(facts: Survey) -> Advised:
     place = facts.place
-    if place is None or not place.wrappers or place.module:
+    if place is None or place.module:
+        return
+    if not place.wrappers:
+        averaged = _averaged(facts, place)
+        yield from _prefix_inside(facts, place) if averaged is None else [averaged]
         return
     auto = () if list(place.wrappers) == ["module."] else ("--prefix", "auto")
     reason = f"every key starts with `{''.join(place.wrappers)}` ({_kinds(place.wrappers)})"
-    yield Advice(reason, "strip-prefix", (*auto, *_at(facts, place)), "stripped", whole=True)
+    yield Advice(reason, "strip-prefix", (*auto, *_at(facts, place)), "stripped")
+
+
+def _prefix_inside(facts: Survey, place: Place) -> Advised:
+    """Offer to take `module` out of the inside of keys, where that makes no two the same."""
+    wanted = edits.DEFAULT_PREFIX
+    count = sum(f".{wanted}" in key for key in place.keys)
+    if not count:
+        return
+    strip = edits.strip_prefix(anywhere=True).make(place.keys)
+    if len({strip(key) for key in place.keys}) == len(place.keys):
+        reason = f"{count} of {len(place.keys)} keys hold `.{wanted}` (a part was DataParallel)"
+        yield Advice(reason, "strip-prefix", ("--anywhere", *_at(facts, place)), "stripped")
 
 
 def _weights(facts: Survey) -> Advised:
@@ -155,9 +198,11 @@ def _weights(facts: Survey) -> Advised:
         reason = f"{listed(each.name for each in heavy)} {takes} {share} of the file"
     else:
         reason = "the weights alone"
-    yield Advice(reason, "unwrap", _at(facts, place), "weights")
+    if heavy or not place.wrappers:
+        yield Advice(reason, "unwrap", _at(facts, place), "weights")
     if place.wrappers and not facts.framework_prefix:
-        yield Advice("both in one step", "transfer", _at(facts, place), "clean")
+        reason = f"the weights alone, without `{''.join(place.wrappers)}`"
+        yield Advice(reason, "transfer", _at(facts, place), "clean")
 
 
 def _heavy(facts: Survey) -> list[Beside]:
@@ -193,11 +238,11 @@ def _safety(facts: Survey) -> Advised:
             yield Advice("tensors in a container that cannot name code", *_SAFETENSORS)
         else:
             reason = "the tensors and plain values, without what would run"
-            yield Advice(reason, "convert", ("--tensors-only",), "tensors", whole=True)
+            yield Advice(reason, "convert", ("--tensors-only",), "tensors")
     elif facts.verdict.level is Level.FOREIGN and any(not each.module for each in facts.places):
         names = listed((str(name) for name in facts.verdict.foreign), 2)
-        reason = f"torch.load(weights_only=True) refuses it for {names}"
-        yield Advice(reason, "convert", ("--tensors-only",), "tensors", whole=True)
+        reason = f"what torch.load(weights_only=True) accepts, without {names}"
+        yield Advice(reason, "convert", ("--tensors-only",), "tensors")
 
 
 _SAFETENSORS = ("convert", (), "", ".safetensors")
@@ -224,11 +269,12 @@ def _lost(facts: Survey) -> Advised:
     if _much(facts, unread) and facts.verdict.level is not Level.DANGEROUS:
         names = listed(facts.checkpoint.unread, 3)
         reason = f"{readable(unread)} that nothing refers to ({names})"
-        yield Advice(reason, "convert", (), "new", whole=True)
+        yield Advice(reason, "convert", (), "new")
 
 
 def _much(facts: Survey, nbytes: int) -> bool:
-    return nbytes >= LOST_NBYTES or (nbytes > 0 and nbytes >= LOST * facts.checkpoint.nbytes)
+    share = nbytes / facts.checkpoint.nbytes
+    return nbytes >= LOST_NBYTES or (nbytes >= WORDS and share >= LOST)
 
 
 def _portable(facts: Survey) -> Advised:
@@ -256,7 +302,7 @@ def _newer(facts: Survey) -> Advised:
         said = facts.checkpoint.protocol or "0 or 1"
         reasons.append(f"torch.load(weights_only=True) reads protocol 2, this is {said}")
     for reason in reasons:
-        yield Advice(reason, "convert", (), "new", whole=True)
+        yield Advice(reason, "convert", (), "new")
 
 
 def _nothing(facts: Survey) -> Advised:
@@ -268,8 +314,9 @@ def _nothing(facts: Survey) -> Advised:
 _RULES: tuple[Callable[[Survey], Advised], ...] = (
     _several,
     _prefixes,
-    _weights,
     _inner,
+    _weights,
+    _further,
     _safety,
     _lost,
     _portable,

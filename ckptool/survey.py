@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ckptool import checkpoint as places, edits, frameworks, safety
+from ckptool import checkpoint as places, edits, frameworks, naming, safety
 from ckptool.checkpoint import Checkpoint, Path, StateDict
 from ckptool.formats import safetensors
 from ckptool.frameworks import Framework
@@ -19,27 +19,17 @@ from ckptool.safety import Verdict
 from ckptool.tensor import (
     TENSORS,
     AnyTensor,
-    CompositeTensor,
     Packing,
     Storage,
     TensorInfo,
     is_contiguous,
     span,
 )
-from ckptool.text import counted, shape
 from ckptool.tree import (
-    ByteArray,
-    Dict,
     Global,
-    LongInteger,
     Node,
-    Object,
-    OldString,
-    Set,
     children,
 )
-
-MAX_VALUE = 60  # characters of a plain value that are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +63,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What stands beside the state_dict: its name, what it is, how many tensors and bytes."""
+    """What stands beside the state_dict: its name, what it is, how many tensors and bytes.
+
+    `weights` says that it is a dict of tensors by name, as a state_dict is.
+    """
 
     name: str
     what: str
     tensors: int
     nbytes: int
+    weights: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +80,9 @@ class Survey:
     """What a file is and what is in it.
 
     `state` is the one state_dict, None where there is none or more than one; the totals are then
-    those of the whole file; `alone` says that nothing must choose it. `elsewhere` counts bytes of
-    other tensors, `unused` those of storages that no tensor reaches, `rest` what is neither
-    tensor data nor an unread record: the pickle, headers, padding.
+    those of the whole file; `alone` says that nothing must choose it, `root` what the whole file
+    is. `elsewhere` counts bytes of other tensors, `unused` those of storages that no tensor
+    reaches, `rest` what is neither tensor data nor an unread record: the pickle, headers, padding.
     """
 
     checkpoint: Checkpoint
@@ -110,6 +104,7 @@ class Survey:
     verdict: Verdict
     framework: Framework | None
     alone: bool
+    root: str
 
     @property
     def framework_prefix(self) -> str:
@@ -152,8 +147,9 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
         ledger.unused(),
         max(0, checkpoint.nbytes - data - checkpoint.unread_nbytes),
         safety.judge(checkpoint.globals),
-        frameworks.recognise(checkpoint, [key for place in found[:1] for key in place.keys]),
+        frameworks.recognise(checkpoint, _first_keys(found)),
         len(found) == 1 and (at is None or len(_paths(tree)) == 1),
+        naming.what(tree),
     )
 
 
@@ -162,6 +158,11 @@ def unused_nbytes(tree: Node) -> int:
     ledger = _Ledger()
     ledger.take(tree)
     return ledger.unused()
+
+
+def _first_keys(found: Sequence[Place]) -> list[str]:
+    """Give the keys of the first candidate, without wrapper prefixes they all share."""
+    return [edits.unwrapped(key, place.wrappers) for place in found[:1] for key in place.keys]
 
 
 def _paths(tree: Node) -> list[Path]:
@@ -238,58 +239,15 @@ def _named(node: Node) -> list[tuple[str, Node]]:
     pairs = places.items(node)
     if not pairs:
         return list(places.ways(node, Effort()))
-    return [(key if isinstance(key, str) else _shown(key), value) for key, value in pairs]
+    return [(key if isinstance(key, str) else naming.plain(key), value) for key, value in pairs]
 
 
 def _beside(name: str, node: Node, ledger: _Ledger) -> Beside:
     before = ledger.nbytes
     count = ledger.take(node)
-    return Beside(name, what(node), count, ledger.nbytes - before)
-
-
-def what(node: Node) -> str:
-    """Say in a few words what a node is; plain values are shown."""
-    match node:
-        case Dict():
-            return f"dict of {len(node.pairs)}"
-        case list() | tuple():
-            return f"{type(node).__name__} of {len(node)}"
-        case Set():
-            return f"set of {len(node.items)}"
-        case Global():
-            return str(node)
-        case Object():
-            return _object(node)
-        case TensorInfo() | CompositeTensor():
-            return f"{node.dtype.label} {shape(node.shape)}"
-        case Storage():
-            return "storage"
-        case bytes() | ByteArray() | OldString():
-            data = node if isinstance(node, bytes) else node.data
-            return counted(len(data), "byte")
-    return _shown(node)
-
-
-def _shown(node: Node) -> str:
-    """Write a plain value, cut where it is long."""
-    match node:
-        case str():
-            return repr(node[:MAX_VALUE]) + ("..." if len(node) > MAX_VALUE else "")
-        case LongInteger():
-            return "a long integer"
-        case None | bool() | int() | float():
-            text = str(node)
-            return text if len(text) <= MAX_VALUE else "a long number"
-    return "?"
-
-
-def _object(node: Object) -> str:
-    pairs = places.items(node)
-    name = node.callee if isinstance(node.callee, Global) else None
-    if name is not None and name.module == "copyreg" and node.args:
-        name = node.args[0] if isinstance(node.args[0], Global) else name
-    said = "an object" if name is None else name.name if pairs is not None else str(name)
-    return said if pairs is None else f"{said} of {len(pairs)}"
+    named = places.text_items(node) or []
+    weights = any(isinstance(value, TENSORS) for _, value in named)
+    return Beside(name, naming.what(node), count, ledger.nbytes - before, weights)
 
 
 # Which bytes of the file belong to what.

@@ -52,6 +52,8 @@ NO_CHECKPOINT = {
     "ZERO-BYTE": "empty (0 bytes)",
     "SYMLINK": "path of a symbolic link",
     "3 bytes": "a text (3 B)",
+    "lossy UTF-8": "saved as text on its way",
+    "CTranslate2": "a CTranslate2 model",
     "": "unknown bytes",
 }
 # Files of which no state_dict can be taken without being told where it is.
@@ -307,8 +309,8 @@ def test_other_files_are_named(
         called for word, called in NO_CHECKPOINT.items() if word in row["quirks"]
     )
     out = tmp_path / "out.pth"
-    for command in (["keys"], ["keys", "--all", "--json"], ["convert"], ["strip-prefix"]):
-        arguments = [FOLDER / row["path"]] + ([out] if command[0] != "keys" else [])
+    for command in (["info"], ["keys"], ["keys", "--all", "--json"], ["convert"], ["strip-prefix"]):
+        arguments = [FOLDER / row["path"]] + ([out] if command[0] not in ("info", "keys") else [])
         outcome = run(*command, *arguments)
         assert outcome.code == 3
         assert outcome.out == ""

@@ -26,8 +26,9 @@ judge = pytest.importorskip("judge")
 
 
 FOLDER = Path(__file__).parent.parent / "fixtures"
-FILES = sorted(path for kind in ("good", "hostile") for path in (FOLDER / kind).iterdir())
-ROW = re.compile(r"^\| `((?:good|hostile)/[^`]+)` \| ([^|]+) \| ", re.MULTILINE)
+KINDS = ("good", "frameworks", "hostile")
+FILES = sorted(path for kind in KINDS for path in (FOLDER / kind).iterdir())
+ROW = re.compile(r"^\| `((?:good|frameworks|hostile)/[^`]+)` \| ([^|]+) \| ", re.MULTILINE)
 ROWS = ROW.findall((FOLDER / "README.md").read_text(encoding="utf-8"))
 WRITERS = dict(ROWS)
 README_TORCH = f"torch {torch.__version__.partition('+')[0]}"

@@ -26,7 +26,7 @@ FLOORS = (
     ("chunks.py",),
     ("modules.py",),
     ("fileio.py", "checkpoint.py", "safety.py", "compare_values.py"),
-    ("atomic.py", "copying.py", "compare_numpy.py"),
+    ("atomic.py", "copying.py", "naming.py", "compare_numpy.py"),
     ("edits.py", "finite.py", "formats/*.py", "frameworks.py", "compare_bytes.py"),
     ("listing.py", "module_metadata.py", "survey.py", "compare_trees.py"),
     ("plan.py", "checking.py", "suggestions.py", "compare_sides.py"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 import shutil
+import struct
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,9 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, Outcome
 
+import ckptool
+
+np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
 
@@ -136,3 +142,311 @@ def test_every_suggestion_works_when_pasted(
             continue  # the bytes are damaged, which only reading them shows
         assert outcome.code == 0, f"{each['command']}\n{outcome.err}"
     assert not (tmp_path / "ckptool-was-executed").exists()
+
+
+def test_outputs_are_named_beside_the_input_and_never_overwrite(
+    run: Run, good: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a b").mkdir()
+    path = copied(good / "model_best.pth.tar", tmp_path / "a b")
+    (path.parent / "model_best.stripped.pth").touch()
+    command = run("info", "--json", path).document["suggestions"][0]["command"]
+    assert shlex.split(command)[-1] == str(path.parent / "model_best.stripped-2.pth")
+
+
+def test_a_name_like_an_option_is_still_a_name(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(good / "data_parallel.pth", tmp_path / "-x.pth")
+    monkeypatch.chdir(tmp_path)
+    command = run("info", "--json", "--", "-x.pth").document["suggestions"][0]["command"]
+    assert pasted(run, command, monkeypatch, tmp_path).code == 0
+
+
+def suggested(run: Run, path: Path, verb: str) -> list[str]:
+    found = run("info", "--json", path).document["suggestions"]
+    return [each["command"] for each in found if each["command"].split()[1] == verb]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "foreign.pth foreign_legacy.pth protocol4.pth protocol1.pth stdlib.pth dino.pth".split(),
+)
+def test_what_weights_only_refuses_is_accepted_afterwards(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = copied(good / name, tmp_path)
+    with pytest.raises(Exception, match=r"Unsupported|WeightsUnpickler|weights_only"):
+        judge.load(path)
+    commands = suggested(run, path, "convert")
+    assert commands
+    assert pasted(run, commands[0], monkeypatch, tmp_path).code == 0
+    assert judge.load(shlex.split(commands[0])[-1])
+
+
+def test_bytes_that_no_tensor_uses_are_really_dropped(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "slices.pth"
+    flat = torch.arange(10_000.0)
+    torch.save({"a": flat[:100], "b": flat[50:150], "c": flat[5000:5100]}, path)
+    assert run("info", "--json", path).document["bytes"]["unused"] == 4 * (10_000 - 250)
+    (command,) = suggested(run, path, "convert")
+    assert pasted(run, command, monkeypatch, tmp_path).code == 0
+    written = Path(shlex.split(command)[-1])
+    assert written.stat().st_size < 3 * 400 + 1000
+    found, wanted = as_torch_sees(written), judge.load(path)
+    assert judge.same(found, wanted, order=False, storage=False, sharing=False) == []
+
+
+def test_records_that_nothing_refers_to_are_really_dropped(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied(good / "plain.pth", tmp_path)
+    with zipfile.ZipFile(path, "a") as opened:
+        opened.writestr("plain/data/99", bytes(50_000))
+    assert run("info", "--json", path).document["bytes"]["unread"] == 50_000
+    (command,) = suggested(run, path, "convert")
+    assert pasted(run, command, monkeypatch, tmp_path).code == 0
+    written = Path(shlex.split(command)[-1])
+    assert written.stat().st_size < path.stat().st_size - 50_000
+    assert judge.same(judge.load(written), judge.load(good / "plain.pth")) == []
+
+
+@pytest.mark.parametrize("name", ["cuda_tagged.pth", "mps_tagged.pth", "big_endian.pth"])
+def test_what_is_bound_to_a_machine_loads_anywhere_afterwards(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = copied(good / name, tmp_path)
+    (command,) = suggested(run, path, "convert")
+    assert pasted(run, command, monkeypatch, tmp_path).code == 0
+    found, wanted = as_torch_sees(Path(shlex.split(command)[-1])), judge.load(good / "plain.pth")
+    assert judge.same(found, dict(wanted), order=False, metadata=False, storage=False) == []
+
+
+# Training frameworks.
+
+WEIGHTS = {
+    "lightning.ckpt": ("PyTorch Lightning", "inner"),
+    "timm.pth.tar": ("timm", "state_dict_ema"),
+    "mmengine.pth": ("MMEngine (OpenMMLab)", "weights"),
+    "mmcv.pth": ("mmcv (OpenMMLab)", "clean"),
+    "nanogpt.pt": ("nanoGPT", "clean"),
+    "opacus.pt": ("Opacus", "clean"),
+    "fastai.pth": ("fastai", "weights"),
+    "torchtune.pt": ("torchtune, a recipe in training", "weights"),
+    "megatron.pt": ("Megatron-LM", "weights"),
+    "detectron2.pth": ("detectron2", "weights"),
+    "fairseq.pt": ("fairseq", "weights"),
+    "opennmt.pt": ("OpenNMT-py", "model"),
+    "mp_rank_00_model_states.pt": ("DeepSpeed", "weights"),
+    "moco.pth.tar": ("MoCo", "inner"),
+    "torchvision.pth": ("a training script of torchvision", "model_ema"),
+}
+NO_WEIGHTS = {
+    "training_args.bin": "the arguments of transformers' Trainer",
+    "lora.safetensors": "a LoRA of kohya's sd-scripts",
+    "adapter_model.safetensors": "an adapter of PEFT (LoRA)",
+    "ultralytics.pt": "Ultralytics YOLO",
+}
+FRAMEWORKS = FIXTURES / "frameworks"
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_suggestion_gets_the_weights_out_of_a_framework(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    framework, tag = WEIGHTS[name]
+    path = copied(FRAMEWORKS / name, tmp_path)
+    found = run("info", "--json", path).document
+    assert found["framework"] == framework
+    commands = [each["command"] for each in found["suggestions"]]
+    (command,) = [each for each in commands if each.endswith(f".{tag}.pth")]
+    assert pasted(run, command, monkeypatch, tmp_path).code == 0
+    weights, wanted = judge.load(shlex.split(command)[-1]), judge.load(good / "plain.pth")
+    assert judge.same(dict(weights), dict(wanted), metadata=False) == []
+
+
+@pytest.mark.parametrize("path", sorted(FRAMEWORKS.iterdir()), ids=by_name)
+def test_every_suggestion_on_a_framework_works(
+    run: Run, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = copied(path, tmp_path)
+    found = run("info", "--json", here).document
+    wanted = WEIGHTS[path.name][0] if path.name in WEIGHTS else NO_WEIGHTS[path.name]
+    assert found["framework"] == wanted
+    for each in found["suggestions"]:
+        assert pasted(run, each["command"], monkeypatch, tmp_path).code == 0
+
+
+def test_the_imagenet_example_and_opacus_are_recognised(run: Run, good: Path) -> None:
+    found = run("info", good / "model_best.pth.tar")
+    assert "looks like\tthe ImageNet example of PyTorch, with epoch, arch" in found.out
+
+
+# What is no checkpoint.
+
+
+def described(run: Run, path: Path) -> str:
+    done = run("info", path)
+    assert (done.code, done.out) == (3, "")
+    assert done.err.startswith("error[not-a-checkpoint]")
+    again = run("info", "--json", path)
+    assert (again.code, again.out) == (3, "")
+    return done.err
+
+
+OTHERS: dict[str, tuple[bytes, str]] = {
+    "model.gguf": (
+        b"GGUF"
+        + struct.pack("<IQQ", 3, 291, 1)
+        + struct.pack("<Q", 20)
+        + b"general.architecture"
+        + struct.pack("<IQ", 8, 5)
+        + b"llama",
+        "a GGUF file of llama.cpp (69 B, version 3, 291 tensors, general.architecture llama)",
+    ),
+    "model.onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0:\x00", "an ONNX model by pytorch 2.1.0"),
+    "saved_model.pb": (b"\x08\x01\x12\xff", "a TensorFlow SavedModel"),
+    "x.index": (bytes(60) + b"1\x57\xfb\x80\x8b\x24\x75\x47\xdb", "of a TensorFlow checkpoint"),
+    "x.data-00000-of-00001": (b"\x01\xff", "the data of a TensorFlow checkpoint"),
+    "model.bin": (
+        b"\x06\0\0\0\x10\0TransformerSpec\0" + bytes(9),
+        "a CTranslate2 model, TransformerSpec",
+    ),
+    "config.json": (b'{"architectures": ["BertModel"]}', "configuration of a transformers model"),
+    "x.json": (b'{"a": 1, "b": 2}', "a JSON text (16 B) with a, b"),
+    "denied.pth": (b"<Error><Code>AccessDenied</Code></Error>", "that says `AccessDenied`"),
+    "missing.pth": (b"Entry not found", "a text (15 B): 'Entry not found'"),
+    "train.pth": (b"import torch\n\ntorch.save(1, 'x')\n" * 9, "a script"),
+    "page.pth": (b"<html><title>Sign in</title></html>", "its title: Sign in"),
+    "rdf.pth": (b"PAR1" + bytes(9), "a Parquet table"),
+    "scores.pkl": (pickle.dumps({"loss": [1.0]}), "dict of 1, loss"),
+    "arrays.pkl": (pickle.dumps([np.zeros(2)]), "list of 1, numpy array"),
+    "evil.pkl": (b"cposix\nsystem\n(S'true'\ntR.", "it would run code when loaded: posix.system"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_named_for_what_they_are(run: Run, tmp_path: Path, name: str) -> None:
+    content, wanted = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    assert wanted in described(run, tmp_path / name)
+
+
+def test_pickled_tensors_without_torch_save_are_explained(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"fc.weight": torch.zeros(2)}))
+    assert "pickle.dump wrote tensors of torch" in described(run, path)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["weight.npy", "bias.npy"], "numpy arrays (.npz): weight, bias"),
+        (["x/__init__.py", "x-1.dist-info/WHEEL"], "a Python package (wheel)"),
+        (["config.json", "model.weights.h5"], "a Keras model (.keras)"),
+        (["notes.txt"], "a zip archive that torch.save did not write: notes.txt"),
+    ],
+)
+def test_zip_archives_are_named_for_what_is_in_them(
+    run: Run, tmp_path: Path, names: list[str], wanted: str
+) -> None:
+    path = tmp_path / "archive.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+    assert wanted in described(run, path)
+
+
+def test_a_git_lfs_pointer_brings_the_command_that_fetches_it(run: Run, tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3145728\n"
+    (tmp_path / "a b").mkdir()
+    path = tmp_path / "a b" / "model.pth"
+    path.write_bytes(pointer)
+    assert "the file of 3.0 MiB is on a server" in described(run, path)
+    (tmp_path / ".git").mkdir()
+    said = described(run, path)
+    assert f"hint: git -C {tmp_path} lfs pull --include 'a b/model.pth'\n" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "shown"),
+    [
+        ([], "is a folder (empty)", None),
+        (
+            ["config.json", "model.safetensors", "tokenizer.json"],
+            "a folder, a model of transformers (3 files)",
+            "model.safetensors",
+        ),
+        (
+            ["trainer_state.json", "optimizer.pt", "model.safetensors", "config.json"],
+            "a checkpoint of transformers' Trainer",
+            "model.safetensors",
+        ),
+        (
+            ["random_states_0.pkl", "optimizer.bin", "pytorch_model.bin"],
+            "a checkpoint of accelerate",
+            "pytorch_model.bin",
+        ),
+        (["data.pkl", "version"], "an unpacked torch file", "data.pkl"),
+    ],
+)
+def test_a_folder_is_named_for_what_is_in_it(
+    run: Run, tmp_path: Path, names: list[str], wanted: str, shown: str | None
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(bytes(3 if name.startswith("optimizer") else 1))
+    said = described(run, folder)
+    assert wanted in said
+    assert ("hint: " in said) == (shown is not None)
+    if shown is not None:
+        assert f"hint: ckptool info {folder / shown}" in said
+
+
+# How it looks.
+
+
+def test_off_a_terminal_there_are_tabs_and_bytes(run: Run, good: Path) -> None:
+    rows = [line.split("\t") for line in run("info", good / "dino.pth").out.splitlines()]
+    assert ["candidate", "`teacher`", "8", "155", "624"] in rows
+    assert {row[0] for row in rows} >= {"file", "container", "dtype", "bytes", "safety"}
+    assert any(row[0] == "suggestion" and len(row) == 3 for row in rows)
+
+
+def test_what_comes_from_a_file_is_escaped(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "odd.pth"
+    torch.save({"a\x1b[31m\u202e": torch.zeros(1), "b": {"c\t\n\x1b": 1}}, path)
+    for arguments in ((), ("--json",)):
+        out = run("info", *arguments, path).out
+        assert "\x1b" not in out
+        assert "\u202e" not in out
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "no\x1b\tte": "x\x1b[2J\ny"}, path)
+    rows = run("info", path).out.splitlines()
+    assert any("no\\x1b\\tte\t'x\\x1b[2J\\ny'" in row for row in rows)
+
+
+def test_dangerous_calls_are_shown_and_never_made(
+    run: Run, hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("info", hostile / "eval_in_namespace.pth")
+    assert done.code == 0
+    assert "dangerous: it would run code when loaded" in done.out
+    assert "builtins.eval(" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_at_chooses_what_is_described(run: Run, good: Path) -> None:
+    found = run("info", "--json", "--at", "teacher", good / "dino.pth").document
+    assert (found["at"], found["count"]) == (["teacher"], 8)
+    assert all("--at teacher" in each["command"] for each in found["suggestions"][:1])
+    assert run("info", "--at", "nobody", good / "dino.pth").code == 2
+
+
+def test_the_library_gives_the_same_facts(good: Path) -> None:
+    facts, commands = ckptool.info(good / "model_best.pth.tar")
+    assert facts.total.count == 8
+    assert commands[0].command.startswith("ckptool strip-prefix")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ckptool.checkpoint import Checkpoint, refuse_deep
 from ckptool.errors import AmbiguousStateDict, FormatError, NoSuchFile, NotACheckpoint
 from ckptool.fileio import Reader, reason
-from ckptool.formats import _others, dcp, safetensors, torch_legacy, torch_zip
+from ckptool.formats import _folders, _others, _pickles, dcp, safetensors, torch_legacy, torch_zip
 from ckptool.tree import Global, Object
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -75,7 +75,10 @@ def read(path: str | Path) -> Checkpoint:
 
     Raises a `FormatError` that names what the file is, or what is wrong with it and where.
     """
-    with Reader(index_of(str(path))) as reader:
+    index = index_of(str(path))
+    if os.path.isdir(index):
+        raise _folders.refuse(str(path))
+    with Reader(index) as reader:
         head = reader.read(0, min(HEAD, reader.nbytes))
         for each in FORMATS:
             if each.sniff(head):
@@ -105,7 +108,7 @@ def index_of(path: str) -> str:
 def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:
     """Give what the pickle names and calls that a file is, or starts as, which is no checkpoint."""
     with Reader(path) as reader:
-        return _others.pickled(reader, reader.read(0, min(HEAD, reader.nbytes)))
+        return _pickles.pickled(reader, reader.read(0, min(HEAD, reader.nbytes)))
 
 
 def is_index(name: str) -> bool:

@@ -78,7 +78,7 @@ def read(reader: Reader) -> Checkpoint:
         globals=parsed.globals | {name: at for each in others for name, at in each.globals.items()},
         calls=[*parsed.calls, *(call for each in others for call in each.calls)],
         pickle_name="the pickle",
-        generation="torch before 1.6, or its legacy format",
+        generation="torch before 1.6, or newer on request",
         protocol=parsed.protocol,
         unread_nbytes=reader.nbytes - end,
         unread=("what stands behind the storages",) if end < reader.nbytes else (),

@@ -19,7 +19,7 @@ from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Copy, Layout
 from ckptool.errors import Malformed, NotACheckpoint, NotRepresentable, Unsupported
 from ckptool.fileio import Reader
-from ckptool.formats import _zip
+from ckptool.formats import _others, _zip
 from ckptool.formats._torch_tree import Lowering, StorageId, TorchVocabulary
 from ckptool.pickle_reader import Pickle
 from ckptool.tensor import Packing, Storage
@@ -110,9 +110,8 @@ def _root(reader: Reader, members: dict[str, _zip.Member]) -> str:
     """Find the one folder that all records lie in; torch names it after the file."""
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if not pickles:
-        arrays = members and all(name.endswith(".npy") for name in members)
-        what = "of numpy arrays (.npz)" if arrays else "that torch.save did not write"
-        raise NotACheckpoint(f"{reader.path} is a zip archive {what}", path=reader.path)
+        what, hint = _others.describe_zip(members)
+        raise NotACheckpoint(f"{reader.path} is {what}", path=reader.path, hint=hint)
     if len(pickles) > 1:
         raise Malformed("a zip archive with more than one data.pkl", path=reader.path)
     root = pickles[0].removesuffix("data.pkl")
