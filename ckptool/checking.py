@@ -153,8 +153,9 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     found.notes += checkpoint.notes
     found.problems += checkpoint.flaws
     try:
+        places.candidates(checkpoint.tree)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
-    except Malformed as error:
+    except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
         found.notes += [f"the key {key} stands twice; the last one counts" for key in repeated]

@@ -375,13 +375,19 @@ def _places(checkpoint: Checkpoint) -> list[str]:
     return [f"tensors are at {dotted(candidate.at) or '.'}" for candidate in found[:8]]
 
 
-def _node_at(tree: Node, path: Path) -> Node:
+Steps = dict[int, dict[str, Node]]  # of nodes by their `id`: what is known of the ways from them
+
+
+def _node_at(tree: Node, path: Path, known: Steps | None = None) -> Node:
     node = tree
+    known = {} if known is None else known
     for step in path:
         if isinstance(node, list | tuple):
             node = node[int(step)]
-        else:
-            node = dict(ways(node, modules.Effort()))[step]
+            continue
+        if id(node) not in known:
+            known[id(node)] = dict(ways(node, modules.Effort()))
+        node = known[id(node)][step]
     return node
 
 
@@ -416,9 +422,12 @@ def _joined_metadata(node: Node) -> Node:
     return make_state_dict(joined, None) if joined else None
 
 
-def state_dict_at(checkpoint: Checkpoint, path: Path) -> StateDict:
-    """Give the state_dict at a place in the tree, which must be there."""
-    node = _node_at(checkpoint.tree, path)
+def state_dict_at(checkpoint: Checkpoint, path: Path, known: Steps | None = None) -> StateDict:
+    """Give the state_dict at a place in the tree, which must be there.
+
+    Who asks for many passes the same `known`: the ways to them are then looked up once.
+    """
+    node = _node_at(checkpoint.tree, path, known)
     if isinstance(node, Object) and modules.is_module(node, modules.Effort()):
         held = modules.state_of(node)
         said = (held.notes, held.class_name, held.missing, held.classes)
@@ -448,10 +457,8 @@ def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str
 def repeated_keys(checkpoint: Checkpoint) -> list[str]:
     """List keys that stand twice in a dict, anywhere in the tree.
 
-    Raises `Malformed` where that dict may be the state_dict and the values differ.
+    Raises `Malformed` where there are tensors in that dict and the values differ.
     """
-    for found in candidates(checkpoint.tree):
-        _repeated(checkpoint, text_items(_node_at(checkpoint.tree, found.at)) or [])
     repeated: dict[str, None] = {}
     seen: set[int] = set()
     stack = [checkpoint.tree]
@@ -459,9 +466,12 @@ def repeated_keys(checkpoint: Checkpoint) -> list[str]:
         node = stack.pop()
         if isinstance(node, _INNER) and id(node) not in seen:
             seen.add(id(node))
-            keys = [key for key, _ in named_items(node)]
-            if len(set(keys)) != len(keys):
-                repeated |= dict.fromkeys(key for key, count in Counter(keys).items() if count > 1)
+            pairs = named_items(node)
+            if len({key for key, _ in pairs}) != len(pairs):
+                if any(isinstance(value, TENSORS) for _, value in pairs):
+                    _repeated(checkpoint, pairs)
+                counts = Counter(key for key, _ in pairs)
+                repeated |= dict.fromkeys(key for key, count in counts.items() if count > 1)
             stack += children(node)
     return list(repeated)
 
@@ -570,9 +580,9 @@ def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None)
     return replace(like, args=args, steps=steps)
 
 
-def state_dict_node(tree: Node, at: Path) -> Node:
-    """Give the node at a place in the tree."""
-    return _node_at(tree, at)
+def state_dict_node(tree: Node, at: Path, known: Steps | None = None) -> Node:
+    """Give the node at a place in the tree; `known` as for `state_dict_at`."""
+    return _node_at(tree, at, known)
 
 
 def refuse_deep(tree: Node) -> None:

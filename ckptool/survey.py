@@ -121,9 +121,10 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     state = places.find(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
     paths = [state.at] if at is not None and state else _paths(tree)
     ledger = _Ledger()
-    found = tuple(_place(checkpoint, path, state, ledger) for path in paths)
+    known: places.Steps = {}
+    found = tuple(_place(checkpoint, path, state, ledger, known) for path in paths)
     entries = _tensors(checkpoint, state)
-    beside = tuple(_beside(name, node, ledger) for name, node in _around(tree, paths))
+    beside = tuple(_beside(name, node, ledger) for name, node in _around(tree, paths, known))
     before = ledger.nbytes
     ledger.take(tree)
     left = safetensors.left_behind(dict(entries), untie=False)
@@ -176,13 +177,19 @@ def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str,
     return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
 
 
-def _place(checkpoint: Checkpoint, path: Path, state: StateDict | None, ledger: _Ledger) -> Place:
+def _place(
+    checkpoint: Checkpoint,
+    path: Path,
+    state: StateDict | None,
+    ledger: _Ledger,
+    known: places.Steps,
+) -> Place:
     if state is None or state.at != path:
-        state = places.state_dict_at(checkpoint, path)
+        state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
     tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
     before = ledger.nbytes
-    ledger.take(places.state_dict_node(checkpoint.tree, path))
+    ledger.take(places.state_dict_node(checkpoint.tree, path, known))
     return Place(
         path,
         keys,
@@ -223,15 +230,16 @@ def _is_strided(info: AnyTensor) -> bool:
 # What stands beside the state_dicts.
 
 
-def _around(tree: Node, paths: Sequence[Path]) -> Iterator[tuple[str, Node]]:
+def _around(tree: Node, paths: Sequence[Path], known: places.Steps) -> Iterator[tuple[str, Node]]:
     """Yield what stands beside the places given, at each level around them, by dotted name."""
     inner = {path[:depth] for path in paths for depth in range(len(path))}
+    taken = inner | set(paths)
     if not paths:
         inner = {()}
     for level in sorted(inner, key=len):
-        for key, value in dict(_named(places.state_dict_node(tree, level))).items():
+        for key, value in dict(_named(places.state_dict_node(tree, level, known))).items():
             here = (*level, key)
-            if here not in inner and here not in paths:
+            if here not in taken:
                 yield places.dotted(here), value
 
 

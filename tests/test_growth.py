@@ -1,0 +1,249 @@
+"""Time and memory grow with what is in a file, never with what it declares, nor faster.
+
+Time is counted in calls of Python functions and in bytes read, which are the same in every run:
+four times the file may cost four times as much, and no more than a few reads of each byte.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from conftest import FIXTURES, environment
+
+from ckptool import cli, fileio
+from ckptool.cli import main
+
+BOUND = 150 << 20
+HOSTILE = sorted((FIXTURES / "hostile").iterdir())
+COMMANDS = tuple(
+    line
+    for line in (
+        ("check", "--finite", "--strict"), ("info",), ("info", "--json"), ("keys", "--all"),
+        ("diff", str(FIXTURES / "good" / "plain.pth")),
+    )
+    if line[0] in [name for names in cli.GROUPS.values() for name in names]
+)  # fmt: skip
+
+
+def torch_file(path: Path, body: bytes, storages: dict[str, bytes] | None = None) -> Path:
+    """Write a torch zip around the opcodes of a pickle, protocol 2."""
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
+        for key, data in (storages or {}).items():
+            made.writestr(f"archive/data/{key}", data)
+        made.writestr("archive/version", b"3\n")
+    return path
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def number(value: int) -> bytes:
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def dict_of(pairs: list[tuple[bytes, bytes]]) -> bytes:
+    return b"}(" + b"".join(key + value for key, value in pairs) + b"u"
+
+
+CALL = b"cposix\nsystem\nU\x01x\x85R"
+TENSOR = b"".join([
+    b"ctorch._utils\n_rebuild_tensor_v2\n(", b"(", text("storage"), b"ctorch\nFloatStorage\n",
+    text("0"), text("cpu"), b"K\x04tQ", b"K\x00K\x04\x85K\x01\x85\x89}tR",
+])  # fmt: skip
+FOUR = {"0": struct.pack("<4f", 1, 2, 3, float("nan"))}
+
+
+def keys(n: int, value: Callable[[int], bytes], name: str = "layer.%d.weight") -> bytes:
+    return dict_of([(text(name % index), value(index)) for index in range(n)])
+
+
+# What a stranger may fill a file with, `n` times.
+SHAPES: dict[str, Callable[[int], bytes]] = {
+    "tensors": lambda n: keys(n, lambda index: TENSOR),
+    "one key, again and again": lambda n: dict_of([(text("w"), TENSOR)] * n),
+    "calls": lambda n: keys(n, lambda index: CALL),
+    "names": lambda n: keys(n, lambda index: b"cos\nname%d\n" % index),
+    "foreign names": lambda n: keys(n, lambda index: b"cmine\nname%d\n" % index),
+    "integer keys that collide": lambda n: dict_of(
+        [(number(index * (2**61 - 1)), b"N") for index in range(1, n)]
+    ),
+    "dicts of tensors": lambda n: keys(n, lambda index: dict_of([(text("w"), TENSOR)]), "m%d"),
+    "known names": lambda n: keys(
+        n, lambda index: dict_of([(text("state_dict"), dict_of([(text("w"), TENSOR)]))]), "m%d"
+    ),
+    "lists": lambda n: b"](" + (b"](" + TENSOR + b"e") * n + b"e",
+    "prefixes": lambda n: keys(n, lambda index: TENSOR, "module._orig_mod.a%d.weight"),
+    "one list, through the memo": lambda n: b"](" + b"]q\x01" + b"h\x01" * n + b"e",
+}
+
+
+def cost(command: tuple[str, ...], path: Path) -> tuple[int, int]:
+    """Run a command line; give its exit code and the count of function calls."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        sys.setprofile(count)
+        try:
+            code = main([*command, str(path)])
+        finally:
+            sys.setprofile(None)
+    return code, calls
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_calls_grow_with_the_file(tmp_path: Path, command: tuple[str, ...], shape: str) -> None:
+    cost(command, torch_file(tmp_path / "warm.pth", SHAPES[shape](10), FOUR))
+    small = cost(command, torch_file(tmp_path / "small.pth", SHAPES[shape](250), FOUR))
+    large = cost(command, torch_file(tmp_path / "large.pth", SHAPES[shape](1000), FOUR))
+    assert small[0] == large[0] != 70
+    assert large[1] < 4.4 * small[1], (small, large)
+
+
+def test_the_count_can_fail() -> None:
+    """Work that grows as a square is seen."""
+    counts = []
+    for n in (50, 200):
+        calls = 0
+
+        def count(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        sum(len("") for _ in range(n) for _ in range(n))
+        sys.setprofile(None)
+        counts.append(calls)
+    assert counts[1] > 4.4 * counts[0]
+
+
+@pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
+def test_every_byte_is_read_a_few_times(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+    before = fileio.Reader.read_into
+
+    def counting(self: fileio.Reader, view: memoryview[int], start: int) -> None:
+        nonlocal read
+        read += len(view)
+        before(self, view, start)
+
+    monkeypatch.setattr(fileio.Reader, "read_into", counting)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        main(["check", "--finite", "--sha256", str(path)])
+    assert read <= 10 * path.stat().st_size + 4 * 4096
+
+
+# In a process that may not have more memory than this: what it would need is refused, not swapped.
+
+LIMITED = """
+import io, re, resource, sys
+from contextlib import redirect_stderr, redirect_stdout
+from ckptool.cli import main
+line, paths = sys.argv[1].split(), sys.argv[2:]
+with open("/proc/self/status") as status:
+    size = 1024 * int(re.search(r"VmSize:\\s+(\\d+) kB", status.read())[1])
+resource.setrlimit(resource.RLIMIT_AS, (size + BOUND, size + BOUND))
+for path in paths:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
+        code = main([*line, path])
+    if code == 70 or "Traceback" in err.getvalue() or "MemoryError" in err.getvalue():
+        sys.exit(f"{path}: {code}: {err.getvalue()}")
+""".replace("BOUND", str(BOUND))
+
+
+def limited(command: tuple[str, ...], paths: list[Path], cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, " ".join(command), *map(str, paths)],
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return done.stderr
+
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+
+
+@linux
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_hostile_files_need_no_memory(tmp_path: Path, command: tuple[str, ...]) -> None:
+    assert limited(command, HOSTILE, tmp_path) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# A megabyte that is meant to exhaust.
+LARGE: dict[str, bytes] = {
+    "a million nested tuples": b")" + b"\x85" * 1_000_000,
+    "a million nested tuples as a key": b"}" + b")" + b"\x85" * 1_000_000 + b"Ns",
+    "a million nested lists": b"]" * 500_000 + b"a" * 499_999,
+    "40 000 colliding keys": SHAPES["integer keys that collide"](40_000),
+    "an int of 5 million digits": b"\x8b" + struct.pack("<i", 2_000_000) + b"\x7f" * 2_000_000,
+    "a decimal of 5 million digits": b"L" + b"9" * 5_000_000 + b"L\n",
+    "a million marks": b"(" * 1_000_000 + b"N",
+    "a million memo entries": b"N" + b"".join(b"r" + struct.pack("<I", n) for n in range(200_000)),
+    "a million dots": dict_of([(text("." * 1_000_000), TENSOR)]),
+    "200 000 names": SHAPES["names"](50_000),
+    "long keys, one in another": b"".join(b"}" + text(str(n) * 20_000) for n in range(150))
+    + TENSOR
+    + b"s" * 150,
+}
+
+
+@linux
+def test_what_is_meant_to_exhaust_does_not(tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    paths = [
+        torch_file(folder / f"{name}.pth".replace(" ", "_"), body, FOUR)
+        for name, body in LARGE.items()
+    ]
+    assert limited(("check", "--finite"), paths, tmp_path) == ""
+    assert limited(("info",), paths, tmp_path) == ""
+
+
+@linux
+def test_the_limit_can_fail(tmp_path: Path) -> None:
+    needy = LIMITED.replace("code = main([*line, path])", "code = len(b'1' * (300 << 20)) * 0")
+    done = subprocess.run(
+        [sys.executable, "-c", needy, "check", "x"], capture_output=True, text=True, check=False
+    )
+    assert "MemoryError" in done.stderr
+
+
+@linux
+def test_check_streams(tmp_path: Path) -> None:
+    """A deflated storage of 256 MiB, and a terabyte of tensor that nobody asked to read."""
+    count = 64 << 20
+    body = dict_of([(text("w"), TENSOR.replace(b"K\x04", b"J" + struct.pack("<i", count)))])
+    with zipfile.ZipFile(tmp_path / "deflated.pth", "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
+        with made.open("archive/data/0", "w") as record:
+            for _ in range(256):
+                record.write(bytes(1 << 20))
+        made.writestr("archive/version", b"3\n")
+    header = b'{"a":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (1 << 40, 1 << 40)
+    with (tmp_path / "sparse.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        try:
+            file.truncate(8 + len(header) + (1 << 40))
+        except OSError:
+            pytest.skip("no files of a terabyte here")
+    paths = [tmp_path / "deflated.pth", tmp_path / "sparse.safetensors"]
+    assert limited(("check", "--finite"), paths, tmp_path) == ""
