@@ -66,10 +66,16 @@ def make_plan(
     options: Options,
 ) -> Plan:
     """Edit the tree in memory."""
-    bare = bare or container == "safetensors"
+    bare = bare or container == "safetensors" or bool(checkpoint.program)
     needed = bool(steps) or bare or options.at is not None
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
-    if unwrap and state is not None and not state.at and not state.module:
+    if checkpoint.program and options.in_place:
+        raise EditError(
+            f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
+            hint="name an output instead of --in-place",
+        )
+    alone = state is not None and not (state.at or state.module or checkpoint.program)
+    if unwrap and alone:
         raise EditError(
             f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
             hint="ckptool convert writes it again as it is",
@@ -81,6 +87,8 @@ def make_plan(
     plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
     if options.tensors_only and not bare:
         _leave_classes(plan)
+    if checkpoint.program:
+        plan.notes.insert(0, f"took the state_dict out of a {checkpoint.program}")
     if state is not None:
         plan.notes += state.notes
         plan.warnings += state.missing

@@ -141,7 +141,7 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
 
 
 def _file_line(found: Listing) -> str:
-    parts = [container_title(found.checkpoint.container)]
+    parts = [visible(found.checkpoint.program) or container_title(found.checkpoint.container)]
     if found.state is not None and (found.state.at or found.state.module):
         parts.append(f"state_dict{_whereabouts(found.state.module, found.state.at)}")
     parts.append(counted(len(found.entries), "tensor"))

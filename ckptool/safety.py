@@ -100,6 +100,11 @@ _NUMPY_SCALARS = (
 )
 _GENERATORS = "MT19937 PCG64 PCG64DXSM Philox SFC64"
 _DISTRIBUTED = "torch.distributed"
+# They give back what they are given (torch/jit/_pickle.py).
+_TYPE_TAGS = (
+    "build_intlist build_tensorlist build_doublelist build_boollist build_tensor_from_id "
+    "restore_type_tag"
+)
 
 FOREIGN = frozenset(
     _names("argparse", "Namespace")
@@ -141,6 +146,7 @@ FOREIGN = frozenset(
         "sigmoid softplus hardswish mish relu6 prelu glu logsigmoid dropout",
     )
     | _names("torch._C._nn", "gelu silu leaky_relu elu hardtanh log_sigmoid softplus relu6")
+    | _names("torch.jit._pickle", _TYPE_TAGS)
     | _names(f"{_DISTRIBUTED}.tensor", "DTensor")
     | _names(f"{_DISTRIBUTED}.tensor._dtensor_spec", "DTensorSpec TensorMeta")
     | _names(f"{_DISTRIBUTED}.tensor.placement_types", "Partial Replicate Shard")

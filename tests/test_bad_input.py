@@ -59,6 +59,10 @@ REFUSED = {
         zip64_end_elsewhere.pth zip64_field_beyond.pth zip64_huge_directory.pth zip64_no_end.pth
         zip64_no_sizes.pth zip64_short_field.pth zip64_size_2_63.pth zip64_without_locator.pth
         zip_slip.pth
+        script_bad_constants.pt script_json_beyond.pt script_json_dtypes.pt
+        script_json_escape.pt script_json_id.pt script_json_missing.pt script_json_negative.pt
+        script_json_text.pt script_json_twice.pt script_json_type.pt script_no_module.pt
+        script_short_storage.pt
     """,
     "not-a-checkpoint": """
         bare_pickle.pkl bytes_before.pth empty_file.pth float_dump.bin gguf.gguf gzip.pth
@@ -71,11 +75,12 @@ REFUSED = {
     """,
     "unsupported": """
         bzip2_member.pth encrypted.pth extension_code.pth lzma_member.pth next_buffer.pth
-        safetensors_unknown_dtype.safetensors torchscript.pt patched.pth two_volumes.pth
+        safetensors_unknown_dtype.safetensors script_json_data_type.pt patched.pth two_volumes.pth
     """,
     "limit-exceeded": """
         deep_key.pth deep_list.pth deep_tuple.pth safetensors_deep_json.safetensors
-        safetensors_header_too_long.safetensors
+        safetensors_header_too_long.safetensors script_doubled.pt script_endless.pt
+        script_json_deep.pt
     """,
 }
 # Files that would run code: `keys` warns, a torch file is refused, the tensors can be kept. Beside
@@ -105,6 +110,7 @@ DANGEROUS = {
     "popped_to_mark.pth": "ok",
     "python2_builtin_eval.pth": "ok",
     "rebuild_from_type.pth": "ok",
+    "script_os_system.pt": "ok",
     "reduce_os_system.pth": "ambiguous-state-dict",
     "stack_global_os_system.pth": "ok",
 }
@@ -157,6 +163,7 @@ EXPECTED: dict[str, tuple[str, str, str, str]] = {
     **{name: (slug,) * 4 for slug, names in REFUSED.items() for name in names.split()},  # type: ignore[misc]
     **{name: ("ok", "unsafe-pickle", slug, "ok") for name, slug in DANGEROUS.items()},
     **HARMLESS,
+    "script_os_system.pt": ("ok",) * 4,  # a program is left behind with all that it names
 }
 HOSTILE = sorted((FIXTURES / "hostile").iterdir())
 
@@ -233,7 +240,7 @@ WARM_UP = """
     plain.pth model_best.pth.tar dino.pth rezipped.pth strided.pth tied.pth foreign.pth
     no_tensors.pth list_of_tensors.pth extra_state.pth big_endian.pth conj.pth collision.pth
     plain_legacy.pth strided_legacy.pth python2.pth plain.safetensors shapes.safetensors
-    plain_pickle.pkl torch_0_1.tar expanded_far.pth
+    plain_pickle.pkl torch_0_1.tar expanded_far.pth script.pt script_2019.pt
 """
 WATCH = str(Path(__file__).with_name("watch.py"))
 
@@ -374,7 +381,6 @@ NAMED = {
     "html_page.pth": "is an HTML page (145 B); a server sends this when",
     "lfs_pointer.pth": "is a git-LFS pointer, not the file itself",
     "symlink_text.ckpt": "looks like the path of a symbolic link",
-    "torchscript.pt": "is a TorchScript archive",
     "tar.pth": "is a tar archive",
     "tar_gz.pth": "is a gzip archive",
     "gzip.pth": "is a gzip archive",

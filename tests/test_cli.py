@@ -108,7 +108,7 @@ REFUSED = [
     ("keys missing.pth", 3, "no-such-file"),
     ("keys {h}/html_page.pth", 3, "not-a-checkpoint"),
     ("keys {h}/truncated.pth", 3, "malformed"),
-    ("keys {h}/torchscript.pt", 3, "unsupported"),
+    ("keys {h}/script_json_data_type.pt", 3, "unsupported"),
     ("keys {h}/deep_list.pth", 3, "limit-exceeded"),
     ("transfer {g}/plain.pth out.pth --like missing.pth", 3, "no-such-file"),
     ("convert {h}/os_system.pth out.pth", 4, "unsafe-pickle"),

@@ -39,7 +39,9 @@ HOW: dict[str, dict[str, Any]] = {
     "protocol0_legacy.pth": {"pickle_module": judge.text_ids},
     "python2_training.pth": {"encoding": "latin1"},
 }
-BYTEWISE = {"plain_pickle.pkl", "tensors_2017_cuda.pth"}
+BYTEWISE = {"plain_pickle.pkl", "tensors_2017_cuda.pth"} | {
+    f"script_{name}.pt" for name in ("2018", "2019", "no_source")
+}
 
 
 def name_of(path: Path) -> str:
@@ -55,6 +57,8 @@ def is_loadable(path: Path) -> bool:
 
 def read(path: Path) -> Any:
     """Load a good fixture, strictly where torch can."""
+    if path.name.startswith("script"):
+        return torch.jit.load(path).state_dict()
     how = HOW.get(path.name, {})
     if not how:
         with suppress(Exception):

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 from ckptool.checkpoint import Checkpoint, refuse_deep
 from ckptool.errors import AmbiguousStateDict, FormatError, NoSuchFile, NotACheckpoint
 from ckptool.fileio import Reader, reason
-from ckptool.formats import _folders, _others, _pickles, dcp, safetensors, torch_legacy, torch_zip
+from ckptool.formats import (
+    _folders,
+    _others,
+    _pickles,
+    dcp,
+    safetensors,
+    torch_legacy,
+    torch_zip,
+    torchscript,
+)
 from ckptool.tree import Global, Object
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -26,6 +35,7 @@ HEAD = 4096
 class Format:
     """One container: how to tell it from its first bytes, and how to read it.
 
+    `read` gives None for a file of another container that starts with the same bytes.
     A container of many files is read from one of them, its index: a folder that holds a file
     which one of `folder_patterns` matches is that container.
     """
@@ -34,7 +44,7 @@ class Format:
     title: str
     suffixes: tuple[str, ...]
     sniff: Callable[[bytes], bool]
-    read: Callable[[Reader], Checkpoint]
+    read: Callable[[Reader], Checkpoint | None]
     writable: bool
     folder_patterns: tuple[str, ...] = ()
 
@@ -48,6 +58,7 @@ FORMATS = (
         torch_zip.read,
         writable=True,
     ),
+    Format("torchscript", "TorchScript", (), torchscript.sniff, torchscript.read, False),
     Format("torch-legacy", "legacy torch", (), torch_legacy.sniff, torch_legacy.read, False),
     Format(
         "safetensors",
@@ -81,8 +92,9 @@ def read(path: str | Path) -> Checkpoint:
     with Reader(index) as reader:
         head = reader.read(0, min(HEAD, reader.nbytes))
         for each in FORMATS:
-            if each.sniff(head):
-                return replace(_read(each, reader), path=str(path))
+            found = _read(each, reader) if each.sniff(head) else None
+            if found is not None:
+                return replace(found, path=str(path))
         what, hint = _others.describe(reader, head)
         raise NotACheckpoint(f"{path} is {what}", path=str(path), hint=hint)
 
@@ -128,10 +140,12 @@ def _growing() -> Iterator[None]:
             gc.enable()
 
 
-def _read(each: Format, reader: Reader) -> Checkpoint:
+def _read(each: Format, reader: Reader) -> Checkpoint | None:
     try:
         with _growing():
             checkpoint = each.read(reader)
+            if checkpoint is None:
+                return None
             refuse_deep(checkpoint.tree)
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Collection
 
 from ckptool.fileio import Reader
-from ckptool.formats import _pickles, _texts
+from ckptool.formats import _pickles, _texts, _zip
 from ckptool.text import listed, quoted, readable
 
 AGAIN = "get it again from where it came"
@@ -58,6 +58,8 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
         found = what(reader, head)
         if found is not None:
             return found
+    if head.startswith(b"PK\3\4"):
+        return describe_zip(_zip.read_directory(reader).members)
     for signature, named, hint in _SIGNATURES:
         if head.startswith(signature):
             return f"{named} ({size})", hint

@@ -443,3 +443,16 @@ def _fresh(info: TensorInfo) -> Object:
         return Object(Global(_UTILS, "_rebuild_tensor_v2"), args)
     dtype = Global("torch", info.dtype.torch_name)
     return Object(Global(_UTILS, "_rebuild_tensor_v3"), (*args, dtype))
+
+
+def quantized_call(
+    place: tuple[Storage, int],
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    scale: float,
+    zero_point: int,
+) -> Object:
+    """Make the call that rebuilds a tensor with one scale and zero point for all of it."""
+    quantizer = (Global("torch", "per_tensor_affine"), scale, zero_point)
+    args = (*place, shape, stride, quantizer, False, Object(_ORDERED_DICT, ()))
+    return Object(Global(_UTILS, "_rebuild_qtensor"), args)

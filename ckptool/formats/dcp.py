@@ -202,6 +202,8 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
         raised = kind(message, path=shard.path, offset=at, hint=error.hint)
         raised.named, raised.calls = error.named, error.calls
         raise raised from error
+    if found is None:
+        raise Malformed(f"{entry.key} is no torch zip", path=shard.path, offset=part.offset)
     chunk = f" at {shape_text(box.offsets)}" if len(entry.boxes) > 1 else ""
     pickle = f"{os.path.basename(shard.file)} ({entry.key}{chunk})"
     seen.records |= {f"{pickle}/{name}": record for name, record in found.records.items()}

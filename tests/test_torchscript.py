@@ -1,0 +1,182 @@
+"""TorchScript archives: what torch.jit.load shows as the state_dict, taken out without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FIXTURES, Outcome
+
+from ckptool import checkpoint as places, formats, surgery
+from ckptool.errors import EditError
+from ckptool.surgery import Options
+
+torch = pytest.importorskip("torch")
+judge = pytest.importorskip("judge")
+
+Run = Callable[..., Outcome]
+GOOD = FIXTURES / "good"
+BY_HAND = ("script_2018.pt", "script_2019.pt")  # torch reads them no more
+NO_STATE = ("script_no_source.pt",)  # nor what has no source
+WRITTEN = sorted(
+    path.name for path in GOOD.glob("script*") if path.name not in (*BY_HAND, *NO_STATE)
+)
+CORPUS = Path(os.environ.get("CKPTOOL_CORPUS") or "no corpus")
+INDEX = CORPUS / "index.json"
+ROWS = json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else []
+REAL = [CORPUS / row["path"] for row in ROWS if row["format"] == "torchscript"]
+FILES = [*(GOOD / name for name in WRITTEN), *REAL]
+LOOSELY = {"containers": False, "metadata": False, "identity": False, "storage": False}
+
+
+def of_torch(path: Path) -> Any:
+    """Return the state_dict that torch.jit shows; it makes up its `_metadata`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_state_dict_is_that_of_torch(path: Path, tmp_path: Path) -> None:
+    wanted = of_torch(path)
+    for edit in ({"bare": True, "unwrap": True}, {}):
+        out = tmp_path / "out.pth"
+        surgery.rewrite(path, out, options=Options(sync=False, force=True), **edit)
+        found = judge.load(out)
+        assert list(found) == list(wanted)
+        assert judge.same(wanted, found, **LOOSELY) == []
+        assert not any(tensor.requires_grad for tensor in found.values())
+        assert not hasattr(found, "_metadata")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_keys_lists_it_in_the_same_order(path: Path, run: Run) -> None:
+    wanted = of_torch(path)
+    document = run("keys", "--json", path).document
+    assert document["container"] == "torchscript"
+    assert [each["key"] for each in document["tensors"]] == list(wanted)
+    assert [each["shape"] for each in document["tensors"]] == [[*t.shape] for t in wanted.values()]
+
+
+@pytest.mark.skipif(not REAL, reason="CKPTOOL_CORPUS names no folder with index.json")
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
+def test_every_tensor_of_a_real_archive_is_listed_or_counted(path: Path) -> None:
+    """`tensor_references` counts those of data.pkl that have elements or none, all of them."""
+    row = next(row for row in ROWS if CORPUS / row["path"] == path)
+    checkpoint = formats.read(path)
+    told = [note for note in checkpoint.notes if "in other attributes" in note]
+    left = int(told[0].split()[2]) if told else 0
+    listed = len(list(places.tensors(checkpoint.tree)))
+    assert listed + left == row["tensor_references"]
+
+
+def test_what_is_left_behind_is_named(run: Run, tmp_path: Path) -> None:
+    done = run("convert", GOOD / "script.pt", tmp_path / "out.pth")
+    assert done.err.splitlines() == [
+        "left behind code/ (3 records), constants.pkl",
+        "took the state_dict out of a TorchScript module good_torchscript.Whole",
+        "a TorchScript archive is a program; its code was not looked at",
+        "left out 2 tensors in other attributes, as torch.jit.load's state_dict does: maybe, plain",
+        f"{tmp_path / 'out.pth'}: 15 tensors, 220 B",
+        "read 15, renamed 0, dropped 0, written 15",
+    ]
+
+
+def test_constants_of_a_frozen_module_are_counted(run: Run) -> None:
+    done = run("keys", GOOD / "script_frozen.pt")
+    assert (done.code, done.out) == (0, "")
+    assert "left out 4 tensors without a name, constants of the code" in done.err
+
+
+def test_ties_stay_ties(tmp_path: Path) -> None:
+    surgery.rewrite(GOOD / "script.pt", tmp_path / "out.pth", options=Options(sync=False))
+    found = judge.load(tmp_path / "out.pth")
+    for one, other in (("again", "part.weight"), ("tied.weight", "layers.1.weight")):
+        assert found[one].data_ptr() == found[other].data_ptr()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("command", "prefix"),
+    [(["add-prefix", "--prefix", "net"], "net."), (["transfer"], ""), (["convert"], "")],
+)
+def test_edits_write_the_state_dict_alone(
+    run: Run, tmp_path: Path, command: list[str], prefix: str, suffix: str
+) -> None:
+    out = tmp_path / f"out.{suffix}"
+    assert run(*command, GOOD / "script_traced.pt", out).code == 0
+    wanted = [prefix + key for key in of_torch(GOOD / "script_traced.pt")]
+    state = places.find(formats.read(out))
+    assert (state.at, list(state.entries)) == ((), wanted)
+
+
+def test_it_is_not_replaced_by_its_state_dict(run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "script.pt"
+    copy.write_bytes((GOOD / "script.pt").read_bytes())
+    with pytest.raises(EditError):
+        surgery.rewrite(copy, None, bare=True, options=Options(in_place=True))
+    done = run("strip-prefix", "--prefix", "part", "--in-place", copy)
+    assert (done.code, done.out) == (2, "")
+    assert "its state_dict cannot take its place" in done.err
+    assert copy.read_bytes() == (GOOD / "script.pt").read_bytes()
+
+
+def test_without_source_all_tensors_are_taken(run: Run) -> None:
+    done = run("keys", "--names", GOOD / "script_no_source.pt")
+    assert done.out.splitlines() == ["scale", "layer.bias"]
+    assert "no source says which attributes of Net, layers.Linear are parameters" in done.err
+
+
+def test_modules_that_only_code_restores_are_named(run: Run, tmp_path: Path) -> None:
+    """A class whose `__setstate__` would make parameters: they cannot be told."""
+    import zipfile
+
+    source = tmp_path / "own.pt"
+    with zipfile.ZipFile(GOOD / "script.pt") as old, zipfile.ZipFile(source, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("good_torchscript.py"):
+                text = "  def __setstate__(self, state: Tensor) -> None:\n    pass\n"
+                head, mark, rest = data.partition(b"class Part(Module):")
+                body, split, tail = rest.partition(b"  def forward(")
+                data = head + mark + body + text.encode() + split + tail
+            new.writestr(name, data)
+    done = run("keys", "--names", source)
+    assert done.code == 0
+    assert "part.weight" not in done.out
+    assert "can tell the parameters of part, layers.0: left out" in done.err
+
+
+def test_archives_of_2019_hold_what_their_tables_say(tmp_path: Path) -> None:
+    """torch no longer reads them: the values here are those that the fixture wrote."""
+    out = tmp_path / "out.pth"
+    result = surgery.rewrite(GOOD / "script_2019.pt", out, options=Options(sync=False))
+    found = judge.load(out)
+    grid = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    assert list(found) == [
+        "weight", "bias", "row", "counted", "tied.weight", "tied.bias", "layers.0.weight",
+    ]  # fmt: skip
+    assert found["weight"].equal(grid)
+    assert found["tied.weight"].equal(grid.T)
+    assert found["row"].equal(grid[1])
+    assert found["bias"].tolist() == found["tied.bias"].tolist() == [7, 8]
+    assert found["counted"].dtype is torch.int64
+    assert found["counted"].item() == 5
+    quantized = found["layers.0.weight"]
+    assert (quantized.q_scale(), quantized.q_zero_point()) == (0.5, 3)
+    assert quantized.int_repr().tolist() == [[1, 2], [-2, -1]]
+    assert found["weight"].data_ptr() == found["tied.weight"].data_ptr()
+    assert found["row"].storage_offset() == 3
+    assert result.not_carried == ("code/Net.py", "attributes.pkl")
+
+
+def test_archives_of_2018_leave_out_what_has_a_default(run: Run, tmp_path: Path) -> None:
+    assert run("convert", GOOD / "script_2018.pt", tmp_path / "out.safetensors").code == 0
+    data = (tmp_path / "out.safetensors").read_bytes()
+    assert data.endswith(struct.pack("<2f", 7, 8))
