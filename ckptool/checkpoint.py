@@ -193,6 +193,8 @@ class _Search:
             yield _Found(path, tensors)
         if len(path) < MAX_CANDIDATE_DEPTH:
             for key, value in ways(node, self.effort):
+                if not isinstance(value, _WAYS):
+                    continue
                 deeper = dicts and bool(named) and not _matches(key, NOT_STATE_DICTS)
                 also = models and not _matches(key, NOT_MODELS)
                 if deeper or also:

@@ -80,7 +80,7 @@ def _argument(path: str) -> str:
 
 def _free(path: str, tag: str, suffix: str, taken: set[str]) -> str:
     """Name an output that does not exist yet: beside the input, or here where that is closed."""
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(path.rstrip(os.sep) or path)
     stem = name
     while os.path.splitext(stem)[1].lower() in SUFFIXES and os.path.splitext(stem)[0]:
         stem = os.path.splitext(stem)[0]
@@ -292,6 +292,10 @@ def _portable(facts: Survey) -> Advised:
 def _newer(facts: Survey) -> Advised:
     """Offer a torch zip of today for what older torch or another tool wrote."""
     if facts.verdict.level is Level.DANGEROUS:
+        return
+    if facts.checkpoint.container not in ("torch-zip", "torch-legacy"):
+        if facts.checkpoint.container != "safetensors" and not facts.checkpoint.program:
+            yield Advice("one file, which torch.load reads", "convert", (), "one")
         return
     reasons = []
     if facts.checkpoint.container == "torch-legacy":

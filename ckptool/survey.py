@@ -46,7 +46,8 @@ class Place:
     """A dict that may be the state_dict: `stored` counts the bytes of the file that only it needs.
 
     `wrappers` are the known prefixes that all its keys share, `other` counts its entries that are
-    no tensors, `unfit` says which entries safetensors cannot hold and why.
+    no tensors, `ties` map keys to those that are the same view, `unfit` says which entries
+    safetensors cannot hold and why.
     """
 
     at: Path
@@ -56,6 +57,7 @@ class Place:
     prefix: str
     wrappers: Sequence[str]
     other: int
+    ties: dict[str, str]
     unfit: dict[str, str]
     module: str = ""
     classes: dict[str, int] = field(default_factory=dict)
@@ -127,17 +129,18 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     beside = tuple(_beside(name, node, ledger) for name, node in _around(tree, paths, known))
     before = ledger.nbytes
     ledger.take(tree)
-    left = safetensors.left_behind(dict(entries), untie=False)
+    single = found[0] if len(found) == 1 else None
+    ties = single.ties if single else safetensors.left_behind(dict(entries), untie=False).ties
     storages = ledger.storages()
     data = sum(_stored(storage) for storage in storages)
     return Survey(
         checkpoint,
         found,
-        found[0] if len(found) == 1 else None,
+        single,
         state,
         _total(info for _, info in entries),
         _by_dtype(entries),
-        left.ties,
+        ties,
         tuple(key for key, info in entries if _is_part(info)),
         tuple(key for key, info in entries if _is_strided(info)),
         sum(isinstance(info, TensorInfo) and info.requires_grad for _, info in entries),
@@ -149,7 +152,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
         max(0, checkpoint.nbytes - data - checkpoint.unread_nbytes),
         safety.judge(checkpoint.globals),
         frameworks.recognise(checkpoint, _first_keys(found)),
-        len(found) == 1 and (at is None or len(_paths(tree)) == 1),
+        single is not None and (at is None or len(_paths(tree)) == 1),
         naming.what(tree),
     )
 
@@ -188,6 +191,7 @@ def _place(
         state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
     tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
+    left = safetensors.left_behind(state.entries, untie=False)
     before = ledger.nbytes
     ledger.take(places.state_dict_node(checkpoint.tree, path, known))
     return Place(
@@ -198,7 +202,8 @@ def _place(
         places.common_prefix(keys),
         edits.peeled(keys),
         len(keys) - len(tensors),
-        safetensors.left_behind(state.entries, untie=True).unfit,
+        left.ties,
+        left.unfit,
         state.module,
         state.classes,
     )

@@ -297,6 +297,8 @@ LINES = [
     "convert {g}/big_endian.pth out.safetensors",
     "convert {g}/plain.safetensors out.pth",
     "transfer {g}/model_best.pth.tar out.pth --like {g}/plain.pth",
+    "info {g}/model_best.pth.tar",
+    "info --json {g}/huge_view.pth",
     "check --help",
     "check --finite --sha256 {g}/plain.pth {g}/plain_legacy.pth {g}/plain.safetensors",
     "keys missing.pth",

@@ -242,12 +242,12 @@ WEIGHTS = {
     "mp_rank_00_model_states.pt": ("DeepSpeed", "weights"),
     "moco.pth.tar": ("MoCo", "inner"),
     "torchvision.pth": ("a training script of torchvision", "model_ema"),
+    "ultralytics.pt": ("Ultralytics YOLO", "weights"),
 }
 NO_WEIGHTS = {
     "training_args.bin": "the arguments of transformers' Trainer",
     "lora.safetensors": "a LoRA of kohya's sd-scripts",
     "adapter_model.safetensors": "an adapter of PEFT (LoRA)",
-    "ultralytics.pt": "Ultralytics YOLO",
 }
 FRAMEWORKS = FIXTURES / "frameworks"
 

@@ -27,13 +27,16 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     A file that is no checkpoint is named for what it is, exit 3.
     """
     from ckptool import formats, report_info
-    from ckptool.suggestions import suggestions
+    from ckptool.suggestions import Suggestion, suggestions
     from ckptool.survey import survey
+    from ckptool.text import quoted
 
     with local(file, quiet=quiet) as path:
         checkpoint = replace(formats.read(path), path=file)
     facts = survey(checkpoint, at)
     suggested = suggestions(facts)
+    if path != file:  # the copy is gone: there is nothing yet to work on
+        suggested = [Suggestion("to keep it", f"ckptool download {quoted(file)}")]
     if as_json:
         talk.put([report_info.info_document(facts, suggested)])
     else:

@@ -151,6 +151,9 @@ def test_a_url_goes_straight_into_transfer(
     assert done.code == 0, done.err
     assert done.out.splitlines()[0] == "module.features.0.weight"
     assert f"downloaded {url}" in done.err
+    found = json.loads(run("info", "--json", url).out)
+    assert (found["file"], found["count"]) == (url, 8)
+    assert [each["command"] for each in found["suggestions"]] == [f"ckptool download {url}"]
     target = tmp_path / "pretrain.pth"
     done = run("transfer", url, target, "--drop", "classifier", "--json")
     assert done.code == 0, done.err
