@@ -66,7 +66,8 @@ class Checkpoint:
     `records` are all parts of the container that may have a checksum, by name, whether the tree
     uses them or not; `unlisted` counts the bytes that belong to nothing the container lists;
     `flaws` are what torch would not load it for; `files` are all that were read, with what tells
-    whether each is still the same; `notes` are for the user.
+    whether each is still the same; `shards` are those of a set, each as it was read; `notes` are
+    for the user.
     """
 
     path: str
@@ -87,6 +88,7 @@ class Checkpoint:
     unlisted: int = 0
     flaws: tuple[str, ...] = ()
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+    shards: tuple[Checkpoint, ...] = ()
     notes: tuple[str, ...] = ()
 
 

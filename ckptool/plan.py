@@ -310,7 +310,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
         raise UnsafePickle(
             f"{source.path} would run code when loaded; nothing was executed or written",
             path=source.path,
-            evidence=safety.evidence_lines(carried, source.calls, source.tree, source.pickle_name),
+            evidence=safety.evidence_of(carried, source),
             option="--tensors-only",
             hint="keeps the tensors and leaves the rest behind",
         )

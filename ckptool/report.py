@@ -142,6 +142,8 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
 
 def _file_line(found: Listing) -> str:
     parts = [visible(found.checkpoint.program) or container_title(found.checkpoint.container)]
+    if found.checkpoint.shards:
+        parts.append(counted(len(found.checkpoint.shards), "shard"))
     if found.state is not None and (found.state.at or found.state.module):
         parts.append(f"state_dict{_whereabouts(found.state.module, found.state.at)}")
     parts.append(counted(len(found.entries), "tensor"))
@@ -156,9 +158,7 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
     if not verdict.dangerous:
         return []
     first = f"{visible(checkpoint.path)} would run code when loaded; nothing was executed"
-    lines = safety.evidence_lines(
-        verdict, checkpoint.calls, checkpoint.tree, checkpoint.pickle_name
-    )
+    lines = safety.evidence_of(verdict, checkpoint)
     return [first, *(f"    {visible(line)}" for line in lines)]
 
 

@@ -235,9 +235,7 @@ def _safety(facts: Survey, style: _Style) -> list[Fact]:
     found: list[Fact] = []
     if verdict.dangerous:
         found.append(("safety", "dangerous: it would run code when loaded; nothing was executed"))
-        lines = safety.evidence_lines(
-            verdict, checkpoint.calls, checkpoint.tree, checkpoint.pickle_name
-        )
+        lines = safety.evidence_of(verdict, checkpoint)
         found += [("safety", f"    {visible(line)}") for line in lines]
     if verdict.foreign:
         what = "foreign: torch.load(weights_only=True) refuses it; loading it otherwise imports"

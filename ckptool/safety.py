@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 from ckptool.dtype import DType
 from ckptool.tensor import CompositeTensor, TensorInfo
@@ -30,6 +30,8 @@ from ckptool.tree import (
     Set,
     children,
 )
+
+SHOWN = 8  # dangerous calls in a message
 
 
 class Level(IntEnum):
@@ -306,7 +308,9 @@ class Call:
         return f"{self.named}({', '.join(self.arguments)})"
 
 
-def evidence(verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int = 8) -> list[Call]:
+def evidence(
+    verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int = SHOWN
+) -> list[Call]:
     """List the dangerous calls with their arguments, then names that nothing calls."""
     found: list[tuple[Node, Global, tuple[str, ...] | None, int]] = []
     named: set[Global] = set()
@@ -338,6 +342,40 @@ def evidence_line(call: Call, pickle_name: str) -> str:
     """Show one call, and where it is."""
     where = f"   at `{call.where}`" if call.where else ""
     return f"{pickle_name}, byte {call.offset}: {call.text}{where}"
+
+
+class Pickled(Protocol):
+    """What safety looks at in a checkpoint."""
+
+    @property
+    def tree(self) -> Node:
+        """Give all that the pickle holds."""
+
+    @property
+    def globals(self) -> Mapping[Global, int]:
+        """Give the names in it, each with its offset."""
+
+    @property
+    def calls(self) -> Iterable[Object]:
+        """Give the calls in it."""
+
+    @property
+    def pickle_name(self) -> str:
+        """Name it."""
+
+    @property
+    def shards(self) -> Sequence[Pickled]:
+        """Give the files of a set."""
+
+
+def evidence_of(verdict: Verdict, checkpoint: Pickled) -> list[str]:
+    """Show what is dangerous in a checkpoint; each file of a set by its own name."""
+    lines: list[str] = []
+    for part in checkpoint.shards or (checkpoint,):
+        here = {name: at for name, at in part.globals.items() if name in verdict.dangerous}
+        found = replace(verdict, dangerous=here)
+        lines += evidence_lines(found, part.calls, part.tree, part.pickle_name)
+    return lines[:SHOWN]
 
 
 def _shown(node: Node) -> str:

@@ -99,7 +99,7 @@ def rewrite(
     """
     options = options or Options()
     checkpoint = opened or formats.read(source)
-    target, options = _in_place(source, target, options)
+    target, options = _in_place(checkpoint, source, target, options)
     container = _container(checkpoint, str(target), options)
     place = atomic.refuse_target(
         target,
@@ -123,14 +123,15 @@ def rewrite(
 
 
 def _in_place(
-    source: str | Path, target: str | Path | None, options: Options
+    checkpoint: Checkpoint, source: str | Path, target: str | Path | None, options: Options
 ) -> tuple[str | Path, Options]:
     if options.in_place:
         if target is not None:
             raise EditError("--in-place takes the input alone, without an output")
-        if os.path.isdir(source):
+        if len(checkpoint.files) > 1 or os.path.isdir(source):
+            what = "a folder" if os.path.isdir(source) else f"{len(checkpoint.files)} files"
             raise EditError(
-                f"{source} is a folder: --in-place replaces one file", hint="name an output"
+                f"{source} is {what}: --in-place replaces one file", hint="name an output"
             )
         return source, replace(options, force=True)
     if target is None:
@@ -156,7 +157,9 @@ def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
         if _suffix(target) in each.suffixes and not options.in_place:
             return each.name
     own = formats.BY_NAME.get(checkpoint.container)
-    return own.name if own is not None and own.writable else "torch-zip"
+    if own is None:
+        return "torch-zip"
+    return own.name if own.writable else own.written_as
 
 
 def _lay_out(plan: Plan, options: Options) -> Layout:

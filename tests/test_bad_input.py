@@ -63,6 +63,11 @@ REFUSED = {
         script_json_escape.pt script_json_id.pt script_json_missing.pt script_json_negative.pt
         script_json_text.pt script_json_twice.pt script_json_type.pt script_no_module.pt
         script_short_storage.pt
+        sharded_absolute sharded_backslash sharded_drive sharded_empty_name sharded_extra_key
+        sharded_key_twice sharded_list sharded_metadata_list sharded_missing_index
+        sharded_missing_key sharded_missing_shard sharded_no_shards sharded_not_utf8 sharded_nul
+        sharded_number sharded_repeated_key sharded_short_shard sharded_swapped
+        sharded_traversal sharded_truncated
     """,
     "not-a-checkpoint": """
         bare_pickle.pkl bytes_before.pth empty_file.pth float_dump.bin gguf.gguf gzip.pth
@@ -71,7 +76,7 @@ REFUSED = {
         safetensors_byte_order_mark.safetensors safetensors_header_2_64.safetensors
         safetensors_header_zero.safetensors safetensors_leading_space.safetensors
         safetensors_not_an_object.safetensors seven_zip.7z symlink_text.ckpt tar.pth tar_gz.pth
-        text.pth zeros.pth
+        text.pth zeros.pth sharded_itself sharded_lfs_shard sharded_link_text sharded_no_map
     """,
     "unsupported": """
         bzip2_member.pth encrypted.pth extension_code.pth lzma_member.pth next_buffer.pth
@@ -80,7 +85,7 @@ REFUSED = {
     "limit-exceeded": """
         deep_key.pth deep_list.pth deep_tuple.pth safetensors_deep_json.safetensors
         safetensors_header_too_long.safetensors script_doubled.pt script_endless.pt
-        script_json_deep.pt
+        script_json_deep.pt sharded_deep
     """,
 }
 # Files that would run code: `keys` warns, a torch file is refused, the tensors can be kept. Beside
@@ -112,6 +117,7 @@ DANGEROUS = {
     "rebuild_from_type.pth": "ok",
     "script_os_system.pt": "ok",
     "reduce_os_system.pth": "ambiguous-state-dict",
+    "sharded_os_system": "ok",
     "stack_global_os_system.pth": "ok",
 }
 # Files that are odd, yet do no harm.
@@ -241,6 +247,7 @@ WARM_UP = """
     no_tensors.pth list_of_tensors.pth extra_state.pth big_endian.pth conj.pth collision.pth
     plain_legacy.pth strided_legacy.pth python2.pth plain.safetensors shapes.safetensors
     plain_pickle.pkl torch_0_1.tar expanded_far.pth script.pt script_2019.pt
+    sharded_safetensors sharded_bin transformers
 """
 WATCH = str(Path(__file__).with_name("watch.py"))
 
@@ -267,7 +274,8 @@ def test_nothing_in_a_file_is_executed(here: Path, good: Path) -> None:
             assert not any(MARKER in each for each in told), (path, event, told)
             if event == "open" and told[0].startswith(("'", '"')):
                 opened = os.path.realpath(arguments[0].strip("'\""))
-                inside = opened == path or opened.startswith(allowed) or opened == "/dev/null"
+                below = opened.startswith((f"{path}/", *allowed))
+                inside = opened == path or below or opened == "/dev/null"
                 assert inside, (path, arguments)
     assert listing(here) == {}
     assert not (FIXTURES / "hostile" / MARKER).exists()

@@ -49,10 +49,15 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
+def parts_of(path: Path) -> list[Path]:
+    """List the files of a fixture: itself, or those in a folder."""
+    return sorted(path.rglob("*")) if path.is_dir() else [path]
+
+
 def is_loadable(path: Path) -> bool:
     """Tell whether torch can be asked what a file holds."""
-    special = path.suffix == ".safetensors" or path.name in BYTEWISE
-    return path.parent.name == "good" and not special
+    special = path.suffix in (".safetensors", ".json") or path.name in BYTEWISE
+    return "good" in path.relative_to(FOLDER).parts and path.is_file() and not special
 
 
 def read(path: Path) -> Any:
@@ -81,7 +86,8 @@ def test_readme_has_one_row_per_file() -> None:
 
 def test_make_writes_these_files_and_no_others(made: Path) -> None:
     again = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
-    assert again == {*map(name_of, FILES), "README.md"}
+    here = {str(part.relative_to(FOLDER)) for path in FILES for part in parts_of(path)}
+    assert again == {*here, "README.md"}
 
 
 def test_readme_is_what_make_writes(made: Path) -> None:
@@ -91,8 +97,11 @@ def test_readme_is_what_make_writes(made: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_fixture_is_what_make_makes(path: Path, made: Path) -> None:
-    again = made / name_of(path)
-    writer = WRITERS[name_of(path)]
+    for part in parts_of(path):
+        compare(part, made / part.relative_to(FOLDER), WRITERS[name_of(path)])
+
+
+def compare(path: Path, again: Path, writer: str) -> None:
     if path.suffix == ".safetensors":
         assert safetensors_parts(path) == safetensors_parts(again)
     elif is_loadable(path):
@@ -118,7 +127,7 @@ def safetensors_parts(path: Path) -> Any:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_fixture_is_small_and_names_no_machine(path: Path) -> None:
-    content = path.read_bytes()
+    content = b"".join(part.read_bytes() for part in parts_of(path))
     assert len(content) < 60_000
     for part in (b"/home/", b"/root/", b"/tmp/", b"site-packages", b"C:\\Users"):
         assert part not in content

@@ -31,7 +31,8 @@ def by_name(path: Path) -> str:
 
 
 def copied(path: Path, folder: Path) -> Path:
-    return Path(shutil.copy(path, folder / path.name))
+    copy = shutil.copytree if path.is_dir() else shutil.copy
+    return Path(copy(path, folder / path.name))
 
 
 def pasted(run: Run, command: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Outcome:
@@ -375,19 +376,14 @@ def test_a_git_lfs_pointer_brings_the_command_that_fetches_it(run: Run, tmp_path
     [
         ([], "is a folder (empty)", None),
         (
-            ["config.json", "model.safetensors", "tokenizer.json"],
-            "a folder, a model of transformers (3 files)",
-            "model.safetensors",
+            ["trainer_state.json", "optimizer.pt", "config.json"],
+            "a checkpoint of transformers' Trainer (3 files)",
+            "optimizer.pt",
         ),
         (
-            ["trainer_state.json", "optimizer.pt", "model.safetensors", "config.json"],
-            "a checkpoint of transformers' Trainer",
-            "model.safetensors",
-        ),
-        (
-            ["random_states_0.pkl", "optimizer.bin", "pytorch_model.bin"],
+            ["random_states_0.pkl", "optimizer.bin", "pytorch_model_1.bin"],
             "a checkpoint of accelerate",
-            "pytorch_model.bin",
+            "pytorch_model_1.bin",
         ),
         (["data.pkl", "version"], "an unpacked torch file", "data.pkl"),
     ],

@@ -128,6 +128,8 @@ OldToNew = Callable[[str], "str | None"]
 def original(name: str) -> Loaded:
     """Load a fixture with the library that wrote it."""
     path = GOOD / TWIN.get(name, name)
+    if path.is_dir():
+        return by_shards(path)
     if path.suffix == ".safetensors":
         return by_header(path)
     weights_only = path.name in ACCEPTED or path.name in ("cuda_tagged.pth", "mps_tagged.pth")
@@ -147,6 +149,20 @@ def by_header(path: Path) -> OrderedDict[str, Any]:
     tensors = safetensors_torch.load_file(path)
     assert tensors.keys() == header.keys() - {"__metadata__"}
     return OrderedDict((key, tensors[key].clone()) for key in header if key != "__metadata__")
+
+
+def by_shards(folder: Path) -> OrderedDict[str, Any]:
+    """Load each file of a folder with the library that wrote it, in the order of the index."""
+    index = next(iter(folder.glob("*.index*.json")), None)
+    weight_map = json.loads(index.read_text())["weight_map"] if index else {}
+    shards = {name: name.split("-of-")[0].split("-")[-1] for name in weight_map.values()}
+    names = sorted(shards, key=lambda name: int(shards[name])) or ["model.safetensors"]
+    loaded: OrderedDict[str, Any] = OrderedDict()
+    for name in names:
+        safe = name.endswith(".safetensors")
+        loaded.update(by_header(folder / name) if safe else judge.load(folder / name))
+    by_name = list(weight_map) == sorted(weight_map)
+    return loaded if by_name else OrderedDict((key, loaded[key]) for key in weight_map)
 
 
 WRAPPERS = (

@@ -167,7 +167,7 @@ def test_the_worst_counts() -> None:
 def lines_of(path: Path) -> list[str]:
     found = formats.read(path)
     verdict = judge(found.globals)
-    return safety.evidence_lines(verdict, found.calls, found.tree, found.pickle_name)
+    return safety.evidence_of(verdict, found)
 
 
 EVIDENCE = [

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ckptool.checkpoint import Checkpoint, refuse_deep
-from ckptool.errors import AmbiguousStateDict, FormatError, NoSuchFile, NotACheckpoint
-from ckptool.fileio import Reader, reason
+from ckptool.errors import FormatError, NotACheckpoint
+from ckptool.fileio import Reader
 from ckptool.formats import (
     _folders,
     _others,
     _pickles,
+    _stand_in,
     dcp,
     safetensors,
+    sharded,
     torch_legacy,
     torch_zip,
     torchscript,
@@ -37,7 +39,8 @@ class Format:
 
     `read` gives None for a file of another container that starts with the same bytes.
     A container of many files is read from one of them, its index: a folder that holds a file
-    which one of `folder_patterns` matches is that container.
+    which one of `folder_patterns` matches is that container. What is not `writable` is written
+    again as another container, `written_as`.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Format:
     read: Callable[[Reader], Checkpoint | None]
     writable: bool
     folder_patterns: tuple[str, ...] = ()
+    written_as: str = "torch-zip"
 
 
 FORMATS = (
@@ -77,6 +81,25 @@ FORMATS = (
         writable=False,
         folder_patterns=(".metadata", "__*.metadata"),
     ),
+    Format(
+        "safetensors-sharded",
+        "sharded safetensors",
+        (),
+        sharded.sniff_safetensors,
+        lambda reader: sharded.read(reader, _read_shard),
+        writable=False,
+        folder_patterns=sharded.PATTERNS,
+        written_as="safetensors",
+    ),
+    Format(
+        "torch-sharded",
+        "sharded torch",
+        (),
+        sharded.sniff_torch,
+        lambda reader: sharded.read(reader, _read_shard),
+        writable=False,
+        folder_patterns=sharded.PATTERNS,
+    ),
 )
 BY_NAME = {each.name: each for each in FORMATS}
 
@@ -86,35 +109,32 @@ def read(path: str | Path) -> Checkpoint:
 
     Raises a `FormatError` that names what the file is, or what is wrong with it and where.
     """
-    index = index_of(str(path))
-    if os.path.isdir(index):
-        raise _folders.refuse(str(path))
-    with Reader(index) as reader:
+    shown = str(path)
+    found = _stand_in.file_of(shown, is_index)
+    if os.path.isdir(found):
+        raise _folders.refuse(shown)
+    checkpoint = _read_file(found, FORMATS)
+    notes = checkpoint.notes
+    if found != shown and not is_index(os.path.basename(found)):
+        notes = (*notes, f"{shown} is a folder; this is {os.path.basename(found)} in it")
+    note = _stand_in.shard_note(found)
+    return replace(checkpoint, path=shown, notes=(*notes, note) if note else notes)
+
+
+def _read_file(path: str, known: Iterable[Format]) -> Checkpoint:
+    with Reader(path) as reader:
         head = reader.read(0, min(HEAD, reader.nbytes))
-        for each in FORMATS:
+        for each in known:
             found = _read(each, reader) if each.sniff(head) else None
             if found is not None:
-                return replace(found, path=str(path))
+                return found
         what, hint = _others.describe(reader, head)
-        raise NotACheckpoint(f"{path} is {what}", path=str(path), hint=hint)
+        raise NotACheckpoint(f"{path} is {what}", path=path, hint=hint)
 
 
-def index_of(path: str) -> str:
-    """Give the file that stands for a folder which is a checkpoint; any other path as it is.
-
-    Raises `AmbiguousStateDict` for a folder with several.
-    """
-    if not os.path.isdir(path):
-        return path
-    try:
-        found = sorted(filter(is_index, os.listdir(path)))
-    except OSError as error:
-        raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None
-    if len(found) > 1:
-        raise AmbiguousStateDict(
-            f"{path} holds {len(found)} checkpoints: {', '.join(found)}", hint="name one of them"
-        )
-    return os.path.join(path, found[0]) if found else path
+def _read_shard(path: str) -> Checkpoint:
+    """Read a file of a set, which is no set itself."""
+    return _read_file(path, [each for each in FORMATS if not each.folder_patterns])
 
 
 def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:

@@ -17,7 +17,6 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("trainer_state.json", "a checkpoint of transformers' Trainer"),
     ("adapter_config.json", "an adapter of PEFT"),
     ("modules.json config_sentence_transformers.json", "a model of sentence-transformers"),
-    ("config.json model.safetensors|pytorch_model.bin", "a model of transformers"),
     ("random_states_0.pkl", "a checkpoint of accelerate"),
     ("latest zero_to_fp32.py", "a checkpoint of DeepSpeed; zero_to_fp32.py joins its parts"),
     ("mp_rank_00_model_states.pt", "a part of a checkpoint of DeepSpeed"),

@@ -11,7 +11,7 @@ from ckptool.errors import LimitExceeded, Malformed
 MAX_DEPTH = 64
 
 
-def load(data: bytes, what: str, path: str, offset: int = 0) -> dict[str, Any]:
+def load(data: bytes, what: str, path: str, offset: int | None = None) -> dict[str, Any]:
     """Parse an object; `what` names it in messages: `the header`.
 
     Raises `Malformed` or `LimitExceeded` with `path` and `offset`.

@@ -4,9 +4,8 @@ Source: `safetensors/src/tensor.rs`. The reader is stricter than the library whe
 lenient (repeated keys, space before the header). In the writer's order, by dtype and then name,
 entries and data equal those of `safetensors.torch.save_file` byte for byte.
 
-Order and ties have no place in the format. Where they matter they stand in `__metadata__` under
-`ckptool`, as the JSON text `{"v": 1, "order": [keys], "ties": {alias: kept}}`, and are used on
-the way back if they agree with the keys.
+Order and ties have no place in the format. Where they matter they are noted in `__metadata__`
+under `ckptool`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from ckptool.copying import Compute, Copy, Job, Layout
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
 from ckptool.fileio import Reader, Readers, seekable
+from ckptool.formats import _json
+from ckptool.formats._order import NOTE, noted, restored
 from ckptool.tensor import (
     CompositeTensor,
     Storage,
@@ -37,9 +38,7 @@ from ckptool.tensor import (
 from ckptool.tree import Node
 
 MAX_HEADER = 100_000_000
-MAX_DEPTH = 64
 GATHER_BLOCK = 8 << 20
-NOTE = "ckptool"
 
 
 def sniff(head: bytes) -> bool:
@@ -62,12 +61,12 @@ def read(reader: Reader) -> Checkpoint:
             offset=8,
             hint="it is truncated; get it again from where it came",
         )
-    header = _parse(reader, reader.read(8, size))
+    header = _json.load(reader.read(8, size), "the header", reader.path, 8)
     metadata = _metadata(reader, header.pop("__metadata__", {}))
     base = reader.base + 8 + size
     entries = {key: _tensor(reader, key, said, base) for key, said in header.items()}
     _refuse_gaps(reader, list(entries.values()), base)
-    entries, notes = _restored(entries, metadata.pop(NOTE, None))
+    entries, notes = restored(entries, metadata.pop(NOTE, None))
     return Checkpoint(
         reader.path,
         "safetensors",
@@ -76,47 +75,6 @@ def read(reader: Reader) -> Checkpoint:
         metadata=metadata,
         notes=notes,
     )
-
-
-def _parse(reader: Reader, data: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            raise ValueError("a key stands twice")
-        return made
-
-    def refuse(token: str) -> Any:
-        raise ValueError(f"the token {token}")
-
-    if _depth(data) > MAX_DEPTH:
-        raise LimitExceeded(f"a header nested more than {MAX_DEPTH} deep", path=reader.path)
-    try:
-        text = data.decode("utf-8")
-        header = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        what = str(error) if not isinstance(error, UnicodeDecodeError) else "it is not UTF-8"
-        raise Malformed(f"the header is damaged: {what}", path=reader.path, offset=8) from None
-    if not isinstance(header, dict):
-        raise Malformed("the header is not an object", path=reader.path, offset=8)
-    return header
-
-
-# Possessive, so that a text without its closing quote is passed over once and not again and again.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
-
-
-def _depth(data: bytes) -> int:
-    """Count how deep brackets nest, text aside: what would make the JSON parser recurse."""
-    deepest = depth = 0
-    for token in _TOKEN.finditer(data):
-        if token[0][:1] in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-            if deepest > MAX_DEPTH:
-                break
-        elif token[0][:1] in b"]}":
-            depth -= 1
-    return deepest
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -186,28 +144,6 @@ def _refuse_gaps(reader: Reader, tensors: list[TensorInfo], base: int) -> None:
         )
 
 
-def _restored(
-    entries: dict[str, TensorInfo], note: str | None
-) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """Bring back order and ties, if what the note says agrees with the keys."""
-    if note is None:
-        return entries, ()
-    try:
-        said = json.loads(note)
-        order, ties = said["order"], said["ties"]
-        agreed = (
-            said["v"] == 1
-            and all(kept in entries and alias not in entries for alias, kept in ties.items())
-            and len(order) == len(set(order))
-            and set(order) == entries.keys() | ties.keys()
-        )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        agreed = False
-    if not agreed:
-        return entries, ("the order and ties noted in the file do not fit its keys: ignored",)
-    return {key: entries[ties.get(key, key)] for key in order}, ()
-
-
 @dataclass(frozen=True, slots=True)
 class Left:
     """What safetensors cannot hold as it is: `ties` map a key to the one it is tied to."""
@@ -267,8 +203,7 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) ->
     ordered = sorted(kept.items(), key=lambda item: (item[1].dtype.rank, item[0].encode()))
     metadata = {"format": "pt", **checkpoint.metadata}
     if left.ties or [key for key, _ in ordered] != list(entries):
-        note = {"v": 1, "order": list(entries), "ties": left.ties}
-        metadata[NOTE] = json.dumps(note, ensure_ascii=False, separators=(",", ":"))
+        metadata[NOTE] = noted(list(entries), left.ties)
     places, nbytes = _places(ordered)
     text = _header(ordered, places, metadata)
     base = 8 + len(text)

@@ -39,7 +39,7 @@ STORAGES = ("storages.pth",)  # hold bare storages, which are left out
 
 def _readable() -> list[str]:
     names = []
-    for path in sorted(GOOD.iterdir()):
+    for path in sorted(path for path in GOOD.iterdir() if path.is_file()):
         try:
             checkpoint.find(formats.read(path), CHOSEN.get(path.name))
         except CkptoolError:

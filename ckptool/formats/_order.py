@@ -1,0 +1,43 @@
+"""Key order and ties, noted as text where a format has no place for them.
+
+The note is the JSON text `{"v": 1, "order": [keys], "ties": {alias: kept}}`. It is used on the way
+back if it agrees with the keys, else ignored, which is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+NOTE = "ckptool"
+
+Entry = TypeVar("Entry")
+
+
+def noted(order: Sequence[str], ties: Mapping[str, str]) -> str:
+    """Write the note."""
+    note = {"v": 1, "order": list(order), "ties": dict(ties)}
+    return json.dumps(note, ensure_ascii=False, separators=(",", ":"))
+
+
+def restored(
+    entries: dict[str, Entry], note: str | None
+) -> tuple[dict[str, Entry], tuple[str, ...]]:
+    """Bring back order and ties; gives the entries as they are, and what to say, where not."""
+    if note is None:
+        return entries, ()
+    try:
+        said = json.loads(note)
+        order, ties = said["order"], said["ties"]
+        agreed = (
+            said["v"] == 1
+            and all(kept in entries and alias not in entries for alias, kept in ties.items())
+            and len(order) == len(set(order))
+            and set(order) == entries.keys() | ties.keys()
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        agreed = False
+    if not agreed:
+        return entries, ("the order and ties noted in the file do not fit its keys: ignored",)
+    return {key: entries[ties.get(key, key)] for key in order}, ()
