@@ -12,6 +12,7 @@ from ckptool.text import counted, visible
 
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8
+_WIDEST_NAME = 56  # what is longer moves its own line alone
 _WIDEST_STATUS = max(len(status.value) for status in Status)
 
 
@@ -23,7 +24,7 @@ def row(found: Checked) -> str:
 def aligned(found: Checked | None, files: Iterable[str]) -> str:
     """Write the line of a file for people, the head for None; `files` are all there will be."""
     name, status, detail = HEAD if found is None else _cells(found)
-    width = max(len(HEAD[0]), *(len(visible(each)) for each in files))
+    width = min(_WIDEST_NAME, max(len(HEAD[0]), *(len(visible(each)) for each in files)))
     return f"{name:{width}}  {status:{_WIDEST_STATUS}}  {detail}"
 
 

@@ -30,6 +30,7 @@ _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
 _PATCHED = 0x0020
 _DESCRIPTOR = 0x0008
 _FOLDER = 0x10  # of MS-DOS: miniz, and so torch, reads no byte of such a record, whoever wrote it
+_VOLUMES = "an archive in several volumes"
 _LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
 
 
@@ -100,7 +101,9 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
     if end_at >= _LOCATOR.size + _END64.size:
         locator = reader.read(end_at - _LOCATOR.size, _LOCATOR.size)
         if locator[:4] == b"PK\6\7":
-            stop = _LOCATOR.unpack(locator)[2]
+            _, located_disk, stop, disks = _LOCATOR.unpack(locator)
+            if located_disk or disks > 1:
+                raise Unsupported(_VOLUMES, path=reader.path, offset=end_at - _LOCATOR.size)
             if stop + _END64.size + _LOCATOR.size != end_at:
                 _refuse_shifted(reader, stop, end_at)
             signature, _, _, _, disk, directory_disk, here, *large = _END64.unpack(
@@ -117,7 +120,7 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
                 _fail(reader, "the two end records of the archive disagree", stop)
             count, nbytes, offset = large
     if disk or directory_disk or here != count:
-        raise Unsupported("an archive in several volumes", path=reader.path, offset=end_at)
+        raise Unsupported(_VOLUMES, path=reader.path, offset=end_at)
     if offset + nbytes != stop:
         _fail(reader, "the archive's directory does not end where its end record starts", stop)
     return offset, nbytes, count

@@ -69,6 +69,12 @@ LIMITS = (
     Limit("keys 10000", "peak", "MiB", most=64),
     *job_limits("strip"),
     *job_limits("convert"),
+    Limit("check", "wall", "x", most=1.25, per="cp"),
+    Limit("check", "wall", "x", most=0.5, per="sha256sum"),
+    Limit("check --finite", "wall", "x", most=1, per="sha256sum"),
+    Limit("check --sha256", "wall", "x", most=1.5, per="sha256sum"),
+    Limit("check", "peak", "MiB", most=64),
+    Limit("check --finite", "peak", "MiB", most=64),
 )
 
 

@@ -16,6 +16,8 @@ are meant for 2 GiB and more: of a small file, starting Python is most of the ti
 The torch scripts report two times: `work` is without the import of torch (what the limit is judged
 by, against the whole of ckptool's time, start included), `whole` is the process.
 
+`check` reads the big file and is compared with `cp` and `sha256sum`.
+
 Limits are judged by the median; peak memory by the largest reading. The exit status is 0 when all
 limits that were measured are met, 1 when one is not, 2 when a task could not be measured.
 """
@@ -40,7 +42,7 @@ from limits import LIMITS, MIB, Reading, Round, judge, table_of_readings, table_
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-JOBS = ("strip", "convert", "keys", "help")
+JOBS = ("strip", "convert", "check", "keys", "help")
 KEY_COUNTS = (320, 10_000)
 GIB = 2**30
 SPARE = 512 * MIB
@@ -105,7 +107,17 @@ def big_tasks(
         tasks += writing_tasks(
             "convert", "convert", ".safetensors", ckptool, source, baseline=baseline
         )
+    if "check" in jobs:
+        tasks += checking_tasks(ckptool, source, baseline=baseline)
     return tuple(tasks)
+
+
+def checking_tasks(ckptool: tuple[str, ...], source: Path, *, baseline: bool) -> Iterator[Task]:
+    """Yield checks of the big file, which read it and write nothing, and what reads it as well."""
+    for option in ((), ("--finite",), ("--sha256",)):
+        yield Task(" ".join(("check", *option)), (*ckptool, "check", *option, str(source)), source)
+    if baseline:
+        yield Task("sha256sum", ("sha256sum", str(source)), source)
 
 
 def startup_tasks(
@@ -283,7 +295,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--size", type=nbytes_of, default=2 * GIB, help="of the checkpoint (default 2GiB)")
-    add("--rounds", type=positive, default=5, help="of strip and convert (default 5)")
+    add("--rounds", type=positive, default=5, help="of strip, convert and check (default 5)")
     add("--startup-rounds", type=positive, default=30, help="of keys and help (default 30)")
     add("--jobs", type=jobs_of, default=JOBS, help=f"any of {','.join(JOBS)} (default all)")
     add("--folder", type=Path, default=tempfile.gettempdir(), help="to work in (default temporary)")
@@ -334,7 +346,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Round]:
     if {"keys", "help"} & set(options.jobs):
         tasks = startup_tasks(options.jobs, ckptool, folder, baseline=options.baseline)
         rounds += run_rounds(tasks, options.startup_rounds, "startup")
-    if {"strip", "convert"} & set(options.jobs):
+    if {"strip", "convert", "check"} & set(options.jobs):
         source = folder / "in.pth"
         # safetensors' save_file may copy what torch.load has read
         make_big(source, options.size, memory=options.size * (2 if options.baseline else 1))
