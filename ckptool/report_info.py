@@ -177,9 +177,9 @@ def _layout(facts: Survey, style: _Style) -> Iterator[str]:
         yield "tied: " + style.names((f"{a} = {b}" for a, b in facts.ties.items()), 8)
     if facts.views:
         views = counted(len(facts.views), "view")
-        yield f"{views} of a larger storage: {style.names(facts.views, 4)}"
+        yield f"{views} of a larger storage: {style.names(facts.views, 2)}"
     if facts.strided:
-        yield f"{len(facts.strided)} not contiguous: {style.names(facts.strided, 4)}"
+        yield f"{len(facts.strided)} not contiguous: {style.names(facts.strided, 2)}"
     if facts.requires_grad:
         yield f"{facts.requires_grad} of {facts.total.count} require a gradient"
     if set(facts.devices) - {"cpu"}:
@@ -252,7 +252,7 @@ def _notes(facts: Survey, style: _Style) -> Iterator[str]:
     if facts.state is not None:
         yield from (*facts.state.missing, *facts.state.notes)
     if facts.checkpoint.unread:
-        yield f"nothing refers to {style.names(facts.checkpoint.unread, 4)}"
+        yield f"not read: {style.names(facts.checkpoint.unread, 4)}"
 
 
 def _cut(text: str) -> str:

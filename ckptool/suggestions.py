@@ -20,7 +20,7 @@ WORTH = 0.1  # share of the file from which what stands beside the weights is wo
 LOST = 0.01  # share of the file from which bytes that nothing uses are
 LOST_NBYTES = 1 << 20
 WORDS = 1 << 10  # below this no share is worth words
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pkl", ".safetensors")
+SUFFIXES = tuple(".pth .pt .bin .ckpt .tar .th .pkl .safetensors .jit .ptl .model".split())
 MAX_EXPANSION = 4  # of a conversion, as surgery allows it
 SMALL = 1 << 20
 
@@ -186,10 +186,13 @@ def _prefix_inside(facts: Survey, place: Place) -> Advised:
 def _weights(facts: Survey) -> Advised:
     """Offer the state_dict alone, with the share of what would be left behind."""
     place = facts.place
-    if place is None or not (place.at or place.module):
+    program = facts.checkpoint.program
+    if place is None or not (place.at or place.module or program):
         return
     heavy = _heavy(facts)
-    if place.module:
+    if program:
+        reason = "the state_dict alone, as a torch file"
+    elif place.module:
         name = place.module.rpartition(".")[2]
         reason = f"the state_dict of the model, which loads without the code of `{name}`"
     elif heavy:
@@ -236,13 +239,18 @@ def _safety(facts: Survey) -> Advised:
     if facts.verdict.level is Level.DANGEROUS:
         if _fits_safetensors(facts):
             yield Advice("tensors in a container that cannot name code", *_SAFETENSORS)
-        else:
+        elif facts.total.count:
             reason = "the tensors and plain values, without what would run"
             yield Advice(reason, "convert", ("--tensors-only",), "tensors")
-    elif facts.verdict.level is Level.FOREIGN and any(not each.module for each in facts.places):
+    elif facts.verdict.level is Level.FOREIGN and _holds_dicts(facts):
         names = listed((str(name) for name in facts.verdict.foreign), 2)
         reason = f"what torch.load(weights_only=True) accepts, without {names}"
         yield Advice(reason, "convert", ("--tensors-only",), "tensors")
+
+
+def _holds_dicts(facts: Survey) -> bool:
+    """Tell whether the file holds a state_dict itself, not only modules that would give one."""
+    return not facts.checkpoint.program and any(not place.module for place in facts.places)
 
 
 _SAFETENSORS = ("convert", (), "", ".safetensors")

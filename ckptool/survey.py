@@ -126,7 +126,9 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     known: places.Steps = {}
     found = tuple(_place(checkpoint, path, state, ledger, known) for path in paths)
     entries = _tensors(checkpoint, state)
-    beside = tuple(_beside(name, node, ledger) for name, node in _around(tree, paths, known))
+    said: dict[int, tuple[str, bool]] = {}
+    around = _around(tree, paths, known)
+    beside = tuple(_beside(name, node, ledger, said) for name, node in around)
     before = ledger.nbytes
     ledger.take(tree)
     single = found[0] if len(found) == 1 else None
@@ -255,12 +257,16 @@ def _named(node: Node) -> list[tuple[str, Node]]:
     return [(key if isinstance(key, str) else naming.plain(key), value) for key, value in pairs]
 
 
-def _beside(name: str, node: Node, ledger: _Ledger) -> Beside:
+def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
     before = ledger.nbytes
     count = ledger.take(node)
-    named = places.text_items(node) or []
-    weights = any(isinstance(value, TENSORS) for _, value in named)
-    return Beside(name, naming.what(node), count, ledger.nbytes - before, weights)
+    if id(node) not in said:  # one node may stand under any number of names
+        named = places.text_items(node) or []
+        said[id(node)] = (
+            naming.what(node),
+            any(isinstance(value, TENSORS) for _, value in named),
+        )
+    return Beside(name, said[id(node)][0], count, ledger.nbytes - before, said[id(node)][1])
 
 
 # Which bytes of the file belong to what.

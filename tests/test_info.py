@@ -285,6 +285,28 @@ def test_the_imagenet_example_and_opacus_are_recognised(run: Run, good: Path) ->
     assert "looks like\tthe ImageNet example of PyTorch, with epoch, arch" in found.out
 
 
+@pytest.mark.parametrize("name", ["script.pt", "whole_model.pth", "whole_model_legacy.pth"])
+def test_a_program_or_a_whole_model_gives_its_state_dict(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = copied(good / name, tmp_path)
+    command = run("info", "--json", path).document["suggestions"][0]["command"]
+    assert pasted(run, command, monkeypatch, tmp_path).code == 0
+    if name == "script.pt":
+        wanted = torch.jit.load(path).state_dict()
+    else:
+        wanted = judge.load(path, weights_only=False).state_dict()
+    found = judge.load(shlex.split(command)[-1])
+    assert (
+        judge.same(
+            {key: value.detach() for key, value in found.items()},
+            {key: value.detach() for key, value in wanted.items()},
+            storage=False,
+        )
+        == []
+    )
+
+
 # What is no checkpoint.
 
 

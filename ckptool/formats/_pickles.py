@@ -11,6 +11,7 @@ from ckptool.tree import Global, Node, Object
 
 SHORTEST = 16
 MAX_READ = 64 << 20
+MAX_SHOWN = 8 << 20  # of a pickle that is read to say what it holds
 # The first part of a name in the pickle -> the library that reads it.
 _LIBRARIES = {
     "sklearn": "scikit-learn",
@@ -41,7 +42,7 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
         return f"a plain pickle of joblib ({size}), with numpy arrays in it", "joblib.load reads it"
     what = f"a plain pickle ({size}) that torch.save did not write"
     try:
-        found = pickle_reader.load(reader.read(0, min(reader.nbytes, MAX_READ)))
+        found = pickle_reader.load(reader.read(0, min(reader.nbytes, MAX_SHOWN)))
     except CkptoolError:
         return what, ""
     return f"{what}: {_content(found)}{_danger(found)}", _hint(found)
