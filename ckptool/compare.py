@@ -16,18 +16,22 @@ from ckptool.compare_bytes import Comparer, Pair, pair
 from ckptool.compare_sides import Asked, edited, notes, state_dicts
 from ckptool.compare_trees import TAKEN, Place, places_of, shown
 from ckptool.compare_values import Values
-from ckptool.copying import Begin
-from ckptool.errors import (
-    EditError,
-    LimitExceeded,
-    Unsupported,
-)
+from ckptool.copying import Begin, Copy, Job, run_jobs
+from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.formats._torch_tree import quantizer
-from ckptool.tensor import AnyTensor, CompositeTensor, TensorInfo
+from ckptool.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
+
+
+# torch/_utils.py, `_rebuild_sparse_tensor`
+_PARTS = {
+    "sparse_coo": ("indices", "values"),
+    **dict.fromkeys(("sparse_csr", "sparse_bsr"), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys(("sparse_csc", "sparse_bsc"), ("ccol_indices", "row_indices", "values")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,8 @@ class Change:
     """What differs under a key that both sides have.
 
     `what` is `dtype`, `shape`, `layout`, `quantizer`, `value` (of what is no tensor) or `values`;
-    `left` and `right` say it in text, `values` in numbers; `at` is the index of the first.
+    `left` and `right` say it in text, `values` in numbers; `first` is the index of the first
+    element that differs.
     """
 
     key: str
@@ -243,8 +248,10 @@ class _Work:
         if isinstance(left, TensorInfo) and isinstance(right, TensorInfo):
             self._queue_values(found, key, left, right)
         elif isinstance(left, CompositeTensor) and isinstance(right, CompositeTensor):
-            for index, parts in enumerate(zip(left.parts, right.parts, strict=True)):
-                self._compare_tensors(found, f"{key}.({index})", *parts)
+            names = _PARTS.get(left.layout, ())
+            for index, (one, other) in enumerate(zip(left.parts, right.parts, strict=True)):
+                name = names[index] if len(names) == len(left.parts) else index
+                self._compare_tensors(found, f"{key}.({name})", one, other)
 
     def _queue_values(self, found: Found, key: str, left: TensorInfo, right: TensorInfo) -> None:
         for place in places_of(quantizer(left), quantizer(right), (key, "(quantizer)")):
@@ -280,9 +287,10 @@ class _Work:
         distinct = {both.views: both for _, _, both in self._queue}
         limit = max(MAX_EXPANSION * (self.left.nbytes + self.right.nbytes), SMALL)
         total = sum(both.nbytes for both in distinct.values())
-        if total > limit:
+        work = total + _inflated(list(distinct.values()))
+        if work > limit:
             raise LimitExceeded(
-                f"{readable(total)} would be compared of files of {readable(self.left.nbytes)} "
+                f"{readable(work)} would be compared of files of {readable(self.left.nbytes)} "
                 f"and {readable(self.right.nbytes)}",
                 option="--structure",
                 hint="compares no values, --select some",
@@ -293,8 +301,35 @@ class _Work:
                 if both.views not in known:
                     known[both.views] = comparer.compare(both)
                 _judge(found, key, both, known[both.views])
+        self._note_damage([both for *_, both in self._queue if known[both.views].count])
         for path, stamp in (*self.left.files, *self.right.files):
             fileio.refuse_changed(path, stamp)
+
+    def _note_damage(self, differing: list[Pair]) -> None:
+        """Say so where bytes differ because a file is damaged: they do not match its checksum."""
+        storages = dict.fromkeys(
+            info.storage for both in differing for info in (both.left, both.right)
+        )
+        jobs: list[Job] = [
+            Copy(each, None) for each in storages if each.crc32 is not None or each.chunked
+        ]
+        try:
+            run_jobs(jobs, None, lambda nbytes: None)
+        except Malformed as error:
+            self.notes.append(f"{error.message}; ckptool check says more")
+
+
+def _inflated(pairs: Sequence[Pair]) -> int:
+    """Count what deflated storages come to, each as often as it is taken up."""
+    nbytes = 0
+    for storages in (
+        [both.left.storage for both in pairs],
+        [both.right.storage for both in pairs],
+    ):
+        for before, storage in zip([None, *storages], storages, strict=False):
+            if storage.packing is Packing.DEFLATED and storage != before:
+                nbytes += storage.nbytes
+    return nbytes
 
 
 def _judge(found: Found, key: str, both: Pair, values: Values) -> None:

@@ -28,11 +28,17 @@ def count_values(dtype: DType, left: bytes, right: bytes, tolerance: Tolerance) 
         beyond = _compare_floats(found, kind, one, other, tolerance)
     elif kind.code and len(places):
         beyond = _compare_integers(found, kind, one, other, tolerance)
-    elements = places // kind.parts
-    far = np.unique(elements[beyond])
-    found.count, found.first = len(far), int(far[0]) if len(far) else None
-    found.within = len(np.unique(elements)) - len(far)
+    elements, far = (_elements(each, kind.parts) for each in (places, places[beyond]))
+    found.count, found.within = len(far), len(elements) - len(far)
+    found.first = int(far[0]) if len(far) else None
     return found
+
+
+def _elements(places: Any, parts: int) -> Any:
+    """Give the elements that parts in ascending order belong to, each once."""
+    import numpy as np
+
+    return places if parts == 1 else np.unique(places // parts)
 
 
 def _compare_floats(

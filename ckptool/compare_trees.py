@@ -15,10 +15,12 @@ from typing import Any
 from ckptool import checkpoint as places
 from ckptool.checkpoint import Path
 from ckptool.dtype import DType
+from ckptool.errors import LimitExceeded
 from ckptool.formats._torch_tree import StorageView
 from ckptool.tensor import TENSORS, Storage, TensorInfo
 from ckptool.text import shape
 from ckptool.tree import (
+    MAX_NESTING,
     ORDERED_DICT,
     ByteArray,
     Dict,
@@ -32,6 +34,7 @@ from ckptool.tree import (
     Set,
 )
 
+MAX_DEPTH = 2 * MAX_NESTING  # rings of two lengths are followed until they meet again
 SHOWN = 60  # characters of a value
 LONG = 16  # bytes of an integer that is read as one
 
@@ -59,7 +62,10 @@ _SETS = {
 
 
 def places_of(left: Node, right: Node, path: Path = ()) -> Iterator[Place]:
-    """Yield the places where two trees differ, and their tensors in pairs, in the left's order."""
+    """Yield the places where two trees differ, and their tensors in pairs, in the left's order.
+
+    Raises `LimitExceeded` where values refer to each other in rings that are longer than deep.
+    """
     joined = _Joined()
     stack: list[tuple[Path, Node, Node]] = [(path, left, right)]
     while stack:
@@ -76,6 +82,8 @@ def places_of(left: Node, right: Node, path: Path = ()) -> Iterator[Place]:
             if not _same_leaf(one, other):
                 yield Place(path, "value", one, other)
         elif joined.anew(one, other):
+            if len(path) > MAX_DEPTH:
+                raise LimitExceeded("values refer to each other too deeply to be compared")
             stack += reversed(_paired(path, one, other))
 
 

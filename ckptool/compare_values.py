@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import compress, count
 from math import inf, isfinite, isnan, nan
-from operator import ne, sub
+from operator import ne, not_, sub
 from typing import NamedTuple, TypeVar
 
 from ckptool.dtype import DType
@@ -119,6 +119,7 @@ _CODES = {
 }
 _COMPLEX = (DType.C128, DType.C64, DType.C32, DType.BC32)
 _UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_SIGNED = {1: "b", 2: "h", 4: "i", 8: "q"}
 
 
 def numbers(dtype: DType) -> Numbers:
@@ -163,22 +164,35 @@ def count_values(dtype: DType, left: bytes, right: bytes, tolerance: Tolerance) 
     """Count what differs between as many elements of two tensors of one dtype."""
     kind = numbers(dtype)
     found = Values(len(left) // (kind.width * kind.parts))
-    bits = [_unpacked(_UNSIGNED[kind.width], data) for data in (left, right)]
+    code = _UNSIGNED[kind.width] if kind.code in ("", "e8m0") else _SIGNED[kind.width]
+    bits = [_unpacked(code, data) for data in (left, right)]
     differs = list(map(ne, *bits))
     places = list(compress(count(), differs))
-    beyond = [True] * len(places)
+    beyond: list[bool] | None = None
     if kind.code:
-        one, other = (list(compress(decoded(kind, data), differs)) for data in (left, right))
+        values = [_where(decoded(kind, data), differs, places) for data in (left, right)]
         if kind.is_float:
-            ordered = [list(compress(_ordered(kind, data), differs)) for data in (left, right)]
-            beyond = _compare_floats(found, one, other, ordered, tolerance)
+            patterns = [_where(each, differs, places) for each in bits]
+            beyond = _compare_floats(found, values, patterns, kind.width, tolerance)
         else:
-            beyond = _compare_integers(found, one, other, tolerance)
-    elements = places if kind.parts == 1 else [place // kind.parts for place in places]
-    far = list(dict.fromkeys(compress(elements, beyond)))
-    found.count, found.first = len(far), min(far, default=None)
-    found.within = len(set(elements)) - len(far)
+            beyond = _compare_integers(found, values, tolerance)
+    _count_elements(found, places, beyond, kind.parts)
     return found
+
+
+def _where(every: Sequence[_Number], differs: list[bool], places: list[int]) -> Sequence[_Number]:
+    return every if len(places) == len(every) else list(compress(every, differs))
+
+
+def _count_elements(
+    found: Values, places: list[int], beyond: list[bool] | None, parts: int
+) -> None:
+    """Count elements of which a part differs; `beyond` tells which by too much, None for all."""
+    far = places if beyond is None else list(compress(places, beyond))
+    if parts > 1:
+        places, far = (list(dict.fromkeys(at // parts for at in each)) for each in (places, far))
+    found.count, found.within = len(far), len(places) - len(far)
+    found.first = far[0] if far else None
 
 
 def _unpacked(code: str, data: bytes | bytearray) -> tuple[int, ...]:
@@ -196,43 +210,40 @@ def decoded(kind: Numbers, data: bytes) -> Sequence[float]:
     return _unpacked(kind.code, data)
 
 
-def _ordered(kind: Numbers, data: bytes) -> Sequence[int]:
+def _ordered(patterns: Iterable[int], width: int) -> list[int]:
     """Number floats as they follow each other: neighbours are one apart."""
-    if kind.code == "e8m0":  # no sign
-        return data
-    lowest = -1 << 8 * kind.width - 1
-    signed = _unpacked(_UNSIGNED[kind.width].lower(), data)
-    return [number if number >= 0 else lowest - number for number in signed]
+    lowest = -1 << 8 * width - 1
+    return [pattern if pattern >= 0 else lowest - pattern for pattern in patterns]
 
 
 def _compare_floats(
     found: Values,
-    left: list[float],
-    right: list[float],
-    ordered: list[list[int]],
+    values: Sequence[Sequence[float]],
+    patterns: Sequence[Sequence[int]],
+    width: int,
     tolerance: Tolerance,
-) -> list[bool]:
+) -> list[bool] | None:
     """Measure floats of which each pair differs; say which are beyond the tolerance."""
-    beyond = [True] * len(left)
+    left, right = values
     gaps = list(map(abs, map(sub, left, right)))
-    if isfinite(sum(gaps)):
-        finite: Iterable[int] = range(len(left))
-    else:
+    beyond = [True] * len(left)
+    finite: Iterable[int] = range(len(left))
+    if not isfinite(sum(gaps)):
         kept = [isfinite(a) and isfinite(b) for a, b in zip(left, right, strict=True)]
-        for place, both in enumerate(kept):
-            if not both:
-                beyond[place] = _special(found, left[place], right[place], tolerance)
+        for place in compress(count(), map(not_, kept)):
+            beyond[place] = _special(found, left[place], right[place], tolerance)
         finite = list(compress(count(), kept))
         left, gaps = list(compress(left, kept)), list(compress(gaps, kept))
-        ordered = [list(compress(numbers, kept)) for numbers in ordered]
+        patterns = [list(compress(each, kept)) for each in patterns]
     zeros = gaps.count(0.0)
     found.zero_signs += zeros
     if len(gaps) > zeros:
         found.max_abs = max(gaps)
-        found.max_ulp = max(map(abs, map(sub, *ordered)))
-    if tolerance.given:
-        for place, number, gap in zip(finite, left, gaps, strict=True):
-            beyond[place] = gap > tolerance.atol + tolerance.rtol * abs(number)
+        found.max_ulp = max(map(abs, map(sub, *(_ordered(each, width) for each in patterns))))
+    if not tolerance.given:
+        return None
+    for place, number, gap in zip(finite, left, gaps, strict=True):
+        beyond[place] = gap > tolerance.atol + tolerance.rtol * abs(number)
     return beyond
 
 
@@ -249,13 +260,13 @@ def _special(found: Values, left: float, right: float, tolerance: Tolerance) -> 
 
 
 def _compare_integers(
-    found: Values, left: list[float], right: list[float], tolerance: Tolerance
-) -> list[bool]:
-    gaps = list(map(abs, map(sub, left, right)))
+    found: Values, values: Sequence[Sequence[float]], tolerance: Tolerance
+) -> list[bool] | None:
+    gaps = list(map(abs, map(sub, *values)))
     found.max_abs = max(gaps, default=None)
     if not tolerance.given:
-        return [True] * len(gaps)
+        return None
     return [
         float(gap) > tolerance.atol + tolerance.rtol * abs(float(number))
-        for gap, number in zip(gaps, left, strict=True)
+        for gap, number in zip(gaps, values[0], strict=True)
     ]

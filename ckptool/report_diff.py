@@ -132,7 +132,14 @@ def _counts(found: Difference) -> Iterator[str]:
         if keys:
             yield f"{counted(len(keys), 'key')} only in {visible(name)}"
     for what, count in Counter(change.what for change in state.changed).items():
-        yield f"{count} of {counted(found.tensors, 'tensor')} differ in {_NAMES[what]}"
+        if what == "value":
+            yield (
+                f"{count} entry is no tensor and differs"
+                if count == 1
+                else (f"{count} entries are no tensors and differ")
+            )
+        else:
+            yield f"{count} of {counted(found.tensors, 'tensor')} differ in {_NAMES[what]}"
     beside = found.beside
     count = len(beside.only_left) + len(beside.only_right) + len(beside.changed)
     if count:
@@ -144,7 +151,6 @@ _NAMES = {
     "dtype": "dtype",
     "shape": "shape",
     "quantizer": "how their integers are read",
-    "value": "what is no tensor",
     "values": "values",
 }
 

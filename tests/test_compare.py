@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ INTEGERS = [
     torch.uint32,
     torch.uint64,
 ]
-OTHERS = [torch.bool, torch.complex64, torch.complex128]
+OTHERS = [torch.bool, torch.complex64]
 DTYPES = [*FLOATS, *INTEGERS, *OTHERS]
 
 
@@ -97,7 +99,7 @@ def changed_copy(tensor: Any, seed: int, share: float) -> Any:
 # The numbers, against numpy's.
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex128], ids=str)
 @pytest.mark.parametrize("share", [0.002, 0.3, 1.0])
 def test_numbers_of_random_changes(tmp_path: Path, dtype: Any, share: float) -> None:
     left = random_tensor(dtype, 7, (11, 5, 31))
@@ -220,3 +222,231 @@ def test_numpy_counts_the_same(
         assert compare_numpy.count_values(dtype, *pair, tolerance) == count_values(
             dtype, *pair, tolerance
         )
+
+
+# Layouts: what lies in another way is the same tensor.
+
+
+def write_deflated(source: Path, target: Path) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return target
+
+
+BASE = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5)
+LAYOUTS = {
+    "contiguous": BASE.clone(),
+    "channels_last": BASE.clone().to(memory_format=torch.channels_last),
+    "slice": torch.cat([torch.full((1, 3, 4, 5), 7.0), BASE.clone()])[1:],
+    "columns": torch.stack([BASE, BASE + 1], dim=-1)[..., 0],
+    "transposed": BASE.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0),
+}
+
+
+@pytest.mark.parametrize("one", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_layouts_do_not_matter(tmp_path: Path, one: str, other: str) -> None:
+    left, right = LAYOUTS[one], LAYOUTS[other].detach().clone(memory_format=torch.preserve_format)
+    assert compare(tmp_path, left, LAYOUTS[other]).equal
+    right[1, 2, 3, 1] += 0.5
+    change = only_change(compare(tmp_path, left, right))
+    assert change.first == (1, 2, 3, 1)
+    assert change.values is not None
+    assert (change.values.count, change.values.max_abs) == (1, 0.5)
+
+
+def test_what_lies_between_the_elements_does_not_matter(tmp_path: Path) -> None:
+    left, right = torch.zeros(6, 2), torch.zeros(6, 2)
+    right[:, 1] = 5
+    assert compare(tmp_path, left[:, 0], right[:, 0]).equal
+
+
+def test_a_repeated_tensor_is_read_once_and_counted_in_full(tmp_path: Path) -> None:
+    one, other = torch.zeros(3, 1, 2), torch.zeros(3, 1, 2)
+    other[1, 0, 1] = 4
+    change = only_change(compare(tmp_path, one.expand(3, 1 << 40, 2), other.expand(3, 1 << 40, 2)))
+    assert change.first == (1, 0, 1)
+    assert change.values is not None
+    assert (change.values.count, change.values.of) == (1 << 40, 6 << 40)
+
+
+def test_a_view_that_overlaps_beyond_measure_is_refused(tmp_path: Path) -> None:
+    one, other = torch.zeros(1 << 16), torch.zeros(1 << 16)
+    views = [each.as_strided((1 << 15, 1 << 15), (1, 1)) for each in (one, other)]
+    assert compare(tmp_path, *views).equal  # as they lie
+    other[9] = 1
+    with pytest.raises(ckptool.CkptoolError, match="much smaller") as caught:
+        compare(tmp_path, *views)
+    assert caught.value.option == "--structure"
+    assert compare(tmp_path, *views, structure=True).equal
+
+
+def test_byte_orders_do_not_matter(good: Path, tmp_path: Path) -> None:
+    native = tmp_path / "native.pth"
+    torch.save(torch.load(good / "big_endian.pth", weights_only=True), native)
+    assert ckptool.diff(good / "big_endian.pth", native).equal
+    entries = torch.load(native, weights_only=True)
+    key = next(key for key, value in entries.items() if value.dtype == torch.float32)
+    entries[key].view(-1)[0] += 1
+    changed = ckptool.diff(good / "big_endian.pth", save(tmp_path / "changed.pth", **entries))
+    again = ckptool.diff(good / "big_endian.pth", good / "big_endian.pth")
+    assert again.equal
+    change = only_change(changed)
+    assert (change.key, change.values and change.values.max_abs) == (key, 1.0)
+
+
+def test_pending_conjugation_and_negation_are_done_first(tmp_path: Path) -> None:
+    base = torch.randn(5, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    assert base.conj().is_conj()
+    assert compare(tmp_path, base.conj(), base.conj().resolve_conj()).equal
+    assert compare(tmp_path, base.conj().imag, base.conj().imag.resolve_neg()).equal
+    assert not compare(tmp_path, base.conj(), base).equal
+
+
+def test_deflated_storages_are_unpacked(tmp_path: Path) -> None:
+    big = random_tensor(torch.float32, 5, (700, 300))
+    entries = {"a": big, "b": big[100:200], "c": big.T}
+    plain = save(tmp_path / "plain.pth", **entries)
+    packed = write_deflated(plain, tmp_path / "packed.pth")
+    assert ckptool.diff(plain, packed).equal
+    assert ckptool.diff(packed, packed).equal
+    big[150, 7] = 12345
+    found = ckptool.diff(packed, save(tmp_path / "changed.pth", **entries))
+    assert {change.key: change.first for change in found.state.changed} == {
+        "a": (150, 7),
+        "b": (50, 7),
+        "c": (7, 150),
+    }
+
+
+def test_a_deflated_file_cannot_be_unpacked_for_ever(tmp_path: Path) -> None:
+    zeros = torch.zeros(1 << 22)
+    entries = {f"k{at}": zeros[at:] for at in range(32)}
+    entries |= {f"l{at}": torch.zeros(1 << 20) for at in range(2)}
+    packed = write_deflated(save(tmp_path / "plain.pth", **entries), tmp_path / "packed.pth")
+    with pytest.raises(ckptool.CkptoolError, match="would be compared"):
+        ckptool.diff(packed, packed)
+
+
+def test_large_tensors_are_compared_block_by_block(tmp_path: Path) -> None:
+    left = random_tensor(torch.bfloat16, 11, (3, 1 << 19))
+    right = left.clone()
+    right.view(torch.int16)[2, (1 << 19) - 1] ^= 1
+    right.view(torch.int16)[1, 5] ^= 1
+    change = only_change(compare(tmp_path, left, right))
+    assert change.first == (1, 5)
+    assert change.values is not None
+    assert (change.values.count, change.values.max_ulp) == (2, 1)
+
+
+# Dtypes that are more than numbers, and tensors of tensors.
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of what it will do without
+def test_quantizers_count(tmp_path: Path) -> None:
+    made = [
+        torch.quantize_per_tensor(torch.ones(4), scale, 0, torch.qint8) for scale in (0.5, 0.25)
+    ]
+    found = compare(tmp_path, *made)
+    whats = [change.what for change in found.state.changed]
+    assert whats == ["quantizer", "values"]
+    assert (found.state.changed[0].left, found.state.changed[0].right) == ("0.5", "0.25")
+    scales = [torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.25])]
+    zeros = torch.zeros(2, dtype=torch.int64)
+    per_channel = [
+        torch.quantize_per_channel(torch.zeros(2, 2), scale.double(), zeros, 0, torch.qint8)
+        for scale in scales
+    ]
+    change = only_change(compare(tmp_path, *per_channel))
+    assert change.key.startswith("w.(quantizer)")
+    assert compare(tmp_path, per_channel[0], per_channel[0].clone()).equal
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sparse_tensors_are_compared_by_their_parts(tmp_path: Path) -> None:
+    dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    other = dense.clone()
+    other[1, 0] = 4
+    change = only_change(compare(tmp_path, dense.to_sparse(), other.to_sparse()))
+    assert (change.key, change.first) == ("w.(values)", (1,))
+    assert compare(tmp_path, dense.to_sparse(), dense.to_sparse()).equal
+    assert only_change(compare(tmp_path, dense.to_sparse(), dense)).what == "layout"
+    assert not compare(tmp_path, dense.to_sparse(), dense.to_sparse_csr()).equal
+
+
+def test_dtypes_and_shapes_are_told_and_not_decoded(tmp_path: Path) -> None:
+    change = only_change(compare(tmp_path, torch.ones(3), torch.ones(3, dtype=torch.float16)))
+    assert (change.what, change.left, change.right) == ("dtype", "F32", "F16")
+    change = only_change(compare(tmp_path, torch.ones(3), torch.ones(1, 3)))
+    assert (change.what, change.left, change.right) == ("shape", "[3]", "[1, 3]")
+    assert compare(tmp_path, torch.ones(0, 3), torch.ones(0, 3)).equal
+
+
+# Tolerance: judged by torch.isclose.
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS[:4], torch.int64, torch.int16, torch.complex64], ids=str)
+def test_a_tolerance_forgives_what_isclose_does(tmp_path: Path, dtype: Any) -> None:
+    left = random_tensor(dtype, 3, (4000,))
+    fractions = dtype.is_floating_point or dtype.is_complex
+    left = left if fractions else left % 10_000
+    right = left.clone()
+    if fractions:
+        right += torch.randn(4000, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.01
+    else:
+        right += random_tensor(torch.uint8, 4, (4000,)).to(dtype) % 4
+    atol, rtol = (0.01, 1e-3) if fractions else (1, 1e-4)
+    found = compare(tmp_path, left, right, atol=atol, rtol=rtol)
+    values = only_change(found).values
+    assert values is not None
+    one, other = (
+        torch.view_as_real(each) if dtype.is_complex else each.reshape(-1, 1)
+        for each in (left, right)
+    )
+    close = torch.isclose(other.double(), one.double(), atol=atol, rtol=rtol, equal_nan=True).all(
+        dim=1
+    )
+    differs = torch.from_numpy((raw(left) != raw(right)).any(axis=1))
+    assert values.count == int((~close).sum())
+    assert values.within == int((close & differs).sum())
+
+
+def test_what_is_within_the_tolerance_is_equal(tmp_path: Path) -> None:
+    left = torch.tensor([1.0, math.nan, 0.0])
+    right = torch.tensor([1.0 + 1e-6, math.nan, -0.0])
+    right.view(torch.int32)[1] ^= 1
+    found = compare(tmp_path, left, right, atol=1e-5)
+    assert found.equal
+    (change,) = found.state.within
+    assert change.values is not None
+    assert (change.values.count, change.values.within) == (0, 3)
+    assert not compare(tmp_path, left, right, atol=1e-8).equal
+    assert not compare(tmp_path, torch.tensor([True]), torch.tensor([False]), atol=5).equal
+    infinite = torch.tensor([math.inf])
+    assert not compare(tmp_path, infinite, -infinite, rtol=math.inf).equal
+
+
+# Any two tensors, any change.
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**16),
+    st.lists(st.integers(1, 4), max_size=3),
+    st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_any_change_is_found(dtype: Any, seed: int, shape: list[int], share: float) -> None:
+    left = random_tensor(dtype, seed, tuple(shape))
+    right = changed_copy(left, seed, share)
+    differs = (raw(left) != raw(right)).any(axis=1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        safetensors_torch.save_file({"w": right}, folder / "right.safetensors")
+        found = ckptool.diff(save(folder / "left.pth", w=left), folder / "right.safetensors")
+    assert found.equal == (not differs.any())
+    if not found.equal:
+        values = only_change(found).values
+        assert values is not None
+        assert values.count == int(differs.sum())

@@ -299,6 +299,8 @@ LINES = [
     "transfer {g}/model_best.pth.tar out.pth --like {g}/plain.pth",
     "info {g}/model_best.pth.tar",
     "info --json {g}/huge_view.pth",
+    "diff --help",
+    "diff {g}/model_best.pth.tar {g}/data_parallel.pth",
     "check --help",
     "check --finite --sha256 {g}/plain.pth {g}/plain_legacy.pth {g}/plain.safetensors",
     "keys missing.pth",

@@ -75,6 +75,9 @@ LIMITS = (
     Limit("check --sha256", "wall", "x", most=1.5, per="sha256sum"),
     Limit("check", "peak", "MiB", most=64),
     Limit("check --finite", "peak", "MiB", most=64),
+    Limit("diff", "wall", "x", most=1, per="cmp"),
+    Limit("diff", "wall", "x", per="cp"),
+    Limit("diff", "peak", "MiB", most=64),
 )
 
 

@@ -16,7 +16,8 @@ are meant for 2 GiB and more: of a small file, starting Python is most of the ti
 The torch scripts report two times: `work` is without the import of torch (what the limit is judged
 by, against the whole of ckptool's time, start included), `whole` is the process.
 
-`check` reads the big file and is compared with `cp` and `sha256sum`.
+`check` reads the big file and is compared with `cp` and `sha256sum`; `diff` compares it with a copy
+of itself, as `cmp` does.
 
 Limits are judged by the median; peak memory by the largest reading. The exit status is 0 when all
 limits that were measured are met, 1 when one is not, 2 when a task could not be measured.
@@ -42,7 +43,8 @@ from limits import LIMITS, MIB, Reading, Round, judge, table_of_readings, table_
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-JOBS = ("strip", "convert", "check", "keys", "help")
+JOBS = ("strip", "convert", "check", "diff", "keys", "help")
+BIG_JOBS = {"strip", "convert", "check", "diff"}
 KEY_COUNTS = (320, 10_000)
 GIB = 2**30
 SPARE = 512 * MIB
@@ -109,7 +111,16 @@ def big_tasks(
         )
     if "check" in jobs:
         tasks += checking_tasks(ckptool, source, baseline=baseline)
+    if "diff" in jobs:
+        pair = (str(source), str(twin_of(source)))
+        tasks += [Task("cmp", ("cmp", *pair), source)] if baseline else []
+        tasks.append(Task("diff", (*ckptool, "diff", *pair), source))
     return tuple(tasks)
+
+
+def twin_of(source: Path) -> Path:
+    """Name the copy that the big file is compared with."""
+    return source.with_name("twin.pth")
 
 
 def checking_tasks(ckptool: tuple[str, ...], source: Path, *, baseline: bool) -> Iterator[Task]:
@@ -150,10 +161,13 @@ def make(what: str, target: Path, amount: int) -> None:
 
 
 def make_big(target: Path, nbytes: int, *, memory: int) -> None:
-    """Make the big file where disk (for it and one output) and memory are enough for the run."""
+    """Make the big file where disk and memory are enough for the run.
+
+    On the disk go the file, its twin, and one output.
+    """
     free = shutil.disk_usage(target.parent).free
-    if free < 2 * nbytes + SPARE:
-        fail(f"needs {gib(2 * nbytes + SPARE)} of disk, {gib(free)} free; take --size or --folder")
+    if free < 3 * nbytes + SPARE:
+        fail(f"needs {gib(3 * nbytes + SPARE)} of disk, {gib(free)} free; take --size or --folder")
     available = available_memory()
     if available is not None and available < memory + SPARE:
         fail(f"needs {gib(memory + SPARE)} of memory, {gib(available)} available; take less --size")
@@ -295,7 +309,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--size", type=nbytes_of, default=2 * GIB, help="of the checkpoint (default 2GiB)")
-    add("--rounds", type=positive, default=5, help="of strip, convert and check (default 5)")
+    add("--rounds", type=positive, default=5, help="of the jobs on the big file (default 5)")
     add("--startup-rounds", type=positive, default=30, help="of keys and help (default 30)")
     add("--jobs", type=jobs_of, default=JOBS, help=f"any of {','.join(JOBS)} (default all)")
     add("--folder", type=Path, default=tempfile.gettempdir(), help="to work in (default temporary)")
@@ -346,13 +360,16 @@ def run(options: argparse.Namespace, folder: Path) -> list[Round]:
     if {"keys", "help"} & set(options.jobs):
         tasks = startup_tasks(options.jobs, ckptool, folder, baseline=options.baseline)
         rounds += run_rounds(tasks, options.startup_rounds, "startup")
-    if {"strip", "convert", "check"} & set(options.jobs):
+    if BIG_JOBS & set(options.jobs):
         source = folder / "in.pth"
         # safetensors' save_file may copy what torch.load has read
         make_big(source, options.size, memory=options.size * (2 if options.baseline else 1))
+        if "diff" in options.jobs:
+            shutil.copyfile(source, twin_of(source))
         tasks = big_tasks(options.jobs, ckptool, source, baseline=options.baseline)
         rounds += run_rounds(tasks, options.rounds, gib(options.size))
         source.unlink()
+        twin_of(source).unlink(missing_ok=True)
     if options.memory_at:
         rounds += run_large(ckptool, folder, options.memory_at)
     return rounds
