@@ -76,7 +76,10 @@ def free_space(target: Target) -> int | None:
     """Count the bytes free for output, None where the system does not tell."""
     if not hasattr(os, "statvfs"):
         return None
-    found = os.statvfs(target.folder)
+    try:
+        found = os.statvfs(target.folder)
+    except OSError:
+        return None
     return found.f_bavail * found.f_frsize
 
 
@@ -106,14 +109,52 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
             try:
                 yield fd, temporary
                 _finish(fd, target)
+                made = os.fstat(fd)
             finally:
                 os.close(fd)
-            _publish(temporary, target)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+            _publish_whole(temporary, target, made)
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is what to tell
+                _remove(temporary)
+            raise
+        _remove_link(temporary, target)
     except OSError as error:
         raise _write_error(error, target) from error
+
+
+def _publish_whole(temporary: str, target: Target, made: os.stat_result) -> None:
+    """Publish; whoever interrupts that is told whether it was done already."""
+    try:
+        _publish(temporary, target)
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            if os.path.samestat(os.stat(target.path), made):
+                raise KeyboardInterrupt(f"{target.path} was written") from None
+        raise
+
+
+def _remove(path: str) -> None:
+    """Remove a file that may be gone; an interruption comes after that, not instead of it."""
+    with suppress(FileNotFoundError):
+        try:
+            os.unlink(path)
+        except (KeyboardInterrupt, SystemExit):
+            os.unlink(path)
+            raise
+
+
+def _remove_link(temporary: str, target: Target) -> None:
+    """Remove the other name of a file that was published by a link."""
+    try:
+        _remove(temporary)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{target.path} was written") from None
+    except OSError as error:
+        raise WriteError(
+            f"{target.path} was written, but its temporary name {temporary} cannot be removed: "
+            f"{reason(error)}",
+            hint="remove that name; the file stays",
+        ) from error
 
 
 def _write_error(error: OSError, target: Target) -> WriteError:
@@ -157,7 +198,8 @@ def _flush_folder(target: Target) -> None:
                 hint="look whether the disk is sound before you rely on the file",
             ) from error
     finally:
-        os.close(folder)
+        with suppress(OSError):  # it was only looked at
+            os.close(folder)
 
 
 def _publish_new(temporary: str, path: str) -> None:

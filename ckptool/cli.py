@@ -33,7 +33,7 @@ EXAMPLES = (
     "ckptool convert clean.pth clean.safetensors",
 )
 COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
-INTERRUPTION = ["interrupted; nothing was written"]
+NOTHING_WRITTEN = "nothing was written"
 BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -153,9 +153,10 @@ def _run(arguments: list[str], debug: bool) -> int:
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        told = f"interrupted; {visible(str(error)) or NOTHING_WRITTEN}"
         # The line of a terminal ends in ^C by now.
-        say(["", *INTERRUPTION] if sys.stderr.isatty() else INTERRUPTION)
+        say(["", told] if sys.stderr.isatty() else [told])
         return INTERRUPTED
     except BrokenPipeError:
         silence()

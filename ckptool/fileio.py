@@ -7,7 +7,7 @@ import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import TYPE_CHECKING
 
@@ -91,8 +91,9 @@ class Reader:
             raise Malformed(f"{self.path} was changed while it was read", path=self.path)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Close the file; nothing can be lost by that, whatever the system says."""
+        with suppress(OSError):
+            os.close(self._fd)
 
     def __enter__(self) -> Reader:
         return self

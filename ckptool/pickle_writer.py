@@ -36,8 +36,8 @@ _CALL_OPCODES = {"reduce": b"R", "newobj": b"\x81", "newobj_ex": b"\x92"}
 def dump(tree: Node, lower: Callable[[Any], Node]) -> bytes:
     """Write a tree; `lower` turns each node of a higher floor into nodes of this one.
 
-    Raises `LimitExceeded` for a tree nested too deeply, `NotRepresentable` for a name or a
-    length that protocol 2 cannot hold.
+    Raises `LimitExceeded` for a tree nested too deeply, `NotRepresentable` for a name, a
+    length or a cycle that protocol 2 cannot hold.
     """
     writer = _Writer(lower)
     writer.node(tree)
@@ -53,6 +53,7 @@ class _Writer:
         self.lower = lower
         self.depth = 0
         self.memo: dict[Any, int] = {}
+        self.being_made: set[int] = set()  # ids of calls whose arguments are being written
         self.kept: list[Node] = []  # what the memo knows by id must not be freed
 
     def node(self, node: Node) -> None:
@@ -189,6 +190,12 @@ class _Writer:
     def object(self, node: Object) -> None:
         if self.known(id(node)):
             return
+        if id(node) in self.being_made:
+            raise NotRepresentable(
+                "a call that is one of its own arguments has no place in a pickle",
+                hint="--tensors-only leaves it behind",
+            )
+        self.being_made.add(id(node))
         if node.how == "obj":
             self.batch((node.callee, *node.args), b"o")
         else:
@@ -197,6 +204,7 @@ class _Writer:
             if node.how == "newobj_ex":
                 self.node(node.kwargs)
             self.emit(_CALL_OPCODES[node.how])
+        self.being_made.remove(id(node))
         self.remembered(node)
         for kind, payload in node.steps:
             if kind == "append":

@@ -16,7 +16,7 @@ from ckptool.atomic import Target
 from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin, Layout, Progress
 from ckptool.edits import Edit
-from ckptool.errors import EditError, NotRepresentable, WriteError
+from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
 from ckptool.formats import safetensors, torch_zip
 from ckptool.plan import Dropped, Options, Plan, add_entries, make_plan
 from ckptool.tensor import TENSORS, Packing, TensorInfo
@@ -243,12 +243,20 @@ def _write(place: Target, layout: Layout, plan: Plan, progress: Progress) -> Non
         copying.write_layout(fd, layout, progress, sync=place.sync)
         for path, stamp in plan.checkpoint.files:
             fileio.refuse_changed(path, stamp)
-        _verify(temporary, layout, plan)
+        _verify(temporary, place, layout, plan)
 
 
-def _verify(temporary: str, layout: Layout, plan: Plan) -> None:
+def _verify(temporary: str, place: Target, layout: Layout, plan: Plan) -> None:
     """Read the written file with the strict reader and compare it with what was meant."""
-    found = formats.read(temporary)
+    try:
+        found = formats.read(temporary)
+    except FormatError as error:
+        raise WriteError(
+            f"{place.path} cannot be written: what was written does not read back; nothing was "
+            "kept",
+            evidence=[error.message],
+            hint="look whether the disk is sound",
+        ) from error
     meant: list[tuple[tuple[str, ...], Node]]
     if plan.container == "safetensors":
         assert plan.state is not None

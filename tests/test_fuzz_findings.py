@@ -18,6 +18,9 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 sys.path.append(str(FIXTURES))
 
+import containers  # noqa: E402
+import opcodes as op  # noqa: E402
+
 Run = Callable[..., Outcome]
 
 
@@ -84,3 +87,22 @@ def test_a_state_dict_that_nobody_edits_keeps_its_identity(run: Run, here: Path)
         )
         assert done.code == 0, done.err
         assert judge.same(judge.load(name), judge.load(f"out_{name}")) == []
+
+
+def test_a_call_that_is_its_own_argument_is_refused(run: Run, here: Path) -> None:
+    """Two copies of the call were written in its place: found when read back, exit 70.
+
+    The dict holds a Namespace made of the dict: a pickle can say that from the dict on only, and
+    an edited state_dict is another dict.
+    """
+    body = b"}q\0(" + op.text("module.a") + op.tensor(op.storage(op.text("0"), 2), (2,))
+    body += op.text("module.b") + op.name("argparse", "Namespace") + b"(h\0tRu"
+    data = containers.torch_zip(op.pickled(body), {"0": b"12345678"})
+    (here / "in.pth").write_bytes(data)
+    done = run("strip-prefix", "in.pth", "out.pth")
+    assert (done.code, done.out) == (5, "")
+    assert "a call that is one of its own arguments has no place in a pickle" in done.err
+    assert listing(here).keys() == {"in.pth"}
+    assert run("convert", "in.pth", "out.pth").code == 0
+    assert run("strip-prefix", "--tensors-only", "in.pth", "tensors.pth").code == 0
+    assert set(judge.load("tensors.pth")) == {"a"}

@@ -1,0 +1,88 @@
+"""Let every system call of every writing command fail, in every way: `python tests/faults/run.py`.
+
+Counts the faults that were survived; exit code 1 says that one was not. `--every N` takes a sample.
+The full disks are small tmpfs mounts, where this process may mount (as root).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faults import JOBS, Count, at_each_call, at_each_size, on_full_disks
+
+
+def main() -> int:
+    """Run all jobs with all faults."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="only every n-th fault")
+    parser.add_argument("--job", type=int, action="append", help="only the n-th command line")
+    given = parser.parse_args()
+    started, total = time.monotonic(), Count()
+    warm_up()
+    with tempfile.TemporaryDirectory() as name:
+        for number, job in enumerate(JOBS):
+            if given.job and number not in given.job:
+                continue
+            count = Count()
+            at_each_call(Path(name), job, count, given.every, number % given.every)
+            at_each_size(Path(name), job, count)
+            disk = Path(name) / "disk"
+            disk.mkdir(exist_ok=True)
+            if can_mount(disk):
+                on_full_disks(disk, partial(remount, disk), job, count)
+                subprocess.run(["umount", str(disk)], check=True)
+            print(f"{' '.join(job.arguments)}: {told(count)}", flush=True)
+            total.faults += count.faults
+            total.killed += count.killed
+            total.handled += count.handled
+            total.wrong += count.wrong
+    for line in total.wrong:
+        print(line)
+    print(f"{told(total)} in {time.monotonic() - started:.0f} s")
+    return 1 if total.wrong else 0
+
+
+def told(count: Count) -> str:
+    """Write a count."""
+    return (
+        f"{count.faults} faults: {count.handled} refused, {count.killed} killed, "
+        f"{count.faults - count.handled - count.killed} overcome, {len(count.wrong)} wrong"
+    )
+
+
+def warm_up() -> None:
+    """Load what the forks would load, each on its own."""
+    import ckptool.api
+    import ckptool.commands.convert
+    import ckptool.commands.transfer
+    import ckptool.commands.unwrap
+    import ckptool.model.zoo
+    import ckptool.report  # noqa: F401
+
+
+def can_mount(disk: Path) -> bool:
+    """Mount a small file system, where that is allowed."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
+    try:
+        return subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def remount(disk: Path, nbytes: int) -> None:
+    """Give the file system another size, and nothing in it."""
+    subprocess.run(["umount", str(disk)], check=True)
+    size = f"size={nbytes}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

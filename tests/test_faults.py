@@ -1,0 +1,112 @@
+"""Faults at the system calls of every writing command: a sample of `python tests/faults/run.py`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import environment
+
+from ckptool import atomic
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
+
+FOLDER = Path(__file__).parent / "faults"
+sys.path.append(str(FOLDER))
+
+import faults  # noqa: E402
+
+WHOLE = 4  # the job all of whose faults are tried here
+SAMPLE = 41
+
+
+def survived(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "run.py"), *arguments],
+        capture_output=True, text=True, timeout=300, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_every_command_survives_a_sample_of_faults() -> None:
+    told = survived("--every", str(SAMPLE))
+    numbers = [int(number) for number in re.findall(r"\d+", told)]
+    assert numbers[0] > 500
+    assert min(numbers[1:4]) > 20  # refused, killed, overcome
+
+
+def test_one_command_survives_every_fault() -> None:
+    assert " 0 wrong" in survived("--job", str(WHOLE))
+
+
+def test_every_writing_command_is_here() -> None:
+    """Those that take the shared options of writing, and the ways in which they write."""
+    from ckptool import cli
+
+    commands = {
+        name
+        for names in cli.GROUPS.values()
+        for name in names
+        if "--in-place" in command_options(name)
+    }
+    assert commands == {job.arguments[0] for job in faults.JOBS}
+    for word in ("--in-place", "--force", "--no-sync", "--untie"):
+        assert any(word in job.arguments for job in faults.JOBS), word
+    assert {Path(job.target).suffix for job in faults.JOBS} >= {".pth", ".safetensors"}
+
+
+def command_options(name: str) -> set[str]:
+    import importlib
+
+    module = importlib.import_module(f"ckptool.commands.{name.replace('-', '_')}")
+    return {option for parameter in module.command.params for option in parameter.opts}
+
+
+# What the harness must complain of.
+
+
+@contextmanager
+def straight_to_the_target(target: Any) -> Iterator[tuple[int, str]]:
+    fd = os.open(target.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    yield fd, target.path
+    os.close(fd)
+
+
+@contextmanager
+def never_tidied(target: Any) -> Iterator[tuple[int, str]]:
+    temporary = f"{target.path}.new"
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+    yield fd, temporary
+    os.close(fd)
+    os.replace(temporary, target.path)
+
+
+def careless(output: Callable[..., Any]) -> Callable[[], None]:
+    def prepare() -> None:
+        atomic.atomic_output = output
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (careless(straight_to_the_target), "the target is neither old nor new"),
+        (careless(never_tidied), "left behind: "),
+        (careless(never_tidied), "the error does not name the file"),
+    ],
+    ids=["straight", "untidy", "unnamed"],
+)
+def test_carelessness_is_found(tmp_path: Path, prepare: Callable[[], None], said: str) -> None:
+    count = faults.Count()
+    job = faults.Job("convert --force {s} out.pth", "plain.safetensors", "out.pth", old=True)
+    faults.at_each_call(tmp_path, job, count, 17, prepare=prepare)
+    assert any(said in line for line in count.wrong), count.wrong[:5]
