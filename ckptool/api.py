@@ -170,7 +170,14 @@ def convert(
     options: Options | None = None,
     progress: Begin = no_progress,
 ) -> Rewrite:
-    """Write a checkpoint again, in the container of the target, with edits in their order."""
+    """Write a checkpoint again, in the container of the target, with edits in their order.
+
+    With `options.to` `dcp`, the target is the folder of a distributed checkpoint; that needs torch.
+    """
+    if options is not None and options.to == "dcp":
+        from ckptool.model import dcp
+
+        return dcp.convert(source, target, steps, unwrap=unwrap, options=options, progress=progress)
     return surgery.rewrite(source, target, steps, bare=unwrap, options=options, progress=progress)
 
 

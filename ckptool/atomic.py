@@ -11,9 +11,10 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ckptool.errors import (
@@ -23,7 +24,7 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.fileio import reason, write_at
-from ckptool.text import quoted
+from ckptool.text import listed, quoted
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -63,13 +64,44 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
         if not force:
             raise OutputExists(f"{shown} exists", hint="name another output, or use --force")
     target = Target(real, force, sync)
+    _refuse_folder_around(shown, target)
+    return target
+
+
+def refuse_folder(
+    path: str | Path, sources: Iterable[str], *, force: bool, sync: bool, ours: Sequence[str]
+) -> Target:
+    """Say where a folder goes that is written as a whole, or why it cannot go there.
+
+    It must be absent or empty, or hold nothing but what matches the patterns `ours` and be
+    replaced by force. Raises `SameFile`, `OutputExists` or `WriteError`.
+    """
+    shown, real = str(path), os.path.realpath(path)
+    if os.path.lexists(real) and not os.path.isdir(real):
+        raise WriteError(f"{shown} is not a folder", hint="name a folder as the output")
+    inside = sorted(os.listdir(real)) if os.path.isdir(real) else []
+    if inside and any(os.path.realpath(os.path.dirname(source)) == real for source in sources):
+        raise SameFile(f"the input lies in {shown}", hint="name another folder as the output")
+    others = [name for name in inside if not any(fnmatchcase(name, each) for each in ours)]
+    if others:
+        raise OutputExists(
+            f"{shown} holds other files: {listed(others, 4)}",
+            hint="name a folder that is not there yet",
+        )
+    if inside and not force:
+        raise OutputExists(f"{shown} is not empty", hint="name another output, or use --force")
+    target = Target(real, force, sync)
+    _refuse_folder_around(shown, target)
+    return target
+
+
+def _refuse_folder_around(shown: str, target: Target) -> None:
     if not os.path.isdir(target.folder):
         raise WriteError(
             f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
         )
     if not os.access(target.folder, os.W_OK):
         raise WriteError(f"the folder of {shown} cannot be written to")
-    return target
 
 
 def free_space(target: Target) -> int | None:
@@ -100,8 +132,7 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
     Yields its descriptor and path. Whatever fails, the target stays as it was and the temporary
     file goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
     """
-    name = os.path.basename(target.path)[:40]  # of up to four bytes each; 255 are allowed
-    temporary = os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
+    temporary = _beside(target)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         try:  # before the file is made: a signal may come right after
@@ -155,6 +186,75 @@ def _remove_link(temporary: str, target: Target) -> None:
             f"{reason(error)}",
             hint="remove that name; the file stays",
         ) from error
+
+
+def _beside(target: Target) -> str:
+    """Name something that is not there yet beside a target."""
+    name = os.path.basename(target.path)[:40]  # of up to four bytes each; 255 are allowed
+    return os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
+
+
+@contextmanager
+def atomic_folder(target: Target) -> Iterator[str]:
+    """Make a temporary folder beside the target; publish it when the block ends well.
+
+    Yields its path, for files to be written into. Whatever fails, the target stays as it was and
+    the temporary folder goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
+    """
+    temporary = _beside(target)
+    try:
+        try:
+            os.mkdir(temporary)
+            yield temporary
+            if target.sync:
+                _flush_files(temporary)
+            _publish_folder(temporary, target)
+        finally:
+            _remove_folder(temporary)
+    except OSError as error:
+        raise _write_error(error, target) from error
+
+
+def _flush_files(folder: str) -> None:
+    for name in os.listdir(folder):
+        fd = os.open(os.path.join(folder, name), os.O_RDWR | getattr(os, "O_BINARY", 0))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    _flush_folder(Target(os.path.join(folder, ".")))
+
+
+def _remove_folder(path: str) -> None:
+    """Remove a folder of files, if it is there."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
+
+
+def _publish_folder(temporary: str, target: Target) -> None:
+    """Rename a folder to its place; what is replaced there is put aside first, and removed last."""
+    old = None
+    if os.path.isdir(target.path):
+        os.chmod(temporary, stat.S_IMODE(os.stat(target.path).st_mode))
+        old = _beside(target)
+        os.rename(target.path, old)
+    try:
+        if old is not None and os.listdir(old) and not target.force:
+            raise OutputExists(
+                f"{target.path} was filled by someone else meanwhile; it was left alone",
+                hint="name another output, or use --force",
+            )
+        os.rename(temporary, target.path)
+    except BaseException:
+        if old is not None:
+            os.rename(old, target.path)
+        raise
+    if old is not None:
+        _remove_folder(old)
+    if target.sync and hasattr(os, "O_DIRECTORY"):
+        _flush_folder(target)
 
 
 def _write_error(error: OSError, target: Target) -> WriteError:

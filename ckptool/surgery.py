@@ -114,8 +114,8 @@ def rewrite(
     if added:
         add_entries(plan, added, order)
     layout = _lay_out(plan, options)
-    _refuse_expansion(checkpoint, layout, options)
-    result = _result(plan, str(target), layout, place, options)
+    refuse_expansion(checkpoint, layout, options)
+    result = result_of(plan, str(target), layout, place, options)
     if not options.dry_run:
         atomic.refuse_full(place, layout.nbytes)
         _write(place, layout, plan, progress(layout.job_nbytes))
@@ -151,6 +151,11 @@ def _suffix(target: str) -> str:
 
 def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
     """Choose the output container: as told, by the suffix, or the input's own (in place too)."""
+    if options.to == "dcp":
+        raise EditError(
+            "only convert writes a distributed checkpoint, and it takes edits as options",
+            hint="ckptool convert IN OUT_DIR --to dcp --strip-prefix auto --drop PATTERN ...",
+        )
     if options.to is not None:
         return _BY_WORD[options.to]
     for each in formats.FORMATS:
@@ -179,7 +184,7 @@ def _subbyte(entries: dict[str, Node]) -> bool:
     )
 
 
-def _refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) -> None:
+def refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) -> None:
     """Refuse an output far larger than the input: a kilobyte can declare terabytes."""
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
     inflated = sum(
@@ -200,7 +205,7 @@ def _refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) 
         )
 
 
-def _result(
+def result_of(
     plan: Plan,
     target: str,
     layout: Layout,

@@ -51,7 +51,9 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.argument("target", metavar="OUT", required=False),
     click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
     click.option(
-        "--to", type=click.Choice(["torch", "safetensors"]), help="Output container, any suffix."
+        "--to",
+        type=click.Choice(["torch", "safetensors", "dcp"]),
+        help="Output container, any suffix; dcp (a folder) in convert alone.",
     ),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT."),

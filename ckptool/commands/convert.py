@@ -65,12 +65,13 @@ def _step(name: str, value: str) -> Edit | None:
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave keys out.")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Leave all other keys out.")
 def command(request: Request, unwrap: bool, **_: Any) -> None:
-    """Convert torch <-> safetensors, with edits on the way.
+    """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
 
     \b
     ckptool convert in.pth out.safetensors
     ckptool convert in.safetensors out.pth
     ckptool convert --strip-prefix module --drop classifier in.pth out.safetensors
+    ckptool convert --to dcp in.pth out_dir      (for a cluster; needs torch)
 
     Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
     beside it is left behind and named.

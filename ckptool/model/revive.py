@@ -19,6 +19,7 @@ from ckptool.dtype import BY_TORCH_NAME, DType
 from ckptool.errors import CkptoolError, Malformed, Unsupported
 from ckptool.fileio import Reader, Readers, fill, unpacked
 from ckptool.model import libraries
+from ckptool.safety import python3_name
 from ckptool.tensor import CompositeTensor, Packing, Storage, TensorInfo, needs_swap
 from ckptool.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
 
@@ -30,6 +31,7 @@ _PARAMETERS = {
 }
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _WITH_STATE = {_FROM_TYPE, Global(_UTILS, "_rebuild_parameter_with_state")}
+_ENCODE = Global("_codecs", "encode")  # how protocol 2 writes bytes
 _QTENSOR = Global(_UTILS, "_rebuild_qtensor")
 _SCHEMES = frozenset(
     "per_tensor_affine per_tensor_symmetric per_channel_affine per_channel_symmetric "
@@ -115,7 +117,9 @@ class Reviver:
 
     def _object(self, node: Object) -> Any:
         plain = [argument for argument in node.args if isinstance(argument, str | int | float)]
-        match str(node.callee), node.args:
+        callee = node.callee
+        named = ".".join(python3_name(callee)) if isinstance(callee, Global) else ""
+        match named, node.args:
             case "collections.OrderedDict", _:
                 return self._filled(OrderedDict(), node)
             case "torch.Size", (list() | tuple() as sizes,):
@@ -126,6 +130,14 @@ class Reviver:
                 return text.encode("latin-1")
             case "builtins.set", (list() as inside,):
                 return {_hashable(item) for item in inside}
+            case "builtins.frozenset", (list() as inside,):
+                return frozenset(_hashable(item) for item in inside)
+            case "builtins.bytes", ():
+                return b""
+            case "builtins.bytearray", ():
+                return bytearray()
+            case "builtins.bytearray", (Object() as data,) if data.callee == _ENCODE:
+                return bytearray(self._value(data))
             case "builtins.bytearray", (bytes(data),):
                 return bytearray(data)
             case "builtins.complex", (float(real), float(imaginary)):
