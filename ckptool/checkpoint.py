@@ -144,12 +144,8 @@ class _Found:
 
 
 def candidates(tree: Node) -> list[Candidate]:
-    """Find the dicts and modules that may be the state_dict, those under known names alone.
-
-    Raises `LimitExceeded` for modules that repeat each other without end, `Malformed` for one that
-    contains itself.
-    """
-    found = list(_Search().visit(tree, ()))
+    """Find the dicts and modules that may be the state_dict, those under known names alone."""
+    found = _search(tree).found
     known = [each for each in found if each.at and each.at[-1] in KNOWN_NAMES]
     hiding = known or [each for each in found if each.module]
     inner = {each.at[:depth] for each in hiding for depth in range(len(each.at))}
@@ -168,15 +164,30 @@ def candidates(tree: Node) -> list[Candidate]:
 
 def whole_models(tree: Node) -> list[Path]:
     """List where modules stand that may be candidates, those under unknown names too."""
-    return [each.at for each in _Search().visit(tree, ()) if each.module]
+    return [each.at for each in _search(tree).found if each.module]
+
+
+def _search(tree: Node) -> _Search:
+    search = _Search()
+    try:
+        for each in search.visit(tree, ()):
+            search.found.append(each)
+    except LimitExceeded as error:
+        search.problem = error
+    return search
 
 
 class _Search:
-    """Looks for dicts of tensors by the keys of dicts, for modules in lists and objects too."""
+    """Looks for dicts of tensors by the keys of dicts, for modules in lists and objects too.
+
+    `problem` says why a module has no state_dict: it contains itself, or repeats without end.
+    """
 
     def __init__(self) -> None:
         self.seen: set[tuple[int, bool, bool]] = set()
         self.effort = modules.Effort()
+        self.found: list[_Found] = []
+        self.problem: FormatError | None = None
 
     def visit(
         self, node: Node, path: Path, *, dicts: bool = True, models: bool = True
@@ -203,7 +214,11 @@ class _Search:
                     yield from self.visit(value, (*path, key), dicts=deeper, models=also)
 
     def module(self, node: Object, path: Path) -> Iterator[_Found]:
-        state = modules.state_of(node, self.effort)
+        try:
+            state = modules.state_of(node, self.effort)
+        except Malformed as error:
+            self.problem = error
+            return
         tensors = _tensors_of(state.entries)
         if tensors:
             yield _Found(path, tensors, state.class_name)
@@ -304,6 +319,9 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDi
             evidence=_table(found),
             option=f"--at {quoted(dotted(likely.at) or '.')}",
         )
+    problem = _search(checkpoint.tree).problem
+    if problem is not None:
+        raise problem
     count = sum(1 for _ in tensors(checkpoint.tree))
     if count:
         return AmbiguousStateDict(

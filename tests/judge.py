@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import warnings
+import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -183,6 +184,8 @@ def equal(left: Any, right: Any) -> bool:
             return bool(parts[0] == parts[1])
         case torch.UntypedStorage():
             return storage_bytes(left) == storage_bytes(right)
+        case weakref.ref():  # those of an LSTM to its own weights
+            return same(left(), right()) == []
         case torch.TypedStorage():
             return left.dtype == right.dtype and equal(left.untyped(), right.untyped())
         case _:

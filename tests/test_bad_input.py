@@ -85,7 +85,7 @@ REFUSED = {
     "limit-exceeded": """
         deep_key.pth deep_list.pth deep_tuple.pth safetensors_deep_json.safetensors
         safetensors_header_too_long.safetensors script_doubled.pt script_endless.pt
-        script_json_deep.pt sharded_deep
+        script_json_deep.pt sharded_deep module_deep.pth
     """,
 }
 # Files that would run code: `keys` warns, a torch file is refused, the tensors can be kept. Beside
@@ -105,6 +105,7 @@ DANGEROUS = {
     "legacy_os_system.pth": "not-representable",
     "memo_call.pth": "ok",
     "memoized_names.pth": "ok",
+    "module_os_system.pth": "ok",
     "named_only.pth": "ok",
     "nested_reduce.pth": "ok",
     "newobj.pth": "ok",
@@ -142,6 +143,11 @@ HARMLESS = {
     "long_many_digits.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
     "memo_far.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
     "missing_version.pth": ("ok", "ok", "ok", "ok"),
+    "module_in_itself.pth": ("ok", "ok", "malformed", "ok"),
+    "module_laughs.pth": ("ok", "ok", "limit-exceeded", "ok"),
+    "module_list.pth": ("ok", "ok", "ambiguous-state-dict", "ok"),
+    "module_odd_parameters.pth": ("ok", "ok", "not-representable", "ok"),
+    "module_same_names.pth": ("ok", "ok", "malformed", "ok"),
     "odd_keys.pth": ("ok", "ok", "not-representable", "ok"),
     "safetensors_metadata_null.safetensors": ("ok", "ok", "ok", "ok"),
     "safetensors_odd_keys.safetensors": ("ok", "ok", "ok", "ok"),

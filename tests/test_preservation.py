@@ -75,13 +75,17 @@ ACCEPTED = {
 # encoding. All else it takes, whatever protocol the original had.
 REFUSED_BY_TORCH = words(
     "dino.pth foreign.pth foreign_legacy.pth python2_training.pth set_and_bytes.pth "
-    "set_and_bytes_protocol4.pth stdlib.pth whole_model.pth whole_model_legacy.pth"
+    "set_and_bytes_protocol4.pth stdlib.pth whole_model.pth whole_model_legacy.pth "
+    "whole_model_2017.pth whole_model_in_dict.pth whole_model_in_list.pth whole_model_protocol4.pth"
 )
 
 # Where the state_dict sits; at the top where nothing is said.
 AT: dict[str, tuple[str, ...]] = {
     "nested.pth": ("model", "state_dict"),
     "gan.pth": ("generator",),
+    "whole_model_in_dict.pth": ("model",),
+    "whole_model_in_list.pth": ("0",),
+    "whole_model_protocol4.pth": ("model",),
     **dict.fromkeys(
         words(
             "aliases.pth duplicate_outside.pth foreign.pth foreign_legacy.pth lightning.ckpt "
@@ -99,7 +103,10 @@ NO_STATE_DICT = words(
     "no_tensors.pth optimizer.pth parts.pth"
 )
 # Modules: their state_dict can be taken out, and is not edited where it is.
-WHOLE_MODELS = words("whole_model.pth whole_model_legacy.pth")
+WHOLE_MODELS = words(
+    "whole_model.pth whole_model_2017.pth whole_model_in_dict.pth whole_model_in_list.pth "
+    "whole_model_legacy.pth whole_model_protocol4.pth"
+)
 # The entries that safetensors cannot hold.
 UNFIT = {
     "complex32.pth": words("weight"),
@@ -294,17 +301,18 @@ MATCHED = {
     "strip-prefix": words(
         "collision.pth data_parallel.pth model.safetensors model_best.pth.tar "
         "model_best_legacy.pth.tar parallel_compiled.pth part_prefixed.pth python2_training.pth "
-        "same_string.pth"
+        "same_string.pth whole_model_in_dict.pth whole_model_protocol4.pth"
     ),
     "strip-prefix auto": words(
         "compiled.pth compiled_parallel.pth data_parallel.pth model.safetensors "
         "model_best.pth.tar model_best_legacy.pth.tar opacus.pth parallel_compiled.pth "
-        "python2_training.pth same_string.pth"
+        "python2_training.pth same_string.pth whole_model_in_dict.pth whole_model_protocol4.pth"
     ),
     "strip-prefix --anywhere": words(
         "collision.pth compiled_parallel.pth data_parallel.pth model.safetensors "
         "model_best.pth.tar model_best_legacy.pth.tar parallel_compiled.pth parallel_inside.pth "
-        "part_prefixed.pth python2_training.pth same_string.pth"
+        "part_prefixed.pth python2_training.pth same_string.pth whole_model_in_dict.pth "
+        "whole_model_protocol4.pth"
     ),
 }
 COLLIDE = {("collision.pth", "strip-prefix"), ("collision.pth", "strip-prefix --anywhere")}
@@ -315,11 +323,11 @@ NAMES_KEYS = words("rename keep") | {"drop a key", "drop a prefix", "several"}
 
 def state_of(name: str) -> dict[str, Any]:
     state = original(name)
+    for step in AT.get(name, ()):
+        state = state[int(step) if isinstance(state, list) else step]
     if name in WHOLE_MODELS:
         state = state.state_dict()
         del state._metadata  # versions of classes, which are not in the file
-    for step in AT.get(name, ()):
-        state = state[step]
     return state
 
 

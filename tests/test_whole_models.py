@@ -6,6 +6,7 @@ torch nor torchvision can be imported.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from conftest import Outcome, environment
+from conftest import FIXTURES, Outcome, environment
 
-from ckptool import formats
+from ckptool import checkpoint as places, formats, modules
+from ckptool.errors import LimitExceeded
+from ckptool.tree import Dict, Global, Object
 
 torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")
@@ -264,3 +267,227 @@ def test_models_of_every_kind(tmp_path: Path) -> None:
         assert others == [], name
         assert found[name][1] == rows(state), name
         assert_same_state(tmp_path / f"{name}.state", state)
+
+
+# What the command line says and does.
+
+GOOD = FIXTURES / "good"
+HOSTILE = FIXTURES / "hostile"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def saved(content: Any, name: str = "model.pth", **how: Any) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(content, name, **how)
+    return name
+
+
+def test_keys_name_the_class_and_the_place(run: Run, here: Path) -> None:
+    saved({"model": nn.Linear(2, 3), "epoch": 3})
+    outcome = run("keys", "model.pth")
+    assert outcome.out == "weight\tF32\t[3, 2]\t24\nbias\tF32\t[3]\t12\n"
+    assert outcome.err == (
+        "model.pth: torch zip, state_dict of the whole model `Linear` at `model`, 2 tensors, 36 B; "
+        "beside it: epoch\n"
+    )
+    document = run("keys", "--json", "model.pth").document
+    assert (document["at"], document["module"]) == (["model"], "torch.nn.modules.linear.Linear")
+    assert document["beside"] == ["epoch"]
+
+
+def test_unwrap_says_what_stays_behind(run: Run, here: Path) -> None:
+    model = nn.Linear(2, 3)
+    model.register_buffer("mask", torch.ones(2), persistent=False)
+    saved(model)
+    outcome = run("unwrap", "model.pth", "out.pth")
+    assert outcome.code == 0
+    assert outcome.err == (
+        "took the state_dict of the whole model `Linear`; left behind the class "
+        "torch.nn.modules.linear.Linear and its attributes\n"
+        "1 tensor of the model not in its state_dict (buffers that are not persistent, other "
+        "attributes)\n"
+        "out.pth: 2 tensors, 36 B\n"
+        "read 2, renamed 0, dropped 0, written 2\n"
+    )
+    assert_same_state(here / "out.pth", model.state_dict())
+    document = run("unwrap", "--json", "--force", "model.pth", "out.pth").document
+    assert document["not_carried"] == [
+        "the class torch.nn.modules.linear.Linear and its attributes"
+    ]
+    assert (document["at"], document["module"]) == ([], "torch.nn.modules.linear.Linear")
+
+
+def test_the_state_dict_of_a_part(run: Run, here: Path) -> None:
+    model = nn.Sequential(OrderedDict(base=nn.Linear(2, 3), head=nn.Linear(3, 1)))
+    saved([model, None])
+    assert run("unwrap", "--at", "0.head", "model.pth", "head.pth").code == 0
+    assert_same_state(here / "head.pth", model.head.state_dict())
+    assert run("keys", "--names", "--at", "1", "model.pth").code == 2
+
+
+def test_edits_of_a_module_itself_are_refused(run: Run, here: Path) -> None:
+    model = nn.DataParallel(nn.Linear(2, 3))
+    saved(model)
+    refused = run("strip-prefix", "model.pth", "out.pth")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == (
+        "error[edit-error]: model.pth holds a whole model, "
+        "torch.nn.parallel.data_parallel.DataParallel: its keys are attributes of objects and stay "
+        "as they are\n"
+        "hint: ckptool strip-prefix model.pth out.pth --tensors-only   writes its state_dict in "
+        "its place\n"
+    )
+    assert not (here / "out.pth").exists()
+    assert run("strip-prefix", "model.pth", "out.pth", "--tensors-only").code == 0
+    assert_same_state(here / "out.pth", model.module.state_dict())
+    command = ("convert", "--unwrap", "--strip-prefix", "module", "model.pth", "again.pth")
+    assert run(*command).code == 0
+    assert_same_state(here / "again.pth", model.module.state_dict())
+    assert run("transfer", "model.pth", "third.pth").code == 0
+    assert_same_state(here / "third.pth", model.module.state_dict())
+
+
+def test_tensors_only_puts_state_dicts_in_the_place_of_models(run: Run, here: Path) -> None:
+    one, two = nn.Linear(2, 3), nn.Linear(3, 2)
+    saved({"student": one, "teacher": two, "epoch": 3, "name": main_module()})
+    assert run("convert", "--tensors-only", "model.pth", "out.pth").code == 0
+    found = judge.load(here / "out.pth")
+    assert judge.same(found["student"], one.state_dict(), metadata=False) == []
+    assert judge.same(found["teacher"], two.state_dict(), metadata=False) == []
+    assert (list(found), found["epoch"]) == (["student", "teacher", "epoch", "name"], 3)
+    several = run("unwrap", "model.pth", "one.pth")
+    assert several.code == 2
+    assert "module torch.nn.modules.linear.Linear" in several.err
+
+
+def test_a_part_is_not_edited_inside_its_model(run: Run, here: Path) -> None:
+    saved(nn.Sequential(nn.Linear(2, 3)))
+    command = ("add-prefix", "--tensors-only", "--at", "0", "model.pth", "out.pth")
+    refused = run(*command)
+    assert refused.code == 2
+    assert "hint: ckptool convert --unwrap --at 0 model.pth OUT\n" in refused.err
+
+
+def test_without_edits_a_model_is_carried_whole(run: Run, here: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    saved(model, **LEGACY)
+    assert run("convert", "model.pth", "out.pth").code == 0
+    again = judge.load("out.pth", weights_only=False)
+    assert judge.same(model.state_dict(), again.state_dict()) == []
+    assert type(again[1]) is nn.BatchNorm1d
+
+
+def test_what_would_run_stays_behind(run: Run, here: Path) -> None:
+    source = HOSTILE / "module_os_system.pth"
+    assert run("convert", source, "out.pth").code == 4
+    outcome = run("unwrap", source, "out.pth")
+    assert outcome.code == 0
+    assert "would run code when loaded; the output does not carry it" in outcome.err
+    assert list(judge.load("out.pth")) == ["weight", "bias"]
+    assert not (here / "ckptool-was-executed").exists()
+
+
+def test_a_learner_that_holds_its_model(run: Run, here: Path) -> None:
+    """fastai pickles an object with the module in an attribute."""
+    learner = argparse.Namespace(model=nn.Linear(2, 3), lr=0.5)
+    saved({"learner": learner})
+    outcome = run("unwrap", "model.pth", "out.pth")
+    assert outcome.err.startswith(
+        "took the state_dict of the whole model `Linear` at `learner.model`; left behind the class "
+        "torch.nn.modules.linear.Linear and its attributes, learner.lr\n"
+    )
+    assert_same_state(here / "out.pth", learner.model.state_dict())
+
+
+def test_a_model_among_hyper_parameters_is_no_candidate(run: Run, here: Path) -> None:
+    model = nn.Linear(2, 3)
+    saved({"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(4, 4)}})
+    assert run("keys", "--json", "model.pth").document["at"] == ["state_dict"]
+    assert run("keys", "--json", "--at", "hyper_parameters.net", "model.pth").code == 0
+
+
+# What only the code could tell.
+
+
+def test_packed_weights_are_named_as_missing(run: Run, here: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 3), nn.PReLU()))
+    saved(model)
+    outcome = run("unwrap", "-q", "model.pth", "out.pth")
+    assert outcome.code == 0
+    assert outcome.err.splitlines()[:2] == [
+        "warning: 0 (torch.ao.nn.quantized.dynamic.modules.linear.Linear) packs its entries: not "
+        "all are listed",
+        "warning: 0._packed_params (torch.ao.nn.quantized.modules.linear.LinearPackedParams) packs "
+        "its entries: not all are listed",
+    ]
+    assert list(judge.load("out.pth")) == ["1.weight"]
+
+
+def test_hooks_that_may_change_keys_are_named(run: Run, here: Path) -> None:
+    model = nn.Linear(2, 3)
+    model._register_state_dict_hook(max)
+    saved(model)
+    outcome = run("keys", "model.pth")
+    assert (
+        "the model (torch.nn.modules.linear.Linear) runs code on its state_dict, which may change "
+        "keys\n" in outcome.err
+    )
+    saved(nn.utils.spectral_norm(nn.Linear(2, 3)))
+    assert "runs code" not in run("keys", "model.pth").err
+
+
+def test_a_lazy_parameter_is_an_entry_without_a_tensor(run: Run, here: Path) -> None:
+    saved(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
+    assert run("convert", "model.pth", "out.safetensors").code == 5
+    assert run("unwrap", "model.pth", "out.pth").code == 0
+    found = judge.load("out.pth", weights_only=False)
+    assert type(found["0.weight"]).__name__ == "UninitializedParameter"
+
+
+# Without end.
+
+
+def module_of(parts: dict[str, Any]) -> Object:
+    filled = {"_parameters": {}, "_buffers": {}, "_modules": {}, **parts}
+    state = Dict([(name, Dict(list(held.items()))) for name, held in filled.items()])
+    return Object(Global("models", "Net"), (), steps=[("build", state)])
+
+
+def test_repeats_are_bounded_by_what_is_there() -> None:
+    tensors = {f"p{n}": 0 for n in range(1000)}
+    shared = module_of({"_parameters": tensors})
+    few = module_of({"_modules": {f"m{n}": shared for n in range(20)}})
+    assert len(modules.state_of(few).entries) == 20_000
+    many = module_of({"_modules": {f"m{n}": shared for n in range(1000)}})
+    with pytest.raises(LimitExceeded):
+        modules.state_of(many)
+
+
+def test_long_names_do_not_multiply() -> None:
+    node = module_of({"_parameters": {f"p{n}": 0 for n in range(1000)}})
+    long = module_of({"_modules": {"n" * 1_000_000: node}})
+    with pytest.raises(LimitExceeded):
+        modules.state_of(long)
+
+
+def test_one_state_for_many_objects_is_read_in_time() -> None:
+    """Each object alone is small; together they would be read a million million times."""
+    state = Dict([(f"a{n}", n) for n in range(10_000)])
+    objects = [Object(Global("m", "C"), (), steps=[("build", state)]) for _ in range(10_000)]
+    assert places.candidates(objects) == []
+
+
+def test_a_chain_of_shared_modules_is_not_followed_for_ever() -> None:
+    node = module_of({})
+    for _ in range(300):
+        node = module_of({"_modules": {"m": node}})
+    with pytest.raises(LimitExceeded):
+        modules.state_of(node)
