@@ -135,7 +135,8 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
         if others:
             lines.append(f"{others} more entries of the state_dict are not tensors")
         lines += map(visible, (*state.missing, *state.notes))
-        hint = prefix_line(found.checkpoint.path, list(state.entries))
+        verb = "transfer" if state.module else "strip-prefix"
+        hint = prefix_line(found.checkpoint.path, list(state.entries), verb)
         lines += [hint] if hint else []
     return [*lines, *map(visible, found.checkpoint.notes)]
 
@@ -162,15 +163,15 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
     return [first, *(f"    {visible(line)}" for line in lines)]
 
 
-def prefix_line(path: str, keys: Sequence[str]) -> str:
+def prefix_line(path: str, keys: Sequence[str], verb: str = "strip-prefix") -> str:
     """Say which wrapper all or some keys carry, and what removes it; an empty string for none."""
     found = peeled(keys)
     if found:
-        option = "" if found == ["module."] else " --prefix auto"
+        option = "" if found == ["module."] or verb == "transfer" else " --prefix auto"
         kinds = ", ".join(WRAPPERS[wrapper] for wrapper in found)
         return (
             f"every key starts with `{''.join(found)}` ({kinds}); "
-            f"ckptool strip-prefix{option} {visible(quoted(path))} OUT removes it"
+            f"ckptool {verb}{option} {visible(quoted(path))} OUT removes it"
         )
     for wrapper in WRAPPERS:
         count = sum(key.startswith(wrapper) for key in keys)

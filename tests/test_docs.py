@@ -24,6 +24,8 @@ FILES = {
     "tied.pth": "good/tied.pth",
     "parallel_inside.pth": "good/parallel_inside.pth",
     "compiled_parallel.pth": "good/compiled_parallel.pth",
+    "model.pkl": "good/whole_model.pth",
+    "trained.pt": "good/whole_model_in_dict.pth",
     "flipped.pth": "hostile/crc_mismatch.pth",
     "hooked.pth": "hostile/eval_in_namespace.pth",
     "flowers.safetensors": "good/flowers.safetensors",

@@ -72,7 +72,7 @@ def read_without_torch(folder: Path) -> dict[str, Any]:
         [sys.executable, "-c", READER, folder],
         capture_output=True,
         env=environment({"PYTHONPATH": str(Path(formats.__file__).parent.parent.parent)}),
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr.decode()
     found: dict[str, Any] = json.loads(done.stdout)
