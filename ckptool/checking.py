@@ -115,7 +115,8 @@ def check(
     """Check structure, checksums and names of a file; with `finite` also every float.
 
     `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
-    calls foreign names unsafe too. A file that cannot be read is a result, not an error.
+    calls foreign names and the code of TorchScript unsafe too. A file that cannot be read is a
+    result, not an error.
     """
     path = str(path)
     found = _Findings()
@@ -263,14 +264,20 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     found.checked.append("names")
     if verdict.foreign:
         found.not_checked.append("the code behind foreign names")
+    program = f"holds the code of a {checkpoint.program}" if checkpoint.program else ""
+    if program:
+        found.not_checked.append("what the code of a TorchScript module does")
     problems = _some(found.problems)
-    if _unsafe(verdict, strict):
-        status, parts = Status.UNSAFE, [_danger(verdict, calls)]
+    if _unsafe(verdict, strict) or (strict and program):
+        status, parts = Status.UNSAFE, [_danger(verdict, calls), program]
         parts += [f"damaged: {problems}"] if problems else []
     elif problems:
         status, parts = Status.DAMAGED, [problems]
     else:
-        status, parts = Status.OK, [_summary(checkpoint), found.checksums, _foreign(verdict)]
+        status, parts = (
+            Status.OK,
+            [_summary(checkpoint), found.checksums, program, _foreign(verdict)],
+        )
     return Checked(
         path,
         status,

@@ -222,6 +222,15 @@ def test_strict_refuses_foreign_names(run: Run, good: Path) -> None:
     assert run("check", "--strict", good / "plain.pth").code == 0
 
 
+def test_code_in_a_file_is_said_and_not_judged(run: Run, good: Path) -> None:
+    """A TorchScript archive holds a program: no name in its pickles says what that does."""
+    done = run("check", good / "script.pt")
+    assert done.code == 0
+    assert "; holds the code of a TorchScript module" in done.out
+    assert "what the code of a TorchScript module does" in done.err
+    assert run("check", "--strict", good / "script.pt").code == 4
+
+
 # Many files, folders, missing ones.
 
 

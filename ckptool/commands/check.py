@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option("--sha256", is_flag=True, help="Print the sha256 of each file too.")
 @click.option("--finite", is_flag=True, help="Count NaN and infinity in every tensor.")
-@click.option("--strict", is_flag=True, help="Foreign names are unsafe, too.")
+@click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> int:
