@@ -274,7 +274,8 @@ def _lost(facts: Survey) -> Advised:
         reason = f"{readable(facts.unused)} of storage that no tensor uses"
         yield Advice(reason, *_SAFETENSORS)
     unread = facts.checkpoint.unread_nbytes
-    if _much(facts, unread) and facts.verdict.level is not Level.DANGEROUS:
+    single = len(facts.checkpoint.files) == 1 and not facts.checkpoint.program
+    if _much(facts, unread) and single and facts.verdict.level is not Level.DANGEROUS:
         names = listed(facts.checkpoint.unread, 3)
         reason = f"{readable(unread)} that nothing refers to ({names})"
         yield Advice(reason, "convert", (), "new")

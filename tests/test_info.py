@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import shlex
 import shutil
@@ -119,6 +121,23 @@ def test_parts_add_up_to_the_file(run: Run, path: Path) -> None:
 
 # What it suggests.
 
+CORPUS = Path(os.environ.get("CKPTOOL_CORPUS") or "no corpus")
+ROWS = json.loads((CORPUS / "index.json").read_text()) if CORPUS.is_dir() else []
+
+
+@pytest.mark.skipif(not ROWS, reason="CKPTOOL_CORPUS names no folder with index.json")
+@pytest.mark.parametrize("name", [row["path"] for row in ROWS])
+def test_every_suggestion_on_a_real_file_works(
+    run: Run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied(CORPUS / name, tmp_path)
+    done = run("info", "--json", path)
+    assert done.code in (0, 3)
+    assert (done.out == "") == (done.code == 3)
+    for each in done.document["suggestions"] if done.code == 0 else []:
+        outcome = pasted(run, each["command"], monkeypatch, tmp_path)
+        assert outcome.code == 0, f"{each['command']}\n{outcome.err}"
+
 
 # The structure is sound, and what is wrong with the bytes only reading them shows.
 BAD_BYTES = """
@@ -162,6 +181,32 @@ def test_a_name_like_an_option_is_still_a_name(
     monkeypatch.chdir(tmp_path)
     command = run("info", "--json", "--", "-x.pth").document["suggestions"][0]["command"]
     assert pasted(run, command, monkeypatch, tmp_path).code == 0
+
+
+class Hook:
+    """Would run a command when loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo > ckptool-was-executed",)
+
+
+@pytest.mark.parametrize(
+    "state_dict",
+    [{"module.w": torch.ones(2)}, {"w": torch.ones(1).expand(1 << 20)}, {"w": Hook()}],
+    ids=["wrapped", "far", "inside"],
+)
+def test_suggestions_on_what_would_run_code_work_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state_dict: dict[str, Any]
+) -> None:
+    state_dict = {**state_dict, "module.b": torch.ones(1)}
+    path = tmp_path / "evil.pth"
+    torch.save({"state_dict": state_dict, "hook": Hook()}, path)
+    found = run("info", "--json", path).document
+    assert found["safety"] == "dangerous"
+    assert found["suggestions"]
+    for each in found["suggestions"]:
+        assert pasted(run, each["command"], monkeypatch, tmp_path).code == 0
+    assert not (tmp_path / "ckptool-was-executed").exists()
 
 
 def suggested(run: Run, path: Path, verb: str) -> list[str]:
@@ -285,6 +330,7 @@ def test_the_imagenet_example_and_opacus_are_recognised(run: Run, good: Path) ->
     assert "looks like\tthe ImageNet example of PyTorch, with epoch, arch" in found.out
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
 @pytest.mark.parametrize("name", ["script.pt", "whole_model.pth", "whole_model_legacy.pth"])
 def test_a_program_or_a_whole_model_gives_its_state_dict(
     run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
