@@ -68,6 +68,13 @@ REFUSED = {
         sharded_missing_key sharded_missing_shard sharded_no_shards sharded_not_utf8 sharded_nul
         sharded_number sharded_repeated_key sharded_short_shard sharded_swapped
         sharded_traversal sharded_truncated
+        tar_absolute.tar tar_device.tar tar_duplicate.tar tar_hardlink.tar
+        tar_pax_length.tar tar_pax_size.tar tar_pax_sparse.tar tar_second_header.tar
+        tar_size_beyond.tar tar_size_binary.tar tar_size_negative.tar tar_size_text.tar
+        tar_slip.tar tar_sparse.tar tar_storage_count.tar tar_storage_negative.tar
+        tar_storage_twice.tar tar_storages_missing.tar tar_symlink.tar tar_tensor_beyond.tar
+        tar_tensor_dimensions.tar tar_tensor_negative.tar tar_tensor_storage.tar tar_truncated.tar
+        tar_unknown_key.tar tar_view_beyond.tar tar_view_unknown.tar
     """,
     "not-a-checkpoint": """
         bare_pickle.pkl bytes_before.pth empty_file.pth float_dump.bin gguf.gguf gzip.pth
@@ -117,6 +124,7 @@ DANGEROUS = {
     "python2_builtin_eval.pth": "ok",
     "rebuild_from_type.pth": "ok",
     "script_os_system.pt": "ok",
+    "tar_os_system.tar": "not-representable",
     "reduce_os_system.pth": "ambiguous-state-dict",
     "sharded_os_system": "ok",
     "stack_global_os_system.pth": "ok",

@@ -32,7 +32,8 @@ FOLDER = Path(os.environ.get("CKPTOOL_CORPUS") or "no corpus")
 INDEX = FOLDER / "index.json"
 ROWS = json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else []
 READ = ("zip-torch", "legacy-pickle (magic)", "whole-model pickle in legacy-pickle", "safetensors")
-ELSEWHERE = ("torchscript",)  # judged by torch.jit, in test_torchscript.py
+# Judged by torch.jit in test_torchscript.py, and by what others wrote of them in test_torch_tar.py.
+ELSEWHERE = ("torchscript", "legacy-tar IMITATION")
 READABLE = [row for row in ROWS if row["format"] in READ]
 TORCH_FILES = [row for row in READABLE if row["format"] != "safetensors"]
 INDICES = [row for row in ROWS if row["format"].startswith("DCP .metadata")]
@@ -40,7 +41,6 @@ OTHERS = [row for row in ROWS if row["format"] not in (*READ, *ELSEWHERE) and ro
 
 # What a file in a container that is not read yet is called.
 NAMED = {
-    "legacy-tar IMITATION": "tar archive",
     "tar.gz archive (other)": "gzip archive",
     "plain pickle (non-torch.save)": "plain pickle",
     "DCP shard (concatenated zips)": "shard (.distcp) of a distributed checkpoint",

@@ -39,9 +39,11 @@ HOW: dict[str, dict[str, Any]] = {
     "protocol0_legacy.pth": {"pickle_module": judge.text_ids},
     "python2_training.pth": {"encoding": "latin1"},
 }
-BYTEWISE = {"plain_pickle.pkl", "tensors_2017_cuda.pth"} | {
-    f"script_{name}.pt" for name in ("2018", "2019", "no_source")
-}
+BYTEWISE = (
+    {"plain_pickle.pkl", "tensors_2017_cuda.pth"}
+    | {f"script_{name}.pt" for name in ("2018", "2019", "no_source")}
+    | {"torch_0_1_imitation.tar"}
+)
 
 
 def name_of(path: Path) -> str:

@@ -43,10 +43,10 @@ judge = pytest.importorskip("judge")
 
 FOLDER = Path(__file__).parent.parent / "fixtures"
 GOOD = FOLDER / "good"
-UNREAD = {"plain_pickle.pkl": "plain pickle", "torch_0_1.tar": "tar archive"}
-# Programs, of which the state_dict alone is taken out: see test_torchscript.py.
-PROGRAMS = {path.name for path in GOOD.glob("script*")}
-FILES = sorted(path.name for path in GOOD.iterdir() if path.name not in UNREAD.keys() | PROGRAMS)
+UNREAD = {"plain_pickle.pkl": "plain pickle"}
+# What test_torchscript.py and test_torch_tar.py judge: programs, and storages cut out of others.
+APART = {path.name for pattern in ("script*", "torch_0_1*") for path in GOOD.glob(pattern)}
+FILES = sorted(path.name for path in GOOD.iterdir() if path.name not in UNREAD.keys() | APART)
 
 
 def words(text: str) -> frozenset[str]:

@@ -22,6 +22,7 @@ from ckptool.formats import (
     safetensors,
     sharded,
     torch_legacy,
+    torch_tar,
     torch_zip,
     torchscript,
 )
@@ -63,6 +64,7 @@ FORMATS = (
         writable=True,
     ),
     Format("torchscript", "TorchScript", (), torchscript.sniff, torchscript.read, False),
+    Format("torch-tar", "torch tar", (), torch_tar.sniff, torch_tar.read, False),
     Format("torch-legacy", "legacy torch", (), torch_legacy.sniff, torch_legacy.read, False),
     Format(
         "safetensors",

@@ -100,7 +100,7 @@ class TorchVocabulary(Vocabulary):
             key = str(key)
         if not isinstance(key, str) or type(numel) is not int or numel < 0:
             raise Malformed("a persistent id that names no storage", offset=offset)
-        said = StorageId(key, _storage_dtype(kind, offset), location, numel)
+        said = StorageId(key, storage_dtype(kind, offset), location, numel)
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = (said, self._find(said))
@@ -178,7 +178,8 @@ def _parsed(text: str) -> Node:
     return known if view is None else (*known, None)
 
 
-def _storage_dtype(kind: Global, offset: int) -> DType | None:
+def storage_dtype(kind: Global, offset: int) -> DType | None:
+    """Give the dtype of a storage class, None for an untyped one."""
     if kind.name in _UNTYPED:
         return None
     dtype = BY_STORAGE_CLASS.get(kind.name)
@@ -250,6 +251,17 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
     if wrong:
         raise Malformed(f"a tensor in storage {storage.key} {wrong}", offset=offset)
     return info
+
+
+def old_tensor(
+    storage: Storage | StorageView,
+    start: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+) -> TensorInfo:
+    """Make a tensor of which no pickle says more; `offset` is where the file describes it."""
+    return _plain("_rebuild_tensor", (storage, start, shape, stride), None, offset)
 
 
 def _beyond_view(info: TensorInfo, view: StorageView | None) -> str:
