@@ -32,20 +32,16 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place for output: the file behind any symlink, and whether it may be replaced.
-
-    With `inside` it is a folder that exists, and output goes into it.
-    """
+    """A place for output: the file behind any symlink, and whether it may be replaced."""
 
     path: str
     force: bool = False
     sync: bool = True
-    inside: bool = False
 
     @property
     def folder(self) -> str:
-        """Name the folder that output, and what is temporary, lie in."""
-        return self.path if self.inside else os.path.dirname(self.path) or "."
+        """Name the folder that the file, and the temporary one beside it, lie in."""
+        return os.path.dirname(self.path) or "."
 
 
 def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync: bool) -> Target:
@@ -68,7 +64,7 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
         if not force:
             raise OutputExists(f"{shown} exists", hint="name another output, or use --force")
     target = Target(real, force, sync)
-    refuse_unwritable(shown, target)
+    _refuse_folder_around(shown, target)
     return target
 
 
@@ -95,12 +91,11 @@ def refuse_folder(
     if inside and not force:
         raise OutputExists(f"{shown} is not empty", hint="name another output, or use --force")
     target = Target(real, force, sync)
-    refuse_unwritable(shown, target)
+    _refuse_folder_around(shown, target)
     return target
 
 
-def refuse_unwritable(shown: str, target: Target) -> None:
-    """Raise `WriteError` where the folder that output lies in is not there, or closed."""
+def _refuse_folder_around(shown: str, target: Target) -> None:
     if not os.path.isdir(target.folder):
         raise WriteError(
             f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
@@ -137,7 +132,7 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
     Yields its descriptor and path. Whatever fails, the target stays as it was and the temporary
     file goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
     """
-    temporary = beside(target)
+    temporary = _beside(target)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         try:  # before the file is made: a signal may come right after
@@ -155,7 +150,7 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
             raise
         _remove_link(temporary, target)
     except OSError as error:
-        raise write_error(error, target) from error
+        raise _write_error(error, target) from error
 
 
 def _publish_whole(temporary: str, target: Target, made: os.stat_result) -> None:
@@ -193,7 +188,7 @@ def _remove_link(temporary: str, target: Target) -> None:
         ) from error
 
 
-def beside(target: Target) -> str:
+def _beside(target: Target) -> str:
     """Name something that is not there yet beside a target."""
     name = os.path.basename(target.path)[:40]  # of up to four bytes each; 255 are allowed
     return os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
@@ -206,7 +201,7 @@ def atomic_folder(target: Target) -> Iterator[str]:
     Yields its path, for files to be written into. Whatever fails, the target stays as it was and
     the temporary folder goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
     """
-    temporary = beside(target)
+    temporary = _beside(target)
     try:
         try:
             os.mkdir(temporary)
@@ -217,7 +212,7 @@ def atomic_folder(target: Target) -> Iterator[str]:
         finally:
             _remove_folder(temporary)
     except OSError as error:
-        raise write_error(error, target) from error
+        raise _write_error(error, target) from error
 
 
 def _flush_files(folder: str) -> None:
@@ -227,7 +222,7 @@ def _flush_files(folder: str) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-    flush_folder(folder)
+    _flush_folder(Target(os.path.join(folder, ".")))
 
 
 def _remove_folder(path: str) -> None:
@@ -243,7 +238,7 @@ def _publish_folder(temporary: str, target: Target) -> None:
     old = None
     if os.path.isdir(target.path):
         os.chmod(temporary, stat.S_IMODE(os.stat(target.path).st_mode))
-        old = beside(target)
+        old = _beside(target)
         os.rename(target.path, old)
     try:
         if old is not None and os.listdir(old) and not target.force:
@@ -258,12 +253,11 @@ def _publish_folder(temporary: str, target: Target) -> None:
         raise
     if old is not None:
         _remove_folder(old)
-    if target.sync:
-        flush_published(target)
+    if target.sync and hasattr(os, "O_DIRECTORY"):
+        _flush_folder(target)
 
 
-def write_error(error: OSError, target: Target) -> WriteError:
-    """Say in words why output could not be written."""
+def _write_error(error: OSError, target: Target) -> WriteError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return NoSpace(
             f"no space left while writing {target.path}; nothing was kept",
@@ -284,41 +278,31 @@ def _publish(temporary: str, target: Target) -> None:
     if target.force:
         os.replace(temporary, target.path)
     else:
-        publish_new(temporary, target.path)
-    if target.sync:
-        flush_published(target)
+        _publish_new(temporary, target.path)
+    if target.sync and hasattr(os, "O_DIRECTORY"):
+        _flush_folder(target)
 
 
-def flush_published(target: Target) -> None:
-    """Flush the folder of what has been published; where that fails, the file stays."""
+def _flush_folder(target: Target) -> None:
+    """Flush the folder, where its file system knows how to and it may be opened."""
     try:
-        flush_folder(target.folder)
-    except OSError as error:
-        raise WriteError(
-            f"{target.path} was written, but its folder could not be flushed: {reason(error)}",
-            hint="look whether the disk is sound before you rely on the file",
-        ) from error
-
-
-def flush_folder(path: str) -> None:
-    """Flush a folder, where its file system knows how to and it may be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        folder = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         return
     try:
         os.fsync(folder)
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise WriteError(
+                f"{target.path} was written, but its folder could not be flushed: {reason(error)}",
+                hint="look whether the disk is sound before you rely on the file",
+            ) from error
     finally:
         with suppress(OSError):  # it was only looked at
             os.close(folder)
 
 
-def publish_new(temporary: str, path: str) -> None:
+def _publish_new(temporary: str, path: str) -> None:
     """Publish without replacing: a link fails where a file has appeared meanwhile."""
     try:
         os.link(temporary, path)
@@ -405,7 +389,7 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
                 part.remove()
             part.close()
     except OSError as error:
-        raise write_error(error, target) from error
+        raise _write_error(error, target) from error
 
 
 def _open_alone(path: str) -> Part | None:

@@ -53,13 +53,10 @@ class Change:
 
 @dataclass(slots=True)
 class Found:
-    """What differs in a part of two checkpoints; `within` differs and is within the tolerance.
+    """What differs in a part of two checkpoints; `within` differs and is within the tolerance."""
 
-    `only_left` and `only_right` say of each key in a few words what it is.
-    """
-
-    only_left: dict[str, str] = field(default_factory=dict)
-    only_right: dict[str, str] = field(default_factory=dict)
+    only_left: list[str] = field(default_factory=list)
+    only_right: list[str] = field(default_factory=list)
     changed: list[Change] = field(default_factory=list)
     within: list[Change] = field(default_factory=list)
 
@@ -157,11 +154,8 @@ class _Work:
             selected = edits.select(self.asked.select, keys)
             keys = [key for key in keys if key in selected]
         both = [key for key in keys if key in one.entries and key in other.entries]
-        for alone, mine, theirs in (
-            (self.state.only_left, one.entries, other.entries),
-            (self.state.only_right, other.entries, one.entries),
-        ):
-            alone |= {key: shown(mine[key]) for key in keys if key not in theirs}
+        self.state.only_left += [key for key in keys if key not in other.entries]
+        self.state.only_right += [key for key in keys if key not in one.entries]
         for key in both:
             for place in places_of(one.entries[key], other.entries[key], (key,)):
                 self._take(self.state, place)
@@ -178,17 +172,17 @@ class _Work:
         found = list(places_of(self.left.tree, self.right.tree))
         selected = None
         if self.asked.select:
-            keys = [key for place in found for key in _tensors_at(place)]
+            keys = [key for place in found for key in _tensor_paths(place)]
             selected = edits.select(self.asked.select, list(dict.fromkeys(keys)))
         for place in found:
-            paths = _tensors_at(place)
+            paths = _tensor_paths(place)
             if selected is not None:
-                paths = {path: what for path, what in paths.items() if path in selected}
+                paths = [path for path in paths if path in selected]
             if place.what == "tensors" and paths:
                 self._take(self.state, place)
             elif paths:
                 where = self.state.only_left if place.what == "only-left" else self.state.only_right
-                where |= paths
+                where += paths
             elif selected is None:
                 self._take(self.beside, place)
 
@@ -206,8 +200,7 @@ class _Work:
             (self.right.path, one is None, alone.only_right),
         ):
             if lacks or names:
-                modules = [name.removeprefix("_metadata.") or "the root" for name in names]
-                of = f" of {listed(modules, 3)}" if modules else ""
+                of = f" of {listed(names, 3)}" if names else ""
                 self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
 
     def _compare_beside(self, left_at: Path, right_at: Path) -> None:
@@ -231,9 +224,9 @@ class _Work:
         path = places.dotted(place.path) or "."
         match place.what:
             case "only-left":
-                found.only_left[path] = shown(place.left)
+                found.only_left.append(path)
             case "only-right":
-                found.only_right[path] = shown(place.right)
+                found.only_right.append(path)
             case "value":
                 found.changed.append(Change(path, "value", shown(place.left), shown(place.right)))
             case _:
@@ -341,8 +334,7 @@ def _inflated(pairs: Sequence[Pair]) -> int:
 
 def _judge(found: Found, key: str, both: Pair, values: Values) -> None:
     if values.count or values.within:
-        bits = min(8, both.left.dtype.bits)  # below a byte, bytes were counted
-        first = None if values.first is None else _index(values.first * 8 // bits, both.left.shape)
+        first = None if values.first is None else _index(values.first, both.left.shape)
         change = Change(key, "values", values=values, first=first)
         (found.changed if values.count else found.within).append(change)
 
@@ -356,15 +348,12 @@ def _index(flat: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def _tensors_at(place: Place) -> dict[str, str]:
-    """List the tensors at a place that one side has alone, or that both have, by path."""
+def _tensor_paths(place: Place) -> list[str]:
+    """List the tensors at a place that one side has alone, or that both have."""
     if place.what == "value":
-        return {}
+        return []
     node = place.right if place.what == "only-right" else place.left
-    return {
-        places.dotted((*place.path, *path)) or ".": shown(tensor)
-        for path, tensor in places.tensors(node)
-    }
+    return [places.dotted((*place.path, *path)) or "." for path, _ in places.tensors(node)]
 
 
 def _layout(tensor: AnyTensor) -> str:

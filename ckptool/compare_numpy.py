@@ -46,8 +46,7 @@ def _compare_floats(
 ) -> Any:
     import numpy as np
 
-    with np.errstate(invalid="ignore"):  # signalling NaNs, of which there are many in raw bytes
-        left, right = _floats(kind, one), _floats(kind, other)
+    left, right = _floats(kind, one), _floats(kind, other)
     nan_left, nan_right = np.isnan(left), np.isnan(right)
     finite = np.isfinite(left) & np.isfinite(right)
     found.nan_payloads = int((nan_left & nan_right).sum())

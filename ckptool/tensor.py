@@ -198,7 +198,11 @@ def gather(info: TensorInfo, read: Read, limit: int) -> Iterator[bytearray]:
     if 0 in info.shape:
         return
     shape, stride = _coalesced(info.shape, info.stride)
-    yield from _blocks(shape, stride, info.storage_offset, info.dtype.itemsize, read, limit)
+    offset, itemsize = info.storage_offset, info.dtype.itemsize
+    if itemsize > 8:  # complex128 is two floats, and no number for `memoryview`
+        shape, stride = (*shape, 2), (*(2 * step for step in stride), 1)
+        offset, itemsize = 2 * offset, 8
+    yield from _blocks(shape, stride, offset, itemsize, read, limit)
 
 
 def swapped(data: bytes | bytearray, width: int) -> bytes | bytearray:

@@ -106,3 +106,31 @@ def test_a_call_that_is_its_own_argument_is_refused(run: Run, here: Path) -> Non
     assert run("convert", "in.pth", "out.pth").code == 0
     assert run("strip-prefix", "--tensors-only", "in.pth", "tensors.pth").code == 0
     assert set(judge.load("tensors.pth")) == {"a"}
+
+
+def test_complex128_that_lies_in_two_ways_is_compared(run: Run, here: Path) -> None:
+    """An element of 16 bytes was no number to gather: exit 70."""
+    values = torch.complex(torch.arange(12.0).double(), -torch.arange(12.0).double()).view(3, 4)
+    torch.save({"a": values}, "rows.pth")
+    torch.save({"a": values.t().contiguous().t()}, "columns.pth")
+    other = values.clone()
+    other[1, 2] += 1
+    torch.save({"a": other.t().contiguous().t()}, "other.pth")
+    assert run("diff", "rows.pth", "columns.pth").code == 0
+    assert run("diff", "rows.pth", "other.pth").code == 1
+    assert run("convert", "columns.pth", "out.pth").code == 0
+    assert judge.same(judge.load("columns.pth"), judge.load("out.pth")) == []
+
+
+def test_json_is_utf8_and_no_other_codec_is_looked_for(
+    spawn: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """`json.loads` of bytes guesses an encoding, and imports its codec at the wish of a file."""
+    (tmp_path / "model.json").write_bytes(b"{\0\0\0" * 30)
+    script = (
+        "import sys; from ckptool.cli import main; code = main(); "
+        "print([name for name in sys.modules if 'utf_32' in name or 'utf_16' in name]); "
+        "sys.exit(code)"
+    )
+    done = spawn("keys", "model.json", program=("-c", script))
+    assert (done.code, done.out) == (3, "[]\n")

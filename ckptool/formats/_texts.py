@@ -73,7 +73,8 @@ def _between(text: str, tag: str) -> str:
 def _json(reader: Reader, size: str) -> tuple[str, str]:
     what = f"a JSON text ({size})"
     try:
-        found: Any = json.loads(reader.read(0, min(reader.nbytes, MAX_JSON)))
+        text = reader.read(0, min(reader.nbytes, MAX_JSON)).decode("utf-8")  # no other is guessed
+        found: Any = json.loads(text)
     except (ValueError, RecursionError):
         return what, ""
     if not isinstance(found, dict) or not found:

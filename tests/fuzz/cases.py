@@ -72,16 +72,26 @@ LINES: dict[str, tuple[str, ...]] = {
     "check": ("{s}", "--json {s}", "--strict {s}", "--sha256 {s}", "--finite {s}", "{s} {g}"),
     "diff": ("{s} {s}", "{s} {g}", "--json {g} {s}", "--structure {s} {g}", "--atol 1 {g} {s}"),
 }  # fmt: skip
+COPIES = {("convert", "{s} {p}"), ("convert", "{s} {t}"), ("convert", "--untie {s} {p}")}
 OTHERS = ("{s}", "{s} {p}")  # for a command that has no row yet
 
 # Audit events of a sound run; of all others the file would be the cause.
 KINDS = set(
-    "open os.link os.remove os.rename os.truncate os.listdir os.scandir os.mkdir os.rmdir "
-    "os.chmod tempfile.mkstemp tempfile.mkdtemp fcntl.flock _thread.start_new_thread "
+    "open os.link os.remove os.rename os.truncate os.listdir os.scandir os.walk os.mkdir "
+    "os.rmdir os.chmod tempfile.mkstemp tempfile.mkdtemp fcntl.flock _thread.start_new_thread "
     "_thread.start_joinable_thread builtins.id array.__new__ object.__getattr__ "
     "object.__setattr__ sys._getframe signal.pthread_kill time.sleep".split()
 )
-PATHS = ("open", "os.link", "os.remove", "os.rename", "os.listdir", "os.scandir", "os.mkdir")
+PATHS = (
+    "open",
+    "os.link",
+    "os.remove",
+    "os.rename",
+    "os.listdir",
+    "os.scandir",
+    "os.walk",
+    "os.mkdir",
+)
 SAID = re.compile(r"error\[([a-z-]+)\]: ")
 
 
@@ -258,6 +268,8 @@ class Bench:
             run = self.run(line, arguments)
         found = list(dict.fromkeys(complaints_of(run, self.allowed, str(folder))))
         found += left_complaints(folder, before, run, arguments)
+        if run.code == 0 and line in COPIES:
+            found += list(self._copy_complaints(source, folder, line))
         report.runs += 1
         report.signatures.append(run.signature)
         report.written += bool(run.code == 0 and snapshot(folder).keys() != before.keys())
@@ -265,6 +277,15 @@ class Bench:
         for path in folder.iterdir():
             if path.name != source.name:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _copy_complaints(self, source: Path, folder: Path, line: tuple[str, str]) -> Iterator[str]:
+        """Compare a copy with what it was made of."""
+        target = "out.pth" if "{p}" in line[1] else "out.safetensors"
+        with contextlib.chdir(folder):
+            run = self.run(("diff", ""), ["diff", source.name, target])
+        yield from complaints_of(run, self.allowed, str(folder))
+        if run.code != 0 and target == "out.pth":
+            yield f"diff of a copy ends with {run.code}: {(run.out + run.err)[:300]}"
 
     def run(self, line: tuple[str, str], arguments: list[str]) -> Run:
         """Run a command line in this process, watched and measured."""
