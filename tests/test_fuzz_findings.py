@@ -126,7 +126,7 @@ def test_json_is_utf8_and_no_other_codec_is_looked_for(
     spawn: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     """`json.loads` of bytes guesses an encoding, and imports its codec at the wish of a file."""
-    (tmp_path / "model.json").write_bytes(b"{\0\0\0" * 30)
+    (tmp_path / "model.json").write_bytes(b"{" + bytes(63) + b"\n  ")
     script = (
         "import sys; from ckptool.cli import main; code = main(); "
         "print([name for name in sys.modules if 'utf_32' in name or 'utf_16' in name]); "
