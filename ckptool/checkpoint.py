@@ -67,7 +67,7 @@ class Checkpoint:
     uses them or not; `unlisted` counts the bytes that belong to nothing the container lists;
     `flaws` are what torch would not load it for; `files` are all that were read, with what tells
     whether each is still the same; `shards` are those of a set, each as it was read; `notes` are
-    for the user.
+    for the user; `held` lives as long as the bytes may be read (what an archive was unpacked to).
     """
 
     path: str
@@ -90,6 +90,7 @@ class Checkpoint:
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     shards: tuple[Checkpoint, ...] = ()
     notes: tuple[str, ...] = ()
+    held: tuple[object, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

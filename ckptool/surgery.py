@@ -100,6 +100,7 @@ def rewrite(
     options = options or Options()
     checkpoint = opened or formats.read(source)
     target, options = _in_place(checkpoint, source, target, options)
+    _refuse_member(str(target))
     container = _container(checkpoint, str(target), options)
     place = atomic.refuse_target(
         target,
@@ -120,6 +121,15 @@ def rewrite(
         atomic.refuse_full(place, layout.nbytes)
         _write(place, layout, plan, progress(layout.job_nbytes))
     return result
+
+
+def _refuse_member(target: str) -> None:
+    archive = formats.member_of(target)
+    if archive:
+        raise WriteError(
+            f"{target} is in the archive {archive}: its members are read, never written",
+            hint="name an output of its own",
+        )
 
 
 def _in_place(

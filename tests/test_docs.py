@@ -28,6 +28,7 @@ FILES = {
     "trained.pt": "good/whole_model_in_dict.pth",
     "flipped.pth": "hostile/crc_mismatch.pth",
     "hooked.pth": "hostile/eval_in_namespace.pth",
+    "model.tar.gz": "hostile/tar_gz.pth",
     "flowers.safetensors": "good/flowers.safetensors",
 }
 
@@ -104,6 +105,25 @@ def test_the_set_up_commands_are_the_ones_that_ci_runs() -> None:
         assert command in README
         assert command.replace("pip install", "pip install --quiet") in script
     assert "pip install '.[test]' && pytest" in README
+
+
+def test_the_table_of_containers_is_that_of_the_formats() -> None:
+    from ckptool.formats import FORMATS
+
+    table = re.search(
+        r"^\| container \| read \| write .*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE
+    )
+    assert table
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[1].splitlines()]
+    titles = {title: row for row in rows for title in re.sub(r" \(.*", "", row[0]).split(", ")}
+    assert titles.keys() == {each.title for each in FORMATS}
+    for each in FORMATS:
+        _, read, write, judge = titles[each.title]
+        assert read
+        assert judge
+        assert (write == "yes") is each.writable
+        if not each.writable and "--to" not in write:
+            assert write in ("as one file", f"as {each.written_as.replace('-', ' ')}")
 
 
 def test_the_python_examples_run(tmp_path: Path) -> None:

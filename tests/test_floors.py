@@ -26,7 +26,7 @@ FLOORS = (
     ("chunks.py",),
     ("modules.py",),
     ("fileio.py", "checkpoint.py", "safety.py", "compare_values.py"),
-    ("atomic.py", "copying.py", "naming.py", "compare_numpy.py"),
+    ("atomic.py", "copying.py", "spool.py", "naming.py", "compare_numpy.py"),
     ("edits.py", "finite.py", "formats/*.py", "frameworks.py", "compare_bytes.py"),
     ("listing.py", "module_metadata.py", "survey.py", "compare_trees.py"),
     ("plan.py", "checking.py", "suggestions.py", "compare_sides.py"),
@@ -128,8 +128,8 @@ ROOMS = {
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": ("model/*.py",),
     r"click": ("cli.py", "talk.py", "commands/*.py"),
     r"tqdm": ("talk.py", "commands/verify.py"),
-    r"tempfile|shutil": ("fileio.py", "talk.py", "model/hub.py", "model/initial.py"),
-    r"zlib": ("fileio.py", "copying.py", "formats/_zip.py", "formats/torch_zip.py"),
+    r"tempfile|shutil": ("fileio.py", "spool.py", "talk.py", "model/hub.py", "model/initial.py"),
+    r"zlib": ("fileio.py", "spool.py", "copying.py", "formats/_zip.py", "formats/torch_zip.py"),
     r"zipfile|tarfile": (),
 }
 
@@ -199,6 +199,7 @@ CHANGES = set(
 WRITERS: dict[str, set[str]] = {
     "fileio.py": {"os.open", "os.write", "os.pwrite"},  # of a descriptor that atomic opened
     "copying.py": {"os.ftruncate"},
+    "spool.py": {"os.write", "os.unlink"},  # of a temporary file that it made
     "atomic.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
     "model/hub.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
     "model/resume.py": {"os.ftruncate"},  # of a file that atomic opened

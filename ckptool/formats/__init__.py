@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from ckptool.checkpoint import Checkpoint, refuse_deep
 from ckptool.errors import FormatError, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import (
+    _archives,
     _folders,
     _others,
     _pickles,
@@ -26,6 +27,7 @@ from ckptool.formats import (
     torch_zip,
     torchscript,
 )
+from ckptool.formats._archives import ArchiveMember
 from ckptool.tree import Global, Object
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -112,6 +114,8 @@ def read(path: str | Path) -> Checkpoint:
     Raises a `FormatError` that names what the file is, or what is wrong with it and where.
     """
     shown = str(path)
+    if _archives.split(shown)[1]:
+        return _read_member(shown)
     found = _stand_in.file_of(shown, is_index)
     if os.path.isdir(found):
         raise _folders.refuse(shown)
@@ -123,20 +127,50 @@ def read(path: str | Path) -> Checkpoint:
     return replace(checkpoint, path=shown, notes=(*notes, note) if note else notes)
 
 
+def _read_member(path: str) -> Checkpoint:
+    with _archives.opened(path) as (reader, archive, held):
+        checkpoint = _read_open(reader, _of_one_file())
+    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=held)
+
+
 def _read_file(path: str, known: Iterable[Format]) -> Checkpoint:
     with Reader(path) as reader:
-        head = reader.read(0, min(HEAD, reader.nbytes))
-        for each in known:
-            found = _read(each, reader) if each.sniff(head) else None
-            if found is not None:
-                return found
-        what, hint = _others.describe(reader, head)
-        raise NotACheckpoint(f"{path} is {what}", path=path, hint=hint)
+        return _read_open(reader, known)
+
+
+def _read_open(reader: Reader, known: Iterable[Format]) -> Checkpoint:
+    head = reader.read(0, min(HEAD, reader.nbytes))
+    for each in known:
+        found = _read(each, reader) if each.sniff(head) else None
+        if found is not None:
+            return found
+    what, hint = _others.describe(reader, head)
+    inside, command = _archives.look(reader)
+    raise NotACheckpoint(
+        f"{reader.path} is {what}", path=reader.path, evidence=inside, hint=command or hint
+    )
+
+
+def _of_one_file() -> list[Format]:
+    return [each for each in FORMATS if not each.folder_patterns]
 
 
 def _read_shard(path: str) -> Checkpoint:
     """Read a file of a set, which is no set itself."""
-    return _read_file(path, [each for each in FORMATS if not each.folder_patterns])
+    return _read_file(path, _of_one_file())
+
+
+def members(path: str) -> list[ArchiveMember]:
+    """List what is in an archive, what looks like a checkpoint first; nothing for other files."""
+    with ExitStack() as stack:
+        inside = _archives.enter(stack, stack.enter_context(Reader(path)))
+        return inside.members() if inside else []
+
+
+def member_of(path: str) -> str:
+    """Give the archive that a path names a member of; an empty text for any other path."""
+    file, names = _archives.split(path)
+    return file if names and os.path.isfile(file) else ""
 
 
 def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:

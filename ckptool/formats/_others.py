@@ -11,7 +11,6 @@ from ckptool.formats import _pickles, _texts, _zip
 from ckptool.text import listed, quoted, readable
 
 AGAIN = "get it again from where it came"
-_TORCH_HINT = "this version of ckptool does not read it"
 _UNPACK = "unpack it, then look inside"
 _GARBLED = "a legacy torch file that was saved as text on its way: its bytes are damaged for good"
 # First bytes -> what they say, and what helps.
@@ -64,7 +63,7 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
         if head.startswith(signature):
             return f"{named} ({size})", hint
     if head[257:262] == b"ustar":
-        return f"a tar archive ({size}), perhaps of torch 0.1", _TORCH_HINT
+        return f"a tar archive ({size})", _UNPACK
     if len(head) > 8 and head[4:8] == b"ftyp":
         return f"a film or picture ({size})", ""
     if len(head) > 8 and head[4:8] == b"TFL3":

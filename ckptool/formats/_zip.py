@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
-from ckptool.fileio import Reader
+from ckptool.fileio import CHUNK, Reader, unpacked
+from ckptool.tensor import Packing, Storage
 
 MAX_MEMBERS = 1_000_000
 STORED, DEFLATED = 0, 8
@@ -302,6 +303,30 @@ def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> b
             hint="the file is damaged; get it again from where it came",
         )
     return data
+
+
+def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
+    """Yield the bytes of a record, unpacked; raises `Malformed` where they are not as it says."""
+    if member.method == DEFLATED:
+        packed = Storage(
+            reader.path,
+            member.name,
+            member.start,
+            member.nbytes,
+            packing=Packing.DEFLATED,
+            packed_nbytes=member.packed_nbytes,
+        )
+        found = unpacked(packed, reader)
+    else:
+        end = member.start + member.nbytes
+        starts = range(member.start, end, CHUNK)
+        found = (reader.read(start, min(CHUNK, end - start)) for start in starts)
+    crc32 = 0
+    for block in found:
+        crc32 = zlib.crc32(block, crc32)
+        yield block
+    if crc32 != member.crc32 and member.crc32:
+        _fail(reader, f"record {member.name} does not match its checksum", member.start)
 
 
 @dataclass(slots=True)
