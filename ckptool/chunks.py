@@ -32,7 +32,12 @@ class Piece:
 
 def pieces(chunked: Chunked, first: int, count: int) -> Iterator[Piece]:
     """Yield what the elements of the whole, `count` from `first`, need of each chunk."""
+    row = prod(chunked.shape[1:])
     for index, chunk in enumerate(chunked.chunks):
+        if chunk.offsets:  # most chunks of many are passed by their first dimension
+            top = chunk.offsets[0] * row
+            if top >= first + count or top + chunk.source.shape[0] * row <= first:
+                continue
         begin = _elements_before(chunked, chunk, first)
         end = _elements_before(chunked, chunk, first + count)
         if end > begin:

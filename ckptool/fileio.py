@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -136,7 +137,10 @@ def _open_regular(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None
+        many = error.errno in (errno.EMFILE, errno.ENFILE)
+        hint = "ulimit -n 65536   lets it have all files of a checkpoint open" if many else ""
+        what = f"{path} cannot be opened: {reason(error)}"
+        raise NoSuchFile(what, path=path, hint=hint) from None
 
 
 def reason(error: Exception) -> str:

@@ -459,3 +459,22 @@ def test_check_reads_every_record_of_every_file(run: Run, folder: Path) -> None:
         1,
         True,
     )
+
+
+LIMITED = """
+import resource, sys
+from ckptool.cli import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (25, 25))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit on open files")
+def test_more_shards_than_files_may_be_open(spawn: Run, tmp_path: Path) -> None:
+    """Reading has one open at a time; copying has all."""
+    parts = held(tensor(40, 2), range(1, 40), by=40)
+    ranks.save(tmp_path / "ckpt", [{"model": {"w": each}} for each in parts])
+    assert spawn("keys", "ckpt", program=("-c", LIMITED)).code == 0
+    done = spawn("convert", "ckpt", "out.pth", program=("-c", LIMITED))
+    assert (done.code, "hint: ulimit -n" in done.err) == (3, True)
+    assert not (tmp_path / "out.pth").exists()
