@@ -261,29 +261,39 @@ def _block(
 ) -> bytearray:
     block = bytearray(prod(shape) * itemsize)
     target = memoryview(block).cast(_UNSIGNED[itemsize])
-
-    def fill(shape: tuple[int, ...], source_start: int, target_start: int) -> None:
-        reach = span(shape, stride)
-        nbytes = reach * itemsize
-        sparse = nbytes > max(_PAGE, 4 * prod(shape) * itemsize)
-        if nbytes <= limit and not sparse:
-            data = read(source_start * itemsize, nbytes)
-            source = memoryview(data).cast(_UNSIGNED[itemsize])
-            _copy(source, target[target_start:], shape, stride, target_stride)
-            return
-        axis = max(range(len(shape)), key=lambda d: (shape[d] - 1) * stride[d])
-        half = shape[axis] // 2
-        for first, size in ((0, half), (half, shape[axis] - half)):
-            part = (*shape[:axis], size, *shape[axis + 1 :])
-            fill(
-                part,
-                source_start + first * stride[axis],
-                target_start + first * target_stride[axis],
-            )
-
-    target_stride = contiguous_stride(shape)
-    fill(shape, offset, 0)
+    strides = (stride, contiguous_stride(shape))
+    _fill(target, shape, strides, (offset, 0), itemsize, read, limit)
     return block
+
+
+# No closure of `_block`: one that calls itself would keep each block until garbage is looked for.
+def _fill(
+    target: memoryview[int],
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], tuple[int, ...]],
+    starts: tuple[int, int],
+    itemsize: int,
+    read: Read,
+    limit: int,
+) -> None:
+    """Copy elements to where they belong; strides and starts are the storage's and the block's."""
+    (stride, target_stride), (source_start, target_start) = strides, starts
+    nbytes = span(shape, stride) * itemsize
+    sparse = nbytes > max(_PAGE, 4 * prod(shape) * itemsize)
+    if nbytes <= limit and not sparse:
+        data = read(source_start * itemsize, nbytes)
+        source = memoryview(data).cast(_UNSIGNED[itemsize])
+        _copy(source, target[target_start:], shape, stride, target_stride)
+        return
+    axis = max(range(len(shape)), key=lambda d: (shape[d] - 1) * stride[d])
+    half = shape[axis] // 2
+    for first, size in ((0, half), (half, shape[axis] - half)):
+        part = (*shape[:axis], size, *shape[axis + 1 :])
+        moved = (
+            source_start + first * stride[axis],
+            target_start + first * target_stride[axis],
+        )
+        _fill(target, part, strides, moved, itemsize, read, limit)
 
 
 def _copy(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from itertools import product
 from math import prod
 from typing import Any
@@ -197,6 +199,23 @@ def test_gather_reads_little_of_what_lies_far_apart() -> None:
 
     assert b"".join(gather(info_of(view), read, 1 << 22)) == contiguous_bytes(view)
     assert total < 1 << 16
+
+
+def test_gather_leaves_no_block_to_the_garbage() -> None:
+    """A block that only a cycle keeps stays until garbage is looked for, which may be late."""
+    view = torch.zeros(1 << 10, 1 << 10).T
+    data = contiguous_bytes(view.T)
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in gather(info_of(view), lambda start, size: data[start : start + size], 1 << 18):
+            pass
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < 1 << 20
 
 
 def test_joined_dimensions() -> None:
