@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import compare_numpy
 from ckptool.compare_values import Tolerance, Values, count_values, numbers
+from ckptool.dtype import DType
 from ckptool.errors import LimitExceeded, Unsupported
 from ckptool.fileio import CHUNK, Readers, fill, seekable, unpacked
 from ckptool.tensor import (
@@ -28,7 +29,8 @@ from ckptool.tensor import (
 )
 
 GATHER_BLOCK = 4 << 20
-SLICE = 1024  # bytes decoded together, of a block that differs; whole elements of any dtype
+SLICE = 1024  # bytes that are decoded if they differ; whole elements of any dtype
+TOGETHER = 128  # such slices at a time: as Python objects, numbers take ten times the room
 NUMPY_FROM = 4 << 20  # bytes to decode that take longer without numpy than to import it
 
 if TYPE_CHECKING:
@@ -133,8 +135,8 @@ class Comparer:
             for start, a, b in self._differing(one, other):
                 if not both.dense:
                     break
-                part = self._values(both, start, settled(a, both.left), settled(b, both.right))
-                found.add(part)
+                blocks = settled(a, both.left), settled(b, both.right)
+                self._add_values(found, both.left.dtype, start, *blocks)
             else:
                 return _repeated(found, both.times)
         self._gather(both, found)
@@ -152,7 +154,7 @@ class Comparer:
             for side, info in zip(self._sides, (both.left, both.right), strict=True)
         )
         for start, a, b in self._differing(one, other):
-            found.add(self._values(both, start, a, b))
+            self._add_values(found, both.left.dtype, start, a, b)
 
     def _differing(
         self, left: Iterator[Block], right: Iterator[Block]
@@ -165,25 +167,33 @@ class Comparer:
             start += len(one)
             self._progress(2 * len(one))
 
-    def _values(
-        self, both: Pair, start: int, one: bytes | bytearray, other: bytes | bytearray
-    ) -> Values:
+    def _add_values(
+        self,
+        found: Values,
+        dtype: DType,
+        start: int,
+        one: bytes | bytearray,
+        other: bytes | bytearray,
+    ) -> None:
         """Count what differs in a block; equal slices of it are not decoded."""
-        dtype = both.left.dtype
         kept = [
             at for at in range(0, len(one), SLICE) if one[at : at + SLICE] != other[at : at + SLICE]
         ]
-        left, right = (b"".join(block[at : at + SLICE] for at in kept) for block in (one, other))
-        self._decoded += len(left)
-        fast = self._decoded > NUMPY_FROM and compare_numpy.available()
-        count = compare_numpy.count_values if fast else count_values
-        found = count(dtype, left, right, self._tolerance)
-        if found.first is not None:
-            kind = numbers(dtype)
-            nbytes = kind.width * kind.parts
-            index, rest = divmod(found.first * nbytes, SLICE)
-            found.first = (start + kept[index] + rest) // nbytes
-        return found
+        for first in range(0, len(kept), TOGETHER):
+            places = kept[first : first + TOGETHER]
+            left, right = (
+                b"".join(block[at : at + SLICE] for at in places) for block in (one, other)
+            )
+            self._decoded += len(left)
+            fast = self._decoded > NUMPY_FROM and compare_numpy.available()
+            count = compare_numpy.count_values if fast else count_values
+            part = count(dtype, left, right, self._tolerance)
+            if part.first is not None:
+                kind = numbers(dtype)
+                nbytes = kind.width * kind.parts
+                index, rest = divmod(part.first * nbytes, SLICE)
+                part.first = (start + places[index] + rest) // nbytes
+            found.add(part)
 
 
 def _repeated(found: Values, times: int) -> Values:
