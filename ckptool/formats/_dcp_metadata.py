@@ -72,7 +72,8 @@ def parse(tree: Node) -> Index:
     if described is None:
         raise Malformed("the index has no state_dict_metadata")
     places = _places(attribute(tree, "storage_data"))
-    paths = _paths(attribute(tree, "planner_data"))
+    known = {key for key, _ in described if isinstance(key, str)}
+    paths = _paths(attribute(tree, "planner_data"), known)
     entries: dict[str, Entry] = {}
     for key, value in described:
         if not isinstance(key, str):
@@ -88,7 +89,7 @@ def _generation(tree: Node, described: Pairs) -> str:
     """Say which torch wrote it, by what came later than 2.0."""
     writer = "Megatron core, " if attribute(tree, "mcore_data") is not None else ""
     if attribute(tree, "version") is not None:
-        return f"{writer}torch 2.8 or newer"
+        return f"{writer}torch 2.9 or newer"
     properties = (attribute(value, "properties") for _, value in described)
     first = next((each for each in properties if isinstance(each, Object)), None)
     if first is not None and "_shard" in str(first.callee):
@@ -230,15 +231,17 @@ def _dtype(key: str, properties: Node) -> DType:
 # The nested dict.
 
 
-def _paths(node: Node) -> dict[str, tuple[Step, ...]]:
+def _paths(node: Node, known: set[str]) -> dict[str, tuple[Step, ...]]:
     """Give the path of each key in the nested dict; empty where the planner kept none."""
     paths: dict[str, tuple[Step, ...]] = {}
     for key, path in items(node) or []:
+        if not isinstance(key, str) or key not in known:
+            continue
         if not isinstance(path, tuple) or not path or not isinstance(path[0], str):
             raise Malformed("planner_data gives no path")
         if len(path) > MAX_NESTING:
             raise LimitExceeded(f"values nested more than {MAX_NESTING} deep")
         if not all(isinstance(step, str) or type(step) is int for step in path):
             raise Malformed("planner_data gives a path of other things than names and numbers")
-        paths[key if isinstance(key, str) else ""] = path
+        paths[key] = path
     return paths
