@@ -132,7 +132,7 @@ def _leave_classes(plan: Plan) -> None:
     """Put the state_dict of each whole model in its place."""
     tree = plan.checkpoint.tree
     for at in places.whole_models(tree):
-        state = places.find(plan.checkpoint, places.dotted(at) or ".")
+        state = places.state_dict_at(plan.checkpoint, at)
         node = places.make_state_dict(state.entries, None)
         tree = places.replaced(tree, at, node)
         plan.not_carried.append(_class_left(state))
