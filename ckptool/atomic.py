@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -143,7 +143,7 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
                 made = os.fstat(fd)
             finally:
                 os.close(fd)
-            _publish_whole(temporary, target, made)
+            _publish_whole(_publish, temporary, target, made)
         except BaseException:
             with suppress(OSError):  # what went wrong first is what to tell
                 _remove(temporary)
@@ -153,10 +153,12 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
         raise _write_error(error, target) from error
 
 
-def _publish_whole(temporary: str, target: Target, made: os.stat_result) -> None:
+def _publish_whole(
+    publish: Callable[[str, Target], None], temporary: str, target: Target, made: os.stat_result
+) -> None:
     """Publish; whoever interrupts that is told whether it was done already."""
     try:
-        _publish(temporary, target)
+        publish(temporary, target)
     except KeyboardInterrupt:
         with suppress(OSError):
             if os.path.samestat(os.stat(target.path), made):
@@ -208,9 +210,11 @@ def atomic_folder(target: Target) -> Iterator[str]:
             yield temporary
             if target.sync:
                 _flush_files(temporary)
-            _publish_folder(temporary, target)
-        finally:
-            _remove_folder(temporary)
+            _publish_whole(_publish_folder, temporary, target, os.stat(temporary))
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is what to tell
+                _remove_folder(temporary)
+            raise
     except OSError as error:
         raise _write_error(error, target) from error
 
@@ -222,11 +226,20 @@ def _flush_files(folder: str) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-    _flush_folder(Target(os.path.join(folder, ".")))
+    if hasattr(os, "O_DIRECTORY"):
+        _sync_folder(folder)
 
 
 def _remove_folder(path: str) -> None:
-    """Remove a folder of files, if it is there."""
+    """Remove a folder of files, if it is there; an interruption comes after that."""
+    try:
+        _clear(path)
+    except (KeyboardInterrupt, SystemExit):
+        _clear(path)
+        raise
+
+
+def _clear(path: str) -> None:
     with suppress(FileNotFoundError):
         for name in os.listdir(path):
             os.unlink(os.path.join(path, name))
@@ -236,11 +249,11 @@ def _remove_folder(path: str) -> None:
 def _publish_folder(temporary: str, target: Target) -> None:
     """Rename a folder to its place; what is replaced there is put aside first, and removed last."""
     old = None
-    if os.path.isdir(target.path):
-        os.chmod(temporary, stat.S_IMODE(os.stat(target.path).st_mode))
-        old = _beside(target)
-        os.rename(target.path, old)
     try:
+        if os.path.isdir(target.path):
+            os.chmod(temporary, stat.S_IMODE(os.stat(target.path).st_mode))
+            old = _beside(target)
+            os.rename(target.path, old)
         if old is not None and os.listdir(old) and not target.force:
             raise OutputExists(
                 f"{target.path} was filled by someone else meanwhile; it was left alone",
@@ -248,13 +261,31 @@ def _publish_folder(temporary: str, target: Target) -> None:
             )
         os.rename(temporary, target.path)
     except BaseException:
-        if old is not None:
-            os.rename(old, target.path)
+        if old is not None and os.path.isdir(old):
+            _put_back(old, target)
         raise
     if old is not None:
-        _remove_folder(old)
+        _remove_replaced(old, target)
     if target.sync and hasattr(os, "O_DIRECTORY"):
         _flush_folder(target)
+
+
+def _put_back(old: str, target: Target) -> None:
+    """Bring back what was put aside, unless the new folder is in its place already."""
+    if os.path.isdir(target.path):
+        _remove_folder(old)
+    else:
+        os.rename(old, target.path)
+
+
+def _remove_replaced(old: str, target: Target) -> None:
+    try:
+        _remove_folder(old)
+    except OSError as error:
+        raise WriteError(
+            f"{target.path} was written, but what it replaced cannot be removed: {reason(error)}",
+            evidence=[old],
+        ) from error
 
 
 def _write_error(error: OSError, target: Target) -> WriteError:
@@ -284,19 +315,27 @@ def _publish(temporary: str, target: Target) -> None:
 
 
 def _flush_folder(target: Target) -> None:
-    """Flush the folder, where its file system knows how to and it may be opened."""
+    """Flush the folder of a target that is published."""
     try:
-        folder = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY)
+        _sync_folder(target.folder)
+    except OSError as error:
+        raise WriteError(
+            f"{target.path} was written, but its folder could not be flushed: {reason(error)}",
+            hint="look whether the disk is sound before you rely on the file",
+        ) from error
+
+
+def _sync_folder(path: str) -> None:
+    """Flush a folder, where its file system knows how to and it may be opened."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         return
     try:
         os.fsync(folder)
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise WriteError(
-                f"{target.path} was written, but its folder could not be flushed: {reason(error)}",
-                hint="look whether the disk is sound before you rely on the file",
-            ) from error
+            raise
     finally:
         with suppress(OSError):  # it was only looked at
             os.close(folder)

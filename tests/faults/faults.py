@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import atomic, cli
+from ckptool import atomic, cli, talk
+from ckptool.errors import CkptoolError
+from ckptool.fileio import write_at
 
 GOOD = Path(__file__).parents[2] / "fixtures/good"
 TEMPORARY = re.compile(r"\.(.{1,40})\.[0-9a-f]{12}\.tmp")
@@ -61,6 +63,7 @@ class Job:
     source: str
     target: str
     old: bool = False
+    folder: bool = False  # the target is one, written through `atomic_folder` by a program of ours
 
     @property
     def arguments(self) -> list[str]:
@@ -87,7 +90,38 @@ JOBS = (
     Job("convert --force {s} out.pth", "plain.safetensors", "out.pth", old=True),
     Job("convert --untie {s} out.pth", "tied.pth", "out.pth"),
     Job("convert --no-sync {s} out.pth", "plain_legacy.pth", "out.pth"),
+    Job("a folder of {s} at out", "plain.pth", "out", folder=True),
+    Job("a folder of {s} at out --force", "plain.pth", "out", old=True, folder=True),
 )
+
+
+def write_folder(job: Job) -> int:
+    """Write a folder as `convert --to dcp` does, save for torch, which writes the files there."""
+    cli._prepare_signals()
+    data = Path(job.source).read_bytes()
+    target = atomic.Target(os.path.abspath(job.target), force=job.old)
+    try:
+        with atomic.atomic_folder(target) as folder:
+            for name in ("one", "two"):
+                fd = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o666)
+                try:
+                    write_at(fd, data, 0)
+                finally:
+                    os.close(fd)
+    except CkptoolError as error:
+        talk.complain(error)
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        talk.say([f"interrupted; {str(error) or cli.NOTHING_WRITTEN}"])
+        return cli.INTERRUPTED
+    return 0
+
+
+def content_of(path: Path) -> bytes | dict[str, bytes] | None:
+    """Give the bytes of a file, or of the files in a folder; None where nothing is."""
+    if path.is_dir():
+        return {each.name: each.read_bytes() for each in sorted(path.iterdir())}
+    return path.read_bytes() if path.exists() else None
 
 
 class Counter:
@@ -206,7 +240,7 @@ def _child(
         exit_, close = os._exit, os.close
         counter.install()
         try:
-            code = cli.main(job.arguments)
+            code = write_folder(job) if job.folder else cli.main(job.arguments)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         os.close = close
@@ -226,37 +260,42 @@ def lay_out(folder: Path, job: Job) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copy(GOOD / job.source, folder / job.source)
-    if job.old:
+    if job.folder and job.old:
+        (folder / job.target).mkdir()
+        (folder / job.target / "one").write_bytes(OLD)
+    elif job.old:
         (folder / job.target).write_bytes(OLD)
 
 
 def undisturbed(
     place: Path, job: Job, prepare: Callable[[], None] | None = None
-) -> tuple[bytes, tuple[str, ...]]:
+) -> tuple[bytes | dict[str, bytes] | None, tuple[str, ...]]:
     """Run a job without faults; give what it writes, and its calls."""
     folder = place / "run"
     lay_out(folder, job)
     done = run(folder, job, Counter(0, ""), prepare)
     assert done.code == 0, done
-    return (folder / job.target).read_bytes(), done.calls
+    return content_of(folder / job.target), done.calls
 
 
 def complaints(
-    folder: Path, job: Job, new: bytes, done: Outcome, action: str, call: str
+    folder: Path, job: Job, new: object, done: Outcome, action: str, call: str
 ) -> Iterator[str]:
     """Say what is wrong after a run that met a fault."""
     source = (GOOD / job.source).read_bytes()
-    old = source if job.in_place else OLD if job.old else None
-    path = folder / job.target
-    found = path.read_bytes() if path.exists() else None
+    old: object = source if job.in_place else OLD if job.old else None
+    if job.folder and job.old:
+        old = {"one": OLD}
+    found = content_of(folder / job.target)
     is_new, is_old = found == new, found == old
-    if not (is_new or is_old):
-        yield f"the target is neither old nor new: {None if found is None else len(found)} bytes"
+    killed = action.startswith("kill")
+    aside = job.folder and killed and any(content_of(each) == old for each in folder.iterdir())
+    if not (is_new or is_old or (aside and found is None)):
+        yield f"the target is neither old nor new: {'nothing' if found is None else len(found)}"
     if not job.in_place and (folder / job.source).read_bytes() != source:
         yield "the input was changed"
     left = sorted({each.name for each in folder.iterdir()} - {job.source, job.target})
-    killed = action.startswith("kill")
-    kept_by_force = action.startswith("error") and call == "unlink"
+    kept_by_force = action.startswith("error") and call in ("unlink", "rmdir")
     for name in left:
         named = TEMPORARY.fullmatch(name)
         if not ((killed or kept_by_force) and named and job.target.startswith(named[1])):
@@ -341,6 +380,7 @@ def at_each_call(
 def at_each_size(place: Path, job: Job, count: Count, sizes: int = 24) -> None:
     """Limit the size of files (RLIMIT_FSIZE), from nothing to one byte too little."""
     new, _ = undisturbed(place, job)
+    assert isinstance(new, bytes)
     folder = place / "run"
     for limit in sorted({len(new) * part // sizes for part in range(sizes)} | {len(new) - 1}):
         lay_out(folder, job)

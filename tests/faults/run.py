@@ -33,10 +33,11 @@ def main() -> int:
                 continue
             count = Count()
             at_each_call(Path(name), job, count, given.every, number % given.every)
-            at_each_size(Path(name), job, count)
+            if not job.folder:
+                at_each_size(Path(name), job, count)
             disk = Path(name) / "disk"
             disk.mkdir(exist_ok=True)
-            if can_mount(disk):
+            if not job.folder and can_mount(disk):
                 on_full_disks(disk, partial(remount, disk), job, count)
                 subprocess.run(["umount", str(disk)], check=True)
             print(f"{' '.join(job.arguments)}: {told(count)}", flush=True)
