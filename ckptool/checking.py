@@ -160,7 +160,7 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
         found.notes += [f"the key {key} stands twice; the last one counts" for key in repeated]
-    if checkpoint.unread:
+    if checkpoint.unread and not checkpoint.program:
         size = readable(checkpoint.unread_nbytes)
         found.notes.append(f"nothing in it refers to {listed(checkpoint.unread)} ({size})")
     unused = unused_nbytes(checkpoint.tree)

@@ -42,7 +42,7 @@ HOW: dict[str, dict[str, Any]] = {
 BYTEWISE = (
     {"plain_pickle.pkl", "tensors_2017_cuda.pth"}
     | {f"script_{name}.pt" for name in ("2018", "2019", "no_source")}
-    | {"torch_0_1_imitation.tar"}
+    | {"torch_0_1_imitation.tar", "torch_0_1_gnu.tar"}
 )
 
 
