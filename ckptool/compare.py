@@ -18,9 +18,10 @@ from ckptool.compare_trees import TAKEN, Place, places_of, shown
 from ckptool.compare_values import Values
 from ckptool.copying import Begin, Copy, Job, run_jobs
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
-from ckptool.formats._torch_tree import quantizer
+from ckptool.formats._torch_tree import attributes, quantizer
 from ckptool.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape
+from ckptool.tree import Node
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
@@ -38,9 +39,9 @@ _PARTS = {
 class Change:
     """What differs under a key that both sides have.
 
-    `what` is `dtype`, `shape`, `layout`, `quantizer`, `value` (of what is no tensor) or `values`;
-    `left` and `right` say it in text, `values` in numbers; `first` is the index of the first
-    element that differs.
+    `what` is `dtype`, `shape`, `layout`, `quantizer`, `attributes` (what Python keeps on a tensor),
+    `value` (of what is no tensor) or `values`; `left` and `right` say it in text, `values` in
+    numbers; `first` is the index of the first element that differs.
     """
 
     key: str
@@ -145,6 +146,7 @@ class _Work:
     tensors: int = 0
     nbytes: int = 0
     _queue: list[tuple[Found, str, Pair]] = field(default_factory=list)
+    _paired: set[tuple[int, int]] = field(default_factory=set)
 
     def compare_states(self, left: StateDict, right: StateDict) -> None:
         """Compare two state_dicts, and what stands beside them unless a part was chosen."""
@@ -245,6 +247,7 @@ class _Work:
         found.changed += differing
         if differing:
             return
+        self._compare_kept(found, key, left, right)
         if isinstance(left, TensorInfo) and isinstance(right, TensorInfo):
             self._queue_values(found, key, left, right)
         elif isinstance(left, CompositeTensor) and isinstance(right, CompositeTensor):
@@ -253,13 +256,28 @@ class _Work:
                 name = names[index] if len(names) == len(left.parts) else index
                 self._compare_tensors(found, f"{key}.({name})", one, other)
 
-    def _queue_values(self, found: Found, key: str, left: TensorInfo, right: TensorInfo) -> None:
-        for place in places_of(quantizer(left), quantizer(right), (key, "(quantizer)")):
+    def _compare_kept(self, found: Found, key: str, left: AnyTensor, right: AnyTensor) -> None:
+        """Compare what is kept with two tensors, once for each pair: it may hold tensors too."""
+        if (id(left), id(right)) in self._paired:
+            return
+        self._paired.add((id(left), id(right)))
+        if isinstance(left, TensorInfo) and isinstance(right, TensorInfo):
+            self._compare_nodes(found, (key, "quantizer"), quantizer(left), quantizer(right))
+        one, other = attributes(left), attributes(right)
+        if one is not None and other is not None:  # what one has alone is told
+            self._compare_nodes(found, (key, "attributes"), one, other)
+
+    def _compare_nodes(self, found: Found, at: tuple[str, str], left: Node, right: Node) -> None:
+        key, what = at
+        for place in places_of(left, right, (key, f"({what})")):
             if place.what == "tensors":
                 self._compare_tensors(found, places.dotted(place.path), place.left, place.right)
             else:
-                one, other = shown(place.left), shown(place.right)
-                found.changed.append(Change(key, "quantizer", one, other))
+                one = "(none)" if place.what == "only-right" else shown(place.left)
+                other = "(none)" if place.what == "only-left" else shown(place.right)
+                found.changed.append(Change(key, what, one, other))
+
+    def _queue_values(self, found: Found, key: str, left: TensorInfo, right: TensorInfo) -> None:
         if left.numel:
             try:
                 self._queue.append((found, key, pair(left, right)))

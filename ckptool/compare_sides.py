@@ -10,7 +10,7 @@ from ckptool.checkpoint import Checkpoint, Path, StateDict
 from ckptool.compare_values import NO_TOLERANCE, Tolerance
 from ckptool.edits import Edit
 from ckptool.errors import AmbiguousStateDict, EditError
-from ckptool.formats._torch_tree import is_parameter
+from ckptool.formats._torch_tree import attributes, is_parameter, python_type
 from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
 from ckptool.text import listed
 
@@ -139,6 +139,8 @@ _FACTS: dict[str, Callable[[AnyTensor], object]] = {
     "strides": lambda tensor: isinstance(tensor, TensorInfo) and tensor.stride,
     "requires_grad": lambda tensor: isinstance(tensor, TensorInfo) and tensor.requires_grad,
     "Parameter or tensor": is_parameter,
+    "classes of tensors": python_type,
+    "which tensors have attributes": lambda tensor: attributes(tensor) is not None,
     "device tags": lambda tensor: isinstance(tensor, TensorInfo) and tensor.storage.location,
 }
 

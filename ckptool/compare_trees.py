@@ -36,7 +36,7 @@ from ckptool.tree import (
 
 MAX_DEPTH = 2 * MAX_NESTING  # rings of two lengths are followed until they meet again
 SHOWN = 60  # characters of a value
-LONG = 16  # bytes of an integer that is read as one
+LONG = 127  # bits of an integer that is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +112,26 @@ def _value(node: Node) -> Node:
     """Give what a node stands for where protocols spell it in several ways; or the node itself.
 
     Before protocol 3, bytes are a call of `_codecs.encode`, and empty ones of `bytes`; a bytearray
-    is a call on bytes, or on text and its encoding (`object.__reduce__` and `save_bytes`).
+    is a call on bytes, or on text and its encoding (`object.__reduce__` and `save_bytes`). Before
+    protocol 2 an integer is text, of any length.
     """
     match node:
-        case LongInteger(data=data) if len(data) <= LONG:
-            return int.from_bytes(data, "little", signed=True)
+        case int() if node.bit_length() > LONG:
+            return _shortest(node)
+        case LongInteger(data=data):
+            return _shortest(int.from_bytes(data, "little", signed=True))
         case Object(callee=Global("_codecs", "encode"), args=(str(text), "latin1"), steps=[]):
             return text.encode("latin-1") if text.isascii() or max(text) < "\u0100" else node
         case Object(callee=Global("builtins" | "__builtin__", kind), steps=[]):
             return _bytes(node, kind)
     return _as_tensor(node)
+
+
+def _shortest(number: int) -> Node:
+    """Write an integer in one of two ways, by its size alone."""
+    if number.bit_length() <= LONG:
+        return number
+    return LongInteger(number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True))
 
 
 def _bytes(node: Object, kind: str) -> Node:
@@ -167,7 +177,7 @@ def _same_leaf(one: Node, other: Node) -> bool:
 def _kind(node: Node) -> str:
     """Name what two nodes must both be for their insides to be compared."""
     if _set_items(node) is not None:
-        return "set"
+        return "frozenset" if _is_frozen(node) else "set"
     if isinstance(node, Dict):
         return "dict"
     if isinstance(node, Object):
@@ -182,6 +192,10 @@ def _set_items(node: Node) -> list[Node] | None:
         case Object(callee=Global() as callee, args=(list() as items,)) if callee in _SETS:
             return items
     return None
+
+
+def _is_frozen(node: Node) -> bool:
+    return node.frozen if isinstance(node, Set) else node.callee.name == "frozenset"
 
 
 _Member = tuple[str | None, Node]  # the step of the path that leads there, if it has one
@@ -245,20 +259,22 @@ def _step(key: Node) -> str:
 
 def _tag(key: Node) -> str:
     """Write a key as text of which a file cannot choose the hash; an empty one for odd keys."""
-    match key:
+    match key := _value(key):
         case str() | bytes() | bool() | int() | float() | complex() | None:
             return f"{type(key).__name__} {key!r}"
         case Global():
             return f"name {key}"
         case LongInteger() | OldString() | ByteArray():
             return f"{type(key).__name__} {key.data!r}"
-        case tuple() if all(isinstance(each, _SCALARS) for each in key):
-            return f"tuple {key!r}"
+        case tuple():
+            members = tuple(map(_value, key))
+            return f"tuple {members!r}" if all(isinstance(m, _SCALARS) for m in members) else ""
     return ""
 
 
 def shown(node: Any) -> str:
     """Write a node in a few characters."""
+    node = _value(node)
     match node:
         case str() | bytes():
             return repr(node) if len(node) <= SHOWN else f"{node[:SHOWN]!r}..."

@@ -151,6 +151,7 @@ _NAMES = {
     "dtype": "dtype",
     "shape": "shape",
     "quantizer": "how their integers are read",
+    "attributes": "attributes",
     "values": "values",
 }
 

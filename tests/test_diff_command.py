@@ -257,6 +257,74 @@ def test_plain_values_differ_by_type_and_bits(run: Run, tmp_path: Path) -> None:
     assert run("diff", one, one).code == 0
 
 
+# What a protocol or a container spells in its own way.
+ODD = {
+    "keys": {b"k": 1, (b"z", 1): 2, 2**80: 3, -(2**90): 4, None: 5, 1.5: 6, frozenset([1]): 7},
+    "set": {b"x", 2**80, "s"},
+    "long": [2**127, -(2**127), 2**63, 10**60, -(2**300)],
+    "bytes": [b"", b"\xff", bytearray(b"a"), bytearray()],
+}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_lossless_conversion_of_any_protocol_is_equal(
+    run: Run, tmp_path: Path, protocol: int, zipped: bool
+) -> None:
+    one, other = tmp_path / "one.pth", tmp_path / "other.pth"
+    content = {"state_dict": {"w": torch.ones(1)}, **ODD}
+    how = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save(content, one, **how)
+    assert run("convert", one, other).code == 0
+    equal = run("diff", one, other)
+    assert (equal.code, equal.out) == (0, "")
+    for name, value in {"keys": {2**80 + 1: 3}, "set": {b"y"}, "long": [10**60 + 1]}.items():
+        torch.save({**content, name: value}, tmp_path / "changed.pth", **how)
+        assert run("diff", other, tmp_path / "changed.pth").code == 1
+
+
+def test_a_set_is_no_frozenset(run: Run, tmp_path: Path) -> None:
+    paths = [
+        saved(tmp_path / f"{kind.__name__}.pth", {"state_dict": {"w": torch.ones(1)}, "s": kind()})
+        for kind in (set, frozenset)
+    ]
+    assert run("diff", *paths).code == 1
+
+
+def test_attributes_of_tensors_count_where_both_have_some(run: Run, tmp_path: Path) -> None:
+    def write(name: str, **attributes: Any) -> Path:
+        parameter, tensor = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
+        parameter.__dict__.update(attributes)
+        tensor.__dict__.update(attributes)
+        return saved(tmp_path / name, {"p": parameter, "t": tensor})
+
+    one = write("one.pth", scale=2.0, more=torch.ones(2))
+    assert run("diff", one, write("same.pth", scale=2.0, more=torch.ones(2))).code == 0
+    changed = run("diff", one, write("other.pth", scale=3.0, more=torch.zeros(2)))
+    assert changed.code == 1
+    assert sorted(rows(changed)) == [
+        ["attributes", "p", "2.0", "3.0"],
+        ["attributes", "t", "2.0", "3.0"],
+        ["values", "p.(attributes).more", "2", "2", "[0]", "1", "1065353216", ""],
+        ["values", "t.(attributes).more", "2", "2", "[0]", "1", "1065353216", ""],
+    ]
+    alone = run("diff", one, write("none.pth"))
+    assert alone.code == 0
+    assert "which tensors have attributes differ: p, t" in alone.err
+
+
+def test_attributes_that_are_tensors_with_attributes_take_linear_time(
+    run: Run, tmp_path: Path
+) -> None:
+    tensor = torch.ones(1)
+    for _ in range(40):
+        outer = torch.ones(1)
+        outer.one = outer.other = tensor
+        tensor = outer
+    path = saved(tmp_path / "nested.pth", {"w": tensor})
+    assert run("diff", path, path).code == 0
+
+
 # Which keys pair.
 
 

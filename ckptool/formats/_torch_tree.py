@@ -33,9 +33,10 @@ _PLAIN_REBUILDS = {
     "_rebuild_qtensor": (5, 6, None),
 }
 # Calls that wrap a finished tensor, their first argument.
+_WITH_STATE = Global(_UTILS, "_rebuild_parameter_with_state")
 _WRAPPERS = {
     Global(_UTILS, "_rebuild_parameter"),
-    Global(_UTILS, "_rebuild_parameter_with_state"),
+    _WITH_STATE,
     Global("torch.nn.parameter", "Parameter"),
     Global("torch.autograd.variable", "Variable"),
 }
@@ -326,15 +327,38 @@ def is_parameter(tensor: AnyTensor) -> bool:
 
 def quantizer(info: TensorInfo) -> Node:
     """Give how the integers of a quantized tensor are to be read, None of any other tensor."""
-    origin = info.origin
-    while isinstance(origin, Object) and origin.callee in _WRAPPERS:
-        origin = origin.args[0].origin
+    origin = _unwrapped(info.origin)
     if not isinstance(origin, Object):
         return None
     callee, args = origin.callee, origin.args
     if callee == _FROM_TYPE:
         callee, _, args, *_ = args
     return args[4] if callee == _QUANTIZED and len(args) > 4 else None
+
+
+def python_type(tensor: AnyTensor) -> Node:
+    """Give the class of a tensor that is pickled with one, None of any other."""
+    origin = _unwrapped(tensor.origin)
+    return origin.args[1] if isinstance(origin, Object) and origin.callee == _FROM_TYPE else None
+
+
+def attributes(tensor: AnyTensor) -> Node:
+    """Give what Python keeps on a tensor beside its data (`__dict__`), None where it is nothing."""
+    origin = tensor.origin
+    if isinstance(origin, Object) and origin.callee == _WITH_STATE and len(origin.args) > 3:
+        state = origin.args[3]
+    else:
+        origin = _unwrapped(origin)
+        is_typed = isinstance(origin, Object) and origin.callee == _FROM_TYPE
+        state = origin.args[3] if is_typed else None
+    return None if isinstance(state, Dict) and not state.pairs else state
+
+
+def _unwrapped(origin: Node) -> Node:
+    """Give the call inside those of Parameters and Variables."""
+    while isinstance(origin, Object) and origin.callee in _WRAPPERS and origin.args:
+        origin = getattr(origin.args[0], "origin", None)
+    return origin
 
 
 def _layout(node: Node) -> str:
