@@ -46,6 +46,43 @@ def test_classes_that_compile_what_they_are_given_are_dangerous(name: tuple[str,
     assert safety.level(Global("torch.ao.quantization.stubs", "QuantStub")) is safety.Level.FOREIGN
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test.support.script_helper assert_python_ok",  # not in sys.stdlib_module_names
+        "_pyrepl.pager pipe_pager",  # of Python 3.13
+        "lib2to3.pgen2.pgen ParserGenerator",  # of Python 3.12 and before
+        "telnetlib Telnet",
+        "gevent.subprocess Popen",
+        "pandas.io.pickle read_pickle",
+        "sympy.parsing.sympy_parser parse_expr",
+        "py.process cmdexec",
+        "requests.api get",
+        "ray.cloudpickle loads",
+        "anything __builtins__",
+    ],
+)
+def test_what_runs_code_is_dangerous_whoever_looks(name: str) -> None:
+    assert safety.level(Global(*name.split())) is safety.Level.DANGEROUS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "typing Any",  # OmegaConf
+        "logging getLogger",
+        "torch.nn.utils.weight_norm WeightNorm",
+        "torch.nn.utils.spectral_norm SpectralNormStateDictHook",
+        "torch.cuda.amp.grad_scaler GradScaler",
+        "pandas.core.frame DataFrame",
+        "regex._regex compile",
+        "model Net",
+    ],
+)
+def test_what_ordinary_checkpoints_hold_is_no_alarm(name: str) -> None:
+    assert safety.level(Global(*name.split())) is safety.Level.FOREIGN
+
+
 def test_an_end_record_in_the_comment_of_another_is_not_believed(tmp_path: Path) -> None:
     path = saved({"w": W}, tmp_path / "two.pth")
     data = path.read_bytes()

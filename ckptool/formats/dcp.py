@@ -260,7 +260,7 @@ def _assembled(entry: Entry, chunks: list[Chunk], folder: str) -> TensorInfo:
     orders = {source.storage.byteorder for source in sources}
     packings = {source.storage.packing for source in sources}
     odd = any(source.lazy or source.origin is not None for source in sources)
-    if len(orders) > 1 or packings != {Packing.PLAIN} or odd or dtype.bits % 8:
+    if len(orders) > 1 or packings - {Packing.PLAIN} or odd or dtype.bits % 8:
         raise Unsupported(f"{entry.key} is saved in chunks that cannot be joined byte by byte")
     nbytes = dtype.nbytes(_count(entry.shape))
     storage = Storage(
@@ -269,7 +269,7 @@ def _assembled(entry: Entry, chunks: list[Chunk], folder: str) -> TensorInfo:
         0,
         nbytes,
         dtype if dtype.storage_class else None,
-        byteorder=orders.pop(),
+        byteorder=orders.pop() if orders else "little",
         packing=Packing.CHUNKED,
         chunked=Chunked(entry.shape, dtype.itemsize, tuple(chunks)),
     )
