@@ -82,7 +82,11 @@ def differences(theirs: Any, source: str, target: str, said: dict[str, Any]) -> 
         forgiven = {"storage": False}
         if source.endswith(".safetensors"):
             forgiven = dict.fromkeys(("containers", "order", "metadata", "storage"), False)
-        for line in judge.same(theirs, ours, **forgiven)[:1]:
+        try:
+            found = judge.same(theirs, ours, **forgiven)
+        except (OverflowError, ValueError):  # strides that are beyond the judge's numpy
+            return
+        for line in found[:1]:
             if "['tensor(" in line:  # a dict with tensors as keys: the judge cannot pair them
                 return
             yield f"torch loads something else from the copy {how}: {line}"
