@@ -134,3 +134,24 @@ def test_json_is_utf8_and_no_other_codec_is_looked_for(
     )
     done = spawn("keys", "model.json", program=("-c", script))
     assert (done.code, done.out) == (3, "[]\n")
+
+
+@pytest.mark.parametrize("kept", [3, 8, 11])
+def test_a_zip64_field_that_is_cut_off_is_refused(
+    run: Run, here: Path, good: Path, kept: int
+) -> None:
+    """Its numbers were taken apart by the length that it states: exit 70."""
+    data = (good / "odd_storage_keys.pth").read_bytes()
+    at = data.rindex(b"PK\5\6")
+    *_, count, size, start, _ = containers.END.unpack_from(data, at)
+    (name,) = struct.unpack_from("<H", data, start + 28)
+    entry = bytearray(data[start : start + 46 + name])
+    entry[20:28] = b"\xff" * 8  # both sizes stand in the extra field
+    extra = struct.pack("<HHQQ", 1, 16, 0, 0)[: 4 + kept]
+    struct.pack_into("<H", entry, 30, len(extra))
+    directory = bytes(entry) + extra + data[start + len(entry) : start + size]
+    end = containers.endings(count, start, len(directory))
+    (here / "in.pth").write_bytes(data[:start] + directory + end)
+    done = run("keys", "in.pth")
+    assert (done.code, done.out) == (3, "")
+    assert "a zip64 entry without its sizes" in done.err

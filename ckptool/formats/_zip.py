@@ -201,7 +201,10 @@ def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) ->
         tag, size = struct.unpack_from("<HH", extra, position)
         field_data = extra[position + 4 : position + 4 + size]
         if tag == 1:
-            wide = [value for (value,) in struct.iter_unpack("<Q", field_data[: size // 8 * 8])]
+            wide = [
+                value
+                for (value,) in struct.iter_unpack("<Q", field_data[: len(field_data) // 8 * 8])
+            ]
             if len(wide) < values.count(_BIG32):
                 break
             return tuple(wide.pop(0) if value == _BIG32 else value for value in values)

@@ -125,6 +125,7 @@ class Tally:
     findings: dict[str, list[str]] = field(default_factory=dict)  # what, without numbers -> cases
     signatures: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 def fuzz(given: argparse.Namespace) -> int:
@@ -139,8 +140,13 @@ def fuzz(given: argparse.Namespace) -> int:
     ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:  # enough: tell what was found
+        tally.stop.set()
+        for thread in threads:
+            thread.join()
     minutes = (time.monotonic() - started) / 60
     print(
         f"seed {given.seed}: {minutes:.1f} minutes, {tally.cases} cases, {tally.runs} runs, "
@@ -170,7 +176,7 @@ def supervise(
 ) -> None:
     """Keep a worker at work; whatever ends it is a finding, and the next one goes on behind it."""
     number = first
-    while number < end and time.monotonic() < deadline:
+    while number < end and time.monotonic() < deadline and not tally.stop.is_set():
         job = {
             "torch": given.torch,
             "seed": given.seed, "first": number, "step": given.jobs, "end": end, "corpus": corpus,
@@ -186,7 +192,7 @@ def _watch_over(
     """Listen to one worker until it ends, hangs, or the time is up; give the number to go on at."""
     worker = subprocess.Popen(
         [sys.executable, str(WORKER), "--worker", json.dumps(job)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert worker.stdout is not None
     assert worker.stderr is not None
@@ -201,7 +207,7 @@ def _watch_over(
     case = line = ""
     patience = STARTED
     try:
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not tally.stop.is_set():
             try:
                 heard = lines.get(timeout=patience)
             except queue.Empty:
