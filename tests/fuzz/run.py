@@ -15,6 +15,7 @@ says that there are some.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import queue
@@ -76,6 +77,7 @@ def work(job: dict[str, Any]) -> int:
 
     limit = MEMORY * (4 if job["torch"] else 1)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks where it hangs
     tell = os.fdopen(os.dup(1), "w", buffering=1)
     names = fixtures(job["containers"])
     corpus = [parsed(name) for name in job["corpus"]]
@@ -211,7 +213,10 @@ def _watch_over(
             try:
                 heard = lines.get(timeout=patience)
             except queue.Empty:
-                finding(given, tally, case, line, f"hangs for {patience:.0f} s", "")
+                worker.send_signal(signal.SIGUSR1)
+                time.sleep(0.5)
+                trace = "".join(said)[-3000:]
+                finding(given, tally, case, line, f"hangs for {patience:.0f} s", trace)
                 return number + job["step"]
             patience = HANG
             if heard is None:
