@@ -234,7 +234,7 @@ class _Side:
         if storage.packing is not Packing.DEFLATED:
             yield from self._filled(run)
         elif run.nbytes == storage.nbytes:
-            yield from unpacked(storage, self._readers[storage.path])
+            yield from _whole(unpacked(storage, self._readers[storage.path]))
         else:
             read = self._reading(storage)
             for start in range(0, run.nbytes, CHUNK):
@@ -252,6 +252,19 @@ class _Side:
         """Yield the elements in order, little-endian, with pending operations done."""
         for block in gather(info, self._reading(info.storage), GATHER_BLOCK):
             yield settled(block, info)
+
+
+def _whole(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Cut a stream where elements end, whatever lengths it comes in."""
+    rest = b""
+    for data in blocks:
+        block = rest + data
+        cut = len(block) - len(block) % SLICE
+        rest = block[cut:]
+        if cut:
+            yield block[:cut]
+    if rest:
+        yield rest
 
 
 def _aligned(
