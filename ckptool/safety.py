@@ -122,6 +122,9 @@ FOREIGN = frozenset(
     | _names("pathlib._local", _PATHS)
     | _names("re", "_compile")
     | _names("types", "SimpleNamespace")
+    | _names("typing", "Any")  # in every DictConfig of OmegaConf
+    | _names("logging", "getLogger")
+    | _names("random", "Random")
     | _names("uuid", "UUID")
     | {
         (f"{base}.{module}", name)
@@ -135,6 +138,12 @@ FOREIGN = frozenset(
     | _names("numpy", "ndarray dtype " + _NUMPY_SCALARS)
     | _names("numpy.random._pickle", "__randomstate_ctor __generator_ctor __bit_generator_ctor")
     | {(f"numpy.random._{name.lower()}", name) for name in _GENERATORS.split()}
+    | _names("numpy.random", "__RandomState_ctor")  # before 1.17
+    | {
+        (f"torch.{module}", name)
+        for module in ("amp.grad_scaler", "cuda.amp.grad_scaler")
+        for name in ("GradScaler", "OptState")
+    }
     | _names("torch", "memory_format contiguous_format channels_last preserve_format strided")
     | _names("torch._utils", "_rebuild_nested_tensor _rebuild_xla_tensor")
     | _names("torch.autograd.variable", "Variable")
@@ -173,6 +182,9 @@ _CLASS_PACKAGES = (
     "torch.nn.quantized",
     "torch.nn.intrinsic",
     "torch.nn.qat",
+    *(  # hooks that such layers have in a whole model
+        f"torch.nn.utils.{module}" for module in ("prune", "spectral_norm", "weight_norm")
+    ),
     "torch.ao.nn",
     *(
         f"{base}.{module}"
@@ -189,16 +201,38 @@ _CLASS_PACKAGES = (
 _RUNS_CODE = re.compile(
     r"(Graph|GraphModule|Node|Tracer|Interpreter|CodeGen|RRef)$|\.feature_extraction\."
 )
-# Third-party packages whose functions run what they are given.
-_EXECUTORS = frozenset("cloudpickle dill joblib jsonpickle IPython six fire numexpr yaml".split())
+# Third-party packages whose functions run what they are given, or send it away.
+_EXECUTORS = frozenset(
+    (
+        "cloudpickle dill joblib jsonpickle IPython six fire numexpr yaml pytest _pytest py "
+        "pexpect ptyprocess sh plumbum invoke fabric paramiko xonsh cffi multiprocess pathos "
+        "billiard loky requests httpx aiohttp urllib3"
+    ).split()
+)
+# Functions that do so in whatever package: their own, or the standard library's taken over
+# (`gevent.subprocess.Popen`, `pandas.read_pickle`, `sympy.parsing.sympy_parser.parse_expr`).
+_RUNNER_NAMES = (
+    "eval exec execfile system popen Popen check_call check_output getoutput getstatusoutput "
+    "import_module run_module run_path run_code parse_expr sympify read_pickle loads load_module "
+    "load_library __import__ __builtins__ __loader__ __spec__"
+)
+_RUNNERS = frozenset(_RUNNER_NAMES.split())
 _PYTHON_2_MODULES = frozenset(["__builtin__", "copy_reg", "exceptions"])
-# Of the standard library or of the installer, in any version of Python, and not always listed.
+# Of the standard library, of the installer or of torch, in any version of Python, and not always
+# listed: `sys.stdlib_module_names` is that of the Python here, and leaves `test` out.
 _RESERVED = frozenset(
     (
         "torch torchvision numpy pip setuptools pkg_resources wheel _distutils_hack "
         "distutils __builtin__ commands popen2 cPickle copy_reg exceptions posix nt os2 "
         "ce ntpath macpath posixpath imp asyncore asynchat smtpd pipes crypt nis msilib "
-        "telnetlib urllib2 execfile thread _thread dummy_thread builtins"
+        "telnetlib urllib2 execfile thread _thread dummy_thread builtins "
+        "torchgen functorch caffe2 test sitecustomize usercustomize lib2to3 binhex formatter "
+        "parser symbol dummy_threading _bootlocale aifc audioop cgi cgitb chunk imghdr mailcap "
+        "nntplib ossaudiodev sndhdr spwd sunau uu xdrlib _pyrepl _colorize _android_support "
+        "_apple_support _ios_support _aix_support _osx_support _interpreters _interpchannels "
+        "_interpqueues _xxsubinterpreters _xxinterpchannels _testcapi _testinternalcapi "
+        "_testlimitedcapi _opcode_metadata _sysconfig _suggestions _pylong _pydatetime "
+        "_py_warnings _remote_debugging _wmi _zstd annotationlib compression"
     ).split()
 )
 
@@ -235,7 +269,7 @@ def _level(module: str, name: str) -> Level:
         return Level.FOREIGN
     top = steps[0]
     third_party = top not in _RESERVED | _EXECUTORS and top not in sys.stdlib_module_names
-    return Level.FOREIGN if third_party else Level.DANGEROUS
+    return Level.FOREIGN if third_party and name not in _RUNNERS else Level.DANGEROUS
 
 
 def _is_known_class(module: str, name: str) -> bool:

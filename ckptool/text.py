@@ -26,10 +26,19 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def quoted(word: str) -> str:
-    """Write a word so that a POSIX shell takes it as one."""
+    """Write a word so that a POSIX shell takes it as one (the `$'...'` of POSIX.1-2024)."""
+    if _INVISIBLE.search(word):
+        plain = word.replace("\\", "\\\\").replace("'", "\\'")
+        return f"$'{_INVISIBLE.sub(_as_bytes, plain)}'"
     if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def _as_bytes(found: re.Match[str]) -> str:
+    """Write a character as the bytes that it is in the name of a file."""
+    escapes = "surrogateescape" if "\udc80" <= found[0] <= "\udcff" else "surrogatepass"
+    return "".join(f"\\{byte:03o}" for byte in found[0].encode("utf-8", escapes))
 
 
 def counted(count: int, noun: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
 import time
 import zipfile
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 
 from ckptool import checkpoint, formats, safety
 from ckptool.errors import KeyCollision, Malformed
+from ckptool.text import quoted, visible
 from ckptool.tree import Dict, Global, Object
 
 torch = pytest.importorskip("torch")
@@ -253,3 +256,34 @@ def test_a_tensor_gets_its_state_once() -> None:
     once = vocabulary.built(info, (True, False, None))
     assert once.requires_grad
     assert vocabulary.built(once, (True, False, None)) is None
+
+
+@pytest.mark.parametrize(
+    "word", ["bad\udcff.pth", "new\nline's \x1b[31m\\x41.pth", "\u202eabc", "a b", "it's", "\x7fff"]
+)
+def test_a_command_to_paste_names_any_file(word: str) -> None:
+    line = visible(quoted(word))
+    assert line.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {line}"], capture_output=True, check=True)
+    assert done.stdout == os.fsencode(word)
+
+
+def test_a_record_on_another_disk_is_refused_as_torch_does(tmp_path: Path) -> None:
+    path = saved({"w": W}, tmp_path / "one.pth")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 34] = 2
+    path.write_bytes(data)
+    with pytest.raises(RuntimeError):
+        torch.load(path)
+    with pytest.raises(Malformed, match="another part"):
+        formats.read(path)
+
+
+def test_a_tensor_rebuilt_without_its_dtype_is_refused_as_torch_does(tmp_path: Path) -> None:
+    path = tmp_path / "v3.pth"
+    torch.save({"w": W}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v3"))
+    with pytest.raises(TypeError):
+        torch.load(path)
+    with pytest.raises(Malformed, match="without a dtype"):
+        formats.read(path)

@@ -233,7 +233,9 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
         raise Malformed("a tensor without a storage", offset=offset)
     if shape is None or stride is None:
         raise Malformed("a tensor whose size or stride is not a tuple of numbers", offset=offset)
-    dtype = dtype_of(args[6]) if name == "_rebuild_tensor_v3" and len(args) > 6 else storage.dtype
+    dtype = storage.dtype
+    if name == "_rebuild_tensor_v3":
+        dtype = dtype_of(args[6]) if len(args) > 6 else None
     if dtype is None:
         raise Malformed("a tensor without a dtype", offset=offset)
     metadata = args[metadata_at] if metadata_at and len(args) > metadata_at else None

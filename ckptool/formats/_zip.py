@@ -165,7 +165,7 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             name_size,
             extra_size,
             comment_size,
-            _,
+            disk,
             _,
             attributes,
             header,
@@ -178,6 +178,8 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             extra = data[extra_at : extra_at + extra_size]
             nbytes, packed, header = _wide(reader, extra, (nbytes, packed, header), base + position)
         name = _text(data[name_at:extra_at])
+        if disk > 1:  # torch takes 1 for 0 (miniz, `mz_zip_reader_read_central_dir`)
+            _fail(reader, f"record {name} lies in another part of the archive", base + position)
         if attributes & _FOLDER and nbytes:
             _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
         start = _data_start(
