@@ -24,10 +24,11 @@ def count_values(dtype: DType, left: bytes, right: bytes, tolerance: Tolerance) 
     places = np.flatnonzero(one != other)
     one, other = one[places], other[places]
     beyond = np.ones(len(places), bool)
-    if kind.is_float:
-        beyond = _compare_floats(found, kind, one, other, tolerance)
-    elif kind.code and len(places):
-        beyond = _compare_integers(found, kind, one, other, tolerance)
+    with np.errstate(over="ignore", invalid="ignore"):  # signalling NaNs, infinite tolerances
+        if kind.is_float:
+            beyond = _compare_floats(found, kind, one, other, tolerance)
+        elif kind.code and len(places):
+            beyond = _compare_integers(found, kind, one, other, tolerance)
     elements, far = (_elements(each, kind.parts) for each in (places, places[beyond]))
     found.count, found.within = len(far), len(elements) - len(far)
     found.first = int(far[0]) if len(far) else None
@@ -52,16 +53,15 @@ def _compare_floats(
     found.nan_payloads = int((nan_left & nan_right).sum())
     found.nan_one_side = int((nan_left ^ nan_right).sum())
     found.infinities = int((~finite).sum()) - found.nan_payloads - found.nan_one_side
-    with np.errstate(over="ignore", invalid="ignore"):
-        gaps = np.abs(left - right)
-        unequal = finite & (gaps != 0)
-        found.zero_signs = int(finite.sum()) - int(unequal.sum())
-        if unequal.any():
-            found.max_abs = float(gaps[unequal].max())
-            found.max_ulp = _distance(_ordered(kind, one[unequal]), _ordered(kind, other[unequal]))
-        if not tolerance.given:
-            return np.ones(len(one), bool)
-        far = gaps > tolerance.atol + tolerance.rtol * np.abs(left)
+    gaps = np.abs(left - right)
+    unequal = finite & (gaps != 0)
+    found.zero_signs = int(finite.sum()) - int(unequal.sum())
+    if unequal.any():
+        found.max_abs = float(gaps[unequal].max())
+        found.max_ulp = _distance(_ordered(kind, one[unequal]), _ordered(kind, other[unequal]))
+    if not tolerance.given:
+        return np.ones(len(one), bool)
+    far = gaps > tolerance.atol + tolerance.rtol * np.abs(left)
     return np.where(finite, far, ~(nan_left & nan_right))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -222,6 +223,16 @@ def test_numpy_counts_the_same(
         assert compare_numpy.count_values(dtype, *pair, tolerance) == count_values(
             dtype, *pair, tolerance
         )
+
+
+@pytest.mark.filterwarnings("error")
+def test_numpy_has_nothing_to_say_of_odd_numbers() -> None:
+    """A signalling NaN, cast to double precision, and an infinite tolerance of zero."""
+    signalling, one = struct.pack("<I", 0x7F800001), struct.pack("<f", 1)
+    for dtype in (DType.F32, DType.I32):
+        for tolerance in (Tolerance(), Tolerance(0, math.inf)):
+            arguments = (dtype, signalling + bytes(4), one * 2, tolerance)
+            assert compare_numpy.count_values(*arguments) == count_values(*arguments)
 
 
 # Layouts: what lies in another way is the same tensor.
