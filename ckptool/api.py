@@ -167,17 +167,28 @@ def convert(
     *,
     steps: Sequence[Edit] = (),
     unwrap: bool = False,
+    max_shard_size: int | str | None = None,
     options: Options | None = None,
     progress: Begin = no_progress,
 ) -> Rewrite:
     """Write a checkpoint again, in the container of the target, with edits in their order.
 
     With `options.to` `dcp`, the target is the folder of a distributed checkpoint; that needs torch.
+    With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
     """
     if options is not None and options.to == "dcp":
+        if max_shard_size is not None:
+            raise EditError("a distributed checkpoint is not cut by --max-shard-size")
         from ckptool.model import dcp
 
         return dcp.convert(source, target, steps, unwrap=unwrap, options=options, progress=progress)
+    if max_shard_size is not None:
+        from ckptool import sharded_output, sharding
+
+        limit = sharding.parse_size(str(max_shard_size))
+        return sharded_output.rewrite_sharded(
+            source, target, steps, max_shard_size=limit, options=options, progress=progress
+        )
     return surgery.rewrite(source, target, steps, bare=unwrap, options=options, progress=progress)
 
 

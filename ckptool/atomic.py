@@ -32,16 +32,20 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place for output: the file behind any symlink, and whether it may be replaced."""
+    """A place for output: the file behind any symlink, and whether it may be replaced.
+
+    With `inside` it is a folder that exists, and output goes into it.
+    """
 
     path: str
     force: bool = False
     sync: bool = True
+    inside: bool = False
 
     @property
     def folder(self) -> str:
-        """Name the folder that the file, and the temporary one beside it, lie in."""
-        return os.path.dirname(self.path) or "."
+        """Name the folder that output, and what is temporary, lie in."""
+        return self.path if self.inside else os.path.dirname(self.path) or "."
 
 
 def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync: bool) -> Target:
@@ -64,7 +68,7 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
         if not force:
             raise OutputExists(f"{shown} exists", hint="name another output, or use --force")
     target = Target(real, force, sync)
-    _refuse_folder_around(shown, target)
+    refuse_unwritable(shown, target)
     return target
 
 
@@ -91,11 +95,12 @@ def refuse_folder(
     if inside and not force:
         raise OutputExists(f"{shown} is not empty", hint="name another output, or use --force")
     target = Target(real, force, sync)
-    _refuse_folder_around(shown, target)
+    refuse_unwritable(shown, target)
     return target
 
 
-def _refuse_folder_around(shown: str, target: Target) -> None:
+def refuse_unwritable(shown: str, target: Target) -> None:
+    """Raise `WriteError` where the folder that output lies in is not there, or closed."""
     if not os.path.isdir(target.folder):
         raise WriteError(
             f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
@@ -132,7 +137,7 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
     Yields its descriptor and path. Whatever fails, the target stays as it was and the temporary
     file goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
     """
-    temporary = _beside(target)
+    temporary = beside(target)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         try:  # before the file is made: a signal may come right after
@@ -150,7 +155,7 @@ def atomic_output(target: Target) -> Iterator[tuple[int, str]]:
             raise
         _remove_link(temporary, target)
     except OSError as error:
-        raise _write_error(error, target) from error
+        raise write_error(error, target) from error
 
 
 def _publish_whole(
@@ -190,7 +195,7 @@ def _remove_link(temporary: str, target: Target) -> None:
         ) from error
 
 
-def _beside(target: Target) -> str:
+def beside(target: Target) -> str:
     """Name something that is not there yet beside a target."""
     name = os.path.basename(target.path)[:40]  # of up to four bytes each; 255 are allowed
     return os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
@@ -203,7 +208,7 @@ def atomic_folder(target: Target) -> Iterator[str]:
     Yields its path, for files to be written into. Whatever fails, the target stays as it was and
     the temporary folder goes. Raises `NoSpace`, `OutputExists` or `WriteError`.
     """
-    temporary = _beside(target)
+    temporary = beside(target)
     try:
         try:
             os.mkdir(temporary)
@@ -216,7 +221,7 @@ def atomic_folder(target: Target) -> Iterator[str]:
                 _remove_folder(temporary)
             raise
     except OSError as error:
-        raise _write_error(error, target) from error
+        raise write_error(error, target) from error
 
 
 def _flush_files(folder: str) -> None:
@@ -226,8 +231,7 @@ def _flush_files(folder: str) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-    if hasattr(os, "O_DIRECTORY"):
-        _sync_folder(folder)
+    flush_folder(folder)
 
 
 def _remove_folder(path: str) -> None:
@@ -252,7 +256,7 @@ def _publish_folder(temporary: str, target: Target) -> None:
     try:
         if os.path.isdir(target.path):
             os.chmod(temporary, stat.S_IMODE(os.stat(target.path).st_mode))
-            old = _beside(target)
+            old = beside(target)
             os.rename(target.path, old)
         if old is not None and os.listdir(old) and not target.force:
             raise OutputExists(
@@ -266,8 +270,8 @@ def _publish_folder(temporary: str, target: Target) -> None:
         raise
     if old is not None:
         _remove_replaced(old, target)
-    if target.sync and hasattr(os, "O_DIRECTORY"):
-        _flush_folder(target)
+    if target.sync:
+        flush_published(target)
 
 
 def _put_back(old: str, target: Target) -> None:
@@ -288,7 +292,8 @@ def _remove_replaced(old: str, target: Target) -> None:
         ) from error
 
 
-def _write_error(error: OSError, target: Target) -> WriteError:
+def write_error(error: OSError, target: Target) -> WriteError:
+    """Say in words why output could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return NoSpace(
             f"no space left while writing {target.path}; nothing was kept",
@@ -309,15 +314,15 @@ def _publish(temporary: str, target: Target) -> None:
     if target.force:
         os.replace(temporary, target.path)
     else:
-        _publish_new(temporary, target.path)
-    if target.sync and hasattr(os, "O_DIRECTORY"):
-        _flush_folder(target)
+        publish_new(temporary, target.path)
+    if target.sync:
+        flush_published(target)
 
 
-def _flush_folder(target: Target) -> None:
-    """Flush the folder of a target that is published."""
+def flush_published(target: Target) -> None:
+    """Flush the folder of what has been published; where that fails, the file stays."""
     try:
-        _sync_folder(target.folder)
+        flush_folder(target.folder)
     except OSError as error:
         raise WriteError(
             f"{target.path} was written, but its folder could not be flushed: {reason(error)}",
@@ -325,8 +330,10 @@ def _flush_folder(target: Target) -> None:
         ) from error
 
 
-def _sync_folder(path: str) -> None:
+def flush_folder(path: str) -> None:
     """Flush a folder, where its file system knows how to and it may be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -341,7 +348,7 @@ def _sync_folder(path: str) -> None:
             os.close(folder)
 
 
-def _publish_new(temporary: str, path: str) -> None:
+def publish_new(temporary: str, path: str) -> None:
     """Publish without replacing: a link fails where a file has appeared meanwhile."""
     try:
         os.link(temporary, path)
@@ -428,7 +435,7 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
                 part.remove()
             part.close()
     except OSError as error:
-        raise _write_error(error, target) from error
+        raise write_error(error, target) from error
 
 
 def _open_alone(path: str) -> Part | None:

@@ -214,6 +214,8 @@ def written_lines(result: Rewrite) -> list[str]:
     if result.dry_run:
         return [counts_line(result)]
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
+    if result.shards:
+        size = f"{counted(len(result.shards), 'shard')}, {size}"
     return [f"{visible(result.target)}: {size}", counts_line(result)]
 
 
@@ -303,6 +305,10 @@ def rewrite_fields(result: Rewrite) -> dict[str, Any]:
         "added": result.added,
         "notes": [*result.warnings, *result.notes],
         "dry_run": result.dry_run,
+        "shards": [
+            {"file": each.name, "count": each.count, "nbytes": each.nbytes}
+            for each in result.shards
+        ],
     }
 
 
@@ -314,6 +320,11 @@ def plan_lines(result: Rewrite) -> list[str]:
             lines.append(f"- {visible(old)}")
             if new is not None:
                 lines.append(f"+ {visible(new)}")
+    rows = [
+        (visible(each.name), counted(each.count, "key"), readable(each.nbytes))
+        for each in result.shards
+    ]
+    lines += table(rows, right=(1, 2))
     lines.append(counts_line(result))
     free = "unknown" if result.free is None else readable(result.free)
     lines.append(f"{visible(result.target)}: {readable(result.nbytes)} to write, {free} free")

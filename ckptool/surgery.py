@@ -34,6 +34,15 @@ SMALL_OUTPUT = 1 << 20  # below this, growth is headers and alignment
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of a set: its name in the folder, how many entries it holds, its size."""
+
+    name: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rewrite:
     """What a rewrite did, or would do: the source of every report."""
 
@@ -56,6 +65,7 @@ class Rewrite:
     tensors: int = 0
     said: tuple[str, ...] = ()
     module: str = ""
+    shards: tuple[Shard, ...] = ()
 
     @property
     def read(self) -> int:
@@ -109,12 +119,12 @@ def rewrite(
         sync=options.sync,
     )
     plan = make_plan(checkpoint, steps, container, bare=bare, unwrap=unwrap, options=options)
-    if options.to is None and not options.in_place and _suffix(str(target)) not in _KNOWN_SUFFIXES:
+    if options.to is None and not options.in_place and suffix(str(target)) not in KNOWN_SUFFIXES:
         title = formats.BY_NAME[container].title
         plan.notes.append(f"{target} is a {title} file: its suffix does not say; --to chooses")
     if added:
         add_entries(plan, added, order)
-    layout = _lay_out(plan, options)
+    layout = lay_out(plan, options)
     refuse_expansion(checkpoint, layout, options)
     result = result_of(plan, str(target), layout, place, options)
     if not options.dry_run:
@@ -149,13 +159,14 @@ def _in_place(
     return target, options
 
 
-_BY_WORD = {"torch": "torch-zip", "safetensors": "safetensors"}
+BY_WORD = {"torch": "torch-zip", "safetensors": "safetensors"}
 
 
-_KNOWN_SUFFIXES = {suffix for each in formats.FORMATS for suffix in each.suffixes}
+KNOWN_SUFFIXES = {suffix for each in formats.FORMATS for suffix in each.suffixes}
 
 
-def _suffix(target: str) -> str:
+def suffix(target: str) -> str:
+    """Give the suffix of a name, in lower case."""
     return os.path.splitext(target)[1].lower()
 
 
@@ -167,9 +178,9 @@ def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
             hint="ckptool convert IN OUT_DIR --to dcp --strip-prefix auto --drop PATTERN ...",
         )
     if options.to is not None:
-        return _BY_WORD[options.to]
+        return BY_WORD[options.to]
     for each in formats.FORMATS:
-        if _suffix(target) in each.suffixes and not options.in_place:
+        if suffix(target) in each.suffixes and not options.in_place:
             return each.name
     own = formats.BY_NAME.get(checkpoint.container)
     if own is None:
@@ -177,7 +188,7 @@ def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
     return own.name if own.writable else own.written_as
 
 
-def _lay_out(plan: Plan, options: Options) -> Layout:
+def lay_out(plan: Plan, options: Options) -> Layout:
     """Plan the bytes of the output."""
     entries = plan.state.entries if plan.state is not None else None
     if plan.container == "safetensors":
@@ -222,10 +233,11 @@ def result_of(
     place: Target,
     options: Options,
 ) -> Rewrite:
+    """Say what a plan does."""
     entries = plan.state.entries if plan.state is not None else {}
-    tied = {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
+    again = tied(plan)
     infos = [
-        value for key, value in entries.items() if isinstance(value, TENSORS) and key not in tied
+        value for key, value in entries.items() if isinstance(value, TENSORS) and key not in again
     ]
     if plan.state is None:
         infos = [info for _, info in places.tensors(plan.checkpoint.tree)]
@@ -253,15 +265,20 @@ def result_of(
     )
 
 
+def tied(plan: Plan) -> set[str]:
+    """Name the entries that are written under another name, to which they are tied."""
+    return {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
+
+
 def _write(place: Target, layout: Layout, plan: Plan, progress: Progress) -> None:
     with atomic.atomic_output(place) as (fd, temporary):
         copying.write_layout(fd, layout, progress, sync=place.sync)
         for path, stamp in plan.checkpoint.files:
             fileio.refuse_changed(path, stamp)
-        _verify(temporary, place, layout, plan)
+        verify(temporary, place, layout.nbytes, plan)
 
 
-def _verify(temporary: str, place: Target, layout: Layout, plan: Plan) -> None:
+def verify(temporary: str, place: Target, nbytes: int, plan: Plan) -> None:
     """Read the written file with the strict reader and compare it with what was meant."""
     try:
         found = formats.read(temporary)
@@ -284,7 +301,7 @@ def _verify(temporary: str, place: Target, layout: Layout, plan: Plan) -> None:
         one == other and _described(a, strided) == _described(b, strided)
         for (one, a), (other, b) in zip(meant, seen, strict=True)
     )
-    if not same or found.nbytes != layout.nbytes:
+    if not same or found.nbytes != nbytes:
         raise RuntimeError("the written file does not read back as it was meant")
 
 

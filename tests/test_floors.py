@@ -27,11 +27,12 @@ FLOORS = (
     ("modules.py",),
     ("fileio.py", "checkpoint.py", "safety.py", "compare_values.py"),
     ("atomic.py", "copying.py", "spool.py", "naming.py", "compare_numpy.py"),
+    ("atomic_set.py",),
     ("edits.py", "finite.py", "formats/*.py", "frameworks.py", "compare_bytes.py"),
-    ("listing.py", "module_metadata.py", "survey.py", "compare_trees.py"),
+    ("listing.py", "module_metadata.py", "sharding.py", "survey.py", "compare_trees.py"),
     ("plan.py", "checking.py", "suggestions.py", "compare_sides.py"),
     ("surgery.py", "compare.py"),
-    ("fitting.py",),
+    ("fitting.py", "sharded_output.py"),
     ("report.py", "talk.py", "model/*.py"),
     ("api.py", "report_check.py", "report_info.py", "report_model.py", "report_diff.py"),
     ("cli.py", "__main__.py", "commands/*.py"),
@@ -201,6 +202,7 @@ WRITERS: dict[str, set[str]] = {
     "copying.py": {"os.ftruncate"},
     "spool.py": {"os.write", "os.unlink"},  # of a temporary file that it made
     "atomic.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
+    "atomic_set.py": {"os.open", "os.mkdir", "os.rename", "os.unlink", "os.rmdir", "os.fsync"},
     "model/hub.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
     "model/resume.py": {"os.ftruncate"},  # of a file that atomic opened
     "talk.py": {"os.open"},  # of os.devnull

@@ -64,13 +64,15 @@ def _step(name: str, value: str) -> Edit | None:
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Move a dotted prefix.")
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave keys out.")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Leave all other keys out.")
-def command(request: Request, unwrap: bool, **_: Any) -> None:
+@click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
+def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any) -> None:
     """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
 
     \b
     ckptool convert in.pth out.safetensors
     ckptool convert in.safetensors out.pth
     ckptool convert --strip-prefix module --drop classifier in.pth out.safetensors
+    ckptool convert --max-shard-size 5GB in.pth out_folder
     ckptool convert --to dcp in.pth out_dir      (for a cluster; needs torch)
 
     Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
@@ -79,7 +81,7 @@ def command(request: Request, unwrap: bool, **_: Any) -> None:
     from ckptool import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"])
-    result = run(request, api.convert, steps=steps, unwrap=unwrap)
+    result = run(request, api.convert, steps=steps, unwrap=unwrap, max_shard_size=max_shard_size)
     if unwrap and result.at == ():
         talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
 
