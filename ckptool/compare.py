@@ -54,10 +54,13 @@ class Change:
 
 @dataclass(slots=True)
 class Found:
-    """What differs in a part of two checkpoints; `within` differs and is within the tolerance."""
+    """What differs in a part of two checkpoints; `within` differs and is within the tolerance.
 
-    only_left: list[str] = field(default_factory=list)
-    only_right: list[str] = field(default_factory=list)
+    `only_left` and `only_right` say of each key in a few words what it is.
+    """
+
+    only_left: dict[str, str] = field(default_factory=dict)
+    only_right: dict[str, str] = field(default_factory=dict)
     changed: list[Change] = field(default_factory=list)
     within: list[Change] = field(default_factory=list)
 
@@ -156,8 +159,11 @@ class _Work:
             selected = edits.select(self.asked.select, keys)
             keys = [key for key in keys if key in selected]
         both = [key for key in keys if key in one.entries and key in other.entries]
-        self.state.only_left += [key for key in keys if key not in other.entries]
-        self.state.only_right += [key for key in keys if key not in one.entries]
+        for alone, mine, theirs in (
+            (self.state.only_left, one.entries, other.entries),
+            (self.state.only_right, other.entries, one.entries),
+        ):
+            alone |= {key: shown(mine[key]) for key in keys if key not in theirs}
         for key in both:
             for place in places_of(one.entries[key], other.entries[key], (key,)):
                 self._take(self.state, place)
@@ -174,17 +180,17 @@ class _Work:
         found = list(places_of(self.left.tree, self.right.tree))
         selected = None
         if self.asked.select:
-            keys = [key for place in found for key in _tensor_paths(place)]
+            keys = [key for place in found for key in _tensors_at(place)]
             selected = edits.select(self.asked.select, list(dict.fromkeys(keys)))
         for place in found:
-            paths = _tensor_paths(place)
+            paths = _tensors_at(place)
             if selected is not None:
-                paths = [path for path in paths if path in selected]
+                paths = {path: what for path, what in paths.items() if path in selected}
             if place.what == "tensors" and paths:
                 self._take(self.state, place)
             elif paths:
                 where = self.state.only_left if place.what == "only-left" else self.state.only_right
-                where += paths
+                where |= paths
             elif selected is None:
                 self._take(self.beside, place)
 
@@ -202,7 +208,8 @@ class _Work:
             (self.right.path, one is None, alone.only_right),
         ):
             if lacks or names:
-                of = f" of {listed(names, 3)}" if names else ""
+                modules = [name.removeprefix("_metadata.") or "the root" for name in names]
+                of = f" of {listed(modules, 3)}" if modules else ""
                 self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
 
     def _compare_beside(self, left_at: Path, right_at: Path) -> None:
@@ -226,9 +233,9 @@ class _Work:
         path = places.dotted(place.path) or "."
         match place.what:
             case "only-left":
-                found.only_left.append(path)
+                found.only_left[path] = shown(place.left)
             case "only-right":
-                found.only_right.append(path)
+                found.only_right[path] = shown(place.right)
             case "value":
                 found.changed.append(Change(path, "value", shown(place.left), shown(place.right)))
             case _:
@@ -366,12 +373,15 @@ def _index(flat: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def _tensor_paths(place: Place) -> list[str]:
-    """List the tensors at a place that one side has alone, or that both have."""
+def _tensors_at(place: Place) -> dict[str, str]:
+    """List the tensors at a place that one side has alone, or that both have, by path."""
     if place.what == "value":
-        return []
+        return {}
     node = place.right if place.what == "only-right" else place.left
-    return [places.dotted((*place.path, *path)) or "." for path, _ in places.tensors(node)]
+    return {
+        places.dotted((*place.path, *path)) or ".": shown(tensor)
+        for path, tensor in places.tensors(node)
+    }
 
 
 def _layout(tensor: AnyTensor) -> str:

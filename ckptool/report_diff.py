@@ -62,8 +62,8 @@ def difference_table(found: Difference) -> list[str]:
 
 
 def _told(found: Found) -> Iterator[tuple[str, str, str]]:
-    yield from (("only left", visible(key), "") for key in found.only_left)
-    yield from (("only right", visible(key), "") for key in found.only_right)
+    for side, alone in (("left", found.only_left), ("right", found.only_right)):
+        yield from ((f"only {side}", visible(key), visible(what)) for key, what in alone.items())
     for change in found.changed:
         yield change.what, visible(change.key), visible(_detail(change))
 
@@ -173,13 +173,13 @@ def difference_document(found: Difference) -> str:
         equal=found.equal,
         left=_side_fields(found.left),
         right=_side_fields(found.right),
-        only_left=found.state.only_left,
-        only_right=found.state.only_right,
+        only_left=list(found.state.only_left),
+        only_right=list(found.state.only_right),
         changed=[_fields(change) for change in found.state.changed],
         within_tolerance=[_fields(change) for change in found.state.within],
         beside={
-            "only_left": found.beside.only_left,
-            "only_right": found.beside.only_right,
+            "only_left": list(found.beside.only_left),
+            "only_right": list(found.beside.only_right),
             "changed": [_fields(change) for change in found.beside.changed],
             "within_tolerance": [_fields(change) for change in found.beside.within],
         },
