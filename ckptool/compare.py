@@ -359,7 +359,8 @@ def _inflated(pairs: Sequence[Pair]) -> int:
 
 def _judge(found: Found, key: str, both: Pair, values: Values) -> None:
     if values.count or values.within:
-        first = None if values.first is None else _index(values.first, both.left.shape)
+        bits = min(8, both.left.dtype.bits)  # below a byte, bytes were counted
+        first = None if values.first is None else _index(values.first * 8 // bits, both.left.shape)
         change = Change(key, "values", values=values, first=first)
         (found.changed if values.count else found.within).append(change)
 
