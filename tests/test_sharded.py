@@ -286,6 +286,16 @@ def test_a_damaged_shard_is_named_once(hostile: Path) -> None:
     assert str(raised.value.path).endswith("model-00002-of-00002.safetensors")
 
 
+def test_a_shard_without_a_state_dict_is_refused(run: Run, here: Path, good: Path) -> None:
+    """Of several candidates none is guessed, and `check` goes on with the next file."""
+    for name in ("list_of_tensors.pth", "dino.pth", "no_tensors.pth"):
+        shutil.copy(good / name, "m.bin")
+        Path("m.bin.index.json").write_text(json.dumps({"weight_map": {"a": "m.bin"}}))
+        done = run("keys", "m.bin.index.json")
+        assert (done.code, "m.bin holds none of the keys" in done.err) == (3, True), done.err
+        assert run("check", "m.bin.index.json").code == 1
+
+
 def test_many_shard_names_take_linear_time(here: Path) -> None:
     weight_map = {f"k{number}": f"s{number}.safetensors" for number in range(20_000)}
     Path("m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -26,7 +26,7 @@ from ckptool.checkpoint import (
     make_state_dict,
     text_items,
 )
-from ckptool.errors import FormatError, LimitExceeded, Malformed, NotACheckpoint
+from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malformed, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import _json
 from ckptool.formats._order import NOTE, restored
@@ -192,7 +192,11 @@ def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> Sta
     top = text_items(shard.tree)
     if top is not None and any(weight_map.get(key) == name for key, _ in top):
         return find(shard, ".") if _holds_tensors(top) else StateDict((), dict(top))
-    return find(shard)
+    try:
+        return find(shard)
+    except AmbiguousStateDict as error:
+        what = f"{name} holds none of the keys that the index puts there"
+        raise Malformed(what, evidence=error.evidence) from None
 
 
 def _holds_tensors(pairs: Iterable[tuple[str, Node]]) -> bool:
