@@ -47,7 +47,8 @@ def _compare_floats(
 ) -> Any:
     import numpy as np
 
-    left, right = _floats(kind, one), _floats(kind, other)
+    with np.errstate(invalid="ignore"):  # signalling NaNs, of which there are many in raw bytes
+        left, right = _floats(kind, one), _floats(kind, other)
     nan_left, nan_right = np.isnan(left), np.isnan(right)
     finite = np.isfinite(left) & np.isfinite(right)
     found.nan_payloads = int((nan_left & nan_right).sum())
