@@ -39,6 +39,8 @@ LABELS = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.qint8: "qint8",
+    torch.complex64: "C64",
 }
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 
@@ -149,7 +151,7 @@ class Old(nn.Module):
 
 
 class Slotted(nn.Module):
-    """A module with __slots__: its state is a pair."""
+    """A module with __slots__, pickled as torch before 2.0 did: its state is a pair."""
 
     __slots__ = ("extra",)
 
@@ -157,6 +159,22 @@ class Slotted(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2))
         self.extra = 3
+
+    def __getstate__(self) -> Any:
+        return object.__getstate__(self)  # type: ignore[attr-defined]  # of Python 3.11
+
+
+class Exotic(nn.Module):
+    """Tensors of which torch keeps more than their place, and what a graph would need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        quantized = torch.quantize_per_tensor(torch.arange(4.0), 0.5, 1, torch.qint8)
+        quantized.note = "an attribute of a quantized tensor"
+        self.register_buffer("quantized", quantized)
+        self.register_buffer("conj", torch.complex(torch.ones(2), torch.ones(2)).conj())
+        self.register_buffer("sparse", torch.eye(2).to_sparse().coalesce())
+        self.weight = nn.Parameter(torch.complex(torch.ones(2), torch.ones(2)).conj())
 
 
 class Buffers(nn.Module):
@@ -231,6 +249,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "buffers": Buffers,
     "tied": Tied,
     "slotted": Slotted,
+    "exotic": Exotic,
     "old": Old,
     "main": main_module,
     "lazy": lambda: meeting(nn.Sequential(nn.LazyLinear(3))),
@@ -252,17 +271,23 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def test_models_of_every_kind(tmp_path: Path) -> None:
-    states = {}
+    states, classes = {}, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, make in MODELS.items():
             torch.manual_seed(1)
             model = make()
             for way, how in WAYS.items():
+                if (name, way) == ("slotted", "protocol1"):
+                    continue  # Python refuses to write it
                 torch.save(model, tmp_path / f"{name}.{way}", **how)
                 states[f"{name}.{way}"] = model.state_dict()
+                classes[f"{name}.{way}"] = type(model)
     found = read_without_torch(tmp_path)
     for name, state in states.items():
+        if not name.startswith("traced"):  # its class is made when it is loaded
+            kind = classes[name]
+            assert found[name][0] == f"{kind.__module__}.{kind.__qualname__}"
         others = [key for key, value in state.items() if not torch.is_tensor(value)]
         assert others == [], name
         assert found[name][1] == rows(state), name
@@ -491,3 +516,10 @@ def test_a_chain_of_shared_modules_is_not_followed_for_ever() -> None:
         node = module_of({"_modules": {"m": node}})
     with pytest.raises(LimitExceeded):
         modules.state_of(node)
+
+
+def test_backward_hooks_of_a_tensor_stay_behind() -> None:
+    tree = formats.read(HOSTILE / "in_hooks.pth").tree
+    hooked = [info for _, info in places.tensors(tree) if info.origin is not None]
+    assert hooked
+    assert all(modules.detached(info).origin is None for info in hooked)
