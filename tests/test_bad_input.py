@@ -65,6 +65,11 @@ REFUSED = {
         script_json_escape.pt script_json_id.pt script_json_missing.pt script_json_negative.pt
         script_json_text.pt script_json_twice.pt script_json_type.pt script_no_module.pt
         script_short_storage.pt
+        dcp_absolute dcp_beyond_file dcp_chunk_beyond dcp_chunk_flat dcp_chunk_negative dcp_dtype
+        dcp_gap dcp_inside_part dcp_inside_tensor dcp_itself dcp_list_and_dict dcp_long_list
+        dcp_missing_shard dcp_moved dcp_negative_offset dcp_no_chunks dcp_no_place
+        dcp_no_storage_data dcp_nul dcp_offset_2_62 dcp_overlap dcp_same_place dcp_short_index
+        dcp_short_shard dcp_size_2_62 dcp_traversal
         sharded_absolute sharded_backslash sharded_drive sharded_empty_name sharded_extra_key
         sharded_key_twice sharded_list sharded_metadata_list sharded_missing_index
         sharded_missing_key sharded_missing_shard sharded_no_shards sharded_not_utf8 sharded_nul
@@ -88,13 +93,14 @@ REFUSED = {
         text.pth zeros.pth sharded_itself sharded_lfs_shard sharded_link_text sharded_no_map
     """,
     "unsupported": """
-        bzip2_member.pth encrypted.pth extension_code.pth lzma_member.pth next_buffer.pth
+        bzip2_member.pth dcp_transformed encrypted.pth extension_code.pth lzma_member.pth
+        next_buffer.pth
         safetensors_unknown_dtype.safetensors script_json_data_type.pt patched.pth two_volumes.pth
     """,
     "limit-exceeded": """
         deep_key.pth deep_list.pth deep_tuple.pth safetensors_deep_json.safetensors
         safetensors_header_too_long.safetensors script_doubled.pt script_endless.pt
-        script_json_deep.pt sharded_deep module_deep.pth
+        script_json_deep.pt sharded_deep module_deep.pth dcp_deep
     """,
 }
 # Files that would run code: `keys` warns, a torch file is refused, the tensors can be kept. Beside
@@ -104,6 +110,8 @@ DANGEROUS = {
     "build_on_call.pth": "ok",
     "commands_getoutput.pth": "ok",
     "dangerous_getattr_dotted.pth": "ok",
+    "dcp_index_os_system": "ok",
+    "dcp_os_system": "ok",
     "eval_in_namespace.pth": "ok",
     "in_hooks.pth": "ok",
     "in_key.pth": "ambiguous-state-dict",
@@ -263,7 +271,7 @@ WARM_UP = """
     no_tensors.pth list_of_tensors.pth extra_state.pth big_endian.pth conj.pth collision.pth
     plain_legacy.pth strided_legacy.pth python2.pth plain.safetensors shapes.safetensors
     plain_pickle.pkl torch_0_1.tar expanded_far.pth script.pt script_2019.pt
-    sharded_safetensors sharded_bin transformers
+    sharded_safetensors sharded_bin transformers dcp dcp_two_ranks
 """
 WATCH = str(Path(__file__).with_name("watch.py"))
 

@@ -24,6 +24,7 @@ pytest.importorskip("torch.distributed.checkpoint")
 
 sys.path.append(str(FIXTURES))
 import ranks  # noqa: E402
+from ranks import held  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
 Run = Callable[..., Outcome]
@@ -32,12 +33,6 @@ Run = Callable[..., Outcome]
 def tensor(*shape: int, dtype: Any = torch.float32, seed: int = 0) -> Any:
     count = int(torch.Size(shape).numel())
     return (torch.arange(count) + 1 + seed).to(dtype).reshape(shape)
-
-
-def held(whole: Any, *cuts: Any, by: int = 2) -> list[Any]:
-    """Deal the boxes of a cut out to ranks, in turn."""
-    boxes = ranks.cut(whole, *cuts)
-    return [ranks.Held(whole, boxes[rank::by]) for rank in range(by)]
 
 
 def two_ranks() -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ HOW: dict[str, dict[str, Any]] = {
     "python2_training.pth": {"encoding": "latin1"},
 }
 BYTEWISE = (
-    {"plain_pickle.pkl", "tensors_2017_cuda.pth"}
+    {"plain_pickle.pkl", "tensors_2017_cuda.pth", ".metadata"}
     | {f"script_{name}.pt" for name in ("2018", "2019", "no_source")}
     | {"torch_0_1_imitation.tar", "torch_0_1_gnu.tar"}
 )
@@ -58,7 +58,7 @@ def parts_of(path: Path) -> list[Path]:
 
 def is_loadable(path: Path) -> bool:
     """Tell whether torch can be asked what a file holds."""
-    special = path.suffix in (".safetensors", ".json") or path.name in BYTEWISE
+    special = path.suffix in (".safetensors", ".json", ".distcp") or path.name in BYTEWISE
     return "good" in path.relative_to(FOLDER).parts and path.is_file() and not special
 
 
