@@ -122,7 +122,7 @@ def test_the_table_of_containers_is_that_of_the_formats() -> None:
         assert read
         assert judge
         assert (write == "yes") is each.writable
-        if not each.writable and "--to" not in write:
+        if not each.writable and "--" not in write:
             assert write in ("as one file", f"as {each.written_as.replace('-', ' ')}")
 
 
