@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 import subprocess
 import time
@@ -287,3 +288,35 @@ def test_a_tensor_rebuilt_without_its_dtype_is_refused_as_torch_does(tmp_path: P
         torch.load(path)
     with pytest.raises(Malformed, match="without a dtype"):
         formats.read(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
+def test_a_conjugate_view_in_a_torchscript_archive_is_conjugated(tmp_path: Path, run: Run) -> None:
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("c", torch.tensor([1 + 2j, 3 - 4j]).conj())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    source, target = tmp_path / "script.pt", tmp_path / "out.pth"
+    torch.jit.trace(Holder(), W).save(source)
+    assert run("convert", source, target).code == 0
+    meant = torch.jit.load(source).state_dict()["c"]
+    assert meant.is_conj()
+    assert torch.equal(torch.load(target, weights_only=True)["c"], meant)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_distributed_tensor_of_no_elements_needs_no_chunk(tmp_path: Path, run: Run) -> None:
+    checkpoints = pytest.importorskip("torch.distributed.checkpoint")
+    checkpoints.save({"w": W, "none": torch.zeros(0, 3)}, checkpoint_id=tmp_path / "d")
+    index = pickle.loads((tmp_path / "d/.metadata").read_bytes())
+    index.state_dict_metadata["none"].chunks.clear()
+    (tmp_path / "d/.metadata").write_bytes(pickle.dumps(index))
+    done = run("convert", tmp_path / "d", tmp_path / "out.pth")
+    assert done.code == 0, done.err
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert loaded["none"].shape == (0, 3)
+    assert torch.equal(loaded["w"], W)

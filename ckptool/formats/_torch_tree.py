@@ -18,7 +18,7 @@ from ckptool.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.errors import Malformed
 from ckptool.pickle_reader import Vocabulary
 from ckptool.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
-from ckptool.tree import Dict, Global, Node, Object, PersistentId
+from ckptool.tree import Dict, Global, Node, Object, PersistentId, items
 
 _UTILS = "torch._utils"
 _UNTYPED = ("UntypedStorage", "_UntypedStorage")
@@ -45,6 +45,7 @@ _NEW_OBJECT = {Global("copyreg", "__newobj__"), Global("copy_reg", "__newobj__")
 NOT_LAZY: frozenset[str] = frozenset()
 _QUANTIZED = Global(_UTILS, "_rebuild_qtensor")
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_TYPE_TAG = Global("torch.jit._pickle", "restore_type_tag")
 _PROTOCOL_0_ID = re.compile(
     r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
 )
@@ -217,13 +218,25 @@ def dtype_of(node: Node) -> DType | None:
 
 
 def _lazy(metadata: Node) -> frozenset[str]:
-    pairs = metadata.pairs if isinstance(metadata, Dict) else []
+    pairs = items(metadata) or []
     return frozenset(key for key, value in pairs if value is True and isinstance(key, str))
+
+
+def _untagged(origin: Object | None, args: Node, at: int | None) -> tuple[Object | None, Node]:
+    """Take the name of its type off the metadata, which TorchScript calls a function for."""
+    if at is None or len(args) <= at:
+        return origin, args
+    tagged = args[at]
+    if not isinstance(tagged, Object) or tagged.callee != _TYPE_TAG or not tagged.args:
+        return origin, args
+    args = (*args[:at], tagged.args[0], *args[at + 1 :])
+    return replace(origin, args=args) if origin else None, args
 
 
 def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorInfo:
     """Read a tensor from the arguments of one of the plain rebuild functions."""
     grad_at, hooks_at, metadata_at = _PLAIN_REBUILDS[name]
+    origin, args = _untagged(origin, args, metadata_at)
     storage, start = (*args[:2], None, None)[:2]
     view = storage if isinstance(storage, StorageView) else None
     if view is not None and type(start) is int:
@@ -283,7 +296,7 @@ def _says_no_more(name: str, hooks: Node, metadata: Node) -> bool:
     no_hooks = hooks is None or (
         isinstance(hooks, Object) and hooks.callee == _ORDERED_DICT and not hooks.steps
     )
-    no_metadata = metadata is None or (isinstance(metadata, Dict) and not metadata.pairs)
+    no_metadata = metadata is None or items(metadata) == []
     return name != "_rebuild_qtensor" and no_hooks and no_metadata
 
 
