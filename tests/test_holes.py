@@ -320,3 +320,13 @@ def test_a_distributed_tensor_of_no_elements_needs_no_chunk(tmp_path: Path, run:
     loaded = torch.load(tmp_path / "out.pth", weights_only=True)
     assert loaded["none"].shape == (0, 3)
     assert torch.equal(loaded["w"], W)
+
+
+def test_a_text_without_its_end_in_the_source_of_a_script_is_passed_over_once() -> None:
+    from ckptool.formats._script_source import parse
+
+    row = '"w", "' + '\\"' * 100_000
+    started = time.process_time()
+    found = parse(f"class A(Module):\n  __parameters__ = [{row}]\n")["A"]
+    assert found.parameters == {"w"}
+    assert time.process_time() - started < 5

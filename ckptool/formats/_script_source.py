@@ -17,7 +17,8 @@ _LIST = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
 _ATTRIBUTE = re.compile(
     r'^  (?:(\w+) : |__annotations__\["((?:[^"\\\n]|\\.)*)"\] = )(.+)$', re.MULTILINE
 )
-_TEXT = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
+# Possessive, so that a text without its closing quote is passed over once and not again and again.
+_TEXT = re.compile(r'"((?:[^"\\\n]|\\.)*+)("?)')
 _ESCAPE = re.compile(r"\\([0-7]{1,3}|.)")
 _LETTERS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
 
@@ -61,7 +62,7 @@ def _class(base: str, body: str) -> ScriptClass:
 
 
 def _texts(row: str) -> list[str]:
-    return [_unescaped(text) for text in _TEXT.findall(row)]
+    return [_unescaped(text) for text, closed in _TEXT.findall(row) if closed]
 
 
 def _unescaped(text: str) -> str:
