@@ -60,14 +60,17 @@ class Effort:
     fresh: int = 0
     repeated: int = 0
 
-    def pay(self, node: Node, count: int, key_length: int = 0) -> None:
-        """Count `count` things in a node; raises `LimitExceeded` for a tree of mere repeats."""
+    def pay(self, node: Node, count: int, *, named: int = 0, key_length: int = 0) -> None:
+        """Count `count` things in a node, and `named` keys that are longer than so many characters.
+
+        Raises `LimitExceeded` for a tree of mere repeats.
+        """
         if id(node) in self.seen:
             self.repeated += count
         else:
             self.seen.add(id(node))
             self.fresh += count
-        self.repeated += count * (key_length // LONG_KEY)
+        self.repeated += named * (key_length // LONG_KEY)
         if self.repeated > MAX_REPEATS + 16 * self.fresh:
             raise LimitExceeded("modules that repeat each other without end")
 
@@ -217,9 +220,10 @@ class _Collector:
         if held is None or self.is_packed(named):
             self.missing.add(where, named, "packs its entries: not all are listed")
         if held is None:
-            self.effort.pay(node, 1, len(prefix))
+            self.effort.pay(node, 1, named=1, key_length=len(prefix))
             return
-        self.effort.pay(node, held.cost, len(prefix))
+        # What it holds was paid for with the dicts that hold it: modules may share them.
+        self.effort.pay(node, 1, named=held.cost, key_length=len(prefix))
         self.classes[named] += 1
         for hook in held.hooks:
             kind = _class(hook) if isinstance(hook, Object) else hook

@@ -330,3 +330,14 @@ def test_a_text_without_its_end_in_the_source_of_a_script_is_passed_over_once() 
     found = parse(f"class A(Module):\n  __parameters__ = [{row}]\n")["A"]
     assert found.parameters == {"w"}
     assert time.process_time() - started < 5
+
+
+def test_modules_that_share_what_they_hold_are_no_bomb(tmp_path: Path, run: Run) -> None:
+    shared = {f"b{index}": W for index in range(1000)}
+    top = torch.nn.Module()
+    for index in range(400):
+        top.add_module(f"m{index}", torch.nn.Module())
+        top._modules[f"m{index}"]._buffers = shared  # type: ignore[union-attr,assignment]
+    done = run("unwrap", saved(top, tmp_path / "bomb.pth"), tmp_path / "out.pth")
+    assert done.code == 3
+    assert "modules that repeat each other without end" in done.err
