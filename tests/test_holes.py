@@ -7,10 +7,12 @@ import os
 import pickle
 import struct
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,3 +343,27 @@ def test_modules_that_share_what_they_hold_are_no_bomb(tmp_path: Path, run: Run)
     done = run("unwrap", saved(top, tmp_path / "bomb.pth"), tmp_path / "out.pth")
     assert done.code == 3
     assert "modules that repeat each other without end" in done.err
+
+
+def test_script_modules_that_share_their_attributes_take_no_time(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Part:
+        pass
+
+    Part.__module__, Part.__qualname__ = "__torch__", "Part"
+    monkeypatch.setitem(sys.modules, "__torch__", SimpleNamespace(Part=Part))  # type: ignore[misc]
+    shared = {f"a{index}": None for index in range(4000)}
+    top = Part()
+    for index in range(4000):
+        inner = top.__dict__[f"m{index}"] = Part()
+        inner.__dict__ = shared
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w") as archive:
+        archive.writestr("bomb/data.pkl", pickle.dumps(top, protocol=2))
+        archive.writestr("bomb/constants.pkl", pickle.dumps((), protocol=2))
+        archive.writestr("bomb/code/__torch__.py", "class Part(Module):\n  __parameters__ = []\n")
+    started = time.process_time()
+    done = run("keys", tmp_path / "bomb.pt")
+    assert done.code == 3
+    assert "modules that repeat each other without end" in done.err
+    assert time.process_time() - started < 3

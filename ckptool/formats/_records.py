@@ -93,6 +93,9 @@ class Records:
         )
 
 
+_BESIDE_A_NAME = 32  # what an entry takes in memory besides, in letters
+
+
 @dataclass(slots=True)
 class Budget:
     """Bounds the names that are made of shared parts by what the file has of them.
@@ -102,16 +105,19 @@ class Budget:
 
     letters: int
 
-    def spend(self, name: str) -> None:
-        """Count a name; raises `LimitExceeded` when there are too many."""
-        self.letters -= len(name) + 1
+    def spend(self, name: str, looks: int = 0) -> None:
+        """Count a name, and so many things that were looked at for it.
+
+        Raises `LimitExceeded` when there are too many.
+        """
+        self.letters -= len(name) + _BESIDE_A_NAME + looks
         if self.letters < 0:
             raise LimitExceeded("modules that repeat each other without end")
 
 
 def budget(nbytes: int) -> Budget:
     """Give the budget of so many bytes of metadata."""
-    return Budget((1 << 20) + 64 * nbytes)
+    return Budget((1 << 20) + 16 * nbytes)
 
 
 def read_records(reader: Reader, wanted: str) -> Records | None:

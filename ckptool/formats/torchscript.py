@@ -159,11 +159,11 @@ class _Modules:
         """Yield the parameters, the buffers, then what the submodules have."""
         if depth > MAX_NESTING:
             raise LimitExceeded(f"modules nested more than {MAX_NESTING} deep")
-        self._budget.spend(path)
         declared = self._declared(module)
         if declared is None:
             self.without_source[title(module.callee)] = None
         pairs = self._attributes(module, path, declared)
+        self._budget.spend(path, len(pairs))
         for kind in (_is_parameter, _is_buffer):
             for name, value in pairs:
                 if isinstance(value, TENSORS) and kind(declared, name):
