@@ -10,10 +10,10 @@ in between leaves the old files in the temporary folder.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptool import atomic
@@ -94,35 +94,33 @@ def atomic_set(target: Target, owns: Owns, last: str) -> Iterator[str]:
     is published after all others. Whatever fails, the target stays as it was. Raises `NoSpace`,
     `OutputExists` or `WriteError`.
     """
+    if not target.inside:  # a folder made by someone else meanwhile is not to be replaced
+        with atomic.atomic_folder(replace(target, force=False)) as temporary:
+            yield temporary
+        return
     temporary = atomic.beside(target)
+    published = False
     try:
         try:  # before the folder is made: a signal may come right after
             os.mkdir(temporary)
             yield temporary
             if target.sync:
                 atomic.flush_folder(temporary)
-            if target.inside:
-                _move_in(temporary, target, owns, last)
-            else:
-                _publish(temporary, target)
+            _move_in(temporary, target, owns, last)
+            published = True
         finally:
-            _remove(temporary)
+            _remove(temporary, replaced=published)
+        if target.sync:
+            atomic.flush_published(target)
+        if os.path.exists(temporary):
+            raise WriteError(
+                f"{target.path} was written, but what it replaced cannot be removed",
+                evidence=[temporary],
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{target.path} was written" if published else "") from None
     except OSError as error:
         raise atomic.write_error(error, target) from error
-    if target.sync:
-        atomic.flush_published(target)
-
-
-def _publish(temporary: str, target: Target) -> None:
-    try:
-        os.rename(temporary, target.path)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise OutputExists(
-                f"{target.path} was made by someone else meanwhile; it was left alone",
-                hint="name another folder",
-            ) from None
-        raise
 
 
 def _move_in(temporary: str, target: Target, owns: Owns, last: str) -> None:
@@ -145,8 +143,6 @@ def _move_in(temporary: str, target: Target, owns: Owns, last: str) -> None:
             with suppress(OSError):
                 step()
         raise
-    for name in os.listdir(aside):
-        os.unlink(os.path.join(aside, name))
 
 
 def _rename(old: str, new: str, undo: list[Callable[[], None]]) -> None:
@@ -158,11 +154,17 @@ def _unlinking(path: str) -> Callable[[], None]:
     return lambda: os.unlink(path)
 
 
-def _remove(temporary: str) -> None:
-    """Remove a temporary folder, but not old files that could not be moved back."""
+def _remove(temporary: str, *, replaced: bool) -> None:
+    """Remove a temporary folder; old files that could not be moved back stay in it.
+
+    With `replaced` they are what the new ones stand for, and go too.
+    """
+    aside = os.path.join(temporary, "old")
+    for folder in (aside, temporary) if replaced else (temporary,):
+        with suppress(OSError):
+            for name in os.listdir(folder):
+                path = os.path.join(folder, name)
+                with suppress(OSError):
+                    os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
     with suppress(OSError):
-        for name in os.listdir(temporary):
-            path = os.path.join(temporary, name)
-            with suppress(OSError):
-                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
         os.rmdir(temporary)

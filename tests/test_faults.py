@@ -57,7 +57,7 @@ def test_every_writing_command_is_here() -> None:
         for name in names
         if "--in-place" in command_options(name)
     }
-    assert commands == {job.arguments[0] for job in faults.JOBS if not job.folder}
+    assert commands == {job.arguments[0] for job in faults.JOBS if not job.ours}
     for word in ("--in-place", "--force", "--no-sync", "--untie"):
         assert any(word in job.arguments for job in faults.JOBS), word
     assert {Path(job.target).suffix for job in faults.JOBS} >= {".pth", ".safetensors"}

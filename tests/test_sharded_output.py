@@ -22,7 +22,7 @@ from test_output import Fault
 from test_preservation import header_of
 from test_sharded import LOOSELY, model
 
-from ckptool import atomic_set, formats, sharding
+from ckptool import atomic, formats, sharding
 from ckptool.errors import CkptoolError, EditError
 
 torch = pytest.importorskip("torch")
@@ -361,14 +361,14 @@ def test_old_files_that_cannot_be_moved_back_are_kept(
 def test_a_folder_that_appears_meanwhile_is_left_alone(
     run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = atomic_set._publish
+    real = atomic._publish_folder
 
     def late(*arguments: Any) -> None:
         (here / "out").mkdir()
         (here / "out" / "theirs").write_text("theirs")
         real(*arguments)
 
-    monkeypatch.setattr(atomic_set, "_publish", late)
+    monkeypatch.setattr(atomic, "_publish_folder", late)
     done = run("convert", "--max-shard-size", 170, "in.pth", "out")
     assert (done.code, "error[output-exists]" in done.err) == (5, True)
     assert list(listing(here / "out")) == ["theirs"]

@@ -63,11 +63,16 @@ class Job:
     source: str
     target: str
     old: bool = False
-    folder: bool = False  # the target is one, written through `atomic_folder` by a program of ours
+    folder: bool = False  # the target is one
 
     @property
     def arguments(self) -> list[str]:
         return self.line.format(s=self.source).split()
+
+    @property
+    def ours(self) -> bool:
+        """Tell whether a program of ours writes, not a command."""
+        return self.line.startswith("a folder")
 
     @property
     def in_place(self) -> bool:
@@ -90,6 +95,7 @@ JOBS = (
     Job("convert --force {s} out.pth", "plain.safetensors", "out.pth", old=True),
     Job("convert --untie {s} out.pth", "tied.pth", "out.pth"),
     Job("convert --no-sync {s} out.pth", "plain_legacy.pth", "out.pth"),
+    Job("convert --max-shard-size 300 {s} out", "plain.pth", "out", folder=True),
     Job("a folder of {s} at out", "plain.pth", "out", folder=True),
     Job("a folder of {s} at out --force", "plain.pth", "out", old=True, folder=True),
 )
@@ -240,7 +246,7 @@ def _child(
         exit_, close = os._exit, os.close
         counter.install()
         try:
-            code = write_folder(job) if job.folder else cli.main(job.arguments)
+            code = write_folder(job) if job.ours else cli.main(job.arguments)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         os.close = close
