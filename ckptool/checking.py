@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
 MAX_CALLS = 100  # dangerous calls that are listed
+BYTES_UNSEEN = "whether bytes of tensors changed"
 SHOWN = 3  # problems in a line
 
 
@@ -181,7 +182,7 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
         if not checkpoint.records:
             why = f"{title} files have no checksums"
         found.checksums = "no checksums recorded"
-        found.not_checked.append(f"whether bytes of tensors changed ({why})")
+        found.not_checked.append(f"{BYTES_UNSEEN} ({why})")
         return
     # Without their checksums, so that the first wrong one does not hide the others.
     jobs = {

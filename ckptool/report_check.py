@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ckptool.checking import Checked, Status
+from ckptool.checking import BYTES_UNSEEN, Checked, Status
 from ckptool.report import document
 from ckptool.safety import evidence_line
 from ckptool.text import counted, visible
@@ -13,6 +13,7 @@ from ckptool.text import counted, visible
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8
 _WIDEST_NAME = 56  # what is longer moves its own line alone
+_COLOURS = {Status.OK: "green", Status.DAMAGED: "red", Status.UNSAFE: "red"}
 _WIDEST_STATUS = max(len(status.value) for status in Status)
 
 
@@ -21,11 +22,17 @@ def row(found: Checked) -> str:
     return "\t".join(_cells(found))
 
 
-def aligned(found: Checked | None, files: Iterable[str]) -> str:
-    """Write the line of a file for people, the head for None; `files` are all there will be."""
+def aligned(found: Checked | None, files: Iterable[str], paint: Callable[[str, str], str]) -> str:
+    """Write the line of a file for people, the head for None; `files` are all there will be.
+
+    `paint` gives a text its colour.
+    """
     name, status, detail = HEAD if found is None else _cells(found)
     width = min(_WIDEST_NAME, max(len(HEAD[0]), *(len(visible(each)) for each in files)))
-    return f"{name:{width}}  {status:{_WIDEST_STATUS}}  {detail}"
+    status = f"{status:{_WIDEST_STATUS}}"
+    if found is not None:
+        status = paint(status, _COLOURS.get(found.status, "yellow"))
+    return f"{name:{width}}  {status}  {detail}"
 
 
 def _cells(found: Checked) -> tuple[str, str, str]:
@@ -59,6 +66,11 @@ def last_lines(results: Sequence[Checked]) -> list[str]:
     ]
     lines = [f"{counted(len(results), 'file')}: {', '.join(counts)}"] if len(results) > 1 else []
     unseen = dict.fromkeys(line for found in results for line in found.not_checked)
+    unhashed = [line for line in unseen if line.startswith(BYTES_UNSEEN)]
+    if len(unhashed) > 1:
+        count = sum(any(line in found.not_checked for line in unhashed) for found in results)
+        merged = f"{BYTES_UNSEEN} in {counted(count, 'file')} (without checksums)"
+        unseen = dict.fromkeys(merged if line in unhashed else line for line in unseen)
     always = "whether the values are the right ones"
     return [*lines, f"not checked: {visible('; '.join([*unseen, always]))}"]
 

@@ -47,11 +47,10 @@ def on_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def coloured(text: str, colour: str) -> str:
-    """Colour a word of talk where that is wanted."""
-    wanted = (
-        sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    )
+def coloured(text: str, colour: str, *, data: bool = False) -> str:
+    """Colour a word of talk, or of data, where that is wanted."""
+    stream = sys.stdout if data else sys.stderr
+    wanted = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return click.style(text, fg=colour, bold=True) if wanted else text
 
 

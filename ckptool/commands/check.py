@@ -39,13 +39,14 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
     paths = list(checking.expanded(files))
     results = []
     if not as_json and talk.on_terminal():
-        talk.put([report_check.aligned(None, paths)])
+        talk.put([report_check.aligned(None, paths, _paint)])
     bugs: list[Exception] = []
     for found in _checked(paths, quiet, how, bugs):
         results.append(found)
         if not as_json:
             wide = talk.on_terminal()
-            talk.put([report_check.aligned(found, paths) if wide else report_check.row(found)])
+            line = report_check.aligned(found, paths, _paint) if wide else report_check.row(found)
+            talk.put([line])
     if as_json:
         talk.put([report_check.check_document(results)])
     for found in results:
@@ -54,6 +55,10 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
     if bugs:
         raise bugs[0]
     return max((found.status.exit_code for found in results), default=0)
+
+
+def _paint(text: str, colour: str) -> str:
+    return talk.coloured(text, colour, data=True)
 
 
 def _checked(
