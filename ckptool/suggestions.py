@@ -248,6 +248,11 @@ def _safety(facts: Survey) -> Advised:
         yield Advice(reason, "convert", ("--tensors-only",), "tensors")
 
 
+def _whole_model(facts: Survey) -> bool:
+    """Tell whether the file needs the code of a model to load, as a copy of it would."""
+    return not facts.checkpoint.program and any(place.module for place in facts.places)
+
+
 def _holds_dicts(facts: Survey) -> bool:
     """Tell whether the file holds a state_dict itself, not only modules that would give one."""
     return not facts.checkpoint.program and any(not place.module for place in facts.places)
@@ -275,7 +280,8 @@ def _lost(facts: Survey) -> Advised:
         yield Advice(reason, *_SAFETENSORS)
     unread = facts.checkpoint.unread_nbytes
     single = len(facts.checkpoint.files) == 1 and not facts.checkpoint.program
-    if _much(facts, unread) and single and facts.verdict.level is not Level.DANGEROUS:
+    harmless = facts.verdict.level is not Level.DANGEROUS
+    if _much(facts, unread) and single and harmless and not _whole_model(facts):
         names = listed(facts.checkpoint.unread, 3)
         reason = f"{readable(unread)} that nothing refers to ({names})"
         yield Advice(reason, "convert", (), "new")
@@ -300,7 +306,7 @@ def _portable(facts: Survey) -> Advised:
 
 def _newer(facts: Survey) -> Advised:
     """Offer a torch zip of today for what older torch or another tool wrote."""
-    if facts.verdict.level is Level.DANGEROUS:
+    if facts.verdict.level is Level.DANGEROUS or _whole_model(facts):
         return
     if facts.checkpoint.container not in ("torch-zip", "torch-legacy"):
         if facts.checkpoint.container != "safetensors" and not facts.checkpoint.program:
