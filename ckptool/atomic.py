@@ -24,7 +24,7 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.fileio import reason, write_at
-from ckptool.text import listed, quoted
+from ckptool.text import listed, quoted, readable
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -55,7 +55,7 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
     """
     shown, real = str(path), os.path.realpath(path)
     if shown.endswith(("/", os.sep)):
-        raise WriteError(f"{shown} names a folder", hint="name a file as the output")
+        raise WriteError(f"{shown} names a folder", hint=_FOLDERS)
     if shown == "-":
         raise WriteError("output goes to files, not to stdout", hint="./- is a file of that name")
     if os.path.exists(real):
@@ -63,6 +63,8 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
             raise SameFile(
                 f"{shown} is the input itself", hint="name another output, or use --in-place"
             )
+        if os.path.isdir(real):
+            raise WriteError(f"{shown} is a folder", hint=_FOLDERS)
         if not os.path.isfile(real):
             raise WriteError(f"{shown} is not a regular file", hint="name a file as the output")
         if not force:
@@ -70,6 +72,12 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
     target = Target(real, force, sync)
     refuse_unwritable(shown, target)
     return target
+
+
+_FOLDERS = (
+    "name a file as the output; ckptool convert writes folders with --max-shard-size SIZE (shards) "
+    "or --to dcp (distributed)"
+)
 
 
 def refuse_folder(
@@ -125,7 +133,7 @@ def refuse_full(target: Target, nbytes: int) -> None:
     free = free_space(target)
     if free is not None and nbytes > free:
         raise NoSpace(
-            f"{target.path} needs {nbytes} bytes; {free} are free",
+            f"{target.path} needs {readable(nbytes)}; {readable(free)} are free",
             hint="make room, or name an output on another file system",
         )
 
@@ -294,7 +302,13 @@ def _remove_replaced(old: str, target: Target) -> None:
 
 def write_error(error: OSError, target: Target) -> WriteError:
     """Say in words why output could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        return NoSpace(
+            f"{target.path} cannot be written: it is over a limit on the size of files; nothing "
+            "was kept",
+            hint="ulimit -f shows the limit of the shell; file systems have theirs",
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(
             f"no space left while writing {target.path}; nothing was kept",
             hint="make room, or name an output on another file system",

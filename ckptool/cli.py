@@ -149,7 +149,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
-        say(_usage(error))
+        say(_usage(error, arguments))
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -201,8 +201,10 @@ def _of_system(error: OSError) -> WriteError:
     return WriteError(f"{error.filename or 'the standard output'} cannot be written: {reason}")
 
 
-def _usage(error: click.UsageError) -> list[str]:
-    command = error.ctx.command_path if error.ctx else "ckptool"
+def _usage(error: click.UsageError, arguments: list[str]) -> list[str]:
+    # click names no command where an option lacks its value.
+    named = [name for names in GROUPS.values() for name in names if name in arguments[:1]]
+    command = error.ctx.command_path if error.ctx else " ".join(["ckptool", *named])
     first, *rest = error.format_message().rstrip(".").splitlines() or [""]
     lines = [f"error[usage]: {first[:1].lower()}{first[1:]}", *rest]
     return [*map(visible, lines), f"hint: {command} --help"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
+from ckptool.text import counted, quoted
 
 KeyEdit = Callable[[str], str | None]
 Maker = Callable[[Sequence[str]], KeyEdit]  # all keys -> the edit of one
@@ -126,12 +127,16 @@ def _without_components(key: str, wanted: str) -> str:
 
 
 def _prefix_hint(keys: Sequence[str], wanted: str) -> str:
-    for wrapper in WRAPPERS:
-        if wrapper != wanted and keys and all(key.startswith(wrapper) for key in keys):
-            return f"every key starts with `{wrapper}`: --prefix {wrapper}"
+    wrappers = peeled(keys)
+    if wrappers:
+        prefix = "auto" if len(wrappers) > 1 else wrappers[0]
+        return f"every key starts with `{''.join(wrappers)}`: --prefix {prefix}"
     if any(f".{wanted}" in key for key in keys):
         return f"`{wanted}` stands inside keys: --anywhere"
-    return ""
+    close = [] if wanted in WRAPPERS else close_matches(wanted.rstrip("."), keys)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    return _shared_by_most(keys)
 
 
 def peeled(keys: Sequence[str]) -> list[str]:
@@ -180,7 +185,7 @@ def _shared_by_most(keys: Sequence[str]) -> str:
         count = sum(key.startswith(wrapper) for key in keys)
         if count:
             return f"{count} of {len(keys)} keys start with `{wrapper}`: --prefix {wrapper}"
-    return ""
+    return "no known wrapper prefix on any key: nothing to strip" if keys else ""
 
 
 def add_prefix(prefix: str = DEFAULT_PREFIX) -> Edit:
@@ -279,12 +284,30 @@ def select(patterns: Sequence[str], keys: Sequence[str]) -> set[str]:
 
 def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
     """Say that a pattern selects nothing, what keys look like, and what comes close."""
-    close = close_matches(pattern, keys)
+    hint = _without_wrappers(pattern, keys)
+    if not hint:
+        close = close_matches(pattern, keys)
+        hint = f"did you mean `{close[0]}`?" if close else ""
     return NothingMatched(
         f"`{pattern}` selects none of {len(keys)} keys",
         evidence=[f"keys are like {key}" for key in _examples(keys)],
-        hint=f"did you mean `{close[0]}`?" if close else "",
+        hint=hint,
     )
+
+
+def _without_wrappers(pattern: str, keys: Sequence[str]) -> str:
+    """Offer a pattern as it is after its wrapper prefixes have come off the keys."""
+    wrappers = peeled([pattern])
+    inner = unwrapped(pattern, wrappers)
+    if not wrappers:
+        return ""
+    matches = matcher(inner)
+    count = sum(matches(key) for key in keys)
+    if not count:
+        return ""
+    prefix = "".join(wrappers)
+    found = f"`{inner}` selects {counted(count, 'key')}"
+    return f"{found}: here they have no `{prefix}` (transfer peels it first)"
 
 
 def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
@@ -313,10 +336,11 @@ def _examples(keys: Sequence[str]) -> list[str]:
 # Applying.
 
 
-def apply(steps: Sequence[Edit], keys: Sequence[str]) -> tuple[KeyMap, KeyEdit]:
+def apply(steps: Sequence[Edit], keys: Sequence[str], source: str = "IN") -> tuple[KeyMap, KeyEdit]:
     """Apply edits one after the other; give what they did, and all of them as one edit.
 
-    Raises what the edits raise, and `KeyCollision` where two keys would become one.
+    `source` is the input as a command names it. Raises what the edits
+    raise, and `KeyCollision` where two keys would become one.
     """
     now: list[str | None] = list(keys)
     why: dict[str, tuple[str, str]] = {}
@@ -333,7 +357,7 @@ def apply(steps: Sequence[Edit], keys: Sequence[str]) -> tuple[KeyMap, KeyEdit]:
                 if now[index] is None:
                     why[keys[index]] = (key, step.reason)
     pairs = tuple(zip(keys, now, strict=True))
-    _refuse_collision(pairs)
+    _refuse_collision(pairs, source)
 
     def all_of(key: str) -> str | None:
         result: str | None = key
@@ -363,7 +387,7 @@ def _said(step: Edit, before: Sequence[str], after: Sequence[str | None]) -> lis
     return [f"stripped `{prefix}` from {count}"]
 
 
-def _refuse_collision(pairs: Sequence[tuple[str, str | None]]) -> None:
+def _refuse_collision(pairs: Sequence[tuple[str, str | None]], source: str) -> None:
     taken: dict[str, str] = {}
     for old, new in pairs:
         if new is None:
@@ -373,7 +397,7 @@ def _refuse_collision(pairs: Sequence[tuple[str, str | None]]) -> None:
         if new in taken:
             raise KeyCollision(
                 f"{taken[new]} and {old} would both become {new}",
-                hint="leave one of them out first: ckptool convert --drop KEY IN OUT",
+                hint=f"leave one out first: ckptool convert --drop {quoted(old)} {source} OUT",
             )
         taken[new] = old
 

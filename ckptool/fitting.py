@@ -13,6 +13,7 @@ from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin
 from ckptool.edits import Edit
 from ckptool.errors import AmbiguousStateDict, PoorFit
+from ckptool.plan import argument
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
 from ckptool.text import percent
@@ -172,7 +173,7 @@ def _shapes_after(
 ) -> dict[str, Shape]:
     """Say which keys and shapes are there after the first edits."""
     state = places.find(checkpoint, options.at)
-    key_map, _ = edits.apply(steps, list(state.entries))
+    key_map, _ = edits.apply(steps, list(state.entries), argument(checkpoint, options))
     values = {new: state.entries[old] for old, new in key_map.pairs if new is not None}
     return {key: value.shape for key, value in values.items() if isinstance(value, TENSORS)}
 

@@ -83,7 +83,7 @@ def make_plan(
     if state is not None and state.module and not bare:
         _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
     keys = list(state.entries) if state else _all_keys(checkpoint)
-    key_map, edit = edits.apply(steps, keys)
+    key_map, edit = edits.apply(steps, keys, argument(checkpoint, options))
     plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
     if options.tensors_only and not bare:
         _leave_classes(plan)
@@ -99,6 +99,12 @@ def make_plan(
     _leave_behind(plan, bare=bare, options=options)
     _judge(plan, bare=bare, options=options)
     return plan
+
+
+def argument(checkpoint: Checkpoint, options: Options) -> str:
+    """Write the input as a command takes it, with the place that was chosen."""
+    at = f"--at {quoted(options.at)} " if options.at is not None else ""
+    return f"{at}{quoted(checkpoint.path)}"
 
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:

@@ -86,8 +86,8 @@ def rewrite_sharded(
     surgery.refuse_expansion(checkpoint, whole, options)
     shards = tuple(Shard(each.name, len(each.keys), each.layout.nbytes) for each in files)
     result = replace(surgery.result_of(plan, str(target), whole, place, options), shards=shards)
+    atomic.refuse_full(place, whole.nbytes)
     if not options.dry_run:
-        atomic.refuse_full(place, whole.nbytes)
         _write(place, files, index, plan, progress(whole.job_nbytes))
     return result
 

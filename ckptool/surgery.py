@@ -20,7 +20,7 @@ from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
 from ckptool.formats import safetensors, torch_zip
 from ckptool.plan import Dropped, Options, Plan, add_entries, make_plan
 from ckptool.tensor import TENSORS, Packing, TensorInfo
-from ckptool.text import readable
+from ckptool.text import quoted, readable
 from ckptool.tree import Node
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -127,8 +127,8 @@ def rewrite(
     layout = lay_out(plan, options)
     refuse_expansion(checkpoint, layout, options)
     result = result_of(plan, str(target), layout, place, options)
+    atomic.refuse_full(place, layout.nbytes)
     if not options.dry_run:
-        atomic.refuse_full(place, layout.nbytes)
         _write(place, layout, plan, progress(layout.job_nbytes))
     return result
 
@@ -175,7 +175,8 @@ def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
     if options.to == "dcp":
         raise EditError(
             "only convert writes a distributed checkpoint, and it takes edits as options",
-            hint="ckptool convert IN OUT_DIR --to dcp --strip-prefix auto --drop PATTERN ...",
+            hint=f"ckptool convert {quoted(checkpoint.path)} {quoted(target)} --to dcp "
+            "--strip-prefix auto --drop PATTERN ...",
         )
     if options.to is not None:
         return BY_WORD[options.to]

@@ -17,6 +17,7 @@ import tomllib
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -618,6 +619,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert told["nbytes"] == out.stat().st_size
 
 
+def test_dry_run_refuses_what_does_not_fit(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=100, f_frsize=1))
+    for more in ((), ("--max-shard-size", "1GB")):
+        out = tmp_path / ("folder" if more else "out.pth")
+        done = run("convert", "-n", good / "plain.pth", out, *more)
+        assert (done.code, done.out) == (5, "")
+        assert re.search(r"error\[no-space\]: \S+ needs \S+ \w*B; 100 B are free", done.err)
+
+
 def test_dry_run_refuses_what_a_run_would(run: Run, good: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.pth"
     out.write_bytes(b"old")
@@ -917,6 +929,57 @@ def test_off_a_terminal_progress_is_whole_lines(
 
 
 # Colour and characters.
+
+
+def test_statuses_of_check_are_coloured_on_a_terminal(
+    good: Path, hostile: Path, tmp_path: Path
+) -> None:
+    arguments = ("check", good / "plain.pth", hostile / "os_system.pth", hostile / "html_page.pth")
+    shown = on_terminal(*arguments, cwd=tmp_path, env={"NO_COLOR": ""})[1]
+    plain = on_terminal(*arguments, cwd=tmp_path, env={"NO_COLOR": "1"})[1]
+    for colour, status in ((32, "ok"), (31, "unsafe"), (33, "not-a-checkpoint")):
+        assert f"\x1b[{colour}m\x1b[1m{status:16}\x1b[0m" in shown
+    assert re.sub(r"\x1b\[\d+m", "", shown) == plain
+
+
+def test_hints_hold_what_was_asked(run: Run, good: Path, tmp_path: Path) -> None:
+    def hint(*arguments: object) -> str:
+        return run(*arguments).err.rpartition("hint: ")[2].strip()
+
+    out = tmp_path / "out.safetensors"
+    extra = good / "extra_state.pth"
+    assert hint("convert", extra, out) == (
+        f"ckptool convert {extra} {out} --tensors-only   leaves them behind"
+    )
+    collision = good / "collision.pth"
+    told = hint("strip-prefix", collision, out)
+    assert told.startswith("leave one out first: ckptool convert --drop ")
+    assert told.endswith(f" {collision} OUT")
+    assert run(*told.split()[5:-1], tmp_path / "first.pth").code == 0
+    assert run("strip-prefix", tmp_path / "first.pth", tmp_path / "second.pth").code == 0
+    for target in (tmp_path, f"{tmp_path}/new/"):
+        assert "--max-shard-size SIZE" in hint("convert", extra, target)
+        assert "--to dcp" in hint("convert", extra, target)
+    assert hint("convert", "--at") == "ckptool convert --help"
+    assert hint("keys", "--at") == "ckptool keys --help"
+    peeled = hint("transfer", good / "model_best.pth.tar", out, "--drop", "module.classifier")
+    assert peeled.startswith("`classifier` selects 2 keys")
+    assert "transfer peels it first" in peeled
+    done = run("convert", extra, out, "--keep", "@nofile")
+    assert done.err == (
+        "error[edit-error]: the pattern file nofile cannot be read: no such file or directory\n"
+    )
+
+
+def test_a_limit_on_the_size_of_files_is_told(good: Path, tmp_path: Path) -> None:
+    command = f"ulimit -f 1; {sys.executable} -m ckptool convert {good / 'plain.pth'} out.pth"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 5
+    assert "a limit on the size of files" in done.stderr
+    assert "ulimit -f" in done.stderr
+    assert listing(tmp_path) == {}
 
 
 def test_colour_is_for_terminals_that_want_it(tmp_path: Path) -> None:

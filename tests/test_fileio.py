@@ -359,7 +359,7 @@ def test_targets_are_refused_before_writing(tmp_path: Path) -> None:
                 place(name, force)
     with pytest.raises(OutputExists):
         place("old")
-    with pytest.raises(WriteError, match="not a regular file"):
+    with pytest.raises(WriteError, match="is a folder"):
         place(".")
     with pytest.raises(WriteError, match="does not exist") as caught:
         place("no where/new")

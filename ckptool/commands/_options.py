@@ -169,8 +169,10 @@ def patterns(given: Sequence[str]) -> list[str]:
                 read = [line.strip() for line in lines]
         except (OSError, UnicodeDecodeError) as error:
             from ckptool.errors import EditError
+            from ckptool.fileio import reason
 
-            raise EditError(f"the pattern file {text[1:]} cannot be read: {error}") from None
+            why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise EditError(f"the pattern file {text[1:]} cannot be read: {why}") from None
         named = [line for line in read if line and not line.startswith("#")]
         if not named:
             from ckptool.errors import NothingMatched

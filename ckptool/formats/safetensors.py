@@ -197,7 +197,8 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) ->
         raise NotRepresentable(
             f"safetensors cannot hold {len(left.unfit)} of {len(entries)} entries",
             evidence=[f"{key}   {reason}" for key, reason in list(left.unfit.items())[:20]],
-            hint="--tensors-only leaves them behind, ckptool convert --drop KEY one of them",
+            option="--tensors-only",
+            hint="leaves them behind",
         )
     kept = {key: info for key, info in entries.items() if key not in left.ties}
     ordered = sorted(kept.items(), key=lambda item: (item[1].dtype.rank, item[0].encode()))

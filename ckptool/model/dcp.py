@@ -67,9 +67,9 @@ def convert(
         nbytes = sum(_nbytes(value) for value in flat.values())
         surgery.refuse_expansion(checkpoint, Layout(nbytes, [], []), options)
         result = surgery.result_of(plan, str(target), Layout(nbytes, [], []), place, options)
+        atomic.refuse_full(place, nbytes)
         if options.dry_run:
             return result
-        atomic.refuse_full(place, nbytes)
         return replace(result, nbytes=_write(place, plan, content, meant, progress))
 
 
