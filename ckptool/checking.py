@@ -33,7 +33,8 @@ from ckptool.errors import (
 from ckptool.filehash import hash_in
 from ckptool.fileio import CHUNK, Reader
 from ckptool.finite import Tally, floating, not_finite
-from ckptool.safety import Call, Level, Verdict
+from ckptool.names import Level, level
+from ckptool.safety import Call, Verdict
 from ckptool.survey import unused_nbytes
 from ckptool.text import counted, listed, readable
 from ckptool.tree import Global, Object
@@ -340,7 +341,7 @@ def _of_no_checkpoint(path: str) -> tuple[dict[Global, int], list[Object]]:
     wanted = {
         name: offset
         for name, offset in named.items()
-        if safety.level(name) is Level.DANGEROUS
+        if level(name) is Level.DANGEROUS
         and all(step.isidentifier() for step in f"{name}".split("."))
     }
     return wanted, calls

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptool import checkpoint as places, edits, module_metadata, safety
+from ckptool import checkpoint as places, edits, module_metadata, pruning, safety
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.edits import Edit, KeyMap
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.formats import safetensors
+from ckptool.names import Level
 from ckptool.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.text import counted, quoted
 from ckptool.tree import Node
@@ -218,7 +219,7 @@ def _has_optimizer(tree: Node) -> bool:
 def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
     """With --tensors-only, take out what is neither tensor nor plain value; untie on request."""
     if options.tensors_only:
-        tree, left = safety.only_plain(plan.checkpoint.tree)
+        tree, left = pruning.only_plain(plan.checkpoint.tree)
         plan.checkpoint = replace(plan.checkpoint, tree=tree)
         if plan.state is None:
             plan.not_carried += left
@@ -311,7 +312,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     if bare or options.tensors_only:
         carried = safety.judge(safety.names_in(source.tree))
     if plan.container == "safetensors":
-        carried = safety.Verdict(safety.Level.PLAIN, {}, {})
+        carried = safety.Verdict(Level.PLAIN, {}, {})
     if carried.dangerous:
         raise UnsafePickle(
             f"{source.path} would run code when loaded; nothing was executed or written",

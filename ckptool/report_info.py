@@ -10,8 +10,8 @@ from typing import Any
 from ckptool import checkpoint as places, safety
 from ckptool.edits import WRAPPERS
 from ckptool.frameworks import Framework
+from ckptool.names import Level
 from ckptool.report import container_title, document
-from ckptool.safety import Level
 from ckptool.suggestions import Suggestion
 from ckptool.survey import Beside, Place, Survey, Total
 from ckptool.text import counted, listed, percent, readable, table, visible

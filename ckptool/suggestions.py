@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ckptool import checkpoint as places, edits
 from ckptool.edits import WRAPPERS
-from ckptool.safety import Level
+from ckptool.names import Level
 from ckptool.survey import Beside, Place, Survey
 from ckptool.text import counted, listed, percent, quoted, readable
 

@@ -22,6 +22,7 @@ from watch import NEVER
 
 from ckptool import formats, safety, surgery
 from ckptool.errors import CkptoolError, FormatError
+from ckptool.names import Level
 from ckptool.surgery import Options
 
 Run = Callable[..., Outcome]
@@ -222,7 +223,7 @@ def test_hostile_files(run: Run, here: Path, path: Path) -> None:
             assert listing(here).keys() == {*command[2:], *command[3:]} - {str(path), "{source}"}
             for name in listing(here):
                 written = formats.read(name)
-                assert safety.judge(written.globals).level < safety.Level.DANGEROUS
+                assert safety.judge(written.globals).level < Level.DANGEROUS
                 os.unlink(name)
         else:
             assert done.out == ""
@@ -260,7 +261,7 @@ def test_hostile_files_in_other_commands(
         assert listing(here) == {}
     for name in listing(here):
         assert name == command[2]
-        assert safety.judge(formats.read(name).globals).level < safety.Level.DANGEROUS
+        assert safety.judge(formats.read(name).globals).level < Level.DANGEROUS
 
 
 # Nothing is executed: an audit hook sees every import, open and call of the system.

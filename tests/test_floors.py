@@ -23,9 +23,9 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 FLOORS = (
     ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "filehash.py", "__init__.py"),
     ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
-    ("chunks.py",),
+    ("chunks.py", "names.py"),
     ("modules.py",),
-    ("fileio.py", "checkpoint.py", "safety.py", "compare_values.py"),
+    ("fileio.py", "checkpoint.py", "pruning.py", "safety.py", "compare_values.py"),
     ("atomic.py", "copying.py", "spool.py", "naming.py", "compare_numpy.py"),
     ("atomic_set.py",),
     ("edits.py", "finite.py", "formats/*.py", "frameworks.py", "compare_bytes.py"),
@@ -245,7 +245,7 @@ def test_opcodes_stay_in_the_pickle_rooms() -> None:
         text = FILES[name].read_text(encoding="utf-8")
         if name not in ("pickle_reader.py", "pickle_writer.py"):
             assert "BINPUT" not in text, name
-        if name not in ("formats/_torch_tree.py", "safety.py") and not name.startswith("model/"):
+        if name not in ("formats/_torch_tree.py", "names.py") and not name.startswith("model/"):
             code = "\n".join(ast.unparse(ast.Constant(each)) for each in literals(name))
             assert "_rebuild_" not in code, name
 

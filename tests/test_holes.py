@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from ckptool import checkpoint, formats, safety
+from ckptool import checkpoint, formats
 from ckptool.errors import KeyCollision, Malformed
+from ckptool.names import Level, level
 from ckptool.text import quoted, visible
 from ckptool.tree import Dict, Global, Object
 
@@ -48,8 +49,8 @@ def listed(path: Path) -> list[str]:
     ],
 )
 def test_classes_that_compile_what_they_are_given_are_dangerous(name: tuple[str, str]) -> None:
-    assert safety.level(Global(*name)) is safety.Level.DANGEROUS
-    assert safety.level(Global("torch.ao.quantization.stubs", "QuantStub")) is safety.Level.FOREIGN
+    assert level(Global(*name)) is Level.DANGEROUS
+    assert level(Global("torch.ao.quantization.stubs", "QuantStub")) is Level.FOREIGN
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_classes_that_compile_what_they_are_given_are_dangerous(name: tuple[str,
     ],
 )
 def test_what_runs_code_is_dangerous_whoever_looks(name: str) -> None:
-    assert safety.level(Global(*name.split())) is safety.Level.DANGEROUS
+    assert level(Global(*name.split())) is Level.DANGEROUS
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_what_runs_code_is_dangerous_whoever_looks(name: str) -> None:
     ],
 )
 def test_what_ordinary_checkpoints_hold_is_no_alarm(name: str) -> None:
-    assert safety.level(Global(*name.split())) is safety.Level.FOREIGN
+    assert level(Global(*name.split())) is Level.FOREIGN
 
 
 def test_an_end_record_in_the_comment_of_another_is_not_believed(tmp_path: Path) -> None:

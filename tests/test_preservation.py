@@ -37,6 +37,7 @@ from ckptool.errors import (
     NotRepresentable,
     WriteError,
 )
+from ckptool.names import Level
 from ckptool.surgery import Options, Rewrite
 
 torch = pytest.importorskip("torch")
@@ -808,7 +809,7 @@ def test_bytes_do_not_hang_on_the_hash_seed(tmp_path: Path) -> None:
 def test_torch_takes_exactly_the_plain_outputs(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out.pth"
     do(name, "no edit", "torch-zip", out)
-    plain = safety.judge(formats.read(out).globals).level is safety.Level.PLAIN
+    plain = safety.judge(formats.read(out).globals).level is Level.PLAIN
     # python2_training is plain; its text is of no encoding that torch would know
     assert plain is (trusted(name, bare=False) or name == "python2_training.pth")
     if not plain:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from ckptool import formats, pickle_reader, safety
-from ckptool.safety import FOREIGN, PLAIN, Level, judge, level, only_plain
+from ckptool.names import FOREIGN, PLAIN, Level, level, python3_name
+from ckptool.pruning import only_plain
+from ckptool.safety import judge
 from ckptool.tree import Dict, Global, Node, Object, Set
 
 TABLE_OF = (2, 15)  # the torch that the table of plain names was taken from
@@ -146,8 +148,8 @@ def test_modules_that_later_or_earlier_pythons_lack_are_known() -> None:
 
 
 def test_python_2_names_mean_what_python_3_makes_of_them() -> None:
-    assert safety.python3_name(Global("__builtin__", "eval")) == ("builtins", "eval")
-    assert safety.python3_name(Global("commands", "getoutput")) == ("subprocess", "getoutput")
+    assert python3_name(Global("__builtin__", "eval")) == ("builtins", "eval")
+    assert python3_name(Global("commands", "getoutput")) == ("subprocess", "getoutput")
     assert level(Global("__builtin__", "unicode")) is level(Global("builtins", "str"))
 
 

@@ -20,7 +20,7 @@ from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.fileio import Reader, Stamp
 from ckptool.formats import _dcp_metadata, torch_zip
 from ckptool.formats._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
-from ckptool.safety import Level, level
+from ckptool.names import Level, level
 from ckptool.tensor import (
     Chunk,
     Chunked,

@@ -20,6 +20,7 @@ from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.model import libraries, loading
 from ckptool.model.devices import is_out_of_memory
 from ckptool.model.zoo import last_line
+from ckptool.names import Level
 from ckptool.tensor import Packing, TensorInfo
 
 
@@ -69,7 +70,7 @@ def load(source: Source) -> Native:
 
 def _by_torch(source: Source) -> Native:
     verdict = safety.judge(source.checkpoint.globals)
-    if verdict.level is not safety.Level.PLAIN:
+    if verdict.level is not Level.PLAIN:
         names = [str(each) for each in (*verdict.dangerous, *verdict.foreign)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise _Refused(f"it names {', '.join(names[:3])}{more}, not given to torch.load")

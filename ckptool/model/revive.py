@@ -19,7 +19,7 @@ from ckptool.dtype import BY_TORCH_NAME, DType
 from ckptool.errors import CkptoolError, Malformed, Unsupported
 from ckptool.fileio import Reader, Readers, fill, unpacked
 from ckptool.model import libraries
-from ckptool.safety import python3_name
+from ckptool.names import python3_name
 from ckptool.tensor import CompositeTensor, Packing, Storage, TensorInfo, needs_swap
 from ckptool.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
 

@@ -32,6 +32,7 @@ import mutate
 from watch import Event, Watch
 
 from ckptool import cli, formats, safety
+from ckptool.names import Level
 from ckptool.text import visible
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -425,7 +426,7 @@ def _output_complaints(path: Path) -> Iterator[str]:
     except Exception as error:
         yield f"the output does not read back: {type(error).__name__}: {error}"
         return
-    if safety.judge(found.globals).level >= safety.Level.DANGEROUS:
+    if safety.judge(found.globals).level >= Level.DANGEROUS:
         yield "the output would run code when loaded"
 
 
