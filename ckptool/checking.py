@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ckptool import checkpoint as places, fileio, formats, safety
+from ckptool import checkpoint as places, fileio, formats, safety, walk
 from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin, Copy, Progress, run_jobs
 from ckptool.errors import (
@@ -376,7 +376,7 @@ def _names(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _summary(checkpoint: Checkpoint) -> str:
-    count = sum(1 for _ in places.tensors(checkpoint.tree))
+    count = sum(1 for _ in walk.tensors(checkpoint.tree))
     title = formats.BY_NAME[checkpoint.container].title
     return f"{title}, {readable(checkpoint.nbytes)}, {counted(count, 'tensor')}"
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from ckptool import modules
 from ckptool.errors import (
@@ -21,24 +20,21 @@ from ckptool.errors import (
     Malformed,
     NoSuchKey,
 )
+from ckptool.replacing import make_state_dict
 from ckptool.tensor import TENSORS, AnyTensor, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, table
 from ckptool.tree import (
-    MAX_NESTING,
-    ORDERED_DICT,
     Dict,
     Global,
     Node,
     Object,
-    Pairs,
-    PersistentId,
-    Set,
     attribute as attribute,
     children,
     items as items,
-    python2_items,
+    named_items as named_items,
     text_items as text_items,
 )
+from ckptool.walk import INNER, Path, dotted, label, tensors
 
 MAX_CANDIDATE_DEPTH = 4
 MAX_LISTED = 100  # items of a list that are named one by one
@@ -50,8 +46,6 @@ KNOWN_NAMES = frozenset(
 )
 NOT_STATE_DICTS = ("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler")
 NOT_MODELS = (*NOT_STATE_DICTS, "hyper_parameters", "hparams")  # copies of modules to be trained
-
-Path = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +113,6 @@ class Candidate:
     nbytes: int
     prefix: str
     module: str = ""
-
-
-def named_items(node: Node) -> list[tuple[str, Node]]:
-    """Give those pairs of a dict whose keys are text; a way to the state_dict goes by names."""
-    return [(key, value) for key, value in items(node) or [] if isinstance(key, str)]
 
 
 def common_prefix(keys: Sequence[str]) -> str:
@@ -347,11 +336,6 @@ def _table(found: list[Candidate]) -> list[str]:
     return table(rows)
 
 
-def dotted(path: Path) -> str:
-    """Write a path as `--at` takes it."""
-    return ".".join(path)
-
-
 def _named(checkpoint: Checkpoint, at: str) -> StateDict:
     path = () if at in ("", ".") else _resolve(checkpoint, at)
     state = state_dict_at(checkpoint, path)
@@ -487,7 +471,7 @@ def repeated_keys(checkpoint: Checkpoint) -> list[str]:
     stack = [checkpoint.tree]
     while stack:
         node = stack.pop()
-        if isinstance(node, _INNER) and id(node) not in seen:
+        if isinstance(node, INNER) and id(node) not in seen:
             seen.add(id(node))
             pairs = named_items(node)
             if len({key for key, _ in pairs}) != len(pairs):
@@ -524,7 +508,7 @@ def _labels(node: Node) -> list[str]:
     held = modules.parts(node, modules.Effort())
     if held is not None:
         return [name for name, _ in (*held.tensors, *held.modules)]
-    return [_label(key) for key, _ in items(node) or modules.attributes(node) or []]
+    return [label(key) for key, _ in items(node) or modules.attributes(node) or []]
 
 
 def also_at(tree: Node, at: Path) -> list[Path]:
@@ -545,142 +529,6 @@ def also_at(tree: Node, at: Path) -> list[Path]:
     return found
 
 
-def replaced(tree: Node, at: Path, node: Node) -> Node:
-    """Give the tree with another node at a place; what is not on the way is shared."""
-    if not at:
-        return node
-    step, rest = at[0], at[1:]
-    if isinstance(tree, list | tuple):
-        place = int(step)
-        return type(tree)([*tree[:place], replaced(tree[place], rest, node), *tree[place + 1 :]])
-    given = None if named_items(tree) else modules.attributes(tree)
-    pairs = items(tree) or [] if given is None else given
-    last = next(value for key, value in reversed(pairs) if key == step)
-
-    def swap(pairs: Pairs) -> Pairs:
-        return [
-            (key, replaced(value, rest, node) if value is last and key == step else value)
-            for key, value in pairs
-        ]
-
-    if isinstance(tree, Dict):
-        return Dict(swap(tree.pairs))
-    if given is not None:
-        return _with_attributes(tree, Dict(swap(given)))
-    args, rows = tree.args, python2_items(tree)
-    if rows:
-        args = ([list(pair) for pair in swap(rows)],)
-    steps = [
-        (kind, swap(payload) if kind == "setitem" else payload) for kind, payload in tree.steps
-    ]
-    return replace(tree, args=args, steps=steps)
-
-
-def _with_attributes(node: Object, attributes: Dict) -> Object:
-    state = node.state
-    new = (attributes, state[1]) if isinstance(state, tuple) else attributes
-    steps = [(kind, new if payload is state else payload) for kind, payload in node.steps]
-    return replace(node, steps=steps)
-
-
-def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None) -> Node:
-    """Make the node of a state_dict: an OrderedDict, or what `like` is, with these entries."""
-    pairs = list(entries.items())
-    if isinstance(like, Dict) and metadata is None:
-        return Dict(pairs)
-    steps: list[tuple[str, Any]] = [("setitem", pairs)] if pairs else []
-    if not isinstance(like, Object):
-        like = Object(ORDERED_DICT, ())
-    attributes = like.state.pairs if isinstance(like.state, Dict) else []
-    attributes = [pair for pair in attributes if pair[0] != "_metadata"]
-    if metadata is not None:
-        attributes.append(("_metadata", metadata))
-    if attributes:
-        steps.append(("build", Dict(attributes)))
-    elif like.state is not None and not isinstance(like.state, Dict):
-        steps.append(("build", like.state))
-    args = () if python2_items(like) else like.args
-    return replace(like, args=args, steps=steps)
-
-
 def state_dict_node(tree: Node, at: Path, known: Steps | None = None) -> Node:
     """Give the node at a place in the tree; `known` as for `state_dict_at`."""
     return _node_at(tree, at, known)
-
-
-def refuse_deep(tree: Node) -> None:
-    """Raise `LimitExceeded` for a tree nested more deeply than any real checkpoint.
-
-    Later rooms walk the tree by recursion, in this order and each node once, and rely on it.
-    """
-    seen: set[int] = set()
-    stack = [iter((tree,))]
-    while stack:
-        for node in stack[-1]:
-            if type(node) is TensorInfo and node.origin is None:
-                continue
-            if isinstance(node, _INNER) and id(node) not in seen:
-                seen.add(id(node))
-                stack.append(children(node))
-                break
-        else:
-            stack.pop()
-        if len(stack) > MAX_NESTING:
-            raise LimitExceeded(f"values nested more than {MAX_NESTING} deep")
-
-
-def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
-    """Yield every tensor of a tree with its path, each container once."""
-    seen: set[int] = set()
-    stack: list[tuple[Path, Iterator[tuple[str | None, Node]]]] = [((), iter([(None, tree)]))]
-    while stack:
-        path, level = stack[-1]
-        for name, node in level:
-            here = path if name is None else (*path, name)
-            if isinstance(node, TENSORS):
-                yield here, node
-            elif isinstance(node, _CONTAINERS) and id(node) not in seen:
-                seen.add(id(node))
-                stack.append((here, iter(list(_members(node)))))
-                break
-        else:
-            stack.pop()
-
-
-_CONTAINERS = (Dict, Object, Set, list, tuple)
-_INNER = (*_CONTAINERS, *TENSORS, PersistentId)
-
-
-def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
-    """Yield what is inside a node with the name a user would write for it, None for no name."""
-    match node:
-        case Dict():
-            for key, value in node.pairs:
-                yield _label(key), value
-        case list() | tuple():
-            for index, value in enumerate(node):
-                yield str(index), value
-        case Set():
-            for index, value in enumerate(node.items):
-                yield str(index), value
-        case Object():
-            yield from _object_members(node)
-
-
-def _object_members(node: Object) -> Iterator[tuple[str | None, Node]]:
-    old = python2_items(node)
-    yield from ((_label(key), value) for key, value in old)
-    if not old:
-        yield None, node.args
-    yield None, node.kwargs
-    for kind, payload in node.steps:
-        if kind == "setitem":
-            yield from ((_label(key), value) for key, value in payload)
-        elif kind == "append":
-            yield from ((str(index), value) for index, value in enumerate(payload))
-        else:
-            yield None, payload
-
-
-def _label(key: Node) -> str:
-    return key if isinstance(key, str) else str(key) if type(key) is int else "?"

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ckptool import checkpoint as places, edits, fileio, module_metadata
-from ckptool.checkpoint import Checkpoint, Path, StateDict
+from ckptool import checkpoint as places, edits, fileio, module_metadata, replacing, walk
+from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.compare_bytes import Comparer, Pair, pair
 from ckptool.compare_sides import Asked, edited, notes, state_dicts
 from ckptool.compare_trees import TAKEN, Place, places_of, shown
@@ -22,6 +22,7 @@ from ckptool.formats._torch_tree import attributes, quantizer
 from ckptool.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape
 from ckptool.tree import Node
+from ckptool.walk import Path
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
@@ -224,13 +225,13 @@ class _Work:
                         f"beside the state_dict, {checkpoint.path} alone has {listed(names)}"
                     )
             return
-        one, other = (places.replaced(checkpoint.tree, at, TAKEN) for checkpoint, at in sides)
+        one, other = (replacing.replaced(checkpoint.tree, at, TAKEN) for checkpoint, at in sides)
         for place in places_of(one, other):
             self._take(self.beside, place)
 
     def _take(self, found: Found, place: Place) -> None:
         """Note what differs at a place, or queue its tensors."""
-        path = places.dotted(place.path) or "."
+        path = walk.dotted(place.path) or "."
         match place.what:
             case "only-left":
                 found.only_left[path] = shown(place.left)
@@ -278,7 +279,7 @@ class _Work:
         key, what = at
         for place in places_of(left, right, (key, f"({what})")):
             if place.what == "tensors":
-                self._compare_tensors(found, places.dotted(place.path), place.left, place.right)
+                self._compare_tensors(found, walk.dotted(place.path), place.left, place.right)
             else:
                 one = "(none)" if place.what == "only-right" else shown(place.left)
                 other = "(none)" if place.what == "only-left" else shown(place.right)
@@ -380,8 +381,8 @@ def _tensors_at(place: Place) -> dict[str, str]:
         return {}
     node = place.right if place.what == "only-right" else place.left
     return {
-        places.dotted((*place.path, *path)) or ".": shown(tensor)
-        for path, tensor in places.tensors(node)
+        walk.dotted((*place.path, *path)) or ".": shown(tensor)
+        for path, tensor in walk.tensors(node)
     }
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptool import checkpoint as places
-from ckptool.checkpoint import Path
 from ckptool.dtype import DType
 from ckptool.errors import LimitExceeded
 from ckptool.formats._torch_tree import StorageView
@@ -33,6 +32,7 @@ from ckptool.tree import (
     PersistentId,
     Set,
 )
+from ckptool.walk import Path
 
 MAX_DEPTH = 2 * MAX_NESTING  # rings of two lengths are followed until they meet again
 SHOWN = 60  # characters of a value

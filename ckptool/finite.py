@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
-from ckptool import checkpoint as places
-from ckptool.checkpoint import Checkpoint, Path
+from ckptool import walk
+from ckptool.checkpoint import Checkpoint
 from ckptool.dtype import DType
 from ckptool.fileio import Reader, Readers, seekable, unpacked
 from ckptool.tensor import (
@@ -27,6 +27,7 @@ from ckptool.tensor import (
     is_contiguous,
 )
 from ckptool.tree import Node
+from ckptool.walk import Path
 
 BLOCK = 1 << 19
 MAX_REPEATS = 4  # times the bytes of the storages, that overlapping views may add up to
@@ -117,7 +118,7 @@ class Floats:
 
 def floating(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
     """Yield the tensors of a tree that can hold NaN or infinity, with their paths."""
-    for path, info in places.tensors(tree):
+    for path, info in walk.tensors(tree):
         parts = info.parts if isinstance(info, CompositeTensor) else (info,)
         for part in parts:
             if part.dtype in DTYPES:
@@ -153,7 +154,7 @@ def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Float
 
 
 def _name(path: Path) -> str:
-    return places.dotted(path) or "."
+    return walk.dotted(path) or "."
 
 
 def _once(info: TensorInfo) -> tuple[TensorInfo, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ckptool import checkpoint as places, edits
+from ckptool import checkpoint as places, edits, walk
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.tensor import TENSORS, AnyTensor
 
@@ -33,9 +33,9 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
     elif not every:
         state = places.find_or_none(checkpoint, several=False)
     if state is None:
-        whole = places.tensors(checkpoint.tree)
+        whole = walk.tensors(checkpoint.tree)
         return Listing(
-            checkpoint, None, [(places.dotted(path) or ".", info) for path, info in whole], []
+            checkpoint, None, [(walk.dotted(path) or ".", info) for path, info in whole], []
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     return Listing(checkpoint, state, tensors, places.beside(checkpoint.tree, state.at))

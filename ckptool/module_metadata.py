@@ -7,7 +7,7 @@ modules and hides a missing `num_batches_tracked` (torch/nn/modules/module.py,
 
 from __future__ import annotations
 
-from ckptool import checkpoint as places, edits
+from ckptool import checkpoint as places, edits, replacing
 from ckptool.edits import KeyEdit, KeyMap
 from ckptool.tree import Dict, Node
 
@@ -21,7 +21,7 @@ def rekeyed(metadata: Node, key_map: KeyMap, edit: KeyEdit) -> Node:
     moved = edits.rekey_modules(list(old_entries), key_map, edit)
     fresh = Dict([("version", 1)])  # as nn.Module.state_dict writes for nn.DataParallel
     entries = {new: fresh if old is None else old_entries[old] for old, new in moved}
-    return places.make_state_dict(entries, None, metadata)
+    return replacing.make_state_dict(entries, None, metadata)
 
 
 def cleaned(metadata: Node) -> Node:
@@ -30,7 +30,7 @@ def cleaned(metadata: Node) -> Node:
     if pairs is None or not any(_flagged(entry) for _, entry in pairs):
         return metadata
     entries = {path: _unflagged(entry) for path, entry in pairs}
-    return places.make_state_dict(entries, None, metadata)
+    return replacing.make_state_dict(entries, None, metadata)
 
 
 _FLAG = "assign_to_params_buffers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptool import checkpoint as places, edits, module_metadata, pruning, safety
+from ckptool import checkpoint as places, edits, module_metadata, pruning, replacing, safety, walk
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.edits import Edit, KeyMap
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
@@ -109,7 +109,7 @@ def argument(checkpoint: Checkpoint, options: Options) -> str:
 
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:
-    return list(dict.fromkeys(places.dotted(path) for path, _ in places.tensors(checkpoint.tree)))
+    return list(dict.fromkeys(walk.dotted(path) for path, _ in walk.tensors(checkpoint.tree)))
 
 
 def _refuse_attributes(
@@ -118,7 +118,7 @@ def _refuse_attributes(
     """Refuse to rename what are attributes of Python objects."""
     if not changed and not options.untie and not options.tensors_only:
         return
-    at = f" at `{places.dotted(state.at)}`" if state.at else ""
+    at = f" at `{walk.dotted(state.at)}`" if state.at else ""
     if not options.tensors_only:
         raise EditError(
             f"{checkpoint.path} holds a whole model, {state.module}{at}: its keys are attributes "
@@ -130,7 +130,7 @@ def _refuse_attributes(
         raise EditError(
             f"{checkpoint.path} holds {state.module}{at} inside a model: it can be taken out, "
             "not edited there",
-            hint=f"ckptool convert --unwrap --at {quoted(places.dotted(state.at))} "
+            hint=f"ckptool convert --unwrap --at {quoted(walk.dotted(state.at))} "
             f"{quoted(checkpoint.path)} OUT",
         )
 
@@ -140,8 +140,8 @@ def _leave_classes(plan: Plan) -> None:
     tree = plan.checkpoint.tree
     for at in places.whole_models(tree):
         state = places.state_dict_at(plan.checkpoint, at)
-        node = places.make_state_dict(state.entries, None)
-        tree = places.replaced(tree, at, node)
+        node = replacing.make_state_dict(state.entries, None)
+        tree = replacing.replaced(tree, at, node)
         plan.not_carried.append(_class_left(state))
     plan.checkpoint = replace(plan.checkpoint, tree=tree)
 
@@ -164,7 +164,7 @@ def _edit_state(
     if changed:
         metadata = module_metadata.rekeyed(metadata, plan.key_map, edit)
     original = places.state_dict_node(tree, state.at)
-    node = places.make_state_dict(entries, metadata, None if state.module else original)
+    node = replacing.make_state_dict(entries, metadata, None if state.module else original)
     if bare:
         if state.module:
             plan.not_carried.append(_class_left(state))
@@ -176,10 +176,12 @@ def _edit_state(
     else:
         # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
         if changed or metadata is not state.metadata or not _is_whole(original, entries):
-            plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, state.at, node))
+            plan.checkpoint = replace(
+                plan.checkpoint, tree=replacing.replaced(tree, state.at, node)
+            )
         if changed:
             plan.notes += [
-                f"the same state_dict also stands at `{places.dotted(other)}`: that keeps its keys"
+                f"the same state_dict also stands at `{walk.dotted(other)}`: that keeps its keys"
                 for other in places.also_at(tree, state.at)
             ]
         if plan.key_map.dropped and _has_optimizer(tree):
@@ -195,7 +197,7 @@ def _no_part(model: Node, state: StateDict) -> list[str]:
     inside = {value.view for value in state.entries.values() if isinstance(value, TensorInfo)}
     others = {
         info.view
-        for _, info in places.tensors(model)
+        for _, info in walk.tensors(model)
         if isinstance(info, TensorInfo) and info.view not in inside
     }
     if not others:
@@ -243,7 +245,7 @@ def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
     gone = [key for key in plan.state.entries if key not in kept]
     for key in gone:
         _drop(plan, key, "neither a tensor nor a plain value")
-    inside = {places.dotted((*at, key)) for key in gone}
+    inside = {walk.dotted((*at, key)) for key in gone}
     plan.not_carried += [place for place in left if place not in inside]
     plan.state = replace(plan.state, entries=kept)
 
@@ -289,8 +291,8 @@ def _untie(plan: Plan, *, bare: bool) -> None:
     at = () if bare else plan.state.at
     tree = plan.checkpoint.tree
     like = places.state_dict_node(tree, at)
-    node = places.make_state_dict(entries, plan.state.metadata, like)
-    plan.checkpoint = replace(plan.checkpoint, tree=places.replaced(tree, at, node))
+    node = replacing.make_state_dict(entries, plan.state.metadata, like)
+    plan.checkpoint = replace(plan.checkpoint, tree=replacing.replaced(tree, at, node))
     plan.state = replace(plan.state, entries=entries)
 
 
@@ -342,7 +344,7 @@ def add_entries(plan: Plan, added: Mapping[str, Node], order: Sequence[str]) -> 
     entries = {**plan.state.entries, **added}
     ordered = [key for key in order if key in entries]
     entries = {key: entries[key] for key in dict.fromkeys([*ordered, *entries])}
-    node = places.make_state_dict(entries, plan.state.metadata, plan.checkpoint.tree)
+    node = replacing.make_state_dict(entries, plan.state.metadata, plan.checkpoint.tree)
     plan.checkpoint = replace(plan.checkpoint, tree=node)
     plan.state = replace(plan.state, entries=entries)
     plan.added = len(added)

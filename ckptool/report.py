@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptool import checkpoint as places, safety
+from ckptool import safety, walk
 from ckptool.checkpoint import Checkpoint
 from ckptool.edits import SHAPE_DIFFERS, WRAPPERS, peeled
 from ckptool.formats import BY_NAME
@@ -206,7 +206,7 @@ def rewrite_lines(result: Rewrite) -> list[str]:
 def _whereabouts(module: str, at: Sequence[str] | None) -> str:
     """Say of what, and where, a state_dict is."""
     of = f" of the whole model `{visible(module.rpartition('.')[2])}`" if module else ""
-    return of + (f" at `{visible(places.dotted(tuple(at)))}`" if at else "")
+    return of + (f" at `{visible(walk.dotted(tuple(at)))}`" if at else "")
 
 
 def written_lines(result: Rewrite) -> list[str]:

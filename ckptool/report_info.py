@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from ckptool import checkpoint as places, safety
+from ckptool import safety, walk
 from ckptool.edits import WRAPPERS
 from ckptool.frameworks import Framework
 from ckptool.names import Level
@@ -135,7 +135,7 @@ def _places(facts: Survey, style: _Style) -> list[Fact]:
     rows = [
         (
             "state_dict" if len(facts.places) == 1 else "candidate",
-            f"`{visible(places.dotted(place.at))}`" if place.at else "(the top)",
+            f"`{visible(walk.dotted(place.at))}`" if place.at else "(the top)",
             *_totals(place.total, style),
             *([f"prefix {visible(place.prefix)}"] if place.prefix else []),
         )
@@ -212,7 +212,7 @@ def _shares(facts: Survey, style: _Style) -> list[Fact]:
 def _parts(facts: Survey) -> list[tuple[str, int]]:
     """Divide the bytes of the file: what each part takes."""
     found = [
-        (visible(places.dotted(place.at)) or "state_dict", place.stored) for place in facts.places
+        (visible(walk.dotted(place.at)) or "state_dict", place.stored) for place in facts.places
     ]
     heavy = sorted((each for each in facts.beside if each.nbytes), key=lambda each: -each.nbytes)
     found += [(visible(each.name), each.nbytes) for each in heavy[:MAX_PARTS]]

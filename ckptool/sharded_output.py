@@ -18,6 +18,7 @@ from ckptool import (
     copying,
     fileio,
     formats,
+    replacing,
     sharding,
     surgery,
 )
@@ -105,7 +106,7 @@ def _part(plan: Plan, keys: Sequence[str]) -> Plan:
     """Give the plan of a file with some of the entries, and the versions of all modules."""
     assert plan.state is not None
     entries = {key: plan.state.entries[key] for key in keys}
-    tree = places.make_state_dict(entries, plan.state.metadata)
+    tree = replacing.make_state_dict(entries, plan.state.metadata)
     return replace(
         plan,
         checkpoint=replace(plan.checkpoint, tree=tree),

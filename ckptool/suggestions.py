@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ckptool import checkpoint as places, edits
+from ckptool import checkpoint as places, edits, walk
 from ckptool.edits import WRAPPERS
 from ckptool.names import Level
 from ckptool.survey import Beside, Place, Survey
@@ -102,7 +102,7 @@ def _at(facts: Survey, place: Place) -> tuple[str, ...]:
     """Give the option that chooses a place, where that is needed."""
     if len(facts.places) == 1 and facts.alone:
         return ()
-    return ("--at", places.dotted(place.at) or ".")
+    return ("--at", walk.dotted(place.at) or ".")
 
 
 def _kinds(wrappers: Sequence[str]) -> str:
@@ -120,7 +120,7 @@ def _several(facts: Survey) -> Advised:
         if place.total.count > 1 or 2 * place.total.nbytes >= largest
     ]
     for place in likely[:4]:
-        name = places.dotted(place.at) or "."
+        name = walk.dotted(place.at) or "."
         averaged = _averaged(facts, place)
         if averaged is not None:
             yield replace(averaged, tag=_word(name))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ckptool import atomic, checkpoint as places, copying, fileio, formats
+from ckptool import atomic, copying, fileio, formats, walk
 from ckptool.atomic import Target
 from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin, Layout, Progress
@@ -241,7 +241,7 @@ def result_of(
         value for key, value in entries.items() if isinstance(value, TENSORS) and key not in again
     ]
     if plan.state is None:
-        infos = [info for _, info in places.tensors(plan.checkpoint.tree)]
+        infos = [info for _, info in walk.tensors(plan.checkpoint.tree)]
     not_carried = [*plan.not_carried, *plan.checkpoint.unread]
     return Rewrite(
         plan.checkpoint.path,
@@ -295,8 +295,8 @@ def verify(temporary: str, place: Target, nbytes: int, plan: Plan) -> None:
         assert plan.state is not None
         meant = [((key,), value) for key, value in plan.state.entries.items()]
     else:
-        meant = [(path, info) for path, info in places.tensors(plan.checkpoint.tree)]
-    seen = list(places.tensors(found.tree))
+        meant = [(path, info) for path, info in walk.tensors(plan.checkpoint.tree)]
+    seen = list(walk.tensors(found.tree))
     strided = plan.container != "safetensors"
     same = len(meant) == len(seen) and all(
         one == other and _described(a, strided) == _described(b, strided)

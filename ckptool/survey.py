@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ckptool import checkpoint as places, edits, frameworks, naming, safety
-from ckptool.checkpoint import Checkpoint, Path, StateDict
+from ckptool import checkpoint as places, edits, frameworks, naming, safety, walk
+from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.formats import safetensors
 from ckptool.frameworks import Framework
 from ckptool.modules import Effort
@@ -30,6 +30,7 @@ from ckptool.tree import (
     Node,
     children,
 )
+from ckptool.walk import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,7 @@ def _paths(tree: Node) -> list[Path]:
 def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str, AnyTensor]]:
     """List the tensors of the state_dict by key, or those of the whole file by path."""
     if state is None:
-        return [(places.dotted(path) or ".", i) for path, i in places.tensors(checkpoint.tree)]
+        return [(walk.dotted(path) or ".", i) for path, i in walk.tensors(checkpoint.tree)]
     return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
 
 
@@ -247,7 +248,7 @@ def _around(tree: Node, paths: Sequence[Path], known: places.Steps) -> Iterator[
         for key, value in dict(_named(places.state_dict_node(tree, level, known))).items():
             here = (*level, key)
             if here not in taken:
-                yield places.dotted(here), value
+                yield walk.dotted(here), value
 
 
 def _named(node: Node) -> list[tuple[str, Node]]:

@@ -139,6 +139,11 @@ def items(node: Node) -> Pairs | None:
     return [*python2_items(node), *pairs] or ([] if node.callee == ORDERED_DICT else None)
 
 
+def named_items(node: Node) -> list[tuple[str, Node]]:
+    """Give those pairs of a dict whose keys are text; a way to the state_dict goes by names."""
+    return [(key, value) for key, value in items(node) or [] if isinstance(key, str)]
+
+
 def python2_items(node: Object) -> Pairs:
     """Python 2 makes an OrderedDict of a list of [key, value] lists (`__reduce__`, 2.7)."""
     if node.callee != ORDERED_DICT or not node.args or not isinstance(node.args[0], list):

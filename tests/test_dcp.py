@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, Outcome
 
-from ckptool import checkpoint as places, formats, surgery
+from ckptool import formats, surgery, walk
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.surgery import Options
 from ckptool.tensor import Packing
@@ -114,7 +114,7 @@ def test_lists_have_none_where_an_empty_dict_was(tmp_path: Path) -> None:
 
 
 def test_a_whole_chunk_is_a_plain_tensor_and_others_are_assembled(folder: Path) -> None:
-    found = dict(places.tensors(formats.read(folder).tree))
+    found = dict(walk.tensors(formats.read(folder).tree))
     assert found["model", "replicated"].storage.packing is Packing.PLAIN
     assert found["model", "short"].storage.packing is Packing.PLAIN
     assert found["model", "rows"].storage.packing is Packing.CHUNKED
@@ -159,7 +159,7 @@ def test_nested_values_are_described(run: Run, folder: Path) -> None:
 def test_checksums_of_chunks_are_compared(run: Run, folder: Path) -> None:
     shard = folder / "__1_0.distcp"
     data = bytearray(shard.read_bytes())
-    info = dict(places.tensors(formats.read(folder).tree))["model", "rows"]
+    info = dict(walk.tensors(formats.read(folder).tree))["model", "rows"]
     storage = info.storage.chunked.chunks[1].source.storage
     assert storage.path == str(shard)
     data[storage.start] ^= 1
@@ -444,7 +444,7 @@ def test_many_parts_are_many_small_reads(tmp_path: Path) -> None:
 def test_check_reads_every_record_of_every_file(run: Run, folder: Path) -> None:
     done = run("check", folder)
     assert (done.code, done.out.startswith(f"{folder}/.metadata\tok\tdist")) == (0, True)
-    info = dict(places.tensors(formats.read(folder).tree))["model", "grid"]
+    info = dict(walk.tensors(formats.read(folder).tree))["model", "grid"]
     storage = info.storage.chunked.chunks[0].source.storage
     shard = Path(storage.path)
     data = shard.read_bytes()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, environment
 
-from ckptool import checkpoint as places, formats, safety
+from ckptool import formats, safety, walk
 from ckptool.errors import CkptoolError
 from ckptool.fileio import Readers, seekable
 from ckptool.tensor import CompositeTensor, TensorInfo, gather, settled
@@ -48,8 +48,8 @@ def ours(path: Path) -> dict[str, Any]:
         level = safety.judge(found.globals).level.name.lower()
         readers = Readers()
         rows = [
-            [places.dotted(at) or ".", *described(info, readers)]
-            for at, info in places.tensors(found.tree)
+            [walk.dotted(at) or ".", *described(info, readers)]
+            for at, info in walk.tensors(found.tree)
         ]
         readers.close()
     except CkptoolError as error:

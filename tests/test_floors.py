@@ -25,6 +25,8 @@ FLOORS = (
     ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
     ("chunks.py", "names.py"),
     ("modules.py",),
+    ("walk.py",),
+    ("replacing.py",),
     ("fileio.py", "checkpoint.py", "pruning.py", "safety.py", "compare_values.py"),
     ("atomic.py", "copying.py", "spool.py", "naming.py", "compare_numpy.py"),
     ("atomic_set.py",),

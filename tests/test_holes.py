@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ckptool import checkpoint, formats
+from ckptool import checkpoint, formats, replacing
 from ckptool.errors import KeyCollision, Malformed
 from ckptool.names import Level, level
 from ckptool.text import quoted, visible
@@ -158,7 +158,7 @@ def test_rows_and_items_of_an_ordered_dict_both_count() -> None:
 
 def test_a_repeated_key_on_the_way_is_walked_by_its_last_value(tmp_path: Path, run: Run) -> None:
     tree = Dict([("m", 5), ("m", Dict([("n", Dict([("w", 7)]))]))])
-    replaced = checkpoint.replaced(tree, ("m", "n"), Dict([("x", 8)]))
+    replaced = replacing.replaced(tree, ("m", "n"), Dict([("x", 8)]))
     assert checkpoint.state_dict_node(replaced, ("m", "n")).pairs == [("x", 8)]
     assert replaced.pairs[0] == ("m", 5)
 

@@ -21,7 +21,7 @@ from unittest import mock
 import pytest
 from conftest import FIXTURES, Outcome, environment
 
-from ckptool import checkpoint as places, formats, modules
+from ckptool import checkpoint as places, formats, modules, walk
 from ckptool.errors import LimitExceeded
 from ckptool.tree import Dict, Global, Object
 
@@ -520,6 +520,6 @@ def test_a_chain_of_shared_modules_is_not_followed_for_ever() -> None:
 
 def test_backward_hooks_of_a_tensor_stay_behind() -> None:
     tree = formats.read(HOSTILE / "in_hooks.pth").tree
-    hooked = [info for _, info in places.tensors(tree) if info.origin is not None]
+    hooked = [info for _, info in walk.tensors(tree) if info.origin is not None]
     assert hooked
     assert all(modules.detached(info).origin is None for info in hooked)

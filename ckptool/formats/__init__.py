@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from ckptool.checkpoint import Checkpoint, refuse_deep
+from ckptool.checkpoint import Checkpoint
 from ckptool.errors import FormatError, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import (
@@ -29,6 +29,7 @@ from ckptool.formats import (
 )
 from ckptool.formats._archives import ArchiveMember
 from ckptool.tree import Global, Object
+from ckptool.walk import refuse_deep
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path

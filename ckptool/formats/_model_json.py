@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ckptool.checkpoint import Checkpoint, make_state_dict
+from ckptool.checkpoint import Checkpoint
 from ckptool.dtype import DType
 from ckptool.errors import Malformed, Unsupported
 from ckptool.formats import _json
 from ckptool.formats._records import Records, budget
 from ckptool.formats._torch_tree import StorageId, quantized_call
+from ckptool.replacing import make_state_dict
 from ckptool.tensor import Storage, TensorInfo, problem
 
 _DTYPES = {

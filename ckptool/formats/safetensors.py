@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ckptool.checkpoint import Checkpoint, make_state_dict
+from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Compute, Copy, Job, Layout
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
 from ckptool.fileio import Reader, Readers, seekable
 from ckptool.formats import _json
 from ckptool.formats._order import NOTE, noted, restored
+from ckptool.replacing import make_state_dict
 from ckptool.tensor import (
     CompositeTensor,
     Storage,

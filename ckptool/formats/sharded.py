@@ -23,7 +23,6 @@ from ckptool.checkpoint import (
     StateDict,
     beside,
     find,
-    make_state_dict,
     text_items,
 )
 from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malformed, NotACheckpoint
@@ -31,6 +30,7 @@ from ckptool.fileio import Reader
 from ckptool.formats import _json
 from ckptool.formats._order import NOTE, restored
 from ckptool.formats._stand_in import shard_of
+from ckptool.replacing import make_state_dict
 from ckptool.tensor import TENSORS, TensorInfo
 from ckptool.text import counted, listed
 from ckptool.tree import Global, Node, Object

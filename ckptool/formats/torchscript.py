@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ckptool.checkpoint import Checkpoint, dotted, items, make_state_dict, tensors
+from ckptool.checkpoint import Checkpoint, items
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.fileio import Reader
 from ckptool.formats import _model_json
@@ -24,9 +24,11 @@ from ckptool.formats._records import MAX_METADATA, Budget, Records, budget, read
 from ckptool.formats._script_source import ScriptClass, parse
 from ckptool.formats._torch_tree import StorageId
 from ckptool.pickle_reader import Pickle
+from ckptool.replacing import make_state_dict
 from ckptool.tensor import TENSORS, Storage, TensorInfo
 from ckptool.text import counted, listed
 from ckptool.tree import MAX_NESTING, Dict, Global, Node, Object
+from ckptool.walk import dotted, tensors
 
 SPACE = "__torch__"  # the names of an archive's own classes start with it
 _KNOWN = ("data.pkl", "byteorder", "version", ".data/serialization_id")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptool import atomic, checkpoint as places, fileio, formats, surgery
+from ckptool import atomic, checkpoint as places, fileio, formats, surgery, walk
 from ckptool.atomic import Target
 from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin, Copy, Layout, Progress, run_jobs
@@ -160,16 +160,16 @@ def _value(content: _Content, node: Node, path: tuple[str, ...]) -> Any:
     else:
         return _leaf(content, node, path)
     if id(node) in content.around:
-        content.unfit[places.dotted(path)] = "a value that holds itself"
+        content.unfit[walk.dotted(path)] = "a value that holds itself"
         return _LEFT
     if not inner and path:
-        content.empty.append(places.dotted(path))
+        content.empty.append(walk.dotted(path))
     content.around.append(id(node))
     made = {}
     for key, each in inner:
         here = (*path, str(key))
         if pairs is not None and not isinstance(key, str):
-            content.numbered.append(places.dotted(here))
+            content.numbered.append(walk.dotted(here))
         value = _value(content, each, here)
         if value is not _LEFT:
             made[content.make(key)] = value
@@ -180,7 +180,7 @@ def _value(content: _Content, node: Node, path: tuple[str, ...]) -> Any:
 
 
 def _leaf(content: _Content, node: Node, path: tuple[str, ...]) -> Any:
-    place = places.dotted(path)
+    place = walk.dotted(path)
     try:
         value = content.make(node)
     except Unsupported as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import checkpoint as places, formats, safety
+from ckptool import checkpoint as places, formats, safety, walk
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.model import libraries, loading
 from ckptool.model.devices import is_out_of_memory
@@ -100,7 +100,7 @@ def _reason(error: Exception) -> str:
 
 def _can_map(source: Source) -> bool:
     """torch maps zip files only, and none with deflated records."""
-    tensors = (tensor for _, tensor in places.tensors(source.checkpoint.tree))
+    tensors = (tensor for _, tensor in walk.tensors(source.checkpoint.tree))
     return source.checkpoint.container == "torch-zip" and all(
         tensor.storage.packing is Packing.PLAIN
         for tensor in tensors

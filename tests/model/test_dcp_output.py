@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, Outcome, environment, listing
 
-from ckptool import api, checkpoint as places, formats
+from ckptool import api, formats, walk
 from ckptool.errors import MissingExtra, UnsafePickle
 from ckptool.model import libraries
 from ckptool.surgery import Options
@@ -312,8 +312,8 @@ def test_two_ranks_load_it_and_what_they_save_is_read(tmp_path: Path) -> None:
     shards = {Path(path).name for path, _ in formats.read(tmp_path / "saved").files}
     assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     chunked = [
-        places.dotted(path)
-        for path, info in places.tensors(formats.read(tmp_path / "saved").tree)
+        walk.dotted(path)
+        for path, info in walk.tensors(formats.read(tmp_path / "saved").tree)
         if info.storage.chunked is not None
     ]
     assert {"model.0.weight", "rows.0.weight", "columns.0.weight"} <= set(chunked)
