@@ -82,7 +82,7 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"])
     result = run(request, api.convert, steps=steps, unwrap=unwrap, max_shard_size=max_shard_size)
-    if unwrap and result.at == ():
+    if unwrap and result.at == () and not result.not_carried:
         talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
 
 
