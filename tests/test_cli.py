@@ -358,6 +358,9 @@ def test_unwrapping_what_is_bare_is_a_note_of_convert(run: Run, good: Path, tmp_
     assert "the state_dict is bare already: nothing to unwrap" in done.err.splitlines()
     done = run("convert", "--unwrap", good / "model_best.pth.tar", tmp_path / "out2.pth")
     assert "nothing to unwrap" not in done.err
+    done = run("convert", "--unwrap", good / "whole_model.pth", tmp_path / "whole.pth")
+    assert done.err.startswith("took the state_dict of the whole model `Sequential`")
+    assert "nothing to unwrap" not in done.err
 
 
 # The list of keys.
@@ -969,17 +972,6 @@ def test_hints_hold_what_was_asked(run: Run, good: Path, tmp_path: Path) -> None
     assert done.err == (
         "error[edit-error]: the pattern file nofile cannot be read: no such file or directory\n"
     )
-
-
-def test_a_limit_on_the_size_of_files_is_told(good: Path, tmp_path: Path) -> None:
-    command = f"ulimit -f 1; {sys.executable} -m ckptool convert {good / 'plain.pth'} out.pth"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 5
-    assert "a limit on the size of files" in done.stderr
-    assert "ulimit -f" in done.stderr
-    assert listing(tmp_path) == {}
 
 
 def test_colour_is_for_terminals_that_want_it(tmp_path: Path) -> None:

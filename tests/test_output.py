@@ -84,9 +84,12 @@ def test_a_fault_leaves_the_target_as_it_was(
 def assert_refused(done: Outcome, code: int) -> None:
     full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     assert (done.code, done.out) == (5, "")
-    assert done.err.startswith("error[no-space]: no space" if full else "error[write-error]: ")
+    assert done.err.startswith("error[no-space]: " if full else "error[write-error]: ")
+    limit = "a limit on the size of files" in done.err and "ulimit -f" in done.err
+    assert limit == (code == errno.EFBIG)
+    assert ("no space left" in done.err) == (full and not limit)
     assert "nothing was kept" in done.err
-    assert ("hint: make room" in done.err) is full
+    assert ("hint: make room" in done.err) is (full and not limit)
     assert full or "input/output error" in done.err
 
 

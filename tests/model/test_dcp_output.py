@@ -193,8 +193,9 @@ def test_the_input_is_not_the_output(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["strip-prefix", "add-prefix", "unwrap", "transfer"])
 def test_other_commands_point_to_convert(run: Run, tmp_path: Path, command: str) -> None:
-    done = run(command, GOOD / "model_best.pth.tar", tmp_path / "out", "--to", "dcp")
-    assert (done.code, "ckptool convert IN OUT_DIR --to dcp" in done.err) == (2, True)
+    source, out = GOOD / "model_best.pth.tar", tmp_path / "out"
+    done = run(command, source, out, "--to", "dcp")
+    assert (done.code, f"ckptool convert {source} {out} --to dcp" in done.err) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 
