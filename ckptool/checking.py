@@ -313,6 +313,7 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
         detail = f"{_danger(verdict, calls)}; {status.value}: {detail}"
         status = Status.UNSAFE
     found.notes += error.evidence
+    absent = isinstance(error, NoSuchFile) and not error.hint
     detail = "; ".join(filter(None, [detail, found.asked_sha256]))
     return Checked(
         path,
@@ -323,7 +324,7 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
         calls=tuple(calls),
         pickle_name="the pickle",
         sha256=found.sha256,
-        hint=error.hint,
+        hint=fileio.spelled_like(path) if absent else error.hint,
         notes=tuple(found.notes),
         checked=tuple(found.checked),
         not_checked=("what stands behind the fault",)
@@ -410,13 +411,16 @@ def found_in(folder: str) -> Iterator[str]:
     """Yield the files in a folder, and in those in it, whose suffix is that of a checkpoint.
 
     Sorted; hidden ones are left out, and links to folders are not followed. The index of a
-    checkpoint of many files stands for them all. A folder that cannot be listed stands for itself.
+    checkpoint of many files stands for them all. A folder that cannot be listed stands for itself,
+    and so, beside the files in it, does one whose shards lack their index.
     """
     denied: list[OSError] = []
     for here, folders, files in os.walk(folder, onerror=denied.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         indexes = [os.path.join(here, name) for name in sorted(files) if formats.is_index(name)]
         yield from indexes
+        if formats.lacks_index(here):
+            yield here
         known = {path for index in indexes for path in _files_of(index)}
         for name in sorted(files):
             path = os.path.join(here, name)

@@ -11,7 +11,6 @@ import io
 import os
 import signal
 import sys
-from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -154,7 +153,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except KeyboardInterrupt as error:
-        told = f"interrupted; {visible(str(error)) or NOTHING_WRITTEN}"
+        told = "; ".join(filter(None, ["interrupted", visible(str(error)) or _left(arguments)]))
         # The line of a terminal ends in ^C by now.
         say(["", told] if sys.stderr.isatty() else [told])
         return INTERRUPTED
@@ -188,6 +187,11 @@ def _invoke(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _left(arguments: list[str]) -> str:
+    """Say what a command that was interrupted left behind; nothing of one that never writes."""
+    return "" if set(arguments[:1]) & {*GROUPS["Look"], "verify"} else NOTHING_WRITTEN
+
+
 def _trace(error: BaseException, debug: bool) -> None:
     if debug:
         sys.excepthook(type(error), error, error.__traceback__)
@@ -216,11 +220,7 @@ def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
         command = " ".join(["ckptool", *map(quoted, arguments), error.option])
         error.hint = f"{command}   {error.hint}".rstrip()
     if isinstance(error, NoSuchFile) and error.path and not error.hint:
-        from difflib import get_close_matches
+        from ckptool.fileio import spelled_like
 
-        folder, name = os.path.split(str(error.path))
-        with suppress(OSError, ValueError):
-            close = get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.7)
-            if close and close[0] != name:
-                error.hint = f"did you mean {os.path.join(folder, close[0])}?"
+        error.hint = spelled_like(str(error.path))
     return error

@@ -143,6 +143,18 @@ def _open_regular(path: str) -> int:
         raise NoSuchFile(what, path=path, hint=hint) from None
 
 
+def spelled_like(path: str) -> str:
+    """Ask whether a file spelled like a missing one was meant; an empty text where none is."""
+    from difflib import get_close_matches
+
+    folder, name = os.path.split(path)
+    with suppress(OSError, ValueError):
+        close = get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.7)
+        if close and close[0] != name:
+            return f"did you mean {os.path.join(folder, close[0])}?"
+    return ""
+
+
 def reason(error: Exception) -> str:
     """Give the system's words for an error."""
     return (getattr(error, "strerror", None) or str(error)).lower()

@@ -65,6 +65,8 @@ def last_lines(results: Sequence[Checked]) -> list[str]:
         if any(found.status is status for found in results)
     ]
     lines = [f"{counted(len(results), 'file')}: {', '.join(counts)}"] if len(results) > 1 else []
+    if not any(found.checked or found.not_checked for found in results):
+        return lines
     unseen = dict.fromkeys(line for found in results for line in found.not_checked)
     unhashed = [line for line in unseen if line.startswith(BYTES_UNSEEN)]
     if len(unhashed) > 1:

@@ -119,9 +119,7 @@ def rewrite(
         sync=options.sync,
     )
     plan = make_plan(checkpoint, steps, container, bare=bare, unwrap=unwrap, options=options)
-    if options.to is None and not options.in_place and suffix(str(target)) not in KNOWN_SUFFIXES:
-        title = formats.BY_NAME[container].title
-        plan.notes.append(f"{target} is a {title} file: its suffix does not say; --to chooses")
+    plan.notes += _suffix_notes(str(target), container, options)
     if added:
         add_entries(plan, added, order)
     layout = lay_out(plan, options)
@@ -187,6 +185,20 @@ def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
     if own is None:
         return "torch-zip"
     return own.name if own.writable else own.written_as
+
+
+def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
+    """Note a suffix that says nothing of the container, where nobody chose, or another one."""
+    what = f"{target} is a {formats.BY_NAME[container].title} file: its suffix"
+    said = [word for word, name in BY_WORD.items() if _says(target, name)]
+    if said:
+        return [] if _says(target, container) else [f"{what} says {said[0]}"]
+    chosen = options.to is not None or options.in_place
+    return [] if chosen else [f"{what} does not say; --to chooses"]
+
+
+def _says(target: str, container: str) -> bool:
+    return suffix(target) in formats.BY_NAME[container].suffixes
 
 
 def lay_out(plan: Plan, options: Options) -> Layout:

@@ -67,7 +67,8 @@ def test_good_files_are_ok(run: Run, path: Path) -> None:
     ((name, found, detail),) = rows(done)
     assert (found, done.code) == (expected, code), detail
     assert name in map(str, [path, path / ".metadata", *path.glob("*.index*.json")])
-    assert done.err.splitlines()[-1].startswith("not checked: ")
+    said = "".join(done.err.splitlines()[-1:]).startswith("not checked: ")
+    assert said == (found != "not-a-checkpoint")
 
 
 @pytest.mark.parametrize("path", ZIPS, ids=lambda path: path.name)
@@ -550,3 +551,21 @@ def test_files_without_checksums_are_told_once(run: Run, good: Path) -> None:
     assert done.err.count("whether bytes") == 1
     alone = run("check", good / "plain.safetensors")
     assert "whether bytes of tensors changed (safetensors files have no checksums)" in alone.err
+
+
+def test_a_misspelled_name_gets_the_one_meant(run: Run, here: Path, good: Path) -> None:
+    shutil.copy(good / "plain.pth", here)
+    done = run("check", "plain.pht")
+    assert (done.code, rows(done)[0][1]) == (3, "not-a-checkpoint")
+    assert done.err == "plain.pht: hint: did you mean plain.pth?\n"
+
+
+def test_shards_without_their_index_are_damaged(run: Run, here: Path, good: Path) -> None:
+    shutil.copytree(good / "sharded_safetensors", here / "parts")
+    for index in (here / "parts").glob("*.index.json"):
+        index.unlink()
+    done = run("check", "parts")
+    assert done.code == 1
+    assert rows(done)[0][:2] == ["parts", "damaged"]
+    assert {row[1] for row in rows(done)[1:]} == {"ok"}
+    assert "without their index" in rows(done)[0][2]

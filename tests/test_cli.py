@@ -1181,3 +1181,45 @@ def test_an_unsafe_file_says_what_helps_and_it_does(
     assert done.err.startswith("warning: ")
     assert "hook" in done.err  # what was left behind is named
     assert run("keys", "-q", out).err == ""
+
+
+@pytest.mark.parametrize(
+    "options", [("--names", "--tree"), ("--names", "--json"), ("--tree", "--json")]
+)
+def test_one_form_of_the_list_alone(run: Run, good: Path, options: tuple[str, str]) -> None:
+    done = run("keys", *options, good / "plain.pth")
+    assert (done.code, done.out) == (2, "")
+    assert f"{options[0]} and {options[1]} do not go together" in done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("check", "interrupted\n"), ("strip-prefix", "interrupted; nothing was written\n")],
+)
+def test_interrupted_says_nothing_of_writing_where_nothing_writes(
+    run: Run, good: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    from ckptool import formats
+
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(formats, "read", interrupted)
+    output = [] if command == "check" else ["out.pth"]
+    done = run(command, good / "plain.pth", *output)
+    assert (done.code, done.out, done.err) == (130, "", said)
+
+
+@pytest.mark.parametrize("options", [("--to", "safetensors"), ("--in-place",)])
+def test_a_suffix_that_says_another_container_is_noted(
+    run: Run, good: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    target = tmp_path / "out.pth"
+    source = good / "plain.safetensors"
+    if options == ("--in-place",):
+        target.write_bytes(source.read_bytes())
+        done = run("add-prefix", *options, target)
+    else:
+        done = run("add-prefix", *options, source, target)
+    assert done.code == 0
+    assert f"{target} is a safetensors file: its suffix says torch\n" in done.err

@@ -55,6 +55,11 @@ def command(
 
     if depth and not tree:
         raise click.UsageError("--depth goes with --tree", click.get_current_context())
+    forms = {"--names": names, "--tree": tree, "--json": as_json}
+    wanted = [option for option, given in forms.items() if given]
+    if len(wanted) > 1:
+        what = f"{' and '.join(wanted)} do not go together"
+        raise click.UsageError(what, click.get_current_context())
     with local(file, quiet=quiet) as path:
         checkpoint = replace(formats.read(path), path=file)
     found = listing.chosen(listing.listing(checkpoint, at, every=every), patterns(select), sort)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ckptool.checkpoint import Checkpoint
-from ckptool.errors import FormatError, NotACheckpoint
+from ckptool.errors import CkptoolError, FormatError, Malformed, NotACheckpoint
 from ckptool.fileio import Reader
 from ckptool.formats import (
     _archives,
@@ -183,6 +183,17 @@ def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:
 def is_index(name: str) -> bool:
     """Tell whether a file of that name stands for the folder that it is in."""
     return any(fnmatchcase(name, pattern) for each in FORMATS for pattern in each.folder_patterns)
+
+
+def lacks_index(folder: str) -> bool:
+    """Tell whether a folder holds shards of a checkpoint, and nothing that joins them."""
+    try:
+        _stand_in.file_of(folder, is_index)
+    except Malformed:
+        return True
+    except CkptoolError:
+        return False
+    return False
 
 
 @contextmanager
