@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ckptool import safety, walk
+from ckptool.checkpoint import Checkpoint
 from ckptool.edits import WRAPPERS
 from ckptool.frameworks import Framework
 from ckptool.names import Level
@@ -227,11 +228,8 @@ def _parts(facts: Survey) -> list[tuple[str, int]]:
 
 def _safety(facts: Survey, style: _Style) -> list[Fact]:
     verdict, checkpoint = facts.verdict, facts.checkpoint
-    if not checkpoint.pickle_name:
-        return [("safety", "plain: there is no pickle in it")]
     if verdict.level is Level.PLAIN:
-        what = "plain: all that it names is what torch.load(weights_only=True) accepts"
-        return [("safety", what)]
+        return [("safety", _plain(checkpoint))]
     found: list[Fact] = []
     if verdict.dangerous:
         found.append(("safety", "dangerous: it would run code when loaded; nothing was executed"))
@@ -242,7 +240,22 @@ def _safety(facts: Survey, style: _Style) -> list[Fact]:
         found.append(("safety", what))
         names: list[Fact] = [("safety", f"    {visible(str(name))}") for name in verdict.foreign]
         found += style.first(names, MAX_NAMES)
-    return found
+    return [*found, ("safety", _PROGRAM)] if checkpoint.program else found
+
+
+_PROGRAM = "a TorchScript archive is a program, for torch.jit.load; its code was not judged"
+
+
+def _plain(checkpoint: Checkpoint) -> str:
+    """Say what it means that nothing but plain names was found."""
+    if checkpoint.program:
+        return f"plain in its names alone: {_PROGRAM}"
+    if not checkpoint.pickle_name:
+        return "plain: there is no pickle in it"
+    what = "plain: all that it names is what torch.load(weights_only=True) accepts"
+    if checkpoint.protocol in (None, 2):
+        return what
+    return f"{what} in protocol 2; this is protocol {checkpoint.protocol or '0 or 1'}"
 
 
 def _notes(facts: Survey, style: _Style) -> Iterator[str]:

@@ -69,13 +69,25 @@ def _command(facts: Survey, advice: Advice, taken: set[str]) -> str:
     if facts.verdict.dangerous and advice.suffix != ".safetensors":
         words += [] if "--tensors-only" in advice.options else ["--tensors-only"]
     own = ".safetensors" if facts.checkpoint.container == "safetensors" else ".pth"
-    target = _free(path, advice.tag, advice.suffix or own, taken)
+    target = _free(_named_after(facts), advice.tag, advice.suffix or own, taken)
     taken.add(target)
     return " ".join([*words, _argument(path), _argument(target)])
 
 
 def _argument(path: str) -> str:
     return quoted(f".{os.sep}{path}" if path.startswith("-") else path)
+
+
+def _named_after(facts: Survey) -> str:
+    """Give the path that an output is named after: for files of a set, that of their folder."""
+    path = facts.checkpoint.path
+    if not os.path.isdir(path):
+        if len(facts.checkpoint.files) < 2:
+            return path
+        path = os.path.dirname(path)
+    name = os.path.basename(os.path.abspath(path)).lstrip(".") or "checkpoint"
+    parent = os.path.normpath(os.path.join(path, os.pardir))
+    return os.path.join("" if parent == os.curdir else parent, name)
 
 
 def _free(path: str, tag: str, suffix: str, taken: set[str]) -> str:

@@ -363,3 +363,19 @@ def test_real_archives(tmp_path: Path, run: Run) -> None:
         assert run("convert", "--force", f"{path}::{member}", tmp_path / "out.pth").code == 0
         wanted = judge.load(tmp_path / "weights.th")
         assert judge.same(wanted, judge.load(tmp_path / "out.pth")) == []
+
+
+def test_an_empty_member_is_told(run: Run, good: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "ppo.zip", "w") as archive:
+        archive.write(good / "plain.pth", "policy.pth")
+    done = run("info", f"{tmp_path / 'ppo.zip'}::")
+    assert done.code == 3
+    assert "::::" not in done.err
+    assert "policy.pth" in done.err
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "model_best_legacy.pth.tar"])
+def test_a_place_is_no_member(run: Run, good: Path, name: str) -> None:
+    done = run("keys", f"{good / name}::state_dict")
+    assert done.code == 3
+    assert "--at chooses a place in a checkpoint" in done.err

@@ -516,3 +516,46 @@ def test_the_library_gives_the_same_facts(good: Path) -> None:
     facts, commands = ckptool.info(good / "model_best.pth.tar")
     assert facts.total.count == 8
     assert commands[0].command.startswith("ckptool strip-prefix")
+
+
+@pytest.mark.parametrize("name", ["sharded_safetensors", "dcp"])
+def test_outputs_of_a_folder_stand_beside_it(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = Path(shutil.copytree(good / name, tmp_path / name))
+    index = next(p for p in folder.iterdir() if p.name == ".metadata" or ".index." in p.name)
+    for start, given in (
+        (folder, "."),
+        (folder, index.name),
+        (tmp_path, name),
+        (tmp_path, f"{name}/{index.name}"),
+        (tmp_path, folder),
+    ):
+        monkeypatch.chdir(start)
+        suggested = run("info", "--json", given).document["suggestions"]
+        assert suggested
+        for each in suggested:
+            output = Path(os.path.abspath(shlex.split(each["command"])[-1]))
+            assert output.parent == tmp_path
+            assert output.name.startswith(f"{name}.")
+
+
+def test_safety_of_a_program_is_not_that_of_a_state_dict(run: Run, good: Path) -> None:
+    done = run("info", good / "script.pt")
+    assert "accepts" not in done.out
+    assert "a TorchScript archive is a program, for torch.jit.load" in done.out
+    assert run("info", "--json", good / "script.pt").document["safety"] == "plain"
+
+
+def test_safety_names_the_protocol_that_torch_takes(run: Run, good: Path) -> None:
+    (line,) = (
+        line for line in run("info", good / "protocol4.pth").out.splitlines() if "safety" in line
+    )
+    assert line.endswith("weights_only=True) accepts in protocol 2; this is protocol 4")
+
+
+def test_a_broken_index_is_no_hint_at_itself(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"other": {}}')
+    done = run("info", path)
+    assert (done.code, "hint:" in done.err) == (3, False)

@@ -81,7 +81,7 @@ def test_what_is_left_behind_is_named(run: Run, tmp_path: Path) -> None:
     assert done.err.splitlines() == [
         "left behind code/ (3 records), constants.pkl",
         "took the state_dict out of a TorchScript module good_torchscript.Whole",
-        "a TorchScript archive is a program; its code was not looked at",
+        "a TorchScript archive is a program; none of its code was run or judged",
         "left out 2 tensors in other attributes, as torch.jit.load's state_dict does: maybe, plain",
         f"{tmp_path / 'out.pth'}: 15 tensors, 220 B",
         "read 15, renamed 0, dropped 0, written 15",

@@ -24,6 +24,7 @@ SHOWN = 8
 # What a checkpoint inside an archive is called, or an archive that may hold one.
 LIKELY = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors", ".pkl", ".jit", ".ptl", ".zip")
 LIKELY_TARS = (".tar", ".tar.gz", ".tgz", ".nemo", ".gz")
+_PLACE = f"`{MARK}` names a file in an archive; --at chooses a place in a checkpoint"
 _GZIP = b"\x1f\x8b"
 
 
@@ -124,10 +125,11 @@ def opened(path: str) -> Iterator[tuple[Reader, Reader, tuple[object, ...]]]:
 def _member(stack: ExitStack, reader: Reader, name: str, held: list[object]) -> Reader:
     inside = enter(stack, reader)
     if inside is None:
-        raise NoSuchFile(f"{reader.path} is no archive that is looked into (zip, tar, gzip)")
+        what = f"{reader.path} is no archive that is looked into (zip, tar, gzip)"
+        raise NoSuchFile(what, hint=_PLACE)
     held += inside.held
     shown = f"{reader.path}{MARK}{name}"
-    if name == inside.alone:
+    if name and name == inside.alone:
         inside.reader.path = shown
         return inside.reader
     if name in inside.tarred:
@@ -156,13 +158,16 @@ def _member(stack: ExitStack, reader: Reader, name: str, held: list[object]) -> 
 def _missing(reader: Reader, inside: Inside, name: str) -> NoSuchFile:
     from difflib import get_close_matches
 
-    names = [each.name for each in inside.members()]
+    members = inside.members()
+    names = [each.name for each in members]
     close = get_close_matches(name, names, n=1, cutoff=0.6)
-    return NoSuchFile(
-        f"there is no {name} in {reader.path}",
-        evidence=lines(inside.members()),
-        hint=f"did you mean {quoted(reader.path + MARK + close[0])}?" if close else "",
-    )
+    hint = _PLACE if any(os.path.basename(each) == "data.pkl" for each in names) else ""
+    if close:
+        hint = f"did you mean {quoted(reader.path + MARK + close[0])}?"
+    what = f"there is no {name} in {reader.path}"
+    if not name:
+        what = f"nothing stands after {MARK}, which names a file in {reader.path}"
+    return NoSuchFile(what, evidence=lines(members), hint=hint)
 
 
 def lines(members: list[ArchiveMember]) -> list[str]:

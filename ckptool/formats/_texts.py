@@ -91,7 +91,7 @@ def _beside(path: str) -> str:
     folder = os.path.dirname(path)
     for name in _WEIGHTS:
         there = os.path.join(folder, name)
-        if os.path.isfile(there):
+        if os.path.isfile(there) and there != path:
             return f"ckptool info {quoted(there)}   are the weights beside it"
     return ""
 

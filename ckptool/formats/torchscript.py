@@ -51,7 +51,7 @@ def read(reader: Reader) -> Checkpoint | None:
     return replace(checkpoint, notes=(_PROGRAM,))
 
 
-_PROGRAM = "a TorchScript archive is a program; its code was not looked at"
+_PROGRAM = "a TorchScript archive is a program; none of its code was run or judged"
 
 
 def _read(records: Records) -> Checkpoint:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from ckptool.errors import MissingExtra
 
-INSTALL = "pip install 'ckptool[torch]'"
+INSTALL = "pip install torch torchvision safetensors numpy"
 REINSTALL = "pip install --force-reinstall torch torchvision"
 
 

@@ -122,7 +122,7 @@ def test_a_missing_library_is_told(load: object, monkeypatch: pytest.MonkeyPatch
     assert importlib.import_module is not missing
     with pytest.raises(MissingExtra) as caught:
         load()  # type: ignore[operator]
-    assert caught.value.hint == "pip install 'ckptool[torch]'"
+    assert caught.value.hint == "pip install torch torchvision safetensors numpy"
     assert caught.value.exit_code == 7
 
 
