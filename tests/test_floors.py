@@ -292,7 +292,7 @@ LINES = [
     "convert --help",
     "transfer --help",
     "keys {g}/model_best.pth.tar",
-    "keys --tree --json {g}/every_dtype.safetensors",
+    "keys --tree {g}/every_dtype.safetensors",
     "keys {g}/plain_legacy.pth",
     "strip-prefix {g}/data_parallel.pth out.pth",
     "add-prefix {g}/plain.pth out.pth",
