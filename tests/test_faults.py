@@ -23,7 +23,7 @@ sys.path.append(str(FOLDER))
 
 import faults  # noqa: E402
 
-WHOLE = ("4", "16")  # the jobs all of whose faults are tried here: a file, a folder
+WHOLE = ("4", "17")  # the jobs all of whose faults are tried here: a file, a folder
 SAMPLE = 41
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import FIXTURES, environment
 
 FUZZ = Path(__file__).parent / "fuzz"
-sys.path.append(str(FUZZ))
+sys.path.insert(0, str(FUZZ))  # tests/faults has a run.py too
 
 import cases  # noqa: E402
 import mutate  # noqa: E402

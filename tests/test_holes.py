@@ -21,7 +21,7 @@ from ckptool import checkpoint, formats, replacing
 from ckptool.errors import KeyCollision, Malformed
 from ckptool.names import Level, level
 from ckptool.text import quoted, visible
-from ckptool.tree import Dict, Global, Object
+from ckptool.tree import ORDERED_DICT, Dict, Global, Object
 
 torch = pytest.importorskip("torch")
 
@@ -152,7 +152,7 @@ def test_metadata_of_joined_parts_comes_along(tmp_path: Path, run: Run) -> None:
 
 
 def test_rows_and_items_of_an_ordered_dict_both_count() -> None:
-    node = Object(checkpoint.ORDERED_DICT, ([["a", 1]],), steps=[("setitem", [("b", 2)])])
+    node = Object(ORDERED_DICT, ([["a", 1]],), steps=[("setitem", [("b", 2)])])
     assert checkpoint.items(node) == [("a", 1), ("b", 2)]
 
 
