@@ -253,7 +253,7 @@ def _plain(checkpoint: Checkpoint) -> str:
     if not checkpoint.pickle_name:
         return "plain: there is no pickle in it"
     what = "plain: all that it names is what torch.load(weights_only=True) accepts"
-    if checkpoint.protocol in (None, 2):
+    if checkpoint.protocol in (None, 2) or len(checkpoint.files) > 1:  # no file for torch.load
         return what
     return f"{what} in protocol 2; this is protocol {checkpoint.protocol or '0 or 1'}"
 

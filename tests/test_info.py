@@ -554,6 +554,12 @@ def test_safety_names_the_protocol_that_torch_takes(run: Run, good: Path) -> Non
     assert line.endswith("weights_only=True) accepts in protocol 2; this is protocol 4")
 
 
+def test_the_protocol_of_an_index_is_not_held_against_it(run: Run) -> None:
+    done = run("info", FIXTURES / "good" / "dcp")
+    (line,) = (line for line in done.out.splitlines() if line.startswith("safety"))
+    assert line.endswith("torch.load(weights_only=True) accepts")
+
+
 def test_a_broken_index_is_no_hint_at_itself(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text('{"other": {}}')
