@@ -288,6 +288,8 @@ def _untie(plan: Plan, *, bare: bool) -> None:
                 value = _untied(value, key)
             taken.add(value.storage)
         entries[key] = value
+    if all(entries[key] is value for key, value in plan.state.entries.items()):
+        return  # nothing was tied: the very node stays, which may refer to itself
     at = () if bare else plan.state.at
     tree = plan.checkpoint.tree
     like = places.state_dict_node(tree, at)

@@ -155,3 +155,14 @@ def test_a_zip64_field_that_is_cut_off_is_refused(
     done = run("keys", "in.pth")
     assert (done.code, done.out) == (3, "")
     assert "a zip64 entry without its sizes" in done.err
+
+
+def test_untie_leaves_a_state_dict_that_holds_itself_alone(run: Run, here: Path) -> None:
+    """It was made anew though nothing was tied; the old one stood on inside it."""
+    state: dict[str, Any] = {"weight": torch.ones(2)}
+    state["again"] = {"deeper": state}
+    torch.save({"c": state}, "in.pth")
+    assert run("convert", "--untie", "in.pth", "out.pth").code == 0
+    found = judge.load("out.pth")["c"]
+    assert found["again"]["deeper"] is found
+    assert run("diff", "in.pth", "out.pth").code == 0
