@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool import checking, edits, fitting, formats, listing, surgery, survey
 from ckptool.checking import Checked
-from ckptool.copying import Begin
+from ckptool.copying import Begin, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import EditError
 from ckptool.fitting import MIN_MATCH, Fill, Reference, Transferred
 from ckptool.listing import Listing
 from ckptool.suggestions import Suggestion, suggestions
-from ckptool.surgery import Options, Rewrite, no_progress
+from ckptool.surgery import Options, Rewrite
 from ckptool.survey import Survey
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import checkpoint as places, fileio, formats, safety, walk
 from ckptool.checkpoint import Checkpoint
-from ckptool.copying import Begin, Copy, Progress, run_jobs
+from ckptool.copying import Begin, Copy, Progress, no_progress, run_jobs
 from ckptool.errors import (
     CkptoolError,
     FormatError,
@@ -99,11 +99,6 @@ class _Findings:
     sha256: str = ""
     asked_sha256: str = ""
     checksums: str = ""
-
-
-def no_progress(total: int) -> Progress:
-    """Draw nothing."""
-    return lambda nbytes: None
 
 
 def check(

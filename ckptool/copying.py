@@ -27,6 +27,11 @@ Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts
 Block = Callable[[Readers], Iterator[bytes | bytearray]]
 
 
+def no_progress(total: int) -> Progress:
+    """Draw nothing."""
+    return lambda nbytes: None
+
+
 @dataclass(slots=True)
 class Copy:
     """Copy `nbytes` of a storage, from `start` in it, to `target` in the output.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
-from ckptool.copying import Begin
+from ckptool.copying import Begin, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import AmbiguousStateDict, PoorFit
 from ckptool.plan import argument
@@ -128,7 +128,7 @@ def transfer(
     steps: Sequence[Edit] = (),
     min_match: float = MIN_MATCH,
     options: Options | None = None,
-    progress: Begin = surgery.no_progress,
+    progress: Begin = no_progress,
     fill: Fill | None = None,
 ) -> Transferred:
     """Write the bare state_dict with what fits the target alone.

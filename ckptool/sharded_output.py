@@ -23,12 +23,12 @@ from ckptool import (
     surgery,
 )
 from ckptool.atomic import Target
-from ckptool.copying import Begin, Layout, Progress
+from ckptool.copying import Begin, Layout, Progress, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import EditError
 from ckptool.plan import Options, Plan, make_plan
 from ckptool.sharding import NAMES, Split
-from ckptool.surgery import Rewrite, Shard, no_progress
+from ckptool.surgery import Rewrite, Shard
 from ckptool.text import readable
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ckptool import atomic, copying, fileio, formats, walk
 from ckptool.atomic import Target
 from ckptool.checkpoint import Checkpoint
-from ckptool.copying import Begin, Layout, Progress
+from ckptool.copying import Begin, Layout, Progress, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
 from ckptool.formats import safetensors, torch_zip
@@ -81,11 +81,6 @@ class Rewrite:
     def kept(self) -> int:
         """Count the entries that are written under their own name."""
         return sum(1 for old, new in self.map if new == old)
-
-
-def no_progress(total: int) -> Progress:
-    """Draw nothing."""
-    return lambda nbytes: None
 
 
 def rewrite(

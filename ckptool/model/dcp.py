@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool import atomic, checkpoint as places, fileio, formats, surgery, walk
 from ckptool.atomic import Target
 from ckptool.checkpoint import Checkpoint
-from ckptool.copying import Begin, Copy, Layout, Progress, run_jobs
+from ckptool.copying import Begin, Copy, Layout, Progress, no_progress, run_jobs
 from ckptool.edits import Edit
 from ckptool.errors import EditError, KeyCollision, MissingExtra, NotRepresentable, Unsupported
 from ckptool.model import libraries, loading
@@ -46,7 +46,7 @@ def convert(
     *,
     unwrap: bool = False,
     options: Options,
-    progress: Begin = surgery.no_progress,
+    progress: Begin = no_progress,
 ) -> Rewrite:
     """Write a checkpoint as the folder of a distributed one, with its keys edited.
 
