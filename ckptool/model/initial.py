@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ckptool import checkpoint as places, formats
-from ckptool.fitting import Fill
 from ckptool.model import libraries, zoo
 from ckptool.tree import Node
+
+# Return the entries for keys that a source lacks, for as long as the context lasts.
+Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
 
 
 def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
