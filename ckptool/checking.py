@@ -32,10 +32,11 @@ from ckptool.errors import (
 )
 from ckptool.filehash import hash_in
 from ckptool.fileio import CHUNK, Reader
-from ckptool.finite import Tally, floating, not_finite
+from ckptool.finite import floating, not_finite
 from ckptool.names import Level, level
 from ckptool.safety import Call, Verdict
 from ckptool.survey import unused_nbytes
+from ckptool.tensors.numbers import Tally
 from ckptool.text import counted, listed, readable
 from ckptool.tree import Global, Object
 

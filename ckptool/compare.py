@@ -8,18 +8,20 @@ tags are told and decide nothing: containers differ in what they can say of them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from ckptool import checkpoint as places, edits, fileio, module_metadata, replacing, walk
 from ckptool.checkpoint import Checkpoint, StateDict
-from ckptool.compare_bytes import Comparer, Pair, pair
 from ckptool.compare_sides import Asked, edited, notes, state_dicts
+from ckptool.compare_tensors import Pair, compare, pair
 from ckptool.compare_trees import TAKEN, Place, places_of, shown
-from ckptool.compare_values import Values
 from ckptool.copying import Begin, Copy, Job, run_jobs
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
+from ckptool.fileio import Readers
 from ckptool.formats._torch_tree import attributes, quantizer
 from ckptool.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
+from ckptool.tensors.numbers import Values
 from ckptool.text import counted, listed, readable, shape
 from ckptool.tree import Node
 from ckptool.walk import Path
@@ -322,10 +324,11 @@ class _Work:
                 hint="compares no values, --select some",
             )
         known: dict[tuple[object, ...], Values] = {}
-        with Comparer(self.asked.tolerance, limit, progress(2 * total)) as comparer:
+        step = progress(2 * total)
+        with closing(Readers()) as readers:
             for found, key, both in self._queue:
                 if both.views not in known:
-                    known[both.views] = comparer.compare(both)
+                    known[both.views] = compare(both, readers, self.asked.tolerance, limit, step)
                 _judge(found, key, both, known[both.views])
         self._note_damage([both for *_, both in self._queue if known[both.views].count])
         for path, stamp in (*self.left.files, *self.right.files):

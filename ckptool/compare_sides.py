@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from ckptool import checkpoint as places, edits, module_metadata
 from ckptool.checkpoint import Checkpoint, StateDict
-from ckptool.compare_values import NO_TOLERANCE, Tolerance
 from ckptool.edits import Edit
 from ckptool.errors import AmbiguousStateDict, EditError
 from ckptool.formats._torch_tree import attributes, is_parameter, python_type
 from ckptool.tensor import TENSORS, AnyTensor, TensorInfo
+from ckptool.tensors.numbers import NO_TOLERANCE, Tolerance
 from ckptool.text import listed
 from ckptool.walk import Path
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckptool.compare import Change, Difference, Found, Side
-from ckptool.compare_values import Values
 from ckptool.report import document
+from ckptool.tensors.numbers import Values
 from ckptool.text import counted, listed, readable, shape, table, visible
 
 _BESIDE = "beside-"

@@ -14,7 +14,8 @@ from ckptool.chunks import tiling_problem
 from ckptool.copying import Copy, run_jobs
 from ckptool.dtype import DType
 from ckptool.errors import LimitExceeded, Malformed
-from ckptool.fileio import Readers, fill
+from ckptool.fileio import Readers
+from ckptool.files.blocks import fill
 from ckptool.tensor import Chunk, Chunked, Packing, Storage, TensorInfo
 
 SHAPES = st.lists(st.integers(1, 7), max_size=4).map(tuple)

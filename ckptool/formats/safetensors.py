@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +20,8 @@ from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Compute, Copy, Job, Layout
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.fileio import Reader, Readers, seekable
+from ckptool.fileio import Reader
+from ckptool.files.blocks import blocks
 from ckptool.formats import _json
 from ckptool.formats._order import NOTE, noted, restored
 from ckptool.replacing import make_state_dict
@@ -30,12 +30,10 @@ from ckptool.tensor import (
     Storage,
     TensorInfo,
     contiguous_stride,
-    gather,
     is_contiguous,
-    is_resolvable,
     needs_swap,
-    settled,
 )
+from ckptool.tensors.numbers import can_resolve
 from ckptool.tree import Node
 
 MAX_HEADER = 100_000_000
@@ -175,7 +173,7 @@ def _unfit(key: str, value: Node) -> str:
         return "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
-    if value.lazy and not is_resolvable(value):
+    if value.lazy and not can_resolve(value.dtype, value.lazy):
         return f"a pending operation that torch does not do on {value.dtype.torch_name}"
     if key == "__metadata__":
         return "its name is taken by the format"
@@ -255,17 +253,11 @@ def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> lis
             if copy.whole:
                 checked.add(storage)
         elif info.nbytes:
-            jobs.append(Compute(storage, partial(_computed, info), targets[key], info.nbytes))
+            block = partial(blocks, info, limit=GATHER_BLOCK)
+            jobs.append(Compute(storage, block, targets[key], info.nbytes))
     unchecked = dict.fromkeys(info.storage for _, info in ordered)
     return jobs + [
         Copy(storage, None)
         for storage in unchecked
         if storage not in checked and storage.crc32 is not None
     ]
-
-
-def _computed(info: TensorInfo, readers: Readers) -> Iterator[bytes | bytearray]:
-    """Yield the bytes of a tensor that does not lie in its storage as safetensors wants it."""
-    with seekable(info.storage, readers) as fetch:
-        for block in gather(info, fetch, GATHER_BLOCK):
-            yield settled(block, info)

@@ -1,0 +1,1 @@
+"""Bytes from disk, archives and URLs; blocks of values; the copy engine; publishing; downloads."""

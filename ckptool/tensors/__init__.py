@@ -1,0 +1,1 @@
+"""Dtypes, storages, views, values and numbers; this room opens nothing."""
