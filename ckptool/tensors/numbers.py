@@ -171,20 +171,23 @@ def differences(dtype: DType, left: Block, right: Block, tolerance: Tolerance) -
 
     found = Values(len(left) // dtype.itemsize)
     one, other = _bits(left, dtype), _bits(right, dtype)
-    places = np.flatnonzero(one != other)
-    if len(places) < len(one):
-        one, other = one[places], other[places]
+    differs = far = one != other
+    if not differs.all():
+        one, other = one[differs], other[differs]
     beyond = None
     with np.errstate(over="ignore", invalid="ignore"):  # signalling NaNs, infinite tolerances
         if dtype in FLOATS:
             beyond = _compare_floats(found, dtype, one, other, tolerance)
-        elif _PARTS.get(dtype, dtype) in _INTEGERS and len(places):
+        elif _PARTS.get(dtype, dtype) in _INTEGERS and len(one):
             beyond = _compare_integers(found, dtype, one, other, tolerance)
-    far = places if beyond is None else places[beyond]
+    if beyond is not None:
+        far = differs.copy()
+        far[differs] = beyond
     if dtype in COMPLEX:
-        places, far = np.unique(places // 2), np.unique(far // 2)
-    found.count, found.within = len(far), len(places) - len(far)
-    found.first = int(far[0]) if len(far) else None
+        differs, far = (each.reshape(-1, 2).any(axis=1) for each in (differs, far))
+    found.count = int(np.count_nonzero(far))
+    found.within = int(np.count_nonzero(differs)) - found.count
+    found.first = int(far.argmax()) if found.count else None
     return found
 
 
@@ -195,45 +198,44 @@ def _compare_floats(
     import numpy as np
 
     left, right = _floats(one, dtype), _floats(other, dtype)
-    finite = np.isfinite(left) & np.isfinite(right)
-    both_nan = None
-    if not finite.all():
-        nan_left, nan_right = np.isnan(left), np.isnan(right)
-        both_nan = nan_left & nan_right
-        found.nan_payloads = int(both_nan.sum())
-        found.nan_one_side = int((nan_left ^ nan_right).sum())
-        found.infinities = int((~finite).sum()) - found.nan_payloads - found.nan_one_side
     gaps = np.abs(left - right)
-    unequal = finite & (gaps != 0)
-    measured = int(unequal.sum())
-    found.zero_signs = int(finite.sum()) - measured
-    if measured:
-        found.max_abs = float(gaps.max(where=unequal, initial=0))
-        patterns = (_ordered(bits[unequal], dtype) for bits in (one, other))
+    measured = gaps != 0
+    special = None
+    if not np.isfinite(gaps).all():
+        nan_left, nan_right = np.isnan(left), np.isnan(right)
+        special = ~(np.isfinite(left) & np.isfinite(right))
+        found.nan_payloads = int(np.count_nonzero(nan_left & nan_right))
+        found.nan_one_side = int(np.count_nonzero(nan_left ^ nan_right))
+        found.infinities = int(np.count_nonzero(special))
+        found.infinities -= found.nan_payloads + found.nan_one_side
+        measured &= ~special
+    found.zero_signs = int(np.count_nonzero(gaps == 0))
+    if measured.any():
+        chosen = slice(None) if measured.all() else measured
+        found.max_abs = float(gaps[chosen].max())
+        patterns = (_ordered(bits[chosen], dtype) for bits in (one, other))
         found.max_ulp = int(_distances(*patterns).max())
     if not tolerance.given:
         return None
     far = gaps > tolerance.atol + tolerance.rtol * np.abs(left)
-    return far if both_nan is None else np.where(finite, far, ~both_nan)
+    return far if special is None else np.where(special, ~(nan_left & nan_right), far)
 
 
 def _ordered(bits: Any, dtype: DType) -> Any:
-    """Number floats as they follow each other: neighbours are one apart."""
+    """Number floats as they follow each other: neighbours are one apart, and zeros equal."""
     import numpy as np
 
     if dtype is DType.F8_E8M0:  # no sign
-        return bits.astype("i8")
-    width = bits.itemsize
-    signed = bits.view(f"<i{width}").astype("i8")
-    return np.where(signed >= 0, signed, (-1 << 8 * width - 1) - signed)
+        return bits
+    signed = bits.view(f"i{bits.itemsize}")
+    return np.where(signed >= 0, signed, np.iinfo(signed.dtype).min - signed)
 
 
 def _distances(left: Any, right: Any) -> Any:
-    """Return the distances of integers, which may take one bit more than they do."""
+    """Return the distances of integers, which as unsigned ones take no more bits than they do."""
     import numpy as np
 
-    one, other = left.view("u8"), right.view("u8")
-    return np.where(left >= right, one - other, other - one)
+    return (np.maximum(left, right) - np.minimum(left, right)).view(f"u{left.itemsize}")
 
 
 def _compare_integers(
@@ -243,8 +245,7 @@ def _compare_integers(
     import numpy as np
 
     name = _PARTS.get(dtype, dtype).torch_name
-    wide = "u8" if name.startswith("u") else "i8"
-    left, right = (bits.view(name).astype(wide) for bits in (one, other))
+    left, right = one.view(name), other.view(name)
     gaps = _distances(left, right)
     found.max_abs = int(gaps.max())
     if not tolerance.given:
