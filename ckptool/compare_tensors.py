@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ckptool.errors import LimitExceeded, Unsupported
 from ckptool.fileio import Readers
-from ckptool.files.blocks import blocks
+from ckptool.files.blocks import blocks, equal
 from ckptool.tensor import TensorInfo, is_contiguous, needs_swap, span, without_repeats
 from ckptool.tensors.numbers import Tolerance, Values, differences
 
@@ -104,7 +104,7 @@ def _differing(
     start = 0
     sides = (blocks(each, readers, size) for each in (left, right))
     for one, other in zip(*sides, strict=True):
-        if bytearray(one) != other:  # views are compared number by number, a bytearray as memory
+        if not equal(one, other):
             yield start, one, other
         start += len(one)
         progress(2 * len(one))

@@ -16,7 +16,7 @@ import pytest
 from ckptool.dtype import BY_TORCH_NAME, DType
 from ckptool.errors import Malformed
 from ckptool.fileio import Reader, Readers
-from ckptool.files.blocks import blocks
+from ckptool.files.blocks import blocks, equal
 from ckptool.tensor import Packing, Storage, TensorInfo
 from ckptool.tensors import numbers
 
@@ -253,6 +253,22 @@ def test_a_deflated_storage_longer_than_declared_is_refused(
     info = TensorInfo(DType.F32, (999,), (1,), storage)
     with pytest.raises(Malformed, match="longer than declared"):
         list(blocks(info, readers))
+
+
+# Comparing.
+
+
+def test_blocks_are_compared_whole() -> None:
+    """The last block of three is shorter than the buffer that it shares with those before."""
+    view = base((25,), torch.uint8)
+    for at in (None, *range(25)):
+        other = view.clone()
+        if at is not None:
+            other[at] ^= 128
+        pairs = zip(
+            *(blocks(info_of(each), memory_of(each), 10) for each in (view, other)), strict=True
+        )
+        assert [equal(*pair) for pair in pairs] == [at is None or at // 10 != n for n in range(3)]
 
 
 # Byte order.

@@ -51,6 +51,15 @@ def blocks(value: TensorInfo, readers: Readers, limit: int = 1 << 20) -> Iterato
         yield block
 
 
+def equal(one: memoryview, other: memoryview) -> bool:
+    """Check whether two blocks of one length, as `blocks` yields them, hold the same bytes.
+
+    `==` of two views unpacks every byte; what a bytearray starts with is compared as memory.
+    """
+    buffer = one.obj  # the block is at its start
+    return isinstance(buffer, bytearray) and buffer.startswith(other)
+
+
 def _stored(
     value: TensorInfo, readers: Readers, buffer: memoryview, limit: int
 ) -> Iterator[memoryview]:
