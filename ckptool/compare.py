@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ckptool import checkpoint as places, edits, fileio, module_metadata, replacing, walk
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.compare_sides import Asked, edited, notes, state_dicts
-from ckptool.compare_tensors import Pair, compare, pair
+from ckptool.verbs.compare_tensors import Pair, compare, pair
 from ckptool.compare_trees import TAKEN, Place, places_of, shown
 from ckptool.copying import Begin, Copy, Job, run_jobs
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
