@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from ckptool.dtype import BY_TORCH_NAME, DType
 from ckptool.errors import Malformed
-from ckptool.fileio import Reader, Readers
 from ckptool.files.blocks import blocks, equal
-from ckptool.tensor import Packing, Storage, TensorInfo
+from ckptool.files.fileio import Reader, Readers
 from ckptool.tensors import numbers
+from ckptool.tensors.dtype import BY_TORCH_NAME, DType
+from ckptool.tensors.tensor import Packing, Storage, TensorInfo
 
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")

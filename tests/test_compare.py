@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import ckptool
-from ckptool.compare import Change, Difference
-from ckptool.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors import numbers
+from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.numbers import Tolerance, Values, differences
+from ckptool.verbs.compare import Change, Difference
 
 hypothesis = pytest.importorskip("hypothesis")
 torch = pytest.importorskip("torch")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ckptool.dtype import BY_SAFETENSORS_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME, DType
-from ckptool.tensor import (
+from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+from ckptool.tensors.tensor import (
     Storage,
     TensorInfo,
     coalesced,

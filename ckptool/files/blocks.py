@@ -12,9 +12,10 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from ckptool.chunks import pieces, place
-from ckptool.fileio import Readers, unpacked
-from ckptool.tensor import (
+from ckptool.files.fileio import Readers, unpacked
+from ckptool.tensors import numbers
+from ckptool.tensors.chunks import pieces, place
+from ckptool.tensors.tensor import (
     Packing,
     Storage,
     TensorInfo,
@@ -23,7 +24,6 @@ from ckptool.tensor import (
     needs_swap,
     span,
 )
-from ckptool.tensors import numbers
 
 PAGE = 4096
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from ckptool.dtype import DType
+from ckptool.tensors.dtype import DType
 
 Block = bytes | bytearray | memoryview  # of bytes
 

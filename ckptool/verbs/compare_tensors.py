@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ckptool.errors import LimitExceeded, Unsupported
-from ckptool.fileio import Readers
 from ckptool.files.blocks import blocks, equal
-from ckptool.tensor import TensorInfo, is_contiguous, needs_swap, span, without_repeats
+from ckptool.files.fileio import Readers
 from ckptool.tensors.numbers import Tolerance, Values, differences
+from ckptool.tensors.tensor import TensorInfo, is_contiguous, needs_swap, span, without_repeats
 
 BLOCK = 1 << 19  # two of them and what is computed of them: a few times that in memory
 GATHER_BLOCK = 4 << 20  # rows of a transposed tensor are short: the more at once the better
