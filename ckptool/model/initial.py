@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ckptool import checkpoint as places, formats
+from ckptool import containers
 from ckptool.model import libraries, zoo
-from ckptool.tree import Node
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places
 
 # Return the entries for keys that a source lacks, for as long as the context lasts.
 Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
@@ -32,6 +33,6 @@ def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
             path = os.path.join(folder, "initial.pth")
             torch.save({key: values[key].contiguous() for key in keys}, path)
             del values
-            yield dict(places.text_items(formats.read(path).tree) or [])
+            yield dict(places.text_items(containers.read(path).tree) or [])
 
     return fill
