@@ -1,1 +1,1 @@
-"""Bytes from disk, archives and URLs; blocks of values; the copy engine; publishing; downloads."""
+"""Bytes from disk, archives and URLs; the copy engine; publishing; downloads."""

@@ -1,1 +1,1 @@
-"""Dtypes, storages, views, values and numbers; this room opens nothing."""
+"""Tensors as values: dtypes, storages, views, numbers; pure, opens nothing."""
