@@ -62,28 +62,42 @@ class Memo(list[Node]):
         self.others: dict[int, Node] = {}
         self.spelled: dict[tuple[bytes, ...], Node] = {}
         self.changed = False
+        self.gaps = 0
         # Any `j` counts as a LONG_BINGET, and any `g` with digits as a GET, wherever it is.
         self.fetched = {int.from_bytes(key, "little") for key in _LONG_GETS.findall(data)}
         self.fetched.update(range(256))
         self.fetched.update(map(int, _TEXT_GETS.findall(data)))
 
     @property
-    def count(self) -> int:
+    def entries(self) -> int:
         """Return the number of entries."""
-        return len(self) + len(self.others)
+        return len(self) - self.gaps + len(self.others)
 
     def put(self, key: int, node: Node) -> None:
         """Set an entry."""
-        if key == len(self) and key not in self.others:
+        gap = key - len(self)
+        if 0 <= gap <= _LARGEST_GAP and not self.others:
+            self.skip(gap)
             self.append(node if key in self.fetched else None)
-        elif key < len(self):
-            self[key], self.changed = node, True
+            return
+        self.changed = True
+        if gap >= 0:
+            self.others[key] = node
         else:
-            self.others[key], self.changed = node, True
+            self.gaps -= self[key] is _NEVER
+            self[key] = node
+
+    def skip(self, gap: int) -> None:
+        """Leave numbers out, as our own writer does after each tensor."""
+        self += [_NEVER] * gap
+        self.gaps += gap
 
     def get(self, key: int) -> Node:
         """Return an entry; raises `KeyError` where there is none."""
-        return self[key] if key < len(self) else self.others[key]
+        node = self[key] if key < len(self) else self.others[key]
+        if node is _NEVER:
+            raise KeyError(key)
+        return node
 
     def replace(self, old: Node, new: Node) -> None:
         """Set an entry anew that was memoized before its state was pickled, which is short."""
@@ -95,6 +109,7 @@ class Memo(list[Node]):
                 self.others[key] = new
 
 
+_NEVER, _LARGEST_GAP = object(), 1
 _LONG_GETS = re.compile(rb"j(?=(.{4}))", re.DOTALL)
 _TEXT_GETS = re.compile(rb"g(?=(\d{1,%d})\n)" % MAX_DIGITS)
 
@@ -197,7 +212,7 @@ class _Machine:
             position += 1
             if op == 0x72:  # LONG_BINPUT
                 key, node = _U32(data, position)[0], stack[-1]
-                if key == len(memo) and not memo.changed:
+                if key == len(memo) and not memo.others:
                     memo.append(node if key in fetched else None)
                 else:
                     memo.put(key, node)
@@ -480,7 +495,7 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x32: lambda m: m.push(m.stack[-1]),  # DUP
     0x67: _Machine.get,  # GET
     0x70: lambda m: m.put(m.decimal(m.line())),  # PUT
-    0x94: lambda m: m.put(m.memo.count),  # MEMOIZE
+    0x94: lambda m: m.put(m.memo.entries),  # MEMOIZE
     0x63: lambda m: m.push(m.global_line()),  # GLOBAL
     0x93: _Machine.stack_global,  # STACK_GLOBAL
     0x81: _Machine.newobj,  # NEWOBJ

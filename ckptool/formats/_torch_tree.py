@@ -10,13 +10,16 @@ persistent ids are those of `torch/serialization.py` (`persistent_id` in `_save`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+from itertools import chain
+from struct import Struct
 from typing import Any
 
 from ckptool.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.errors import Malformed
 from ckptool.pickle_reader import Memo, Phrase, Vocabulary
+from ckptool.pickle_writer import Written
 from ckptool.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
 from ckptool.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
 
@@ -68,7 +71,10 @@ _STORAGE = [
     _PUT,
 ]
 _VIEW = [b"(Q", _INT, _SIZES, b")", _PUT, b"(", _SIZES, b")", _PUT, rb"([\x88\x89]", _GET, rb"\)R)"]
-_CALL = re.compile(b"".join([rb"\(\(", *_STORAGE, *_VIEW, _PUT, b"t", _PUT, b"R", _PUT]), re.DOTALL)
+_CALL_OPCODES = b"".join([rb"\(\(", *_STORAGE, *_VIEW, _PUT, b"t", _PUT, b"R", _PUT])
+_CALL = re.compile(_CALL_OPCODES, re.DOTALL)
+_WRITTEN = re.compile(_GET + _CALL_OPCODES, re.DOTALL)
+_SIZE_GROUP, _KEY_GROUP, _PUT_GROUPS = 2, 3, (4, 6, 8, 10, 12, 13, 14)
 _PUTS = 7
 _FIRST_PUTS = sum((ord("r") + (at << 8)) << 40 * at for at in range(_PUTS))
 _NEXT_PUTS = sum(1 << 40 * at + 8 for at in range(_PUTS))
@@ -163,12 +169,13 @@ class TorchVocabulary(Vocabulary):
         if call is None:
             return None
         kind, size, key, p0, place, p1, view, p2, stride, p3, rest, p4, p5, p6 = call.groups()
-        count = len(memo)
+        number = int.from_bytes(p0[1:], "little")
         puts = int.from_bytes(b"".join((p0, p1, p2, p3, p4, p5, p6)), "little")
         if (
-            puts != _FIRST_PUTS + count * _NEXT_PUTS
+            number != len(memo)
+            or puts != _FIRST_PUTS + number * _NEXT_PUTS
             or len(key) != size[0]
-            or not memo.fetched.isdisjoint(range(count, count + _PUTS - 1))
+            or not memo.fetched.isdisjoint(range(number, number + _PUTS - 1))
         ):
             return None
         spelling = (kind, place, view, stride, rest)
@@ -183,7 +190,7 @@ class TorchVocabulary(Vocabulary):
             like.dtype, like.shape, like.stride, storage, like.storage_offset, like.requires_grad
         )
         memo += _UNFETCHED
-        memo.put(count + _PUTS - 1, info)
+        memo.put(number + _PUTS - 1, info)
         dimensions = len(like.shape)
         opcodes = 25 + 2 * dimensions + (2 if dimensions > 3 else 0)
         return info, call.end(), opcodes
@@ -493,6 +500,34 @@ class Lowering:
 
     def __init__(self) -> None:
         self.storages: dict[Storage, str] = {}
+        self._spelled: dict[tuple[object, ...], tuple[bytes, Struct, list[bytes], TensorInfo]] = {}
+
+    def phrase(self, node: Any, memo: Container[object], first: int) -> Written | None:
+        """Write a plain tensor as another was that differs in its storage alone."""
+        if type(node) is not TensorInfo or node.origin is not None:
+            return None
+        like = self._spelled.get(_spelling(node))
+        key = str(len(self.storages))
+        if like is None or node.storage in self.storages or key in memo:
+            return None
+        head, tail, literals, _ = like
+        numbers = chain.from_iterable(zip(literals, range(first, first + _PUTS), strict=True))
+        self.storages[node.storage] = key
+        opcodes = (head, len(key), key.encode(), tail.pack(*numbers))
+        return b"%bX%c\0\0\0%b%b" % opcodes, key, _PUTS
+
+    def learn(self, node: Any, written: bytes) -> None:
+        """Remember how a plain tensor was written, between the key and the memo numbers."""
+        call = _WRITTEN.fullmatch(written)
+        if call is None or type(node) is not TensorInfo or node.origin is not None:
+            return
+        literals, end = [], call.end(_KEY_GROUP)
+        for put in _PUT_GROUPS:
+            literals.append(written[end : call.start(put) + 1])
+            end = call.end(put)
+        tail = Struct("<" + "".join(f"{len(literal)}sI" for literal in literals))
+        head = written[: call.start(_SIZE_GROUP) - 1]
+        self._spelled[_spelling(node)] = head, tail, literals, node
 
     def __call__(self, node: Any) -> Node:
         """Give the tree that rebuilds a record."""
@@ -515,6 +550,21 @@ class Lowering:
             kind = Global("torch", storage.dtype.storage_class)
             numel = storage.nbytes // storage.dtype.itemsize
         return PersistentId(("storage", kind, key, storage.location, numel))
+
+
+def _spelling(info: TensorInfo) -> tuple[object, ...]:
+    """Return what plain tensors that are written alike share, tuples of the file by identity."""
+    storage = info.storage
+    return (
+        id(info.dtype),
+        id(storage.dtype),
+        storage.location,
+        storage.nbytes,
+        info.storage_offset,
+        id(info.shape),
+        id(info.stride),
+        info.requires_grad,
+    )
 
 
 def _cut(view: StorageView, storage: Storage) -> Storage:
@@ -554,14 +604,9 @@ def _moved(args: tuple[Node, ...], info: TensorInfo) -> tuple[Node, ...]:
 def _fresh(info: TensorInfo) -> Object:
     """Make the call that rebuilds a tensor of which there is nothing more to say."""
     hooks = Object(ORDERED_DICT, ())
-    args = (
-        info.storage,
-        info.storage_offset,
-        info.shape,
-        info.stride,
-        info.requires_grad,
-        hooks,
-    )
+    # Tensors read as one phrase share these tuples: in a pickle each has its own.
+    shape, stride = (*info.shape, 0)[:-1], (*info.stride, 0)[:-1]
+    args = (info.storage, info.storage_offset, shape, stride, info.requires_grad, hooks)
     if info.storage.dtype is info.dtype:
         return Object(Global(_UTILS, "_rebuild_tensor_v2"), args)
     dtype = Global("torch", info.dtype.torch_name)
