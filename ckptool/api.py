@@ -11,6 +11,7 @@ Each raises a `CkptoolError` where the command line ends with another exit code 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptool import checking, edits, fitting, formats, listing, surgery, survey
@@ -20,7 +21,7 @@ from ckptool.edits import Edit
 from ckptool.errors import EditError
 from ckptool.fitting import MIN_MATCH, Fill, Reference, Transferred
 from ckptool.listing import Listing
-from ckptool.suggestions import Suggestion, suggestions
+from ckptool.suggestions import suggestions
 from ckptool.surgery import Options, Rewrite
 from ckptool.survey import Survey
 
@@ -50,13 +51,13 @@ def keys(
     return listing.chosen(listing.listing(formats.read(path), at, every=every), select, sort)
 
 
-def info(path: str | Path, *, at: str | None = None) -> tuple[Survey, list[Suggestion]]:
+def info(path: str | Path, *, at: str | None = None) -> Survey:
     """Say what a file is and what is in it, and which commands would help.
 
     Raises what reading raises; several state_dicts are all described, unless `at` chooses.
     """
     facts = survey.survey(formats.read(path), at)
-    return facts, suggestions(facts)
+    return replace(facts, suggestions=tuple(suggestions(facts)))
 
 
 def check(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ from ckptool.errors import AmbiguousStateDict, PoorFit
 from ckptool.plan import argument
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
-from ckptool.text import percent
+from ckptool.text import percent, visible
 from ckptool.tree import Node
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -57,12 +57,33 @@ class Fit:
     absent: tuple[str, ...]
     filled: float
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.matched)} match, {len(self.mismatched)} differ in shape"
+        counts += f", {len(self.missing)} missing, {len(self.absent)} absent"
+        return f"<Fit to {visible(self.target)}: {counts}, {percent(self.filled)} filled>"
 
-class Transferred(NamedTuple):
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
     """What a transfer wrote, and how it fits its target, if it had one."""
 
     rewrite: Rewrite
     fit: Fit | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `transfer/1`."""
+        fit = self.fit
+        return {
+            **self.rewrite.to_dict(),
+            "schema": "transfer/1",
+            "matched": len(fit.matched) if fit else None,
+            "mismatched": [
+                {"key": each.key, "here": list(each.here), "there": list(each.there)}
+                for each in (fit.mismatched if fit else ())
+            ],
+            "missing": list(fit.missing) if fit else [],
+            "filled": fit.filled if fit else None,
+        }
 
 
 def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
@@ -97,12 +118,12 @@ def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
     total = _elements(target.shapes.values())
     filled = _elements(target.shapes[key] for key in matched)
     return Fit(
-        target.name,
-        matched,
-        mismatched,
-        tuple(key for key in target.shapes if key not in shapes),
-        tuple(key for key in shapes if key not in target.shapes),
-        filled / total if total else 1.0,
+        target=target.name,
+        matched=matched,
+        mismatched=mismatched,
+        missing=tuple(key for key in target.shapes if key not in shapes),
+        absent=tuple(key for key in shapes if key not in target.shapes),
+        filled=filled / total if total else 1.0,
     )
 
 

@@ -86,7 +86,7 @@ def command(
                 talk.say(evidence)
         found = compare.diff(first, second, asked, progress.begin)
     if as_json:
-        talk.put([report_diff.difference_document(found)])
+        talk.put([report.document(found.to_dict())])
     else:
         rows = report_diff.difference_table if talk.on_terminal() else report_diff.difference_rows
         talk.put(rows(found))

@@ -78,7 +78,7 @@ def command(
     The reference is loaded as its author would, the candidate must load strictly. Exit code 1
     where the outputs differ, or where the reference differs from itself.
     """
-    from ckptool import report_model
+    from ckptool import report, report_model
     from ckptool.model import inputs, verify, zoo
 
     options = verify.Options(
@@ -91,7 +91,7 @@ def command(
             reference, candidate, model, zoo.arguments(model_arg), options, progress
         )
     if as_json:
-        talk.put([report_model.verification_document(found)])
+        talk.put([report.document(found.to_dict())])
     else:
         rows = report_model.run_table if talk.on_terminal() else report_model.run_rows
         talk.put(rows(found))

@@ -11,10 +11,11 @@ behind it can be compared as well.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ckptool.model.native import Source
 from ckptool.model.outputs import Difference
 from ckptool.model.runner import Kept, Place
 from ckptool.model.subject import Recipe
+from ckptool.text import visible
 
 TOP = 5
 Progress = Callable[[str, int, int], None]  # what is run, batches done, batches in all
@@ -109,14 +111,38 @@ class Verification:
     inputs: str
     dtype: str
     torch: str
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
     runs: tuple[Run, ...]
-    left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
         """Tell whether the outputs are the same on every device."""
         return all(run.identical is True for run in self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+    def __repr__(self) -> str:
+        files = f"{visible(self.reference)}, {visible(self.candidate)}"
+        word = "identical" if self.identical else "not identical"
+        return f"<Verification of {files}: {word} on {', '.join(run.device for run in self.runs)}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `verify/1`; a number that JSON does not have is null."""
+        fields = _finite(asdict(self))
+        return {"schema": "verify/1", "identical": self.identical, **fields}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)
