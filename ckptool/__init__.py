@@ -7,37 +7,119 @@ torch, no numpy and no network.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckptool import edits as edits
+    from ckptool.api import (
+        add_prefix as add_prefix,
+        check as check,
+        convert as convert,
+        diff as diff,
+        download as download,
+        info as info,
+        keys as keys,
+        strip_prefix as strip_prefix,
+        transfer as transfer,
+        unwrap as unwrap,
+        verify as verify,
+    )
+    from ckptool.checking import Checked as Checked, Status as Status
+    from ckptool.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
+    from ckptool.compare import Change as Change, Difference as Difference
+    from ckptool.edits import Edit as Edit
+    from ckptool.errors import (
+        AmbiguousStateDict as AmbiguousStateDict,
+        BadInput as BadInput,
+        CkptoolError as CkptoolError,
+        DoesNotLoad as DoesNotLoad,
+        DownloadError as DownloadError,
+        DownloadFailed as DownloadFailed,
+        EditError as EditError,
+        FormatError as FormatError,
+        HashMismatch as HashMismatch,
+        KeyCollision as KeyCollision,
+        LimitExceeded as LimitExceeded,
+        Malformed as Malformed,
+        MissingExtra as MissingExtra,
+        ModelError as ModelError,
+        NoDevice as NoDevice,
+        NoSpace as NoSpace,
+        NoSuchCommand as NoSuchCommand,
+        NoSuchFile as NoSuchFile,
+        NoSuchKey as NoSuchKey,
+        NoSuchModel as NoSuchModel,
+        NotACheckpoint as NotACheckpoint,
+        NothingMatched as NothingMatched,
+        NotRepresentable as NotRepresentable,
+        OutOfMemory as OutOfMemory,
+        OutputExists as OutputExists,
+        PoorFit as PoorFit,
+        SameFile as SameFile,
+        UnsafePickle as UnsafePickle,
+        Unsupported as Unsupported,
+        WriteError as WriteError,
+    )
+    from ckptool.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
+    from ckptool.formats import read as read
+    from ckptool.listing import Listing as Listing
+    from ckptool.model.hub import Downloaded as Downloaded
+    from ckptool.model.loading import (
+        Matching as Matching,
+        load_matching as load_matching,
+        load_state_dict as load_state_dict,
+    )
+    from ckptool.model.verify import Run as Run, Verification as Verification
+    from ckptool.plan import Dropped as Dropped, WriteOptions as WriteOptions
+    from ckptool.suggestions import Suggestion as Suggestion
+    from ckptool.surgery import Rewrite as Rewrite, Shard as Shard
+    from ckptool.survey import Survey as Survey
+    from ckptool.tensor import TensorInfo as TensorInfo
 
 __version__ = "0.1.0"
 
+# The same names by module, for those who run: a test holds both together.
 _PUBLIC = {
-    "CkptoolError": "ckptool.errors",
-    "Options": "ckptool.plan",
-    "add_prefix": "ckptool.api",
-    "check": "ckptool.api",
-    "convert": "ckptool.api",
-    "diff": "ckptool.api",
-    "download": "ckptool.api",
-    "edits": "ckptool.edits",
-    "info": "ckptool.api",
-    "keys": "ckptool.api",
-    "load_matching": "ckptool.model.loading",
-    "load_state_dict": "ckptool.model.loading",
-    "read": "ckptool.formats",
-    "strip_prefix": "ckptool.api",
-    "transfer": "ckptool.api",
-    "unwrap": "ckptool.api",
-    "verify": "ckptool.api",
+    name: module
+    for module, names in {
+        "ckptool.api": (
+            "add_prefix check convert diff download info keys strip_prefix transfer unwrap verify"
+        ),
+        "ckptool.checking": "Checked Status",
+        "ckptool.checkpoint": "Checkpoint StateDict",
+        "ckptool.compare": "Change Difference",
+        "ckptool.edits": "Edit edits",
+        "ckptool.errors": (
+            "AmbiguousStateDict BadInput CkptoolError DoesNotLoad DownloadError DownloadFailed "
+            "EditError FormatError HashMismatch KeyCollision LimitExceeded Malformed MissingExtra "
+            "ModelError NoDevice NoSpace NoSuchCommand NoSuchFile NoSuchKey NoSuchModel "
+            "NotACheckpoint NotRepresentable NothingMatched OutOfMemory OutputExists PoorFit "
+            "SameFile UnsafePickle Unsupported WriteError"
+        ),
+        "ckptool.fitting": "Fit Mismatch Transferred",
+        "ckptool.formats": "read",
+        "ckptool.listing": "Listing",
+        "ckptool.model.hub": "Downloaded",
+        "ckptool.model.loading": "Matching load_matching load_state_dict",
+        "ckptool.model.verify": "Run Verification",
+        "ckptool.plan": "Dropped WriteOptions",
+        "ckptool.suggestions": "Suggestion",
+        "ckptool.surgery": "Rewrite Shard",
+        "ckptool.survey": "Survey",
+        "ckptool.tensor": "TensorInfo",
+    }.items()
+    for name in names.split()
 }
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(_PUBLIC[name])
-    return module if _PUBLIC[name] == f"ckptool.{name}" else getattr(module, name)
+if not TYPE_CHECKING:  # to a checker, a name that is not there must be an error
+
+    def __getattr__(name: str) -> object:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(_PUBLIC[name])
+        return module if name == "edits" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

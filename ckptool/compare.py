@@ -8,7 +8,7 @@ tags are told and decide nothing: containers differ in what they can say of them
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptool import checkpoint as places, edits, fileio, module_metadata, replacing, walk
@@ -120,7 +120,7 @@ class Side:
 class Difference:
     """How two checkpoints differ: in the state_dict, and in what stands beside it.
 
-    `tensors` of `nbytes` in all were compared.
+    `tensors` of `nbytes` in all were compared. Iterates over what changed under a key of both.
     """
 
     left: Side
@@ -131,6 +131,9 @@ class Difference:
     tensors: int
     nbytes: int
     notes: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Change]:
+        return iter((*self.state.changed, *self.beside.changed))
 
     @property
     def equal(self) -> bool:
@@ -272,7 +275,7 @@ class _Work:
                 self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
 
     def _compare_beside(self, left_at: Path, right_at: Path) -> None:
-        if self.asked.left_at is not None or self.asked.right_at is not None:
+        if self.asked.chosen:
             return
         sides = ((self.left, left_at), (self.right, right_at))
         if not left_at or not right_at:  # a bare state_dict, with no place for anything beside it

@@ -12,7 +12,7 @@ from ckptool import checkpoint as places, edits, formats, surgery
 from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin, no_progress
 from ckptool.edits import Edit
-from ckptool.errors import AmbiguousStateDict, PoorFit
+from ckptool.errors import PoorFit
 from ckptool.plan import argument
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
@@ -94,15 +94,11 @@ def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
     )
 
 
-def reference_of_file(path: str | Path, at: str | None = None) -> Reference:
+def reference_of(checkpoint: Checkpoint, at: str | None = None) -> Reference:
     """Take keys and shapes from another checkpoint."""
-    try:
-        state = places.find(formats.read(path), at)
-    except AmbiguousStateDict as error:
-        error.option = error.option.replace("--at", "--like-at")
-        raise
+    state = places.find(checkpoint, at, "--like-at")
     return reference(
-        str(path),
+        checkpoint.path,
         {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
     )
 
@@ -131,7 +127,9 @@ def _elements(shapes: Iterable[Shape]) -> int:
     return sum(prod(shape) for shape in shapes)
 
 
-def first_steps(renames: Sequence[Edit], drop: Sequence[str], keep: Sequence[str]) -> list[Edit]:
+def first_steps(
+    renames: Sequence[Edit], drop: str | Sequence[str], keep: str | Sequence[str]
+) -> list[Edit]:
     """Give the edits that come before a comparison: peel, drop, keep, rename."""
     steps = [edits.strip_wrappers(required=False)]
     if drop:
@@ -151,14 +149,16 @@ def transfer(
     options: Options | None = None,
     progress: Begin = no_progress,
     fill: Fill | None = None,
+    opened: Checkpoint | None = None,
 ) -> Transferred:
     """Write the bare state_dict with what fits the target alone.
 
-    `steps` come first (`first_steps`); `fill` gives what the source lacks. Raises `PoorFit` where
+    `steps` come first (`first_steps`); `fill` gives what the source lacks; `opened` is the source
+    where it was read before. Raises `PoorFit` where
     less than `min_match` of the target's elements would be filled, and what `rewrite` raises.
     """
     options = options or Options()
-    checkpoint = formats.read(source)
+    checkpoint = opened or formats.read(source)
     if like is None:
         result = surgery.rewrite(
             source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint

@@ -118,7 +118,7 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
     return Listing(checkpoint, state=state, entries=tensors, beside=beside)
 
 
-def chosen(listed: Listing, patterns: Sequence[str], sort: str) -> Listing:
+def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:
     """Keep what the patterns select, sorted by `size`, by `name`, or as in the `file`."""
     entries = listed.entries
     if patterns:

@@ -75,6 +75,11 @@ def listed(names: Iterable[str], limit: int = SHOWN) -> str:
     return ", ".join(shown[:limit]) + more
 
 
+def several(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Read one text, or any number of them, as several."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def html_table(rows: Sequence[Sequence[str]], caption: str, limit: int = 100) -> str:
     """Write a table for notebooks, its first row as the head; rows beyond a limit are counted."""
     from html import escape

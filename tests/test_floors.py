@@ -131,7 +131,7 @@ ROOMS = {
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": ("model/*.py",),
     r"click": ("cli.py", "talk.py", "commands/*.py"),
     r"tqdm": ("talk.py", "commands/verify.py"),
-    r"tempfile|shutil": ("fileio.py", "spool.py", "talk.py", "model/hub.py", "model/initial.py"),
+    r"tempfile|shutil": ("fileio.py", "spool.py", "talk.py", "model/hub.py", "model/live.py"),
     r"zlib": ("fileio.py", "spool.py", "copying.py", "formats/_zip.py", "formats/torch_zip.py"),
     r"zipfile|tarfile": (),
 }

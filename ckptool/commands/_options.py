@@ -7,6 +7,7 @@ needs none of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import wraps
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
@@ -128,8 +129,8 @@ def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rew
         result = verb(
             request.source,
             request.target,
-            options=request.options,
             progress=progress.begin,
+            **asdict(request.options),
             **arguments,
         )
     tell(request, result)

@@ -66,14 +66,15 @@ def command(
     from ckptool.compare_sides import Asked, tolerance
 
     asked = Asked(
-        at if left_at is None else left_at,
-        at if right_at is None else right_at,
-        every,
-        structure,
-        tolerance(atol, rtol),
-        patterns(select),
-        [renaming(move, "--map") for move in moves],
-        ignore_prefix,
+        at=at,
+        left_at=left_at,
+        right_at=right_at,
+        every=every,
+        structure=structure,
+        tolerance=tolerance(atol, rtol),
+        select=patterns(select),
+        rename=[renaming(move, "--map") for move in moves],
+        ignore_prefix=ignore_prefix,
     )
     progress = talk.Progress(right, quiet=quiet)
     with local(left, quiet=quiet) as one, local(right, quiet=quiet) as other, progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import click
 
@@ -78,8 +78,8 @@ def command(
             init_missing=init_missing,
             seed=seed,
             min_match=min_match,
-            options=request.options,
             progress=progress.begin,
+            **asdict(request.options),
         )
     result, fit = replace(done.rewrite, source=request.source), done.fit
     more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []

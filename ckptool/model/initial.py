@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ckptool import checkpoint as places, formats
+from ckptool import checkpoint as places
 from ckptool.fitting import Fill
-from ckptool.model import libraries, zoo
+from ckptool.model import libraries, live, zoo
 from ckptool.tree import Node
 
 
-def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
+def initial_values(spec: zoo.ModelLike, args: Mapping[str, Any], seed: int) -> Fill:
     """Give a source of entries: keys of the model -> the values it starts with, seeded.
 
     The entries lie in a temporary file and are there as long as the context lasts.
@@ -23,13 +21,11 @@ def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
     @contextmanager
     def fill(keys: Sequence[str]) -> Iterator[Mapping[str, Node]]:
         torch = libraries.torch()
-        with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                values = zoo.build(spec, args, "cpu").state_dict()
-            path = os.path.join(folder, "initial.pth")
-            torch.save({key: values[key].contiguous() for key in keys}, path)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            values = zoo.build(spec, args, "cpu").state_dict()
+        with live.opened({key: values[key].contiguous() for key in keys}) as checkpoint:
             del values
-            yield dict(places.text_items(formats.read(path).tree) or [])
+            yield dict(places.text_items(checkpoint.tree) or [])
 
     return fill
