@@ -71,9 +71,8 @@ if TYPE_CHECKING:
     )
     from ckptool.model.verify import Run as Run, Verification as Verification
     from ckptool.plan import Dropped as Dropped, WriteOptions as WriteOptions
-    from ckptool.suggestions import Suggestion as Suggestion
     from ckptool.surgery import Rewrite as Rewrite, Shard as Shard
-    from ckptool.survey import Survey as Survey
+    from ckptool.survey import Suggestion as Suggestion, Survey as Survey
     from ckptool.tensor import TensorInfo as TensorInfo
 
 __version__ = "0.1.0"
@@ -103,9 +102,8 @@ _PUBLIC = {
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verify": "Run Verification",
         "ckptool.plan": "Dropped WriteOptions",
-        "ckptool.suggestions": "Suggestion",
         "ckptool.surgery": "Rewrite Shard",
-        "ckptool.survey": "Survey",
+        "ckptool.survey": "Suggestion Survey",
         "ckptool.tensor": "TensorInfo",
     }.items()
     for name in names.split()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 from ckptool import checkpoint as places, edits, frameworks, naming, safety, walk
 from ckptool.checkpoint import Checkpoint, StateDict
@@ -29,9 +28,6 @@ from ckptool.tensor import (
 from ckptool.text import counted, listed, readable, visible
 from ckptool.tree import Global, Node, children
 from ckptool.walk import Path
-
-if TYPE_CHECKING:  # which imports this module
-    from ckptool.suggestions import Suggestion
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +85,14 @@ class Beside:
     tensors: int
     nbytes: int
     weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A command to paste, and what it is good for."""
+
+    reason: str
+    command: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     A file that is no checkpoint is named for what it is, exit 3.
     """
     from ckptool import formats, report, report_info
-    from ckptool.suggestions import Suggestion, suggestions
-    from ckptool.survey import survey
+    from ckptool.suggestions import suggestions
+    from ckptool.survey import Suggestion, survey
     from ckptool.text import quoted
 
     with local(file, quiet=quiet) as path:
