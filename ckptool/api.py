@@ -21,7 +21,7 @@ from ckptool.checking import Checked
 from ckptool.copying import Begin, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import EditError
-from ckptool.fitting import MIN_MATCH, Fill, Reference, Transferred
+from ckptool.fitting import MIN_MATCH, Reference, Transferred
 from ckptool.listing import Listing
 from ckptool.plan import Options, WriteOptions
 from ckptool.suggestions import suggestions
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 
     from ckptool.compare import Difference
     from ckptool.model.hub import Downloaded
+    from ckptool.model.initial import Fill
     from ckptool.model.live import CheckpointLike
     from ckptool.model.verify import Progress, Verification
     from ckptool.model.zoo import ModelLike

@@ -920,7 +920,7 @@ def test_a_quick_job_draws_no_bar(good: Path, tmp_path: Path) -> None:
 def test_off_a_terminal_progress_is_whole_lines(
     slow_source: Path, spawn: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    often = "import ckptool.talk; ckptool.talk.LINE_EVERY = 0.5; ckptool.talk.BAR_AFTER = 0.1"
+    often = "from ckptool import talk; talk.LINE_EVERY = 0.5; talk.BAR_AFTER = 0.1"
     arguments = ("strip-prefix", "in.safetensors", "out.safetensors")
     done = spawn(*arguments, program=("-c", f"{often}\n{SLOW}"))
     assert done.code == 0

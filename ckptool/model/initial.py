@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ckptool import checkpoint as places
-from ckptool.fitting import Fill
 from ckptool.model import libraries, live, zoo
 from ckptool.tree import Node
+
+# Return the entries for keys that a source lacks, for as long as the context lasts.
+Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
 
 
 def initial_values(spec: zoo.ModelLike, args: Mapping[str, Any], seed: int) -> Fill:
