@@ -10,24 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptool import edits as edits
-    from ckptool.api import (
-        add_prefix as add_prefix,
-        check as check,
-        convert as convert,
-        diff as diff,
-        download as download,
-        info as info,
-        keys as keys,
-        strip_prefix as strip_prefix,
-        transfer as transfer,
-        unwrap as unwrap,
-        verify as verify,
-    )
-    from ckptool.checking import Checked as Checked, Status as Status
-    from ckptool.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
-    from ckptool.compare import Change as Change, Difference as Difference
-    from ckptool.edits import Edit as Edit
+    from ckptool.containers import read as read
     from ckptool.errors import (
         AmbiguousStateDict as AmbiguousStateDict,
         BadInput as BadInput,
@@ -60,20 +43,37 @@ if TYPE_CHECKING:
         Unsupported as Unsupported,
         WriteError as WriteError,
     )
-    from ckptool.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
-    from ckptool.formats import read as read
-    from ckptool.listing import Listing as Listing
-    from ckptool.model.hub import Downloaded as Downloaded
+    from ckptool.files.hub import Downloaded as Downloaded
     from ckptool.model.loading import (
         Matching as Matching,
         load_matching as load_matching,
         load_state_dict as load_state_dict,
     )
     from ckptool.model.verify import Run as Run, Verification as Verification
-    from ckptool.plan import Dropped as Dropped, WriteOptions as WriteOptions
-    from ckptool.surgery import Rewrite as Rewrite, Shard as Shard
-    from ckptool.survey import Suggestion as Suggestion, Survey as Survey
-    from ckptool.tensor import TensorInfo as TensorInfo
+    from ckptool.state import edits
+    from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
+    from ckptool.state.edits import Edit as Edit
+    from ckptool.tensors.tensor import TensorInfo as TensorInfo
+    from ckptool.verbs.api import (
+        add_prefix as add_prefix,
+        check as check,
+        convert as convert,
+        diff as diff,
+        download as download,
+        info as info,
+        keys as keys,
+        strip_prefix as strip_prefix,
+        transfer as transfer,
+        unwrap as unwrap,
+        verify as verify,
+    )
+    from ckptool.verbs.checking import Checked as Checked, Status as Status
+    from ckptool.verbs.compare import Change as Change, Difference as Difference
+    from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
+    from ckptool.verbs.listing import Listing as Listing
+    from ckptool.verbs.plan import Dropped as Dropped, WriteOptions as WriteOptions
+    from ckptool.verbs.surgery import Rewrite as Rewrite, Shard as Shard
+    from ckptool.verbs.survey import Suggestion as Suggestion, Survey as Survey
 
 __version__ = "0.1.0"
 
@@ -81,13 +81,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "ckptool.api": (
+        "ckptool.verbs.api": (
             "add_prefix check convert diff download info keys strip_prefix transfer unwrap verify"
         ),
-        "ckptool.checking": "Checked Status",
-        "ckptool.checkpoint": "Checkpoint StateDict",
-        "ckptool.compare": "Change Difference",
-        "ckptool.edits": "Edit edits",
+        "ckptool.verbs.checking": "Checked Status",
+        "ckptool.state.checkpoint": "Checkpoint StateDict",
+        "ckptool.verbs.compare": "Change Difference",
+        "ckptool.state.edits": "Edit edits",
         "ckptool.errors": (
             "AmbiguousStateDict BadInput CkptoolError DoesNotLoad DownloadError DownloadFailed "
             "EditError FormatError HashMismatch KeyCollision LimitExceeded Malformed MissingExtra "
@@ -95,16 +95,16 @@ _PUBLIC = {
             "NotACheckpoint NotRepresentable NothingMatched OutOfMemory OutputExists PoorFit "
             "SameFile UnsafePickle Unsupported WriteError"
         ),
-        "ckptool.fitting": "Fit Mismatch Transferred",
-        "ckptool.formats": "read",
-        "ckptool.listing": "Listing",
-        "ckptool.model.hub": "Downloaded",
+        "ckptool.verbs.fitting": "Fit Mismatch Transferred",
+        "ckptool.containers": "read",
+        "ckptool.verbs.listing": "Listing",
+        "ckptool.files.hub": "Downloaded",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verify": "Run Verification",
-        "ckptool.plan": "Dropped WriteOptions",
-        "ckptool.surgery": "Rewrite Shard",
-        "ckptool.survey": "Suggestion Survey",
-        "ckptool.tensor": "TensorInfo",
+        "ckptool.verbs.plan": "Dropped WriteOptions",
+        "ckptool.verbs.surgery": "Rewrite Shard",
+        "ckptool.verbs.survey": "Suggestion Survey",
+        "ckptool.tensors.tensor": "TensorInfo",
     }.items()
     for name in names.split()
 }

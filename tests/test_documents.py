@@ -135,7 +135,7 @@ def recorded(name: str) -> str:
 
 
 def record() -> None:
-    from ckptool.cli import main
+    from ckptool.cli.main import main
 
     for name, line in (LINES | MODEL_LINES).items():
         with tempfile.TemporaryDirectory() as folder:

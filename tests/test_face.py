@@ -18,8 +18,9 @@ import pytest
 from conftest import environment
 
 import ckptool
-from ckptool import errors, plan
+from ckptool import errors
 from ckptool.errors import NoSuchKey, NothingMatched
+from ckptool.verbs import plan
 
 RIGHT = """
 import ckptool
@@ -110,7 +111,7 @@ def test_no_public_function_takes_or_gives_anything(name: str) -> None:
 
 
 def test_keywords_of_writing_verbs_are_those_of_the_command_line() -> None:
-    from ckptool.commands.unwrap import command
+    from ckptool.cli.unwrap import command
 
     fields = [field.name for field in dataclasses.fields(plan.Options)]
     assert list(plan.WriteOptions.__annotations__) == fields

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ckptool import checkpoint as places
 from ckptool.model import libraries, live, zoo
-from ckptool.tree import Node
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places
 
 # Return the entries for keys that a source lacks, for as long as the context lasts.
 Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ckptool import formats
-from ckptool.checkpoint import Checkpoint
+from ckptool import containers
 from ckptool.errors import BadInput
 from ckptool.model import libraries, zoo
+from ckptool.state.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ def opened(given: CheckpointLike) -> Iterator[Checkpoint]:
     Raises what reading raises, and `BadInput` for values that torch cannot save.
     """
     if isinstance(given, str | os.PathLike):
-        yield formats.read(given)
+        yield containers.read(given)
         return
     name, state_dict = _state_dict(given)
     with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
@@ -38,7 +38,7 @@ def opened(given: CheckpointLike) -> Iterator[Checkpoint]:
             libraries.torch().save(state_dict, path)
         except Exception as error:  # pickle refuses with many types
             raise BadInput(f"{name} cannot be saved: {zoo.last_line(error)}") from error
-        yield replace(formats.read(path), path=name)
+        yield replace(containers.read(path), path=name)
 
 
 def _state_dict(given: nn.Module | Mapping[str, object]) -> tuple[str, Mapping[str, object]]:

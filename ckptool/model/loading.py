@@ -15,17 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptool import checkpoint as places, edits, formats
-from ckptool.checkpoint import Checkpoint, StateDict
-from ckptool.copying import Copy, run_jobs
+from ckptool import containers
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
+from ckptool.files.copying import Copy, run_jobs
 from ckptool.model import libraries, live
 from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike
 from ckptool.model.revive import Reviver
-from ckptool.tensor import Storage
+from ckptool.pickles.tree import children
+from ckptool.state import checkpoint as places, edits
+from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.tensors.tensor import Storage
 from ckptool.text import percent
-from ckptool.tree import children
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def load_state_dict(
     >>> state_dict["module.classifier.bias"].shape
     torch.Size([10])
     """
-    loaded = load(formats.read(path), device, at, check=check)
+    loaded = load(containers.read(path), device, at, check=check)
     for key, reason in loaded.left_out.items():
         warnings.warn(f"{path}: left out {key}: {reason}", stacklevel=2)
     return loaded.state_dict

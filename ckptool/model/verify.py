@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ckptool import edits
 from ckptool.errors import BadInput
 from ckptool.model import devices, inputs, libraries, native, outputs, runner, subject
 from ckptool.model.inputs import Batch, Inputs
@@ -28,6 +27,7 @@ from ckptool.model.outputs import Difference
 from ckptool.model.runner import Kept, Place
 from ckptool.model.subject import Recipe
 from ckptool.model.zoo import ModelLike, named
+from ckptool.state import edits
 from ckptool.text import several, visible
 
 TOP = 5

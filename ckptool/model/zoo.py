@@ -25,10 +25,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ckptool.dtype import BY_TORCH_NAME
 from ckptool.errors import BadInput, MissingExtra, NoSuchModel, OutOfMemory
 from ckptool.model import libraries
 from ckptool.model.devices import is_out_of_memory
+from ckptool.tensors.dtype import BY_TORCH_NAME
 
 if TYPE_CHECKING:
     from torch import nn
