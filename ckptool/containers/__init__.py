@@ -113,6 +113,9 @@ def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint as data: its tree, and where its bytes lie.
 
     Raises a `FormatError` that names what the file is, or what is wrong with it and where.
+
+    >>> ckptool.read("model_best.pth.tar")
+    <Checkpoint model_best.pth.tar: torch-zip, 6.6 KiB>
     """
     shown = str(path)
     if _archives.split(shown)[1]:
