@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         load_state_dict as load_state_dict,
     )
     from ckptool.model.verify import Run as Run, Verification as Verification
-    from ckptool.state import edits
+    from ckptool.state import edits as edits
     from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
     from ckptool.state.edits import Edit as Edit
     from ckptool.tensors.tensor import TensorInfo as TensorInfo
