@@ -61,7 +61,10 @@ def parsed(name: str) -> ast.Module:
 
 
 def own_imports(name: str) -> set[str]:
-    found = {file_of(module) for module, _ in imports(parsed(name))}
+    tree = parsed(name)
+    if name == "__init__.py":  # the face names all rooms to checkers, and imports none
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    found = {file_of(module) for module, _ in imports(tree)}
     return {each for each in found if each}
 
 
@@ -114,7 +117,7 @@ OWNERS = {
         "files/spool.py",
         "files/hub.py",
         "cli/talk.py",
-        "model/initial.py",
+        "model/live.py",
     ),
     r"zlib": ("files/*.py", "containers/torch_zip.py"),
     r"zipfile|tarfile": (),
