@@ -173,7 +173,7 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
         name: storage for name, storage in checkpoint.records.items() if storage.crc32 is not None
     }
     if not recorded:
-        title = formats.BY_NAME[checkpoint.container].title
+        title = formats.by_name(checkpoint.container).title
         why = f"the writer of this {title} file recorded none"
         if not checkpoint.records:
             why = f"{title} files have no checksums"
@@ -373,7 +373,7 @@ def _names(verdict: Verdict) -> tuple[str, ...]:
 
 def _summary(checkpoint: Checkpoint) -> str:
     count = sum(1 for _ in walk.tensors(checkpoint.tree))
-    title = formats.BY_NAME[checkpoint.container].title
+    title = formats.by_name(checkpoint.container).title
     return f"{title}, {readable(checkpoint.nbytes)}, {counted(count, 'tensor')}"
 
 
@@ -434,4 +434,4 @@ def _files_of(index: str) -> set[str]:
 
 
 def _suffixes() -> list[str]:
-    return sorted({suffix for each in formats.FORMATS for suffix in each.suffixes})
+    return sorted(formats.suffixes(written=True))

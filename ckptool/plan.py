@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptool import checkpoint as places, edits, module_metadata, pruning, replacing, safety, walk
+from ckptool import (
+    checkpoint as places,
+    edits,
+    formats,
+    module_metadata,
+    pruning,
+    replacing,
+    safety,
+    walk,
+)
 from ckptool.checkpoint import Checkpoint, StateDict
 from ckptool.edits import Edit, KeyMap
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
-from ckptool.formats import safetensors
+from ckptool.formats import Left
 from ckptool.names import Level
 from ckptool.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.text import counted, quoted
@@ -67,7 +76,7 @@ def make_plan(
     options: Options,
 ) -> Plan:
     """Edit the tree in memory."""
-    bare = bare or container == "safetensors" or bool(checkpoint.program)
+    bare = bare or not formats.by_name(container).traits.around or bool(checkpoint.program)
     needed = bool(steps) or bare or options.at is not None
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
     if checkpoint.program and options.in_place:
@@ -171,8 +180,10 @@ def _edit_state(
             plan.notes += _no_part(original, state)
         plan.not_carried += places.beside(tree, state.at)
         plan.checkpoint = replace(plan.checkpoint, tree=node)
-        if plan.container == "safetensors" and metadata is not None:
-            plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
+        container = formats.by_name(plan.container)
+        if metadata is not None and not container.traits.module_metadata:
+            what = f"{container.title} has no place for `_metadata` (versions of modules)"
+            plan.notes.append(what)
     else:
         # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
         if changed or metadata is not state.metadata or not _is_whole(original, entries):
@@ -227,9 +238,10 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
             plan.not_carried += left
         else:
             _leave_entries(plan, left, bare=bare)
-    if plan.state is not None and plan.container == "safetensors":
-        _leave_unfit(plan, options)
-    if options.untie and plan.container != "safetensors":
+    container = formats.by_name(plan.container)
+    if plan.state is not None and container.writer and container.writer.unfit:
+        _leave_unfit(plan, container.writer.unfit(plan.state.entries, options.untie), options)
+    if options.untie and container.traits.ties:
         _untie(plan, bare=bare)
 
 
@@ -250,10 +262,9 @@ def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
     plan.state = replace(plan.state, entries=kept)
 
 
-def _leave_unfit(plan: Plan, options: Options) -> None:
-    """Name what safetensors leaves out: ties always, what does not fit with --tensors-only."""
+def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
+    """Name what the container leaves out: ties always, what does not fit with --tensors-only."""
     assert plan.state is not None
-    left = safetensors.left_behind(plan.state.entries, untie=options.untie)
     if options.tensors_only:
         for key, reason in left.unfit.items():
             _drop(plan, key, reason)
@@ -315,7 +326,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     carried = whole
     if bare or options.tensors_only:
         carried = safety.judge(safety.names_in(source.tree))
-    if plan.container == "safetensors":
+    if not formats.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})
     if carried.dangerous:
         raise UnsafePickle(

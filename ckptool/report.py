@@ -10,10 +10,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptool import safety, walk
+from ckptool import formats, safety, walk
 from ckptool.checkpoint import Checkpoint
 from ckptool.edits import SHAPE_DIFFERS, WRAPPERS, peeled
-from ckptool.formats import BY_NAME
 from ckptool.listing import Entry, Listing
 from ckptool.tensor import TENSORS, AnyTensor, CompositeTensor
 from ckptool.text import counted, listed, percent, quoted, readable, shape, table, visible
@@ -120,7 +119,7 @@ def _preorder(paths: Iterable[str]) -> list[str]:
 
 def container_title(name: str) -> str:
     """Name a container for people."""
-    return BY_NAME[name].title
+    return formats.by_name(name).title
 
 
 def listing_lines(found: Listing, *, every: bool) -> list[str]:

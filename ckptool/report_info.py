@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from ckptool import safety, walk
+from ckptool import formats, safety, walk
 from ckptool.checkpoint import Checkpoint
 from ckptool.edits import WRAPPERS
 from ckptool.frameworks import Framework
@@ -189,7 +189,8 @@ def _layout(facts: Survey, style: _Style) -> Iterator[str]:
             for name, count in facts.devices.items()
         )
         yield f"tagged for {style.names(tags, 8)}"
-    if facts.state is not None and facts.checkpoint.container != "safetensors":
+    traits = formats.by_name(facts.checkpoint.container).traits
+    if facts.state is not None and traits.module_metadata:
         there = "there" if facts.state.metadata is not None else "not there"
         yield f"`_metadata`, the versions of modules, is {there}"
 

@@ -27,7 +27,7 @@ from ckptool.copying import Begin, Layout, Progress, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import EditError
 from ckptool.plan import Options, Plan, make_plan
-from ckptool.sharding import NAMES, Split
+from ckptool.sharding import Names, Split
 from ckptool.surgery import Rewrite, Shard
 from ckptool.text import readable
 
@@ -61,21 +61,22 @@ def rewrite_sharded(
     options = options or Options()
     if options.in_place or target is None:
         raise EditError("--max-shard-size writes a folder", hint="name it as the output")
-    if surgery.suffix(str(target)) in surgery.KNOWN_SUFFIXES:
+    if surgery.suffix(str(target)) in formats.suffixes(written=True):
         raise EditError(
             f"--max-shard-size writes a folder, and {target} is the name of a file",
             hint="name a folder as the output",
         )
     checkpoint = formats.read(source)
-    container = surgery.BY_WORD[options.to or "safetensors"]
-    names = NAMES[container]
+    container = formats.by_word(options.to or "safetensors")
+    names = _names(container.name)
     sources = [path for path, _ in checkpoint.files]
     place = atomic_set.refuse_set(
         target, sources, names.owns, force=options.force, sync=options.sync
     )
-    plan = _bare(make_plan(checkpoint, steps, container, bare=True, unwrap=False, options=options))
+    plan = make_plan(checkpoint, steps, container.name, bare=True, unwrap=False, options=options)
+    plan = _bare(plan)
     assert plan.state is not None
-    split = sharding.split(plan.state.entries, max_shard_size, storages=container != "safetensors")
+    split = sharding.split(plan.state.entries, max_shard_size, storages=container.traits.strides)
     files = _files(plan, split, options)
     index = _index(plan, split, files) if len(files) > 1 else b""
     _note_large(plan, files, max_shard_size)
@@ -91,6 +92,12 @@ def rewrite_sharded(
     if not options.dry_run:
         _write(place, files, index, plan, progress(whole.job_nbytes))
     return result
+
+
+def _names(container: str) -> Names:
+    writer = formats.by_name(container).writer
+    assert writer is not None
+    return Names(writer.set_stem, writer.set_suffix)
 
 
 def _bare(plan: Plan) -> Plan:
@@ -115,7 +122,7 @@ def _part(plan: Plan, keys: Sequence[str]) -> Plan:
 
 
 def _files(plan: Plan, split: Split, options: Options) -> list[_File]:
-    names = NAMES[plan.container].shards(len(split.shards))
+    names = _names(plan.container).shards(len(split.shards))
     return [
         _File(name, keys, surgery.lay_out(_part(plan, keys), options))
         for name, keys in zip(names, split.shards, strict=True)
@@ -124,7 +131,8 @@ def _files(plan: Plan, split: Split, options: Options) -> list[_File]:
 
 def _index(plan: Plan, split: Split, files: Sequence[_File]) -> bytes:
     assert plan.state is not None
-    tied = set(surgery.tied(plan)) if plan.container == "safetensors" else set()
+    ties = formats.by_name(plan.container).traits.ties
+    tied = set() if ties else surgery.tied(plan)
     shards = {each.name: each.keys for each in files}
     return sharding.index(list(plan.state.entries), shards, tied, split.total_nbytes)
 
@@ -141,7 +149,7 @@ def _note_large(plan: Plan, files: Sequence[_File], limit: int) -> None:
 def _write(
     place: Target, files: Sequence[_File], index: bytes, plan: Plan, progress: Progress
 ) -> None:
-    names = NAMES[plan.container]
+    names = _names(plan.container)
     with atomic_set.atomic_set(place, names.owns, names.index) as folder:
         for each in files:
             path = os.path.join(folder, each.name)

@@ -133,7 +133,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     before = ledger.nbytes
     ledger.take(tree)
     single = found[0] if len(found) == 1 else None
-    ties = single.ties if single else safetensors.left_behind(dict(entries), untie=False).ties
+    ties = single.ties if single else safetensors.left_behind(dict(entries), False).ties
     storages = ledger.storages()
     data = sum(_stored(storage) for storage in storages)
     return Survey(
@@ -194,7 +194,7 @@ def _place(
         state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
     tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
-    left = safetensors.left_behind(state.entries, untie=False)
+    left = safetensors.left_behind(state.entries, False)
     before = ledger.nbytes
     ledger.take(places.state_dict_node(checkpoint.tree, path, known))
     return Place(

@@ -15,6 +15,7 @@ import pytest
 from conftest import environment
 
 import ckptool
+from ckptool import formats
 
 PACKAGE = Path(ckptool.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -237,7 +238,13 @@ def test_nothing_is_evaluated() -> None:
     for name in FILES:
         assert not running & {function for function, _ in calls(name)}, name
         importing = [function for function, _ in calls(name) if "import_module" in function]
-        known = ("__init__.py", "cli.py", "model/libraries.py", "model/zoo.py")
+        known = (
+            "__init__.py",
+            "cli.py",
+            "formats/_registry.py",
+            "model/libraries.py",
+            "model/zoo.py",
+        )
         assert not importing or name in known, name
 
 
@@ -268,6 +275,26 @@ def literals(name: str) -> list[str]:
         and id(node) not in docstrings
         and "\n" not in node.value
     ]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_containers_are_asked_for_traits_and_not_for_names(name: str) -> None:
+    names = {container.name for container in formats.built_in()}
+    compared = {
+        constant.value
+        for node in ast.walk(parsed(name))
+        if isinstance(node, ast.Compare | ast.MatchValue)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant)
+    }
+    assert not compared & names
+
+
+def test_suffixes_are_listed_by_their_container_alone() -> None:
+    for name in FILES:
+        words = {word for literal in literals(name) for word in literal.split()}
+        several = len(words & {*formats.suffixes()}) > 2
+        assert several == (name == "formats/torch_zip.py"), name
 
 
 # What runs without a model loads no library, no network and no bar.

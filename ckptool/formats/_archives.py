@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 
 from ckptool.errors import FormatError, LimitExceeded, NoSuchFile, Unsupported
 from ckptool.fileio import Reader
-from ckptool.formats import _tar, _zip
+from ckptool.formats import _registry, _tar, _zip
+from ckptool.formats._container import MARK as MARK
 from ckptool.spool import Spool, bounded, gunzipped, limit
 from ckptool.text import counted, quoted, readable, table
 
-MARK = "::"
 SHOWN = 8
-# What a checkpoint inside an archive is called, or an archive that may hold one.
-LIKELY = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors", ".pkl", ".jit", ".ptl", ".zip")
-LIKELY_TARS = (".tar", ".tar.gz", ".tgz", ".nemo", ".gz")
+SUFFIXES = (".zip", ".nemo", ".tgz", ".gz")  # beside .tar, which checkpoints have too
 _PLACE = f"`{MARK}` names a file in an archive; --at chooses a place in a checkpoint"
 _GZIP = b"\x1f\x8b"
 
@@ -39,7 +37,8 @@ class ArchiveMember:
     @property
     def likely(self) -> bool:
         """Tell whether its name is that of a checkpoint, or of an archive."""
-        return self.kind == "file" and self.name.lower().endswith(LIKELY + LIKELY_TARS)
+        endings = (*_registry.suffixes(), *SUFFIXES)
+        return self.kind == "file" and self.name.lower().endswith(endings)
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from ckptool.checkpoint import Checkpoint
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.fileio import Reader, Stamp
 from ckptool.formats import _dcp_metadata, torch_zip
+from ckptool.formats._container import Container, Traits
 from ckptool.formats._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
 from ckptool.names import Level, level
 from ckptool.tensor import (
@@ -340,3 +341,17 @@ def _grown(branch: _Branch, places: list[int]) -> Node:
     if places[0] < 0:
         raise LimitExceeded("lists with more gaps than entries")
     return [node(branch.members.get(index)) for index in range(length)]
+
+
+CONTAINERS = (
+    Container(
+        "torch-dcp",
+        "distributed checkpoint",
+        "",
+        (),
+        (".metadata", "__*.metadata"),
+        sniff,
+        read,
+        traits=Traits(beside_files=True),
+    ),
+)

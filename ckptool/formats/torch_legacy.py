@@ -12,6 +12,7 @@ from ckptool import pickle_reader
 from ckptool.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.fileio import Reader
+from ckptool.formats._container import Container
 from ckptool.formats._torch_tree import StorageId, TorchVocabulary
 from ckptool.pickle_reader import Ended, Pickle, Vocabulary
 from ckptool.tensor import Storage
@@ -141,3 +142,6 @@ class _Window:
                     raise
                 wanted = min(4 * len(self._data), self._reader.nbytes)
                 self._data += self._reader.read(len(self._data), wanted - len(self._data))
+
+
+CONTAINERS = (Container("torch-legacy", "legacy torch", "", (), (), sniff, read, library="torch"),)

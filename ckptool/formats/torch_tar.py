@@ -21,6 +21,7 @@ from ckptool.checkpoint import Checkpoint
 from ckptool.errors import Malformed
 from ckptool.fileio import Reader
 from ckptool.formats import _tar
+from ckptool.formats._container import Container
 from ckptool.formats._torch_tree import StorageView, TorchVocabulary, old_tensor, storage_dtype
 from ckptool.pickle_reader import Ended, Pickle, Vocabulary
 from ckptool.tensor import Storage, TensorInfo
@@ -221,3 +222,6 @@ class _TarVocabulary(TorchVocabulary):
                 storage = super().persistent(said, node.offset)
                 return super().called(replace(node, args=(storage, *rest)))
         return super().called(node)
+
+
+CONTAINERS = (Container("torch-tar", "torch tar", "", (), (), sniff, read),)

@@ -20,6 +20,7 @@ from ckptool.checkpoint import Checkpoint, items
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.fileio import Reader
 from ckptool.formats import _model_json
+from ckptool.formats._container import Container
 from ckptool.formats._records import MAX_METADATA, Budget, Records, budget, read_records
 from ckptool.formats._script_source import ScriptClass, parse
 from ckptool.formats._torch_tree import StorageId
@@ -238,3 +239,6 @@ def _is_buffer(declared: ScriptClass | None, name: str) -> bool:
     if declared is None:
         return False  # all tensors went before, as if they were parameters
     return name in declared.buffers and declared.types.get(name, "Tensor") == "Tensor"
+
+
+CONTAINERS = (Container("torchscript", "TorchScript", "", (".jit", ".ptl"), (), sniff, read),)
