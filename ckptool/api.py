@@ -65,14 +65,17 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     strict: bool = False,
+    plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
     """Say whether a file is whole, and whether loading it elsewhere would run code.
 
-    `finite` counts NaN and infinity, `strict` calls foreign names unsafe. Never raises for what
-    a file holds: its `status` says that.
+    `finite` counts NaN and infinity, `strict` calls foreign names unsafe, `plugins` lets them read
+    what no container of ckptool is. Never raises for what a file holds: its `status` says that.
     """
-    return checking.check(path, sha256=sha256, finite=finite, strict=strict, progress=progress)
+    return checking.check(
+        path, sha256=sha256, finite=finite, strict=strict, plugins=plugins, progress=progress
+    )
 
 
 def diff(

@@ -28,6 +28,7 @@ from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
+    PluginFailed,
     Unsupported,
 )
 from ckptool.filehash import hash_in
@@ -107,19 +108,20 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     strict: bool = False,
+    plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
     """Check structure, checksums and names of a file; with `finite` also every float.
 
     `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
-    calls foreign names and the code of TorchScript unsafe too. A file that cannot be read is a
-    result, not an error.
+    calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
+    container of ckptool is. A file that cannot be read is a result, not an error.
     """
     path = str(path)
     found = _Findings()
     said = hash_in(os.path.basename(path))
     try:
-        checkpoint = formats.read(path)
+        checkpoint = formats.read(path, plugins=plugins)
     except FormatError as error:
         if sha256 or said:
             _hash(path, said, sha256, found, progress)
@@ -347,6 +349,7 @@ _STATUS = {
     NotACheckpoint: Status.NOT_A_CHECKPOINT,
     NoSuchFile: Status.NOT_A_CHECKPOINT,
     Unsupported: Status.UNSUPPORTED,
+    PluginFailed: Status.UNSUPPORTED,
 }
 
 
@@ -428,7 +431,7 @@ def found_in(folder: str) -> Iterator[str]:
 def _files_of(index: str) -> set[str]:
     """Name the files that are checked with an index."""
     try:
-        return {index, *(path for path, _ in formats.read(index).files)}
+        return {index, *(path for path, _ in formats.read(index, plugins=False).files)}
     except CkptoolError:
         return {index}
 

@@ -280,6 +280,7 @@ def info_document(facts: Survey, suggested: Sequence[Suggestion]) -> str:
         "info/1",
         file=checkpoint.path,
         container=checkpoint.container,
+        **({"plugin": plugin} if (plugin := formats.by_name(checkpoint.container).plugin) else {}),
         generation=checkpoint.generation,
         protocol=checkpoint.protocol,
         byteorder=checkpoint.byteorder,

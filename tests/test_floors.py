@@ -37,7 +37,14 @@ FLOORS = (
     ("surgery.py", "compare.py"),
     ("fitting.py", "sharded_output.py"),
     ("report.py", "talk.py", "model/*.py"),
-    ("api.py", "report_check.py", "report_info.py", "report_model.py", "report_diff.py"),
+    (
+        "testing.py",
+        "api.py",
+        "report_check.py",
+        "report_info.py",
+        "report_model.py",
+        "report_diff.py",
+    ),
     ("cli.py", "__main__.py", "commands/*.py"),
 )
 # The imports within a floor: (who, whom).
@@ -132,7 +139,10 @@ ROOMS = {
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": ("model/*.py",),
     r"click": ("cli.py", "talk.py", "commands/*.py"),
     r"tqdm": ("talk.py", "commands/verify.py"),
-    r"tempfile|shutil": ("fileio.py", "spool.py", "talk.py", "model/hub.py", "model/initial.py"),
+    r"tempfile|shutil": (
+        *("fileio.py", "spool.py", "talk.py", "testing.py"),
+        *("model/hub.py", "model/initial.py"),
+    ),
     r"zlib": ("fileio.py", "spool.py", "copying.py", "formats/_zip.py", "formats/torch_zip.py"),
     r"zipfile|tarfile": (),
 }

@@ -17,12 +17,13 @@ from ckptool.formats._container import (
     Traits as Traits,
     Writer as Writer,
 )
-from ckptool.formats._reading import HEAD
+from ckptool.formats._reading import HEAD as HEAD
 from ckptool.formats._registry import (
     built_in as built_in,
     by_name as by_name,
     by_suffix as by_suffix,
     by_word as by_word,
+    plugins as plugins,
     suffixes as suffixes,
 )
 
