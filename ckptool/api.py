@@ -13,23 +13,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptool import checking, edits, fitting, formats, listing, surgery, survey
-from ckptool.checking import Checked
+from ckptool import edits, formats, surgery
 from ckptool.copying import Begin, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import EditError
-from ckptool.fitting import MIN_MATCH, Fill, Reference, Transferred
-from ckptool.listing import Listing
-from ckptool.suggestions import Suggestion, suggestions
+from ckptool.plan import MIN_MATCH
 from ckptool.surgery import Options, Rewrite
-from ckptool.survey import Survey
 
-if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
+    from ckptool.checking import Checked
     from ckptool.compare import Difference
+    from ckptool.fitting import Fill, Reference, Transferred
+    from ckptool.listing import Listing
     from ckptool.model.hub import Downloaded
     from ckptool.model.verify import Verification
+    from ckptool.suggestions import Suggestion
+    from ckptool.survey import Survey
 
 AUTO = "auto"
 
@@ -47,6 +48,8 @@ def keys(
     `sort` is `file`, `size` or `name`; `select` holds patterns. Raises what reading raises, and
     `AmbiguousStateDict` where `at` must choose.
     """
+    from ckptool import listing
+
     return listing.chosen(listing.listing(formats.read(path), at, every=every), select, sort)
 
 
@@ -55,6 +58,9 @@ def info(path: str | Path, *, at: str | None = None) -> tuple[Survey, list[Sugge
 
     Raises what reading raises; several state_dicts are all described, unless `at` chooses.
     """
+    from ckptool import survey
+    from ckptool.suggestions import suggestions
+
     facts = survey.survey(formats.read(path), at)
     return facts, suggestions(facts)
 
@@ -73,6 +79,8 @@ def check(
     `finite` counts NaN and infinity, `strict` calls foreign names unsafe, `plugins` lets them read
     what no container of ckptool is. Never raises for what a file holds: its `status` says that.
     """
+    from ckptool import checking
+
     return checking.check(
         path, sha256=sha256, finite=finite, strict=strict, plugins=plugins, progress=progress
     )
@@ -216,6 +224,8 @@ def transfer(
 
     Raises `PoorFit` where less than `min_match` of the target's elements would be filled.
     """
+    from ckptool import fitting
+
     if like is not None and model is not None:
         raise EditError("a transfer has one target: --like or --model")
     if model is None and (model_args or init_missing):
@@ -240,6 +250,7 @@ def transfer(
 
 
 def _model(spec: str, args: Mapping[str, Any], seed: int | None) -> tuple[Reference, Fill | None]:
+    from ckptool import fitting
     from ckptool.model import initial, zoo
 
     shapes = {key: shape for key, (_, shape) in zoo.shapes(spec, args).items()}

@@ -13,7 +13,7 @@ from ckptool.checkpoint import Checkpoint
 from ckptool.copying import Begin, no_progress
 from ckptool.edits import Edit
 from ckptool.errors import AmbiguousStateDict, PoorFit
-from ckptool.plan import argument
+from ckptool.plan import MIN_MATCH, argument
 from ckptool.surgery import Options, Rewrite
 from ckptool.tensor import TENSORS
 from ckptool.text import percent
@@ -22,7 +22,6 @@ from ckptool.tree import Node
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
-MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
 
 Shape = tuple[int, ...]
 # Gives the entries for keys that the source lacks, for as long as the context lasts.

@@ -24,6 +24,8 @@ from ckptool.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.text import counted, quoted
 from ckptool.tree import Node
 
+MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
+
 
 @dataclass(frozen=True, slots=True)
 class Options:

@@ -6,7 +6,6 @@ and what no encoding can hold. Only ASCII stands in our own words.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
 
 def document(schema: str, **fields: Any) -> str:
     """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
+    import json
+
     return json.dumps({"schema": schema, **fields}, indent=2).replace("\x7f", "\\u007f")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, wraps
 from importlib.metadata import EntryPoint, entry_points
 from typing import ParamSpec, TypeVar
@@ -41,13 +40,11 @@ def _container(point: EntryPoint) -> Container:
         container = point.load()
         if not isinstance(container, Container):
             raise TypeError(f"{point.value} is not a ckptool.formats.Container")
-    writer = container.writer and replace(
-        container.writer,
+    writer = container.writer and container.writer._replace(
         lay_out=_blamed(plugin, container.writer.lay_out),
         unfit=container.writer.unfit and _blamed(plugin, container.writer.unfit),
     )
-    return replace(
-        container,
+    return container._replace(
         title=f"{container.title}, plugin {plugin}",
         sniff=_blamed(plugin, container.sniff),
         read=_blamed(plugin, container.read),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptool.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.errors import Malformed
@@ -51,8 +51,7 @@ _PROTOCOL_0_ID = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StorageId:
+class StorageId(NamedTuple):
     """What a pickle says of a storage: `numel` counts elements of `dtype`, bytes where None."""
 
     key: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,13 @@ def imports(reader: Reader) -> Any:
 
 
 BROKEN: dict[str, tuple[Container, str]] = {
-    "takes all": (replace(PLAIN, sniff=lambda head: True), "for its own"),
-    "takes none": (replace(PLAIN, sniff=lambda head: False), "does not recognise"),
-    "another name": (replace(PLAIN, name="tensors"), "it calls"),
-    "runs code": (replace(PLAIN, read=imports), "causes"),
-    "trips over a cut": (replace(PLAIN, read=trips_over_a_cut), "out of range"),
+    "takes all": (PLAIN._replace(sniff=lambda head: True), "for its own"),
+    "takes none": (PLAIN._replace(sniff=lambda head: False), "does not recognise"),
+    "another name": (PLAIN._replace(name="tensors"), "it calls"),
+    "runs code": (PLAIN._replace(read=imports), "causes"),
+    "trips over a cut": (PLAIN._replace(read=trips_over_a_cut), "out of range"),
     "loses entries": (
-        replace(PLAIN, writer=Writer(lay_out_first, ".safetensors", "model", ".safetensors")),
+        PLAIN._replace(writer=Writer(lay_out_first, ".safetensors", "model", ".safetensors")),
         "not read back",
     ),
 }

@@ -147,13 +147,12 @@ def test_an_array_of_objects_is_refused(command: Callable[..., Command], arrays:
 
 
 FAILING = """
-from dataclasses import replace
 from npz_container import CONTAINER
 
 def fail(reader):
     raise ValueError("a bug of its own")
 
-READER = replace(CONTAINER, read=fail)
+READER = CONTAINER._replace(read=fail)
 NUMBER = 7
 """
 
@@ -176,13 +175,12 @@ def test_what_a_plugin_raises_names_it(
 
 
 WRITING = """
-from dataclasses import replace
 from ckptool import formats
 from npz_container import CONTAINER
 
 safe = formats.by_word("safetensors")
-PLAIN = replace(
-    safe, name="plain", title="plain", word="plain", suffixes=(), sniff=lambda head: False
+PLAIN = safe._replace(
+    name="plain", title="plain", word="plain", suffixes=(), sniff=lambda head: False
 )
 """
 
