@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ckptool import atomic, checkpoint as places, compare, copying, walk
-from ckptool.checkpoint import Checkpoint
-from ckptool.compare_sides import Asked
+from ckptool.containers import HEAD, Container, Writer
 from ckptool.errors import CkptoolError, NotRepresentable
-from ckptool.fileio import Reader
-from ckptool.formats import HEAD, Container, Writer
-from ckptool.tensor import TensorInfo, problem
+from ckptool.files import atomic, copying
+from ckptool.files.fileio import Reader
+from ckptool.state import checkpoint as places, walk
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.tensor import TensorInfo, problem
+from ckptool.verbs import compare
+from ckptool.verbs.compare_sides import Asked
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path

@@ -108,7 +108,7 @@ def test_the_set_up_commands_are_the_ones_that_ci_runs() -> None:
 
 
 def test_the_table_of_containers_is_that_of_the_formats() -> None:
-    from ckptool import formats
+    from ckptool import containers as formats
 
     containers = list(formats.built_in())
     table = re.search(

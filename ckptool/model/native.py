@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import checkpoint as places, formats, safety, walk
-from ckptool.checkpoint import Checkpoint, StateDict
+from ckptool import containers
 from ckptool.model import libraries, loading
 from ckptool.model.devices import is_out_of_memory
 from ckptool.model.zoo import last_line
-from ckptool.names import Level
-from ckptool.tensor import Packing, TensorInfo
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.state import checkpoint as places, walk
+from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.tensors.tensor import Packing, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,13 @@ class _Refused(Exception):
 
 def read(path: str | Path, at: str | None = None) -> Source:
     """Read a file as data and find its state_dict."""
-    checkpoint = formats.read(path)
+    checkpoint = containers.read(path)
     return Source(str(path), checkpoint, places.find(checkpoint, at))
 
 
 def load(source: Source) -> Native:
     """Load a state_dict on the CPU, by its author's library where that is possible."""
-    container = formats.by_name(source.checkpoint.container)
+    container = containers.by_name(source.checkpoint.container)
     try:
         loader = {"torch": _by_torch, "safetensors": _by_safetensors}.get(container.library)
         if loader is None:
@@ -100,7 +102,7 @@ def _reason(error: Exception) -> str:
 def _can_map(source: Source) -> bool:
     """torch maps zip files only, and none with deflated records."""
     tensors = (tensor for _, tensor in walk.tensors(source.checkpoint.tree))
-    return formats.by_name(source.checkpoint.container).traits.memory_mapped and all(
+    return containers.by_name(source.checkpoint.container).traits.memory_mapped and all(
         tensor.storage.packing is Packing.PLAIN
         for tensor in tensors
         if isinstance(tensor, TensorInfo)

@@ -12,13 +12,14 @@ from itertools import accumulate
 from math import prod
 from operator import mul
 
-from ckptool.checkpoint import Checkpoint
-from ckptool.dtype import BY_TORCH_NAME, DType
+from ckptool.containers import Container, Traits
 from ckptool.errors import Malformed, Unsupported
-from ckptool.fileio import Reader
-from ckptool.formats import Container, Traits, _zip
-from ckptool.replacing import make_state_dict
-from ckptool.tensor import Packing, Storage, TensorInfo, contiguous_stride
+from ckptool.files import zips
+from ckptool.files.fileio import Reader
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.replacing import make_state_dict
+from ckptool.tensors.dtype import BY_TORCH_NAME, DType
+from ckptool.tensors.tensor import Packing, Storage, TensorInfo, contiguous_stride
 
 MAGIC = b"\x93NUMPY"
 HEADER = 1 << 16  # of a version 1 header no more can be
@@ -32,7 +33,7 @@ def sniff(head: bytes) -> bool:
 
 def read(reader: Reader) -> Checkpoint | None:
     """Read the headers; None for an archive with anything else in it."""
-    directory = _zip.read_directory(reader)
+    directory = zips.read_directory(reader)
     members = directory.members
     if not members or not all(name.endswith(".npy") for name in members):
         return None
@@ -49,7 +50,7 @@ def read(reader: Reader) -> Checkpoint | None:
     )
 
 
-def _array(reader: Reader, member: _zip.Member) -> TensorInfo:
+def _array(reader: Reader, member: zips.Member) -> TensorInfo:
     descr, fortran, shape, start = _header(reader, member)
     dtype = _dtype(reader, member, descr)
     if start + prod(shape) * dtype.itemsize != member.nbytes:
@@ -62,10 +63,10 @@ def _array(reader: Reader, member: _zip.Member) -> TensorInfo:
 
 
 def _storage(
-    reader: Reader, member: _zip.Member, dtype: DType | None = None, byteorder: str = "little"
+    reader: Reader, member: zips.Member, dtype: DType | None = None, byteorder: str = "little"
 ) -> Storage:
     """Describe a whole member, header and all: its checksum covers both."""
-    deflated = member.method == _zip.DEFLATED
+    deflated = member.method == zips.DEFLATED
     return Storage(
         reader.file,
         member.name,
@@ -79,7 +80,7 @@ def _storage(
     )
 
 
-def _header(reader: Reader, member: _zip.Member) -> tuple[str, bool, tuple[int, ...], int]:
+def _header(reader: Reader, member: zips.Member) -> tuple[str, bool, tuple[int, ...], int]:
     """Return `descr`, `fortran_order`, `shape` and where the data starts."""
     data = _start(reader, member)
     width = 2 if data[6:7] == b"\1" else 4
@@ -98,18 +99,18 @@ def _header(reader: Reader, member: _zip.Member) -> tuple[str, bool, tuple[int, 
     raise Malformed(f"the header of {member.name} is damaged", offset=member.start)
 
 
-def _start(reader: Reader, member: _zip.Member) -> bytes:
-    if member.method != _zip.DEFLATED:
+def _start(reader: Reader, member: zips.Member) -> bytes:
+    if member.method != zips.DEFLATED:
         return reader.read(member.start, min(HEADER, member.nbytes))
     start = b""
-    for block in _zip.blocks(reader, member):
+    for block in zips.blocks(reader, member):
         start += block
         if len(start) >= HEADER:
             break
     return start
 
 
-def _dtype(reader: Reader, member: _zip.Member, descr: str) -> DType:
+def _dtype(reader: Reader, member: zips.Member, descr: str) -> DType:
     kind, size = descr[1:2], descr[2:]
     if kind == "O":
         raise Unsupported(f"{member.name} holds objects: a pickle", offset=member.start)

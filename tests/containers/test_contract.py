@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from conftest import FIXTURES
 
-from ckptool import formats
-from ckptool.fileio import Reader
-from ckptool.formats import Container, Writer
+from ckptool import containers
+from ckptool.containers import Container, Writer
+from ckptool.files.fileio import Reader
 from ckptool.testing import check_container
 
 GOOD = FIXTURES / "good"
@@ -24,7 +24,7 @@ SAMPLES = {
     "safetensors-sharded": ("sharded_safetensors/model.safetensors.index.json",),
     "torch-sharded": ("sharded_bin/pytorch_model.bin.index.json",),
 }
-CONTAINERS = {container.name: container for container in formats.built_in()}
+CONTAINERS = {container.name: container for container in containers.built_in()}
 PLAIN = CONTAINERS["safetensors"]
 
 

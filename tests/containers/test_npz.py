@@ -175,7 +175,7 @@ def test_what_a_plugin_raises_names_it(
 
 
 WRITING = """
-from ckptool import formats
+from ckptool import containers
 from npz_container import CONTAINER
 
 safe = formats.by_word("safetensors")
