@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ckptool.containers import _reading
 from ckptool.containers._container import (
-    MARK,
     Container as Container,
     Left as Left,
     Traits as Traits,
@@ -24,7 +23,7 @@ from ckptool.containers._registry import (
     suffixes as suffixes,
 )
 from ckptool.errors import CkptoolError, Malformed
-from ckptool.files.fileio import Reader
+from ckptool.files.fileio import MARK, Reader
 from ckptool.state.checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # a file that is read as it is needs none of it
@@ -42,9 +41,9 @@ def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
     """
     shown = str(path)
     if MARK in shown:
-        from ckptool.files import archives as _archives
+        from ckptool.files import archives
 
-        if _archives.split(shown)[1]:
+        if archives.split(shown)[1]:
             return _read_member(shown, plugins)
     found, notes = _file_of(shown) if os.path.isdir(shown) else (shown, ())
     with Reader(found) as reader:
@@ -72,9 +71,9 @@ def _shard_notes(path: str) -> list[str]:
 
 
 def _read_member(path: str, plugins: bool) -> Checkpoint:
-    from ckptool.files import archives as _archives
+    from ckptool.files import archives
 
-    with _archives.opened(path) as (reader, archive, held):
+    with archives.opened(path, suffixes) as (reader, archive, held):
         checkpoint = _reading.read(reader, shard=True, use_plugins=plugins)
     return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=held)
 
@@ -83,20 +82,20 @@ def members(path: str) -> list[ArchiveMember]:
     """List what is in an archive, what looks like a checkpoint first; nothing for other files."""
     from contextlib import ExitStack
 
-    from ckptool.files import archives as _archives
+    from ckptool.files import archives
 
     with ExitStack() as stack:
-        inside = _archives.enter(stack, stack.enter_context(Reader(path)))
-        return inside.members() if inside else []
+        inside = archives.enter(stack, stack.enter_context(Reader(path)))
+        return inside.members(suffixes) if inside else []
 
 
 def member_of(path: str) -> str:
     """Return the archive that a path names a member of; an empty text for any other path."""
     if MARK not in path:
         return ""
-    from ckptool.files import archives as _archives
+    from ckptool.files import archives
 
-    file, names = _archives.split(path)
+    file, names = archives.split(path)
     return file if names and os.path.isfile(file) else ""
 
 

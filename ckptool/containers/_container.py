@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ckptool.pickles.tree import Node
     from ckptool.state.checkpoint import Checkpoint
 
-MARK = "::"  # between an archive and the name of a member
-
 
 class Traits(NamedTuple):
     """What a container keeps of a checkpoint, asked instead of its name.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ckptool.containers._container import Container
-from ckptool.containers._registry import built_in, plugins
+from ckptool.containers._registry import built_in, plugins, suffixes
 from ckptool.errors import FormatError, NotACheckpoint
 from ckptool.files.fileio import Reader
 from ckptool.state.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> C
     from ckptool.files import archives
 
     what, hint = _others.describe(reader, head)
-    inside, command = archives.look(reader)
+    inside, command = archives.look(reader, suffixes)
     raise NotACheckpoint(
         f"{reader.path} is {what}", path=reader.path, evidence=inside, hint=command or hint
     )

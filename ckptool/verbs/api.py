@@ -26,10 +26,11 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
     from ckptool.files.hub import Downloaded
+    from ckptool.model.initial import Fill
     from ckptool.model.verify import Verification
     from ckptool.verbs.checking import Checked
     from ckptool.verbs.compare import Difference
-    from ckptool.verbs.fitting import Fill, Reference, Transferred
+    from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
     from ckptool.verbs.suggestions import Suggestion
     from ckptool.verbs.survey import Survey

@@ -178,7 +178,7 @@ WRITING = """
 from ckptool import containers
 from npz_container import CONTAINER
 
-safe = formats.by_word("safetensors")
+safe = containers.by_word("safetensors")
 PLAIN = safe._replace(
     name="plain", title="plain", word="plain", suffixes=(), sniff=lambda head: False
 )
