@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import CHUNK, Reader, unpacked
@@ -37,8 +38,7 @@ _VOLUMES = "an archive in several volumes"
 _LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
 
 
-@dataclass(slots=True)
-class Member:
+class Member(NamedTuple):
     """One record of an archive; `start` is where its packed bytes begin."""
 
     name: str
@@ -50,8 +50,7 @@ class Member:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(NamedTuple):
     """The records of an archive by name, and how many of its bytes belong to none of them."""
 
     members: dict[str, Member]

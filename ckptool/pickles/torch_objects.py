@@ -14,7 +14,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from itertools import chain
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptool.errors import Malformed
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
@@ -81,8 +81,7 @@ _NEXT_PUTS = sum(1 << 40 * at + 8 for at in range(_PUTS))
 _UNFETCHED = [None] * (_PUTS - 1)
 
 
-@dataclass(slots=True)
-class StorageId:
+class StorageId(NamedTuple):
     """What a pickle says of a storage: `numel` counts elements of `dtype`, bytes where None."""
 
     key: str
