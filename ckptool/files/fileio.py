@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
 CHUNK = 1 << 19  # fits the second-level cache of a core, with what the kernel needs of it
+MARK = "::"  # between an archive and the name of a member in it
 
 Stamp = tuple[int, int, int]  # which file it is, its size, and when it was written to
 

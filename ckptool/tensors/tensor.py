@@ -25,7 +25,9 @@ class Packing(Enum):
     CHUNKED = "chunked"
 
 
-@dataclass(frozen=True, slots=True)
+# Values, though not frozen: for each field of a frozen one, making it calls a function, and there
+# are two of these classes for each tensor of a file.
+@dataclass(slots=True)
 class Storage:
     """A run of bytes in a file; equal storages are shared storages.
 
@@ -46,6 +48,9 @@ class Storage:
     packed_nbytes: int = 0
     chunked: Chunked | None = field(default=None, compare=False, repr=False)
 
+    def __hash__(self) -> int:
+        return hash((self.path, self.key, self.start))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunked:
@@ -64,7 +69,7 @@ class Chunk:
     source: TensorInfo
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TensorInfo:
     """A strided view of a storage.
 
