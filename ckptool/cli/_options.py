@@ -47,13 +47,26 @@ class Command(click.Command):
         return cleandoc(self.help or "").split("\n\n")
 
 
+class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no Choice[str]
+    """What `--to` takes: the words of ckptool's containers, then those of plugins."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word; a plugin is loaded only for one that ckptool does not know."""
+        if value not in self.choices:
+            from ckptool.containers import plugins
+
+            if any(each.writer and each.word == value for each in plugins()):
+                return str(value)
+        return str(super().convert(value, param, ctx))
+
+
 _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.argument("source", metavar="IN"),
     click.argument("target", metavar="OUT", required=False),
     click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
     click.option(
         "--to",
-        type=click.Choice(["torch", "safetensors", "dcp"]),
+        type=_Containers(["torch", "safetensors", "dcp"]),
         help="Output container, any suffix; dcp (a folder) in convert alone.",
     ),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--sha256", is_flag=True, help="Print the sha256 of each file too.")
 @click.option("--finite", is_flag=True, help="Count NaN and infinity in every tensor.")
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
+@click.option("--plugins", is_flag=True, help="Let plugins read what ckptool does not know.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> int:

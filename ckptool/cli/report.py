@@ -6,11 +6,10 @@ and what no encoding can hold. Only ASCII stands in our own words.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptool.containers import BY_NAME
+from ckptool import containers
 from ckptool.pickles import safety
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
@@ -26,6 +25,8 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
 
 def document(fields: Mapping[str, object]) -> str:
     """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
+    import json
+
     return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
 
 
@@ -85,7 +86,7 @@ def _preorder(paths: Iterable[str]) -> list[str]:
 
 def container_title(name: str) -> str:
     """Name a container for people."""
-    return BY_NAME[name].title
+    return containers.by_name(name).title
 
 
 def listing_lines(found: Listing, *, every: bool) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from ckptool.tensors.numbers import Values
 from ckptool.text import counted, listed, readable, shape, table, visible
 from ckptool.verbs.compare import Change, Difference, Found, Side
-from ckptool.verbs.compare_values import Values
 
 _BESIDE = "beside-"
 MANY_ULP = 1_000_000  # from here on they tell people nothing

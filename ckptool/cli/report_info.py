@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from ckptool import containers
 from ckptool.cli.report import container_title
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -188,7 +189,8 @@ def _layout(facts: Survey, style: _Style) -> Iterator[str]:
             for name, count in facts.devices.items()
         )
         yield f"tagged for {style.names(tags, 8)}"
-    if facts.state is not None and facts.checkpoint.container != "safetensors":
+    traits = containers.by_name(facts.checkpoint.container).traits
+    if facts.state is not None and traits.module_metadata:
         there = "there" if facts.state.metadata is not None else "not there"
         yield f"`_metadata`, the versions of modules, is {there}"
 

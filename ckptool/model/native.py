@@ -73,13 +73,12 @@ def read(path: str | Path, at: str | None = None) -> Source:
 
 def load(source: Source) -> Native:
     """Load a state_dict on the CPU, by its author's library where that is possible."""
-    container = source.checkpoint.container
+    container = containers.by_name(source.checkpoint.container)
     try:
-        if container == "safetensors":
-            return _by_safetensors(source)
-        if container in ("torch-zip", "torch-legacy"):
-            return _by_torch(source)
-        raise _Refused(f"torch.load does not read a {containers.BY_NAME[container].title}")
+        loader = {"torch": _by_torch, "safetensors": _by_safetensors}.get(container.library)
+        if loader is None:
+            raise _Refused(f"torch.load does not read a {container.title}")
+        return loader(source)
     except _Refused as refused:
         loaded = loading.revive(source.checkpoint, source.state)
         left = [f"left out {key}: {reason}" for key, reason in loaded.left_out.items()]
@@ -120,7 +119,7 @@ def _reason(error: Exception) -> str:
 def _can_map(source: Source) -> bool:
     """torch maps zip files only, and none with deflated records."""
     tensors = (tensor for _, tensor in walk.tensors(source.checkpoint.tree))
-    return source.checkpoint.container == "torch-zip" and all(
+    return containers.by_name(source.checkpoint.container).traits.memory_mapped and all(
         tensor.storage.packing is Packing.PLAIN
         for tensor in tensors
         if isinstance(tensor, TensorInfo)

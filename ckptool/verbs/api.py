@@ -21,16 +21,11 @@ from ckptool.errors import EditError
 from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
 from ckptool.state.edits import Edit
-from ckptool.verbs import checking, fitting, listing, surgery, survey
-from ckptool.verbs.checking import Checked
-from ckptool.verbs.fitting import MIN_MATCH, Reference, Transferred
-from ckptool.verbs.listing import Listing
-from ckptool.verbs.plan import Options, WriteOptions
-from ckptool.verbs.suggestions import suggestions
+from ckptool.verbs import surgery
+from ckptool.verbs.plan import MIN_MATCH, Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
-from ckptool.verbs.survey import Survey
 
-if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
     from ckptool.files.hub import Downloaded
@@ -38,7 +33,11 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from ckptool.model.live import CheckpointLike
     from ckptool.model.verify import Progress, Verification
     from ckptool.model.zoo import ModelLike
+    from ckptool.verbs.checking import Checked
     from ckptool.verbs.compare import Difference
+    from ckptool.verbs.fitting import Reference, Transferred
+    from ckptool.verbs.listing import Listing
+    from ckptool.verbs.survey import Survey
 
 AUTO = "auto"
 
@@ -63,6 +62,8 @@ def keys(
     >>> listing["module.classifier.weight"].shape
     (10, 4)
     """
+    from ckptool.verbs import listing
+
     return listing.chosen(listing.listing(containers.read(path), at, every=all), select, sort)
 
 
@@ -78,6 +79,9 @@ def info(path: str | Path, *, at: str | None = None) -> Survey:
     >>> survey.suggestions[0].command
     'ckptool strip-prefix model_best.pth.tar model_best.stripped.pth'
     """
+    from ckptool.verbs import survey
+    from ckptool.verbs.suggestions import suggestions
+
     facts = survey.survey(containers.read(path), at)
     return replace(facts, suggestions=tuple(suggestions(facts)))
 
@@ -88,17 +92,23 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     strict: bool = False,
+    plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
     """Check whether a file is whole, and whether loading it elsewhere would run code.
 
     `sha256` hashes the file, `finite` counts NaN and infinity, `strict` calls foreign names
-    unsafe. Raises nothing for what a file holds: its `status` says that.
+    unsafe, `plugins` lets installed ones read what no container of ckptool is. Raises nothing for
+    what a file holds: its `status` says that.
 
     >>> ckptool.check("model_best.pth.tar").status
     <Status.OK: 'ok'>
     """
-    return checking.check(path, sha256=sha256, finite=finite, strict=strict, progress=progress)
+    from ckptool.verbs import checking
+
+    return checking.check(
+        path, sha256=sha256, finite=finite, strict=strict, plugins=plugins, progress=progress
+    )
 
 
 def diff(
@@ -285,6 +295,8 @@ def transfer(
     >>> done.rewrite.written, [mismatch.key for mismatch in done.fit.mismatched]
     (6, ['classifier.weight', 'classifier.bias'])
     """
+    from ckptool.verbs import fitting
+
     if like is not None and model is not None:
         raise EditError("a transfer has one target: --like or --model")
     if model is None and (model_args or init_missing):
@@ -317,6 +329,7 @@ def transfer(
 
 def _like(given: CheckpointLike, at: str | None) -> Reference:
     from ckptool.model import live
+    from ckptool.verbs import fitting
 
     if not isinstance(given, str | PathLike | Mapping):  # a model, which may have no values
         return _model(given, {}, None)[0]
@@ -328,6 +341,7 @@ def _model(
     spec: ModelLike, args: Mapping[str, object], seed: int | None
 ) -> tuple[Reference, Fill | None]:
     from ckptool.model import initial, zoo
+    from ckptool.verbs import fitting
 
     shapes = {key: shape for key, (_, shape) in zoo.shapes(spec, args).items()}
     fill = None if seed is None else initial.initial_values(spec, args, seed)

@@ -26,6 +26,7 @@ from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
+    PluginFailed,
     Unsupported,
 )
 from ckptool.files import fileio
@@ -38,8 +39,9 @@ from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.numbers import Tally
 from ckptool.text import counted, listed, readable, visible
-from ckptool.verbs.finite import Tally, floating, not_finite
+from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -151,19 +153,20 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     strict: bool = False,
+    plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
     """Check structure, checksums and names of a file; with `finite` also every float.
 
     `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
-    calls foreign names and the code of TorchScript unsafe too. A file that cannot be read is a
-    result, not an error.
+    calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
+    container of ckptool is. A file that cannot be read is a result, not an error.
     """
     path = str(path)
     found = _Findings()
     said = hash_in(os.path.basename(path))
     try:
-        checkpoint = containers.read(path)
+        checkpoint = containers.read(path, plugins=plugins)
     except FormatError as error:
         if sha256 or said:
             _hash(path, said, sha256, found, progress)
@@ -217,7 +220,7 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
         name: storage for name, storage in checkpoint.records.items() if storage.crc32 is not None
     }
     if not recorded:
-        title = containers.BY_NAME[checkpoint.container].title
+        title = containers.by_name(checkpoint.container).title
         why = f"the writer of this {title} file recorded none"
         if not checkpoint.records:
             why = f"{title} files have no checksums"
@@ -390,6 +393,7 @@ _STATUS = {
     NotACheckpoint: Status.NOT_A_CHECKPOINT,
     NoSuchFile: Status.NOT_A_CHECKPOINT,
     Unsupported: Status.UNSUPPORTED,
+    PluginFailed: Status.UNSUPPORTED,
 }
 
 
@@ -416,7 +420,7 @@ def _names(verdict: Verdict) -> tuple[str, ...]:
 
 def _summary(checkpoint: Checkpoint) -> str:
     count = sum(1 for _ in walk.tensors(checkpoint.tree))
-    title = containers.BY_NAME[checkpoint.container].title
+    title = containers.by_name(checkpoint.container).title
     return f"{title}, {readable(checkpoint.nbytes)}, {counted(count, 'tensor')}"
 
 
@@ -471,10 +475,10 @@ def found_in(folder: str) -> Iterator[str]:
 def _files_of(index: str) -> set[str]:
     """Name the files that are checked with an index."""
     try:
-        return {index, *(path for path, _ in containers.read(index).files)}
+        return {index, *(path for path, _ in containers.read(index, plugins=False).files)}
     except CkptoolError:
         return {index}
 
 
 def _suffixes() -> list[str]:
-    return sorted({suffix for each in containers.FORMATS for suffix in each.suffixes})
+    return sorted(containers.suffixes(written=True))

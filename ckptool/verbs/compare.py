@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import fileio
 from ckptool.files.copying import Begin, Copy, Job, run_jobs
+from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
+from ckptool.tensors.numbers import Values
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape, visible
-from ckptool.verbs.compare_bytes import Comparer, Pair, pair
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
+from ckptool.verbs.compare_tensors import Pair, compare, pair
 from ckptool.verbs.compare_trees import TAKEN, Place, places_of, shown
-from ckptool.verbs.compare_values import Values
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
@@ -384,10 +386,11 @@ class _Work:
                 hint="compares no values, --select some",
             )
         known: dict[tuple[object, ...], Values] = {}
-        with Comparer(self.asked.tolerance, limit, progress(2 * total)) as comparer:
+        step = progress(2 * total)
+        with closing(Readers()) as readers:
             for found, key, both in self._queue:
                 if both.views not in known:
-                    known[both.views] = comparer.compare(both)
+                    known[both.views] = compare(both, readers, self.asked.tolerance, limit, step)
                 _judge(found, key, both, known[both.views])
         self._note_damage([both for *_, both in self._queue if known[both.views].count])
         for path, stamp in (*self.left.files, *self.right.files):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ckptool import containers
 from ckptool.errors import EditError
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
+from ckptool.tensors.numbers import NO_TOLERANCE, Tolerance
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
 from ckptool.text import listed
-from ckptool.verbs.compare_values import NO_TOLERANCE, Tolerance
 
 AUTO = "auto"
 
@@ -132,8 +133,8 @@ def notes(
     if moved:
         yield f"the keys stand in another order, {moved[0]} where {moved[1]} does"
     yield from _tie_notes(left, right, one, other, chosen)
-    if "safetensors" in (left.container, right.container):
-        return  # which has no place for the rest
+    if not all(containers.by_name(side.container).traits.strides for side in (left, right)):
+        return  # a side has no place for the rest
     pairs = [
         (key, one.entries[key], other.entries[key])
         for key in keys

@@ -17,15 +17,13 @@ from ckptool.state.edits import Edit
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import percent, visible
 from ckptool.verbs import surgery
-from ckptool.verbs.plan import argument
+from ckptool.verbs.plan import MIN_MATCH, argument
 from ckptool.verbs.surgery import Options, Rewrite
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
     from ckptool.model.initial import Fill
-
-MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
 
 Shape = tuple[int, ...]
 

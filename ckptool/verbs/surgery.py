@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.containers import safetensors, torch_zip
-from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
+from ckptool.errors import EditError, FormatError, WriteError
 from ckptool.files import atomic, copying, fileio
 from ckptool.files.atomic import Target
 from ckptool.files.copying import Begin, Layout, Progress, no_progress
@@ -185,12 +184,6 @@ def _in_place(
     return target, options
 
 
-BY_WORD = {"torch": "torch-zip", "safetensors": "safetensors"}
-
-
-KNOWN_SUFFIXES = {suffix for each in containers.FORMATS for suffix in each.suffixes}
-
-
 def suffix(target: str) -> str:
     """Give the suffix of a name, in lower case."""
     return os.path.splitext(target)[1].lower()
@@ -205,45 +198,30 @@ def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
             "--strip-prefix auto --drop PATTERN ...",
         )
     if options.to is not None:
-        return BY_WORD[options.to]
-    for each in containers.FORMATS:
-        if suffix(target) in each.suffixes and not options.in_place:
-            return each.name
-    own = containers.BY_NAME.get(checkpoint.container)
-    if own is None:
-        return "torch-zip"
-    return own.name if own.writable else own.written_as
+        return containers.by_word(options.to).name
+    named = containers.by_suffix(suffix(target))
+    if named is not None and not options.in_place:
+        return named.name
+    own = containers.by_name(checkpoint.container)
+    return own.name if own.writer else own.written_as
 
 
 def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
     """Note a suffix that says nothing of the container, where nobody chose, or another one."""
-    what = f"{target} is a {containers.BY_NAME[container].title} file: its suffix"
-    said = [word for word, name in BY_WORD.items() if _says(target, name)]
-    if said:
-        return [] if _says(target, container) else [f"{what} says {said[0]}"]
+    what = f"{target} is a {containers.by_name(container).title} file: its suffix"
+    named = containers.by_suffix(suffix(target))
+    if named is not None:
+        return [] if named.name == container else [f"{what} says {named.word}"]
     chosen = options.to is not None or options.in_place
     return [] if chosen else [f"{what} does not say; --to chooses"]
-
-
-def _says(target: str, container: str) -> bool:
-    return suffix(target) in containers.BY_NAME[container].suffixes
 
 
 def lay_out(plan: Plan, options: Options) -> Layout:
     """Plan the bytes of the output."""
     entries = plan.state.entries if plan.state is not None else None
-    if plan.container == "safetensors":
-        assert entries is not None
-        return safetensors.lay_out(plan.checkpoint, entries, untie=options.untie)
-    if entries is not None and _subbyte(entries):
-        raise NotRepresentable("torch has no dtype for six-bit floats")
-    return torch_zip.lay_out(plan.checkpoint)
-
-
-def _subbyte(entries: dict[str, Node]) -> bool:
-    return any(
-        isinstance(value, TensorInfo) and not value.dtype.torch_name for value in entries.values()
-    )
+    writer = containers.by_name(plan.container).writer
+    assert writer is not None
+    return writer.lay_out(plan.checkpoint, entries, options.untie)
 
 
 def refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) -> None:
@@ -331,15 +309,15 @@ def verify(temporary: str, place: Target, nbytes: int, plan: Plan) -> None:
             hint="look whether the disk is sound",
         ) from error
     meant: list[tuple[tuple[str, ...], Node]]
-    if plan.container == "safetensors":
+    traits = containers.by_name(plan.container).traits
+    if traits.around:
+        meant = [(path, info) for path, info in walk.tensors(plan.checkpoint.tree)]
+    else:
         assert plan.state is not None
         meant = [((key,), value) for key, value in plan.state.entries.items()]
-    else:
-        meant = [(path, info) for path, info in walk.tensors(plan.checkpoint.tree)]
     seen = list(walk.tensors(found.tree))
-    strided = plan.container != "safetensors"
     same = len(meant) == len(seen) and all(
-        one == other and _described(a, strided) == _described(b, strided)
+        one == other and _described(a, traits.strides) == _described(b, traits.strides)
         for (one, a), (other, b) in zip(meant, seen, strict=True)
     )
     if not same or found.nbytes != nbytes:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
+from ckptool import containers
 from ckptool.containers import safetensors
 from ckptool.pickles import safety
 from ckptool.pickles.safety import Verdict
@@ -145,10 +146,12 @@ class Survey:
         """Return the document `info/1`."""
         checkpoint, state = self.checkpoint, self.state
         unread = checkpoint.unread
+        plugin = containers.by_name(checkpoint.container).plugin
         return {
             "schema": "info/1",
             "file": checkpoint.path,
             "container": checkpoint.container,
+            **({"plugin": plugin} if plugin else {}),
             "generation": checkpoint.generation,
             "protocol": checkpoint.protocol,
             "byteorder": checkpoint.byteorder,
@@ -221,7 +224,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     before = ledger.nbytes
     ledger.take(tree)
     single = found[0] if len(found) == 1 else None
-    ties = single.ties if single else safetensors.left_behind(dict(entries), untie=False).ties
+    ties = single.ties if single else safetensors.left_behind(dict(entries), False).ties
     storages = ledger.storages()
     data = sum(_stored(storage) for storage in storages)
     return Survey(
@@ -284,7 +287,7 @@ def _place(
         state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
     tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
-    left = safetensors.left_behind(state.entries, untie=False)
+    left = safetensors.left_behind(state.entries, False)
     before = ledger.nbytes
     ledger.take(places.state_dict_node(checkpoint.tree, path, known))
     return Place(
