@@ -77,6 +77,25 @@ def listed(names: Iterable[str], limit: int = SHOWN) -> str:
     return ", ".join(shown[:limit]) + more
 
 
+def several(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Read one text, or any number of them, as several."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def html_table(rows: Sequence[Sequence[str]], caption: str, limit: int = 100) -> str:
+    """Write a table for notebooks, its first row as the head; rows beyond a limit are counted."""
+    from html import escape
+
+    more = [(f"and {len(rows) - 1 - limit} more",)] if len(rows) - 1 > limit else []
+    lines = [
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+        for tag, part in (("th", rows[:1]), ("td", [*rows[1 : limit + 1], *more]))
+        for row in part
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><caption>{escape(caption)}</caption>{body}</table>"
+
+
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Align columns; those in `right` to the right."""
     if not rows:

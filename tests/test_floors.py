@@ -63,7 +63,10 @@ def parsed(name: str) -> ast.Module:
 
 
 def own_imports(name: str) -> set[str]:
-    found = {file_of(module) for module, _ in imports(parsed(name))}
+    tree = parsed(name)
+    if name == "__init__.py":  # the face names all rooms to checkers, and imports none
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    found = {file_of(module) for module, _ in imports(tree)}
     return {each for each in found if each}
 
 
@@ -101,7 +104,8 @@ OWNERS = {
     r"subprocess|runpy|ctypes|pty|code|codeop": (),
     r"logging|warnings": ("model/*.py", "files/http.py"),
     r"torch|torchvision|torchaudio|safetensors|timm|transformers|PIL": ("model/*.py",),
-    r"numpy": ("model/*.py", "verbs/compare_numpy.py"),
+    r"numpy": ("model/*.py", "tensors/numbers.py", "files/blocks.py"),
+    r"ml_dtypes": ("tensors/numbers.py",),
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
         "files/hub.py",
@@ -115,7 +119,7 @@ OWNERS = {
         "files/spool.py",
         "files/hub.py",
         "cli/talk.py",
-        "model/initial.py",
+        "model/live.py",
         "testing.py",
     ),
     r"zlib": ("files/*.py", "containers/torch_zip.py"),
@@ -137,7 +141,7 @@ def test_modules_stay_in_their_rooms(modules: str) -> None:
     assert not outside
 
 
-HEAVY = re.compile(r"torch|torchvision|numpy|safetensors|timm|urllib3|tqdm|ssl")
+HEAVY = re.compile(r"torch|torchvision|numpy|ml_dtypes|safetensors|timm|urllib3|tqdm|ssl")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -287,7 +291,8 @@ def test_suffixes_are_listed_by_their_container_alone() -> None:
 
 # What runs without a model loads no library, no network and no bar.
 
-UNWANTED = "torch torchvision numpy safetensors timm urllib3 requests tqdm socket ssl".split()
+NUMPY = {"numpy", "ml_dtypes"}
+UNWANTED = {*NUMPY, *"torch torchvision safetensors timm urllib3 requests tqdm socket ssl".split()}
 LOADED = """
 import json, os, sys
 sys.argv[0] = "ckptool"
@@ -313,8 +318,8 @@ LINES = [
     "add-prefix {g}/plain.pth out.pth",
     "unwrap {g}/model_best.pth.tar out.pth",
     "convert {g}/every_dtype.pth out.pth",
-    "convert {g}/strided.pth out.safetensors",
-    "convert {g}/big_endian.pth out.safetensors",
+    "convert {g}/plain.pth out.safetensors",
+    "convert {g}/dcp out.safetensors",
     "convert {g}/plain.safetensors out.pth",
     "transfer {g}/model_best.pth.tar out.pth --like {g}/plain.pth",
     "info {g}/model_best.pth.tar",
@@ -322,9 +327,15 @@ LINES = [
     "diff --help",
     "diff {g}/model_best.pth.tar {g}/data_parallel.pth",
     "check --help",
-    "check --finite --sha256 {g}/plain.pth {g}/plain_legacy.pth {g}/plain.safetensors",
+    "check --sha256 {g}/plain.pth {g}/plain_legacy.pth {g}/plain.safetensors",
     "keys missing.pth",
-]
+    # These compute numbers, or gather elements that do not lie in order.
+    *(COMPUTING := [
+        "convert {g}/strided.pth out.safetensors",
+        "convert {g}/big_endian.pth out.safetensors",
+        "check --finite --sha256 {g}/plain.pth {g}/plain_legacy.pth {g}/plain.safetensors",
+    ]),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +364,7 @@ def test_no_library_is_loaded_without_need(
 ) -> None:
     code, modules = loaded(line)
     assert code == (3 if "missing" in line else 0)
-    assert not modules & set(UNWANTED)
+    assert not modules & (UNWANTED - NUMPY if line in COMPUTING else UNWANTED)
     if not line.startswith("transfer"):  # it knows of --model
         assert not any(module.startswith("ckptool.model.") for module in modules)
     if line == "import" or line.endswith("--help"):

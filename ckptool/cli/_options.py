@@ -6,7 +6,8 @@ needs none of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import wraps
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
@@ -141,8 +142,8 @@ def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rew
         result = verb(
             request.source,
             request.target,
-            options=request.options,
             progress=progress.begin,
+            **asdict(request.options),
             **arguments,
         )
     tell(request, result)
@@ -154,15 +155,14 @@ def tell(
     result: Rewrite,
     *,
     more: Sequence[str] = (),
-    schema: str = "rewrite/1",
-    fields: dict[str, Any] | None = None,
+    document: Mapping[str, object] | None = None,
 ) -> None:
     """Print the document, the plan or the talk of a rewrite."""
     from ckptool.cli import report
 
     talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
-        talk.put([report.document(schema, **report.rewrite_fields(result), **(fields or {}))])
+        talk.put([report.document(document or result.to_dict())])
     elif result.dry_run:
         talk.put(report.plan_lines(result))
     what, counts = report.rewrite_lines(result), report.written_lines(result)

@@ -35,7 +35,7 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
     A line for each file: ok, damaged, unsafe, not-a-checkpoint or unsupported. Exit code 1 for
     damaged, 3 for no checkpoint, 4 for unsafe; over several files the highest.
     """
-    from ckptool.cli import report_check
+    from ckptool.cli import report, report_check
     from ckptool.verbs import checking
 
     paths = list(checking.expanded(files))
@@ -50,7 +50,7 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
             line = report_check.aligned(found, paths, _paint) if wide else report_check.row(found)
             talk.put([line])
     if as_json:
-        talk.put([report_check.check_document(results)])
+        talk.put([report.document(checking.document(results))])
     for found in results:
         _tell(found, quiet)
     talk.say(report_check.last_lines(results), quiet=quiet)

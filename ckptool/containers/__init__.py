@@ -38,6 +38,9 @@ def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
 
     What no container of ckptool recognises is read by `plugins`, the installed ones. Raises a
     `FormatError` that names what the file is, or what is wrong with it and where.
+
+    >>> ckptool.read("model_best.pth.tar")
+    <Checkpoint model_best.pth.tar: torch-zip, 6.6 KiB>
     """
     shown = str(path)
     if MARK in shown:

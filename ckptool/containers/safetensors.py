@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +19,20 @@ from ckptool.containers import _json
 from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.files.fileio import Reader, Readers, seekable
+from ckptool.files.blocks import blocks
+from ckptool.files.fileio import Reader
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
+from ckptool.tensors.numbers import can_resolve
 from ckptool.tensors.tensor import (
     CompositeTensor,
     Storage,
     TensorInfo,
     contiguous_stride,
-    gather,
     is_contiguous,
-    is_resolvable,
     needs_swap,
-    settled,
 )
 
 if TYPE_CHECKING:  # a listing writes nothing
@@ -169,7 +167,7 @@ def _unfit(key: str, value: Node) -> str:
         return "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
-    if value.lazy and not is_resolvable(value):
+    if value.lazy and not can_resolve(value.dtype, value.lazy):
         return f"a pending operation that torch does not do on {value.dtype.torch_name}"
     if key == "__metadata__":
         return "its name is taken by the format"
@@ -254,20 +252,14 @@ def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> lis
             if copy.whole:
                 checked.add(storage)
         elif info.nbytes:
-            jobs.append(Compute(storage, partial(_computed, info), targets[key], info.nbytes))
+            block = partial(blocks, info, limit=GATHER_BLOCK)
+            jobs.append(Compute(storage, block, targets[key], info.nbytes))
     unchecked = dict.fromkeys(info.storage for _, info in ordered)
     return jobs + [
         Copy(storage, None)
         for storage in unchecked
         if storage not in checked and storage.crc32 is not None
     ]
-
-
-def _computed(info: TensorInfo, readers: Readers) -> Iterator[bytes | bytearray]:
-    """Yield the bytes of a tensor that does not lie in its storage as safetensors wants it."""
-    with seekable(info.storage, readers) as fetch:
-        for block in gather(info, fetch, GATHER_BLOCK):
-            yield settled(block, info)
 
 
 CONTAINERS = (

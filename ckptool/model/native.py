@@ -7,17 +7,20 @@ and what is not plain, ckptool reads itself, and says so.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptool import containers
-from ckptool.model import libraries, loading
+from ckptool.model import libraries, live, loading
 from ckptool.model.devices import is_out_of_memory
+from ckptool.model.live import CheckpointLike
 from ckptool.model.zoo import last_line
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -28,11 +31,16 @@ from ckptool.tensors.tensor import Packing, TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that was read as data, and its state_dict."""
+    """A file that was read as data, and its state_dict; `file` is where it is, `path` its name."""
 
-    path: str
+    file: str
     checkpoint: Checkpoint
     state: StateDict
+
+    @property
+    def path(self) -> str:
+        """Return the name for messages."""
+        return self.checkpoint.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,15 @@ class Native:
 
 class _Refused(Exception):
     """A library does not load the file, or not what ckptool reads in it."""
+
+
+@contextmanager
+def opened(given: CheckpointLike, at: str | None, option: str) -> Iterator[Source]:
+    """Read a file, or what is in memory, and find its state_dict, which `option` chooses."""
+    with live.opened(given) as checkpoint:
+        is_file = isinstance(given, str | os.PathLike)
+        file = checkpoint.path if is_file else checkpoint.files[0][0]
+        yield Source(file, checkpoint, places.find(checkpoint, at, option))
 
 
 def read(path: str | Path, at: str | None = None) -> Source:
@@ -80,7 +97,7 @@ def _by_torch(source: Source) -> Native:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             whole = torch.load(
-                source.path, map_location="cpu", weights_only=True, mmap=_can_map(source)
+                source.file, map_location="cpu", weights_only=True, mmap=_can_map(source)
             )
         found = _taken_out(whole, source.state)
     except _Refused:
@@ -134,7 +151,7 @@ def _joined(parts: Mapping[str, Any]) -> Mapping[str, Any]:
 def _by_safetensors(source: Source) -> Native:
     library = libraries.safetensors()
     try:
-        loaded = library.torch.load_file(source.path, device="cpu")
+        loaded = library.torch.load_file(source.file, device="cpu")
     except Exception as error:  # SafetensorError, and whatever torch raises for a dtype
         if is_out_of_memory(error):
             raise

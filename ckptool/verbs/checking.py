@@ -39,8 +39,9 @@ from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.text import counted, listed, readable
-from ckptool.verbs.finite import Tally, floating, not_finite
+from ckptool.tensors.numbers import Tally
+from ckptool.text import counted, listed, readable, visible
+from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -89,6 +90,47 @@ class Checked:
     notes: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
     not_checked: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Checked {visible(self.file)}: {self.status.value}; {visible(self.detail)}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `check/1` of this file alone."""
+        return document([self])
+
+
+def document(results: Sequence[Checked]) -> dict[str, object]:
+    """Return the document `check/1` of many files."""
+    return {"schema": "check/1", "files": [_fields(result) for result in results]}
+
+
+def _fields(result: Checked) -> dict[str, object]:
+    return {
+        "file": result.file,
+        "status": result.status.value,
+        "detail": result.detail,
+        "container": result.container or None,
+        "safety": result.safety or None,
+        "globals": list(result.globals),
+        "calls": [
+            {
+                "module": call.named.module,
+                "name": call.named.name,
+                "arguments": None if call.arguments is None else list(call.arguments),
+                "pickle": result.pickle_name,
+                "offset": call.offset,
+                "at": call.where,
+            }
+            for call in result.calls
+        ],
+        "sha256": result.sha256 or None,
+        "not_finite": [
+            {"key": key, "nan": tally.nan, "inf": tally.inf} for key, tally in result.not_finite
+        ],
+        "notes": list(result.notes),
+        "checked": list(result.checked),
+        "not_checked": list(result.not_checked),
+    }
 
 
 @dataclass(slots=True)
@@ -281,20 +323,19 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
             [_summary(checkpoint), found.checksums, program, _foreign(verdict)],
         )
     return Checked(
-        path,
-        status,
-        "; ".join(filter(None, [*parts, found.asked_sha256])),
-        checkpoint.container,
-        verdict.level.name.lower(),
-        _names(verdict),
-        tuple(calls),
-        checkpoint.pickle_name,
-        found.sha256,
-        found.not_finite,
-        "",
-        tuple(found.notes),
-        tuple(found.checked),
-        tuple(found.not_checked),
+        file=path,
+        status=status,
+        detail="; ".join(filter(None, [*parts, found.asked_sha256])),
+        container=checkpoint.container,
+        safety=verdict.level.name.lower(),
+        globals=_names(verdict),
+        calls=tuple(calls),
+        pickle_name=checkpoint.pickle_name,
+        sha256=found.sha256,
+        not_finite=found.not_finite,
+        notes=tuple(found.notes),
+        checked=tuple(found.checked),
+        not_checked=tuple(found.not_checked),
     )
 
 
@@ -316,9 +357,9 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
     absent = isinstance(error, NoSuchFile) and not error.hint
     detail = "; ".join(filter(None, [detail, found.asked_sha256]))
     return Checked(
-        path,
-        status,
-        detail,
+        file=path,
+        status=status,
+        detail=detail,
         safety=verdict.level.name.lower() if named else "",
         globals=_names(verdict),
         calls=tuple(calls),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypedDict
 
 from ckptool import containers
 from ckptool.containers import Left
@@ -18,14 +19,35 @@ from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.text import counted, quoted
 
 MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
+Container = Literal["torch", "safetensors", "dcp"]
+
+
+class WriteOptions(TypedDict, total=False):
+    """The keywords of every verb that writes, as on the command line.
+
+    `at` chooses among several state_dicts, `to` the container; `force` replaces the target,
+    `in_place` the source; `dry_run` plans alone; `tensors_only` leaves behind what is neither a
+    tensor nor plain, `untie` writes tied tensors as copies, `allow_expand` allows an output of
+    more than 4 times the input; without `sync` the flush to disk is left to the system.
+    """
+
+    at: str | None
+    to: Container | None
+    force: bool
+    in_place: bool
+    dry_run: bool
+    tensors_only: bool
+    untie: bool
+    allow_expand: bool
+    sync: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every command that writes can be told."""
+    """The same, with what holds where nothing is said."""
 
     at: str | None = None
-    to: str | None = None
+    to: Container | None = None
     force: bool = False
     in_place: bool = False
     dry_run: bool = False

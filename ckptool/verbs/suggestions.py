@@ -15,7 +15,7 @@ from ckptool.pickles.names import Level
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.edits import WRAPPERS
 from ckptool.text import counted, listed, percent, quoted, readable
-from ckptool.verbs.survey import Beside, Place, Survey
+from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
 WORTH = 0.1  # share of the file from which what stands beside the weights is worth leaving out
 LOST = 0.01  # share of the file from which bytes that nothing uses are
@@ -23,14 +23,6 @@ LOST_NBYTES = 1 << 20
 WORDS = 1 << 10  # below this no share is worth words
 MAX_EXPANSION = 4  # of a conversion, as surgery allows it
 SMALL = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """A command to paste, and what it is good for."""
-
-    reason: str
-    command: str
 
 
 @dataclass(frozen=True, slots=True)

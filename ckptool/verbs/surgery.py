@@ -21,7 +21,7 @@ from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo
-from ckptool.text import quoted, readable
+from ckptool.text import quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -82,6 +82,37 @@ class Rewrite:
     def kept(self) -> int:
         """Count the entries that are written under their own name."""
         return sum(1 for old, new in self.map if new == old)
+
+    def __repr__(self) -> str:
+        verb = "would write" if self.dry_run else "written"
+        files = f"{visible(self.source)} -> {visible(self.target)}"
+        return f"<Rewrite {files}: read {self.read}, {verb} {self.written}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `rewrite/1`."""
+        return {
+            "schema": "rewrite/1",
+            "source": self.source,
+            "target": self.target,
+            "container": self.container,
+            "at": None if self.at is None else list(self.at),
+            "module": self.module,
+            "read": self.read,
+            "kept": self.kept,
+            "renamed": self.renamed,
+            "written": self.written,
+            "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
+            "not_carried": list(self.not_carried),
+            "map": [[old, new] for old, new in self.map],
+            "nbytes": self.nbytes,
+            "added": self.added,
+            "notes": [*self.warnings, *self.notes],
+            "dry_run": self.dry_run,
+            "shards": [
+                {"file": each.name, "count": each.count, "nbytes": each.nbytes}
+                for each in self.shards
+            ],
+        }
 
 
 def rewrite(
@@ -231,25 +262,25 @@ def result_of(
         infos = [info for _, info in walk.tensors(plan.checkpoint.tree)]
     not_carried = [*plan.not_carried, *plan.checkpoint.unread]
     return Rewrite(
-        plan.checkpoint.path,
-        target,
-        plan.container,
-        plan.state.at if plan.state is not None else None,
-        plan.key_map.pairs,
-        tuple(plan.dropped),
-        len(plan.key_map.written) + plan.added,
-        layout.nbytes,
-        sum(info.nbytes for info in infos),
-        tuple(not_carried),
-        tuple(plan.notes),
-        tuple(plan.warnings),
-        options.dry_run,
-        atomic.free_space(place),
-        plan.added,
-        plan.bare,
-        len(infos),
-        plan.key_map.said,
-        plan.state.module if plan.state is not None else "",
+        source=plan.checkpoint.path,
+        target=target,
+        container=plan.container,
+        at=plan.state.at if plan.state is not None else None,
+        module=plan.state.module if plan.state is not None else "",
+        map=plan.key_map.pairs,
+        said=plan.key_map.said,
+        dropped=tuple(plan.dropped),
+        written=len(plan.key_map.written) + plan.added,
+        added=plan.added,
+        nbytes=layout.nbytes,
+        tensors=len(infos),
+        tensor_nbytes=sum(info.nbytes for info in infos),
+        not_carried=tuple(not_carried),
+        notes=tuple(plan.notes),
+        warnings=tuple(plan.warnings),
+        bare=plan.bare,
+        dry_run=options.dry_run,
+        free=atomic.free_space(place),
     )
 
 
