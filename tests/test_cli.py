@@ -1206,7 +1206,7 @@ def test_interrupted_says_nothing_of_writing_where_nothing_writes(
 ) -> None:
     from ckptool import containers
 
-    def interrupted(path: str) -> None:
+    def interrupted(path: str, **how: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(containers, "read", interrupted)
