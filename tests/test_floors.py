@@ -108,8 +108,8 @@ OWNERS = {
     r"ml_dtypes": ("tensors/numbers.py",),
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
-        "files/hub.py",
-        "files/resume.py",
+        "files/download.py",
+        "files/parts.py",
         "files/filename.py",
     ),
     r"click": ("cli/*.py",),
@@ -117,7 +117,7 @@ OWNERS = {
     r"tempfile|shutil": (
         "files/fileio.py",
         "files/spool.py",
-        "files/hub.py",
+        "files/download.py",
         "cli/talk.py",
         "model/live.py",
         "testing.py",
@@ -202,8 +202,8 @@ WRITERS: dict[str, set[str]] = {
         "os.rmdir",
         "os.fsync",
     },
-    "files/hub.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
-    "files/resume.py": {"os.ftruncate"},  # of a file that atomic opened
+    "files/download.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
+    "files/parts.py": {"os.ftruncate"},  # of a file that atomic opened
     "cli/talk.py": {"os.open"},  # of os.devnull
     "cli/main.py": {"open"},  # of os.devnull, and of stdout itself
 }

@@ -154,8 +154,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         return error.exit_code
     except KeyboardInterrupt as error:
         told = "; ".join(filter(None, ["interrupted", visible(str(error)) or _left(arguments)]))
+        notes = [visible(note) for note in getattr(error, "__notes__", ())]
         # The line of a terminal ends in ^C by now.
-        say(["", told] if sys.stderr.isatty() else [told])
+        say([*notes, "", told] if sys.stderr.isatty() else [*notes, told])
         return INTERRUPTED
     except BrokenPipeError:
         silence()

@@ -14,14 +14,14 @@ _REGISTRY_HASH = re.compile(r"[-_]([0-9a-f]{8,64})\.[^-_]*$", re.IGNORECASE)
 
 
 def hash_in(name: str) -> str | None:
-    """Give the start of a sha256 that a name holds after its last hyphen."""
-    found = _HASH.search(name)
-    if found is None or found[1].isdigit() or _UUID.search(name):
+    """Return the start of a sha256 that a name holds after its last hyphen."""
+    match = _HASH.search(name)
+    if match is None or match[1].isdigit() or _UUID.search(name):
         return None
-    return found[1].lower()
+    return match[1].lower()
 
 
 def hash_of_registry(name: str) -> str | None:
-    """Give the start of a sha256 in a name of torchvision's registry, where digits alone count."""
-    found = _REGISTRY_HASH.search(name)
-    return found[1].lower() if found else None
+    """Return the start of a sha256 in a name of torchvision's registry; digits alone count."""
+    match = _REGISTRY_HASH.search(name)
+    return match[1].lower() if match else None

@@ -1,4 +1,4 @@
-"""What a download is called: names from elsewhere made harmless."""
+"""Names for downloads: those from URLs and headers made harmless."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shortened(name: str) -> str:
 
 
 def of_part(name: str) -> str:
-    """Name the part of a file; it leaves room for a suffix of the record beside it."""
+    """Return the name of a file's part, short enough for the suffix of the record beside it."""
     raw = os.fsencode(name)
     if len(raw) > LONGEST - len(".part.json"):
         name = f"{raw[:200].decode('utf-8', 'ignore')}-{sha256(raw).hexdigest()[:8]}"
@@ -42,18 +42,17 @@ def of_part(name: str) -> str:
 
 
 def of_url(url: str) -> str:
-    """Give the file name that a URL ends with; an empty string for none."""
-    segment = urlsplit(url).path.rpartition("/")[2]
-    return safe(unquote(segment))
+    """Return the file name that a URL ends with; an empty string for none."""
+    return safe(unquote(urlsplit(url).path.rpartition("/")[2]))
 
 
 def of_disposition(header: str) -> str:
-    """Give the file name in a Content-Disposition header; an empty string for none."""
+    """Return the file name in a Content-Disposition header; an empty string for none."""
     from email.message import Message
 
     message = Message()
     message["Content-Disposition"] = header
     try:
         return safe(message.get_filename() or "")
-    except (LookupError, UnicodeError, ValueError):  # a charset that nobody knows
+    except (LookupError, UnicodeError, ValueError):  # an unknown charset
         return ""

@@ -73,9 +73,14 @@ def test_retry_after_is_kept_to(server: Server, tmp_path: Path) -> None:
     assert time.monotonic() - started >= 1
 
 
-@pytest.mark.parametrize("text", ["soon", "-1", "1e9", "Fri, 99 Foo", "\x00"])
-def test_a_senseless_retry_after_is_ignored(text: str) -> None:
-    assert http._retry_after(text) == 0
+@pytest.mark.parametrize(
+    "text", ["soon", "-1", "1e9", "Fri, 99 Foo", "\x00", "9" * 5000, "Fri, 32 Jan 99999 99:99:99"]
+)
+def test_a_senseless_retry_after_is_ignored(server: Server, tmp_path: Path, text: str) -> None:
+    url = server.on("/f.pth", Reply(status=429, headers={"Retry-After": text}), Reply(BODY))
+    started = time.monotonic()
+    assert get(url, tmp_path, limits=Limits(backoff=0.01, longest_wait=5)).sha256 == SHA
+    assert time.monotonic() - started < 2
 
 
 def test_a_hostile_reason_is_cut(server: Server, tmp_path: Path) -> None:
