@@ -109,7 +109,6 @@ OWNERS = {
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
         "files/download.py",
-        "files/parts.py",
         "files/filename.py",
     ),
     r"click": ("cli/*.py",),
@@ -202,8 +201,7 @@ WRITERS: dict[str, set[str]] = {
         "os.rmdir",
         "os.fsync",
     },
-    "files/download.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
-    "files/parts.py": {"os.ftruncate"},  # of a file that atomic opened
+    "files/download.py": {"os.makedirs", "os.rmdir", "os.ftruncate"},  # its folder; a part
     "cli/talk.py": {"os.open"},  # of os.devnull
     "cli/main.py": {"open"},  # of os.devnull, and of stdout itself
 }

@@ -1,4 +1,8 @@
-"""Names for downloads: those from URLs and headers made harmless."""
+"""Names of downloads: those from URLs and headers made harmless, and the hashes in names.
+
+torch's convention: `resnet18-5c106cde.pth` holds the first digits of the file's sha256
+(torch.hub.load_state_dict_from_url). A run of digits alone is a date more often than a hash.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ _UNWANTED = re.compile(
     '\\ud800-\\udfff<>:"|?*]'
 )
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
+_HASH = re.compile(r"-([0-9a-f]{8,64})(?:\.[^-]*)?$", re.IGNORECASE)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(?![0-9a-f])", re.IGNORECASE)
+_REGISTRY_HASH = re.compile(r"[-_]([0-9a-f]{8,64})\.[^-_]*$", re.IGNORECASE)
 
 
 def safe(name: str) -> str:
@@ -56,3 +63,17 @@ def of_disposition(header: str) -> str:
         return safe(message.get_filename() or "")
     except (LookupError, UnicodeError, ValueError):  # an unknown charset
         return ""
+
+
+def hash_in(name: str) -> str | None:
+    """Return the start of a sha256 that a name holds after its last hyphen."""
+    match = _HASH.search(name)
+    if match is None or match[1].isdigit() or _UUID.search(name):
+        return None
+    return match[1].lower()
+
+
+def hash_of_registry(name: str) -> str | None:
+    """Return the start of a sha256 in a name of torchvision's registry; digits alone count."""
+    match = _REGISTRY_HASH.search(name)
+    return match[1].lower() if match else None

@@ -7,7 +7,7 @@ http, keeps the proxy of the first host for all others, and reads a Location in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -75,20 +75,23 @@ def _without_login(parts: SplitResult) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
 
 
+def failed(url: str, what: str, hint: str = "", *, evidence: Sequence[str] = ()) -> DownloadFailed:
+    """Return the error of a download; its message begins with the URL as it may be shown."""
+    return DownloadFailed(f"{shown(url)}{what}", hint=hint, evidence=evidence)
+
+
 def parsed(url: str) -> SplitResult:
     """Split a URL that can be downloaded; raises `DownloadFailed`."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise DownloadFailed(f"{shown(url)} is not a URL: {error}") from None
+        raise failed(url, f" is not a URL: {error}") from None
     if parts.scheme not in ("http", "https"):
-        raise DownloadFailed(
-            f"{shown(url)} is not a web address: `{parts.scheme}` is neither http nor https",
-            hint="give a URL that starts with https://",
-        )
+        what = f" is not a web address: `{parts.scheme}` is neither http nor https"
+        raise failed(url, what, "give a URL that starts with https://")
     if not host:
-        raise DownloadFailed(f"{shown(url)} names no host", hint=_HINTS[404])
+        raise failed(url, " names no host", _HINTS[404])
     return parts
 
 
@@ -99,11 +102,15 @@ def asked(url: str, headers: Mapping[str, str], limits: Limits) -> Iterator[Answ
     The status is 200, after a `Range` also 206 or 416. Raises `DownloadFailed`, also for what
     goes wrong while the block reads the body.
     """
-    with _explained(url):
+    from urllib3.exceptions import HTTPError
+
+    try:
         answer = _followed(url, headers, limits)
         with closing(answer.body):
             _refuse(url, answer, ranged="Range" in headers)
             yield answer
+    except (HTTPError, UnicodeError) as error:
+        raise _failure(url, error) from error
 
 
 def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
@@ -123,8 +130,8 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
         target = redirected(url, (location or "").strip())
         if target in seen or len(seen) > MAX_REDIRECTS:
             why = "in a circle" if target in seen else f"more than {MAX_REDIRECTS} times"
-            raise DownloadFailed(f"{shown(url)}: the server redirects {why}", hint=_HINTS[404])
-        if _origin(target) != _origin(url):
+            raise failed(url, f": the server redirects {why}", _HINTS[404])
+        if urlsplit(target)[:2] != urlsplit(url)[:2]:  # another scheme, host or port
             headers.pop("authorization", None)
         url = target
         seen.append(url)
@@ -133,24 +140,20 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
 def redirected(url: str, location: str) -> str:
     """Return where a redirect leads; raises `DownloadFailed` where it must not be followed."""
     if not location:
-        raise DownloadFailed(f"{shown(url)}: the server redirects to nowhere", hint=_HINTS[404])
+        raise failed(url, ": the server redirects to nowhere", _HINTS[404])
     try:
         target = urljoin(url, location.encode("latin-1", "replace").decode("utf-8", "replace"))
     except ValueError as error:
-        raise DownloadFailed(f"{shown(url)} redirects to no URL: {error}") from None
+        raise failed(url, f" redirects to no URL: {error}") from None
     parts = parsed(target)
     if urlsplit(url).scheme == "https" and parts.scheme != "https":
-        raise DownloadFailed(
-            f"{shown(url)} redirects from https to http: {shown(target)}",
-            hint="what comes over http may have been changed on the way; "
+        raise failed(
+            url,
+            f" redirects from https to http: {shown(target)}",
+            "what comes over http may have been changed on the way; "
             "give that URL itself if that is what you want",
         )
     return _without_login(parts)
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port
 
 
 def _requested(url: str, headers: Mapping[str, str], limits: Limits) -> BaseHTTPResponse:
@@ -170,26 +173,19 @@ def _requested(url: str, headers: Mapping[str, str], limits: Limits) -> BaseHTTP
 
 
 def _retry(limits: Limits) -> Retry:
-    """Return urllib3's rules for retries, made safe against a server that never ends."""
+    """Return urllib3's rules for retries, bounded against a server that never ends."""
     from urllib3 import Retry
     from urllib3.exceptions import InvalidHeader
 
     class Bounded(Retry):
-        def increment(
-            self,
-            method: str | None = None,
-            url: str | None = None,
-            response: BaseHTTPResponse | None = None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Self:
-            if response is not None:
+        def increment(self, *args: Any, **kwargs: Any) -> Self:
+            if response := kwargs.get("response"):
                 response.close()  # urllib3 reads it to its end, which may never come
-            return super().increment(method, url, response, *args, **kwargs)
+            return super().increment(*args, **kwargs)
 
         def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
             try:
-                return min(super().get_retry_after(response) or 0.0, limits.longest_wait)
+                return min(super().get_retry_after(response) or 0.0, self.backoff_max)
             except (InvalidHeader, ValueError, OverflowError):
                 return None
 
@@ -222,34 +218,23 @@ def _pool(url: str) -> PoolManager:
     return ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
 
 
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Turn what urllib3 raises into `DownloadFailed`."""
-    from http.client import HTTPException
-
-    from urllib3.exceptions import HTTPError, MaxRetryError, ProxySchemeUnsupported
-
-    try:
-        yield
-    except (HTTPError, HTTPException, ProxySchemeUnsupported, UnicodeError) as error:
-        cause = error.reason or error if isinstance(error, MaxRetryError) else error
-        raise _failure(url, cause) from error
-
-
 def _failure(url: str, error: Exception) -> DownloadFailed:
+    """Say what urllib3 raised as an error for users."""
     from urllib3 import exceptions as known
 
     host = parsed(url).hostname
     hint = "check the link and the network"
     match error:
-        case known.ProxyError() | known.ProxySchemeUnknown() | known.ProxySchemeUnsupported():
+        case known.MaxRetryError(reason=Exception() as reason):
+            return _failure(url, reason)
+        case known.ProxyError() | known.ProxySchemeUnknown():
             what, hint = "the proxy does not work", "look at HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
         case known.SSLError():
             what = f"no trusted connection to {host}"
             hint = "SSL_CERT_FILE names certificates to trust"
         case known.NameResolutionError():
             what = f"the host {host} is not found"
-        case known.NewConnectionError() | known.ConnectTimeoutError():
+        case known.ConnectTimeoutError():  # refused, too
             what = f"{host} does not answer"
         case known.ReadTimeoutError():
             what, hint = f"{host} stopped sending", "run it again"
@@ -257,7 +242,7 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
             what, hint = "this is not a URL", _HINTS[404]
         case _:
             what, hint = f"the connection to {host} was lost", "run it again"
-    return DownloadFailed(f"{shown(url)}: {what}", evidence=[_reason(error)], hint=hint)
+    return failed(url, f": {what}", hint, evidence=[_reason(error)])
 
 
 def _reason(error: Exception) -> str:
@@ -271,22 +256,16 @@ def _refuse(url: str, answer: Answer, *, ranged: bool) -> None:
     """Raise `DownloadFailed` for an answer that holds no file, or packs it."""
     status = answer.body.status
     encoding = answer.header("Content-Encoding").lower()
+    if status in (200, 206) and encoding not in ("", "identity"):
+        what = f": the server packs the file ({encoding[:SHOWN]}), which was not asked for"
+        raise failed(url, what, "look for another link")
+    if status == 200 or (ranged and status in (206, 416)):
+        return
+    if status == 206:
+        raise failed(url, ": the server sends a part where all was asked for")
+    reason = f" {answer.body.reason}"[:SHOWN] if answer.body.reason else ""
     hint = "the server is in trouble; run it again later" if status >= 500 else ""
-    match status:
-        case 200 | 206 if encoding not in ("", "identity"):
-            what = f"the server packs the file ({encoding[:SHOWN]}), which was not asked for"
-            hint = "look for another link"
-        case 206 if not ranged:
-            what = "the server sends a part where all was asked for"
-        case 200 | 206:
-            return
-        case 416 if ranged:
-            return
-        case _:
-            reason = f" {answer.body.reason}" if answer.body.reason else ""
-            what = f"the server says {status}{reason[:SHOWN]}"
-            hint = hint or _HINTS.get(status, "")
-    raise DownloadFailed(f"{shown(url)}: {what}", hint=hint)
+    raise failed(url, f": the server says {status}{reason}", hint or _HINTS.get(status, ""))
 
 
 def refuse_page(url: str, answer: Answer, head: bytes) -> None:
@@ -294,16 +273,18 @@ def refuse_page(url: str, answer: Answer, head: bytes) -> None:
     start = head[:HEAD].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     html = answer.header("Content-Type").lower().startswith(("text/html", "application/xhtml"))
     if start.startswith((b"<!doctype", b"<html", b"<head")) or (html and b"\0" not in head):
-        raise DownloadFailed(
-            f"{shown(url)} is an HTML page, not a file; nothing was kept",
-            hint="a server sends this when a link is wrong or needs a login; "
+        raise failed(
+            url,
+            " is an HTML page, not a file; nothing was kept",
+            "a server sends this when a link is wrong or needs a login; "
             "look for the link of the file itself",
         )
     if start.startswith(b"version https://git-lfs.github.com/"):
-        raise DownloadFailed(
-            f"{shown(url)} is a git-LFS pointer, not the file itself; nothing was kept",
-            hint="use the link behind `download` on the file's page "
+        raise failed(
+            url,
+            " is a git-LFS pointer, not the file itself; nothing was kept",
+            "use the link behind `download` on the file's page "
             "(/resolve/ or media.githubusercontent.com, not /raw/), or git lfs pull",
         )
     if not head and not answer.nbytes:
-        raise DownloadFailed(f"{shown(url)}: the server sends an empty file")
+        raise failed(url, ": the server sends an empty file")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptool.errors import NoSuchModel
-from ckptool.files import filehash, filename
+from ckptool.files import filename
 from ckptool.model import libraries
 
 
@@ -87,7 +87,7 @@ def _entry(model: str, member: Any, default: bool) -> Weights:
         default=default,
         url=member.url,
         file=file,
-        sha256_prefix=filehash.hash_of_registry(file),
+        sha256_prefix=filename.hash_of_registry(file),
         nbytes=None if size is None else round(size * 2**20),
         parameters=meta.get("num_params"),
         top1=next((values["acc@1"] for values in metrics if "acc@1" in values), None),

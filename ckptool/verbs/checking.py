@@ -31,8 +31,8 @@ from ckptool.errors import (
 )
 from ckptool.files import fileio
 from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
-from ckptool.files.filehash import hash_in
 from ckptool.files.fileio import CHUNK, Reader
+from ckptool.files.filename import hash_in
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level, level
 from ckptool.pickles.safety import Call, Verdict

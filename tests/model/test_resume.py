@@ -128,6 +128,15 @@ def test_a_part_without_a_validator_is_not_gone_on_with(server: Server, tmp_path
     assert (tmp_path / "f.pth").read_bytes() == BODY[::-1]
 
 
+@pytest.mark.parametrize("validator", ['"v1"\n', '"v1"\r\nX: y', '"\u6a21"', 1, None])
+def test_a_planted_validator_is_not_sent(server: Server, tmp_path: Path, validator: object) -> None:
+    url = interrupted(server, tmp_path)
+    record = tmp_path / "f.pth.part.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "validator": validator}))
+    assert get(url, tmp_path).resumed_from == 0
+    assert server.headers("If-Range") == [None, None]
+
+
 def test_a_part_that_is_whole_is_checked_with_the_server(server: Server, tmp_path: Path) -> None:
     url = interrupted(server, tmp_path)
     (tmp_path / "f.pth.part").write_bytes(BODY)
