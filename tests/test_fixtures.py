@@ -31,7 +31,8 @@ FILES = sorted(path for kind in KINDS for path in (FOLDER / kind).iterdir())
 ROW = re.compile(r"^\| `((?:good|frameworks|hostile)/[^`]+)` \| ([^|]+) \| ", re.MULTILINE)
 ROWS = ROW.findall((FOLDER / "README.md").read_text(encoding="utf-8"))
 WRITERS = dict(ROWS)
-README_TORCH = f"torch {torch.__version__.partition('+')[0]}"
+# torch.save has aligned storages and recorded its own layout since 2.7
+SAME_BYTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 # What torch needs beside weights_only=False to read these; BYTEWISE it does not read here at all.
 HOW: dict[str, dict[str, Any]] = {
@@ -108,7 +109,7 @@ def compare(path: Path, again: Path, writer: str) -> None:
         assert safetensors_parts(path) == safetensors_parts(again)
     elif is_loadable(path):
         assert judge.same(read(path), read(again)) == []
-    elif writer.startswith("torch") and README_TORCH not in writer:
+    elif writer.startswith("torch") and not SAME_BYTES:
         pytest.skip(f"its bytes are those of {writer}")
     else:
         assert path.read_bytes() == again.read_bytes()
