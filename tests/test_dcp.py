@@ -98,6 +98,7 @@ def test_what_two_ranks_saved_is_what_torch_joins(folder: Path) -> None:
     assert same(converted(folder), told(folder)) == []
 
 
+@pytest.mark.skipif(judge.VERSION < (2, 7), reason="torch 2.6 needs planner_data to convert")
 def test_without_the_planners_paths_keys_stay_flat(tmp_path: Path) -> None:
     whole = tensor(4, 3)
     states = [{"model.w": each, "step": 3} for each in held(whole, [1])]
