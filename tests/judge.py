@@ -47,7 +47,9 @@ def unread(name: str) -> str:
     """Return why the torch that is installed cannot read a good fixture, or nothing."""
     if not hasattr(torch, DTYPES.get(name, "float32")):
         return f"torch {torch.__version__} has no {DTYPES[name]}"
-    return f"torch {torch.__version__} needs planner_data" * (VERSION < (2, 7) and name in UNPLANNED)
+    if VERSION < (2, 7) and name in UNPLANNED:
+        return f"torch {torch.__version__} needs planner_data"
+    return ""
 
 
 def skip_unread(name: str) -> None:

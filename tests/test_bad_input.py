@@ -233,6 +233,7 @@ def test_hostile_files(run: Run, here: Path, path: Path) -> None:
         assert not (path.parent / MARKER).exists()
 
 
+@pytest.mark.product(8)
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
 @pytest.mark.parametrize(
     "command",
