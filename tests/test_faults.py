@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import environment, reduced, sampled
 
-from ckptool import atomic
+from ckptool.files import atomic
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 
@@ -50,7 +50,7 @@ def test_one_command_survives_every_fault() -> None:
 
 def test_every_writing_command_is_here() -> None:
     """Those that take the shared options of writing, and the ways in which they write."""
-    from ckptool import cli
+    from ckptool.cli import main as cli
 
     commands = {
         name
@@ -67,7 +67,7 @@ def test_every_writing_command_is_here() -> None:
 def command_options(name: str) -> set[str]:
     import importlib
 
-    module = importlib.import_module(f"ckptool.commands.{name.replace('-', '_')}")
+    module = importlib.import_module(f"ckptool.cli.{name.replace('-', '_')}")
     return {option for parameter in module.command.params for option in parameter.opts}
 
 

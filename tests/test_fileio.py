@@ -15,10 +15,6 @@ import pytest
 from conftest import listing
 from hypothesis import given, strategies as st
 
-from ckptool import atomic
-from ckptool.atomic import Target, atomic_output, refuse_target
-from ckptool.copying import Compute, Copy, Layout, run_jobs, write_layout
-from ckptool.crc import join_crc32
 from ckptool.errors import (
     Malformed,
     NoSpace,
@@ -28,8 +24,12 @@ from ckptool.errors import (
     SameFile,
     WriteError,
 )
-from ckptool.fileio import CHUNK, Reader, Readers, seekable, unpacked
-from ckptool.tensor import Packing, Storage
+from ckptool.files import atomic
+from ckptool.files.atomic import Target, atomic_output, refuse_target
+from ckptool.files.copying import Compute, Copy, Layout, run_jobs, write_layout
+from ckptool.files.crc import join_crc32
+from ckptool.files.fileio import CHUNK, Reader, Readers, seekable, unpacked
+from ckptool.tensors.tensor import Packing, Storage
 
 DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
 

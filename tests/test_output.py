@@ -19,7 +19,8 @@ import pytest
 from conftest import Outcome, environment, listing
 from test_cli import SLOW
 
-from ckptool import atomic, surgery
+from ckptool.files import atomic
+from ckptool.verbs import surgery
 
 Run = Callable[..., Outcome]
 TARGETS = ["out.pth", "out.safetensors"]

@@ -16,20 +16,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptool import atomic, checkpoint as places, fileio, formats, surgery, walk
-from ckptool.atomic import Target
-from ckptool.checkpoint import Checkpoint
-from ckptool.copying import Begin, Copy, Layout, Progress, no_progress, run_jobs
-from ckptool.edits import Edit
+from ckptool import containers
 from ckptool.errors import EditError, KeyCollision, MissingExtra, NotRepresentable, Unsupported
+from ckptool.files import atomic, fileio
+from ckptool.files.atomic import Target
+from ckptool.files.copying import Begin, Copy, Layout, Progress, no_progress, run_jobs
 from ckptool.model import libraries, loading
 from ckptool.model.outputs import as_bytes
 from ckptool.model.revive import Reviver
-from ckptool.plan import Options, Plan, make_plan
-from ckptool.surgery import Rewrite
-from ckptool.tensor import TensorInfo
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places, walk
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.edits import Edit
+from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, listed
-from ckptool.tree import Node
+from ckptool.verbs import surgery
+from ckptool.verbs.plan import Options, Plan, make_plan
+from ckptool.verbs.surgery import Rewrite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +58,7 @@ def convert(
     _saver()
     if target is None or options.in_place:
         raise EditError("a distributed checkpoint is a folder: name one as the output")
-    checkpoint = formats.read(source)
+    checkpoint = containers.read(source)
     sources = [path for path, _ in checkpoint.files]
     place = atomic.refuse_folder(target, sources, force=options.force, sync=options.sync, ours=OURS)
     plan = make_plan(checkpoint, steps, CONTAINER, bare=unwrap, unwrap=False, options=options)
@@ -243,7 +246,7 @@ def _write(place: Target, plan: Plan, content: _Content, meant: Any, progress: B
         _save(folder, content.values, step)
         for path, stamp in plan.checkpoint.files:
             fileio.refuse_changed(path, stamp)
-        found = formats.read(folder)
+        found = containers.read(folder)
         _verify(found, meant)
         return found.nbytes
 

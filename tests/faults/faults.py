@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import atomic, cli, talk
+from ckptool.cli import main as cli, talk
 from ckptool.errors import CkptoolError
-from ckptool.fileio import write_at
+from ckptool.files import atomic
+from ckptool.files.fileio import write_at
 
 GOOD = Path(__file__).parents[2] / "fixtures/good"
 TEMPORARY = re.compile(r"\.(.{1,40})\.[0-9a-f]{12}\.tmp")
