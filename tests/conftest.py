@@ -46,14 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
 _everything = False
 
 
-def sampled(cases: Sequence[Any], step: int) -> Sequence[Any]:
-    """Return every `step`-th case, the first included; with `--all` every one."""
-    return cases if _everything else cases[::step]
+def step(n: int) -> int:
+    """Return the step of a sample of one case in n; with `--all` it is 1."""
+    return 1 if _everything else n
 
 
-def reduced(count: int, by: int) -> int:
-    """Return a count divided; with `--all` the count."""
-    return count if _everything else count // by
+def sampled(cases: Sequence[Any], n: int) -> Sequence[Any]:
+    """Return one case in n, the first included; with `--all` every one."""
+    return cases[:: step(n)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

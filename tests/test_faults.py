@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment, reduced, sampled
+from conftest import environment, sampled, step
 
 from ckptool.files import atomic
 
@@ -24,7 +24,7 @@ sys.path.append(str(FOLDER))
 import faults  # noqa: E402
 
 WHOLE = ("4", "17")  # the jobs all of whose faults are tried here: a file, a folder
-SAMPLE = 123
+SAMPLE = 41
 
 
 def survived(*arguments: str) -> str:
@@ -37,11 +37,10 @@ def survived(*arguments: str) -> str:
 
 
 def test_every_command_survives_a_sample_of_faults() -> None:
-    times = reduced(3, 3)
-    told = survived("--every", str(SAMPLE // times))
+    told = survived("--every", str(SAMPLE * step(3)))
     numbers = [int(number) for number in re.findall(r"\d+", told)]
-    assert numbers[0] > 500 * times // 3
-    assert min(numbers[1:4]) > 20 * times // 3  # refused, killed, overcome
+    assert numbers[0] > 500 // step(3)
+    assert min(numbers[1:4]) > 20 // step(3)  # refused, killed, overcome
 
 
 def test_one_command_survives_every_fault() -> None:
