@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -587,6 +588,7 @@ def many_tensors() -> bytes:
     tensors = {f"{n}.{at}": make(n) for n in range(40) for at, make in enumerate(kinds)}
     tensors |= {f"{n}.part": shared[n : n + 2] for n in range(4)}
     tensors |= {f"again.{n}": tensors[f"{n}.0"] for n in range(30, 40)}
+    tensors |= {f"last.{n}": torch.zeros(2, 3) for n in range(3)}
     file = io.BytesIO()
     torch.save(tensors, file)
     with zipfile.ZipFile(file) as archive:
@@ -610,6 +612,12 @@ def described(data: bytes) -> tuple[object, ...]:
     return lines, read.globals, read.end
 
 
+def reread(data: bytes) -> Dict:
+    tree = pickle_reader.load(data, 0, TorchVocabulary(found)).tree
+    assert isinstance(tree, Dict)
+    return tree
+
+
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchVocabulary, "phrase", lambda *_: None)
     monkeypatch.setattr(Lowering, "phrase", lambda *_: None)
@@ -625,9 +633,15 @@ def test_tensors_read_at_once_are_those_read_by_opcodes(monkeypatch: pytest.Monk
 def test_tensors_written_at_once_are_those_written_by_opcodes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tree = pickle_reader.load(many_tensors(), 0, TorchVocabulary(found)).tree
+    tree = reread(many_tensors())
+    name, last = tree.pairs[-1]
+    for n in range(6):  # alike, but for what an edit changed
+        other = replace(last, storage=replace(last.storage, key=f"{n}"), requires_grad=n % 2 == 0)
+        tree.pairs.append((f"{name}.{n}", other))
     at_once = pickle_writer.dump(tree, Lowering())
-    assert described(at_once)[0] == described(many_tensors())[0]
+    grads = [value.requires_grad for _, value in reread(at_once).pairs[-6:]]
+    assert grads == [True, False] * 3
+    assert described(at_once)[0][:-6] == described(many_tensors())[0]
     one_by_one(monkeypatch)
     assert pickle_writer.dump(tree, Lowering()) == at_once
 
@@ -663,5 +677,5 @@ def test_memo_numbers_out_of_order_are_followed() -> None:
     swapped = data[:last] + b"r" + struct.pack("<I", 4) + data[last + 5 :]
     assert data[last : last + 1] == b"r"
     fetched = b"X\x01\0\0\0zh\x04u."
-    tree = pickle_reader.load(swapped[:-2] + fetched, 0, TorchVocabulary(found)).tree
+    tree = reread(swapped[:-2] + fetched)
     assert isinstance(dict(tree.pairs)["z"], TensorInfo)
