@@ -14,16 +14,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import repeat
+from typing import TYPE_CHECKING
 
+from ckptool.containers._container import Container, Traits, Writer
 from ckptool.containers._records import Records, read_records
 from ckptool.errors import NotRepresentable
 from ckptool.files import zips
-from ckptool.files.copying import Copy, Layout
 from ckptool.files.fileio import Reader
-from ckptool.pickles import pickle_writer
 from ckptool.pickles.torch_objects import Lowering, StorageId
+from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.tensor import Storage
+from ckptool.tensors.tensor import Storage, TensorInfo
+
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.files.copying import Layout
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -88,8 +92,16 @@ def _generation(records: Records) -> str:
     return "torch 1.6 to 2.0, or another writer"
 
 
-def lay_out(checkpoint: Checkpoint) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
     """Plan an archive that holds the checkpoint's tree and the storages that it uses."""
+    from ckptool.files.copying import Copy, Layout
+    from ckptool.pickles import pickle_writer
+
+    if any(
+        isinstance(each, TensorInfo) and not each.dtype.torch_name
+        for each in (entries or {}).values()
+    ):
+        raise NotRepresentable("torch has no dtype for six-bit floats")
     lowering = Lowering()
     pickled = pickle_writer.dump(checkpoint.tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
@@ -118,3 +130,19 @@ def lay_out(checkpoint: Checkpoint) -> Layout:
 
 def _record(name: str, data: bytes) -> zips.Record:
     return zips.Record(f"{ROOT}/{name}", len(data), data, zlib.crc32(data))
+
+
+CONTAINERS = (
+    Container(
+        "torch-zip",
+        "torch zip",
+        "torch",
+        (".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pkl"),
+        (),
+        sniff,
+        read,
+        Writer(lay_out, ".pth", "pytorch_model", ".bin"),
+        Traits(memory_mapped=True),
+        library="torch",
+    ),
+)

@@ -14,6 +14,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import CHUNK, Reader, unpacked
@@ -38,8 +39,7 @@ _VOLUMES = "an archive in several volumes"
 _LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
 
 
-@dataclass(slots=True)
-class Member:
+class Member(NamedTuple):
     """One record of an archive; `start` is where its packed bytes begin."""
 
     name: str
@@ -51,8 +51,7 @@ class Member:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(NamedTuple):
     """The records of an archive by name, and how many of its bytes belong to none of them."""
 
     members: dict[str, Member]

@@ -14,14 +14,16 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from itertools import chain
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptool.errors import Malformed
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
-from ckptool.pickles.pickle_writer import Written
 from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
 from ckptool.tensors.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
+
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.pickles.pickle_writer import Written
 
 _UTILS = "torch._utils"
 _UNTYPED = ("UntypedStorage", "_UntypedStorage")
@@ -81,8 +83,7 @@ _NEXT_PUTS = sum(1 << 40 * at + 8 for at in range(_PUTS))
 _UNFETCHED = [None] * (_PUTS - 1)
 
 
-@dataclass(slots=True)
-class StorageId:
+class StorageId(NamedTuple):
     """What a pickle says of a storage: `numel` counts elements of `dtype`, bytes where None."""
 
     key: str

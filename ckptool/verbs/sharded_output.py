@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.containers import sharding
-from ckptool.containers.sharding import NAMES, Split
+from ckptool.containers.sharding import Names, Split
 from ckptool.errors import EditError
 from ckptool.files import atomic, atomic_set, copying, fileio
 from ckptool.files.atomic import Target
@@ -55,21 +55,22 @@ def rewrite_sharded(
     options = options or Options()
     if options.in_place or target is None:
         raise EditError("--max-shard-size writes a folder", hint="name it as the output")
-    if surgery.suffix(str(target)) in surgery.KNOWN_SUFFIXES:
+    if surgery.suffix(str(target)) in containers.suffixes(written=True):
         raise EditError(
             f"--max-shard-size writes a folder, and {target} is the name of a file",
             hint="name a folder as the output",
         )
     checkpoint = containers.read(source)
-    container = surgery.BY_WORD[options.to or "safetensors"]
-    names = NAMES[container]
+    container = containers.by_word(options.to or "safetensors")
+    names = _names(container.name)
     sources = [path for path, _ in checkpoint.files]
     place = atomic_set.refuse_set(
         target, sources, names.owns, force=options.force, sync=options.sync
     )
-    plan = _bare(make_plan(checkpoint, steps, container, bare=True, unwrap=False, options=options))
+    plan = make_plan(checkpoint, steps, container.name, bare=True, unwrap=False, options=options)
+    plan = _bare(plan)
     assert plan.state is not None
-    split = sharding.split(plan.state.entries, max_shard_size, storages=container != "safetensors")
+    split = sharding.split(plan.state.entries, max_shard_size, storages=container.traits.strides)
     files = _files(plan, split, options)
     index = _index(plan, split, files) if len(files) > 1 else b""
     _note_large(plan, files, max_shard_size)
@@ -85,6 +86,12 @@ def rewrite_sharded(
     if not options.dry_run:
         _write(place, files, index, plan, progress(whole.job_nbytes))
     return result
+
+
+def _names(container: str) -> Names:
+    writer = containers.by_name(container).writer
+    assert writer is not None
+    return Names(writer.set_stem, writer.set_suffix)
 
 
 def _bare(plan: Plan) -> Plan:
@@ -109,7 +116,7 @@ def _part(plan: Plan, keys: Sequence[str]) -> Plan:
 
 
 def _files(plan: Plan, split: Split, options: Options) -> list[_File]:
-    names = NAMES[plan.container].shards(len(split.shards))
+    names = _names(plan.container).shards(len(split.shards))
     return [
         _File(name, keys, surgery.lay_out(_part(plan, keys), options))
         for name, keys in zip(names, split.shards, strict=True)
@@ -118,7 +125,8 @@ def _files(plan: Plan, split: Split, options: Options) -> list[_File]:
 
 def _index(plan: Plan, split: Split, files: Sequence[_File]) -> bytes:
     assert plan.state is not None
-    tied = set(surgery.tied(plan)) if plan.container == "safetensors" else set()
+    ties = containers.by_name(plan.container).traits.ties
+    tied = set() if ties else surgery.tied(plan)
     shards = {each.name: each.keys for each in files}
     return sharding.index(list(plan.state.entries), shards, tied, split.total_nbytes)
 
@@ -135,7 +143,7 @@ def _note_large(plan: Plan, files: Sequence[_File], limit: int) -> None:
 def _write(
     place: Target, files: Sequence[_File], index: bytes, plan: Plan, progress: Progress
 ) -> None:
-    names = NAMES[plan.container]
+    names = _names(plan.container)
     with atomic_set.atomic_set(place, names.owns, names.index) as folder:
         for each in files:
             path = os.path.join(folder, each.name)

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.containers import safetensors, torch_zip
-from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
+from ckptool.errors import EditError, FormatError, WriteError
 from ckptool.files import atomic, copying, fileio
 from ckptool.files.atomic import Target
 from ckptool.files.copying import Begin, Layout, Progress, no_progress
@@ -22,7 +21,7 @@ from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo
-from ckptool.text import quoted, readable
+from ckptool.text import quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -83,6 +82,37 @@ class Rewrite:
     def kept(self) -> int:
         """Count the entries that are written under their own name."""
         return sum(1 for old, new in self.map if new == old)
+
+    def __repr__(self) -> str:
+        verb = "would write" if self.dry_run else "written"
+        files = f"{visible(self.source)} -> {visible(self.target)}"
+        return f"<Rewrite {files}: read {self.read}, {verb} {self.written}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `rewrite/1`."""
+        return {
+            "schema": "rewrite/1",
+            "source": self.source,
+            "target": self.target,
+            "container": self.container,
+            "at": None if self.at is None else list(self.at),
+            "module": self.module,
+            "read": self.read,
+            "kept": self.kept,
+            "renamed": self.renamed,
+            "written": self.written,
+            "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
+            "not_carried": list(self.not_carried),
+            "map": [[old, new] for old, new in self.map],
+            "nbytes": self.nbytes,
+            "added": self.added,
+            "notes": [*self.warnings, *self.notes],
+            "dry_run": self.dry_run,
+            "shards": [
+                {"file": each.name, "count": each.count, "nbytes": each.nbytes}
+                for each in self.shards
+            ],
+        }
 
 
 def rewrite(
@@ -154,12 +184,6 @@ def _in_place(
     return target, options
 
 
-BY_WORD = {"torch": "torch-zip", "safetensors": "safetensors"}
-
-
-KNOWN_SUFFIXES = {suffix for each in containers.FORMATS for suffix in each.suffixes}
-
-
 def suffix(target: str) -> str:
     """Give the suffix of a name, in lower case."""
     return os.path.splitext(target)[1].lower()
@@ -174,45 +198,30 @@ def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
             "--strip-prefix auto --drop PATTERN ...",
         )
     if options.to is not None:
-        return BY_WORD[options.to]
-    for each in containers.FORMATS:
-        if suffix(target) in each.suffixes and not options.in_place:
-            return each.name
-    own = containers.BY_NAME.get(checkpoint.container)
-    if own is None:
-        return "torch-zip"
-    return own.name if own.writable else own.written_as
+        return containers.by_word(options.to).name
+    named = containers.by_suffix(suffix(target))
+    if named is not None and not options.in_place:
+        return named.name
+    own = containers.by_name(checkpoint.container)
+    return own.name if own.writer else own.written_as
 
 
 def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
     """Note a suffix that says nothing of the container, where nobody chose, or another one."""
-    what = f"{target} is a {containers.BY_NAME[container].title} file: its suffix"
-    said = [word for word, name in BY_WORD.items() if _says(target, name)]
-    if said:
-        return [] if _says(target, container) else [f"{what} says {said[0]}"]
+    what = f"{target} is a {containers.by_name(container).title} file: its suffix"
+    named = containers.by_suffix(suffix(target))
+    if named is not None:
+        return [] if named.name == container else [f"{what} says {named.word}"]
     chosen = options.to is not None or options.in_place
     return [] if chosen else [f"{what} does not say; --to chooses"]
-
-
-def _says(target: str, container: str) -> bool:
-    return suffix(target) in containers.BY_NAME[container].suffixes
 
 
 def lay_out(plan: Plan, options: Options) -> Layout:
     """Plan the bytes of the output."""
     entries = plan.state.entries if plan.state is not None else None
-    if plan.container == "safetensors":
-        assert entries is not None
-        return safetensors.lay_out(plan.checkpoint, entries, untie=options.untie)
-    if entries is not None and _subbyte(entries):
-        raise NotRepresentable("torch has no dtype for six-bit floats")
-    return torch_zip.lay_out(plan.checkpoint)
-
-
-def _subbyte(entries: dict[str, Node]) -> bool:
-    return any(
-        isinstance(value, TensorInfo) and not value.dtype.torch_name for value in entries.values()
-    )
+    writer = containers.by_name(plan.container).writer
+    assert writer is not None
+    return writer.lay_out(plan.checkpoint, entries, options.untie)
 
 
 def refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) -> None:
@@ -253,25 +262,25 @@ def result_of(
         infos = [info for _, info in walk.tensors(plan.checkpoint.tree)]
     not_carried = [*plan.not_carried, *plan.checkpoint.unread]
     return Rewrite(
-        plan.checkpoint.path,
-        target,
-        plan.container,
-        plan.state.at if plan.state is not None else None,
-        plan.key_map.pairs,
-        tuple(plan.dropped),
-        len(plan.key_map.written) + plan.added,
-        layout.nbytes,
-        sum(info.nbytes for info in infos),
-        tuple(not_carried),
-        tuple(plan.notes),
-        tuple(plan.warnings),
-        options.dry_run,
-        atomic.free_space(place),
-        plan.added,
-        plan.bare,
-        len(infos),
-        plan.key_map.said,
-        plan.state.module if plan.state is not None else "",
+        source=plan.checkpoint.path,
+        target=target,
+        container=plan.container,
+        at=plan.state.at if plan.state is not None else None,
+        module=plan.state.module if plan.state is not None else "",
+        map=plan.key_map.pairs,
+        said=plan.key_map.said,
+        dropped=tuple(plan.dropped),
+        written=len(plan.key_map.written) + plan.added,
+        added=plan.added,
+        nbytes=layout.nbytes,
+        tensors=len(infos),
+        tensor_nbytes=sum(info.nbytes for info in infos),
+        not_carried=tuple(not_carried),
+        notes=tuple(plan.notes),
+        warnings=tuple(plan.warnings),
+        bare=plan.bare,
+        dry_run=options.dry_run,
+        free=atomic.free_space(place),
     )
 
 
@@ -300,15 +309,15 @@ def verify(temporary: str, place: Target, nbytes: int, plan: Plan) -> None:
             hint="look whether the disk is sound",
         ) from error
     meant: list[tuple[tuple[str, ...], Node]]
-    if plan.container == "safetensors":
+    traits = containers.by_name(plan.container).traits
+    if traits.around:
+        meant = [(path, info) for path, info in walk.tensors(plan.checkpoint.tree)]
+    else:
         assert plan.state is not None
         meant = [((key,), value) for key, value in plan.state.entries.items()]
-    else:
-        meant = [(path, info) for path, info in walk.tensors(plan.checkpoint.tree)]
     seen = list(walk.tensors(found.tree))
-    strided = plan.container != "safetensors"
     same = len(meant) == len(seen) and all(
-        one == other and _described(a, strided) == _described(b, strided)
+        one == other and _described(a, traits.strides) == _described(b, traits.strides)
         for (one, a), (other, b) in zip(meant, seen, strict=True)
     )
     if not same or found.nbytes != nbytes:
