@@ -14,7 +14,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from itertools import chain
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.errors import Malformed
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
