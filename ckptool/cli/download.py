@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,34 +61,32 @@ def command(
         return
     if what is None:
         raise click.UsageError("name weights or a URL, or use --list", click.get_current_context())
-    from ckptool.files import download, http
+    from ckptool.files import http
+    from ckptool.verbs import api
 
-    weights = None if "://" in what else _weights(what, quiet=quiet)
-    url = weights.url if weights else what
+    url = what if "://" in what else _url(what, quiet=quiet)
     with talk.Progress(http.shown(url), quiet=quiet) as progress:
-        done = download.download(
-            url,
+        done = api.download(
+            what,
             target,
             sha256=sha256,
-            expected_prefix=weights.sha256_prefix if weights else None,
             force=force,
             sync=not no_sync,
             progress=progress.reached,
         )
     if as_json:
-        done = replace(done, weights=weights.member if weights else None)
         _put_document(done.to_dict())
     else:
         talk.put([visible(done.path)])
     talk.say(_lines(done), quiet=quiet)
 
 
-def _weights(name: str, *, quiet: bool) -> Weights:
+def _url(name: str, *, quiet: bool) -> str:
     from ckptool.model import weights
 
     entry = weights.resolve(name)
     talk.say([f"{visible(name)}: {entry.member}, {entry.url}"], quiet=quiet)
-    return entry
+    return entry.url
 
 
 def _put_document(fields: Mapping[str, object]) -> None:
