@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptool import checking, edits, fitting, formats, listing, surgery, survey
+from ckptool import checking, edits, fitting, formats, listing, sharding, surgery, survey
 from ckptool.checking import Checked
 from ckptool.copying import Begin, no_progress
 from ckptool.edits import Edit
@@ -173,23 +173,19 @@ def convert(
 ) -> Rewrite:
     """Write a checkpoint again, in the container of the target, with edits in their order.
 
-    With `options.to` `dcp`, the target is the folder of a distributed checkpoint; that needs torch.
+    With `options.to` `dcp`, the target is the folder of a distributed checkpoint.
     With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
     """
+    form = surgery.FILE
     if options is not None and options.to == "dcp":
         if max_shard_size is not None:
             raise EditError("a distributed checkpoint is not cut by --max-shard-size")
-        from ckptool.model import dcp
-
-        return dcp.convert(source, target, steps, unwrap=unwrap, options=options, progress=progress)
-    if max_shard_size is not None:
-        from ckptool import sharded_output, sharding
-
-        limit = sharding.parse_size(str(max_shard_size))
-        return sharded_output.rewrite_sharded(
-            source, target, steps, max_shard_size=limit, options=options, progress=progress
-        )
-    return surgery.rewrite(source, target, steps, bare=unwrap, options=options, progress=progress)
+        form = surgery.Form(distributed=True)
+    elif max_shard_size is not None:
+        form = surgery.Form(sharding.parse_size(str(max_shard_size)))
+    return surgery.rewrite(
+        source, target, steps, bare=unwrap, options=options, progress=progress, form=form
+    )
 
 
 def transfer(

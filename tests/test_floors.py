@@ -22,19 +22,21 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 # From the ground up. A file imports from lower floors alone; a new file fails until it is placed.
 FLOORS = (
     ("errors.py", "dtype.py", "tree.py", "crc.py", "text.py", "filehash.py", "__init__.py"),
+    ("files/__init__.py",),
     ("tensor.py", "pickle_reader.py", "pickle_writer.py"),
     ("chunks.py", "names.py"),
     ("modules.py",),
     ("walk.py",),
     ("replacing.py",),
     ("fileio.py", "checkpoint.py", "pruning.py", "safety.py", "compare_values.py"),
-    ("atomic.py", "copying.py", "spool.py", "naming.py", "compare_numpy.py"),
-    ("atomic_set.py",),
+    ("copying.py", "spool.py", "naming.py", "compare_numpy.py"),
+    ("files/planner.py", "files/publish.py"),
+    ("files/parts.py",),
     ("edits.py", "finite.py", "formats/*.py", "frameworks.py", "compare_bytes.py"),
     ("listing.py", "module_metadata.py", "sharding.py", "survey.py", "compare_trees.py"),
     ("plan.py", "checking.py", "suggestions.py", "compare_sides.py"),
     ("surgery.py", "compare.py"),
-    ("fitting.py", "sharded_output.py"),
+    ("fitting.py",),
     ("report.py", "talk.py", "model/*.py"),
     ("api.py", "report_check.py", "report_info.py", "report_model.py", "report_diff.py"),
     ("cli.py", "__main__.py", "commands/*.py"),
@@ -43,7 +45,7 @@ FLOORS = (
 SIDEWAYS = (
     ("formats/*.py", "formats/_*.py"),
     ("formats/__init__.py", "formats/*.py"),
-    ("formats/dcp.py", "formats/torch_zip.py"),  # what is saved is a torch zip each
+    ("formats/*dcp*.py", "formats/torch_zip.py"),  # what is saved is a torch zip each
     ("model/*.py", "model/*.py"),
     ("commands/*.py", "commands/_*.py"),
     ("commands/transfer.py", "commands/convert.py"),
@@ -200,13 +202,13 @@ CHANGES = set(
 )
 # A file may be opened for writing, renamed or removed there alone; beyond it, what is named here.
 WRITERS: dict[str, set[str]] = {
-    "fileio.py": {"os.open", "os.write", "os.pwrite"},  # of a descriptor that atomic opened
+    "fileio.py": {"os.open", "os.write", "os.pwrite"},  # of a descriptor that publish opened
     "copying.py": {"os.ftruncate"},
     "spool.py": {"os.write", "os.unlink"},  # of a temporary file that it made
-    "atomic.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
-    "atomic_set.py": {"os.open", "os.mkdir", "os.rename", "os.unlink", "os.rmdir", "os.fsync"},
+    "files/publish.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
+    "files/parts.py": {"os.open", "os.unlink"},
     "model/hub.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
-    "model/resume.py": {"os.ftruncate"},  # of a file that atomic opened
+    "model/resume.py": {"os.ftruncate"},  # of a file that parts opened
     "talk.py": {"os.open"},  # of os.devnull
     "cli.py": {"open"},  # of os.devnull, and of stdout itself
 }
@@ -227,7 +229,7 @@ def changes_files(function: str, call: ast.Call) -> bool:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_only_atomic_opens_files_for_writing(name: str) -> None:
+def test_only_publish_opens_files_for_writing(name: str) -> None:
     found = {function for function, call in calls(name) if changes_files(function, call)}
     assert found <= WRITERS.get(name, set())
 
@@ -308,6 +310,9 @@ LINES = [
     "diff {g}/model_best.pth.tar {g}/data_parallel.pth",
     "check --help",
     "check --finite --sha256 {g}/plain.pth {g}/plain_legacy.pth {g}/plain.safetensors",
+    "convert {g}/model_best.pth.tar out --to dcp",
+    "convert {g}/dcp out --to dcp",
+    "convert {g}/plain.pth out --max-shard-size 300",
     "keys missing.pth",
 ]
 

@@ -75,9 +75,11 @@ def command(
         from ckptool.report import document
 
         name = weights.member if weights else None
-        talk.put([document("download/1", **asdict(done), weights=name)])
+        fields = {key: value for key, value in asdict(done).items() if key != "warnings"}
+        talk.put([document("download/1", **fields, weights=name)])
     else:
         talk.put([visible(done.path)])
+    talk.warn(map(visible, done.warnings))
     talk.say(_lines(done), quiet=quiet)
 
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ckptool.checkpoint import Checkpoint
-from ckptool.copying import Compute, Copy, Job, Layout
+from ckptool.copying import Layout
 from ckptool.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.fileio import Reader, Readers, seekable
+from ckptool.fileio import Reader
+from ckptool.files import planner
 from ckptool.formats import _json
 from ckptool.formats._order import NOTE, noted, restored
 from ckptool.replacing import make_state_dict
@@ -30,16 +29,11 @@ from ckptool.tensor import (
     Storage,
     TensorInfo,
     contiguous_stride,
-    gather,
-    is_contiguous,
     is_resolvable,
-    needs_swap,
-    settled,
 )
 from ckptool.tree import Node
 
 MAX_HEADER = 100_000_000
-GATHER_BLOCK = 8 << 20
 
 
 def sniff(head: bytes) -> bool:
@@ -209,7 +203,7 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) ->
     places, nbytes = _places(ordered)
     text = _header(ordered, places, metadata)
     base = 8 + len(text)
-    jobs = _jobs(ordered, {key: base + place for key, place in places.items()})
+    jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
     return Layout(base + nbytes, jobs, [(0, len(text).to_bytes(8, "little") + text)])
 
 
@@ -240,32 +234,3 @@ def _header(
     if len(text) > MAX_HEADER:
         raise NotRepresentable(f"a header of {len(text)} bytes; safetensors allows {MAX_HEADER}")
     return text
-
-
-def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> list[Job]:
-    """Copy what lies in order; compute the rest. Every storage is checked against its CRC once."""
-    jobs: list[Job] = []
-    checked: set[Storage] = set()
-    for key, info in ordered:
-        storage = info.storage
-        plain = is_contiguous(info.shape, info.stride) and not info.lazy
-        if plain and not needs_swap(storage, info.dtype.swap):
-            copy = Copy(storage, targets[key], info.start, info.nbytes)
-            jobs.append(copy)
-            if copy.whole:
-                checked.add(storage)
-        elif info.nbytes:
-            jobs.append(Compute(storage, partial(_computed, info), targets[key], info.nbytes))
-    unchecked = dict.fromkeys(info.storage for _, info in ordered)
-    return jobs + [
-        Copy(storage, None)
-        for storage in unchecked
-        if storage not in checked and storage.crc32 is not None
-    ]
-
-
-def _computed(info: TensorInfo, readers: Readers) -> Iterator[bytes | bytearray]:
-    """Yield the bytes of a tensor that does not lie in its storage as safetensors wants it."""
-    with seekable(info.storage, readers) as fetch:
-        for block in gather(info, fetch, GATHER_BLOCK):
-            yield settled(block, info)

@@ -12,17 +12,18 @@ compute offsets from the exact layout of torch's own writer (torch/serialization
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ckptool import pickle_writer
 from ckptool.checkpoint import Checkpoint
-from ckptool.copying import Copy, Layout
+from ckptool.copying import Copy, Job, Layout
 from ckptool.errors import NotRepresentable
 from ckptool.fileio import Reader
 from ckptool.formats import _zip
 from ckptool.formats._records import Records, read_records
 from ckptool.formats._torch_tree import Lowering, StorageId
 from ckptool.tensor import Storage
+from ckptool.tree import Node
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -87,10 +88,13 @@ def _generation(records: Records) -> str:
     return "torch 1.6 to 2.0, or another writer"
 
 
-def lay_out(checkpoint: Checkpoint) -> Layout:
-    """Plan an archive that holds the checkpoint's tree and the storages that it uses."""
+def lay_out(tree: Node, job: Callable[[Storage, int], Job] = Copy) -> Layout:
+    """Plan an archive that holds a tree and the storages that it uses.
+
+    `job` returns what writes the bytes of a storage to a place in the archive.
+    """
     lowering = Lowering()
-    pickled = pickle_writer.dump(checkpoint.tree, lowering)
+    pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
     if len(orders) > 1:
         raise NotRepresentable("tensors of two byte orders have no place in one torch file")
@@ -105,13 +109,13 @@ def lay_out(checkpoint: Checkpoint) -> Layout:
     records = [*before, *stored, *after]
     directory, nbytes = _zip.lay_out(records, ALIGNMENT)
     jobs = [
-        Copy(storage, record.start)
+        job(storage, record.start)
         for storage, record in zip(lowering.storages, stored, strict=True)
     ]
 
     def finish() -> Iterable[tuple[int, bytes]]:
-        for job, record in zip(jobs, stored, strict=True):
-            record.crc32 = job.crc32
+        for done, record in zip(jobs, stored, strict=True):
+            record.crc32 = done.crc32
         return _zip.headers(records, directory)
 
     literals = [(record.start, record.data or b"") for record in (*before, *after)]

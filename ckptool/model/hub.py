@@ -11,13 +11,15 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ckptool import atomic, filehash, fileio
-from ckptool.atomic import Part, Target
+from ckptool import filehash, fileio
 from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
+from ckptool.files import parts, publish
+from ckptool.files.parts import Part
+from ckptool.files.publish import Target
 from ckptool.model import body, filename, http, resume
 from ckptool.model.http import Answer, Limits, shown
 from ckptool.model.resume import Begun
@@ -42,6 +44,7 @@ class Downloaded:
     resumed_from: int
     already_there: bool
     checked: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,20 +210,21 @@ def _served_nbytes(job: _Job) -> int | None:
 
 
 def _fetched(job: _Job) -> Downloaded:
-    target = atomic.refuse_target(job.path, (), force=job.force, sync=job.sync)
+    target = publish.refuse_target(job.path, (), force=job.force, sync=job.sync)
     folder, name = os.path.split(target.path)
     path = os.path.join(folder, filename.of_part(name))
-    with atomic.part_output(path, target) as part:
+    with parts.part_output(path, target) as part:
         if part is None:
             raise DownloadFailed(
                 f"another process downloads {job.path}", hint="wait for it, or use another -o"
             )
         try:
-            atomic.refuse_target(job.path, (), force=job.force, sync=job.sync)
-            return _grown(job, target, part)
+            publish.refuse_target(job.path, (), force=job.force, sync=job.sync)
+            done = _grown(job, target, part)
         except (DownloadFailed, KeyboardInterrupt) as error:
             _tell_kept(error, part)
             raise
+    return replace(done, warnings=tuple(part.warnings))
 
 
 def _tell_kept(error: DownloadFailed | KeyboardInterrupt, part: Part) -> None:
@@ -298,9 +302,9 @@ def _checked(job: _Job, part: Part, nbytes: int, sha256: str, start: int) -> Dow
 def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
     """Say how many bytes may come: those declared, or what the disk can well take."""
     if total is not None:
-        atomic.refuse_full(target, total - start)
+        publish.refuse_full(target, total - start)
         return total
-    free = atomic.free_space(target)
+    free = publish.free_space(target)
     return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 10 * 9)
 
 

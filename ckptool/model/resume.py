@@ -14,7 +14,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from ckptool.atomic import Part
+from ckptool.files.parts import Part
 from ckptool.model.http import Answer, content_range, shown
 
 if TYPE_CHECKING:

@@ -24,11 +24,12 @@ from downloads import (  # noqa: F401  (fixtures)
 )
 from server import Reply, Server, certificate, closed_port, serving
 
-from ckptool import atomic, fileio
+from ckptool import fileio
 from ckptool.errors import (
     DownloadFailed,
     NoSpace,
 )
+from ckptool.files import publish
 from ckptool.model import http
 from ckptool.model.http import Limits
 
@@ -155,14 +156,14 @@ def test_an_endless_body_is_stopped(server: Server, tmp_path: Path) -> None:
 def test_an_endless_body_leaves_the_disk_room(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "free_space", lambda target: 1_000_000)
+    monkeypatch.setattr(publish, "free_space", lambda target: 1_000_000)
     refused(NoSpace, server.on("/f.pth", Reply(endless=True)), tmp_path)
 
 
 def test_space_is_looked_at_first(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "free_space", lambda target: 1000)
+    monkeypatch.setattr(publish, "free_space", lambda target: 1000)
     refused(NoSpace, server.on("/f.pth", Reply(BODY, etag='"v1"')), tmp_path)
 
 

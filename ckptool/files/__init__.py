@@ -1,0 +1,1 @@
+"""Bytes from disk, archives and URLs; the copy engine; publishing; downloads."""
