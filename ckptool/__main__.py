@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptool.cli import entry
+from ckptool.cli.main import entry
 
 if __name__ == "__main__":
     entry()

@@ -59,7 +59,7 @@ def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Outcome]]:
     """Run a command line in this process."""
-    from ckptool.cli import main
+    from ckptool.cli.main import main
 
     for name in TALK:
         monkeypatch.delenv(name, raising=False)

@@ -23,10 +23,12 @@ from pathlib import Path
 import pytest
 from conftest import FIXTURES, Outcome, environment, listing
 
-from ckptool import formats, spool, surgery
+from ckptool import containers
 from ckptool.errors import CkptoolError, FormatError, LimitExceeded
-from ckptool.fileio import Reader
-from ckptool.surgery import Options
+from ckptool.files import spool
+from ckptool.files.fileio import Reader
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
@@ -152,13 +154,13 @@ def test_a_real_file_of_that_name_wins(archives: Path, run: Run) -> None:
 
 
 def test_members_are_listed_for_programs(archives: Path) -> None:
-    found = formats.members(str(archives / "model.tar.gz"))
+    found = containers.members(str(archives / "model.tar.gz"))
     assert [(each.name, each.nbytes, each.likely) for each in found] == [
         ("weights.th", len(PLAIN), True),
         ("vocabulary/tokens.txt", 200, False),
         ("config.json", 8, False),
     ]
-    assert formats.members(str(GOOD / "plain_legacy.pth")) == []
+    assert containers.members(str(GOOD / "plain_legacy.pth")) == []
 
 
 def test_output_onto_the_archive_or_a_member_is_refused(archives: Path, run: Run) -> None:
@@ -203,7 +205,7 @@ def test_what_is_not_looked_into_is_named(tmp_path: Path, run: Run) -> None:
 
 def test_an_archive_that_changes_is_noticed(archives: Path) -> None:
     source = f"{archives / 'agent.zip'}::policy.pth"
-    checkpoint = formats.read(source)
+    checkpoint = containers.read(source)
     time.sleep(0.01)
     with open(archives / "agent.zip", "ab") as file:
         file.write(b"\0")
@@ -214,7 +216,7 @@ def test_an_archive_that_changes_is_noticed(archives: Path) -> None:
 
 
 def test_a_spool_lives_as_long_as_what_reads_it(archives: Path, spools: Path) -> None:
-    checkpoint = formats.read(f"{archives / 'packed.zip'}::a/policy.pth")
+    checkpoint = containers.read(f"{archives / 'packed.zip'}::a/policy.pth")
     assert len(list(spools.iterdir())) == 1
     surgery.rewrite("again", archives / "out.pth", opened=checkpoint, options=Options(sync=False))
     assert len(list(spools.iterdir())) == 1
@@ -224,7 +226,7 @@ def test_a_spool_lives_as_long_as_what_reads_it(archives: Path, spools: Path) ->
 
 def test_stored_members_are_read_in_place(archives: Path, spools: Path) -> None:
     for name in ("agent.zip", "speech.nemo", "legacy.tar"):
-        checkpoint = formats.read(f"{archives / name}::{SHAPES[name][1]}")
+        checkpoint = containers.read(f"{archives / name}::{SHAPES[name][1]}")
         assert list(spools.iterdir()) == []
         assert checkpoint.held == ()
 
@@ -298,7 +300,7 @@ def test_truncation_at_every_byte_of_a_gzip(tmp_path: Path) -> None:
     for end in range(len(content)):
         path.write_bytes(content[:end])
         with pytest.raises(FormatError):
-            formats.read(f"{path}::w.th")
+            containers.read(f"{path}::w.th")
 
 
 def test_gunzip_gives_what_gzip_gives(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ import pytest
 from conftest import FIXTURES, Outcome, environment, listing
 from watch import NEVER
 
-from ckptool import formats, safety, surgery
+from ckptool import containers
 from ckptool.errors import CkptoolError, FormatError
-from ckptool.names import Level
-from ckptool.surgery import Options
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options
 
 Run = Callable[..., Outcome]
 MARKER = "ckptool-was-executed"
@@ -222,7 +224,7 @@ def test_hostile_files(run: Run, here: Path, path: Path) -> None:
             assert done.err.startswith("warning: ") is (path.name in DANGEROUS), command
             assert listing(here).keys() == {*command[2:], *command[3:]} - {str(path), "{source}"}
             for name in listing(here):
-                written = formats.read(name)
+                written = containers.read(name)
                 assert safety.judge(written.globals).level < Level.DANGEROUS
                 os.unlink(name)
         else:
@@ -261,7 +263,7 @@ def test_hostile_files_in_other_commands(
         assert listing(here) == {}
     for name in listing(here):
         assert name == command[2]
-        assert safety.judge(formats.read(name).globals).level < Level.DANGEROUS
+        assert safety.judge(containers.read(name).globals).level < Level.DANGEROUS
 
 
 # Nothing is executed: an audit hook sees every import, open and call of the system.
@@ -295,7 +297,7 @@ def test_nothing_in_a_file_is_executed(
     assert "open" in kinds
     assert not set(kinds) & set(NEVER)
     spools = os.path.join(tempfile.gettempdir(), "ckptool-")  # what a gzip is unpacked to
-    engine = str(formats.__file__).rpartition("/")[0]
+    engine = str(containers.__file__).rpartition("/")[0]
     allowed = (sys.prefix, sys.base_prefix, str(here), engine, spools)
     for path, seen in events.items():
         assert seen
@@ -403,7 +405,7 @@ def test_changed_in_every_byte(here: Path, small: bytes) -> None:
             data[index] ^= change
             source.write_bytes(data)
             try:
-                formats.read(source)
+                containers.read(source)
                 surgery.rewrite(source, "out.pth", options=Options(force=True, sync=False))
                 outcomes["read"] += 1
             except CkptoolError:
@@ -527,7 +529,7 @@ SECONDS = 20
 # Peak memory of a process, counted from its start: ru_maxrss also counts its parent at the fork.
 MEASURED = """
 import re, sys
-from ckptool.cli import main
+from ckptool.cli.main import main
 code = main()
 with open("/proc/self/status") as status:
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", status.read())
@@ -663,5 +665,5 @@ def test_crc_errors_say_what_was_found(run: Run, here: Path, hostile: Path) -> N
 
 def test_errors_carry_path_and_offset(hostile: Path) -> None:
     with pytest.raises(FormatError) as caught:
-        formats.read(hostile / "unknown_opcode.pth")
+        containers.read(hostile / "unknown_opcode.pth")
     assert (caught.value.path, caught.value.offset) == (str(hostile / "unknown_opcode.pth"), 2)

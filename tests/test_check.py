@@ -22,10 +22,11 @@ import pytest
 from conftest import FIXTURES, Outcome, environment
 
 import ckptool
-from ckptool import checking, finite, formats
-from ckptool.checking import Status
-from ckptool.dtype import DType
+from ckptool import containers
 from ckptool.errors import CkptoolError
+from ckptool.tensors.dtype import DType
+from ckptool.verbs import checking, finite
+from ckptool.verbs.checking import Status
 
 Run = Callable[..., Outcome]
 
@@ -59,7 +60,7 @@ def status(path: object, **how: bool) -> str:
 @named
 def test_good_files_are_ok(run: Run, path: Path) -> None:
     try:
-        formats.read(path)
+        containers.read(path)
         expected, code = "ok", 0
     except CkptoolError as error:
         expected, code = error.slug, 3

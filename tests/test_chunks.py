@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ckptool.chunks import tiling_problem
-from ckptool.copying import Copy, run_jobs
-from ckptool.dtype import DType
 from ckptool.errors import LimitExceeded, Malformed
-from ckptool.fileio import Readers, fill
-from ckptool.tensor import Chunk, Chunked, Packing, Storage, TensorInfo
+from ckptool.files.copying import Copy, run_jobs
+from ckptool.files.fileio import Readers, fill
+from ckptool.tensors.chunks import tiling_problem
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.tensor import Chunk, Chunked, Packing, Storage, TensorInfo
 
 SHAPES = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 DTYPES = {DType.U8: np.uint8, DType.I16: np.int16, DType.F32: np.float32}

@@ -25,8 +25,9 @@ import pytest
 from conftest import Outcome, environment, listing
 
 import ckptool
-from ckptool import cli, edits
+from ckptool.cli import main as cli
 from ckptool.errors import CkptoolError
+from ckptool.state import edits
 
 Run = Callable[..., Outcome]
 PACKAGE = Path(ckptool.__file__).parent
@@ -44,7 +45,7 @@ for name in ("preadv", "pread", "copy_file_range", "sendfile"):
             time.sleep(0.1)
             return real(*arguments)
         setattr(os, name, slow)
-from ckptool.cli import entry
+from ckptool.cli.main import entry
 entry()
 """
 
@@ -170,7 +171,7 @@ def test_error_of_every_class_has_the_code_of_its_branch() -> None:
     def below(kind: type[CkptoolError]) -> dict[str, int]:
         found = {}
         for each in kind.__subclasses__():
-            if each.__module__ in ("ckptool.errors", "ckptool.cli"):
+            if each.__module__ in ("ckptool.errors", "ckptool.cli.main"):
                 found.update({each.__name__: each.exit_code}, **below(each))
         return found
 
@@ -180,12 +181,12 @@ def test_error_of_every_class_has_the_code_of_its_branch() -> None:
 def test_a_defect_is_exit_70(
     run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptool import formats
+    from ckptool import containers
 
     def broken(path: str) -> None:
         raise ZeroDivisionError("a \x1b[31mdefect")
 
-    monkeypatch.setattr(formats, "read", broken)
+    monkeypatch.setattr(containers, "read", broken)
     done = run("keys", good / "plain.pth")
     assert (done.code, done.out) == (70, "")
     assert done.err.startswith("error[bug]: ZeroDivisionError: a \\x1b[31mdefect\nhint: ")
@@ -308,7 +309,7 @@ def test_readme_has_a_line_for_every_command_and_edit() -> None:
 
 def test_console_script_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["scripts"] == {"ckptool": "ckptool.cli:entry"}
+    assert project["scripts"] == {"ckptool": "ckptool.cli.main:entry"}
 
 
 def test_talk_is_on_stderr_and_quiet_silences_it(run: Run, good: Path, tmp_path: Path) -> None:
@@ -920,7 +921,7 @@ def test_a_quick_job_draws_no_bar(good: Path, tmp_path: Path) -> None:
 def test_off_a_terminal_progress_is_whole_lines(
     slow_source: Path, spawn: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    often = "import ckptool.talk; ckptool.talk.LINE_EVERY = 0.5; ckptool.talk.BAR_AFTER = 0.1"
+    often = "import ckptool.cli.talk; ckptool.cli.talk.LINE_EVERY = 0.5; ckptool.cli.talk.BAR_AFTER = 0.1"
     arguments = ("strip-prefix", "in.safetensors", "out.safetensors")
     done = spawn(*arguments, program=("-c", f"{often}\n{SLOW}"))
     assert done.code == 0
@@ -1199,12 +1200,12 @@ def test_one_form_of_the_list_alone(run: Run, good: Path, options: tuple[str, st
 def test_interrupted_says_nothing_of_writing_where_nothing_writes(
     run: Run, good: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str
 ) -> None:
-    from ckptool import formats
+    from ckptool import containers
 
     def interrupted(path: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(formats, "read", interrupted)
+    monkeypatch.setattr(containers, "read", interrupted)
     output = [] if command == "check" else ["out.pth"]
     done = run(command, good / "plain.pth", *output)
     assert (done.code, done.out, done.err) == (130, "", said)

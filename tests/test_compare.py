@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import ckptool
-from ckptool import compare_numpy
-from ckptool.compare import Change, Difference
-from ckptool.compare_values import Tolerance, count_values, decoded, numbers
-from ckptool.dtype import BY_TORCH_NAME, DType
+from ckptool.tensors.dtype import BY_TORCH_NAME, DType
+from ckptool.verbs import compare_numpy
+from ckptool.verbs.compare import Change, Difference
+from ckptool.verbs.compare_values import Tolerance, count_values, decoded, numbers
 
 hypothesis = pytest.importorskip("hypothesis")
 torch = pytest.importorskip("torch")

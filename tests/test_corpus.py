@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ckptool import edits, surgery
-from ckptool.surgery import Options
+from ckptool.state import edits
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")

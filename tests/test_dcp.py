@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, Outcome
 
-from ckptool import formats, surgery, walk
+from ckptool import containers
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
-from ckptool.surgery import Options
-from ckptool.tensor import Packing
+from ckptool.state import walk
+from ckptool.tensors.tensor import Packing
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
@@ -114,7 +116,7 @@ def test_lists_have_none_where_an_empty_dict_was(tmp_path: Path) -> None:
 
 
 def test_a_whole_chunk_is_a_plain_tensor_and_others_are_assembled(folder: Path) -> None:
-    found = dict(walk.tensors(formats.read(folder).tree))
+    found = dict(walk.tensors(containers.read(folder).tree))
     assert found["model", "replicated"].storage.packing is Packing.PLAIN
     assert found["model", "short"].storage.packing is Packing.PLAIN
     assert found["model", "rows"].storage.packing is Packing.CHUNKED
@@ -127,7 +129,7 @@ def test_the_index_can_be_named_itself(run: Run, folder: Path) -> None:
 
 
 def test_every_file_is_watched(folder: Path) -> None:
-    found = formats.read(folder)
+    found = containers.read(folder)
     names = {Path(path).name for path, _ in found.files}
     assert names == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     assert found.nbytes == sum(path.stat().st_size for path in folder.iterdir())
@@ -159,7 +161,7 @@ def test_nested_values_are_described(run: Run, folder: Path) -> None:
 def test_checksums_of_chunks_are_compared(run: Run, folder: Path) -> None:
     shard = folder / "__1_0.distcp"
     data = bytearray(shard.read_bytes())
-    info = dict(walk.tensors(formats.read(folder).tree))["model", "rows"]
+    info = dict(walk.tensors(containers.read(folder).tree))["model", "rows"]
     storage = info.storage.chunked.chunks[1].source.storage
     assert storage.path == str(shard)
     data[storage.start] ^= 1
@@ -351,7 +353,7 @@ def test_broken_indices(run: Run, folder: Path, name: str) -> None:
     change(metadata)
     rewritten(folder, metadata)
     with pytest.raises(kind) as caught:
-        formats.read(folder)
+        containers.read(folder)
     assert says in caught.value.message
     done = run("convert", folder, folder.parent / "out.pth")
     assert (done.code, done.out, f"error[{caught.value.slug}]" in done.err) == (3, "", True)
@@ -426,13 +428,13 @@ def test_changed_bytes_of_the_index_raise_nothing_else(folder: Path, position: i
         changed[position % len(data)] = value
         (folder / ".metadata").write_bytes(changed)
         try:
-            formats.read(folder)
+            containers.read(folder)
         except FormatError:
             continue
     for size in range(0, len(data), 211):
         (folder / ".metadata").write_bytes(data[:size])
         with pytest.raises(FormatError):
-            formats.read(folder)
+            containers.read(folder)
 
 
 def test_many_parts_are_many_small_reads(tmp_path: Path) -> None:
@@ -444,7 +446,7 @@ def test_many_parts_are_many_small_reads(tmp_path: Path) -> None:
 def test_check_reads_every_record_of_every_file(run: Run, folder: Path) -> None:
     done = run("check", folder)
     assert (done.code, done.out.startswith(f"{folder}/.metadata\tok\tdist")) == (0, True)
-    info = dict(walk.tensors(formats.read(folder).tree))["model", "grid"]
+    info = dict(walk.tensors(containers.read(folder).tree))["model", "grid"]
     storage = info.storage.chunked.chunks[0].source.storage
     shard = Path(storage.path)
     data = shard.read_bytes()
@@ -458,7 +460,7 @@ def test_check_reads_every_record_of_every_file(run: Run, folder: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from ckptool.cli import main
+from ckptool.cli.main import main
 resource.setrlimit(resource.RLIMIT_NOFILE, (25, 25))
 sys.exit(main(sys.argv[1:]))
 """

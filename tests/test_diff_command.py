@@ -15,7 +15,7 @@ import pytest
 from conftest import FIXTURES, Outcome, environment
 
 import ckptool
-from ckptool.compare_trees import places_of
+from ckptool.cli.report_diff import difference_table
 from ckptool.errors import (
     AmbiguousStateDict,
     CkptoolError,
@@ -23,8 +23,8 @@ from ckptool.errors import (
     NotRepresentable,
     WriteError,
 )
-from ckptool.report_diff import difference_table
-from ckptool.tree import Dict
+from ckptool.pickles.tree import Dict
+from ckptool.verbs.compare_trees import places_of
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -452,7 +452,7 @@ def test_what_would_run_is_warned_of(run: Run, hostile: Path) -> None:
 
 def test_small_differences_need_no_library(spawn: Callable[..., Outcome], good: Path) -> None:
     code = (
-        "import sys; from ckptool.cli import main; sys.argv[0] = 'ckptool'; code = main(); "
+        "import sys; from ckptool.cli.main import main; sys.argv[0] = 'ckptool'; code = main(); "
         "assert not {'numpy', 'torch', 'tqdm'} & sys.modules.keys(); sys.exit(code)"
     )
     both = ("--left-at", "student", "--right-at", "teacher", "--ignore-prefix", "auto")
@@ -465,7 +465,7 @@ def test_small_differences_need_no_library(spawn: Callable[..., Outcome], good: 
 MEASURED = """
 import sys
 sys.argv[0] = "ckptool"
-from ckptool.cli import main
+from ckptool.cli.main import main
 code = main()
 print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
 sys.exit(code)

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, environment
 
-from ckptool import formats, safety, walk
+from ckptool import containers
 from ckptool.errors import CkptoolError
-from ckptool.fileio import Readers, seekable
-from ckptool.tensor import CompositeTensor, TensorInfo, gather, settled
+from ckptool.files.fileio import Readers, seekable
+from ckptool.pickles import safety
+from ckptool.state import walk
+from ckptool.tensors.tensor import CompositeTensor, TensorInfo, gather, settled
 
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -44,7 +46,7 @@ def opinions(whose: str, files: list[Path]) -> dict[Path, dict[str, Any]]:
 def ours(path: Path) -> dict[str, Any]:
     """Give what ckptool says: the level and every tensor, or how it refuses."""
     try:
-        found = formats.read(path)
+        found = containers.read(path)
         level = safety.judge(found.globals).level.name.lower()
         readers = Readers()
         rows = [

@@ -108,7 +108,7 @@ def test_the_set_up_commands_are_the_ones_that_ci_runs() -> None:
 
 
 def test_the_table_of_containers_is_that_of_the_formats() -> None:
-    from ckptool.formats import FORMATS
+    from ckptool.containers import FORMATS
 
     table = re.search(
         r"^\| container \| read \| write .*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE

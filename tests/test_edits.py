@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from ckptool import edits
-from ckptool.edits import (
+from ckptool.errors import CkptoolError, EditError, KeyCollision, NothingMatched
+from ckptool.state import edits
+from ckptool.state.edits import (
     WRAPPERS,
     Edit,
     add_prefix,
@@ -20,7 +21,6 @@ from ckptool.edits import (
     strip_wrappers,
     without,
 )
-from ckptool.errors import CkptoolError, EditError, KeyCollision, NothingMatched
 
 
 def done(steps: list[Edit] | Edit, keys: str) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import environment
 
-from ckptool.copying import write_layout
 from ckptool.files import publish
+from ckptool.files.copying import write_layout
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 
@@ -49,7 +49,7 @@ def test_one_command_survives_every_fault() -> None:
 
 def test_every_writing_command_is_here() -> None:
     """Those that take the shared options of writing, and the ways in which they write."""
-    from ckptool import cli
+    from ckptool.cli import main as cli
 
     commands = {
         name
@@ -66,7 +66,7 @@ def test_every_writing_command_is_here() -> None:
 def command_options(name: str) -> set[str]:
     import importlib
 
-    module = importlib.import_module(f"ckptool.commands.{name.replace('-', '_')}")
+    module = importlib.import_module(f"ckptool.cli.{name.replace('-', '_')}")
     return {option for parameter in module.command.params for option in parameter.opts}
 
 

@@ -15,8 +15,6 @@ import pytest
 from conftest import listing
 from hypothesis import given, strategies as st
 
-from ckptool.copying import Compute, Copy, Layout, run_jobs, write_layout
-from ckptool.crc import join_crc32
 from ckptool.errors import (
     Malformed,
     NoSpace,
@@ -26,7 +24,9 @@ from ckptool.errors import (
     SameFile,
     WriteError,
 )
-from ckptool.fileio import CHUNK, Reader, Readers, seekable, unpacked
+from ckptool.files.copying import Compute, Copy, Layout, run_jobs, write_layout
+from ckptool.files.crc import join_crc32
+from ckptool.files.fileio import CHUNK, Reader, Readers, seekable, unpacked
 from ckptool.files.publish import (
     Output,
     Target,
@@ -35,7 +35,7 @@ from ckptool.files.publish import (
     refuse_full,
     refuse_target,
 )
-from ckptool.tensor import Packing, Storage
+from ckptool.tensors.tensor import Packing, Storage
 
 DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
 

@@ -128,7 +128,7 @@ def test_json_is_utf8_and_no_other_codec_is_looked_for(
     """`json.loads` of bytes guesses an encoding, and imports its codec at the wish of a file."""
     (tmp_path / "model.json").write_bytes(b"{" + bytes(63) + b"\n  ")
     script = (
-        "import sys; from ckptool.cli import main; code = main(); "
+        "import sys; from ckptool.cli.main import main; code = main(); "
         "print([name for name in sys.modules if 'utf_32' in name or 'utf_16' in name]); "
         "sys.exit(code)"
     )

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, environment
 
-from ckptool import cli, fileio
-from ckptool.cli import main
+from ckptool.cli import main as cli
+from ckptool.cli.main import main
+from ckptool.files import fileio
 
 BOUND = 150 << 20
 HOSTILE = sorted((FIXTURES / "hostile").iterdir())
@@ -159,7 +160,7 @@ def test_every_byte_is_read_a_few_times(path: Path, monkeypatch: pytest.MonkeyPa
 LIMITED = """
 import io, re, resource, sys
 from contextlib import redirect_stderr, redirect_stdout
-from ckptool.cli import main
+from ckptool.cli.main import main
 line, paths = sys.argv[1].split(), sys.argv[2:]
 with open("/proc/self/status") as status:
     size = 1024 * int(re.search(r"VmSize:\\s+(\\d+) kB", status.read())[1])

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from ckptool import checkpoint, formats, replacing
+from ckptool import containers
 from ckptool.errors import KeyCollision, Malformed
-from ckptool.names import Level, level
+from ckptool.pickles.names import Level, level
+from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Object
+from ckptool.state import checkpoint, replacing
 from ckptool.text import quoted, visible
-from ckptool.tree import ORDERED_DICT, Dict, Global, Object
 
 torch = pytest.importorskip("torch")
 
@@ -97,7 +98,7 @@ def test_an_end_record_in_the_comment_of_another_is_not_believed(tmp_path: Path)
     end = data.rfind(b"PK\5\6")
     path.write_bytes(data[: end + 20] + struct.pack("<H", len(fake)) + fake)
     with pytest.raises(Malformed):
-        formats.read(path)
+        containers.read(path)
 
 
 @pytest.mark.parametrize("name", ["data/0", "data.pkl", "evil/data/0"])
@@ -106,7 +107,7 @@ def test_a_record_outside_the_root_shadows_nothing(tmp_path: Path, name: str) ->
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, b"\xff" * 16)
     with pytest.raises(Malformed, match="outside"):
-        formats.read(path)
+        containers.read(path)
 
 
 def test_tensors_only_keeps_what_a_dict_of_another_class_holds(tmp_path: Path, run: Run) -> None:
@@ -136,7 +137,7 @@ def test_tensors_only_tells_equal_paths_apart(tmp_path: Path, run: Run) -> None:
 
 def test_keys_joined_by_dots_do_not_swallow_each_other(tmp_path: Path) -> None:
     content = {"m": {"a": {"b.c": W}, "a.b": {"c": W + 1}}}
-    found = formats.read(saved(content, tmp_path / "joined.pth"))
+    found = containers.read(saved(content, tmp_path / "joined.pth"))
     with pytest.raises(KeyCollision):
         checkpoint.find(found, "m")
 
@@ -172,7 +173,7 @@ def test_an_endless_text_in_a_header_takes_linear_time(tmp_path: Path) -> None:
     path.write_bytes(header(b'{"' + b'\\"' * 2_000_000))
     start = time.monotonic()
     with pytest.raises(Malformed):
-        formats.read(path)
+        containers.read(path)
     assert time.monotonic() - start < 20
 
 
@@ -180,7 +181,7 @@ def test_half_a_character_in_metadata_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     path.write_bytes(header(json.dumps({"__metadata__": {"a": "\ud800"}}).encode()))
     with pytest.raises(Malformed):
-        formats.read(path)
+        containers.read(path)
 
 
 def test_untied_rows_take_their_own_bytes_alone(tmp_path: Path, run: Run) -> None:
@@ -247,9 +248,9 @@ def test_views_that_inflate_without_end_are_refused(tmp_path: Path, run: Run) ->
 
 
 def test_a_tensor_gets_its_state_once() -> None:
-    from ckptool.dtype import DType
-    from ckptool.formats._torch_tree import TorchVocabulary
-    from ckptool.tensor import Storage, TensorInfo
+    from ckptool.pickles.torch_objects import TorchVocabulary
+    from ckptool.tensors.dtype import DType
+    from ckptool.tensors.tensor import Storage, TensorInfo
 
     def nowhere(said: object) -> Storage:
         raise AssertionError(said)
@@ -280,7 +281,7 @@ def test_a_record_on_another_disk_is_refused_as_torch_does(tmp_path: Path) -> No
     with pytest.raises(RuntimeError):
         torch.load(path)
     with pytest.raises(Malformed, match="another part"):
-        formats.read(path)
+        containers.read(path)
 
 
 def test_a_tensor_rebuilt_without_its_dtype_is_refused_as_torch_does(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_a_tensor_rebuilt_without_its_dtype_is_refused_as_torch_does(tmp_path: P
     with pytest.raises(TypeError):
         torch.load(path)
     with pytest.raises(Malformed, match="without a dtype"):
-        formats.read(path)
+        containers.read(path)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
@@ -326,7 +327,7 @@ def test_a_distributed_tensor_of_no_elements_needs_no_chunk(tmp_path: Path, run:
 
 
 def test_a_text_without_its_end_in_the_source_of_a_script_is_passed_over_once() -> None:
-    from ckptool.formats._script_source import parse
+    from ckptool.containers._script_source import parse
 
     row = '"w", "' + '\\"' * 100_000
     started = time.process_time()

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from ckptool import pickle_reader
 from ckptool.errors import (
     CkptoolError,
     LimitExceeded,
@@ -24,9 +23,10 @@ from ckptool.errors import (
     NotRepresentable,
     Unsupported,
 )
-from ckptool.pickle_reader import Ended, Vocabulary, load
-from ckptool.pickle_writer import dump
-from ckptool.tree import (
+from ckptool.pickles import pickle_reader
+from ckptool.pickles.pickle_reader import Ended, Vocabulary, load
+from ckptool.pickles.pickle_writer import dump
+from ckptool.pickles.tree import (
     ByteArray,
     Dict,
     Global,
@@ -242,7 +242,7 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
     (tmp_path / "trap.py").write_text("open('imported', 'w')")
     script = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from ckptool.pickle_reader import load\n"
+        "from ckptool.pickles.pickle_reader import load\n"
         r"bodies = [b'ctrap\nx\n)R.', b'(itrap\nx\n.', b'\x8c\x04trap\x8c\x01x\x93)\x81}b.']"
         "\nfor body in bodies:\n"
         "    assert load(body).globals\n"

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from ckptool import edits, fitting, formats, safety, surgery
+from ckptool import containers
 from ckptool.errors import (
     AmbiguousStateDict,
     CkptoolError,
@@ -37,8 +37,11 @@ from ckptool.errors import (
     NotRepresentable,
     WriteError,
 )
-from ckptool.names import Level
-from ckptool.surgery import Options, Rewrite
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.state import edits
+from ckptool.verbs import fitting, surgery
+from ckptool.verbs.surgery import Options, Rewrite
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -789,7 +792,7 @@ def test_a_second_rewrite_changes_nothing(name: str, tmp_path: Path) -> None:
 
 def test_bytes_do_not_hang_on_the_hash_seed(tmp_path: Path) -> None:
     script = (
-        "import sys; from ckptool.surgery import rewrite, Options\n"
+        "import sys; from ckptool.verbs.surgery import rewrite, Options\n"
         "for number, source in enumerate(sys.argv[2:]):\n"
         "    rewrite(source, f'{sys.argv[1]}{number}.pth', options=Options(sync=False))"
     )
@@ -809,7 +812,7 @@ def test_bytes_do_not_hang_on_the_hash_seed(tmp_path: Path) -> None:
 def test_torch_takes_exactly_the_plain_outputs(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out.pth"
     do(name, "no edit", "torch-zip", out)
-    plain = safety.judge(formats.read(out).globals).level is Level.PLAIN
+    plain = safety.judge(containers.read(out).globals).level is Level.PLAIN
     # python2_training is plain; its text is of no encoding that torch would know
     assert plain is (trusted(name, bare=False) or name == "python2_training.pth")
     if not plain:

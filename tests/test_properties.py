@@ -19,14 +19,15 @@ from typing import Any
 
 import pytest
 
-from ckptool import edits, surgery
-from ckptool.crc import join_crc32
-from ckptool.dtype import BY_TORCH_NAME
 from ckptool.errors import EditError, KeyCollision, NothingMatched
-from ckptool.pickle_reader import load
-from ckptool.pickle_writer import dump
-from ckptool.surgery import Options, Rewrite
-from ckptool.tensor import Storage, TensorInfo, gather
+from ckptool.files.crc import join_crc32
+from ckptool.pickles.pickle_reader import load
+from ckptool.pickles.pickle_writer import dump
+from ckptool.state import edits
+from ckptool.tensors.dtype import BY_TORCH_NAME
+from ckptool.tensors.tensor import Storage, TensorInfo, gather
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options, Rewrite
 
 hypothesis = pytest.importorskip("hypothesis")
 torch = pytest.importorskip("torch")

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from ckptool import edits, formats, listing, report, text
-from ckptool.dtype import DType
-from ckptool.fitting import Fit, Mismatch
-from ckptool.surgery import Dropped, Rewrite
-from ckptool.tensor import Storage, TensorInfo, contiguous_stride
+from ckptool import containers, text
+from ckptool.cli import report
+from ckptool.state import edits
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.tensor import Storage, TensorInfo, contiguous_stride
+from ckptool.verbs import listing
+from ckptool.verbs.fitting import Fit, Mismatch
+from ckptool.verbs.surgery import Dropped, Rewrite
 
 VISIBLE = [
     ("plain text, \u5c42 \u00e9 \U0001f600", "plain text, \u5c42 \u00e9 \U0001f600"),
@@ -185,12 +188,12 @@ def test_commands_in_hints_can_be_pasted() -> None:
     ],
 )
 def test_the_first_line_says_what_a_file_is(good: Path, name: str, line: str) -> None:
-    found = listing.listing(formats.read(good / name))
+    found = listing.listing(containers.read(good / name))
     assert report.listing_lines(found, every=False)[0] == f"{good / name}: {line}"
 
 
 def test_entries_that_are_no_tensors_are_counted(good: Path) -> None:
-    found = listing.listing(formats.read(good / "extra_state.pth"))
+    found = listing.listing(containers.read(good / "extra_state.pth"))
     lines = report.listing_lines(found, every=False)
     assert any("not tensors" in line for line in lines)
 

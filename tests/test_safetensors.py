@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from ckptool import formats
-from ckptool.checkpoint import Checkpoint, text_items
-from ckptool.dtype import DType
+from ckptool import containers as formats
+from ckptool.containers import safetensors as ours
 from ckptool.errors import (
     CkptoolError,
     FormatError,
@@ -23,9 +22,10 @@ from ckptool.errors import (
     NotRepresentable,
     Unsupported,
 )
-from ckptool.formats import safetensors as ours
-from ckptool.surgery import Options, rewrite
-from ckptool.tensor import TensorInfo
+from ckptool.state.checkpoint import Checkpoint, text_items
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.tensor import TensorInfo
+from ckptool.verbs.surgery import Options, rewrite
 
 torch = pytest.importorskip("torch")
 library = pytest.importorskip("safetensors")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ckptool import formats, pickle_reader, safety
-from ckptool.names import FOREIGN, PLAIN, Level, level, python3_name
-from ckptool.pruning import only_plain
-from ckptool.safety import judge
-from ckptool.tree import Dict, Global, Node, Object, Set
+from ckptool import containers
+from ckptool.pickles import pickle_reader, safety
+from ckptool.pickles.names import FOREIGN, PLAIN, Level, level, python3_name
+from ckptool.pickles.pruning import only_plain
+from ckptool.pickles.safety import judge
+from ckptool.pickles.tree import Dict, Global, Node, Object, Set
 
 TABLE_OF = (2, 15)  # the torch that the table of plain names was taken from
 
@@ -167,7 +168,7 @@ def test_the_worst_counts() -> None:
 
 
 def lines_of(path: Path) -> list[str]:
-    found = formats.read(path)
+    found = containers.read(path)
     verdict = judge(found.globals)
     return safety.evidence_of(verdict, found)
 
@@ -272,7 +273,7 @@ def test_names_in_a_tree_are_found_everywhere() -> None:
 
 
 def test_tensors_survive_what_hangs_on_them(hostile: Path) -> None:
-    found = formats.read(hostile / "in_hooks.pth")
+    found = containers.read(hostile / "in_hooks.pth")
     pruned, _ = only_plain(found.tree)
     assert judge(safety.names_in(pruned)).level is Level.PLAIN
     before, after = dict(found.tree.steps[0][1]), dict(pruned.steps[0][1])

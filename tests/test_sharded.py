@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from conftest import Outcome, listing
 
-from ckptool import checkpoint as places, formats
+from ckptool import containers
 from ckptool.errors import CkptoolError, Malformed
+from ckptool.state import checkpoint as places
 
 torch = pytest.importorskip("torch")
 hub = pytest.importorskip("huggingface_hub")
@@ -56,7 +57,7 @@ def rewrite_index(folder: Path, change: Callable[[dict[str, Any]], object], **ho
 
 
 def keys(path: Path) -> list[str]:
-    return list(places.find(formats.read(path)).entries)
+    return list(places.find(containers.read(path)).entries)
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
@@ -224,7 +225,7 @@ def test_no_shard_is_overwritten(run: Run, here: Path) -> None:
 def test_a_shard_that_changes_meanwhile_is_noticed(
     run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptool import copying
+    from ckptool.files import copying
 
     folder = save(here / "set", model())
     real = copying.write_layout
@@ -259,7 +260,7 @@ def test_every_truncation_of_an_index_is_one_clear_error(good: Path, here: Path)
     for size in range(len(content)):
         index.write_bytes(content[:size])
         with pytest.raises(CkptoolError):
-            formats.read("set")
+            containers.read("set")
 
 
 def test_every_changed_byte_of_an_index_is_read_or_refused(good: Path, here: Path) -> None:
@@ -271,7 +272,7 @@ def test_every_changed_byte_of_an_index_is_read_or_refused(good: Path, here: Pat
         for value in (0, ord('"'), ord("a"), 0xFF):
             index.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
             try:
-                formats.read("set")
+                containers.read("set")
             except CkptoolError:
                 continue
             fine.add("read")
@@ -280,7 +281,7 @@ def test_every_changed_byte_of_an_index_is_read_or_refused(good: Path, here: Pat
 
 def test_a_damaged_shard_is_named_once(hostile: Path) -> None:
     with pytest.raises(Malformed) as raised:
-        formats.read(hostile / "sharded_short_shard")
+        containers.read(hostile / "sharded_short_shard")
     assert raised.value.message.count("model-00002-of-00002.safetensors") == 1
     assert "index.json" not in raised.value.message
     assert str(raised.value.path).endswith("model-00002-of-00002.safetensors")
@@ -300,7 +301,7 @@ def test_many_shard_names_take_linear_time(here: Path) -> None:
     weight_map = {f"k{number}": f"s{number}.safetensors" for number in range(20_000)}
     Path("m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(Malformed, match="20000 of 20000 shards that the index names are not there"):
-        formats.read("m.safetensors.index.json")
+        containers.read("m.safetensors.index.json")
 
 
 # Folders.

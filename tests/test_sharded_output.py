@@ -22,7 +22,8 @@ from test_output import Fault
 from test_preservation import header_of
 from test_sharded import LOOSELY, model
 
-from ckptool import formats, sharding
+from ckptool import containers
+from ckptool.containers import sharding
 from ckptool.errors import CkptoolError, EditError
 from ckptool.files import publish
 
@@ -112,7 +113,7 @@ def test_the_partition_is_that_of_huggingface_hub(
     expected = hub.split_torch_state_dict_into_shards(state, max_shard_size=limit)
     path = tmp_path_factory.mktemp("split") / "in.pth"
     torch.save(state, path)
-    entries = dict(formats.read(path).tree.pairs)
+    entries = dict(containers.read(path).tree.pairs)
     found = sharding.split(entries, limit, storages=True)
     assert found.total_nbytes == expected.metadata["total_size"]
     names = sharding.NAMES["safetensors"].shards(len(found.shards))
@@ -318,7 +319,7 @@ def test_no_index_ever_stands_beside_shards_of_another_set(
             seen.append("whole")
             return
         with pytest.raises(CkptoolError):
-            formats.read(here / "out")
+            containers.read(here / "out")
         seen.append("none")
 
     def watched(name: str) -> None:

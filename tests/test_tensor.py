@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ckptool import tensor as module
-from ckptool.dtype import BY_SAFETENSORS_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME, DType
-from ckptool.tensor import (
+from ckptool.tensors import tensor as module
+from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+from ckptool.tensors.tensor import (
     Storage,
     TensorInfo,
     contiguous_stride,

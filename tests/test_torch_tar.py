@@ -14,11 +14,13 @@ import pytest
 from conftest import FIXTURES, Outcome
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ckptool import checkpoint as places, formats, surgery
+from ckptool import containers
 from ckptool.errors import FormatError
-from ckptool.fileio import Reader
-from ckptool.formats import _tar
-from ckptool.surgery import Options
+from ckptool.files import tars
+from ckptool.files.fileio import Reader
+from ckptool.state import checkpoint as places
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
@@ -43,7 +45,7 @@ def test_tensors_are_those_of_torch(name: str, tmp_path: Path) -> None:
 
 def test_an_empty_tensor_has_no_element() -> None:
     """torch 0.1 had no scalars: what has no dimensions there has no elements."""
-    entries = places.find(formats.read(GOOD / "torch_0_1_gnu.tar")).entries
+    entries = places.find(containers.read(GOOD / "torch_0_1_gnu.tar")).entries
     assert (entries["empty"].shape, entries["empty"].numel) == ((0,), 0)
 
 
@@ -122,8 +124,8 @@ def test_members_are_those_that_tarfile_wrote(
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     with Reader(path) as reader:
-        assert _tar.is_tar(reader.read(0, 512))
-        found = _tar.read_members(reader)
+        assert tars.is_tar(reader.read(0, 512))
+        found = tars.read_members(reader)
         assert found.pop("the link").kind == "symbolic link"
         assert found.pop("the folder").kind == "folder"
         assert {
@@ -142,4 +144,4 @@ def test_damage_is_refused_or_read(at: int, value: int, end: int, tmp_path: Path
     path = tmp_path / "damaged.tar"
     path.write_bytes(content[:end] if end % 3 else content)
     with suppress(FormatError):
-        formats.read(path)
+        containers.read(path)

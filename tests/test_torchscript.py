@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, Outcome
 
-from ckptool import checkpoint as places, formats, surgery, walk
+from ckptool import containers
 from ckptool.errors import EditError
-from ckptool.surgery import Options
+from ckptool.state import checkpoint as places, walk
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
@@ -69,7 +71,7 @@ def test_keys_lists_it_in_the_same_order(path: Path, run: Run) -> None:
 def test_every_tensor_of_a_real_archive_is_listed_or_counted(path: Path) -> None:
     """`tensor_references` counts those of data.pkl that have elements or none, all of them."""
     row = next(row for row in ROWS if CORPUS / row["path"] == path)
-    checkpoint = formats.read(path)
+    checkpoint = containers.read(path)
     told = [note for note in checkpoint.notes if "in other attributes" in note]
     left = int(told[0].split()[2]) if told else 0
     listed = len(list(walk.tensors(checkpoint.tree)))
@@ -112,7 +114,7 @@ def test_edits_write_the_state_dict_alone(
     out = tmp_path / f"out.{suffix}"
     assert run(*command, GOOD / "script_traced.pt", out).code == 0
     wanted = [prefix + key for key in of_torch(GOOD / "script_traced.pt")]
-    state = places.find(formats.read(out))
+    state = places.find(containers.read(out))
     assert (state.at, list(state.entries)) == ((), wanted)
 
 

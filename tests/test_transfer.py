@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import Outcome, listing
 
-from ckptool import fitting
 from ckptool.errors import PoorFit
-from ckptool.fitting import Mismatch, Reference, fit, reference, reference_of_file
+from ckptool.verbs import fitting
+from ckptool.verbs.fitting import Mismatch, Reference, fit, reference, reference_of_file
 
 Run = Callable[..., Outcome]
 Shapes = dict[str, tuple[int, ...]]

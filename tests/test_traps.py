@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 
-from ckptool import edits, surgery
 from ckptool.errors import (
     KeyCollision,
     Malformed,
@@ -30,7 +29,9 @@ from ckptool.errors import (
     NotRepresentable,
     WriteError,
 )
-from ckptool.surgery import Options, Rewrite
+from ckptool.state import edits
+from ckptool.verbs import surgery
+from ckptool.verbs.surgery import Options, Rewrite
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")

@@ -21,9 +21,10 @@ from unittest import mock
 import pytest
 from conftest import FIXTURES, Outcome, environment
 
-from ckptool import checkpoint as places, formats, modules, walk
+from ckptool import containers
 from ckptool.errors import LimitExceeded
-from ckptool.tree import Dict, Global, Object
+from ckptool.pickles.tree import Dict, Global, Object
+from ckptool.state import checkpoint as places, modules, walk
 
 torch = pytest.importorskip("torch")
 torchvision = pytest.importorskip("torchvision")
@@ -73,7 +74,7 @@ def read_without_torch(folder: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", READER, folder],
         capture_output=True,
-        env=environment({"PYTHONPATH": str(Path(formats.__file__).parent.parent.parent)}),
+        env=environment({"PYTHONPATH": str(Path(containers.__file__).parent.parent.parent)}),
         timeout=300,
     )
     assert done.returncode == 0, done.stderr.decode()
@@ -519,7 +520,7 @@ def test_a_chain_of_shared_modules_is_not_followed_for_ever() -> None:
 
 
 def test_backward_hooks_of_a_tensor_stay_behind() -> None:
-    tree = formats.read(HOSTILE / "in_hooks.pth").tree
+    tree = containers.read(HOSTILE / "in_hooks.pth").tree
     hooked = [info for _, info in walk.tensors(tree) if info.origin is not None]
     assert hooked
     assert all(modules.detached(info).origin is None for info in hooked)

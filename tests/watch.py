@@ -60,7 +60,7 @@ class Watch:
 
 def run_commands(path: str) -> list[Event]:
     """Run every command line over a file; give what it caused."""
-    from ckptool.cli import main
+    from ckptool.cli.main import main
 
     seen: list[Event] = []
     for command in COMMANDS:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from ckptool.fileio import write_at
 from ckptool.files import publish
+from ckptool.files.fileio import write_at
 from ckptool.files.publish import Target
 
 WINDOWS = os.name == "nt"

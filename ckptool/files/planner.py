@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from ckptool.copying import Compute, Copy, Job
-from ckptool.fileio import Readers, seekable
-from ckptool.tensor import Storage, TensorInfo, gather, is_contiguous, needs_swap, settled
+from ckptool.files.copying import Compute, Copy, Job
+from ckptool.files.fileio import Readers, seekable
+from ckptool.tensors.tensor import Storage, TensorInfo, gather, is_contiguous, needs_swap, settled
 
 GATHER_BLOCK = 8 << 20
 

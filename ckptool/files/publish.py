@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptool.copying import Job, Layout, Progress, write_layout
 from ckptool.errors import NoSpace, OutputExists, SameFile, WriteError
-from ckptool.fileio import reason
+from ckptool.files.copying import Job, Layout, Progress, write_layout
+from ckptool.files.fileio import reason
 from ckptool.text import counted, listed, quoted, readable
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine

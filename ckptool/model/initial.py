@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ckptool import checkpoint as places, formats
-from ckptool.fitting import Fill
+from ckptool import containers
 from ckptool.model import libraries, zoo
-from ckptool.tree import Node
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places
+from ckptool.verbs.fitting import Fill
 
 
 def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
@@ -30,6 +31,6 @@ def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
             path = os.path.join(folder, "initial.pth")
             torch.save({key: values[key].contiguous() for key in keys}, path)
             del values
-            yield dict(places.text_items(formats.read(path).tree) or [])
+            yield dict(places.text_items(containers.read(path).tree) or [])
 
     return fill

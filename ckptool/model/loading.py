@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import checkpoint as places, edits, formats
-from ckptool.checkpoint import Checkpoint, StateDict
-from ckptool.copying import Copy, run_jobs
+from ckptool import containers
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
+from ckptool.files.copying import Copy, run_jobs
 from ckptool.model import libraries
 from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.revive import Reviver
-from ckptool.tensor import Storage
-from ckptool.tree import children
+from ckptool.pickles.tree import children
+from ckptool.state import checkpoint as places, edits
+from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.tensors.tensor import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def load_state_dict(
     every byte once and compares the checksums that the file records. A value that is neither a
     tensor nor plain is left out, with a warning that names it.
     """
-    loaded = load(formats.read(path), device, at, check=check)
+    loaded = load(containers.read(path), device, at, check=check)
     for key, reason in loaded.left_out.items():
         warnings.warn(f"{path}: left out {key}: {reason}", stacklevel=2)
     return loaded.state_dict
@@ -186,7 +187,7 @@ def load_matching(
     without prefix. Tensors of another shape are not loaded, they are listed.
     """
     refuse_meta(model)
-    checkpoint = formats.read(path)
+    checkpoint = containers.read(path)
     loaded = load(checkpoint, "cpu", at)
     keys = list(loaded.state_dict)
     target = model.state_dict()

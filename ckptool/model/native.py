@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import checkpoint as places, formats, safety, walk
-from ckptool.checkpoint import Checkpoint, StateDict
+from ckptool import containers
 from ckptool.model import libraries, loading
 from ckptool.model.devices import is_out_of_memory
 from ckptool.model.zoo import last_line
-from ckptool.names import Level
-from ckptool.tensor import Packing, TensorInfo
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.state import checkpoint as places, walk
+from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.tensors.tensor import Packing, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class _Refused(Exception):
 
 def read(path: str | Path, at: str | None = None) -> Source:
     """Read a file as data and find its state_dict."""
-    checkpoint = formats.read(path)
+    checkpoint = containers.read(path)
     return Source(str(path), checkpoint, places.find(checkpoint, at))
 
 
@@ -60,7 +62,7 @@ def load(source: Source) -> Native:
             return _by_safetensors(source)
         if container in ("torch-zip", "torch-legacy"):
             return _by_torch(source)
-        raise _Refused(f"torch.load does not read a {formats.BY_NAME[container].title}")
+        raise _Refused(f"torch.load does not read a {containers.BY_NAME[container].title}")
     except _Refused as refused:
         loaded = loading.revive(source.checkpoint, source.state)
         left = [f"left out {key}: {reason}" for key, reason in loaded.left_out.items()]

@@ -14,14 +14,14 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import Any
 
-from ckptool.checkpoint import items
-from ckptool.dtype import BY_TORCH_NAME, DType
 from ckptool.errors import CkptoolError, Malformed, Unsupported
-from ckptool.fileio import Reader, Readers, fill, unpacked
+from ckptool.files.fileio import Reader, Readers, fill, unpacked
 from ckptool.model import libraries
-from ckptool.names import python3_name
-from ckptool.tensor import CompositeTensor, Packing, Storage, TensorInfo, needs_swap
-from ckptool.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
+from ckptool.pickles.names import python3_name
+from ckptool.pickles.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
+from ckptool.state.checkpoint import items
+from ckptool.tensors.dtype import BY_TORCH_NAME, DType
+from ckptool.tensors.tensor import CompositeTensor, Packing, Storage, TensorInfo, needs_swap
 
 _UTILS = "torch._utils"
 _PARAMETERS = {

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptool import edits
-from ckptool.checkpoint import StateDict
 from ckptool.errors import DoesNotLoad
 from ckptool.model import devices, libraries, loading, native, zoo
 from ckptool.model.loading import Mismatch
 from ckptool.model.native import Source
 from ckptool.model.zoo import argument
-from ckptool.tensor import TENSORS
+from ckptool.state import edits
+from ckptool.state.checkpoint import StateDict
+from ckptool.tensors.tensor import TENSORS
 from ckptool.text import quoted
 
 SHOWN = 6

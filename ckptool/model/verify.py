@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckptool import edits
 from ckptool.errors import BadInput
 from ckptool.model import devices, inputs, libraries, native, outputs, runner, subject
 from ckptool.model.inputs import Batch, Inputs
@@ -26,6 +25,7 @@ from ckptool.model.native import Source
 from ckptool.model.outputs import Difference
 from ckptool.model.runner import Kept, Place
 from ckptool.model.subject import Recipe
+from ckptool.state import edits
 
 TOP = 5
 Progress = Callable[[str, int, int], None]  # what is run, batches done, batches in all

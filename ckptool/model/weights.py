@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ckptool import filehash
 from ckptool.errors import NoSuchModel
-from ckptool.model import filename, libraries
+from ckptool.files import filehash, filename
+from ckptool.model import libraries
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from ckptool.dtype import BY_TORCH_NAME
 from ckptool.errors import BadInput, MissingExtra, NoSuchModel, OutOfMemory
 from ckptool.model import libraries
 from ckptool.model.devices import is_out_of_memory
+from ckptool.tensors.dtype import BY_TORCH_NAME
 
 TIMM = "timm:"
 Shape = tuple[str, tuple[int, ...]]  # dtype label and sizes

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool import cli
+from ckptool.cli import main as cli
 from ckptool.files import publish
 
 GOOD = Path(__file__).parents[2] / "fixtures/good"

@@ -61,12 +61,8 @@ def told(count: Count) -> str:
 
 def warm_up() -> None:
     """Load what the forks would load, each on its own."""
-    import ckptool.api
-    import ckptool.commands.convert
-    import ckptool.commands.transfer
-    import ckptool.commands.unwrap
-    import ckptool.model.zoo
-    import ckptool.report  # noqa: F401
+    import ckptool.cli.convert
+    import ckptool.cli.report  # noqa: F401
 
 
 def can_mount(disk: Path) -> bool:

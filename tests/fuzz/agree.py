@@ -20,7 +20,7 @@ import torch
 from cases import Bench, Case, Report, make
 from safetensors.torch import load_file
 
-from ckptool import cli
+from ckptool.cli import main as cli
 
 
 class Judge(Bench):

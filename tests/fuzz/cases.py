@@ -31,8 +31,10 @@ import grow
 import mutate
 from watch import Event, Watch
 
-from ckptool import cli, formats, safety
-from ckptool.names import Level
+from ckptool import containers as formats
+from ckptool.cli import main as cli
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
 from ckptool.text import visible
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -327,7 +329,7 @@ def warm_up() -> None:
 
     for names in cli.GROUPS.values():
         for name in names:
-            importlib.import_module(f"ckptool.commands.{name.replace('-', '_')}")
+            importlib.import_module(f"ckptool.cli.{name.replace('-', '_')}")
     package = Path(formats.__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
         name = ".".join(path.relative_to(package.parent).with_suffix("").parts)

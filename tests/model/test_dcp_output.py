@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, Outcome, environment, listing
 
-from ckptool import api, formats, walk
+from ckptool import containers
 from ckptool.errors import UnsafePickle
-from ckptool.surgery import Options
+from ckptool.state import walk
+from ckptool.verbs import api
+from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
@@ -252,7 +254,7 @@ def test_a_damaged_source_is_noticed(run: Run, tmp_path: Path) -> None:
 
 
 def test_without_torch(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from ckptool.cli import main; sys.exit(main())"
+    code = "import sys; sys.modules['torch'] = None; from ckptool.cli.main import main; sys.exit(main())"
     arguments = ["convert", GOOD / "model_best.pth.tar", "out", "--to", "dcp"]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -264,7 +266,7 @@ def test_without_torch(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, signal, sys
-from ckptool.cli import main
+from ckptool.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(main(sys.argv[1:]))
@@ -310,11 +312,11 @@ def test_two_ranks_load_it_and_what_they_save_is_read(tmp_path: Path) -> None:
             same(dict(sorted(model.state_dict().items())), dict(sorted(back[name].items()))) == []
         )
     assert back["epoch"] == 4
-    shards = {Path(path).name for path, _ in formats.read(tmp_path / "saved").files}
+    shards = {Path(path).name for path, _ in containers.read(tmp_path / "saved").files}
     assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     chunked = [
         walk.dotted(path)
-        for path, info in walk.tensors(formats.read(tmp_path / "saved").tree)
+        for path, info in walk.tensors(containers.read(tmp_path / "saved").tree)
         if info.storage.chunked is not None
     ]
     assert {"model.0.weight", "rows.0.weight", "columns.0.weight"} <= set(chunked)

@@ -97,7 +97,7 @@ def test_what_a_server_says_is_made_harmless(run: Run, server: Server, here: Pat
 def test_an_interruption_says_what_is_kept(
     run: Run, server: Server, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptool import talk
+    from ckptool.cli import talk
 
     def interrupt(progress: talk.Progress, done: int, total: int) -> None:
         if done > 200_000:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from downloads import SHA, names
 
-from ckptool import filehash
-from ckptool.model import filename
+from ckptool.files import filehash, filename
 
 
 @pytest.mark.parametrize(

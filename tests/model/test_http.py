@@ -24,14 +24,12 @@ from downloads import (  # noqa: F401  (fixtures)
 )
 from server import Reply, Server, certificate, closed_port, serving
 
-from ckptool import fileio
 from ckptool.errors import (
     DownloadFailed,
     NoSpace,
 )
-from ckptool.files import publish
-from ckptool.model import http
-from ckptool.model.http import Limits
+from ckptool.files import fileio, http, publish
+from ckptool.files.http import Limits
 
 
 @pytest.mark.parametrize(

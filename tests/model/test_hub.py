@@ -24,7 +24,6 @@ from downloads import (  # noqa: F401  (fixtures)
 )
 from server import Reply, Server
 
-from ckptool import fileio
 from ckptool.errors import (
     BadInput,
     DownloadFailed,
@@ -32,7 +31,8 @@ from ckptool.errors import (
     OutputExists,
     WriteError,
 )
-from ckptool.model.hub import NOTHING, download, temporary
+from ckptool.files import fileio
+from ckptool.files.hub import NOTHING, download, temporary
 
 
 def test_a_file_is_downloaded_whole_and_hashed(server: Server, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_the_longest_names_work(server: Server, tmp_path: Path, name: str) -> No
 
 
 def test_importing_it_loads_no_network() -> None:
-    script = "import sys, ckptool.model.hub, ckptool.model.weights; print(*sys.modules)"
+    script = "import sys, ckptool.files.hub, ckptool.model.weights; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -10,7 +10,7 @@ import judge
 import pytest
 from ghost_net import ghost_net
 
-from ckptool import checkpoint, formats
+from ckptool import containers as formats
 from ckptool.errors import (
     AmbiguousStateDict,
     BadInput,
@@ -22,6 +22,7 @@ from ckptool.errors import (
     OutOfMemory,
 )
 from ckptool.model import loading, revive
+from ckptool.state import checkpoint
 
 torch = pytest.importorskip("torch")
 GOOD = Path(__file__).parent.parent.parent / "fixtures" / "good"

@@ -181,7 +181,7 @@ def test_ctrl_c_keeps_the_part(server: Server, tmp_path: Path) -> None:
     assert 200_000 < done.resumed_from < len(BODY)
 
 
-SCRIPT = "import sys; from ckptool.model.hub import download; download(*sys.argv[1:])"
+SCRIPT = "import sys; from ckptool.files.hub import download; download(*sys.argv[1:])"
 
 
 def begun_elsewhere(url: str, folder: Path) -> subprocess.Popen[bytes]:

@@ -15,7 +15,7 @@ import pytest
 from ghost_net import ghost_net
 
 from ckptool import load_matching
-from ckptool.commands.verify import _Batches
+from ckptool.cli.verify import _Batches
 
 torch = pytest.importorskip("torch")
 GHOST = f"{Path(__file__).parent / 'ghost_net.py'}:ghost_net"
@@ -281,7 +281,7 @@ def test_progress_is_whole_lines_off_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 0.5, 5.0, 11.0, 12.0, 22.0])
-    monkeypatch.setattr("ckptool.commands.verify.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ckptool.cli.verify.time.monotonic", lambda: next(clock))
     with _Batches(quiet=False) as progress:
         for done in range(1, 6):
             progress("a.pth", done, 8)
@@ -290,7 +290,7 @@ def test_progress_is_whole_lines_off_a_terminal(
 
 def test_help_loads_no_torch(spawn: Run) -> None:
     program = (
-        "import sys, ckptool.cli as c; c.main(['verify', '--help']);"
+        "import sys, ckptool.cli.main as c; c.main(['verify', '--help']);"
         " sys.exit(9 if 'torch' in sys.modules else 0)"
     )
     assert spawn(program=("-c", program)).code == 0

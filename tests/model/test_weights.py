@@ -11,8 +11,8 @@ import pytest
 from server import Reply, serving
 
 from ckptool.errors import HashMismatch, MissingExtra, NoSuchModel
+from ckptool.files.hub import download
 from ckptool.model import libraries, weights
-from ckptool.model.hub import download
 
 BODY = random.Random(3).randbytes(1000)
 SHA = hashlib.sha256(BODY).hexdigest()

@@ -1,0 +1,1 @@
+"""The command line: click, the streams, exit codes; one file for each command."""

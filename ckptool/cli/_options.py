@@ -1,0 +1,182 @@
+"""The options that all commands which write share, and what they do with a result.
+
+Modules of commands import the engine inside their functions: `--help` loads all of them, and
+needs none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import cleandoc
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptool.cli import talk
+from ckptool.text import visible
+
+if TYPE_CHECKING:
+    from ckptool.verbs.surgery import Options, Rewrite
+
+PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
+Function = Callable[..., Any]
+
+
+class Command(click.Command):
+    """A command whose help starts with its examples: the second paragraph of its docstring."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write examples, usage, what the command does, options."""
+        examples = self._paragraphs()[1].removeprefix("\b\n")
+        with formatter.section("Examples"):
+            for line in examples.splitlines():
+                formatter.write(f"{' ' * formatter.current_indent}{line}\n")
+        formatter.write_paragraph()
+        super().format_help(ctx, formatter)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help without the examples, which stand above."""
+        first, _, *rest = self._paragraphs()
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text("\n\n".join([first, *rest]))
+
+    def _paragraphs(self) -> list[str]:
+        return cleandoc(self.help or "").split("\n\n")
+
+
+_WRITES: tuple[Callable[[Function], Function], ...] = (
+    click.argument("source", metavar="IN"),
+    click.argument("target", metavar="OUT", required=False),
+    click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
+    click.option(
+        "--to",
+        type=click.Choice(["torch", "safetensors", "dcp"]),
+        help="Output container, any suffix; dcp (a folder) in convert alone.",
+    ),
+    click.option("--force", is_flag=True, help="Replace OUT if it exists."),
+    click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT."),
+    click.option("-n", "--dry-run", is_flag=True, help="Print the plan, write nothing."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings."),
+    click.option(
+        "--tensors-only", is_flag=True, help="Keep tensors and plain values, leave the rest behind."
+    ),
+    click.option("--untie", is_flag=True, help="Write tied tensors as copies."),
+    click.option(
+        "--allow-expand", is_flag=True, help="Allow an output of more than 4 times the input."
+    ),
+    click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system."),
+)
+
+
+def writes(function: Function) -> Function:
+    """Give a command IN, OUT and the shared options; it gets them as one `Request`."""
+
+    @wraps(function)
+    def gathered(**given: Any) -> Any:
+        taken = {name: given.pop(name) for name in _TAKEN}
+        return function(_request(taken), **given)
+
+    decorated: Function = gathered
+    for decorate in reversed(_WRITES):
+        decorated = decorate(decorated)
+    return decorated
+
+
+_TAKEN = (
+    "source target at to force in_place dry_run as_json quiet tensors_only untie "
+    "allow_expand no_sync"
+).split()
+
+
+class Request:
+    """What was asked of a command that writes."""
+
+    def __init__(self, source: str, target: str | None, options: Options, given: dict[str, Any]):
+        self.source = source
+        self.target = target
+        self.options = options
+        self.as_json: bool = given["as_json"]
+        self.quiet: bool = given["quiet"]
+
+
+def _request(given: dict[str, Any]) -> Request:
+    from ckptool.verbs.surgery import Options
+
+    if given["target"] is None and not given["in_place"]:
+        raise click.UsageError("name an output OUT, or use --in-place", click.get_current_context())
+    options = Options(
+        at=given["at"],
+        to=given["to"],
+        force=given["force"],
+        in_place=given["in_place"],
+        dry_run=given["dry_run"],
+        tensors_only=given["tensors_only"],
+        untie=given["untie"],
+        allow_expand=given["allow_expand"],
+        sync=not given["no_sync"],
+    )
+    return Request(given["source"], given["target"], options, given)
+
+
+def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rewrite:
+    """Call a verb of the library, and say what was done."""
+    name = request.target or request.source
+    with talk.Progress(name, quiet=request.quiet) as progress:
+        result = verb(
+            request.source,
+            request.target,
+            options=request.options,
+            progress=progress.begin,
+            **arguments,
+        )
+    tell(request, result)
+    return result
+
+
+def tell(
+    request: Request,
+    result: Rewrite,
+    *,
+    more: Sequence[str] = (),
+    schema: str = "rewrite/1",
+    fields: dict[str, Any] | None = None,
+) -> None:
+    """Print the document, the plan or the talk of a rewrite."""
+    from ckptool.cli import report
+
+    talk.warn(visible(line) for line in result.warnings)
+    if request.as_json:
+        talk.put([report.document(schema, **report.rewrite_fields(result), **(fields or {}))])
+    elif result.dry_run:
+        talk.put(report.plan_lines(result))
+    what, counts = report.rewrite_lines(result), report.written_lines(result)
+    planned = result.dry_run and not request.as_json  # the plan counts too
+    talk.say([*what, *more, *([] if planned else counts)], quiet=request.quiet)
+
+
+def patterns(given: Sequence[str]) -> list[str]:
+    """Read patterns; `@file` stands for one pattern a line."""
+    found: list[str] = []
+    for text in given:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        try:
+            with open(text[1:], encoding="utf-8") as lines:
+                read = [line.strip() for line in lines]
+        except (OSError, UnicodeDecodeError) as error:
+            from ckptool.errors import EditError
+            from ckptool.files.fileio import reason
+
+            why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise EditError(f"the pattern file {text[1:]} cannot be read: {why}") from None
+        named = [line for line in read if line and not line.startswith("#")]
+        if not named:
+            from ckptool.errors import NothingMatched
+
+            raise NothingMatched(f"the pattern file {text[1:]} holds no pattern")
+        found += named
+    return found

@@ -1,0 +1,100 @@
+"""`ckptool convert`."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._options import Command, Request, patterns, run, writes
+from ckptool.errors import EditError
+
+if TYPE_CHECKING:
+    from ckptool.state.edits import Edit
+
+
+class _InOrder(Command):
+    """A command that knows in which order its options stood."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        taken: dict[str, int] = {}
+        ordered: list[tuple[str, Any]] = []
+        for parameter in order:
+            name = parameter.name or ""
+            value = values.get(name)
+            if isinstance(value, list):
+                index = taken.get(name, 0)
+                taken[name] = index + 1
+                ordered.append((name, value[index]))
+        ctx.meta["ckptool.ordered"] = ordered
+        return super().parse_args(ctx, args)
+
+
+def renaming(text: str, option: str = "--rename") -> tuple[str, str]:
+    """Read `OLD=NEW`."""
+    old, sign, new = text.partition("=")
+    if not sign or not old:
+        raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
+    return old, new
+
+
+def _step(name: str, value: str) -> Edit | None:
+    from ckptool.state import edits
+
+    match name:
+        case "strip_prefix":
+            return edits.strip_wrappers() if value == "auto" else edits.strip_prefix(value)
+        case "add_prefix":
+            return edits.add_prefix(value)
+        case "rename":
+            return edits.rename(*renaming(value))
+        case "drop":
+            return edits.drop(patterns([value]))
+    return None
+
+
+@click.command("convert", cls=_InOrder)
+@writes
+@click.option("--unwrap", is_flag=True, help="Write the state_dict alone.")
+@click.option("--strip-prefix", multiple=True, metavar="P", help="Take a prefix off keys, or auto.")
+@click.option("--add-prefix", multiple=True, metavar="P", help="Put a prefix before keys.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Move a dotted prefix.")
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave keys out.")
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave all other keys out.")
+@click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
+def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any) -> None:
+    """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
+
+    \b
+    ckptool convert in.pth out.safetensors
+    ckptool convert in.safetensors out.pth
+    ckptool convert --strip-prefix module --drop classifier in.pth out.safetensors
+    ckptool convert --max-shard-size 5GB in.pth out_folder
+    ckptool convert --to dcp in.pth out_dir      (for a cluster)
+
+    Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
+    beside it is left behind and named.
+    """
+    from ckptool.verbs import api
+
+    steps = _steps(click.get_current_context().meta["ckptool.ordered"])
+    result = run(request, api.convert, steps=steps, unwrap=unwrap, max_shard_size=max_shard_size)
+    if unwrap and result.at == () and not result.not_carried:
+        talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
+
+
+def _steps(ordered: list[tuple[str, str]]) -> list[Edit]:
+    """Make the edits in order; several --keep in a row select together."""
+    from ckptool.state import edits
+
+    steps = []
+    for name, group in groupby(ordered, key=lambda pair: pair[0]):
+        values = [value for _, value in group]
+        if name == "keep":
+            steps.append(edits.keep(patterns(values)))
+        else:
+            steps += [step for value in values if (step := _step(name, value)) is not None]
+    return steps

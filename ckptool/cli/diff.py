@@ -1,0 +1,96 @@
+"""`ckptool diff`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._fetch import local
+from ckptool.cli._options import Command, patterns
+from ckptool.cli.convert import renaming
+
+DIFFERENT = 1
+
+
+@click.command("diff", cls=Command)
+@click.argument("left", metavar="A")
+@click.argument("right", metavar="B")
+@click.option("--at", metavar="NAME", help="Where both state_dicts sit (dotted; . is the top).")
+@click.option("--left-at", metavar="NAME", help="Where the state_dict of A sits.")
+@click.option("--right-at", metavar="NAME", help="Where the state_dict of B sits.")
+@click.option("--all", "every", is_flag=True, help="Compare all tensors, by their path.")
+@click.option("--structure", is_flag=True, help="Keys, dtypes and shapes; no values.")
+@click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
+@click.option("--map", "moves", multiple=True, metavar="OLD=NEW", help="A's prefix OLD is B's NEW.")
+@click.option("--ignore-prefix", metavar="P", help="Compare without a prefix, or auto.")
+@click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
+@click.option("--rtol", default=0.0, show_default=True, help="Allowed relative to A's value.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+def command(
+    left: str,
+    right: str,
+    at: str | None,
+    left_at: str | None,
+    right_at: str | None,
+    every: bool,
+    structure: bool,
+    select: Sequence[str],
+    moves: Sequence[str],
+    ignore_prefix: str | None,
+    atol: float,
+    rtol: float,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Compare two checkpoints in any containers: keys, dtypes, shapes and values, bit for bit.
+
+    \b
+    ckptool diff model_best.pth.tar clean.safetensors --ignore-prefix auto
+    ckptool diff --left-at model --right-at model_ema train.pth train.pth
+    ckptool diff --map backbone=encoder --select encoder old.pth new.pth
+    ckptool diff --atol 1e-6 cpu.pth gpu.pth
+
+    Exit code 0 where they are equal, with nothing on stdout, 1 where they differ. What stands
+    beside the state_dicts (epoch, optimizer ...) counts where both files have some, unless --at or
+    --select choose a part. Order of keys, ties, strides and requires_grad are told and do not
+    count. With a tolerance, what differs by no more than ATOL + RTOL * |A's value| is equal, and
+    so are NaNs of other bits and zeros of either sign. A complex number is compared as its two
+    parts, a quantized one as its integer. Recorded checksums are not verified:
+    ckptool check does that.
+    """
+    from ckptool import containers
+    from ckptool.cli import report, report_diff
+    from ckptool.verbs import compare
+    from ckptool.verbs.compare_sides import Asked, tolerance
+
+    asked = Asked(
+        at if left_at is None else left_at,
+        at if right_at is None else right_at,
+        every,
+        structure,
+        tolerance(atol, rtol),
+        patterns(select),
+        [renaming(move, "--map") for move in moves],
+        ignore_prefix,
+    )
+    progress = talk.Progress(right, quiet=quiet)
+    with local(left, quiet=quiet) as one, local(right, quiet=quiet) as other, progress:
+        first = replace(containers.read(one), path=left)
+        second = replace(containers.read(other), path=right)
+        for checkpoint in (first, second):
+            warning, *evidence = report.danger_lines(checkpoint) or [""]
+            if warning:
+                talk.warn([warning])
+                talk.say(evidence)
+        found = compare.diff(first, second, asked, progress.begin)
+    if as_json:
+        talk.put([report_diff.difference_document(found)])
+    else:
+        rows = report_diff.difference_table if talk.on_terminal() else report_diff.difference_rows
+        talk.put(rows(found))
+    talk.say(report_diff.difference_lines(found), quiet=quiet)
+    return 0 if found.equal else DIFFERENT

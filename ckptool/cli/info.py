@@ -1,0 +1,45 @@
+"""`ckptool info`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._fetch import local
+from ckptool.cli._options import Command
+
+
+@click.command("info", cls=Command)
+@click.argument("file", metavar="FILE")
+@click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
+    """Say what a file is, what is in it, and which commands would help.
+
+    \b
+    ckptool info mystery.pth
+    ckptool info --json model_best.pth.tar
+    ckptool info --at teacher dino.pth
+
+    A file that is no checkpoint is named for what it is, exit 3.
+    """
+    from ckptool import containers
+    from ckptool.cli import report_info
+    from ckptool.text import quoted
+    from ckptool.verbs.suggestions import Suggestion, suggestions
+    from ckptool.verbs.survey import survey
+
+    with local(file, quiet=quiet) as path:
+        checkpoint = replace(containers.read(path), path=file)
+    facts = survey(checkpoint, at)
+    suggested = suggestions(facts)
+    if path != file:  # the copy is gone: there is nothing yet to work on
+        suggested = [Suggestion("to keep it", f"ckptool download {quoted(file)}")]
+    if as_json:
+        talk.put([report_info.info_document(facts, suggested)])
+    else:
+        rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
+        talk.put(rows(facts, suggested))

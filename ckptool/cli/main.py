@@ -1,0 +1,226 @@
+"""The command line: one door for all commands, and for all errors.
+
+stdout is data, stderr is talk. A command is loaded when it is called for, so that `--help` and
+`keys` start fast. Exit codes are part of the contract.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from ckptool import __version__
+from ckptool.cli.talk import complain, put, say, silence
+from ckptool.errors import CkptoolError, NoSuchCommand, NoSuchFile, WriteError
+from ckptool.text import quoted, visible
+
+GROUPS = {
+    "Look": ("info", "keys", "check", "diff"),
+    "Models": ("download", "verify"),
+    "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
+}
+EXAMPLES = (
+    "ckptool info model_best.pth.tar",
+    "ckptool strip-prefix model_best.pth.tar clean.pth",
+    "ckptool convert clean.pth clean.safetensors",
+)
+COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
+NOTHING_WRITTEN = "nothing was written"
+BUG = 70
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+SIGNALLED = 128  # and the number of the signal
+
+
+class _Commands(click.Group):
+    """Commands by name, each in a module of `ckptool.cli`, loaded when needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for names in GROUPS.values() for name in names]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"ckptool.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in self.list_commands(ctx):
+            raise _no_such_command(name, self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_text(self.help or "")
+        formatter.write_paragraph()
+        formatter.write_text("usage: ckptool COMMAND ...")
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self._short(ctx, name)) for name in names], col_max=20)
+        with formatter.section("Examples"):
+            for example in EXAMPLES:
+                formatter.write_text(example)
+        formatter.write_paragraph()
+        formatter.write_text("ckptool COMMAND --help says more; exit codes are in the README.")
+
+    def _short(self, ctx: click.Context, name: str) -> str:
+        command = self.get_command(ctx, name)
+        return command.get_short_help_str(limit=100) if command else ""
+
+
+def _no_such_command(name: str, known: list[str]) -> NoSuchCommand:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean `ckptool {close[0]}`?" if close else "ckptool --help lists them"
+    return NoSuchCommand(f"there is no command `{name}`", hint=hint)
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("--debug", is_flag=True, hidden=True, envvar="CKPTOOL_DEBUG")
+@click.version_option(__version__, "-V", "--version", message="ckptool %(version)s")
+@click.pass_context
+def ckptool(ctx: click.Context, debug: bool) -> None:
+    """ckptool: look into PyTorch checkpoints and edit them, without running what is in them."""
+    if ctx.invoked_subcommand is None:
+        put([ctx.get_help()])
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command line; give its exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments or bool(os.environ.get("CKPTOOL_DEBUG"))
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _prepare_streams()
+    _prepare_signals()
+    return _run(arguments, debug)
+
+
+def entry() -> None:
+    """Run the command line of this process."""
+    sys.exit(main())
+
+
+def _prepare_streams() -> None:
+    """Escape what a stream cannot encode; give a stream that was closed (`>&-`) somewhere to go."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it lives as long as we do)
+    if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED
+        # An unbuffered text stream takes a short write for a whole one and loses the rest.
+        raw = sys.stdout.fileno()
+        sys.stdout = open(raw, "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _prepare_signals() -> None:
+    """End in order, so that no temporary file stays, unless a signal is to be ignored (nohup)."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminated)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(SIGNALLED + number)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        return _invoke(arguments)
+    except CkptoolError as error:
+        complain(_with_hint(error, arguments))
+        _trace(error, debug)
+        return error.exit_code
+    except click.UsageError as error:
+        say(_usage(error, arguments))
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        told = "; ".join(filter(None, ["interrupted", visible(str(error)) or _left(arguments)]))
+        # The line of a terminal ends in ^C by now.
+        say(["", told] if sys.stderr.isatty() else [told])
+        return INTERRUPTED
+    except BrokenPipeError:
+        silence()
+        return PIPE_CLOSED
+    except OSError as error:
+        complain(_of_system(error))
+        _trace(error, debug)
+        return WriteError.exit_code
+    except Exception as error:
+        say(
+            [
+                f"error[bug]: {type(error).__name__}: {visible(str(error))}",
+                "hint: this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where",
+            ]
+        )
+        _trace(error, debug)
+        return BUG
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Do what click's `main` does, save for its exit codes of Ctrl-C and a closed pipe."""
+    completing = os.environ.get(COMPLETION)
+    if completing:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(ckptool, {}, "ckptool", COMPLETION, completing)
+    with ckptool.make_context("ckptool", list(arguments)) as context:
+        result: Any = ckptool.invoke(context)
+    return result if isinstance(result, int) else 0
+
+
+def _left(arguments: list[str]) -> str:
+    """Say what a command that was interrupted left behind; nothing of one that never writes."""
+    return "" if set(arguments[:1]) & {*GROUPS["Look"], "verify"} else NOTHING_WRITTEN
+
+
+def _trace(error: BaseException, debug: bool) -> None:
+    if debug:
+        sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _of_system(error: OSError) -> WriteError:
+    """Tell what the system refused; with no file named, it was stdout (`> /dev/full`)."""
+    if error.filename is None:
+        silence()
+    reason = (error.strerror or str(error)).lower()
+    return WriteError(f"{error.filename or 'the standard output'} cannot be written: {reason}")
+
+
+def _usage(error: click.UsageError, arguments: list[str]) -> list[str]:
+    # click names no command where an option lacks its value.
+    named = [name for names in GROUPS.values() for name in names if name in arguments[:1]]
+    command = error.ctx.command_path if error.ctx else " ".join(["ckptool", *named])
+    first, *rest = error.format_message().rstrip(".").splitlines() or [""]
+    lines = [f"error[usage]: {first[:1].lower()}{first[1:]}", *rest]
+    return [*map(visible, lines), f"hint: {command} --help"]
+
+
+def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
+    """Write the command to paste, or name a file that is spelled like the missing one."""
+    if error.option:
+        command = " ".join(["ckptool", *map(quoted, arguments), error.option])
+        error.hint = f"{command}   {error.hint}".rstrip()
+    if isinstance(error, NoSuchFile) and error.path and not error.hint:
+        from ckptool.files.fileio import spelled_like
+
+        error.hint = spelled_like(str(error.path))
+    return error

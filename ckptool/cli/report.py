@@ -1,0 +1,332 @@
+"""Result values -> text or JSON; returns strings, prints and opens nothing.
+
+Everything that comes from a file is escaped here: control, escape and bidirectional characters,
+and what no encoding can hold. Only ASCII stands in our own words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptool.containers import BY_NAME
+from ckptool.pickles import safety
+from ckptool.state import walk
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.edits import SHAPE_DIFFERS, WRAPPERS, peeled
+from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor
+from ckptool.text import counted, listed, percent, quoted, readable, shape, table, visible
+from ckptool.verbs.listing import Entry, Listing
+
+if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
+    from ckptool.verbs.fitting import Fit
+    from ckptool.verbs.surgery import Rewrite
+
+
+def document(schema: str, **fields: Any) -> str:
+    """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
+    return json.dumps({"schema": schema, **fields}, indent=2).replace("\x7f", "\\u007f")
+
+
+def key_rows(entries: Sequence[Entry]) -> list[str]:
+    """List tensors for programs: key, dtype, shape, bytes, with tabs between."""
+    return [
+        f"{visible(key)}\t{info.dtype.label}\t{shape(info.shape)}\t{info.nbytes}"
+        for key, info in entries
+    ]
+
+
+def key_table(entries: Sequence[Entry]) -> list[str]:
+    """List tensors for people."""
+    rows = [("KEY", "DTYPE", "SHAPE", "SIZE")]
+    rows += [
+        (visible(key), info.dtype.label + _layout(info), shape(info.shape), readable(info.nbytes))
+        for key, info in entries
+    ]
+    return table(rows)
+
+
+def _layout(info: AnyTensor) -> str:
+    return f" {info.layout}" if isinstance(info, CompositeTensor) else ""
+
+
+def key_names(entries: Sequence[Entry]) -> list[str]:
+    """List keys alone."""
+    return [visible(key) for key, _ in entries]
+
+
+def keys_document(found: Listing) -> str:
+    """Write the document `keys/1`."""
+    return document(
+        "keys/1",
+        file=found.checkpoint.path,
+        container=found.checkpoint.container,
+        at=list(found.state.at) if found.state else [],
+        module=found.state.module if found.state else "",
+        count=len(found.entries),
+        nbytes=sum(info.nbytes for _, info in found.entries),
+        tensors=[_tensor_fields(key, info) for key, info in found.entries],
+        beside=found.beside,
+    )
+
+
+def _tensor_fields(key: str, info: AnyTensor) -> dict[str, Any]:
+    fields = {
+        "key": key,
+        "dtype": info.dtype.label,
+        "shape": list(info.shape),
+        "nbytes": info.nbytes,
+    }
+    if isinstance(info, CompositeTensor):
+        fields["layout"] = info.layout
+    return fields
+
+
+def tree_table(entries: Sequence[Entry], depth: int | None, *, wide: bool) -> list[str]:
+    """List modules with the count, size and share of what is under them."""
+    totals: dict[str, list[int]] = {"": [0, 0]}
+    for key, info in entries:
+        steps = key.split(".")
+        for level in range(min(len(steps), (depth or len(steps)) + 1)):
+            here = totals.setdefault(".".join(steps[:level]), [0, 0])
+            here[0] += 1
+            here[1] += info.nbytes
+    whole = totals[""][1] or 1
+    rows = [("MODULE", "TENSORS", "SIZE", "SHARE")] if wide else []
+    for path in _preorder(totals):
+        count, nbytes = totals[path]
+        name = path.rpartition(".")[2] or "(all)"
+        indent = "  " * (path.count(".") + 1) if path else ""
+        size = readable(nbytes) if wide else str(nbytes)
+        label = indent + visible(name) if wide else visible(path or ".")
+        rows.append((label, str(count), size, f"{100 * nbytes / whole:.1f} %"))
+    return table(rows, right=(1, 2, 3)) if wide else ["\t".join(row) for row in rows]
+
+
+def _preorder(paths: Iterable[str]) -> list[str]:
+    """Put each module before what is in it, in the order in which modules first appear."""
+    children: dict[str, list[str]] = {}
+    for path in paths:
+        if path:
+            children.setdefault(path.rpartition(".")[0], []).append(path)
+    ordered: list[str] = []
+    stack = [""]
+    while stack:
+        path = stack.pop()
+        ordered.append(path)
+        stack.extend(reversed(children.get(path, [])))
+    return ordered
+
+
+def container_title(name: str) -> str:
+    """Name a container for people."""
+    return BY_NAME[name].title
+
+
+def listing_lines(found: Listing, *, every: bool) -> list[str]:
+    """Say what a listing shows, what is around it, and what would help."""
+    lines = [_file_line(found)]
+    state = found.state
+    if state is None:
+        if found.entries and not every:
+            lines.insert(0, "no state_dict in it: these are all tensors, by their path")
+    else:
+        others = sum(1 for value in state.entries.values() if not isinstance(value, TENSORS))
+        if others:
+            lines.append(f"{others} more entries of the state_dict are not tensors")
+        lines += map(visible, (*state.missing, *state.notes))
+        verb = "transfer" if state.module else "strip-prefix"
+        hint = prefix_line(found.checkpoint.path, list(state.entries), verb)
+        lines += [hint] if hint else []
+    return [*lines, *map(visible, found.checkpoint.notes)]
+
+
+def _file_line(found: Listing) -> str:
+    parts = [visible(found.checkpoint.program) or container_title(found.checkpoint.container)]
+    if found.checkpoint.shards:
+        parts.append(counted(len(found.checkpoint.shards), "shard"))
+    if found.state is not None and (found.state.at or found.state.module):
+        parts.append(f"state_dict{_whereabouts(found.state.module, found.state.at)}")
+    parts.append(counted(len(found.entries), "tensor"))
+    parts.append(readable(sum(info.nbytes for _, info in found.entries)))
+    line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
+    return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
+
+
+def danger_lines(checkpoint: Checkpoint) -> list[str]:
+    """Say what loading a file elsewhere would run; nothing where it would run nothing."""
+    verdict = safety.judge(checkpoint.globals)
+    if not verdict.dangerous:
+        return []
+    first = f"{visible(checkpoint.path)} would run code when loaded; nothing was executed"
+    lines = safety.evidence_of(verdict, checkpoint)
+    return [first, *(f"    {visible(line)}" for line in lines)]
+
+
+def prefix_line(path: str, keys: Sequence[str], verb: str = "strip-prefix") -> str:
+    """Say which wrapper all or some keys carry, and what removes it; an empty string for none."""
+    found = peeled(keys)
+    if found:
+        option = "" if found == ["module."] or verb == "transfer" else " --prefix auto"
+        kinds = ", ".join(WRAPPERS[wrapper] for wrapper in found)
+        return (
+            f"every key starts with `{''.join(found)}` ({kinds}); "
+            f"ckptool {verb}{option} {visible(quoted(path))} OUT removes it"
+        )
+    for wrapper in WRAPPERS:
+        count = sum(key.startswith(wrapper) for key in keys)
+        if count:
+            return f"{count} of {len(keys)} keys start with `{wrapper}` ({WRAPPERS[wrapper]})"
+    return ""
+
+
+def counts_line(result: Rewrite) -> str:
+    """Count what a rewrite did, or would do."""
+    verb = "would write" if result.dry_run else "written"
+    added = f"added {result.added}, " if result.added else ""
+    return (
+        f"read {result.read}, renamed {result.renamed}, dropped {len(result.dropped)}, "
+        f"{added}{verb} {result.written}"
+    )
+
+
+def rewrite_lines(result: Rewrite) -> list[str]:
+    """Say what a rewrite changed and left behind, for people."""
+    lines = []
+    if result.bare and (result.at or result.module):
+        behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
+        lines.append(f"took the state_dict{_whereabouts(result.module, result.at)}{behind}")
+    elif result.not_carried:
+        lines.append(f"left behind {listed(result.not_carried)}")
+    lines += map(visible, result.said)
+    lines += _dropped_lines(result)
+    return lines + [visible(note) for note in result.notes]
+
+
+def _whereabouts(module: str, at: Sequence[str] | None) -> str:
+    """Say of what, and where, a state_dict is."""
+    of = f" of the whole model `{visible(module.rpartition('.')[2])}`" if module else ""
+    return of + (f" at `{visible(walk.dotted(tuple(at)))}`" if at else "")
+
+
+def written_lines(result: Rewrite) -> list[str]:
+    """Say what was written, and count."""
+    if result.dry_run:
+        return [counts_line(result)]
+    size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
+    if result.shards:
+        size = f"{counted(len(result.shards), 'shard')}, {size}"
+    return [f"{visible(result.target)}: {size}", counts_line(result)]
+
+
+def _dropped_lines(result: Rewrite) -> list[str]:
+    """Name what was dropped, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for dropped in result.dropped:
+        if dropped.reason.startswith("tied to "):
+            reason = "tied, written once"
+            name = f"{dropped.name} = {dropped.reason.removeprefix('tied to ')}"
+        else:
+            reason = dropped.reason
+            sizes = f" {shape(dropped.shape)}" if dropped.shape is not None else ""
+            name = f"{dropped.name}{sizes}"
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, named in by_reason.items():
+        if reason == SHAPE_DIFFERS:
+            continue  # the lines of the fit show both shapes
+        why = "" if reason == "dropped as asked" else f" ({visible(reason)})"
+        lines.append(f"dropped {len(named)}{why}: {listed(named)}")
+    return lines
+
+
+def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
+    """Say how a checkpoint fits the target: shapes that differ, and what stays unfilled.
+
+    `added` entries came from the model's own initialisation instead.
+    """
+    lines = []
+    if fit.mismatched:
+        lines.append("dropped, shape differs:")
+        rows = [
+            (
+                f"    {visible(each.key)}",
+                f"{shape(each.here)}",
+                f"here, {shape(each.there)} in {visible(fit.target)}",
+            )
+            for each in fit.mismatched
+        ]
+        lines += table(rows)
+    unfilled = [*(each.key for each in fit.mismatched), *fit.missing]
+    total = len(fit.matched) + len(unfilled)
+    rest = ""
+    if unfilled:
+        what = "from the model's own initialisation" if added else "not filled"
+        rest = f"; {what}: {listed(unfilled)}"
+    share = f"{percent(fit.filled)} of the parameters"
+    lines.append(f"fills {len(fit.matched)} of {total} tensors, {share}{rest}")
+    if model and unfilled and not added:
+        lines.append(
+            "load_state_dict(strict=False) leaves these as the model has them; "
+            "--init-missing writes them too"
+        )
+    return lines
+
+
+def fit_fields(fit: Fit) -> dict[str, Any]:
+    """Give the fields that `transfer/1` has beyond `rewrite/1`."""
+    return {
+        "matched": len(fit.matched),
+        "mismatched": [
+            {"key": each.key, "here": list(each.here), "there": list(each.there)}
+            for each in fit.mismatched
+        ],
+        "missing": list(fit.missing),
+        "filled": fit.filled,
+    }
+
+
+def rewrite_fields(result: Rewrite) -> dict[str, Any]:
+    """Give the fields of the document `rewrite/1`."""
+    return {
+        "source": result.source,
+        "target": result.target,
+        "container": result.container,
+        "at": None if result.at is None else list(result.at),
+        "module": result.module,
+        "read": result.read,
+        "kept": result.kept,
+        "renamed": result.renamed,
+        "written": result.written,
+        "dropped": [{"key": each.key, "reason": each.reason} for each in result.dropped],
+        "not_carried": list(result.not_carried),
+        "map": [[old, new] for old, new in result.map],
+        "nbytes": result.nbytes,
+        "added": result.added,
+        "notes": [*result.warnings, *result.notes],
+        "dry_run": result.dry_run,
+        "shards": [
+            {"file": each.name, "count": each.count, "nbytes": each.nbytes}
+            for each in result.shards
+        ],
+    }
+
+
+def plan_lines(result: Rewrite) -> list[str]:
+    """Write the plan of a dry run: each change as `- old` and `+ new`, then counts and sizes."""
+    lines = []
+    for old, new in result.map:
+        if new != old:
+            lines.append(f"- {visible(old)}")
+            if new is not None:
+                lines.append(f"+ {visible(new)}")
+    rows = [
+        (visible(each.name), counted(each.count, "key"), readable(each.nbytes))
+        for each in result.shards
+    ]
+    lines += table(rows, right=(1, 2))
+    lines.append(counts_line(result))
+    free = "unknown" if result.free is None else readable(result.free)
+    lines.append(f"{visible(result.target)}: {readable(result.nbytes)} to write, {free} free")
+    return lines

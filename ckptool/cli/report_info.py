@@ -1,0 +1,339 @@
+"""What `info` found -> text or JSON; returns strings, prints and opens nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from ckptool.cli.report import container_title, document
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.state import walk
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.edits import WRAPPERS
+from ckptool.text import counted, listed, percent, readable, table, visible
+from ckptool.verbs.frameworks import Framework
+from ckptool.verbs.suggestions import Suggestion
+from ckptool.verbs.survey import Beside, Place, Survey, Total
+
+MAX_BESIDE = 30  # rows for people
+MAX_PARTS = 8
+MAX_NAMES = 12
+Fact = tuple[str, ...]  # what it is about, then cells
+
+
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """How to write numbers and lists: for people, or for programs (raw and never cut)."""
+
+    wide: bool
+
+    def size(self, nbytes: int) -> str:
+        return readable(nbytes) if self.wide else str(nbytes)
+
+    def count(self, count: int, noun: str) -> str:
+        return counted(count, noun) if self.wide else str(count)
+
+    def name(self, dotted: str) -> str:
+        return visible(dotted.rpartition(".")[2] if self.wide else dotted)
+
+    def names(self, names: Iterable[str], limit: int) -> str:
+        shown = list(names)
+        return listed(shown, limit if self.wide else len(shown))
+
+    def first(self, facts: Sequence[Fact], limit: int) -> list[Fact]:
+        """Cut a list of facts for people."""
+        more = len(facts) - limit
+        if not self.wide or more <= 0:
+            return list(facts)
+        return [*facts[:limit], (facts[0][0], f"and {more} more, listed by --json")]
+
+
+def info_table(facts: Survey, suggested: Sequence[Suggestion]) -> list[str]:
+    """Show the facts to people: one below the other, then the commands that would help."""
+    groups = groupby(_facts(facts, _Style(wide=True)), key=lambda fact: fact[0])
+    listed_facts = [(name, _aligned([fact[1:] for fact in group])) for name, group in groups]
+    rows = [
+        (name if index == 0 else "", line)
+        for name, lines in listed_facts
+        for index, line in enumerate(lines)
+    ]
+    lines = table(rows)
+    for each in suggested:
+        lines += ["", f"{visible(each.reason)}:", f"    {visible(each.command)}"]
+    return lines
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Align the rows of a group that have several cells; a row of one cell is a sentence."""
+    width = max(map(len, rows))
+    full = [row + ("",) * (width - len(row)) for row in rows if len(row) > 1]
+    aligned = iter(table(full))
+    return [row[0] if len(row) == 1 else next(aligned) for row in rows]
+
+
+def info_rows(facts: Survey, suggested: Sequence[Suggestion]) -> list[str]:
+    """Give the facts to programs: a line each, with tabs between; sizes are bytes."""
+    rows = ["\t".join(fact) for fact in _facts(facts, _Style(wide=False))]
+    return rows + [
+        f"suggestion\t{visible(each.reason)}\t{visible(each.command)}" for each in suggested
+    ]
+
+
+def _facts(facts: Survey, style: _Style) -> list[Fact]:
+    checkpoint = facts.checkpoint
+    found: list[Fact] = [
+        ("file", visible(checkpoint.path), style.size(checkpoint.nbytes)),
+        ("container", _container(facts)),
+    ]
+    if facts.framework is not None:
+        found.append(("looks like", _framework(facts.framework)))
+    if checkpoint.program:
+        found.append(("program", visible(checkpoint.program)))
+    found += _places(facts, style)
+    found += [
+        ("dtype", label, style.count(total.count, "tensor"), style.size(total.nbytes))
+        for label, total in facts.dtypes.items()
+    ]
+    if facts.place is not None:
+        found += [("keys", line) for line in _keys(facts.place)]
+    found += [("layout", line) for line in _layout(facts, style)]
+    about = "beside" if facts.places else "inside"
+    found += style.first([_beside(about, each, style) for each in facts.beside], MAX_BESIDE)
+    found += _shares(facts, style)
+    found += [("__metadata__", visible(k), _cut(v)) for k, v in checkpoint.metadata.items()]
+    found += _safety(facts, style)
+    return found + [("note", visible(note)) for note in _notes(facts, style)]
+
+
+def _container(facts: Survey) -> str:
+    checkpoint = facts.checkpoint
+    parts = [container_title(checkpoint.container)]
+    if checkpoint.generation:
+        parts.append(f"written by {checkpoint.generation}")
+    if checkpoint.protocol is not None:
+        parts.append(f"pickle protocol {checkpoint.protocol or '0 or 1'}")
+    if checkpoint.byteorder != "little":
+        parts.append(f"{checkpoint.byteorder}-endian")
+    if facts.deflated:
+        parts.append(f"{counted(facts.deflated, 'record')} deflated")
+    if len(checkpoint.files) > 1:
+        parts.append(f"{len(checkpoint.files)} files")
+    return ", ".join(parts)
+
+
+def _framework(framework: Framework) -> str:
+    by = f", with {listed(framework.seen, 6)}" if framework.seen else ""
+    return f"{framework.name}{by}"
+
+
+def _places(facts: Survey, style: _Style) -> list[Fact]:
+    if not facts.places:
+        holds = [("holds", visible(facts.root))]
+        where = "none found; in the file" if facts.total.count else "none, and no tensors"
+        return [*holds, ("state_dict", where, *_totals(facts.total, style))]
+    rows = [
+        (
+            "state_dict" if len(facts.places) == 1 else "candidate",
+            f"`{visible(walk.dotted(place.at))}`" if place.at else "(the top)",
+            *_totals(place.total, style),
+            *([f"prefix {visible(place.prefix)}"] if place.prefix else []),
+        )
+        for place in facts.places
+    ]
+    for place in facts.places:
+        if place.module:
+            rows.append(("whole model", visible(place.module)))
+            kinds = [f"{style.name(name)} x {count}" for name, count in place.classes.items()]
+            rows.append(("whole model", f"modules: {style.names(kinds, MAX_NAMES)}"))
+    others = sum(place.other for place in facts.places)
+    if others and style.wide:
+        rows.append((rows[0][0], f"{others} more entries are not tensors"))
+    return rows
+
+
+def _totals(total: Total, style: _Style) -> tuple[str, str, str]:
+    elements = f"{total.elements:,} elements" if style.wide else str(total.elements)
+    return style.count(total.count, "tensor"), elements, style.size(total.nbytes)
+
+
+def _keys(place: Place) -> list[str]:
+    if place.wrappers:
+        kinds = ", ".join(WRAPPERS[wrapper] for wrapper in place.wrappers)
+        return [f"all start with `{''.join(place.wrappers)}` ({kinds})"]
+    lines = []
+    for wrapper, kind in WRAPPERS.items():
+        count = sum(key.startswith(wrapper) for key in place.keys)
+        inside = sum(f".{wrapper}" in key for key in place.keys)
+        if count:
+            lines.append(f"{count} of {len(place.keys)} start with `{wrapper}` ({kind})")
+        if inside:
+            lines.append(f"{inside} of {len(place.keys)} hold `.{wrapper}`")
+    return lines
+
+
+def _layout(facts: Survey, style: _Style) -> Iterator[str]:
+    if facts.ties:
+        yield "tied: " + style.names((f"{a} = {b}" for a, b in facts.ties.items()), 8)
+    if facts.views:
+        views = counted(len(facts.views), "view")
+        yield f"{views} of a larger storage: {style.names(facts.views, 2)}"
+    if facts.strided:
+        yield f"{len(facts.strided)} not contiguous: {style.names(facts.strided, 2)}"
+    if facts.requires_grad:
+        yield f"{facts.requires_grad} of {facts.total.count} require a gradient"
+    if set(facts.devices) - {"cpu"}:
+        tags = (
+            f"{name} ({counted(count, 'storage')})" if len(facts.devices) > 1 else name
+            for name, count in facts.devices.items()
+        )
+        yield f"tagged for {style.names(tags, 8)}"
+    if facts.state is not None and facts.checkpoint.container != "safetensors":
+        there = "there" if facts.state.metadata is not None else "not there"
+        yield f"`_metadata`, the versions of modules, is {there}"
+
+
+def _beside(about: str, each: Beside, style: _Style) -> Fact:
+    row = (about, visible(each.name), visible(each.what))
+    if not each.tensors:
+        return row
+    return (*row, style.count(each.tensors, "tensor"), style.size(each.nbytes))
+
+
+def _shares(facts: Survey, style: _Style) -> list[Fact]:
+    whole = facts.checkpoint.nbytes
+    return [
+        ("bytes", name, style.size(size), percent(size / whole))
+        for name, size in _parts(facts)
+        if size
+    ]
+
+
+def _parts(facts: Survey) -> list[tuple[str, int]]:
+    """Divide the bytes of the file: what each part takes."""
+    found = [
+        (visible(walk.dotted(place.at)) or "state_dict", place.stored) for place in facts.places
+    ]
+    heavy = sorted((each for each in facts.beside if each.nbytes), key=lambda each: -each.nbytes)
+    found += [(visible(each.name), each.nbytes) for each in heavy[:MAX_PARTS]]
+    found += [
+        ("other tensors", facts.elsewhere + sum(each.nbytes for each in heavy[MAX_PARTS:])),
+        ("records that nothing refers to", facts.checkpoint.unread_nbytes),
+        ("structure (pickle, headers, padding)", facts.rest),
+        ("of all this, used by no tensor", facts.unused),
+    ]
+    return found
+
+
+def _safety(facts: Survey, style: _Style) -> list[Fact]:
+    verdict, checkpoint = facts.verdict, facts.checkpoint
+    if verdict.level is Level.PLAIN:
+        return [("safety", _plain(checkpoint))]
+    found: list[Fact] = []
+    if verdict.dangerous:
+        found.append(("safety", "dangerous: it would run code when loaded; nothing was executed"))
+        lines = safety.evidence_of(verdict, checkpoint)
+        found += [("safety", f"    {visible(line)}") for line in lines]
+    if verdict.foreign:
+        what = "foreign: torch.load(weights_only=True) refuses it; loading it otherwise imports"
+        found.append(("safety", what))
+        names: list[Fact] = [("safety", f"    {visible(str(name))}") for name in verdict.foreign]
+        found += style.first(names, MAX_NAMES)
+    return [*found, ("safety", _PROGRAM)] if checkpoint.program else found
+
+
+_PROGRAM = "a TorchScript archive is a program, for torch.jit.load; its code was not judged"
+
+
+def _plain(checkpoint: Checkpoint) -> str:
+    """Say what it means that nothing but plain names was found."""
+    if checkpoint.program:
+        return f"plain in its names alone: {_PROGRAM}"
+    if not checkpoint.pickle_name:
+        return "plain: there is no pickle in it"
+    what = "plain: all that it names is what torch.load(weights_only=True) accepts"
+    if checkpoint.protocol in (None, 2) or len(checkpoint.files) > 1:  # no file for torch.load
+        return what
+    return f"{what} in protocol 2; this is protocol {checkpoint.protocol or '0 or 1'}"
+
+
+def _notes(facts: Survey, style: _Style) -> Iterator[str]:
+    if facts.framework is not None and facts.framework.note:
+        yield facts.framework.note
+    yield from facts.checkpoint.notes
+    if facts.state is not None:
+        yield from (*facts.state.missing, *facts.state.notes)
+    if facts.checkpoint.unread:
+        yield f"not read: {style.names(facts.checkpoint.unread, 4)}"
+
+
+def _cut(text: str) -> str:
+    return visible(text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)")
+
+
+def info_document(facts: Survey, suggested: Sequence[Suggestion]) -> str:
+    """Write the document `info/1`."""
+    checkpoint, state = facts.checkpoint, facts.state
+    return document(
+        "info/1",
+        file=checkpoint.path,
+        container=checkpoint.container,
+        generation=checkpoint.generation,
+        protocol=checkpoint.protocol,
+        byteorder=checkpoint.byteorder,
+        file_nbytes=checkpoint.nbytes,
+        framework=facts.framework.name if facts.framework else None,
+        at=list(state.at) if state is not None else None,
+        candidates=[_place_fields(place) for place in facts.places],
+        count=facts.total.count,
+        elements=facts.total.elements,
+        nbytes=facts.total.nbytes,
+        dtypes={label: _total_fields(total) for label, total in facts.dtypes.items()},
+        wrappers=list(facts.place.wrappers) if facts.place else [],
+        ties=facts.ties,
+        views=list(facts.views),
+        not_contiguous=list(facts.strided),
+        requires_grad=facts.requires_grad,
+        devices=facts.devices,
+        module_metadata=state is not None and state.metadata is not None,
+        beside=[each.name for each in facts.beside],
+        beside_values=[
+            {"name": each.name, "what": each.what, "tensors": each.tensors, "nbytes": each.nbytes}
+            for each in facts.beside
+        ],
+        bytes={
+            "other": facts.elsewhere,
+            "unused": facts.unused,
+            "unread": checkpoint.unread_nbytes,
+            "structure": facts.rest,
+        },
+        unread=list(checkpoint.unread),
+        metadata=checkpoint.metadata,
+        safety=facts.verdict.level.name.lower(),
+        globals=[str(name) for name in checkpoint.globals],
+        foreign=[str(name) for name in facts.verdict.foreign],
+        dangerous=[
+            {"what": call.text, "byte": call.offset, "at": call.where}
+            for call in safety.evidence(facts.verdict, checkpoint.calls, checkpoint.tree)
+        ],
+        notes=list(_notes(facts, _Style(wide=False))),
+        suggestions=[{"reason": each.reason, "command": each.command} for each in suggested],
+    )
+
+
+def _total_fields(total: Total) -> dict[str, Any]:
+    return {"count": total.count, "elements": total.elements, "nbytes": total.nbytes}
+
+
+def _place_fields(place: Place) -> dict[str, Any]:
+    return {
+        "at": list(place.at),
+        **_total_fields(place.total),
+        "stored": place.stored,
+        "prefix": place.prefix,
+        "wrappers": list(place.wrappers),
+        "module": place.module,
+        "classes": place.classes,
+    }

@@ -1,0 +1,92 @@
+"""`ckptool transfer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._fetch import local
+from ckptool.cli._options import Command, Request, patterns, tell, writes
+from ckptool.cli.convert import renaming
+
+
+@click.command("transfer", cls=Command)
+@writes
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave keys out.")
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave all other keys out.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Move a dotted prefix.")
+@click.option("--like", metavar="FILE", help="Keep what FILE has too, in the same shape.")
+@click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
+@click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
+@click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option("--init-missing", is_flag=True, help="Fill the rest as the model initialises it.")
+@click.option("--seed", default=0, show_default=True, help="For --init-missing.")
+@click.option(
+    "--min-match",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Share of the target's parameters that must be filled.",
+)
+def command(
+    request: Request,
+    drop: Sequence[str],
+    keep: Sequence[str],
+    rename: Sequence[str],
+    like: str | None,
+    like_at: str | None,
+    model: str | None,
+    model_arg: Sequence[str],
+    init_missing: bool,
+    seed: int,
+    min_match: float,
+) -> None:
+    """Make pretrained weights of a training checkpoint: what fits, and nothing else.
+
+    \b
+    ckptool transfer model_best.pth.tar pretrain.pth --drop classifier
+    ckptool transfer resnet50.pth init.pth --like flowers102.safetensors
+    ckptool transfer resnet18.pth init.pth --model resnet18 --model-arg num_classes=10
+    ckptool transfer https://example.org/resnet18.pth init.pth --drop fc
+
+    Takes the state_dict out, peels wrapper prefixes, drops what is not wanted. Patterns are
+    matched against the peeled keys.
+    """
+    from ckptool.cli import report
+    from ckptool.model import zoo
+    from ckptool.verbs import api
+
+    if request.options.in_place and "://" in request.source:
+        raise click.UsageError("--in-place needs a file; name an output for what a URL holds")
+    name = request.target or request.source
+    with (
+        local(request.source, quiet=request.quiet) as source,
+        talk.Progress(name, quiet=request.quiet) as progress,
+    ):
+        result, fit = api.transfer(
+            source,
+            request.target,
+            drop=patterns(drop),
+            keep=patterns(keep),
+            rename=dict(map(renaming, rename)),
+            like=like,
+            like_at=like_at,
+            model=model,
+            model_args=zoo.arguments(model_arg),
+            init_missing=init_missing,
+            seed=seed,
+            min_match=min_match,
+            options=request.options,
+            progress=progress.begin,
+        )
+    result = replace(result, source=request.source)
+    more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []
+    fields = report.fit_fields(fit) if fit else NO_FIT
+    tell(request, result, more=more, schema="transfer/1", fields=fields)
+
+
+NO_FIT: dict[str, Any] = {"matched": None, "mismatched": [], "missing": [], "filled": None}

@@ -1,0 +1,23 @@
+"""`ckptool unwrap`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptool.cli._options import Command, Request, run, writes
+
+
+@click.command("unwrap", cls=Command)
+@writes
+def command(request: Request) -> None:
+    """Take the state_dict out of a training checkpoint.
+
+    \b
+    ckptool unwrap model_best.pth.tar weights.pth
+    ckptool unwrap dino.pth weights.pth --at teacher
+
+    What stands beside it (epoch, optimizer, args ...) is left behind and named.
+    """
+    from ckptool.verbs import api
+
+    run(request, api.unwrap)

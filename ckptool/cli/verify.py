@@ -1,0 +1,138 @@
+"""`ckptool verify`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._options import Command
+from ckptool.text import visible
+
+DIFFERENT = 1
+
+
+@click.command("verify", cls=Command)
+@click.argument("reference", metavar="REFERENCE")
+@click.argument("candidate", metavar="CANDIDATE")
+@click.option(
+    "--model", required=True, metavar="SPEC", help="resnet18, file.py:factory, package:factory."
+)
+@click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option(
+    "--device",
+    multiple=True,
+    default=["auto"],
+    show_default=True,
+    metavar="NAME",
+    help="auto, cpu, cuda, cuda:N or mps; may be repeated.",
+)
+@click.option(
+    "--input-shape",
+    multiple=True,
+    metavar="SHAPE",
+    help="Of random inputs: 1,3,224,224, or 1,16:int64; once for each argument of the model.",
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Instead of the shape's first size.")
+@click.option("--input", "picture", metavar="PICTURE", help="Run on a picture instead.")
+@click.option("--data", "folder", metavar="FOLDER", help="Run on folders of pictures by class.")
+@click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64.")
+@click.option("--channels-last", is_flag=True, help="Lay weights and pictures out channels last.")
+@click.option("--seed", default=0, show_default=True, help="Of inputs, and all that is random.")
+@click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
+@click.option("--rtol", default=0.0, show_default=True, help="Relative difference allowed.")
+@click.option("--allow-tf32", is_flag=True, help="Let a GPU shorten float32 products.")
+@click.option("--partial", is_flag=True, help="Compare what both files have and the model takes.")
+@click.option("--at", metavar="NAME", help="Where the reference's state_dict sits.")
+@click.option("--candidate-at", metavar="NAME", help="Where the candidate's state_dict sits.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+def command(
+    reference: str,
+    candidate: str,
+    model: str,
+    model_arg: Sequence[str],
+    device: Sequence[str],
+    input_shape: Sequence[str],
+    batch_size: int | None,
+    picture: str | None,
+    folder: str | None,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+    **how: Any,
+) -> int:
+    """Run a model on the weights of two files, and compare the outputs bit for bit.
+
+    \b
+    ckptool verify --model resnet18 model_best.pth.tar clean.pth
+    ckptool verify --model ghost_net.py:ghost_net --device cpu --device cuda old.pth new.pth
+    ckptool verify --model resnet18 --input dog.jpg old.pth new.safetensors
+    ckptool verify --model resnet18 --model-arg num_classes=10 --partial old.pth init.pth
+
+    The reference is loaded as its author would, the candidate must load strictly. Exit code 1
+    where the outputs differ, or where the reference differs from itself.
+    """
+    from ckptool.cli import report_model
+    from ckptool.model import inputs, verify, zoo
+
+    options = verify.Options(
+        devices=device,
+        inputs=inputs.Options(input_shape, batch_size, picture, folder, seed),
+        **how,
+    )
+    with _Batches(quiet=quiet) as progress:
+        found = verify.verify(
+            reference, candidate, model, zoo.arguments(model_arg), options, progress
+        )
+    if as_json:
+        talk.put([report_model.verification_document(found)])
+    else:
+        rows = report_model.run_table if talk.on_terminal() else report_model.run_rows
+        talk.put(rows(found))
+    talk.say(report_model.verification_lines(found), quiet=quiet)
+    return 0 if found.identical else DIFFERENT
+
+
+class _Batches:
+    """Progress over the batches of a folder: a bar on a terminal, a line at times elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._quiet or now - self._started < talk.BAR_AFTER or total <= 2:
+            return
+        if sys.stderr.isatty():
+            self._draw(what, done, total)
+        elif now - self._said > talk.LINE_EVERY:
+            self._said = now
+            talk.say([f"{visible(what)}: batch {done} of {total}"])
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="batch", ascii=True, leave=False)
+        self._bar.set_description(visible(what), refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Batches:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,176 @@
+"""TorchScript archives of torch 1.0 to 1.2: modules and tensors stand in `model.json`.
+
+The message `torch.ModelDef` (caffe2/proto/torch.proto of those years) as protobuf's JSON: numbers
+of 64 bits are text, names are in camel case, and what is missing has its default. `tensors` are
+strided views of the records that they name; `mainModule` holds modules in modules, each with
+parameters (buffers among them) that count into `tensors`. torch's own loader took parameters,
+buffers and submodules in the order of the file (torch/csrc/jit/import.cpp, `loadTensorTable` and
+`convertModule`). Attributes lie in `attributes.pkl` and are left there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ckptool.containers import _json
+from ckptool.containers._records import Records, budget
+from ckptool.errors import Malformed, Unsupported
+from ckptool.pickles.torch_objects import StorageId, quantized_call
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.replacing import make_state_dict
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.tensor import Storage, TensorInfo, problem
+
+_DTYPES = {
+    ("FLOAT", 1): DType.F32,
+    ("INT32", 2): DType.I32,
+    ("BYTE", 3): DType.U8,
+    ("BOOL", 5): DType.BOOL,
+    ("UINT8", 6): DType.U8,
+    ("INT8", 7): DType.I8,
+    ("INT16", 9): DType.I16,
+    ("INT64", 10): DType.I64,
+    ("FLOAT16", 12): DType.F16,
+    ("DOUBLE", 13): DType.F64,
+}
+_BY_NAME = {key: dtype for keys, dtype in _DTYPES.items() for key in keys}
+_QUANTIZED = {DType.I8: DType.QI8, DType.U8: DType.QU8, DType.I32: DType.QI32}
+_CAPITAL = re.compile(r"(?<!^)([A-Z])")
+_READ = ("model.json", "version")
+
+
+def read(records: Records) -> Checkpoint:
+    """Read the tables of an archive; the storages stay where they are."""
+    said = _json.load(records.small("model.json"), "model.json", records.reader.path)
+    tensors = _Tensors(records).read(_listed(said, "tensors"))
+    main = _field(said, "mainModule", {})
+    entries: dict[str, TensorInfo] = {}
+    names = budget(records.members["model.json"].nbytes)
+    for key, index in _walk(main, ""):
+        names.spend(key)
+        if key in entries:
+            raise Malformed(f"model.json: two parameters are {key}")
+        if not 0 <= index < len(tensors):
+            raise Malformed(f"model.json: {key} is tensor {index} of {len(tensors)}")
+        entries[key] = tensors[index]
+    name = _field(main, "name", "")
+    return Checkpoint(
+        records.reader.path,
+        "torchscript",
+        make_state_dict(dict(entries), None),
+        records.reader.nbytes,
+        pickle_name="attributes.pkl",
+        generation="torch 1.0 to 1.2",
+        unread=_unread(records),
+        records=records.described(),
+        unlisted=records.unlisted,
+        program=f"TorchScript module {name}".rstrip(),
+    )
+
+
+def _unread(records: Records) -> tuple[str, ...]:
+    known = {*records.used, *_READ}
+    return tuple(name for name in records.members if name not in known)
+
+
+def _value(message: Any, name: str, default: Any) -> Any:
+    """Read a field of a message by its name in JSON or, as protobuf allows, in the definition."""
+    if not isinstance(message, dict):
+        raise Malformed("model.json: a message that is no object")
+    plain = _CAPITAL.sub(lambda found: f"_{found[1].lower()}", name)
+    value = message.get(name, message.get(plain))
+    return default if value is None else value
+
+
+def _field(message: Any, name: str, default: Any) -> Any:
+    """Read a field of the same type as its default."""
+    value = _value(message, name, default)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise Malformed(f"model.json: {name} is not what it should be")
+    return value
+
+
+def _listed(message: Any, name: str) -> list[Any]:
+    values: list[Any] = _field(message, name, [])
+    return values
+
+
+def _number(value: Any) -> int:
+    """Read an integer, which protobuf writes as text where it may have 64 bits."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
+        return int(value)
+    if type(value) is not int:
+        raise Malformed("model.json: a number that is none")
+    return value
+
+
+def _integer(message: Any, name: str) -> int:
+    return _number(_value(message, name, 0))
+
+
+def _walk(module: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Yield keys with their index: a module's parameters, its buffers, its submodules'."""
+    parameters = _listed(module, "parameters")
+    for wanted in (False, True):
+        for each in parameters:
+            if _field(each, "isBuffer", False) is wanted:
+                yield path + _name(each), _integer(each, "tensorId")
+    for each in _listed(module, "submodules"):
+        yield from _walk(each, f"{path}{_name(each)}.")
+
+
+def _name(message: Any) -> str:
+    name: str = _field(message, "name", "")
+    return name
+
+
+class _Tensors:
+    """The table of tensors; those that name one record share it."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._storages: dict[str, Storage] = {}
+
+    def read(self, table: list[Any]) -> list[TensorInfo]:
+        """Read every row."""
+        return [self._tensor(row) for row in table]
+
+    def _tensor(self, row: Any) -> TensorInfo:
+        kind = _value(row, "dataType", 0)
+        dtype = _BY_NAME.get(kind) if isinstance(kind, str | int) else None
+        if dtype is None:
+            raise Unsupported(f"model.json: the data type {kind!r}"[:80])
+        quantized = _field(row, "isQuantized", False)
+        if quantized and dtype not in _QUANTIZED:
+            raise Malformed("model.json: a quantized tensor of floats")
+        dtype = _QUANTIZED[dtype] if quantized else dtype
+        shape = tuple(map(_number, _listed(row, "dims")))
+        stride = tuple(map(_number, _listed(row, "strides")))
+        place = self._storage(row, dtype), _integer(row, "offset")
+        origin = None
+        if quantized:
+            scale, zero_point = _field(row, "scale", 0.0), _integer(row, "zeroPoint")
+            origin = quantized_call(place, shape, stride, scale, zero_point)
+        info = TensorInfo(dtype, shape, stride, *place, origin=origin)
+        wrong = problem(info)
+        if wrong:
+            raise Malformed(f"model.json: a tensor in {info.storage.key} {wrong}")
+        return info
+
+    def _storage(self, row: Any, dtype: DType) -> Storage:
+        key = _field(_field(row, "data", {}), "key", "")
+        known = self._storages.get(key)
+        if known is None:
+            member = self._records.members.get(key)
+            count = member.nbytes // dtype.itemsize if member else 0
+            if member is not None and member.nbytes % dtype.itemsize:
+                raise Malformed(f"{key} is no whole number of elements", offset=member.start)
+            said = StorageId(key, dtype, _field(row, "device", "cpu") or "cpu", count)
+            known = self._storages[key] = self._records.storage(said, key, "little")
+        if known.dtype is not dtype:
+            raise Malformed(f"storage {key} is described in two ways")
+        return known

@@ -1,0 +1,141 @@
+"""The records of a zip archive as torch lays it out: all in one folder, storages where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ckptool.errors import LimitExceeded, Malformed
+from ckptool.files import zips
+from ckptool.files.fileio import Reader
+from ckptool.pickles import pickle_reader
+from ckptool.pickles.pickle_reader import Pickle
+from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
+from ckptool.tensors.tensor import Packing, Storage
+
+MAX_METADATA = 64 << 20  # of inflated metadata, or as many bytes as the file has
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What lies in the one folder of an archive, by name without that folder.
+
+    `recorded` tells whether there are checksums: all zero means that none were computed. `used`
+    collects the storages that were asked for.
+    """
+
+    reader: Reader
+    members: dict[str, zips.Member]
+    recorded: bool
+    unlisted: int
+    used: dict[str, Storage] = field(default_factory=dict)
+
+    def small(self, name: str) -> bytes:
+        """Read and inflate a record of metadata; raises `LimitExceeded` for one too large."""
+        limit = max(MAX_METADATA, self.reader.nbytes)
+        return zips.read_member(self.reader, self.members[name], limit, check=self.recorded)
+
+    def byteorder(self) -> str:
+        """Read the record that says `little` or `big`; without one it is little."""
+        if "byteorder" not in self.members:
+            return "little"
+        order = self.small("byteorder").decode("latin-1")
+        if order not in ("little", "big"):
+            raise Malformed(f"the byteorder record says {order!r}", path=self.reader.path)
+        return order
+
+    def load(self, name: str, find: Callable[[StorageId], Storage]) -> Pickle:
+        """Parse the pickle in a record, and make its tensors."""
+        pickled = self.small(name)
+        parsed = pickle_reader.load(pickled, 0, TorchVocabulary(find))
+        if parsed.end != len(pickled):
+            what = f"{name} goes on after its end"
+            error = Malformed(what, path=self.reader.path, offset=parsed.end)
+            error.named, error.calls = parsed.globals, parsed.calls
+            raise error
+        return parsed
+
+    def storage(self, said: StorageId, name: str, byteorder: str) -> Storage:
+        """Find the record of a storage; raises `Malformed` where it is not as the pickle says."""
+        member = self.members.get(name)
+        if member is None:
+            raise Malformed(f"there is no record of storage {said.key}", path=self.reader.path)
+        if member.nbytes != said.nbytes:
+            raise Malformed(
+                f"storage {said.key} should have {said.nbytes} bytes and has {member.nbytes}",
+                path=self.reader.path,
+                offset=member.start,
+            )
+        self.used[name] = self._storage(said, member, byteorder)
+        return self.used[name]
+
+    def described(self) -> dict[str, Storage]:
+        """Give all records by name, those that hold no storage of a tree as if they did."""
+        return {
+            name: self.used.get(name)
+            or self._storage(StorageId(name, None, "cpu", 0), member, "little")
+            for name, member in self.members.items()
+        }
+
+    def _storage(self, said: StorageId, member: zips.Member, byteorder: str) -> Storage:
+        deflated = member.method == zips.DEFLATED
+        return Storage(
+            self.reader.file,
+            said.key,
+            self.reader.base + member.start,
+            member.nbytes,
+            said.dtype,
+            said.location,
+            byteorder,
+            member.crc32 if self.recorded else None,
+            Packing.DEFLATED if deflated else Packing.PLAIN,
+            member.packed_nbytes if deflated else 0,
+        )
+
+
+_BESIDE_A_NAME = 32  # what an entry takes in memory besides, in letters
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bounds the names that are made of shared parts by what the file has of them.
+
+    Modules that stand in several places are named in each, and a file may share them at will.
+    """
+
+    letters: int
+
+    def spend(self, name: str, looks: int = 0) -> None:
+        """Count a name, and so many things that were looked at for it.
+
+        Raises `LimitExceeded` when there are too many.
+        """
+        self.letters -= len(name) + _BESIDE_A_NAME + looks
+        if self.letters < 0:
+            raise LimitExceeded("modules that repeat each other without end")
+
+
+def budget(nbytes: int) -> Budget:
+    """Give the budget of so many bytes of metadata."""
+    return Budget((1 << 20) + 16 * nbytes)
+
+
+def read_records(reader: Reader, wanted: str) -> Records | None:
+    """Read the directory; None where no folder at the top holds the record `wanted`.
+
+    Raises `Malformed` where several do, or where a record lies outside that folder.
+    """
+    directory = zips.read_directory(reader)
+    members = directory.members
+    found = [name for name in members if name.count("/") == 1 and name.endswith(f"/{wanted}")]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise Malformed(f"a zip archive with more than one {wanted}", path=reader.path)
+    root = found[0].removesuffix(wanted)
+    outside = [name for name in members if not name.startswith(root)]
+    if outside:  # torch takes the first record's folder: nothing may shadow what lies in it
+        raise Malformed(f"record {outside[0]} lies outside {root}", path=reader.path)
+    inside = {name.removeprefix(root): member for name, member in members.items()}
+    recorded = any(member.crc32 for member in members.values() if member.nbytes)
+    return Records(reader, inside, recorded, directory.unlisted)

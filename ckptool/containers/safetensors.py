@@ -1,0 +1,236 @@
+"""safetensors: an 8-byte header length, a JSON header, then the data without gaps.
+
+Source: `safetensors/src/tensor.rs`. The reader is stricter than the library where the library is
+lenient (repeated keys, space before the header). In the writer's order, by dtype and then name,
+entries and data equal those of `safetensors.torch.save_file` byte for byte.
+
+Order and ties have no place in the format. Where they matter they are noted in `__metadata__`
+under `ckptool`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ckptool.containers import _json
+from ckptool.containers._order import NOTE, noted, restored
+from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
+from ckptool.files import planner
+from ckptool.files.copying import Layout
+from ckptool.files.fileio import Reader
+from ckptool.pickles.tree import Node
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.replacing import make_state_dict
+from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
+from ckptool.tensors.tensor import (
+    CompositeTensor,
+    Storage,
+    TensorInfo,
+    contiguous_stride,
+    is_resolvable,
+)
+
+MAX_HEADER = 100_000_000
+
+
+def sniff(head: bytes) -> bool:
+    """Tell whether a file starts with a header length and an opening brace."""
+    if len(head) < 9 or head[8:9] != b"{":
+        return False
+    # Eight bytes of text before a brace are JSON or a template, not the length of a header.
+    return int.from_bytes(head[:8], "little") < 1 << 56
+
+
+def read(reader: Reader) -> Checkpoint:
+    """Read and check the header; the data stays where it is."""
+    size = int.from_bytes(reader.read(0, 8), "little")
+    if size > MAX_HEADER:
+        raise LimitExceeded(f"a header of {size} bytes", path=reader.path, offset=0)
+    if 8 + size > reader.nbytes:
+        raise Malformed(
+            f"the header should have {size} bytes; the file ends before",
+            path=reader.path,
+            offset=8,
+            hint="it is truncated; get it again from where it came",
+        )
+    header = _json.load(reader.read(8, size), "the header", reader.path, 8)
+    metadata = _metadata(reader, header.pop("__metadata__", {}))
+    base = reader.base + 8 + size
+    entries = {key: _tensor(reader, key, said, base) for key, said in header.items()}
+    _refuse_gaps(reader, list(entries.values()), base)
+    entries, notes = restored(entries, metadata.pop(NOTE, None))
+    return Checkpoint(
+        reader.path,
+        "safetensors",
+        make_state_dict(dict(entries), None),
+        reader.nbytes,
+        metadata=metadata,
+        notes=notes,
+    )
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _metadata(reader: Reader, said: Any) -> dict[str, str]:
+    if said is None:
+        return {}
+    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+        raise Malformed("`__metadata__` is not a map of text", path=reader.path, offset=8)
+    if any(_SURROGATE.search(text) for pair in said.items() for text in pair):
+        raise Malformed("`__metadata__` holds half a character", path=reader.path, offset=8)
+    return said
+
+
+def _tensor(reader: Reader, key: str, said: Any, base: int) -> TensorInfo:
+    match said:
+        case {"dtype": str(name), "shape": list(sizes), "data_offsets": [begin, end]}:
+            pass
+        case _:
+            raise Malformed(f"the entry of {key} is damaged", path=reader.path, offset=8)
+    dtype = BY_SAFETENSORS_NAME.get(name)
+    if dtype is None:
+        raise Unsupported(f"{key} has the unknown dtype {name}", path=reader.path, offset=8)
+    numbers = [*sizes, begin, end]
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
+        raise Malformed(f"the entry of {key} has an impossible number", path=reader.path, offset=8)
+    shape = _torch_shape(reader, key, dtype, tuple(sizes))
+    storage = Storage(
+        reader.file, key, base + begin, end - begin, dtype if dtype.storage_class else None
+    )
+    info = TensorInfo(dtype, shape, contiguous_stride(shape), storage)
+    if end < begin or info.nbytes != end - begin or (info.numel * dtype.bits) % 8:
+        raise Malformed(
+            f"{key} should have {info.nbytes} bytes and has {end - begin}",
+            path=reader.path,
+            offset=base + begin,
+        )
+    return info
+
+
+def _torch_shape(reader: Reader, key: str, dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Count pairs of four-bit floats in the last dimension, as torch does."""
+    if dtype is not DType.F4:
+        return shape
+    if not shape or shape[-1] % 2:
+        raise Malformed(f"{key} ends in half a byte", path=reader.path, offset=8)
+    return (*shape[:-1], shape[-1] // 2)
+
+
+def _refuse_gaps(reader: Reader, tensors: list[TensorInfo], base: int) -> None:
+    position = base
+    for storage in sorted((info.storage for info in tensors), key=lambda s: (s.start, s.nbytes)):
+        if storage.start != position:
+            raise Malformed(
+                f"the data of {storage.key} leaves a gap or overlaps",
+                path=reader.path,
+                offset=storage.start,
+            )
+        position += storage.nbytes
+    nbytes = position - reader.base
+    if nbytes != reader.nbytes:
+        raise Malformed(
+            f"the file should have {nbytes} bytes and has {reader.nbytes}",
+            path=reader.path,
+            offset=min(nbytes, reader.nbytes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What safetensors cannot hold as it is: `ties` map a key to the one it is tied to."""
+
+    ties: dict[str, str]
+    unfit: dict[str, str]
+
+
+def left_behind(entries: dict[str, Node], *, untie: bool) -> Left:
+    """Say which entries of a state_dict are tied to others, and which do not fit and why."""
+    views: dict[tuple[object, ...], str] = {}
+    ties, unfit = {}, {}
+    for key, value in entries.items():
+        reason = _unfit(key, value)
+        if reason:
+            unfit[key] = reason
+        elif not untie:
+            first = views.setdefault(value.view, key)
+            if first != key and value.numel:
+                ties[key] = first
+    return Left(ties, unfit)
+
+
+def _unfit(key: str, value: Node) -> str:
+    if isinstance(value, CompositeTensor):
+        return f"a {value.layout} tensor"
+    if not isinstance(value, TensorInfo):
+        return "not a tensor"
+    if not value.dtype.safetensors_name:
+        return f"dtype {value.dtype.torch_name}"
+    if value.lazy and not is_resolvable(value):
+        return f"a pending operation that torch does not do on {value.dtype.torch_name}"
+    if key == "__metadata__":
+        return "its name is taken by the format"
+    if value.dtype is DType.F4 and not value.shape:
+        return "half a byte"
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return ""
+
+
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) -> Layout:
+    """Plan a file with these entries; ties are written once and noted.
+
+    Raises `NotRepresentable` with the keys that do not fit.
+    """
+    left = left_behind(entries, untie=untie)
+    if left.unfit:
+        raise NotRepresentable(
+            f"safetensors cannot hold {len(left.unfit)} of {len(entries)} entries",
+            evidence=[f"{key}   {reason}" for key, reason in list(left.unfit.items())[:20]],
+            option="--tensors-only",
+            hint="leaves them behind",
+        )
+    kept = {key: info for key, info in entries.items() if key not in left.ties}
+    ordered = sorted(kept.items(), key=lambda item: (item[1].dtype.rank, item[0].encode()))
+    metadata = {"format": "pt", **checkpoint.metadata}
+    if left.ties or [key for key, _ in ordered] != list(entries):
+        metadata[NOTE] = noted(list(entries), left.ties)
+    places, nbytes = _places(ordered)
+    text = _header(ordered, places, metadata)
+    base = 8 + len(text)
+    jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
+    return Layout(base + nbytes, jobs, [(0, len(text).to_bytes(8, "little") + text)])
+
+
+def _places(ordered: list[tuple[str, TensorInfo]]) -> tuple[dict[str, int], int]:
+    """Say where in the data each tensor begins, and how much data there is."""
+    places, position = {}, 0
+    for key, info in ordered:
+        places[key] = position
+        position += info.nbytes
+    return places, position
+
+
+def _header(
+    ordered: list[tuple[str, TensorInfo]], places: dict[str, int], metadata: dict[str, str]
+) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    for key, info in ordered:
+        shape = list(info.shape)
+        if info.dtype is DType.F4:
+            shape[-1] *= 2
+        header[key] = {
+            "dtype": info.dtype.safetensors_name,
+            "shape": shape,
+            "data_offsets": [places[key], places[key] + info.nbytes],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise NotRepresentable(f"a header of {len(text)} bytes; safetensors allows {MAX_HEADER}")
+    return text

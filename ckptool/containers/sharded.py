@@ -1,0 +1,338 @@
+"""A sharded set: several checkpoint files, and an index that says which key lies in which.
+
+The index is what transformers and huggingface_hub write (huggingface_hub/serialization/_torch.py,
+`save_torch_state_dict`): `{"metadata": {"total_size": N}, "weight_map": {key: file name}}`. Index
+and shards must agree both ways, so that nothing is lost or taken from the wrong place.
+
+The order of the keys is that of the index, which huggingface_hub writes in the model's order.
+transformers sorts it by name: then it is that of the shards by their number, each in its own
+order. Where that would not give back what was meant, the index notes the order under `ckptool`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ckptool.containers import _json
+from ckptool.containers._order import NOTE, restored
+from ckptool.containers._stand_in import shard_of
+from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malformed, NotACheckpoint
+from ckptool.files.fileio import Reader
+from ckptool.pickles import safety
+from ckptool.pickles.tree import Global, Node, Object
+from ckptool.state.checkpoint import Checkpoint, StateDict, beside, find, text_items
+from ckptool.state.replacing import make_state_dict
+from ckptool.tensors.tensor import TENSORS, TensorInfo
+from ckptool.text import counted, listed
+
+PATTERNS = ("*.index.json", "*.index.*.json")
+MAX_INDEX = 100_000_000
+SHOWN = 8
+_INDEX = re.compile(rb'\s*\{\s*("(metadata|weight_map)"\s*:|.*"weight_map"\s*:)', re.DOTALL)
+_COMPUTED = ("total_size", "total_parameters")  # of the index's metadata, written anew
+
+Read = Callable[[str], Checkpoint]
+
+
+def sniff_safetensors(head: bytes) -> bool:
+    """Tell whether a file starts as the index of safetensors shards."""
+    return bool(_INDEX.match(head)) and b'.safetensors"' in head
+
+
+def sniff_torch(head: bytes) -> bool:
+    """Tell whether a file starts as the index of other shards."""
+    return bool(_INDEX.match(head)) and not sniff_safetensors(head)
+
+
+def read(reader: Reader, read_shard: Read) -> Checkpoint:
+    """Read an index and its shards as one checkpoint; `read_shard` reads a single file.
+
+    Raises `Malformed` where they disagree, and what reading a shard raises.
+    """
+    weight_map, metadata, note = _index(reader)
+    folder = os.path.dirname(reader.file)
+    names = _shard_names(reader, weight_map)
+    _refuse_absent(reader, folder, names)
+    shards: dict[str, Checkpoint] = {}
+    try:
+        for name in names:
+            shards[name] = _shard(read_shard(os.path.join(folder, name)), name)
+        parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
+        entries = _joined(reader, weight_map, parts)
+    except FormatError as error:
+        error.named = {**_globals(shards), **error.named}
+        error.calls = [*_calls(shards), *error.calls]
+        raise
+    entries, notes = restored(entries, note)
+    texts, differing = _texts([shard.metadata for shard in shards.values()], metadata)
+    tree = make_state_dict(entries, _module_metadata(parts.values()))
+    return Checkpoint(
+        reader.path,
+        _container(shards.values()),
+        tree,
+        reader.nbytes + sum(shard.nbytes for shard in shards.values()),
+        globals=_globals(shards),
+        calls=_calls(shards),
+        pickle_name=_pickle_name(shards),
+        byteorder=next((s.byteorder for s in shards.values() if s.byteorder != "little"), "little"),
+        metadata=texts,
+        unread=tuple(_left_behind(shards, parts, metadata)),
+        unread_nbytes=sum(shard.unread_nbytes for shard in shards.values()),
+        records={
+            f"{name}/{record}": storage
+            for name, shard in shards.items()
+            for record, storage in shard.records.items()
+        },
+        unlisted=sum(shard.unlisted for shard in shards.values()),
+        flaws=tuple(f"{n}: {flaw}" for n, shard in shards.items() for flaw in shard.flaws),
+        files=(
+            (reader.file, reader.stamp),
+            *(file for shard in shards.values() for file in shard.files),
+        ),
+        shards=tuple(shards.values()),
+        notes=(
+            *notes,
+            *differing,
+            *(note for shard in shards.values() for note in shard.notes),
+            *_size_notes(metadata.get("total_size"), entries),
+            *_strangers(folder, names),
+        ),
+    )
+
+
+# The index.
+
+
+def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
+    """Give the weight map, the metadata and the note of an index."""
+    if reader.nbytes > MAX_INDEX:
+        raise LimitExceeded(f"an index of {reader.nbytes} bytes", path=reader.path)
+    said = _json.load(reader.read(0, reader.nbytes), "the index", reader.path)
+    weight_map, metadata = said.get("weight_map"), said.get("metadata") or {}
+    if weight_map is None:
+        raise NotACheckpoint(
+            f"{reader.path} is a JSON text without a `weight_map`: no index of shards",
+            path=reader.path,
+        )
+    if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
+        raise Malformed("the index is no map of keys to shards", path=reader.path)
+    note = said.get(NOTE)
+    return weight_map, metadata, note if isinstance(note, str) else None
+
+
+def _shard_names(reader: Reader, weight_map: Mapping[str, Any]) -> list[str]:
+    """List the shards by their number, then name; refuse names that lead out of the folder."""
+    names = set()
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not _stays_inside(name):
+            what = f"the index puts {key} into {str(name)[:80]!r}: no name of a file beside it"
+            raise Malformed(what, path=reader.path)
+        names.add(name)
+    if not names:
+        raise Malformed("the index names no shards", path=reader.path)
+    return sorted(names, key=_numbers)
+
+
+def _stays_inside(name: str) -> bool:
+    """Tell whether a name is a relative path without detours, on any system."""
+    steps = name.split("/")
+    return not re.search(r"[\x00-\x1f\\:]", name) and not {"", ".", ".."} & set(steps)
+
+
+def _numbers(name: str) -> list[tuple[int, str]]:
+    """Order names by the numbers in them: shard 10 comes after shard 9."""
+    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d{0,18})", name)]
+
+
+def _refuse_absent(reader: Reader, folder: str, names: Sequence[str]) -> None:
+    absent = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if absent:
+        raise Malformed(
+            f"{len(absent)} of {counted(len(names), 'shard')} that the index names are not there",
+            path=reader.path,
+            evidence=absent[:SHOWN],
+            hint="get them from where the index came",
+        )
+
+
+def _strangers(folder: str, names: Sequence[str]) -> list[str]:
+    """Note files beside the index that look like its shards, and that it does not name."""
+    wholes = {shard[0] for name in names if (shard := shard_of(name))}
+    known = set(names)
+    here = sorted(os.listdir(folder or "."))
+    others = [
+        name
+        for name in here
+        if name not in known and (shard := shard_of(name)) and shard[0] in wholes
+    ]
+    return [f"not named by the index, and not read: {listed(others)}"] if others else []
+
+
+# The shards.
+
+
+def _shard(shard: Checkpoint, name: str) -> Checkpoint:
+    pickle_name = f"{name}: {shard.pickle_name}" if shard.pickle_name else ""
+    notes = tuple(f"{name}: {note}" for note in shard.notes)
+    return replace(shard, pickle_name=pickle_name, notes=notes)
+
+
+def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> StateDict:
+    """Give the state_dict of a shard: its top where keys of the index stand there."""
+    top = text_items(shard.tree)
+    if top is not None and any(weight_map.get(key) == name for key, _ in top):
+        return find(shard, ".") if _holds_tensors(top) else StateDict((), dict(top))
+    try:
+        return find(shard)
+    except AmbiguousStateDict as error:
+        what = f"{name} holds none of the keys that the index puts there"
+        raise Malformed(what, evidence=error.evidence) from None
+
+
+def _holds_tensors(pairs: Iterable[tuple[str, Node]]) -> bool:
+    return any(isinstance(value, TENSORS) for _, value in pairs)
+
+
+def _joined(
+    reader: Reader, weight_map: Mapping[str, str], parts: Mapping[str, StateDict]
+) -> dict[str, Node]:
+    """Join the entries of all shards; each key must be where the index says, and there alone."""
+    promised: dict[str, list[str]] = {name: [] for name in parts}
+    for key, name in weight_map.items():
+        promised[name].append(key)
+    entries: dict[str, Node] = {}
+    for name, part in parts.items():
+        _refuse_absent_keys(reader, name, part, promised[name])
+        _refuse_other_keys(reader, name, part, weight_map)
+        entries.update(part.entries)
+    return {key: entries[key] for key in ordered(weight_map, list(entries))}
+
+
+def ordered(listed: Iterable[str], held: Sequence[str]) -> list[str]:
+    """Order keys as an index lists them, or as the shards hold them if that is by name.
+
+    What the index does not list, ties that a shard notes, comes last.
+    """
+    keys = list(listed)
+    if keys == sorted(keys):
+        return list(held)
+    return list(dict.fromkeys([*keys, *held]))
+
+
+def _refuse_absent_keys(
+    reader: Reader, name: str, part: StateDict, promised: Sequence[str]
+) -> None:
+    absent = [key for key in promised if key not in part.entries]
+    if absent:
+        what = f"{name} lacks {counted(len(absent), 'key')} that the index puts there"
+        _disagree(reader, what, absent)
+
+
+def _refuse_other_keys(
+    reader: Reader, name: str, part: StateDict, weight_map: Mapping[str, str]
+) -> None:
+    """Refuse keys in a shard that the index puts elsewhere or does not name.
+
+    A tie that the shard notes is not named: its bytes are, under the key it is tied to.
+    """
+    here = [value for key, value in part.entries.items() if weight_map.get(key) == name]
+    views = {value.view for value in here if isinstance(value, TensorInfo)}
+    twice, extra = [], []
+    for key, value in part.entries.items():
+        if key in weight_map:
+            twice += [key] if weight_map[key] != name else []
+        elif not isinstance(value, TensorInfo) or value.view not in views:
+            extra.append(key)
+    if twice:
+        what = f"{name} holds {counted(len(twice), 'key')} that the index puts into another shard"
+        _disagree(reader, what, twice)
+    if extra:
+        what = f"{name} holds {counted(len(extra), 'key')} that the index does not name"
+        _disagree(reader, what, extra)
+
+
+def _disagree(reader: Reader, what: str, keys: Sequence[str]) -> None:
+    raise Malformed(
+        what,
+        path=reader.path,
+        evidence=keys[:SHOWN],
+        hint="index and shards are not of one set; get all of them from one place",
+    )
+
+
+# What is beside the entries.
+
+
+def _container(shards: Iterable[Checkpoint]) -> str:
+    plain = all(shard.container == "safetensors" for shard in shards)
+    return "safetensors-sharded" if plain else "torch-sharded"
+
+
+def _globals(shards: Mapping[str, Checkpoint]) -> dict[Global, int]:
+    return {name: at for shard in shards.values() for name, at in shard.globals.items()}
+
+
+def _calls(shards: Mapping[str, Checkpoint]) -> list[Object]:
+    return [call for shard in shards.values() for call in shard.calls]
+
+
+def _pickle_name(shards: Mapping[str, Checkpoint]) -> str:
+    """Name the shards that would run code when loaded, or all, if there is a pickle in them."""
+    pickles = [name for name, shard in shards.items() if shard.pickle_name]
+    dangerous = [name for name in pickles if safety.judge(shards[name].globals).dangerous]
+    return listed(dangerous or pickles, 3)
+
+
+def _module_metadata(parts: Iterable[StateDict]) -> Node:
+    """Join the `_metadata` of the shards; each may hold all of it, or its own modules alone."""
+    joined: dict[str, Node] = {}
+    for part in parts:
+        for path, entry in text_items(part.metadata) or []:
+            joined.setdefault(path, entry)
+    return make_state_dict(joined, None) if joined else None
+
+
+def _texts(
+    shards: Iterable[Mapping[str, str]], index: Mapping[str, Any]
+) -> tuple[dict[str, str], list[str]]:
+    """Join the metadata of the shards, and the texts in that of the index."""
+    joined: dict[str, str] = {}
+    differing: dict[str, None] = {}
+    of_index = {name: text for name, text in index.items() if isinstance(text, str)}
+    for texts in (*shards, of_index):
+        for name, text in texts.items():
+            if joined.setdefault(name, text) != text:
+                differing[name] = None
+    notes = [f"the shards differ in their metadata; kept of the first: {listed(differing)}"]
+    return joined, notes if differing else []
+
+
+def _left_behind(
+    shards: Mapping[str, Checkpoint], parts: Mapping[str, StateDict], index: Mapping[str, Any]
+) -> list[str]:
+    """Name what stands in the shards beside their entries, and what else the index says."""
+    left = [
+        f"{name}: {what}"
+        for name, shard in shards.items()
+        for what in (*beside(shard.tree, parts[name].at), *shard.unread)
+    ]
+    more = [name for name, value in index.items() if not isinstance(value, str)]
+    return left + [f"{name} of the index" for name in more if name not in _COMPUTED]
+
+
+def _size_notes(said: Any, entries: Mapping[str, Node]) -> list[str]:
+    """Note a total size that fits neither all tensors nor those that are not tied."""
+    tensors = [value for value in entries.values() if isinstance(value, TENSORS)]
+    every = sum(value.nbytes for value in tensors)
+    single = {value.view: value.nbytes for value in tensors if isinstance(value, TensorInfo)}
+    stored = {
+        value.storage: value.storage.nbytes for value in tensors if isinstance(value, TensorInfo)
+    }
+    sizes = (every, sum(single.values()), sum(stored.values()))
+    if said is None or said in sizes:
+        return []
+    return [f"the index speaks of {str(said)[:20]} bytes in all, the shards hold {every}"]

@@ -1,0 +1,143 @@
+"""Legacy torch files: what `torch.save` wrote before torch 1.6, and still does on request.
+
+Five pickles in a row (magic number, protocol version, system info, the object, the sorted storage
+keys), then for each key an 8-byte element count and the raw bytes, little-endian on any machine
+(torch/serialization.py, `_legacy_save` and `_legacy_load`; torch/csrc/serialization.cpp,
+`THPStorage_writeFileRaw`). Read only: what is written is a torch zip.
+"""
+
+from __future__ import annotations
+
+from ckptool.errors import CkptoolError, FormatError, Malformed
+from ckptool.files.fileio import Reader
+from ckptool.pickles import pickle_reader
+from ckptool.pickles.pickle_reader import Ended, Pickle, Vocabulary
+from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
+from ckptool.pickles.tree import LongInteger
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.tensor import Storage
+
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL_VERSION = 1001
+FIRST_WINDOW = 1 << 20
+
+
+def sniff(head: bytes) -> bool:
+    """Tell whether a file starts with the pickle of the magic number, of any protocol."""
+    try:
+        return _number(pickle_reader.load(head[:64]).tree) == MAGIC
+    except CkptoolError:
+        return False
+
+
+def _number(node: object) -> object:
+    if isinstance(node, LongInteger):
+        return int.from_bytes(node.data, "little", signed=True)
+    return node
+
+
+def read(reader: Reader) -> Checkpoint:
+    """Read the five pickles and the counts before the storages."""
+    window = _Window(reader)
+    magic = window.load(0)
+    version = window.load(magic.end)
+    if version.tree != PROTOCOL_VERSION:
+        raise Malformed(
+            f"a legacy torch file of protocol version {version.tree!r}"[:100],
+            path=reader.path,
+            offset=magic.end,
+        )
+    system = window.load(version.end)
+    at = system.end
+    # The pickle says which storages there are, the list behind it where they lie: the first
+    # reading collects what the second needs.
+    said: dict[str, StorageId] = {}
+
+    def note(storage: StorageId) -> Storage:
+        said[storage.key] = storage
+        return _storage(reader, storage, 0)
+
+    first = window.load(at, TorchVocabulary(note))
+    try:
+        keys = window.load(first.end)
+        places, end = _places(reader, said, keys)
+    except FormatError as error:
+        error.named, error.calls = {**error.named, **first.globals}, first.calls + error.calls
+        raise
+
+    def find_storage(storage: StorageId) -> Storage:
+        return _storage(reader, storage, places[storage.key])
+
+    parsed = window.load(at, TorchVocabulary(find_storage))
+    others = (magic, version, system, keys)  # loading runs what they call, too
+    return Checkpoint(
+        reader.path,
+        "torch-legacy",
+        parsed.tree,
+        reader.nbytes,
+        globals=parsed.globals | {name: at for each in others for name, at in each.globals.items()},
+        calls=[*parsed.calls, *(call for each in others for call in each.calls)],
+        pickle_name="the pickle",
+        generation="torch before 1.6, or newer on request",
+        protocol=parsed.protocol,
+        unread_nbytes=reader.nbytes - end,
+        unread=("what stands behind the storages",) if end < reader.nbytes else (),
+    )
+
+
+def _storage(reader: Reader, said: StorageId, start: int) -> Storage:
+    start += reader.base
+    return Storage(reader.file, said.key, start, said.nbytes, said.dtype, said.location)
+
+
+def _places(reader: Reader, said: dict[str, StorageId], keys: Pickle) -> tuple[dict[str, int], int]:
+    """Find where each storage starts and where the last one ends; check every count."""
+    listed = keys.tree
+    if not isinstance(listed, list) or not all(isinstance(key, str | int) for key in listed):
+        raise Malformed("the list of storage keys is damaged", path=reader.path)
+    names = [str(key) for key in listed]
+    if len(set(names)) != len(names) or set(names) != set(said):
+        raise Malformed(
+            "the storages in the pickle and those behind it are not the same",
+            path=reader.path,
+            offset=keys.end,
+        )
+    position = keys.end
+    places = {}
+    for name in names:
+        count = int.from_bytes(reader.read(position, 8), "little", signed=True)
+        if count != said[name].numel:
+            raise Malformed(
+                f"storage {name} should have {said[name].numel} elements and has {count}",
+                path=reader.path,
+                offset=position,
+            )
+        places[name] = position + 8
+        position += 8 + said[name].nbytes
+    if position > reader.nbytes:
+        raise Malformed(
+            f"the file should have {position} bytes and has {reader.nbytes}",
+            path=reader.path,
+            offset=reader.nbytes,
+            hint="it is truncated; get it again from where it came",
+        )
+    return places, position
+
+
+class _Window:
+    """The front of a file, read further as the pickles in it turn out to be longer."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._data = reader.read(0, min(FIRST_WINDOW, reader.nbytes))
+
+    def load(self, start: int, vocabulary: Vocabulary | None = None) -> Pickle:
+        """Parse the pickle at `start`."""
+        while True:
+            try:
+                return pickle_reader.load(self._data, start, vocabulary)
+            except Ended:
+                if len(self._data) == self._reader.nbytes:
+                    raise
+                wanted = min(4 * len(self._data), self._reader.nbytes)
+                self._data += self._reader.read(len(self._data), wanted - len(self._data))

@@ -1,0 +1,126 @@
+"""torch zip: what `torch.save` writes since torch 1.6.
+
+A stored zip archive with `<root>/data.pkl`, a record `<root>/data/<key>` for each storage,
+`<root>/byteorder` and `<root>/version`; storages are aligned to 64 bytes by padding in the extra
+field of their local headers, which `mmap=True` relies on (caffe2/serialize/inline_container.cc).
+
+Written is a layout of our own, with sizes and checksums in the local headers. `.format_version`
+is left out on purpose: with it, `torch.load(mmap=True)` under `calculate_storage_offsets` would
+compute offsets from the exact layout of torch's own writer (torch/serialization.py, `_load`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+
+from ckptool.containers._records import Records, read_records
+from ckptool.errors import NotRepresentable
+from ckptool.files import zips
+from ckptool.files.copying import Copy, Job, Layout
+from ckptool.files.fileio import Reader
+from ckptool.pickles import pickle_writer
+from ckptool.pickles.torch_objects import Lowering, StorageId
+from ckptool.pickles.tree import Node
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.tensor import Storage
+
+ALIGNMENT = 64
+ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
+
+
+def sniff(head: bytes) -> bool:
+    """Tell whether a file starts as a zip archive."""
+    return head.startswith(b"PK\3\4")
+
+
+def read(reader: Reader) -> Checkpoint | None:
+    """Read the directory and the pickle; the storages stay where they are.
+
+    Gives None for an archive that torch.save did not write, a TorchScript one too.
+    """
+    records = read_records(reader, "data.pkl")
+    if records is None or "constants.pkl" in records.members:
+        return None
+    byteorder = records.byteorder()
+
+    def find_storage(said: StorageId) -> Storage:
+        return records.storage(said, f"data/{said.key}", byteorder)
+
+    parsed = records.load("data.pkl", find_storage)
+    members = records.members
+    known = {*records.used, *_CARRIED_ANEW}
+    unread = [name for name in members if name not in known]
+    return Checkpoint(
+        reader.path,
+        "torch-zip",
+        parsed.tree,
+        reader.nbytes,
+        globals=parsed.globals,
+        calls=parsed.calls,
+        pickle_name="data.pkl",
+        byteorder=byteorder,
+        generation=_generation(records),
+        protocol=parsed.protocol,
+        unread=tuple(unread),
+        unread_nbytes=sum(members[name].packed_nbytes for name in unread),
+        records=records.described(),
+        unlisted=records.unlisted,
+        flaws=() if "version" in members else ("there is no `version` record; torch demands one",),
+    )
+
+
+_CARRIED_ANEW = (
+    "data.pkl",
+    "byteorder",
+    "version",
+    ".format_version",
+    ".storage_alignment",
+    ".data/serialization_id",
+)
+
+
+def _generation(records: Records) -> str:
+    if ".format_version" in records.members:
+        return "torch 2.7 or newer"
+    if "byteorder" in records.members:
+        return "torch 2.1 or newer"
+    return "torch 1.6 to 2.0, or another writer"
+
+
+def lay_out(tree: Node, job: Callable[[Storage, int], Job] = Copy) -> Layout:
+    """Plan an archive that holds a tree and the storages that it uses.
+
+    `job` returns what writes the bytes of a storage to a place in the archive.
+    """
+    lowering = Lowering()
+    pickled = pickle_writer.dump(tree, lowering)
+    orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
+    if len(orders) > 1:
+        raise NotRepresentable("tensors of two byte orders have no place in one torch file")
+    byteorder = orders.pop() if orders else "little"
+    small = [("data.pkl", pickled), ("byteorder", byteorder.encode())]
+    before = [_record(name, data) for name, data in small]
+    after = [_record("version", b"3\n")]
+    stored = [
+        zips.Record(f"{ROOT}/data/{key}", storage.nbytes)
+        for storage, key in lowering.storages.items()
+    ]
+    records = [*before, *stored, *after]
+    directory, nbytes = zips.lay_out(records, ALIGNMENT)
+    jobs = [
+        job(storage, record.start)
+        for storage, record in zip(lowering.storages, stored, strict=True)
+    ]
+
+    def finish() -> Iterable[tuple[int, bytes]]:
+        for done, record in zip(jobs, stored, strict=True):
+            record.crc32 = done.crc32
+        return zips.headers(records, directory)
+
+    literals = [(record.start, record.data or b"") for record in (*before, *after)]
+    return Layout(nbytes, list(jobs), literals, finish)
+
+
+def _record(name: str, data: bytes) -> zips.Record:
+    return zips.Record(f"{ROOT}/{name}", len(data), data, zlib.crc32(data))

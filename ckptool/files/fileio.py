@@ -1,0 +1,292 @@
+"""Bytes on disk: positioned reads and writes, and what is stored deflated."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import copy
+from typing import TYPE_CHECKING
+
+from ckptool.errors import (
+    Malformed,
+    NoSuchFile,
+    NotACheckpoint,
+)
+from ckptool.tensors.chunks import pieces, place, read_elements
+from ckptool.tensors.tensor import Packing, Storage
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+CHUNK = 1 << 19  # fits the second-level cache of a core, with what the kernel needs of it
+
+Stamp = tuple[int, int, int]  # which file it is, its size, and when it was written to
+
+
+class Reader:
+    """A file open for positioned reads; safe to share between threads.
+
+    `path` is what it is called in messages and `file` what is opened. A part of a file has its
+    own `base` in it: positions count from there, those of a `Storage` from the file's start.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = self.file = str(path)
+        self.base = 0
+        self._lock = threading.Lock()
+        self._fd = _open_regular(self.path)
+        self.stamp = _stamp(os.fstat(self._fd))
+        self.nbytes = self.stamp[1]
+
+    def part(self, start: int, nbytes: int, path: str) -> Reader:
+        """Give a reader of `nbytes` from `start`; it shares the open file and is not closed."""
+        if min(start, nbytes) < 0 or start + nbytes > self.nbytes:
+            raise Malformed("the file ends too early", path=self.path, offset=self.nbytes)
+        part = copy(self)
+        part.path, part.base, part.nbytes = path, self.base + start, nbytes
+        return part
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Read exactly `nbytes` from `start`; raises `Malformed` where the file ends before."""
+        if start + nbytes > self.nbytes:
+            raise Malformed("the file ends too early", path=self.path, offset=self.nbytes)
+        data = bytearray(nbytes)
+        self.read_into(memoryview(data), start)
+        return bytes(data)
+
+    def read_into(self, view: memoryview[int], start: int) -> None:
+        """Fill `view` from `start`."""
+        done = 0
+        while done < len(view):
+            count = self._read_once(view[done:], self.base + start + done)
+            if count == 0:
+                raise Malformed(
+                    "the file became shorter while it was read", path=self.path, offset=start + done
+                )
+            done += count
+
+    def _read_once(self, view: memoryview[int], start: int) -> int:
+        try:
+            return self._read_at(view, start)
+        except OSError as error:
+            what = f"{self.path} cannot be read: {reason(error)}"
+            raise Malformed(what, path=self.path, offset=start) from error
+
+    def _read_at(self, view: memoryview[int], start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [view], start)
+        with self._lock:  # Windows
+            os.lseek(self._fd, start, os.SEEK_SET)
+            data = os.read(self._fd, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def refuse_change(self) -> None:
+        """Raise `Malformed` if the file was written to since it was opened."""
+        if _stamp(os.fstat(self._fd)) != self.stamp:
+            raise Malformed(f"{self.path} was changed while it was read", path=self.path)
+
+    def close(self) -> None:
+        """Close the file; nothing can be lost by that, whatever the system says."""
+        with suppress(OSError):
+            os.close(self._fd)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def refuse_changed(path: str, stamp: Stamp) -> None:
+    """Raise `Malformed` if there is another file now, or the file was written to."""
+    try:
+        changed = _stamp(os.stat(path)) != stamp
+    except OSError:
+        changed = True
+    if changed:
+        raise Malformed(f"{path} was changed while it was read", path=path)
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _open_regular(path: str) -> int:
+    """Open a regular file; a pipe, a socket or a device would block or never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if path.lower().startswith(("http://", "https://")):
+            hint = f"ckptool download {path}"
+            raise NoSuchFile(f"{path} is a URL; a file is needed", hint=hint) from None
+        raise NoSuchFile(f"{path} does not exist", path=path) from None
+    except (OSError, ValueError) as error:
+        raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None
+    if stat.S_ISDIR(mode):
+        raise NotACheckpoint(f"{path} is a folder", path=path)
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "device")
+        raise NotACheckpoint(f"{path} is a {kind}, not a file", path=path)
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        many = error.errno in (errno.EMFILE, errno.ENFILE)
+        hint = "ulimit -n 65536   lets it have all files of a checkpoint open" if many else ""
+        what = f"{path} cannot be opened: {reason(error)}"
+        raise NoSuchFile(what, path=path, hint=hint) from None
+
+
+def spelled_like(path: str) -> str:
+    """Ask whether a file spelled like a missing one was meant; an empty text where none is."""
+    from difflib import get_close_matches
+
+    folder, name = os.path.split(path)
+    with suppress(OSError, ValueError):
+        close = get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.7)
+        if close and close[0] != name:
+            return f"did you mean {os.path.join(folder, close[0])}?"
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """Give the system's words for an error."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def unpacked(storage: Storage, reader: Reader) -> Iterator[bytes]:
+    """Yield the bytes of a deflated storage; never more than it declares."""
+    inflater = zlib.decompressobj(-15)
+    left, position, end = storage.nbytes, storage.start, storage.start + storage.packed_nbytes
+    while left > 0:
+        packed = inflater.unconsumed_tail
+        if not packed and position < end:
+            packed = reader.read(position, min(CHUNK, end - position))
+            position += len(packed)
+        try:
+            data = inflater.decompress(packed, min(left, CHUNK))
+        except zlib.error:
+            data = b""
+        if not data and (inflater.eof or position >= end or not packed):
+            raise Malformed(
+                f"{storage.path}: the deflated record of storage {storage.key} is damaged",
+                path=storage.path,
+                offset=storage.start,
+            )
+        left -= len(data)
+        if data:
+            yield data
+    if inflater.decompress(inflater.unconsumed_tail, 1):
+        raise Malformed(
+            f"{storage.path}: the deflated record of storage {storage.key} is longer than declared",
+            path=storage.path,
+            offset=storage.start,
+        )
+
+
+class Readers:
+    """The open files of a run, by path."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Reader] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, path: str) -> Reader:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = Reader(path)
+            return self._open[path]
+
+    def close(self) -> None:
+        """Close all files, after a last look whether one was changed meanwhile."""
+        try:
+            for reader in self._open.values():
+                reader.refuse_change()
+        finally:
+            for reader in self._open.values():
+                reader.close()
+
+
+Part = tuple[int, int, int, int]  # of a chunk: its index, the first byte, how many, their CRC-32
+
+
+def fill(view: memoryview[int], storage: Storage, start: int, readers: Readers) -> list[Part]:
+    """Fill `view` from `start` in a storage that is not deflated; a chunked one is assembled.
+
+    `start` and the length are whole elements of a chunked storage. Gives the parts of its chunks
+    that were read, whose checksums together are those of the chunks.
+    """
+    chunked = storage.chunked
+    if chunked is None:
+        readers[storage.path].read_into(view, storage.start + start)
+        return []
+    first, count = start // chunked.itemsize, len(view) // chunked.itemsize
+    parts = []
+    for piece in pieces(chunked, first, count):
+        source = piece.chunk.source
+        read = _plain_read(source.storage, readers)
+        data = read_elements(source, piece.first, piece.count, read)
+        place(chunked, piece, data, first, view)
+        begin = (source.storage_offset + piece.first) * chunked.itemsize
+        parts.append((piece.index, begin, len(data), zlib.crc32(data)))
+    return parts
+
+
+def _plain_read(storage: Storage, readers: Readers) -> Callable[[int, int], bytes]:
+    reader = readers[storage.path]
+    return lambda start, nbytes: reader.read(storage.start + start, nbytes)
+
+
+@contextmanager
+def seekable(storage: Storage, readers: Readers) -> Iterator[Callable[[int, int], bytes]]:
+    """Give a function that reads `(start, nbytes)` of a storage; a deflated one is spooled."""
+    if storage.packing is Packing.PLAIN:
+        yield _plain_read(storage, readers)
+        return
+    if storage.packing is Packing.CHUNKED:
+
+        def assembled(start: int, nbytes: int) -> bytes:
+            data = bytearray(nbytes)
+            fill(memoryview(data), storage, start, readers)
+            return bytes(data)
+
+        yield assembled
+        return
+    reader = readers[storage.path]
+    from tempfile import TemporaryFile
+
+    with TemporaryFile() as spool:
+        for data in unpacked(storage, reader):
+            spool.write(data)
+
+        def fetch(start: int, nbytes: int) -> bytes:
+            spool.seek(start)
+            return spool.read(nbytes)
+
+        yield fetch
+
+
+def write_at(target: int, view: memoryview[int] | bytes, position: int) -> None:
+    """Write all of `view` at `position`."""
+    view = memoryview(view)
+    while view:
+        count = _write_once(target, view, position)
+        view = view[count:]
+        position += count
+
+
+_write_lock = threading.Lock()
+
+
+def _write_once(target: int, view: memoryview[int], position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(target, view, position)
+    with _write_lock:  # Windows
+        os.lseek(target, position, os.SEEK_SET)
+        return os.write(target, view)

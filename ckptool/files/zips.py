@@ -1,0 +1,437 @@
+"""The zip container below torch's: a strict reader of the directory and the layout of an output.
+
+Source: PKWARE's APPNOTE.TXT 6.3. The central directory is what counts; a local header may leave
+its sizes and checksum zero for a data descriptor to hold, as torch's writer does (flag 0x0008),
+but where it says more it must say the same. torch looks records up without regard to case, so
+names that differ only in case are refused.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.files.fileio import CHUNK, Reader, unpacked
+from ckptool.tensors.tensor import Packing, Storage
+
+MAX_MEMBERS = 1_000_000
+STORED, DEFLATED = 0, 8
+
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR = struct.Struct("<4sLQL")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_MAX_COMMENT = 0xFFFF
+_BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
+_ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
+_PATCHED = 0x0020
+_DESCRIPTOR = 0x0008
+_FOLDER = 0x10  # of MS-DOS: miniz, and so torch, reads no byte of such a record, whoever wrote it
+_VOLUMES = "an archive in several volumes"
+_LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One record of an archive; `start` is where its packed bytes begin."""
+
+    name: str
+    method: int
+    crc32: int
+    packed_nbytes: int
+    nbytes: int
+    header: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The records of an archive by name, and how many of its bytes belong to none of them."""
+
+    members: dict[str, Member]
+    unlisted: int
+
+
+def read_directory(reader: Reader) -> Directory:
+    """Read the central directory and check it against every local header.
+
+    Raises `Malformed`, `Unsupported` or `LimitExceeded` with the offset of what is wrong.
+    """
+    offset, nbytes, count = _find_directory(reader)
+    if count > MAX_MEMBERS:
+        raise LimitExceeded(f"an archive of {count} records", path=reader.path, offset=offset)
+    data = reader.read(offset, nbytes)
+    found = list(_central_entries(reader, data, offset))
+    if len(found) != count:
+        raise Malformed(
+            f"the archive lists {len(found)} records and counts {count}",
+            path=reader.path,
+            offset=offset,
+        )
+    unlisted = _unlisted(reader, found, offset)
+    members = [member for member in found if not member.name.endswith("/")]
+    _refuse_odd_names(reader, members)
+    return Directory({member.name: member for member in members}, unlisted)
+
+
+def _find_directory(reader: Reader) -> tuple[int, int, int]:
+    """Give offset, size and entry count of the central directory."""
+    tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
+    data = reader.read(reader.nbytes - tail, tail)
+    # The last one with room behind it, as miniz takes it: an earlier one must not be believed.
+    at = data.rfind(b"PK\5\6", 0, len(data) - _END.size + 4)
+    if at >= 0:
+        fields = _END.unpack_from(data, at)
+        if at + _END.size + fields[-1] == len(data):
+            return _directory_of(reader, fields, reader.nbytes - tail + at)
+    raise Malformed(
+        "the zip archive has no end record; the file is truncated or not whole",
+        path=reader.path,
+        offset=reader.nbytes,
+        hint="get the file again from where it came, and compare its size",
+    )
+
+
+def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple[int, int, int]:
+    _, disk, directory_disk, here, count, nbytes, offset, _ = fields
+    stop = end_at
+    if end_at >= _LOCATOR.size + _END64.size:
+        locator = reader.read(end_at - _LOCATOR.size, _LOCATOR.size)
+        if locator[:4] == b"PK\6\7":
+            _, located_disk, stop, disks = _LOCATOR.unpack(locator)
+            if located_disk or disks > 1:
+                raise Unsupported(_VOLUMES, path=reader.path, offset=end_at - _LOCATOR.size)
+            if stop + _END64.size + _LOCATOR.size != end_at:
+                _refuse_shifted(reader, stop, end_at)
+            signature, _, _, _, disk, directory_disk, here, *large = _END64.unpack(
+                reader.read(stop, _END64.size)
+            )
+            if signature != b"PK\6\6":
+                _fail(reader, "the zip64 end record is damaged", stop)
+            small = (
+                (count, large[0], _BIG16),
+                (nbytes, large[1], _BIG32),
+                (offset, large[2], _BIG32),
+            )
+            if any(short not in (long, big) for short, long, big in small):
+                _fail(reader, "the two end records of the archive disagree", stop)
+            count, nbytes, offset = large
+    if disk or directory_disk or here != count:
+        raise Unsupported(_VOLUMES, path=reader.path, offset=end_at)
+    if offset + nbytes != stop:
+        _fail(reader, "the archive's directory does not end where its end record starts", stop)
+    return offset, nbytes, count
+
+
+def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> None:
+    """Refuse an end record in the wrong place; say where archives lie one behind another."""
+    here = end_at - _LOCATOR.size - _END64.size
+    moved = here - stop  # where the last of several archives starts
+    if moved > 0 and reader.read(here, 4) == b"PK\6\6" and reader.read(moved, 4) == b"PK\3\4":
+        raise Unsupported(
+            "zip archives one behind another, as in a shard (.distcp) of a distributed checkpoint",
+            path=reader.path,
+            offset=here,
+            hint="give the folder that it lies in, with its .metadata",
+        )
+    _fail(reader, "the zip64 end record is not where it should be", end_at)
+
+
+def _fail(reader: Reader, what: str, offset: int) -> None:
+    raise Malformed(what, path=reader.path, offset=offset)
+
+
+def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]:
+    position = 0
+    while position < len(data):
+        if len(data) - position < _CENTRAL.size:
+            _fail(reader, "the archive's directory is cut off", base + position)
+        fields = _CENTRAL.unpack_from(data, position)
+        (
+            signature,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc32,
+            packed,
+            nbytes,
+            name_size,
+            extra_size,
+            comment_size,
+            disk,
+            _,
+            attributes,
+            header,
+        ) = fields
+        name_at = position + _CENTRAL.size
+        extra_at = name_at + name_size
+        if signature != b"PK\1\2" or extra_at + extra_size + comment_size > len(data):
+            _fail(reader, "an entry of the archive's directory is damaged", base + position)
+        if _BIG32 in (packed, nbytes, header):
+            extra = data[extra_at : extra_at + extra_size]
+            nbytes, packed, header = _wide(reader, extra, (nbytes, packed, header), base + position)
+        name = _text(data[name_at:extra_at])
+        if disk > 1:  # torch takes 1 for 0 (miniz, `mz_zip_reader_read_central_dir`)
+            _fail(reader, f"record {name} lies in another part of the archive", base + position)
+        if attributes & _FOLDER and nbytes:
+            _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
+        start = _data_start(
+            reader, data[name_at:extra_at], flags, method, (crc32, packed, nbytes), header
+        )
+        yield Member(name, method, crc32, packed, nbytes, header, start)
+        position = extra_at + extra_size + comment_size
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        return name.decode("cp437")
+
+
+def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) -> tuple[int, ...]:
+    """Take the 64-bit numbers of the zip64 extra field for those that do not fit 32 bits."""
+    position = 0
+    while position + 4 <= len(extra):
+        tag, size = struct.unpack_from("<HH", extra, position)
+        field_data = extra[position + 4 : position + 4 + size]
+        if tag == 1:
+            wide = [
+                value
+                for (value,) in struct.iter_unpack("<Q", field_data[: len(field_data) // 8 * 8])
+            ]
+            if len(wide) < values.count(_BIG32):
+                break
+            return tuple(wide.pop(0) if value == _BIG32 else value for value in values)
+        position += 4 + size
+    raise Malformed("a zip64 entry without its sizes", path=reader.path, offset=offset)
+
+
+def _data_start(
+    reader: Reader,
+    name: bytes,
+    flags: int,
+    method: int,
+    central: tuple[int, int, int],
+    header: int,
+) -> int:
+    """Read a local header, refuse it where it disagrees, and say where the data starts."""
+    if flags & (_ENCRYPTED | _PATCHED):
+        raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
+    if method not in (STORED, DEFLATED):
+        raise Unsupported(f"record {_text(name)} has compression method {method}", path=reader.path)
+    if header + _LOCAL.size + len(name) > reader.nbytes:
+        _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
+    data = reader.read(header, _LOCAL.size + len(name))
+    signature, _, here_flags, here_method, _, _, *sizes, name_size, extra_size = _LOCAL.unpack_from(
+        data
+    )
+    if signature != b"PK\3\4" or name_size != len(name) or data[_LOCAL.size :] != name:
+        _fail(reader, f"the header of record {_text(name)} is not where the directory says", header)
+    if (
+        here_method != method
+        or here_flags & (_ENCRYPTED | _PATCHED)
+        or not _sizes_agree(sizes, central, deferred=bool(here_flags & _DESCRIPTOR))
+    ):
+        _fail(reader, f"the two headers of record {_text(name)} disagree", header)
+    if method == STORED and central[1] != central[2]:
+        _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
+    return int(header + _LOCAL.size + name_size + extra_size)
+
+
+def _sizes_agree(local: Sequence[int], central: Sequence[int], *, deferred: bool) -> bool:
+    """Compare CRC and sizes; a local header may defer them, or leave sizes to its zip64 field."""
+    if tuple(local) == central or (deferred and not any(local)):
+        return True
+    return all(
+        here in (there, unknown) or (here == 0 and deferred)
+        for here, there, unknown in zip(local, central, (0, _BIG32, _BIG32), strict=True)
+    )
+
+
+def _unlisted(reader: Reader, members: Sequence[Member], directory: int) -> int:
+    """Refuse records that overlap; count the bytes between them that are no data descriptor."""
+    end, before, unlisted = 0, "", 0
+    for member in sorted(members, key=lambda member: member.header):
+        if member.header < end:
+            _fail(reader, f"records {before} and {member.name} overlap", member.header)
+        unlisted += _beyond_descriptor(member.header - end, before)
+        end, before = member.start + member.packed_nbytes, member.name
+    if end > directory:
+        _fail(reader, f"record {before} reaches into the archive's directory", directory)
+    return unlisted + _beyond_descriptor(directory - end, before)
+
+
+def _beyond_descriptor(gap: int, before: str) -> int:
+    return gap if gap > (_LARGEST_DESCRIPTOR if before else 0) else 0
+
+
+def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
+    seen: dict[str, str] = {}
+    for member in members:
+        folded = member.name.casefold()
+        if folded in seen:
+            _fail(reader, f"two records are named {seen[folded]} and {member.name}", member.header)
+        seen[folded] = member.name
+        steps = member.name.split("/")
+        if "\0" in member.name or "\\" in member.name or ".." in steps or not steps[0]:
+            _fail(reader, f"a record named {member.name!r}", member.header)
+
+
+def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> bytes:
+    """Read and inflate a small record; raises `LimitExceeded` where it is larger than `limit`."""
+    if member.nbytes > limit:
+        raise LimitExceeded(
+            f"record {member.name} says it has {member.nbytes} bytes",
+            path=reader.path,
+            offset=member.header,
+        )
+    data = reader.read(member.start, member.packed_nbytes)
+    if member.method == DEFLATED:
+        inflater = zlib.decompressobj(-15)
+        try:
+            data = inflater.decompress(data, member.nbytes + 1)
+        except zlib.error:
+            data = b""
+    if len(data) != member.nbytes or (check and zlib.crc32(data) != member.crc32):
+        raise Malformed(
+            f"record {member.name} does not match its checksum or size",
+            path=reader.path,
+            offset=member.start,
+            hint="the file is damaged; get it again from where it came",
+        )
+    return data
+
+
+def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
+    """Yield the bytes of a record, unpacked; raises `Malformed` where they are not as it says."""
+    if member.method == DEFLATED:
+        packed = Storage(
+            reader.path,
+            member.name,
+            member.start,
+            member.nbytes,
+            packing=Packing.DEFLATED,
+            packed_nbytes=member.packed_nbytes,
+        )
+        found = unpacked(packed, reader)
+    else:
+        end = member.start + member.nbytes
+        starts = range(member.start, end, CHUNK)
+        found = (reader.read(start, min(CHUNK, end - start)) for start in starts)
+    crc32 = 0
+    for block in found:
+        crc32 = zlib.crc32(block, crc32)
+        yield block
+    if crc32 != member.crc32 and member.crc32:
+        _fail(reader, f"record {member.name} does not match its checksum", member.start)
+
+
+@dataclass(slots=True)
+class Record:
+    """A record to write: `data`, or `nbytes` that are copied later; `crc32` once it is known."""
+
+    name: str
+    nbytes: int
+    data: bytes | None = None
+    crc32: int = 0
+    header: int = 0
+    start: int = field(default=0)
+
+
+def lay_out(records: Sequence[Record], alignment: int) -> tuple[int, int]:
+    """Place records; give the offset of the directory and the size of the archive."""
+    position = 0
+    for record in records:
+        record.header = position
+        fixed = position + _LOCAL.size + len(record.name.encode()) + len(_wide_extra(record))
+        record.start = fixed + 4 + -(fixed + 4) % alignment
+        position = record.start + record.nbytes
+    size = sum(len(_central_header(record)) for record in records)
+    return position, position + size + _END64.size + _LOCATOR.size + _END.size
+
+
+def headers(records: Sequence[Record], directory: int) -> Iterator[tuple[int, bytes]]:
+    """Yield `(offset, bytes)` of all headers, the directory and the end records."""
+    for record in records:
+        yield record.header, _local_header(record)
+    data = b"".join(_central_header(record) for record in records)
+    yield directory, data + _end_records(len(records), directory, len(data))
+
+
+# "made by" 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
+_VERSION, _UTF8, _NO_TIME, _FIRST_DAY = 45, 0x0800, 0, 0x21
+
+
+def _wide_extra(record: Record) -> bytes:
+    if record.nbytes < _BIG32:
+        return b""
+    return struct.pack("<HHQQ", 1, 16, record.nbytes, record.nbytes)
+
+
+def _local_header(record: Record) -> bytes:
+    name, wide = record.name.encode(), _wide_extra(record)
+    padding = record.start - record.header - _LOCAL.size - len(name) - len(wide) - 4
+    extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    size = min(record.nbytes, _BIG32)
+    fixed = _LOCAL.pack(
+        b"PK\3\4",
+        _VERSION,
+        _UTF8,
+        STORED,
+        _NO_TIME,
+        _FIRST_DAY,
+        record.crc32,
+        size,
+        size,
+        len(name),
+        len(extra),
+    )
+    return fixed + name + extra
+
+
+def _central_header(record: Record) -> bytes:
+    name, extra = record.name.encode(), _wide_extra(record)
+    header = min(record.header, _BIG32)
+    if header == _BIG32:
+        values = extra[4:] + struct.pack("<Q", record.header)
+        extra = struct.pack("<HH", 1, len(values)) + values
+    size = min(record.nbytes, _BIG32)
+    fixed = _CENTRAL.pack(
+        b"PK\1\2",
+        _VERSION,
+        _VERSION,
+        _UTF8,
+        STORED,
+        _NO_TIME,
+        _FIRST_DAY,
+        record.crc32,
+        size,
+        size,
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        header,
+    )
+    return fixed + name + extra
+
+
+def _end_records(count: int, offset: int, nbytes: int) -> bytes:
+    """Write both end records; torch writes the zip64 one always, and so do we."""
+    end64 = _END64.pack(
+        b"PK\6\6", _END64.size - 12, _VERSION, _VERSION, 0, 0, count, count, nbytes, offset
+    )
+    locator = _LOCATOR.pack(b"PK\6\7", 0, offset + nbytes, 1)
+    few, size, start = min(count, _BIG16), min(nbytes, _BIG32), min(offset, _BIG32)
+    end = _END.pack(b"PK\5\6", 0, 0, few, few, size, start, 0)
+    return end64 + locator + end

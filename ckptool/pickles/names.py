@@ -1,0 +1,252 @@
+"""What importing a name would do: plain, foreign or dangerous, by tables of (module, name) pairs.
+
+*plain* is exactly what `torch.load(weights_only=True)` accepts (torch/_weights_only_unpickler.py,
+`_get_allowed_globals`). *foreign* is what is known to be inert, and any undotted name of a
+third-party package. *dangerous* is everything else: naming counts like calling, because loading
+imports what is named.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from enum import IntEnum
+
+from ckptool.pickles.tree import Global
+from ckptool.tensors.dtype import DType
+
+
+class Level(IntEnum):
+    """How much loading would do; the higher, the worse."""
+
+    PLAIN = 0
+    FOREIGN = 1
+    DANGEROUS = 2
+
+
+def _names(module: str, names: str) -> set[tuple[str, str]]:
+    return {(module, name) for name in names.split()}
+
+
+_OLD_TENSORS = "Double Float Half Long Int Short Char Byte Bool BFloat16"
+_STORAGES = " ".join(dtype.storage_class for dtype in DType if dtype.storage_class)
+_DTYPES = " ".join(dtype.torch_name for dtype in DType if dtype.torch_name)
+_CUDA_STORAGES = " ".join(
+    name for name in _STORAGES.split() if not name.startswith(("Q", "UntypedStorage"))
+)
+
+PLAIN = frozenset(
+    _names("collections", "OrderedDict Counter")
+    | _names("_codecs", "encode")
+    | _names("builtins", "bytearray set complex")
+    | _names("torch", "Size Tensor device")
+    | _names("torch", _STORAGES)
+    | _names("torch", _DTYPES)
+    | _names("torch", " ".join(f"{kind}int{bits}" for kind in ("", "u") for bits in range(1, 8)))
+    | _names("torch", "per_tensor_affine per_tensor_symmetric per_channel_affine")
+    | _names("torch", "per_channel_symmetric per_channel_affine_float_qparams")
+    | _names("torch", " ".join(f"{kind}Tensor" for kind in _OLD_TENSORS.split()))
+    | _names("torch.cuda", " ".join(f"{kind}Tensor" for kind in _OLD_TENSORS.split()))
+    | _names(
+        "torch.sparse", " ".join(f"{kind}Tensor" for kind in _OLD_TENSORS.split() if kind != "Bool")
+    )
+    | _names(
+        "torch.cuda.sparse",
+        " ".join(f"{kind}Tensor" for kind in _OLD_TENSORS.split() if kind != "Bool"),
+    )
+    | _names("torch.cuda", _CUDA_STORAGES)
+    | _names("torch.storage", "TypedStorage UntypedStorage")
+    | _names("torch.nn.parameter", "Parameter")
+    | _names("torch.serialization", "_get_layout")
+    | _names("torch._tensor", "_rebuild_from_type_v2")
+    | _names(
+        "torch._utils",
+        "_rebuild_parameter _rebuild_parameter_with_state _rebuild_qtensor _rebuild_tensor "
+        "_rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_sparse_tensor "
+        "_rebuild_meta_tensor_no_storage _rebuild_wrapper_subclass "
+        "_rebuild_device_tensor_from_numpy _rebuild_device_tensor_from_cpu_tensor",
+    )
+)
+
+_PATHS = "Path PurePath PosixPath WindowsPath PurePosixPath PureWindowsPath"
+_NUMPY_SCALARS = (
+    "bool_ bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
+    "longdouble complex64 complex128 str_ bytes_ datetime64 timedelta64"
+)
+_GENERATORS = "MT19937 PCG64 PCG64DXSM Philox SFC64"
+_DISTRIBUTED = "torch.distributed"
+# They give back what they are given (torch/jit/_pickle.py).
+_TYPE_TAGS = (
+    "build_intlist build_tensorlist build_doublelist build_boollist build_tensor_from_id "
+    "restore_type_tag"
+)
+
+FOREIGN = frozenset(
+    _names("argparse", "Namespace")
+    | _names("builtins", "object dict list tuple frozenset bytes int float str bool slice range")
+    | _names("collections", "defaultdict deque ChainMap UserDict UserList")
+    | _names("copyreg", "_reconstructor __newobj__")
+    | _names("datetime", "date datetime time timedelta timezone")
+    | _names("decimal", "Decimal")
+    | _names("fractions", "Fraction")
+    | _names("functools", "partial")
+    | _names("_io", "BytesIO")  # a buffer in memory: `_extra_state` of Megatron core
+    | _names("pathlib", _PATHS)
+    | _names("pathlib._local", _PATHS)
+    | _names("re", "_compile")
+    | _names("types", "SimpleNamespace")
+    | _names("typing", "Any")  # in every DictConfig of OmegaConf
+    | _names("logging", "getLogger")
+    | _names("random", "Random")
+    | _names("uuid", "UUID")
+    | {
+        (f"{base}.{module}", name)
+        for base in ("numpy.core", "numpy._core")
+        for module, names in (
+            ("multiarray", "_reconstruct scalar"),
+            ("numeric", "_frombuffer"),
+        )
+        for name in names.split()
+    }
+    | _names("numpy", "ndarray dtype " + _NUMPY_SCALARS)
+    | _names("numpy.random._pickle", "__randomstate_ctor __generator_ctor __bit_generator_ctor")
+    | {(f"numpy.random._{name.lower()}", name) for name in _GENERATORS.split()}
+    | _names("numpy.random", "__RandomState_ctor")  # before 1.17
+    | {
+        (f"torch.{module}", name)
+        for module in ("amp.grad_scaler", "cuda.amp.grad_scaler")
+        for name in ("GradScaler", "OptState")
+    }
+    | _names("torch", "memory_format contiguous_format channels_last preserve_format strided")
+    | _names("torch._utils", "_rebuild_nested_tensor _rebuild_xla_tensor")
+    | _names("torch.autograd.variable", "Variable")
+    | _names("torch.nn.backends.thnn", "_get_thnn_function_backend")  # models saved before 1.5
+    | _names("torch.torch_version", "TorchVersion")
+    | _names("torch.jit._pickle", "build_intlist build_tensorlist build_doublelist build_boollist")
+    | _names("torch.jit._pickle", "build_tensor_from_id restore_type_tag")
+    | _names(
+        "torch.nn.functional",
+        "relu gelu silu elu selu leaky_relu softmax log_softmax tanh "
+        "sigmoid softplus hardswish mish relu6 prelu glu logsigmoid dropout",
+    )
+    | _names("torch._C._nn", "gelu silu leaky_relu elu hardtanh log_sigmoid softplus relu6")
+    | _names("torch.jit._pickle", _TYPE_TAGS)
+    | _names(f"{_DISTRIBUTED}.tensor", "DTensor")
+    | _names(f"{_DISTRIBUTED}.tensor._dtensor_spec", "DTensorSpec TensorMeta")
+    | _names(f"{_DISTRIBUTED}.tensor.placement_types", "Partial Replicate Shard")
+    | _names(f"{_DISTRIBUTED}.device_mesh", "DeviceMesh")
+    | _names(
+        f"{_DISTRIBUTED}.checkpoint.metadata",
+        "Metadata MetadataIndex TensorProperties "
+        "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata StorageMeta "
+        "_MEM_FORMAT_ENCODING",
+    )
+    | _names(f"{_DISTRIBUTED}.checkpoint.filesystem", "_StorageInfo")
+    | _names(
+        f"{_DISTRIBUTED}._shard.sharded_tensor.metadata", "TensorProperties MEM_FORMAT_ENCODING"
+    )
+)
+
+# Packages whose classes (undotted names that start with a capital) are inert.
+_CLASS_PACKAGES = (
+    "torch.nn.modules",
+    "torch.nn.parallel",
+    "torch.nn.parameter",
+    "torch.nn.quantized",
+    "torch.nn.intrinsic",
+    "torch.nn.qat",
+    *(  # hooks that such layers have in a whole model
+        f"torch.nn.utils.{module}" for module in ("prune", "spectral_norm", "weight_norm")
+    ),
+    "torch.ao.nn",
+    *(
+        f"{base}.{module}"
+        for base in ("torch.ao.quantization", "torch.quantization")
+        for module in ("observer", "fake_quantize", "stubs", "qconfig")
+    ),
+    "torch.optim",
+    "torchvision.models",
+    "torchvision.ops",
+    "torchvision.transforms",
+    "numpy.dtypes",
+)
+# Classes in or behind them that compile or run what they are given (torch.fx, RPC).
+_RUNS_CODE = re.compile(
+    r"(Graph|GraphModule|Node|Tracer|Interpreter|CodeGen|RRef)$|\.feature_extraction\."
+)
+# Third-party packages whose functions run what they are given, or send it away.
+_EXECUTORS = frozenset(
+    (
+        "cloudpickle dill joblib jsonpickle IPython six fire numexpr yaml pytest _pytest py "
+        "pexpect ptyprocess sh plumbum invoke fabric paramiko xonsh cffi multiprocess pathos "
+        "billiard loky requests httpx aiohttp urllib3"
+    ).split()
+)
+# Functions that do so in whatever package: their own, or the standard library's taken over
+# (`gevent.subprocess.Popen`, `pandas.read_pickle`, `sympy.parsing.sympy_parser.parse_expr`).
+_RUNNER_NAMES = (
+    "eval exec execfile system popen Popen check_call check_output getoutput getstatusoutput "
+    "import_module run_module run_path run_code parse_expr sympify read_pickle loads load_module "
+    "load_library __import__ __builtins__ __loader__ __spec__"
+)
+_RUNNERS = frozenset(_RUNNER_NAMES.split())
+_PYTHON_2_MODULES = frozenset(["__builtin__", "copy_reg", "exceptions"])
+# Of the standard library, of the installer or of torch, in any version of Python, and not always
+# listed: `sys.stdlib_module_names` is that of the Python here, and leaves `test` out.
+_RESERVED = frozenset(
+    (
+        "torch torchvision numpy pip setuptools pkg_resources wheel _distutils_hack "
+        "distutils __builtin__ commands popen2 cPickle copy_reg exceptions posix nt os2 "
+        "ce ntpath macpath posixpath imp asyncore asynchat smtpd pipes crypt nis msilib "
+        "telnetlib urllib2 execfile thread _thread dummy_thread builtins "
+        "torchgen functorch caffe2 test sitecustomize usercustomize lib2to3 binhex formatter "
+        "parser symbol dummy_threading _bootlocale aifc audioop cgi cgitb chunk imghdr mailcap "
+        "nntplib ossaudiodev sndhdr spwd sunau uu xdrlib _pyrepl _colorize _android_support "
+        "_apple_support _ios_support _aix_support _osx_support _interpreters _interpchannels "
+        "_interpqueues _xxsubinterpreters _xxinterpchannels _testcapi _testinternalcapi "
+        "_testlimitedcapi _opcode_metadata _sysconfig _suggestions _pylong _pydatetime "
+        "_py_warnings _remote_debugging _wmi _zstd annotationlib compression"
+    ).split()
+)
+
+
+def level(named: Global) -> Level:
+    """Judge one name, as it stands and as Python 3 reads the names of Python 2.
+
+    Where Python 2 had another name for a module, only the new one is known to the tables.
+    """
+    renamed = python3_name(named)
+    if renamed == (named.module, named.name):
+        return _level(*renamed)
+    old_only = named.module in _PYTHON_2_MODULES
+    return _level(*renamed) if old_only else max(_level(*renamed), _level(named.module, named.name))
+
+
+def python3_name(named: Global) -> tuple[str, str]:
+    """Give what Python 3 imports for a name in a pickle of protocol 2 or less."""
+    from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+
+    pair = (named.module, named.name)
+    return NAME_MAPPING.get(pair, (IMPORT_MAPPING.get(named.module, named.module), named.name))
+
+
+def _level(module: str, name: str) -> Level:
+    if (module, name) in PLAIN:
+        return Level.PLAIN
+    if (module, name) in FOREIGN:
+        return Level.FOREIGN
+    steps = module.split(".")
+    if not name.isidentifier() or not all(step.isidentifier() for step in steps):
+        return Level.DANGEROUS
+    if _is_known_class(module, name):
+        return Level.FOREIGN
+    top = steps[0]
+    third_party = top not in _RESERVED | _EXECUTORS and top not in sys.stdlib_module_names
+    return Level.FOREIGN if third_party and name not in _RUNNERS else Level.DANGEROUS
+
+
+def _is_known_class(module: str, name: str) -> bool:
+    inside = any(
+        module == package or module.startswith(package + ".") for package in _CLASS_PACKAGES
+    )
+    return inside and name[:1].isupper() and not _RUNS_CODE.search(f"{module}.{name}")

@@ -1,0 +1,422 @@
+"""Pickle bytes -> an inert tree, protocols 0 to 5; nothing is imported, resolved or called.
+
+The opcodes are those of CPython's `Lib/pickle.py` and `Lib/pickletools.py`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NoReturn
+
+from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
+from ckptool.pickles.tree import (
+    ByteArray,
+    Dict,
+    Global,
+    LongInteger,
+    Node,
+    Object,
+    OldString,
+    PersistentId,
+    Set,
+)
+
+MAX_OPCODES = 10_000_000
+MAX_STATE_MEMO = 1000
+MAX_DIGITS = 4300  # CPython's own bound for int(str)
+HIGHEST_PROTOCOL = 5
+
+
+@dataclass(slots=True)
+class Pickle:
+    """One parsed pickle: its tree, where it ended, and all that it named and called.
+
+    `globals` maps each name to the offset where it first stood; `calls` holds every `Object`
+    made, those whose result was thrown away too.
+    """
+
+    tree: Node
+    end: int
+    protocol: int
+    globals: dict[Global, int]
+    calls: list[Object]
+
+
+class Vocabulary:
+    """What a reader makes of calls and persistent ids; this one leaves them as they are."""
+
+    def persistent(self, value: Node, offset: int) -> Node:
+        """Turn the value of a persistent id into a node."""
+        return PersistentId(value)
+
+    def called(self, node: Object) -> Node:
+        """Turn a fresh call into a node."""
+        return node
+
+    def built(self, node: Node, state: Node) -> Node | None:
+        """Give a node its state and return what it became; None refuses."""
+        if not isinstance(node, Object):
+            return None
+        node.steps.append(("build", state))
+        return node
+
+
+class Ended(Malformed):
+    """The bytes ended inside the pickle; with more of the file it may be whole."""
+
+    slug = "malformed"
+
+
+def load(data: bytes, start: int = 0, vocabulary: Vocabulary | None = None) -> Pickle:
+    """Parse the pickle that starts at `start`.
+
+    Raises `Ended` when the bytes stop inside it, `Malformed`, `Unsupported` or `LimitExceeded`
+    otherwise, each with the offset of the opcode.
+    """
+    machine = _Machine(data, start, vocabulary or Vocabulary())
+    try:
+        return _loaded(machine)
+    except FormatError as error:
+        error.named, error.calls = machine.globals, machine.calls
+        raise
+
+
+def _loaded(machine: _Machine) -> Pickle:
+    data = machine.data
+    try:
+        tree = machine.run()
+    except (struct.error, _Short):
+        raise Ended("the pickle ends too early", offset=machine.opcode_at) from None
+    except IndexError:
+        if machine.opcode_at + 1 >= len(data):
+            raise Ended("the pickle ends too early", offset=machine.opcode_at) from None
+        machine.fail("a pickle opcode takes a value that is not there")
+    except KeyError:
+        machine.fail("a memo entry that was never made")
+    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError):
+        machine.fail("a pickle opcode with an impossible value")
+    return Pickle(tree, machine.position, machine.protocol, machine.globals, machine.calls)
+
+
+class _Short(Exception):
+    """A length points beyond the bytes."""
+
+
+_U16 = struct.Struct("<H").unpack_from
+_I32 = struct.Struct("<i").unpack_from
+_U32 = struct.Struct("<I").unpack_from
+
+
+class _Machine:
+    """The pickle machine over inert values; marks are levels, not values, so none can be forged."""
+
+    def __init__(self, data: bytes, start: int, vocabulary: Vocabulary) -> None:
+        self.data = data
+        self.position = start
+        self.opcode_at = start
+        self.vocabulary = vocabulary
+        self.protocol = 0
+        self.stack: list[Node] = []
+        self.levels: list[list[Node]] = []
+        self.memo: dict[int, Node] = {}
+        self.globals: dict[Global, int] = {}
+        self.calls: list[Object] = []
+
+    def run(self) -> Node:
+        """Read opcodes up to STOP: the opcode loop, ordered by how often torch writes each."""
+        data, memo, levels, size = self.data, self.memo, self.levels, len(self.data)
+        persistent, stack, position = self.vocabulary.persistent, self.stack, self.position
+        for _ in range(MAX_OPCODES):
+            self.opcode_at = position
+            op = data[position]
+            position += 1
+            if op == 0x72:  # LONG_BINPUT
+                memo[_U32(data, position)[0]] = stack[-1]
+                position += 4
+            elif op == 0x71:  # BINPUT
+                memo[data[position]] = stack[-1]
+                position += 1
+            elif op == 0x4B:  # BININT1
+                stack.append(data[position])
+                position += 1
+            elif op == 0x68:  # BINGET
+                stack.append(memo[data[position]])
+                position += 1
+            elif op == 0x58:  # BINUNICODE
+                end = position + 4 + _U32(data, position)[0]
+                if end > size:
+                    raise _Short
+                stack.append(data[position + 4 : end].decode("utf-8", "surrogatepass"))
+                position = end
+            elif op == 0x28:  # MARK
+                levels.append(stack)
+                stack = self.stack = []
+            elif op == 0x4D:  # BININT2
+                stack.append(_U16(data, position)[0])
+                position += 2
+            elif op == 0x74:  # TUPLE
+                items = tuple(stack)
+                stack = self.stack = levels.pop()
+                stack.append(items)
+            elif op == 0x85:  # TUPLE1
+                stack[-1] = (stack[-1],)
+            elif op == 0x86:  # TUPLE2
+                stack[-2:] = ((stack[-2], stack[-1]),)
+            elif op == 0x87:  # TUPLE3
+                stack[-3:] = ((stack[-3], stack[-2], stack[-1]),)
+            elif op == 0x52:  # REDUCE
+                arguments = stack.pop()
+                self.call(stack.pop(), arguments)
+            elif op == 0x51:  # BINPERSID
+                stack.append(persistent(stack.pop(), self.opcode_at))
+            elif op == 0x4A:  # BININT
+                stack.append(_I32(data, position)[0])
+                position += 4
+            elif op == 0x6A:  # LONG_BINGET
+                stack.append(memo[_U32(data, position)[0]])
+                position += 4
+            elif op == 0x2E:  # STOP
+                self.position = position
+                return self.finish()
+            else:
+                self.position = position
+                handler = _OPCODES.get(op)
+                if handler is None:
+                    self.fail(f"unknown pickle opcode 0x{op:02x}")
+                handler(self)
+                position, stack = self.position, self.stack
+        raise LimitExceeded(f"a pickle of more than {MAX_OPCODES} opcodes", offset=position)
+
+    def fail(self, what: str) -> NoReturn:
+        raise Malformed(what, offset=self.opcode_at)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise Unsupported(f"{what} in a pickle", offset=self.opcode_at)
+
+    def finish(self) -> Node:
+        if self.levels or len(self.stack) != 1:
+            self.fail("the pickle ends with other than one value on its stack")
+        return self.stack[0]
+
+    def push(self, node: Node) -> None:
+        self.stack.append(node)
+
+    def pop_level(self) -> list[Node]:
+        """Take everything above the topmost mark, and the mark."""
+        if not self.levels:
+            self.fail("no mark on the stack")
+        items = self.stack
+        self.stack = self.levels.pop()
+        return items
+
+    def take(self, count: int) -> bytes:
+        end = self.position + count
+        if count < 0:
+            self.fail("a negative length")
+        if end > len(self.data):
+            raise _Short
+        taken = self.data[self.position : end]
+        self.position = end
+        return taken
+
+    def unsigned(self, width: int) -> int:
+        return int.from_bytes(self.take(width), "little")
+
+    def signed(self, width: int) -> int:
+        return int.from_bytes(self.take(width), "little", signed=True)
+
+    def line(self) -> bytes:
+        end = self.data.find(b"\n", self.position)
+        if end < 0:
+            raise _Short
+        return self.take(end + 1 - self.position)[:-1]
+
+    def named(self, module: str, name: str) -> Global:
+        found = Global(module, name)
+        self.globals.setdefault(found, self.opcode_at)
+        return found
+
+    def call(self, callee: Node, args: Node, how: str = "reduce", kwargs: Node = None) -> None:
+        if type(args) is not tuple:
+            self.fail("a call whose arguments are not a tuple")
+        made = Object(callee, args, how, kwargs, [], self.opcode_at)
+        self.calls.append(made)
+        self.stack.append(self.vocabulary.called(made))
+
+    def step(self, kind: str, items: list[Any]) -> None:
+        """Give the object on top of the stack more items, joined to those of its last step."""
+        match self.stack[-1]:
+            case list() as target if kind == "append":
+                target.extend(items)
+            case Dict() as target if kind == "setitem":
+                target.pairs.extend(items)
+            case Set(frozen=False) as target if kind == "additems":
+                target.items.extend(items)
+            case Object() as target if kind != "additems":
+                if target.steps and target.steps[-1][0] == kind:
+                    target.steps[-1][1].extend(items)
+                else:
+                    target.steps.append((kind, items))
+            case target:
+                self.fail(f"{kind} on a {type(target).__name__}")
+
+    def pairs(self, items: list[Node]) -> list[tuple[Node, Node]]:
+        if len(items) % 2:
+            self.fail("a key without a value")
+        return list(zip(items[::2], items[1::2], strict=True))
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        node = self.vocabulary.built(target, state)
+        if node is None:
+            self.fail(f"state for a {type(target).__name__}")
+        if node is not target:
+            self.stack[-1] = node
+            # It was memoized before its state was pickled, which is short.
+            for key in islice(reversed(self.memo), MAX_STATE_MEMO):
+                if self.memo[key] is target:
+                    self.memo[key] = node
+
+    def decimal(self, text: bytes) -> int:
+        if len(text) > MAX_DIGITS:
+            raise LimitExceeded("an integer of too many digits", offset=self.opcode_at)
+        return int(text)
+
+    def integer_line(self) -> None:
+        text = self.line()
+        self.push(text == b"01" if text in (b"00", b"01") else self.decimal(text))
+
+    def long(self, count: int) -> None:
+        data = self.take(count)
+        small = len(data) <= 8
+        self.push(int.from_bytes(data, "little", signed=True) if small else LongInteger(data))
+
+    def old_string(self, data: bytes) -> None:
+        """Push a Python 2 string as `torch.load` would see it: text where it is UTF-8."""
+        try:
+            self.push(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            self.push(OldString(data))
+
+    def quoted_line(self) -> None:
+        text = self.line().strip()
+        if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
+            self.fail("a string without its quotes")
+        self.old_string(text[1:-1].decode("unicode_escape").encode("latin-1"))
+
+    def global_line(self) -> Global:
+        module = self.line().decode("utf-8")
+        return self.named(module, self.line().decode("utf-8"))
+
+    def stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            self.fail("a global whose name is not text")
+        self.push(self.named(module, name))
+
+    def newobj(self) -> None:
+        args = self.stack.pop()
+        self.call(self.stack.pop(), args, "newobj")
+
+    def newobj_ex(self) -> None:
+        kwargs, args = self.stack.pop(), self.stack.pop()
+        self.call(self.stack.pop(), args, "newobj_ex", kwargs)
+
+    def inst(self) -> None:
+        callee = self.global_line()
+        self.call(callee, tuple(self.pop_level()), "obj")
+
+    def obj(self) -> None:
+        items = self.pop_level()
+        if not items:
+            self.fail("an object without a class")
+        self.call(items[0], tuple(items[1:]), "obj")
+
+    def set_one(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.step("setitem", [(key, value)])
+
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.pop_level()
+
+    def put(self, key: int) -> None:
+        if key < 0:
+            self.fail("a negative memo key")
+        self.memo[key] = self.stack[-1]
+
+    def proto(self) -> None:
+        self.protocol = self.take(1)[0]
+        if self.protocol > HIGHEST_PROTOCOL:
+            self.refuse(f"protocol {self.protocol}")
+
+    def frame(self) -> None:
+        if self.unsigned(8) > len(self.data) - self.position:
+            raise _Short
+
+    def text(self, data: bytes) -> None:
+        self.push(data.decode("utf-8", "surrogatepass"))
+
+
+_OPCODES: dict[int, Callable[[_Machine], object]] = {
+    0x80: _Machine.proto,  # PROTO
+    0x95: _Machine.frame,  # FRAME
+    0x4E: lambda m: m.push(None),  # NONE
+    0x88: lambda m: m.push(True),  # NEWTRUE
+    0x89: lambda m: m.push(False),  # NEWFALSE
+    0x49: _Machine.integer_line,  # INT
+    0x4C: lambda m: m.push(m.decimal(m.line().removesuffix(b"L"))),  # LONG
+    0x8A: lambda m: m.long(m.unsigned(1)),  # LONG1
+    0x8B: lambda m: m.long(m.signed(4)),  # LONG4
+    0x46: lambda m: m.push(float(m.line())),  # FLOAT
+    0x47: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),  # BINFLOAT
+    0x53: _Machine.quoted_line,  # STRING
+    0x54: lambda m: m.old_string(m.take(m.signed(4))),  # BINSTRING
+    0x55: lambda m: m.old_string(m.take(m.unsigned(1))),  # SHORT_BINSTRING
+    0x56: lambda m: m.push(m.line().decode("raw_unicode_escape")),  # UNICODE
+    0x8C: lambda m: m.text(m.take(m.unsigned(1))),  # SHORT_BINUNICODE
+    0x8D: lambda m: m.text(m.take(m.unsigned(8))),  # BINUNICODE8
+    0x42: lambda m: m.push(m.take(m.unsigned(4))),  # BINBYTES
+    0x43: lambda m: m.push(m.take(m.unsigned(1))),  # SHORT_BINBYTES
+    0x8E: lambda m: m.push(m.take(m.unsigned(8))),  # BINBYTES8
+    0x96: lambda m: m.push(ByteArray(m.take(m.unsigned(8)))),  # BYTEARRAY8
+    0x29: lambda m: m.push(()),  # EMPTY_TUPLE
+    0x5D: lambda m: m.push([]),  # EMPTY_LIST
+    0x7D: lambda m: m.push(Dict()),  # EMPTY_DICT
+    0x8F: lambda m: m.push(Set([])),  # EMPTY_SET
+    0x6C: lambda m: m.push(m.pop_level()),  # LIST
+    0x64: lambda m: m.push(Dict(m.pairs(m.pop_level()))),  # DICT
+    0x91: lambda m: m.push(Set(m.pop_level(), frozen=True)),  # FROZENSET
+    0x61: lambda m: m.step("append", [m.stack.pop()]),  # APPEND
+    0x65: lambda m: m.step("append", m.pop_level()),  # APPENDS
+    0x73: _Machine.set_one,  # SETITEM
+    0x75: lambda m: m.step("setitem", m.pairs(m.pop_level())),  # SETITEMS
+    0x90: lambda m: m.step("additems", m.pop_level()),  # ADDITEMS
+    0x30: _Machine.pop,  # POP
+    0x31: _Machine.pop_level,  # POP_MARK
+    0x32: lambda m: m.push(m.stack[-1]),  # DUP
+    0x67: lambda m: m.push(m.memo[m.decimal(m.line())]),  # GET
+    0x70: lambda m: m.put(m.decimal(m.line())),  # PUT
+    0x94: lambda m: m.put(len(m.memo)),  # MEMOIZE
+    0x63: lambda m: m.push(m.global_line()),  # GLOBAL
+    0x93: _Machine.stack_global,  # STACK_GLOBAL
+    0x81: _Machine.newobj,  # NEWOBJ
+    0x92: _Machine.newobj_ex,  # NEWOBJ_EX
+    0x69: _Machine.inst,  # INST
+    0x6F: _Machine.obj,  # OBJ
+    0x62: _Machine.build,  # BUILD
+    0x50: lambda m: m.push(
+        m.vocabulary.persistent(m.line().decode("ascii"), m.opcode_at)
+    ),  # PERSID
+    0x82: lambda m: m.refuse("an extension code"),  # EXT1
+    0x83: lambda m: m.refuse("an extension code"),  # EXT2
+    0x84: lambda m: m.refuse("an extension code"),  # EXT4
+    0x97: lambda m: m.refuse("an out-of-band buffer"),  # NEXT_BUFFER
+    0x98: lambda m: m.refuse("an out-of-band buffer"),  # READONLY_BUFFER
+}

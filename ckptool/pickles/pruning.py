@@ -1,0 +1,118 @@
+"""Leaving behind what is not plain: a tree of tensors and plain values alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ckptool.pickles.names import Level, level
+from ckptool.pickles.tree import (
+    ByteArray,
+    Dict,
+    Global,
+    LongInteger,
+    Node,
+    Object,
+    OldString,
+    Pairs,
+    PersistentId,
+    Set,
+)
+from ckptool.tensors.tensor import CompositeTensor, TensorInfo
+
+
+class _Left:
+    """Stands for a node that is left behind."""
+
+
+_LEFT = _Left()
+_PLAIN_VALUES = (str, int, float, bytes, type(None), ByteArray, LongInteger, OldString)
+
+
+def only_plain(tree: Node) -> tuple[Node, list[str]]:
+    """Give the tree with tensors and plain values alone, and the places that were left behind.
+
+    What holds something left behind goes with it, up to the nearest dictionary entry. A root
+    that is itself not plain leaves an empty dictionary.
+    """
+    pruner = _Pruner()
+    pruned = pruner.node(tree, "")
+    return (Dict() if pruned is _LEFT else pruned), pruner.left
+
+
+class _Pruner:
+    def __init__(self) -> None:
+        self.left: list[str] = []
+        self.done: dict[int, Any] = {}
+        self.kept: list[Node] = []
+
+    def node(self, node: Node, path: str) -> Node | _Left:
+        if isinstance(node, _PLAIN_VALUES):
+            return node
+        if isinstance(node, Global):
+            return node if level(node) is Level.PLAIN else _LEFT
+        if id(node) not in self.done:
+            self.kept.append(node)
+            self.done[id(node)] = _LEFT  # what contains itself is not plain
+            self.done[id(node)] = self.composed(node, path)
+        return self.done[id(node)]
+
+    def composed(self, node: Node, path: str) -> Node | _Left:
+        match node:
+            case Dict():
+                return Dict(self.pairs(node.pairs, path))
+            case list() | tuple():
+                members = [self.node(item, path) for item in node]
+                if any(member is _LEFT for member in members):
+                    return _LEFT
+                return type(node)(members)
+            case Set():
+                members = [self.node(item, path) for item in node.items]
+                return _LEFT if _LEFT in members else Set(members, node.frozen)
+            case PersistentId():
+                return _LEFT
+            case Object():
+                return self.object(node, path)
+            case TensorInfo():
+                return self.tensor(node, path)
+            case CompositeTensor():
+                origin = self.node(node.origin, path)
+                return _LEFT if origin is _LEFT else replace(node, origin=origin)
+        return node
+
+    def pairs(self, pairs: Pairs, path: str) -> Pairs:
+        kept = []
+        for key, value in pairs:
+            here = f"{path}.{key}".lstrip(".") if isinstance(key, str) else path or "a key"
+            new_key, new_value = self.node(key, here), self.node(value, here)
+            if new_key is _LEFT or new_value is _LEFT:
+                self.left.append(here)
+            else:
+                kept.append((new_key, new_value))
+        return kept
+
+    def object(self, node: Object, path: str) -> Node | _Left:
+        callee, args, kwargs = (
+            self.node(part, path) for part in (node.callee, node.args, node.kwargs)
+        )
+        if callee is _LEFT or isinstance(args, _Left) or kwargs is _LEFT:
+            filled = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
+            # A dict of a class that is not plain (defaultdict ...) is kept as a plain one.
+            return Dict(self.pairs(filled, path)) if filled else _LEFT
+        steps: list[tuple[str, Any]] = []
+        for kind, payload in node.steps:
+            if kind == "setitem":
+                steps.append((kind, self.pairs(payload, path)))
+            else:
+                kept = self.node(payload, path)
+                if kept is _LEFT:
+                    return _LEFT
+                steps.append((kind, kept))
+        return replace(node, callee=callee, args=args, kwargs=kwargs, steps=steps)
+
+    def tensor(self, node: TensorInfo, path: str) -> TensorInfo | _Left:
+        """Keep the tensor; what hangs on it only if that is plain."""
+        origin = None if node.origin is None else self.node(node.origin, path)
+        if origin is not _LEFT:
+            return node if origin is None else replace(node, origin=origin)
+        return _LEFT if node.dtype.quantized else replace(node, origin=None)

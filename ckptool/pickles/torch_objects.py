@@ -1,0 +1,509 @@
+"""torch's words in the tree: tensors, storages and Parameters <-> `TensorInfo` and `Storage`.
+
+The rebuild functions and their arguments are those of `torch/_utils.py` and `torch/_tensor.py`;
+persistent ids are those of `torch/serialization.py` (`persistent_id` in `_save` and
+`_legacy_save`). Tensors of early 2017 are objects of a tensor class that get
+`(storage, offset, size, stride)` as their state; Variables and Parameters of that time get
+`(data, grad, hooks, requires_grad, volatile)` (torch/autograd/variable.py, `__reduce_ex__`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptool.errors import Malformed
+from ckptool.pickles.pickle_reader import Vocabulary
+from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, items
+from ckptool.tensors.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
+
+_UTILS = "torch._utils"
+_UNTYPED = ("UntypedStorage", "_UntypedStorage")
+_ORDERED_DICT = Global("collections", "OrderedDict")
+
+# Functions that rebuild a tensor from (storage, storage_offset, size, stride, ...): where
+# requires_grad, the hooks and the metadata of lazy bits stand among their arguments.
+_PLAIN_REBUILDS = {
+    "_rebuild_tensor": (None, None, None),
+    "_rebuild_tensor_v2": (4, 5, 6),
+    "_rebuild_tensor_v3": (4, 5, 7),
+    "_rebuild_qtensor": (5, 6, None),
+}
+# Calls that wrap a finished tensor, their first argument.
+_WITH_STATE = Global(_UTILS, "_rebuild_parameter_with_state")
+_WRAPPERS = {
+    Global(_UTILS, "_rebuild_parameter"),
+    _WITH_STATE,
+    Global("torch.nn.parameter", "Parameter"),
+    Global("torch.autograd.variable", "Variable"),
+}
+# What protocols 0 and 1 call where 2 has the opcode NEWOBJ (CPython, Lib/copyreg.py).
+_NEW_OBJECT = {Global("copyreg", "__newobj__"), Global("copy_reg", "__newobj__")}
+NOT_LAZY: frozenset[str] = frozenset()
+_QUANTIZED = Global(_UTILS, "_rebuild_qtensor")
+_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_TYPE_TAG = Global("torch.jit._pickle", "restore_type_tag")
+_PROTOCOL_0_ID = re.compile(
+    r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StorageId:
+    """What a pickle says of a storage: `numel` counts elements of `dtype`, bytes where None."""
+
+    key: str
+    dtype: DType | None
+    location: str
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes that the pickle says the storage has."""
+        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StorageView:
+    """A part of a storage that a legacy file names as a storage of its own, in elements."""
+
+    storage: Storage
+    offset: int
+    numel: int
+
+
+class TorchVocabulary(Vocabulary):
+    """Make storages, tensors and Parameters of what torch pickles."""
+
+    def __init__(self, find: Callable[[StorageId], Storage]) -> None:
+        self._find = find
+        self._known: dict[str, tuple[StorageId, Storage]] = {}
+        self._views: dict[str, StorageView] = {}
+
+    def persistent(self, value: Node, offset: int) -> Node:
+        """Turn a persistent id into a `Storage`, a view of one, or a class."""
+        if isinstance(value, str):  # protocol 0 writes the text of the tuple
+            value = _parsed(value)
+        match value:
+            case ("module", Global() as named, *_):
+                return named
+            case ("storage", Global() as kind, key, str(location), int(numel), *view):
+                found = self._storage(kind, key, location, numel, offset)
+                if view and view[0] is not None:
+                    return self._view(found, view[0], offset)
+                return found
+        raise Malformed("a persistent id that names no storage", offset=offset)
+
+    def _storage(self, kind: Global, key: Node, location: str, numel: int, offset: int) -> Storage:
+        if type(key) is int:
+            key = str(key)
+        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+            raise Malformed("a persistent id that names no storage", offset=offset)
+        said = StorageId(key, storage_dtype(kind, offset), location, numel)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = (said, self._find(said))
+        elif known[0] != said:
+            if not _same_bytes(known[0], said):
+                raise Malformed(f"storage {key} is described in two ways", offset=offset)
+            if not said.nbytes:  # one record has one type: these are two
+                key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
+            return replace(known[1], key=key, dtype=said.dtype)
+        return known[1]
+
+    def _view(self, storage: Storage, view: Node, offset: int) -> StorageView:
+        match view:
+            case (key, int(start), int(numel)):
+                itemsize = storage.dtype.itemsize if storage.dtype else 1
+                if start < 0 or numel < 0 or (start + numel) * itemsize > storage.nbytes:
+                    raise Malformed(
+                        f"a view of storage {storage.key} beyond its end", offset=offset
+                    )
+                made = StorageView(storage, start, numel)
+                return self._views.setdefault(str(key), made)
+        raise Malformed("the view of a storage is not (key, offset, size)", offset=offset)
+
+    def called(self, node: Object) -> Node:
+        """Turn a call of one of torch's rebuild functions into a tensor."""
+        callee = node.callee
+        if not isinstance(callee, Global):
+            return node
+        if callee.module == _UTILS and callee.name in _PLAIN_REBUILDS:
+            return _plain(callee.name, node.args, node, node.offset)
+        kind = node.args[0] if node.args else None
+        if callee in _NEW_OBJECT and isinstance(kind, Global) and kind in _WRAPPERS:
+            callee, node = kind, replace(node, callee=kind, args=node.args[1:], how="newobj")
+        if callee in _WRAPPERS:
+            return _wrapped(node)
+        if callee == _FROM_TYPE:
+            return _from_type(node)
+        composite = _COMPOSITES.get(callee.name) if callee.module == _UTILS else None
+        return (composite(node) if composite else None) or node
+
+    def built(self, node: Node, state: Node) -> Node | None:
+        """Give an object its state; a tensor of 2017 becomes whole by it."""
+        if isinstance(node, TensorInfo) and isinstance(node.origin, Object):
+            if node.origin.steps:  # no pickler gives a tensor its state twice
+                return None
+            origin = replace(node.origin, steps=[*node.origin.steps, ("build", state)])
+            grad = state[0] if isinstance(state, tuple) and state else node.requires_grad
+            return replace(node, origin=origin, requires_grad=grad is True)
+        if _is_unfilled(node):
+            return _filled_variable(node, state) or super().built(node, state)
+        if _is_old_tensor(node) and isinstance(state, tuple) and len(state) == 4:
+            return _plain("_rebuild_tensor", state, None, node.offset)
+        return super().built(node, state)
+
+
+def _same_bytes(one: StorageId, other: StorageId) -> bool:
+    """Tell whether a storage may stand under both types.
+
+    An empty one may stand under any (torch/serialization.py, `_load`), bytes under that of uint8
+    and without a type (`persistent_id` in `_save`, which takes the one for the other).
+    """
+    if not one.nbytes and not other.nbytes:
+        return True
+    bytewise = {one.dtype, other.dtype} == {None, DType.U8}
+    return bytewise and (one.location, one.nbytes) == (other.location, other.nbytes)
+
+
+def _parsed(text: str) -> Node:
+    """Read the text that protocol 0 writes for a persistent id."""
+    found = _PROTOCOL_0_ID.fullmatch(text)
+    if not found:
+        return text
+    module, name, key, location, numel, view = found.groups()
+    known = ("storage", Global(module, name), key, location, int(numel))
+    return known if view is None else (*known, None)
+
+
+def storage_dtype(kind: Global, offset: int) -> DType | None:
+    """Give the dtype of a storage class, None for an untyped one."""
+    if kind.name in _UNTYPED:
+        return None
+    dtype = BY_STORAGE_CLASS.get(kind.name)
+    if dtype is None:
+        raise Malformed(f"an unknown storage class {kind}", offset=offset)
+    return dtype
+
+
+def _is_old_tensor(node: Node) -> bool:
+    return (
+        isinstance(node, Object)
+        and isinstance(node.callee, Global)
+        and node.callee.module in ("torch", "torch.cuda")
+        and node.callee.name.endswith("Tensor")
+    )
+
+
+def sizes_of(node: Node) -> tuple[int, ...] | None:
+    """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
+    if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
+        node = node.args[0]
+    if type(node) is not tuple and type(node) is not list:
+        return None
+    for number in node:
+        if type(number) is not int:
+            return None
+    return tuple(node)
+
+
+def dtype_of(node: Node) -> DType | None:
+    if isinstance(node, Global) and node.module == "torch":
+        return BY_TORCH_NAME.get(node.name)
+    return None
+
+
+def _lazy(metadata: Node) -> frozenset[str]:
+    pairs = items(metadata) or []
+    return frozenset(key for key, value in pairs if value is True and isinstance(key, str))
+
+
+def _untagged(origin: Object | None, args: Node, at: int | None) -> tuple[Object | None, Node]:
+    """Take the name of its type off the metadata, which TorchScript calls a function for."""
+    if at is None or len(args) <= at:
+        return origin, args
+    tagged = args[at]
+    if not isinstance(tagged, Object) or tagged.callee != _TYPE_TAG or not tagged.args:
+        return origin, args
+    args = (*args[:at], tagged.args[0], *args[at + 1 :])
+    return replace(origin, args=args) if origin else None, args
+
+
+def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorInfo:
+    """Read a tensor from the arguments of one of the plain rebuild functions."""
+    grad_at, hooks_at, metadata_at = _PLAIN_REBUILDS[name]
+    origin, args = _untagged(origin, args, metadata_at)
+    storage, start = (*args[:2], None, None)[:2]
+    view = storage if isinstance(storage, StorageView) else None
+    if view is not None and type(start) is int:
+        storage, start = view.storage, start + view.offset
+    shape, stride = (sizes_of(args[2]), sizes_of(args[3])) if len(args) > 3 else (None, None)
+    if not isinstance(storage, Storage) or type(start) is not int:
+        raise Malformed("a tensor without a storage", offset=offset)
+    if shape is None or stride is None:
+        raise Malformed("a tensor whose size or stride is not a tuple of numbers", offset=offset)
+    dtype = storage.dtype
+    if name == "_rebuild_tensor_v3":
+        dtype = dtype_of(args[6]) if len(args) > 6 else None
+    if dtype is None:
+        raise Malformed("a tensor without a dtype", offset=offset)
+    metadata = args[metadata_at] if metadata_at and len(args) > metadata_at else None
+    hooks = args[hooks_at] if hooks_at and len(args) > hooks_at else None
+    info = TensorInfo(
+        dtype,
+        shape,
+        stride,
+        storage,
+        start,
+        requires_grad=bool(grad_at and len(args) > grad_at and args[grad_at] is True),
+        lazy=_lazy(metadata) if metadata is not None else NOT_LAZY,
+        origin=None if _says_no_more(name, hooks, metadata) else origin,
+    )
+    wrong = problem(info) or _beyond_view(info, view)
+    if wrong:
+        raise Malformed(f"a tensor in storage {storage.key} {wrong}", offset=offset)
+    return info
+
+
+def old_tensor(
+    storage: Storage | StorageView,
+    start: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+) -> TensorInfo:
+    """Make a tensor of which no pickle says more; `offset` is where the file describes it."""
+    return _plain("_rebuild_tensor", (storage, start, shape, stride), None, offset)
+
+
+def _beyond_view(info: TensorInfo, view: StorageView | None) -> str:
+    if view is None:
+        return ""
+    shifted = replace(
+        info,
+        storage=replace(info.storage, nbytes=view.numel * info.dtype.itemsize),
+        storage_offset=info.storage_offset - view.offset,
+    )
+    return problem(shifted)
+
+
+def _says_no_more(name: str, hooks: Node, metadata: Node) -> bool:
+    """Tell whether the fields of a `TensorInfo` say all that the call did."""
+    no_hooks = hooks is None or (
+        isinstance(hooks, Object) and hooks.callee == _ORDERED_DICT and not hooks.steps
+    )
+    no_metadata = metadata is None or items(metadata) == []
+    return name != "_rebuild_qtensor" and no_hooks and no_metadata
+
+
+def _wrapped(node: Object) -> Node:
+    """Read a Parameter or Variable around a tensor; anything else stays a call."""
+    inner = node.args[0] if node.args else None
+    grad = node.args[1] if len(node.args) > 1 else True
+    if isinstance(inner, TensorInfo):
+        return replace(inner, requires_grad=grad is True, origin=node)
+    if isinstance(inner, CompositeTensor):
+        return replace(inner, origin=node)
+    return node
+
+
+def _is_unfilled(node: Node) -> bool:
+    """Tell whether a node is a Variable or Parameter that was made without a tensor."""
+    made = isinstance(node, Object) and not node.args and isinstance(node.callee, Global)
+    return made and node.callee in _WRAPPERS
+
+
+def _filled_variable(node: Object, state: Node) -> TensorInfo | None:
+    """Read a Variable or Parameter that gets its tensor by its state, as those of 2017 do."""
+    match state:
+        case (TensorInfo() as inner, _, _, grad, _):
+            origin = replace(node, steps=[*node.steps, ("build", state)])
+            return replace(inner, requires_grad=grad is True, origin=origin)
+    return None
+
+
+def _from_type(node: Object) -> Node:
+    """Read a tensor subclass or a tensor with attributes: (function, type, arguments, state)."""
+    match node.args:
+        case (Global(module="torch._utils", name=name), _, tuple() as inner, _):
+            if name in _PLAIN_REBUILDS:
+                return replace(_plain(name, inner, node, node.offset), origin=node)
+    return node
+
+
+def is_parameter(tensor: AnyTensor) -> bool:
+    """Tell whether a tensor is pickled as a Parameter."""
+    return isinstance(tensor.origin, Object) and tensor.origin.callee in _WRAPPERS
+
+
+def quantizer(info: TensorInfo) -> Node:
+    """Give how the integers of a quantized tensor are to be read, None of any other tensor."""
+    origin = _unwrapped(info.origin)
+    if not isinstance(origin, Object):
+        return None
+    callee, args = origin.callee, origin.args
+    if callee == _FROM_TYPE:
+        callee, _, args, *_ = args
+    return args[4] if callee == _QUANTIZED and len(args) > 4 else None
+
+
+def python_type(tensor: AnyTensor) -> Node:
+    """Give the class of a tensor that is pickled with one, None of any other."""
+    origin = _unwrapped(tensor.origin)
+    return origin.args[1] if isinstance(origin, Object) and origin.callee == _FROM_TYPE else None
+
+
+def attributes(tensor: AnyTensor) -> Node:
+    """Give what Python keeps on a tensor beside its data (`__dict__`), None where it is nothing."""
+    origin = tensor.origin
+    if isinstance(origin, Object) and origin.callee == _WITH_STATE and len(origin.args) > 3:
+        state = origin.args[3]
+    else:
+        origin = _unwrapped(origin)
+        is_typed = isinstance(origin, Object) and origin.callee == _FROM_TYPE
+        state = origin.args[3] if is_typed else None
+    return None if isinstance(state, Dict) and not state.pairs else state
+
+
+def _unwrapped(origin: Node) -> Node:
+    """Give the call inside those of Parameters and Variables."""
+    while isinstance(origin, Object) and origin.callee in _WRAPPERS and origin.args:
+        origin = getattr(origin.args[0], "origin", None)
+    return origin
+
+
+def _layout(node: Node) -> str:
+    if isinstance(node, Object) and node.args and isinstance(node.args[0], str):
+        return node.args[0].removeprefix("torch.")
+    return node.name if isinstance(node, Global) else "sparse"
+
+
+def _sparse(node: Object) -> CompositeTensor | None:
+    match node.args:
+        case (layout, tuple() as data):
+            parts = tuple(part for part in data if isinstance(part, TensorInfo))
+            sizes = [size for part in data if (size := sizes_of(part)) is not None]
+            if len(parts) >= 2 and sizes:
+                values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
+                return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
+    return None
+
+
+def _nested(node: Object) -> CompositeTensor | None:
+    parts = tuple(part for part in node.args if isinstance(part, TensorInfo))
+    if not parts:
+        return None
+    return CompositeTensor("nested", parts[0].dtype, parts[0].shape, parts, node)
+
+
+def _meta(node: Object) -> CompositeTensor | None:
+    match node.args:
+        case (named, size, *_):
+            dtype, shape = dtype_of(named), sizes_of(size)
+            if dtype is not None and shape is not None:
+                return CompositeTensor("meta", dtype, shape, (), node)
+    return None
+
+
+_COMPOSITES: dict[str, Callable[[Object], CompositeTensor | None]] = {
+    "_rebuild_sparse_tensor": _sparse,
+    "_rebuild_nested_tensor": _nested,
+    "_rebuild_meta_tensor_no_storage": _meta,
+}
+
+
+class Lowering:
+    """Turn tensors back into torch's calls, and number their storages in order of first use."""
+
+    def __init__(self) -> None:
+        self.storages: dict[Storage, str] = {}
+
+    def __call__(self, node: Any) -> Node:
+        """Give the tree that rebuilds a record."""
+        match node:
+            case Storage():
+                return self._storage(node)
+            case StorageView(storage=storage):
+                return self._storage(_cut(node, storage))
+            case TensorInfo():
+                return _rebuild(node)
+            case CompositeTensor():
+                return node.origin
+        raise TypeError(f"no place in a tree for a {type(node).__name__}")
+
+    def _storage(self, storage: Storage) -> PersistentId:
+        key = self.storages.setdefault(storage, str(len(self.storages)))
+        if storage.dtype is None:
+            kind, numel = Global("torch.storage", "UntypedStorage"), storage.nbytes
+        else:
+            kind = Global("torch", storage.dtype.storage_class)
+            numel = storage.nbytes // storage.dtype.itemsize
+        return PersistentId(("storage", kind, key, storage.location, numel))
+
+
+def _cut(view: StorageView, storage: Storage) -> Storage:
+    """Make a storage of a view that no tensor explains."""
+    itemsize = storage.dtype.itemsize if storage.dtype else 1
+    return replace(
+        storage,
+        key=f"{storage.key}[{view.offset}:{view.offset + view.numel}]",
+        start=storage.start + view.offset * itemsize,
+        nbytes=view.numel * itemsize,
+        crc32=None,
+    )
+
+
+def _rebuild(info: TensorInfo) -> Object:
+    if info.origin is None:
+        return _fresh(info)
+    origin: Object = info.origin
+    if origin.callee in _WRAPPERS:
+        inner = origin.args[0] if origin.args else origin.state[0]
+        if (inner.storage, inner.storage_offset) == (info.storage, info.storage_offset):
+            return origin
+        moved = replace(inner, storage=info.storage, storage_offset=info.storage_offset)
+        if not origin.args:
+            return replace(origin, steps=[("build", (moved, *origin.state[1:]))])
+        return replace(origin, args=(moved, *origin.args[1:]))
+    if origin.callee == _FROM_TYPE:
+        function, kind, inner, *rest = origin.args
+        return replace(origin, args=(function, kind, _moved(inner, info), *rest))
+    return replace(origin, args=_moved(origin.args, info))
+
+
+def _moved(args: tuple[Node, ...], info: TensorInfo) -> tuple[Node, ...]:
+    return (info.storage, info.storage_offset, *args[2:])
+
+
+def _fresh(info: TensorInfo) -> Object:
+    """Make the call that rebuilds a tensor of which there is nothing more to say."""
+    hooks = Object(_ORDERED_DICT, ())
+    args = (
+        info.storage,
+        info.storage_offset,
+        info.shape,
+        info.stride,
+        info.requires_grad,
+        hooks,
+    )
+    if info.storage.dtype is info.dtype:
+        return Object(Global(_UTILS, "_rebuild_tensor_v2"), args)
+    dtype = Global("torch", info.dtype.torch_name)
+    return Object(Global(_UTILS, "_rebuild_tensor_v3"), (*args, dtype))
+
+
+def quantized_call(
+    place: tuple[Storage, int],
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    scale: float,
+    zero_point: int,
+) -> Object:
+    """Make the call that rebuilds a tensor with one scale and zero point for all of it."""
+    quantizer = (Global("torch", "per_tensor_affine"), scale, zero_point)
+    args = (*place, shape, stride, quantizer, False, Object(_ORDERED_DICT, ()))
+    return Object(Global(_UTILS, "_rebuild_qtensor"), args)

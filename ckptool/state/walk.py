@@ -1,0 +1,104 @@
+"""Ways through a tree: every tensor by its path, and how deep a tree may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptool.errors import LimitExceeded
+from ckptool.pickles.tree import (
+    MAX_NESTING,
+    Dict,
+    Node,
+    Object,
+    PersistentId,
+    Set,
+    children,
+    python2_items,
+)
+from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
+
+Path = tuple[str, ...]
+
+
+def dotted(path: Path) -> str:
+    """Write a path as `--at` takes it."""
+    return ".".join(path)
+
+
+def refuse_deep(tree: Node) -> None:
+    """Raise `LimitExceeded` for a tree nested more deeply than any real checkpoint.
+
+    Later rooms walk the tree by recursion, in this order and each node once, and rely on it.
+    """
+    seen: set[int] = set()
+    stack = [iter((tree,))]
+    while stack:
+        for node in stack[-1]:
+            if type(node) is TensorInfo and node.origin is None:
+                continue
+            if isinstance(node, INNER) and id(node) not in seen:
+                seen.add(id(node))
+                stack.append(children(node))
+                break
+        else:
+            stack.pop()
+        if len(stack) > MAX_NESTING:
+            raise LimitExceeded(f"values nested more than {MAX_NESTING} deep")
+
+
+def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
+    """Yield every tensor of a tree with its path, each container once."""
+    seen: set[int] = set()
+    stack: list[tuple[Path, Iterator[tuple[str | None, Node]]]] = [((), iter([(None, tree)]))]
+    while stack:
+        path, level = stack[-1]
+        for name, node in level:
+            here = path if name is None else (*path, name)
+            if isinstance(node, TENSORS):
+                yield here, node
+            elif isinstance(node, _CONTAINERS) and id(node) not in seen:
+                seen.add(id(node))
+                stack.append((here, iter(list(_members(node)))))
+                break
+        else:
+            stack.pop()
+
+
+_CONTAINERS = (Dict, Object, Set, list, tuple)
+INNER = (*_CONTAINERS, *TENSORS, PersistentId)
+
+
+def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
+    """Yield what is inside a node with the name a user would write for it, None for no name."""
+    match node:
+        case Dict():
+            for key, value in node.pairs:
+                yield label(key), value
+        case list() | tuple():
+            for index, value in enumerate(node):
+                yield str(index), value
+        case Set():
+            for index, value in enumerate(node.items):
+                yield str(index), value
+        case Object():
+            yield from _object_members(node)
+
+
+def _object_members(node: Object) -> Iterator[tuple[str | None, Node]]:
+    old = python2_items(node)
+    yield from ((label(key), value) for key, value in old)
+    if not old:
+        yield None, node.args
+    yield None, node.kwargs
+    for kind, payload in node.steps:
+        if kind == "setitem":
+            yield from ((label(key), value) for key, value in payload)
+        elif kind == "append":
+            yield from ((str(index), value) for index, value in enumerate(payload))
+        else:
+            yield None, payload
+
+
+def label(key: Node) -> str:
+    """Write a key as `--at` and lists do; `?` for one that is neither text nor number."""
+    return key if isinstance(key, str) else str(key) if type(key) is int else "?"

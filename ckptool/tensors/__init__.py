@@ -1,0 +1,1 @@
+"""Tensors as values: dtypes, storages, views, numbers; pure, opens nothing."""

@@ -1,0 +1,197 @@
+"""Chunked storages: which bytes of which piece lie where in the whole tensor.
+
+The whole is contiguous and each chunk a box of it, as in distributed checkpoints
+(torch/distributed/checkpoint/metadata.py, `ChunkStorageMetadata`). In the order of elements a
+range of the whole meets each chunk in one range of the chunk's own elements: what is read one
+after another in the whole is read one after another in every chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, product
+from math import prod
+from operator import itemgetter
+
+from ckptool.errors import LimitExceeded
+from ckptool.tensors.tensor import Chunk, Chunked, Read, TensorInfo, contiguous_stride, gather
+
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a chunk, `count` from `first`, that a range of the whole needs."""
+
+    index: int
+    chunk: Chunk
+    first: int
+    count: int
+
+
+def pieces(chunked: Chunked, first: int, count: int) -> Iterator[Piece]:
+    """Yield what the elements of the whole, `count` from `first`, need of each chunk."""
+    row = prod(chunked.shape[1:])
+    for index, chunk in enumerate(chunked.chunks):
+        if chunk.offsets:  # most chunks of many are passed by their first dimension
+            top = chunk.offsets[0] * row
+            if top >= first + count or top + chunk.source.shape[0] * row <= first:
+                continue
+        begin = _elements_before(chunked, chunk, first)
+        end = _elements_before(chunked, chunk, first + count)
+        if end > begin:
+            yield Piece(index, chunk, begin, end - begin)
+
+
+def _elements_before(chunked: Chunked, chunk: Chunk, index: int) -> int:
+    """Count the elements of a chunk that stand before an element of the whole."""
+    sizes = chunk.source.shape
+    if not sizes:
+        return min(index, 1)
+    inner, count = prod(sizes), 0
+    steps = contiguous_stride(chunked.shape)
+    for offset, size, step in zip(chunk.offsets, sizes, steps, strict=True):
+        inner //= size
+        here, index = divmod(index, step)
+        if here < offset:
+            return count
+        if here >= offset + size:
+            return count + inner * size
+        count += (here - offset) * inner
+    return count
+
+
+def read_elements(info: TensorInfo, first: int, count: int, read: Read) -> bytes:
+    """Read elements of a tensor in their contiguous order, `count` from `first`."""
+    itemsize = info.dtype.itemsize
+    if info.stride == contiguous_stride(info.shape):
+        return read((info.storage_offset + first) * itemsize, count * itemsize)
+    return b"".join(_strided(info, first, count, read))
+
+
+def _strided(info: TensorInfo, first: int, count: int, read: Read) -> Iterator[bytes | bytearray]:
+    """Cut a range of elements into whole rows and the parts of rows around them."""
+    if not info.shape:
+        yield from gather(info, read, BLOCK)
+        return
+    row, last = prod(info.shape[1:]), first + count
+    while first < last:
+        index, within = divmod(first, row)
+        start = info.storage_offset + index * info.stride[0]
+        if within or last - first < row:
+            taken = min(row - within, last - first)
+            inner = replace(
+                info, shape=info.shape[1:], stride=info.stride[1:], storage_offset=start
+            )
+            yield from _strided(inner, within, taken, read)
+        else:
+            rows = (last - first) // row
+            taken = rows * row
+            whole = replace(info, shape=(rows, *info.shape[1:]), storage_offset=start)
+            yield from gather(whole, read, BLOCK)
+        first += taken
+
+
+def place(chunked: Chunked, piece: Piece, data: bytes, first: int, target: memoryview) -> None:
+    """Put the elements of a piece where they stand in the whole; `target` begins at `first`."""
+    size = chunked.itemsize
+    run, rows, step = _runs(chunked, piece.chunk)
+    done = 0
+    while done < piece.count:
+        number, within = divmod(piece.first + done, run)
+        position = _position(chunked, piece.chunk, number) + within - first
+        left = piece.count - done
+        many = min(rows - number % rows, left // run)
+        if not within and many > run:  # short runs: column by column
+            count = many * run
+            _columns(target[position * size :], data[done * size :], run, many, step, size)
+        else:
+            count = min(run - within, left)
+            begin, end = position * size, (position + count) * size
+            target[begin:end] = data[done * size : (done + count) * size]
+        done += count
+
+
+def _columns(target: memoryview, data: bytes, run: int, many: int, step: int, size: int) -> None:
+    """Put `many` runs, each `step` elements behind the one before, byte by byte of a run."""
+    for byte in range(run * size):
+        end = (many - 1) * step * size + byte + 1
+        target[byte : end : step * size] = data[byte : many * run * size : run * size]
+
+
+def _runs(chunked: Chunked, chunk: Chunk) -> tuple[int, int, int]:
+    """Give how many elements of a chunk lie together in the whole, how many such runs follow
+    each other at even distance, and that distance.
+    """
+    sizes, shape = chunk.source.shape, chunked.shape
+    axis = len(shape) - 1
+    while axis > 0 and sizes[axis] == shape[axis]:
+        axis -= 1
+    if axis <= 0:
+        return prod(sizes), 1, prod(shape)
+    return prod(sizes[axis:]), sizes[axis - 1], prod(shape[axis:])
+
+
+def _position(chunked: Chunked, chunk: Chunk, number: int) -> int:
+    """Give the element of the whole where a run of a chunk starts."""
+    sizes, steps = chunk.source.shape, contiguous_stride(chunked.shape)
+    run = _runs(chunked, chunk)[0]
+    indices = _unravelled(number * run, sizes)
+    return sum(
+        (index + offset) * step
+        for index, offset, step in zip(indices, chunk.offsets, steps, strict=True)
+    )
+
+
+def _unravelled(index: int, shape: Sequence[int]) -> list[int]:
+    indices = []
+    for step in contiguous_stride(shape):
+        here, index = divmod(index, step)
+        indices.append(here)
+    return indices
+
+
+MAX_CUT = 6  # dimensions that a tensor is cut along; each doubles the corners of a box
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins in each dimension, its sizes
+
+
+def tiling_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str:
+    """Say in words why boxes do not cover a tensor exactly; an empty string where they do.
+
+    The corners of a box, signed, are the mixed derivative of the function that is one in it: those
+    of all boxes sum to those of the whole where they tile it, and only there. The boxes lie in the
+    tensor. Raises `LimitExceeded` for a tensor cut along many dimensions.
+    """
+    whole = (tuple(0 for _ in shape), shape)
+    if 0 in shape:
+        return ""
+    cut = [
+        dimension
+        for dimension, size in enumerate(shape)
+        if any((begins[dimension], sizes[dimension]) != (0, size) for begins, sizes in boxes)
+    ]
+    if len(cut) > MAX_CUT:
+        raise LimitExceeded(f"a tensor cut along {len(cut)} dimensions")
+    corners = [*_corners(whole, cut, -1)]
+    for box in boxes:
+        corners += _corners(box, cut, 1)
+    corners.sort()
+    sums = [sum(sign for _, sign in same) for _, same in groupby(corners, key=itemgetter(0))]
+    if not any(sums):
+        return ""
+    held, total = sum(prod(sizes) for _, sizes in boxes), prod(shape)
+    if held == total:
+        return "overlap, and leave a gap elsewhere"
+    return f"{'overlap' if held > total else 'leave a gap'}: they hold {held} of {total} elements"
+
+
+def _corners(box: Box, cut: Sequence[int], sign: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    begins, sizes = box
+    for ends in product((0, 1), repeat=len(cut)):
+        point = tuple(
+            begins[dimension] + end * sizes[dimension]
+            for dimension, end in zip(cut, ends, strict=True)
+        )
+        yield point, sign if sum(ends) % 2 == 0 else -sign

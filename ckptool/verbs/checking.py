@@ -1,0 +1,440 @@
+"""What `check` says of a file: is it whole, and would it run code when it is loaded.
+
+The strict reader judges the structure, recorded checksums the bytes, names the danger; nothing is
+loaded, and what was not looked at is said. Where the reader gives up inside a pickle, the names
+that stood before are judged all the same: whatever loads the file elsewhere gets as far.
+
+A `FormatError` becomes a status here, so that one file does not end the check of many. Damaged is
+what breaks the rules of its container, and, where that was asked, what holds NaN or infinity: no
+status is its own, and the answer to "can this be used" is no.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ckptool import containers
+from ckptool.errors import (
+    CkptoolError,
+    FormatError,
+    Malformed,
+    NoSuchFile,
+    NotACheckpoint,
+    Unsupported,
+)
+from ckptool.files import fileio
+from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
+from ckptool.files.filehash import hash_in
+from ckptool.files.fileio import CHUNK, Reader
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level, level
+from ckptool.pickles.safety import Call, Verdict
+from ckptool.pickles.tree import Global, Object
+from ckptool.state import checkpoint as places, walk
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.text import counted, listed, readable
+from ckptool.verbs.finite import Tally, floating, not_finite
+from ckptool.verbs.survey import unused_nbytes
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+MAX_CALLS = 100  # dangerous calls that are listed
+BYTES_UNSEEN = "whether bytes of tensors changed"
+SHOWN = 3  # problems in a line
+
+
+class Status(Enum):
+    """What a file is, in the words of the command line."""
+
+    OK = "ok"
+    DAMAGED = "damaged"
+    UNSAFE = "unsafe"
+    NOT_A_CHECKPOINT = "not-a-checkpoint"
+    UNSUPPORTED = "unsupported"
+
+    @property
+    def exit_code(self) -> int:
+        """Give the exit code that goes with it; over several files the highest counts."""
+        return {"ok": 0, "damaged": 1, "unsafe": 4}.get(self.value, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found in one file.
+
+    `safety` is empty where no name was read; `globals` are the names beyond the plain ones and
+    `calls` the dangerous ones of them; `not_finite` are tensors with NaN or infinity, by path;
+    `checked` and `not_checked` say in words what was looked at.
+    """
+
+    file: str
+    status: Status
+    detail: str
+    container: str = ""
+    safety: str = ""
+    globals: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
+    pickle_name: str = ""
+    sha256: str = ""
+    not_finite: tuple[tuple[str, Tally], ...] = ()
+    hint: str = ""
+    notes: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
+    not_checked: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What is gathered on the way."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    not_finite: tuple[tuple[str, Tally], ...] = ()
+    sha256: str = ""
+    asked_sha256: str = ""
+    checksums: str = ""
+
+
+def check(
+    path: str | Path,
+    *,
+    sha256: bool = False,
+    finite: bool = False,
+    strict: bool = False,
+    progress: Begin = no_progress,
+) -> Checked:
+    """Check structure, checksums and names of a file; with `finite` also every float.
+
+    `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
+    calls foreign names and the code of TorchScript unsafe too. A file that cannot be read is a
+    result, not an error.
+    """
+    path = str(path)
+    found = _Findings()
+    said = hash_in(os.path.basename(path))
+    try:
+        checkpoint = containers.read(path)
+    except FormatError as error:
+        if sha256 or said:
+            _hash(path, said, sha256, found, progress)
+        return _unreadable(path, error, found, strict=strict)
+    hashed = bool(sha256 or said)
+    step = progress(_work(checkpoint, finite=finite, hashed=hashed))
+    _structure(checkpoint, found)
+    _checksums(checkpoint, found, step)
+    if finite:
+        _floats(checkpoint, found, step)
+    else:
+        found.not_checked.append("NaN and infinity (--finite looks for them)")
+    if hashed:
+        _hash(path, said, sha256, found, lambda total: step)
+    _unchanged(checkpoint, found)
+    return _result(path, checkpoint, found, strict=strict)
+
+
+def _work(checkpoint: Checkpoint, *, finite: bool, hashed: bool) -> int:
+    """Count the bytes that will be read, for a progress bar."""
+    summed = sum(each.nbytes for each in checkpoint.records.values() if each.crc32 is not None)
+    floats = sum(info.nbytes for _, info in floating(checkpoint.tree)) if finite else 0
+    return summed + floats + (checkpoint.nbytes if hashed else 0)
+
+
+def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
+    """Look for what the reader lets pass."""
+    found.checked.append("structure")
+    found.notes += checkpoint.notes
+    found.problems += checkpoint.flaws
+    try:
+        places.candidates(checkpoint.tree)  # refuses modules without end
+        repeated = places.repeated_keys(checkpoint)
+    except FormatError as error:
+        found.problems.append(_without_path(error, checkpoint.path))
+    else:
+        found.notes += [f"the key {key} stands twice; the last one counts" for key in repeated]
+    if checkpoint.unread and not checkpoint.program:
+        size = readable(checkpoint.unread_nbytes)
+        found.notes.append(f"nothing in it refers to {listed(checkpoint.unread)} ({size})")
+    unused = unused_nbytes(checkpoint.tree)
+    if unused:
+        found.notes.append(f"{readable(unused)} of its storages is used by no tensor")
+    if checkpoint.unlisted:
+        found.notes.append(f"{readable(checkpoint.unlisted)} in it belong to no part of it")
+
+
+def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
+    """Compare every record with its checksum, those that nothing refers to as well."""
+    recorded = {
+        name: storage for name, storage in checkpoint.records.items() if storage.crc32 is not None
+    }
+    if not recorded:
+        title = containers.BY_NAME[checkpoint.container].title
+        why = f"the writer of this {title} file recorded none"
+        if not checkpoint.records:
+            why = f"{title} files have no checksums"
+        found.checksums = "no checksums recorded"
+        found.not_checked.append(f"{BYTES_UNSEEN} ({why})")
+        return
+    # Without their checksums, so that the first wrong one does not hide the others.
+    jobs = {
+        name: Copy(replace(storage, key=name, crc32=None), None)
+        for name, storage in recorded.items()
+    }
+    try:
+        run_jobs(list(jobs.values()), None, step)
+    except Malformed as error:
+        found.problems.append(_without_path(error, checkpoint.path))
+        return
+    for name, job in jobs.items():
+        wanted = recorded[name].crc32
+        if job.crc32 != wanted:
+            sums = f"CRC-32 recorded {wanted:08x}, found {job.crc32:08x}"
+            found.problems.append(f"record {name} does not match its checksum ({sums})")
+    found.checksums = f"{counted(len(jobs), 'checksum')} match"
+    found.checked.append(counted(len(jobs), "checksum"))
+
+
+def _floats(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
+    """Look for NaN and infinity."""
+    try:
+        floats = not_finite(checkpoint, step)
+    except Malformed as error:
+        found.problems.append(_without_path(error, checkpoint.path))
+        return
+    found.checked.append("NaN and infinity")
+    found.not_finite = floats.found
+    if floats.found:
+        several = len(floats.found) > 1
+        rows = (f"{path} ({_counts(here)})" for path, here in floats.found)
+        tensors = f"{counted(len(floats.found), 'tensor')} {'hold' if several else 'holds'}"
+        found.problems.append(f"{tensors} NaN or infinity: {listed(rows, SHOWN)}")
+    if floats.skipped:
+        what = "NaN and infinity in views that overlap many times over"
+        found.not_checked.append(f"{what}: {listed(floats.skipped)}")
+
+
+def _counts(here: Tally) -> str:
+    parts = [f"{here.nan} NaN" if here.nan else "", f"{here.inf} infinite" if here.inf else ""]
+    return ", ".join(filter(None, parts))
+
+
+def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: Begin) -> None:
+    """Hash the file, and compare that with what its name says."""
+    digest = hashlib.sha256()
+    try:
+        with Reader(path) as reader:
+            step = progress(reader.nbytes)
+            for start in range(0, reader.nbytes, CHUNK):
+                data = reader.read(start, min(CHUNK, reader.nbytes - start))
+                digest.update(data)
+                step(len(data))
+    except (Malformed, NotACheckpoint, NoSuchFile):  # the reader of the format says so, too
+        return
+    found.sha256 = digest.hexdigest()
+    found.asked_sha256 = f"sha256 {found.sha256}" if asked else ""
+    found.checked.append("sha256")
+    if said and found.sha256.startswith(said):
+        found.notes.append(f"its sha256 starts with {said}, as its name says")
+    elif said:
+        found.notes.append(f"its sha256 does not start with {said}, as its name says")
+
+
+def _unchanged(checkpoint: Checkpoint, found: _Findings) -> None:
+    try:
+        for path, stamp in checkpoint.files:
+            fileio.refuse_changed(path, stamp)
+    except Malformed as error:
+        found.problems.append(_without_path(error, checkpoint.path))
+
+
+# What it comes to.
+
+
+def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool) -> Checked:
+    verdict = safety.judge(checkpoint.globals)
+    calls = safety.evidence(verdict, checkpoint.calls, checkpoint.tree, MAX_CALLS)
+    found.checked.append("names")
+    if verdict.foreign:
+        found.not_checked.append("the code behind foreign names")
+    program = f"holds the code of a {checkpoint.program}" if checkpoint.program else ""
+    if program:
+        found.not_checked.append("what the code of a TorchScript module does")
+    problems = _some(found.problems)
+    if _unsafe(verdict, strict) or (strict and program):
+        status, parts = Status.UNSAFE, [_danger(verdict, calls), program]
+        parts += [f"damaged: {problems}"] if problems else []
+    elif problems:
+        status, parts = Status.DAMAGED, [problems]
+    else:
+        status, parts = (
+            Status.OK,
+            [_summary(checkpoint), found.checksums, program, _foreign(verdict)],
+        )
+    return Checked(
+        path,
+        status,
+        "; ".join(filter(None, [*parts, found.asked_sha256])),
+        checkpoint.container,
+        verdict.level.name.lower(),
+        _names(verdict),
+        tuple(calls),
+        checkpoint.pickle_name,
+        found.sha256,
+        found.not_finite,
+        "",
+        tuple(found.notes),
+        tuple(found.checked),
+        tuple(found.not_checked),
+    )
+
+
+def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool) -> Checked:
+    """Judge what the reader gave up on by what it had read before."""
+    named, called = error.named, error.calls
+    if isinstance(error, NotACheckpoint) and os.path.isfile(path):
+        named, called = _of_no_checkpoint(path)
+    verdict = safety.judge(named)
+    calls = safety.evidence(verdict, called, None, MAX_CALLS)
+    status = _STATUS.get(type(error), Status.DAMAGED)
+    detail = _without_path(error, path)
+    if isinstance(error, NotACheckpoint) and os.path.isdir(path):
+        detail = f"a folder without files of a known suffix ({' '.join(_suffixes())})"
+    if _unsafe(verdict, strict):
+        detail = f"{_danger(verdict, calls)}; {status.value}: {detail}"
+        status = Status.UNSAFE
+    found.notes += error.evidence
+    absent = isinstance(error, NoSuchFile) and not error.hint
+    detail = "; ".join(filter(None, [detail, found.asked_sha256]))
+    return Checked(
+        path,
+        status,
+        detail,
+        safety=verdict.level.name.lower() if named else "",
+        globals=_names(verdict),
+        calls=tuple(calls),
+        pickle_name="the pickle",
+        sha256=found.sha256,
+        hint=fileio.spelled_like(path) if absent else error.hint,
+        notes=tuple(found.notes),
+        checked=tuple(found.checked),
+        not_checked=("what stands behind the fault",)
+        if status is not Status.NOT_A_CHECKPOINT
+        else (),
+    )
+
+
+def _of_no_checkpoint(path: str) -> tuple[dict[Global, int], list[Object]]:
+    """Give the dangerous names of a pickle in no container; a text may look like one that names."""
+    try:
+        named, calls = containers.pickled(path)
+    except FormatError:
+        return {}, []
+    wanted = {
+        name: offset
+        for name, offset in named.items()
+        if level(name) is Level.DANGEROUS
+        and all(step.isidentifier() for step in f"{name}".split("."))
+    }
+    return wanted, calls
+
+
+_STATUS = {
+    NotACheckpoint: Status.NOT_A_CHECKPOINT,
+    NoSuchFile: Status.NOT_A_CHECKPOINT,
+    Unsupported: Status.UNSUPPORTED,
+}
+
+
+def _unsafe(verdict: Verdict, strict: bool) -> bool:
+    return verdict.level is Level.DANGEROUS or (strict and verdict.level is Level.FOREIGN)
+
+
+def _danger(verdict: Verdict, calls: Sequence[Call]) -> str:
+    if not calls:  # strict: there are none but foreign ones
+        return _foreign(verdict)
+    first = calls[0]
+    what = "run" if first.arguments is not None else "import"
+    more = f" and {len(calls) - 1} more" if len(calls) > 1 else ""
+    return f"would {what} {first.text}{more} when loaded"
+
+
+def _foreign(verdict: Verdict) -> str:
+    return f"foreign names: {listed(map(str, verdict.foreign), SHOWN)}" if verdict.foreign else ""
+
+
+def _names(verdict: Verdict) -> tuple[str, ...]:
+    return tuple(map(str, [*verdict.dangerous, *verdict.foreign]))
+
+
+def _summary(checkpoint: Checkpoint) -> str:
+    count = sum(1 for _ in walk.tensors(checkpoint.tree))
+    title = containers.BY_NAME[checkpoint.container].title
+    return f"{title}, {readable(checkpoint.nbytes)}, {counted(count, 'tensor')}"
+
+
+def _some(problems: Sequence[str]) -> str:
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "; ".join([*problems[:SHOWN], *more])
+
+
+def _without_path(error: FormatError, path: str) -> str:
+    """Take the name of the file off the front of a message that will stand beside it."""
+    message = error.message
+    if not message.startswith(path):
+        return message
+    rest = message.removeprefix(path)
+    place = re.match(r" \(([^)]*)\): ", rest)
+    return f"{place[1]}: {rest[place.end() :]}" if place else re.sub("^(: | is | )", "", rest)
+
+
+# What to check.
+
+
+def expanded(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the files that paths stand for; a folder without any stands for itself."""
+    for path in paths:
+        inside = list(found_in(path)) if os.path.isdir(path) else []
+        yield from inside or [path]
+
+
+def found_in(folder: str) -> Iterator[str]:
+    """Yield the files in a folder, and in those in it, whose suffix is that of a checkpoint.
+
+    Sorted; hidden ones are left out, and links to folders are not followed. The index of a
+    checkpoint of many files stands for them all. A folder that cannot be listed stands for itself,
+    and so, beside the files in it, does one whose shards lack their index.
+    """
+    denied: list[OSError] = []
+    for here, folders, files in os.walk(folder, onerror=denied.append):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        indexes = [os.path.join(here, name) for name in sorted(files) if containers.is_index(name)]
+        yield from indexes
+        if containers.lacks_index(here):
+            yield here
+        known = {path for index in indexes for path in _files_of(index)}
+        for name in sorted(files):
+            path = os.path.join(here, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in _suffixes() and not name.startswith(".") and path not in known:
+                yield path
+    yield from (str(error.filename) for error in denied)
+
+
+def _files_of(index: str) -> set[str]:
+    """Name the files that are checked with an index."""
+    try:
+        return {index, *(path for path, _ in containers.read(index).files)}
+    except CkptoolError:
+        return {index}
+
+
+def _suffixes() -> list[str]:
+    return sorted({suffix for each in containers.FORMATS for suffix in each.suffixes})

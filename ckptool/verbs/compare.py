@@ -1,0 +1,393 @@
+"""`diff`: what two checkpoints have apart, in any two containers.
+
+Keys, dtypes, shapes and bytes decide whether state_dicts are equal, and the values beside them
+where both files have a place for such. Order of keys, ties, strides, requires_grad and device
+tags are told and decide nothing: containers differ in what they can say of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
+from ckptool.files import fileio
+from ckptool.files.copying import Begin, Copy, Job, run_jobs
+from ckptool.pickles.torch_objects import attributes, quantizer
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
+from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.walk import Path
+from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
+from ckptool.text import counted, listed, readable, shape
+from ckptool.verbs.compare_bytes import Comparer, Pair, pair
+from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
+from ckptool.verbs.compare_trees import TAKEN, Place, places_of, shown
+from ckptool.verbs.compare_values import Values
+
+MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
+SMALL = 64 << 20  # below this, they may
+
+
+# torch/_utils.py, `_rebuild_sparse_tensor`
+_PARTS = {
+    "sparse_coo": ("indices", "values"),
+    **dict.fromkeys(("sparse_csr", "sparse_bsr"), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys(("sparse_csc", "sparse_bsc"), ("ccol_indices", "row_indices", "values")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What differs under a key that both sides have.
+
+    `what` is `dtype`, `shape`, `layout`, `quantizer`, `attributes` (what Python keeps on a tensor),
+    `value` (of what is no tensor) or `values`; `left` and `right` say it in text, `values` in
+    numbers; `first` is the index of the first element that differs.
+    """
+
+    key: str
+    what: str
+    left: str = ""
+    right: str = ""
+    values: Values | None = None
+    first: tuple[int, ...] | None = None
+
+
+@dataclass(slots=True)
+class Found:
+    """What differs in a part of two checkpoints; `within` differs and is within the tolerance.
+
+    `only_left` and `only_right` say of each key in a few words what it is.
+    """
+
+    only_left: dict[str, str] = field(default_factory=dict)
+    only_right: dict[str, str] = field(default_factory=dict)
+    changed: list[Change] = field(default_factory=list)
+    within: list[Change] = field(default_factory=list)
+
+    @property
+    def nothing(self) -> bool:
+        """Tell whether all is equal."""
+        return not (self.only_left or self.only_right or self.changed)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two files; `at` is None where its tensors were compared by their paths."""
+
+    path: str
+    container: str
+    at: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How two checkpoints differ: in the state_dict, and in what stands beside it.
+
+    `tensors` of `nbytes` in all were compared.
+    """
+
+    left: Side
+    right: Side
+    asked: Asked
+    state: Found
+    beside: Found
+    tensors: int
+    nbytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Tell whether nothing differs that decides."""
+        return self.state.nothing and self.beside.nothing
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether all tensors were compared, by their path."""
+        return self.left.at is None
+
+
+def diff(left: Checkpoint, right: Checkpoint, asked: Asked, progress: Begin) -> Difference:
+    """Compare two checkpoints.
+
+    Raises `AmbiguousStateDict` where one of several must be chosen, `NothingMatched` for patterns
+    and prefixes that no key has, `LimitExceeded` for views that repeat themselves beyond measure.
+    """
+    work = _Work(left, right, asked)
+    one, other = state_dicts(left, right, asked)
+    if one is None or other is None:
+        work.compare_trees()
+    else:
+        work.compare_states(one, other)
+    if not asked.structure:
+        work.compare_values(progress)
+    sides = [
+        Side(checkpoint.path, checkpoint.container, state.at if state else None)
+        for checkpoint, state in ((left, one), (right, other))
+    ]
+    return Difference(
+        sides[0],
+        sides[1],
+        asked,
+        work.state,
+        work.beside,
+        work.tensors,
+        work.nbytes,
+        tuple(work.notes),
+    )
+
+
+@dataclass(slots=True)
+class _Work:
+    """A comparison on its way: what was found, and the tensors whose values are yet to be read."""
+
+    left: Checkpoint
+    right: Checkpoint
+    asked: Asked
+    state: Found = field(default_factory=Found)
+    beside: Found = field(default_factory=Found)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    nbytes: int = 0
+    _queue: list[tuple[Found, str, Pair]] = field(default_factory=list)
+    _paired: set[tuple[int, int]] = field(default_factory=set)
+
+    def compare_states(self, left: StateDict, right: StateDict) -> None:
+        """Compare two state_dicts, and what stands beside them unless a part was chosen."""
+        one, other = edited(self.asked, left, right)
+        keys = list(dict.fromkeys([*one.entries, *other.entries]))
+        if self.asked.select:
+            selected = edits.select(self.asked.select, keys)
+            keys = [key for key in keys if key in selected]
+        both = [key for key in keys if key in one.entries and key in other.entries]
+        for alone, mine, theirs in (
+            (self.state.only_left, one.entries, other.entries),
+            (self.state.only_right, other.entries, one.entries),
+        ):
+            alone |= {key: shown(mine[key]) for key in keys if key not in theirs}
+        for key in both:
+            for place in places_of(one.entries[key], other.entries[key], (key,)):
+                self._take(self.state, place)
+        self._note_prefixes(list(one.entries), list(other.entries))
+        self.notes += notes(self.left, self.right, one, other, both)
+        if not self.asked.select:
+            self._compare_metadata(one, other)
+            self._compare_beside(left.at, right.at)
+
+    def compare_trees(self) -> None:
+        """Compare all there is, tensors by their paths."""
+        if self.asked.rename or self.asked.ignore_prefix is not None:
+            raise EditError("--map and --ignore-prefix need a state_dict on both sides")
+        found = list(places_of(self.left.tree, self.right.tree))
+        selected = None
+        if self.asked.select:
+            keys = [key for place in found for key in _tensors_at(place)]
+            selected = edits.select(self.asked.select, list(dict.fromkeys(keys)))
+        for place in found:
+            paths = _tensors_at(place)
+            if selected is not None:
+                paths = {path: what for path, what in paths.items() if path in selected}
+            if place.what == "tensors" and paths:
+                self._take(self.state, place)
+            elif paths:
+                where = self.state.only_left if place.what == "only-left" else self.state.only_right
+                where |= paths
+            elif selected is None:
+                self._take(self.beside, place)
+
+    def _compare_metadata(self, left: StateDict, right: StateDict) -> None:
+        one, other = (module_metadata.cleaned(state.metadata) for state in (left, right))
+        if one is None and other is None:
+            return
+        alone = Found()
+        for place in places_of(one, other, ("_metadata",)) if one and other else ():
+            self._take(self.beside if place.what == "value" else alone, place)
+        if self.state.only_left or self.state.only_right:
+            return  # and modules with them
+        for path, lacks, names in (
+            (self.left.path, other is None, alone.only_left),
+            (self.right.path, one is None, alone.only_right),
+        ):
+            if lacks or names:
+                modules = [name.removeprefix("_metadata.") or "the root" for name in names]
+                of = f" of {listed(modules, 3)}" if modules else ""
+                self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
+
+    def _compare_beside(self, left_at: Path, right_at: Path) -> None:
+        if self.asked.left_at is not None or self.asked.right_at is not None:
+            return
+        sides = ((self.left, left_at), (self.right, right_at))
+        if not left_at or not right_at:  # a bare state_dict, with no place for anything beside it
+            for checkpoint, at in sides:
+                names = places.beside(checkpoint.tree, at)
+                if names:
+                    self.notes.append(
+                        f"beside the state_dict, {checkpoint.path} alone has {listed(names)}"
+                    )
+            return
+        one, other = (replacing.replaced(checkpoint.tree, at, TAKEN) for checkpoint, at in sides)
+        for place in places_of(one, other):
+            self._take(self.beside, place)
+
+    def _take(self, found: Found, place: Place) -> None:
+        """Note what differs at a place, or queue its tensors."""
+        path = walk.dotted(place.path) or "."
+        match place.what:
+            case "only-left":
+                found.only_left[path] = shown(place.left)
+            case "only-right":
+                found.only_right[path] = shown(place.right)
+            case "value":
+                found.changed.append(Change(path, "value", shown(place.left), shown(place.right)))
+            case _:
+                self.tensors += 1
+                self.nbytes += place.left.nbytes
+                self._compare_tensors(found, path, place.left, place.right)
+
+    def _compare_tensors(self, found: Found, key: str, left: AnyTensor, right: AnyTensor) -> None:
+        """Compare what tensors are; queue those of one dtype and shape."""
+        facts = [
+            ("layout", _layout(left), _layout(right)),
+            ("dtype", left.dtype.label, right.dtype.label),
+            ("shape", shape(left.shape), shape(right.shape)),
+        ]
+        differing = [Change(key, *fact) for fact in facts if fact[1] != fact[2]]
+        found.changed += differing
+        if differing:
+            return
+        self._compare_kept(found, key, left, right)
+        if isinstance(left, TensorInfo) and isinstance(right, TensorInfo):
+            self._queue_values(found, key, left, right)
+        elif isinstance(left, CompositeTensor) and isinstance(right, CompositeTensor):
+            names = _PARTS.get(left.layout, ())
+            for index, (one, other) in enumerate(zip(left.parts, right.parts, strict=True)):
+                name = names[index] if len(names) == len(left.parts) else index
+                self._compare_tensors(found, f"{key}.({name})", one, other)
+
+    def _compare_kept(self, found: Found, key: str, left: AnyTensor, right: AnyTensor) -> None:
+        """Compare what is kept with two tensors, once for each pair: it may hold tensors too."""
+        if (id(left), id(right)) in self._paired:
+            return
+        self._paired.add((id(left), id(right)))
+        if isinstance(left, TensorInfo) and isinstance(right, TensorInfo):
+            self._compare_nodes(found, (key, "quantizer"), quantizer(left), quantizer(right))
+        one, other = attributes(left), attributes(right)
+        if one is not None and other is not None:  # what one has alone is told
+            self._compare_nodes(found, (key, "attributes"), one, other)
+
+    def _compare_nodes(self, found: Found, at: tuple[str, str], left: Node, right: Node) -> None:
+        key, what = at
+        for place in places_of(left, right, (key, f"({what})")):
+            if place.what == "tensors":
+                self._compare_tensors(found, walk.dotted(place.path), place.left, place.right)
+            else:
+                one = "(none)" if place.what == "only-right" else shown(place.left)
+                other = "(none)" if place.what == "only-left" else shown(place.right)
+                found.changed.append(Change(key, what, one, other))
+
+    def _queue_values(self, found: Found, key: str, left: TensorInfo, right: TensorInfo) -> None:
+        if left.numel:
+            try:
+                self._queue.append((found, key, pair(left, right)))
+            except Unsupported as error:
+                error.message = f"{key}: {error.message}"
+                raise
+
+    def _note_prefixes(self, left: list[str], right: list[str]) -> None:
+        """Say where keys would pair but for wrapper prefixes."""
+        if not self.state.only_left or not self.state.only_right:
+            return
+        one, other = edits.peeled(left), edits.peeled(right)
+        bare = {edits.unwrapped(key, one) for key in left}
+        if one != other and bare & {edits.unwrapped(key, other) for key in right}:
+            prefix = "".join(one or other)
+            path = (self.left if one else self.right).path
+            self.notes.append(
+                f"every key of {path} starts with `{prefix}`; --ignore-prefix auto looks past it"
+            )
+
+    # Values.
+
+    def compare_values(self, progress: Begin) -> None:
+        """Read and compare the tensors that are queued, each pair of views once."""
+        distinct = {both.views: both for _, _, both in self._queue}
+        limit = max(MAX_EXPANSION * (self.left.nbytes + self.right.nbytes), SMALL)
+        total = sum(both.nbytes for both in distinct.values())
+        work = total + _inflated(list(distinct.values()))
+        if work > limit:
+            raise LimitExceeded(
+                f"{readable(work)} would be compared of files of {readable(self.left.nbytes)} "
+                f"and {readable(self.right.nbytes)}",
+                option="--structure",
+                hint="compares no values, --select some",
+            )
+        known: dict[tuple[object, ...], Values] = {}
+        with Comparer(self.asked.tolerance, limit, progress(2 * total)) as comparer:
+            for found, key, both in self._queue:
+                if both.views not in known:
+                    known[both.views] = comparer.compare(both)
+                _judge(found, key, both, known[both.views])
+        self._note_damage([both for *_, both in self._queue if known[both.views].count])
+        for path, stamp in (*self.left.files, *self.right.files):
+            fileio.refuse_changed(path, stamp)
+
+    def _note_damage(self, differing: list[Pair]) -> None:
+        """Say so where bytes differ because a file is damaged: they do not match its checksum."""
+        storages = dict.fromkeys(
+            info.storage for both in differing for info in (both.left, both.right)
+        )
+        jobs: list[Job] = [
+            Copy(each, None) for each in storages if each.crc32 is not None or each.chunked
+        ]
+        try:
+            run_jobs(jobs, None, lambda nbytes: None)
+        except Malformed as error:
+            self.notes.append(f"{error.message}; ckptool check says more")
+
+
+def _inflated(pairs: Sequence[Pair]) -> int:
+    """Count what deflated storages come to, each as often as it is taken up."""
+    nbytes = 0
+    for storages in (
+        [both.left.storage for both in pairs],
+        [both.right.storage for both in pairs],
+    ):
+        for before, storage in zip([None, *storages], storages, strict=False):
+            if storage.packing is Packing.DEFLATED and storage != before:
+                nbytes += storage.nbytes
+    return nbytes
+
+
+def _judge(found: Found, key: str, both: Pair, values: Values) -> None:
+    if values.count or values.within:
+        bits = min(8, both.left.dtype.bits)  # below a byte, bytes were counted
+        first = None if values.first is None else _index(values.first * 8 // bits, both.left.shape)
+        change = Change(key, "values", values=values, first=first)
+        (found.changed if values.count else found.within).append(change)
+
+
+def _index(flat: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Give the index in each dimension of an element counted in contiguous order."""
+    index = []
+    for size in reversed(sizes):
+        flat, here = divmod(flat, size)
+        index.append(here)
+    return tuple(reversed(index))
+
+
+def _tensors_at(place: Place) -> dict[str, str]:
+    """List the tensors at a place that one side has alone, or that both have, by path."""
+    if place.what == "value":
+        return {}
+    node = place.right if place.what == "only-right" else place.left
+    return {
+        walk.dotted((*place.path, *path)) or ".": shown(tensor)
+        for path, tensor in walk.tensors(node)
+    }
+
+
+def _layout(tensor: AnyTensor) -> str:
+    if isinstance(tensor, TensorInfo):
+        return "strided"
+    return f"{tensor.layout} of {counted(len(tensor.parts), 'part')}"

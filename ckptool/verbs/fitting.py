@@ -1,0 +1,229 @@
+"""Pretrained transfer: keep of a checkpoint what fits a target, and say what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptool import containers
+from ckptool.errors import AmbiguousStateDict, PoorFit
+from ckptool.files.copying import Begin, no_progress
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places, edits
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.edits import Edit
+from ckptool.tensors.tensor import TENSORS
+from ckptool.text import percent
+from ckptool.verbs import surgery
+from ckptool.verbs.plan import argument
+from ckptool.verbs.surgery import Options, Rewrite
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
+
+Shape = tuple[int, ...]
+# Gives the entries for keys that the source lacks, for as long as the context lasts.
+Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The keys and shapes of a target, without wrapper prefixes; `name` is for reports."""
+
+    name: str
+    shapes: dict[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A key that both sides have, in different shapes."""
+
+    key: str
+    here: Shape
+    there: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a checkpoint fits a target; `filled` is the share of the target's elements."""
+
+    target: str
+    matched: tuple[str, ...]
+    mismatched: tuple[Mismatch, ...]
+    missing: tuple[str, ...]
+    absent: tuple[str, ...]
+    filled: float
+
+
+class Transferred(NamedTuple):
+    """What a transfer wrote, and how it fits its target, if it had one."""
+
+    rewrite: Rewrite
+    fit: Fit | None
+
+
+def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
+    """Make a reference of keys and shapes, wrapper prefixes peeled."""
+    wrappers = edits.peeled(list(shapes))
+    return Reference(
+        name, {edits.unwrapped(key, wrappers): tuple(shape) for key, shape in shapes.items()}
+    )
+
+
+def reference_of_file(path: str | Path, at: str | None = None) -> Reference:
+    """Take keys and shapes from another checkpoint."""
+    try:
+        state = places.find(containers.read(path), at)
+    except AmbiguousStateDict as error:
+        error.option = error.option.replace("--at", "--like-at")
+        raise
+    return reference(
+        str(path),
+        {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
+    )
+
+
+def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
+    """Compare the keys and shapes of a checkpoint with a target's."""
+    matched = tuple(key for key, shape in target.shapes.items() if shapes.get(key) == shape)
+    mismatched = tuple(
+        Mismatch(key, shape, target.shapes[key])
+        for key, shape in shapes.items()
+        if key in target.shapes and target.shapes[key] != shape
+    )
+    total = _elements(target.shapes.values())
+    filled = _elements(target.shapes[key] for key in matched)
+    return Fit(
+        target.name,
+        matched,
+        mismatched,
+        tuple(key for key in target.shapes if key not in shapes),
+        tuple(key for key in shapes if key not in target.shapes),
+        filled / total if total else 1.0,
+    )
+
+
+def _elements(shapes: Iterable[Shape]) -> int:
+    return sum(prod(shape) for shape in shapes)
+
+
+def first_steps(renames: Sequence[Edit], drop: Sequence[str], keep: Sequence[str]) -> list[Edit]:
+    """Give the edits that come before a comparison: peel, drop, keep, rename."""
+    steps = [edits.strip_wrappers(required=False)]
+    if drop:
+        steps.append(edits.drop(drop))
+    if keep:
+        steps.append(edits.keep(keep))
+    return [*steps, *renames]
+
+
+def transfer(
+    source: str | Path,
+    target: str | Path | None,
+    *,
+    like: Reference | None = None,
+    steps: Sequence[Edit] = (),
+    min_match: float = MIN_MATCH,
+    options: Options | None = None,
+    progress: Begin = no_progress,
+    fill: Fill | None = None,
+) -> Transferred:
+    """Write the bare state_dict with what fits the target alone.
+
+    `steps` come first (`first_steps`); `fill` gives what the source lacks. Raises `PoorFit` where
+    less than `min_match` of the target's elements would be filled, and what `rewrite` raises.
+    """
+    options = options or Options()
+    checkpoint = containers.read(source)
+    if like is None:
+        result = surgery.rewrite(
+            source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint
+        )
+        return Transferred(result, None)
+    shapes = _shapes_after(checkpoint, steps, options)
+    found = fit(shapes, like)
+    if found.filled < min_match:
+        raise _poor(found, shapes, like)
+    mismatched = [each.key for each in found.mismatched]
+    further = [
+        edits.without(mismatched, edits.SHAPE_DIFFERS),
+        edits.without(found.absent, f"not in {like.name}"),
+    ]
+    unfilled = [*mismatched, *found.missing]
+    with fill(unfilled) if fill else nullcontext({}) as added:
+        result = surgery.rewrite(
+            source,
+            target,
+            [*steps, *further],
+            bare=True,
+            options=options,
+            progress=progress,
+            opened=checkpoint,
+            added=added,
+            order=list(like.shapes) if added else (),
+        )
+    return Transferred(result, found)
+
+
+def _shapes_after(
+    checkpoint: Checkpoint, steps: Sequence[Edit], options: Options
+) -> dict[str, Shape]:
+    """Say which keys and shapes are there after the first edits."""
+    state = places.find(checkpoint, options.at)
+    key_map, _ = edits.apply(steps, list(state.entries), argument(checkpoint, options))
+    values = {new: state.entries[old] for old, new in key_map.pairs if new is not None}
+    return {key: value.shape for key, value in values.items() if isinstance(value, TENSORS)}
+
+
+def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference) -> PoorFit:
+    total = len(like.shapes)
+    lower = int(found.filled * 100) / 100
+    return PoorFit(
+        f"only {percent(found.filled)} of the parameters of {like.name} would be filled; "
+        "nothing was written",
+        evidence=[
+            f"{len(found.matched)} of {total} tensors match, {len(found.mismatched)} differ in "
+            f"shape, {len(found.missing)} are missing",
+            *_compared("here", list(shapes)),
+            *_compared("there", list(like.shapes)),
+        ],
+        hint=_mending_prefix(shapes, like, found.filled)
+        or (f"--min-match {lower} accepts it" if lower else ""),
+    )
+
+
+def _compared(side: str, keys: Sequence[str]) -> list[str]:
+    return [f"keys {side} are like {key}" for key in keys[:1]]
+
+
+def _mending_prefix(shapes: Mapping[str, Shape], like: Reference, filled: float) -> str:
+    """Look for one prefix that, taken off or put on, would fill much more."""
+    best, hint = max(2 * filled, filled + 0.2), ""
+    for prefix in _first_components(shapes):
+        moved = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
+        share = fit(moved, like).filled
+        if share > best:
+            best, hint = share, f"--rename {prefix[:-1]}=   would fill {percent(share)}"
+    for prefix in _first_components(like.shapes):
+        share = fit({prefix + key: shape for key, shape in shapes.items()}, like).filled
+        if share > best:
+            best, hint = (
+                share,
+                (f"ckptool add-prefix --prefix {prefix}   first would fill {percent(share)}"),
+            )
+    return hint
+
+
+def _first_components(keys: Iterable[str]) -> list[str]:
+    """List the one to three components that keys start with, each with its final dot."""
+    found: dict[str, None] = {}
+    for key in keys:
+        steps = key.split(".")
+        for depth in range(1, min(4, len(steps))):
+            found[".".join(steps[:depth]) + "."] = None
+    return list(found)[:64]

@@ -1,0 +1,353 @@
+"""What a rewrite would write: the tree edited in memory, what stays behind, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptool.containers import safetensors
+from ckptool.errors import EditError, NothingMatched, UnsafePickle
+from ckptool.pickles import pruning, safety
+from ckptool.pickles.names import Level
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
+from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.edits import Edit, KeyMap
+from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
+from ckptool.text import counted, quoted
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every command that writes can be told."""
+
+    at: str | None = None
+    to: str | None = None
+    force: bool = False
+    in_place: bool = False
+    dry_run: bool = False
+    tensors_only: bool = False
+    untie: bool = False
+    allow_expand: bool = False
+    sync: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An entry that was not written, and why; `name` is the key as edits had left it."""
+
+    key: str
+    name: str
+    reason: str
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """A rewrite on its way: what will be written, and what there is to say of it."""
+
+    checkpoint: Checkpoint
+    state: StateDict | None
+    key_map: KeyMap
+    container: str
+    not_carried: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    added: int = 0
+    bare: bool = False
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    steps: Sequence[Edit],
+    container: str,
+    *,
+    bare: bool,
+    unwrap: bool,
+    options: Options,
+) -> Plan:
+    """Edit the tree in memory."""
+    bare = bare or container == "safetensors" or bool(checkpoint.program)
+    needed = bool(steps) or bare or options.at is not None
+    state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
+    if checkpoint.program and options.in_place:
+        raise EditError(
+            f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
+            hint="name an output instead of --in-place",
+        )
+    alone = state is not None and not (state.at or state.module or checkpoint.program)
+    if unwrap and alone:
+        raise EditError(
+            f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
+            hint="ckptool convert writes it again as it is",
+        )
+    if state is not None and state.module and not bare:
+        _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
+    keys = list(state.entries) if state else _all_keys(checkpoint)
+    key_map, edit = edits.apply(steps, keys, argument(checkpoint, options))
+    plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
+    if options.tensors_only and not bare:
+        _leave_classes(plan)
+    if checkpoint.program:
+        plan.notes.insert(0, f"took the state_dict out of a {checkpoint.program}")
+    if state is not None:
+        plan.notes += state.notes
+        plan.warnings += state.missing
+        if bare or not state.module or options.tensors_only:
+            _edit_state(plan, state, edit, bare=bare, changed=bool(steps))
+    if keys and not key_map.written:
+        plan.warnings.append(f"nothing is left of {len(keys)} keys")
+    _leave_behind(plan, bare=bare, options=options)
+    _judge(plan, bare=bare, options=options)
+    return plan
+
+
+def argument(checkpoint: Checkpoint, options: Options) -> str:
+    """Write the input as a command takes it, with the place that was chosen."""
+    at = f"--at {quoted(options.at)} " if options.at is not None else ""
+    return f"{at}{quoted(checkpoint.path)}"
+
+
+def _all_keys(checkpoint: Checkpoint) -> list[str]:
+    return list(dict.fromkeys(walk.dotted(path) for path, _ in walk.tensors(checkpoint.tree)))
+
+
+def _refuse_attributes(
+    checkpoint: Checkpoint, state: StateDict, *, changed: bool, options: Options
+) -> None:
+    """Refuse to rename what are attributes of Python objects."""
+    if not changed and not options.untie and not options.tensors_only:
+        return
+    at = f" at `{walk.dotted(state.at)}`" if state.at else ""
+    if not options.tensors_only:
+        raise EditError(
+            f"{checkpoint.path} holds a whole model, {state.module}{at}: its keys are attributes "
+            "of objects and stay as they are",
+            option="--tensors-only",
+            hint="writes its state_dict in its place",
+        )
+    if state.at not in places.whole_models(checkpoint.tree):
+        raise EditError(
+            f"{checkpoint.path} holds {state.module}{at} inside a model: it can be taken out, "
+            "not edited there",
+            hint=f"ckptool convert --unwrap --at {quoted(walk.dotted(state.at))} "
+            f"{quoted(checkpoint.path)} OUT",
+        )
+
+
+def _leave_classes(plan: Plan) -> None:
+    """Put the state_dict of each whole model in its place."""
+    tree = plan.checkpoint.tree
+    for at in places.whole_models(tree):
+        state = places.state_dict_at(plan.checkpoint, at)
+        node = replacing.make_state_dict(state.entries, None)
+        tree = replacing.replaced(tree, at, node)
+        plan.not_carried.append(_class_left(state))
+    plan.checkpoint = replace(plan.checkpoint, tree=tree)
+
+
+def _class_left(state: StateDict) -> str:
+    return f"the class {state.module} and its attributes"
+
+
+def _edit_state(
+    plan: Plan, state: StateDict, edit: edits.KeyEdit, *, bare: bool, changed: bool
+) -> None:
+    """Put the edited state_dict where the old one was, or alone."""
+    entries = {new: state.entries[old] for old, new in plan.key_map.pairs if new is not None}
+    for old in plan.key_map.dropped:
+        value = state.entries[old]
+        shape = value.shape if isinstance(value, TENSORS) else None
+        plan.dropped.append(Dropped(old, *plan.key_map.why[old], shape))
+    tree = plan.checkpoint.tree
+    metadata = module_metadata.cleaned(state.metadata)
+    if changed:
+        metadata = module_metadata.rekeyed(metadata, plan.key_map, edit)
+    original = places.state_dict_node(tree, state.at)
+    node = replacing.make_state_dict(entries, metadata, None if state.module else original)
+    if bare:
+        if state.module:
+            plan.not_carried.append(_class_left(state))
+            plan.notes += _no_part(original, state)
+        plan.not_carried += places.beside(tree, state.at)
+        plan.checkpoint = replace(plan.checkpoint, tree=node)
+        if plan.container == "safetensors" and metadata is not None:
+            plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
+    else:
+        # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
+        if changed or metadata is not state.metadata or not _is_whole(original, entries):
+            plan.checkpoint = replace(
+                plan.checkpoint, tree=replacing.replaced(tree, state.at, node)
+            )
+        if changed:
+            plan.notes += [
+                f"the same state_dict also stands at `{walk.dotted(other)}`: that keeps its keys"
+                for other in places.also_at(tree, state.at)
+            ]
+        if plan.key_map.dropped and _has_optimizer(tree):
+            plan.notes.append(
+                "the optimizer counts parameters by index: after dropping some, "
+                "its state no longer fits; ckptool unwrap leaves it behind"
+            )
+    plan.state = replace(state, entries=entries, metadata=metadata)
+
+
+def _no_part(model: Node, state: StateDict) -> list[str]:
+    """Count the tensors of a model that state_dict() leaves out."""
+    inside = {value.view for value in state.entries.values() if isinstance(value, TensorInfo)}
+    others = {
+        info.view
+        for _, info in walk.tensors(model)
+        if isinstance(info, TensorInfo) and info.view not in inside
+    }
+    if not others:
+        return []
+    return [
+        f"{counted(len(others), 'tensor')} of the model not in its state_dict "
+        "(buffers that are not persistent, other attributes)"
+    ]
+
+
+def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
+    """Tell whether entries are those of a node as they stand, none joined and none twice."""
+    pairs = places.text_items(node) or []
+    return len(pairs) == len(entries) and all(entries.get(key) is value for key, value in pairs)
+
+
+def _has_optimizer(tree: Node) -> bool:
+    return any(key.startswith("optimizer") for key, _ in places.text_items(tree) or [])
+
+
+def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
+    """With --tensors-only, take out what is neither tensor nor plain value; untie on request."""
+    if options.tensors_only:
+        tree, left = pruning.only_plain(plan.checkpoint.tree)
+        plan.checkpoint = replace(plan.checkpoint, tree=tree)
+        if plan.state is None:
+            plan.not_carried += left
+        else:
+            _leave_entries(plan, left, bare=bare)
+    if plan.state is not None and plan.container == "safetensors":
+        _leave_unfit(plan, options)
+    if options.untie and plan.container != "safetensors":
+        _untie(plan, bare=bare)
+
+
+def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
+    """Count the entries that pruning took out of the state_dict, and name what else it took."""
+    assert plan.state is not None
+    at = () if bare else plan.state.at
+    try:
+        node = places.state_dict_node(plan.checkpoint.tree, at)
+    except KeyError:
+        raise NothingMatched("--tensors-only would leave nothing of the state_dict") from None
+    kept = dict(places.text_items(node) or [])
+    gone = [key for key in plan.state.entries if key not in kept]
+    for key in gone:
+        _drop(plan, key, "neither a tensor nor a plain value")
+    inside = {walk.dotted((*at, key)) for key in gone}
+    plan.not_carried += [place for place in left if place not in inside]
+    plan.state = replace(plan.state, entries=kept)
+
+
+def _leave_unfit(plan: Plan, options: Options) -> None:
+    """Name what safetensors leaves out: ties always, what does not fit with --tensors-only."""
+    assert plan.state is not None
+    left = safetensors.left_behind(plan.state.entries, untie=options.untie)
+    if options.tensors_only:
+        for key, reason in left.unfit.items():
+            _drop(plan, key, reason)
+        entries = {key: value for key, value in plan.state.entries.items() if key not in left.unfit}
+        plan.state = replace(plan.state, entries=entries)
+    for key, kept in left.ties.items():
+        _drop(plan, key, f"tied to {kept}")
+    if left.ties:
+        plan.notes.append("ties are noted in the file: ckptool convert brings them back")
+
+
+def _drop(plan: Plan, new: str, reason: str) -> None:
+    """Count an entry as dropped after all; `new` is the name it would have had."""
+    old = next(old for old, here in plan.key_map.pairs if here == new)
+    pairs = tuple((key, None if key == old else here) for key, here in plan.key_map.pairs)
+    plan.key_map = replace(plan.key_map, pairs=pairs)
+    value = plan.state.entries.get(new) if plan.state else None
+    shape = value.shape if isinstance(value, TENSORS) else None
+    plan.dropped.append(Dropped(old, new, reason, shape))
+
+
+def _untie(plan: Plan, *, bare: bool) -> None:
+    """Give each tensor of the state_dict that shares its storage a copy of its own."""
+    assert plan.state is not None or not bare
+    if plan.state is None:
+        return
+    taken = set()
+    entries: dict[str, Node] = {}
+    for key, value in plan.state.entries.items():
+        if isinstance(value, TensorInfo):
+            if value.storage in taken:
+                value = _untied(value, key)
+            taken.add(value.storage)
+        entries[key] = value
+    if all(entries[key] is value for key, value in plan.state.entries.items()):
+        return  # nothing was tied: the very node stays, which may refer to itself
+    at = () if bare else plan.state.at
+    tree = plan.checkpoint.tree
+    like = places.state_dict_node(tree, at)
+    node = replacing.make_state_dict(entries, plan.state.metadata, like)
+    plan.checkpoint = replace(plan.checkpoint, tree=replacing.replaced(tree, at, node))
+    plan.state = replace(plan.state, entries=entries)
+
+
+def _untied(info: TensorInfo, key: str) -> TensorInfo:
+    """Give a tensor a storage of its own, no larger than what it reaches."""
+    own = replace(info.storage, key=f"{key} (untied)")
+    if own.packing is not Packing.PLAIN:
+        return replace(info, storage=own)
+    reach = info.dtype.nbytes(span(info.shape, info.stride))
+    own = replace(own, start=own.start + info.start, nbytes=reach, crc32=None)
+    return replace(info, storage=own, storage_offset=0)
+
+
+def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
+    """Say what is foreign, and refuse to carry on what is dangerous."""
+    source = plan.checkpoint
+    whole = safety.judge(source.globals)
+    carried = whole
+    if bare or options.tensors_only:
+        carried = safety.judge(safety.names_in(source.tree))
+    if plan.container == "safetensors":
+        carried = safety.Verdict(Level.PLAIN, {}, {})
+    if carried.dangerous:
+        raise UnsafePickle(
+            f"{source.path} would run code when loaded; nothing was executed or written",
+            path=source.path,
+            evidence=safety.evidence_of(carried, source),
+            option="--tensors-only",
+            hint="keeps the tensors and leaves the rest behind",
+        )
+    if whole.dangerous:
+        plan.warnings.append(
+            f"{source.path} would run code when loaded; the output does not carry it"
+        )
+    if carried.foreign:
+        plan.notes.append(f"carried as they are: {names(carried)}")
+
+
+def names(verdict: safety.Verdict, limit: int = 6) -> str:
+    """List foreign names in a few words."""
+    shown = [str(each) for each in verdict.foreign]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def add_entries(plan: Plan, added: Mapping[str, Node], order: Sequence[str]) -> None:
+    """Put entries from elsewhere into a bare state_dict, all in the order of the target."""
+    assert plan.state is not None
+    entries = {**plan.state.entries, **added}
+    ordered = [key for key in order if key in entries]
+    entries = {key: entries[key] for key in dict.fromkeys([*ordered, *entries])}
+    node = replacing.make_state_dict(entries, plan.state.metadata, plan.checkpoint.tree)
+    plan.checkpoint = replace(plan.checkpoint, tree=node)
+    plan.state = replace(plan.state, entries=entries)
+    plan.added = len(added)

@@ -1,0 +1,356 @@
+"""What would help with a checkpoint: functions of its facts, each giving commands that work.
+
+A function gives `Advice`: a reason, a verb with its options, and what the output is called. At the
+end the same commands are joined, and each output gets a name beside the input that is still free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ckptool.pickles.names import Level
+from ckptool.state import checkpoint as places, edits, walk
+from ckptool.state.edits import WRAPPERS
+from ckptool.text import counted, listed, percent, quoted, readable
+from ckptool.verbs.survey import Beside, Place, Survey
+
+WORTH = 0.1  # share of the file from which what stands beside the weights is worth leaving out
+LOST = 0.01  # share of the file from which bytes that nothing uses are
+LOST_NBYTES = 1 << 20
+WORDS = 1 << 10  # below this no share is worth words
+SUFFIXES = tuple(".pth .pt .bin .ckpt .tar .th .pkl .safetensors .jit .ptl .model".split())
+MAX_EXPANSION = 4  # of a conversion, as surgery allows it
+SMALL = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A command to paste, and what it is good for."""
+
+    reason: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A command in the making: the output is the input's name, `tag` and `suffix`.
+
+    Without a suffix of its own it gets that of the input's container.
+    """
+
+    reason: str
+    verb: str
+    options: tuple[str, ...] = ()
+    tag: str = ""
+    suffix: str = ""
+
+
+def suggestions(facts: Survey) -> list[Suggestion]:
+    """List what would help, the most useful first; each command works when pasted."""
+    joined: dict[tuple[object, ...], list[Advice]] = {}
+    for rule in _RULES:
+        for advice in rule(facts):
+            key = (advice.verb, advice.options, advice.suffix)
+            joined.setdefault(key, []).append(advice)
+    taken: set[str] = set()
+    return [
+        Suggestion("; ".join(each.reason for each in same), _command(facts, same[0], taken))
+        for same in joined.values()
+    ]
+
+
+def _command(facts: Survey, advice: Advice, taken: set[str]) -> str:
+    words = ["ckptool", advice.verb, *map(quoted, advice.options)]
+    path = facts.checkpoint.path
+    if advice.verb == "keys":
+        return " ".join([*words, _argument(path)])
+    if facts.verdict.dangerous and advice.suffix != ".safetensors":
+        words += [] if "--tensors-only" in advice.options else ["--tensors-only"]
+    own = ".safetensors" if facts.checkpoint.container == "safetensors" else ".pth"
+    target = _free(_named_after(facts), advice.tag, advice.suffix or own, taken)
+    taken.add(target)
+    return " ".join([*words, _argument(path), _argument(target)])
+
+
+def _argument(path: str) -> str:
+    return quoted(f".{os.sep}{path}" if path.startswith("-") else path)
+
+
+def _named_after(facts: Survey) -> str:
+    """Give the path that an output is named after: for files of a set, that of their folder."""
+    path = facts.checkpoint.path
+    if not os.path.isdir(path):
+        if len(facts.checkpoint.files) < 2:
+            return path
+        path = os.path.dirname(path)
+    name = os.path.basename(os.path.abspath(path)).lstrip(".") or "checkpoint"
+    parent = os.path.normpath(os.path.join(path, os.pardir))
+    return os.path.join("" if parent == os.curdir else parent, name)
+
+
+def _free(path: str, tag: str, suffix: str, taken: set[str]) -> str:
+    """Name an output that does not exist yet: beside the input, or here where that is closed."""
+    folder, name = os.path.split(path.rstrip(os.sep) or path)
+    stem = name
+    while os.path.splitext(stem)[1].lower() in SUFFIXES and os.path.splitext(stem)[0]:
+        stem = os.path.splitext(stem)[0]
+    if not os.access(folder or ".", os.W_OK):
+        folder = ""
+    stem += f".{tag}" if tag else ""
+    for number in range(1, 1000):
+        again = f"-{number}" if number > 1 else ""
+        target = os.path.join(folder, f"{stem}{again}{suffix}")
+        if target not in taken and not os.path.lexists(target):
+            break
+    return target
+
+
+Advised = Iterator[Advice]
+
+
+def _at(facts: Survey, place: Place) -> tuple[str, ...]:
+    """Give the option that chooses a place, where that is needed."""
+    if len(facts.places) == 1 and facts.alone:
+        return ()
+    return ("--at", walk.dotted(place.at) or ".")
+
+
+def _kinds(wrappers: Sequence[str]) -> str:
+    return ", ".join(WRAPPERS[wrapper] for wrapper in wrappers)
+
+
+def _several(facts: Survey) -> Advised:
+    """Offer each of several state_dicts, alone and without wrapper prefixes."""
+    if len(facts.places) < 2:
+        return
+    largest = max(place.total.nbytes for place in facts.places)
+    likely = [
+        place
+        for place in facts.places
+        if place.total.count > 1 or 2 * place.total.nbytes >= largest
+    ]
+    for place in likely[:4]:
+        name = walk.dotted(place.at) or "."
+        averaged = _averaged(facts, place)
+        if averaged is not None:
+            yield replace(averaged, tag=_word(name))
+            continue
+        peeled = f", without `{''.join(place.wrappers)}`" if place.wrappers else ""
+        verb = "transfer" if place.wrappers or not place.at else "unwrap"
+        reason = f"`{name}` alone: {counted(place.total.count, 'tensor')}{peeled}"
+        yield Advice(reason, verb, _at(facts, place), _word(name))
+
+
+def _averaged(facts: Survey, place: Place) -> Advice | None:
+    """Offer the model inside torch's AveragedModel: `n_averaged` beside `module.`."""
+    wanted = edits.DEFAULT_PREFIX
+    others = [key for key in place.keys if not key.startswith(wanted)]
+    if others != ["n_averaged"] or len(place.keys) == 1:
+        return None
+    unwrap = ("--unwrap",) if place.at else ()
+    steps = ("--keep", wanted.rstrip("."), "--strip-prefix", wanted)
+    reason = f"the averaged model alone, without `n_averaged` and `{wanted}`"
+    return Advice(reason, "convert", (*unwrap, *steps, *_at(facts, place)), "averaged")
+
+
+def _further(facts: Survey) -> Advised:
+    """Offer what else is a dict of tensors (a discriminator ...) and is no optimizer's."""
+    if facts.place is None or not facts.place.at:
+        return
+    for each in facts.beside[:40]:
+        if each.weights and not places.is_no_state_dict(each.name) and "." not in each.name:
+            reason = f"`{each.name}` alone: {counted(each.tensors, 'tensor')}"
+            yield Advice(reason, "unwrap", ("--at", each.name), _word(each.name))
+
+
+def _word(name: str) -> str:
+    """Make a part of a file name of the name of a place."""
+    return "".join(c if c.isalnum() and c.isascii() else "_" for c in name)[:40] or "top"
+
+
+def _prefixes(facts: Survey) -> Advised:
+    place = facts.place
+    if place is None or place.module:
+        return
+    if not place.wrappers:
+        averaged = _averaged(facts, place)
+        yield from _prefix_inside(facts, place) if averaged is None else [averaged]
+        return
+    auto = () if list(place.wrappers) == ["module."] else ("--prefix", "auto")
+    reason = f"every key starts with `{''.join(place.wrappers)}` ({_kinds(place.wrappers)})"
+    yield Advice(reason, "strip-prefix", (*auto, *_at(facts, place)), "stripped")
+
+
+def _prefix_inside(facts: Survey, place: Place) -> Advised:
+    """Offer to take `module` out of the inside of keys, where that makes no two the same."""
+    wanted = edits.DEFAULT_PREFIX
+    count = sum(f".{wanted}" in key for key in place.keys)
+    if not count:
+        return
+    strip = edits.strip_prefix(anywhere=True).make(place.keys)
+    if len({strip(key) for key in place.keys}) == len(place.keys):
+        reason = f"{count} of {len(place.keys)} keys hold `.{wanted}` (a part was DataParallel)"
+        yield Advice(reason, "strip-prefix", ("--anywhere", *_at(facts, place)), "stripped")
+
+
+def _weights(facts: Survey) -> Advised:
+    """Offer the state_dict alone, with the share of what would be left behind."""
+    place = facts.place
+    program = facts.checkpoint.program
+    if place is None or not (place.at or place.module or program):
+        return
+    heavy = _heavy(facts)
+    if program:
+        reason = "the state_dict alone, as a torch file"
+    elif place.module:
+        name = place.module.rpartition(".")[2]
+        reason = f"the state_dict of the model, which loads without the code of `{name}`"
+    elif heavy:
+        share = percent(sum(each.nbytes for each in heavy) / facts.checkpoint.nbytes)
+        takes = "takes" if len(heavy) == 1 else "take"
+        reason = f"{listed(each.name for each in heavy)} {takes} {share} of the file"
+    else:
+        reason = "the weights alone"
+    if heavy or not place.wrappers:
+        yield Advice(reason, "unwrap", _at(facts, place), "weights")
+    if place.wrappers and not facts.framework_prefix:
+        reason = f"the weights alone, without `{''.join(place.wrappers)}`"
+        yield Advice(reason, "transfer", _at(facts, place), "clean")
+
+
+def _heavy(facts: Survey) -> list[Beside]:
+    """List what together takes a good part of the file, the largest first."""
+    ordered = sorted(facts.beside, key=lambda each: -each.nbytes)
+    whole = facts.checkpoint.nbytes
+    heavy = [each for each in ordered if each.nbytes >= 0.05 * whole]
+    return heavy if sum(each.nbytes for each in heavy) >= WORTH * whole else []
+
+
+def _inner(facts: Survey) -> Advised:
+    """Offer the weights named as the module inside a framework's own names them."""
+    place, prefix = facts.place, facts.framework_prefix
+    if place is None or not prefix or facts.framework is None:
+        return
+    before = "".join(place.wrappers)
+    inside = [key for key in place.keys if key.startswith(before + prefix)]
+    options = ["--unwrap"] if place.at or place.module else []
+    if len(inside) < len(place.keys):
+        options += ["--keep", before + prefix.rstrip(".")]
+    if place.wrappers:
+        options += ["--strip-prefix", "auto"]
+    options += ["--strip-prefix", prefix]
+    if edits.peeled([key.removeprefix(before + prefix) for key in inside]):
+        options += ["--strip-prefix", "auto"]
+    reason = f"what stands under `{before + prefix}`, for the module itself"
+    yield Advice(reason, "convert", (*options, *_at(facts, place)), "inner")
+
+
+def _safety(facts: Survey) -> Advised:
+    if facts.verdict.level is Level.DANGEROUS:
+        if _fits_safetensors(facts):
+            yield Advice("tensors in a container that cannot name code", *_SAFETENSORS)
+        elif facts.total.count:
+            reason = "the tensors and plain values, without what would run"
+            yield Advice(reason, "convert", ("--tensors-only",), "tensors")
+    elif facts.verdict.level is Level.FOREIGN and _holds_dicts(facts):
+        names = listed((str(name) for name in facts.verdict.foreign), 2)
+        reason = f"what torch.load(weights_only=True) accepts, without {names}"
+        yield Advice(reason, "convert", ("--tensors-only",), "tensors")
+
+
+def _whole_model(facts: Survey) -> bool:
+    """Tell whether the file needs the code of a model to load, as a copy of it would."""
+    return not facts.checkpoint.program and any(place.module for place in facts.places)
+
+
+def _holds_dicts(facts: Survey) -> bool:
+    """Tell whether the file holds a state_dict itself, not only modules that would give one."""
+    return not facts.checkpoint.program and any(not place.module for place in facts.places)
+
+
+_SAFETENSORS = ("convert", (), "", ".safetensors")
+
+
+def _fits_safetensors(facts: Survey) -> bool:
+    place = facts.place
+    limit = max(MAX_EXPANSION * facts.checkpoint.nbytes, SMALL)
+    return (
+        place is not None
+        and facts.alone
+        and not place.unfit
+        and facts.total.nbytes <= limit
+        and facts.checkpoint.container != "safetensors"
+    )
+
+
+def _lost(facts: Survey) -> Advised:
+    """Offer to leave out bytes that nothing uses; a torch file carries storages whole."""
+    if _much(facts, facts.unused) and _fits_safetensors(facts):
+        reason = f"{readable(facts.unused)} of storage that no tensor uses"
+        yield Advice(reason, *_SAFETENSORS)
+    unread = facts.checkpoint.unread_nbytes
+    single = len(facts.checkpoint.files) == 1 and not facts.checkpoint.program
+    harmless = facts.verdict.level is not Level.DANGEROUS
+    if _much(facts, unread) and single and harmless and not _whole_model(facts):
+        names = listed(facts.checkpoint.unread, 3)
+        reason = f"{readable(unread)} that nothing refers to ({names})"
+        yield Advice(reason, "convert", (), "new")
+
+
+def _much(facts: Survey, nbytes: int) -> bool:
+    share = nbytes / facts.checkpoint.nbytes
+    return nbytes >= LOST_NBYTES or (nbytes >= WORDS and share >= LOST)
+
+
+def _portable(facts: Survey) -> Advised:
+    """Offer what loads on other machines: little-endian, and without device tags."""
+    if not _fits_safetensors(facts):
+        return
+    devices = [device for device in facts.devices if device != "cpu"]
+    if facts.checkpoint.byteorder != "little":
+        yield Advice("its numbers are big-endian", *_SAFETENSORS)
+    elif devices:
+        reason = f"tagged {listed(devices, 3)}: torch.load needs map_location on other machines"
+        yield Advice(reason, *_SAFETENSORS)
+
+
+def _newer(facts: Survey) -> Advised:
+    """Offer a torch zip of today for what older torch or another tool wrote."""
+    if facts.verdict.level is Level.DANGEROUS or _whole_model(facts):
+        return
+    if facts.checkpoint.container not in ("torch-zip", "torch-legacy"):
+        if facts.checkpoint.container != "safetensors" and not facts.checkpoint.program:
+            yield Advice("one file, which torch.load reads", "convert", (), "one")
+        return
+    reasons = []
+    if facts.checkpoint.container == "torch-legacy":
+        reasons.append("the legacy container cannot be memory-mapped")
+    elif facts.deflated:
+        reasons.append("deflated records cannot be memory-mapped")
+    if facts.checkpoint.protocol not in (None, 2):
+        said = facts.checkpoint.protocol or "0 or 1"
+        reasons.append(f"torch.load(weights_only=True) reads protocol 2, this is {said}")
+    for reason in reasons:
+        yield Advice(reason, "convert", (), "new")
+
+
+def _nothing(facts: Survey) -> Advised:
+    if not facts.places and facts.total.count:
+        yield Advice("no state_dict in it: all tensors, by their path", "keys", ("--all",))
+
+
+# The order in which what helps is shown.
+_RULES: tuple[Callable[[Survey], Advised], ...] = (
+    _several,
+    _prefixes,
+    _inner,
+    _weights,
+    _further,
+    _safety,
+    _lost,
+    _portable,
+    _newer,
+    _nothing,
+)

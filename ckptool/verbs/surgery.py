@@ -1,0 +1,438 @@
+"""Whole-file verbs: read, edit, refuse, write, check, publish.
+
+Everything that can be refused is refused before the first byte is written; the report says what
+happened to every entry of the state_dict.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ckptool import containers
+from ckptool.containers import _dcp_output as dcp_output, safetensors, sharding, torch_zip
+from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
+from ckptool.files import fileio, publish
+from ckptool.files.copying import Begin, Layout, no_progress
+from ckptool.files.publish import Output, Target
+from ckptool.pickles.tree import Node
+from ckptool.state import checkpoint as places, replacing, walk
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.edits import Edit
+from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, TensorInfo
+from ckptool.text import counted, quoted, readable
+from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+__all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
+
+MAX_EXPANSION = 4
+MAX_INFLATION = 16  # times that: each view of a deflated storage inflates it anew
+SMALL_OUTPUT = 1 << 20  # below this, growth is headers and alignment
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of a set: its name in the folder, how many entries it holds, its size."""
+
+    name: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What is written: a file, a set of shards, or a distributed checkpoint."""
+
+    max_shard_size: int | None = None
+    distributed: bool = False
+
+
+FILE = Form()
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """What a rewrite did, or would do: the source of every report."""
+
+    source: str
+    target: str
+    container: str
+    at: tuple[str, ...] | None
+    map: tuple[tuple[str, str | None], ...]
+    dropped: tuple[Dropped, ...]
+    written: int
+    nbytes: int
+    tensor_nbytes: int
+    not_carried: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    dry_run: bool = False
+    free: int | None = None
+    added: int = 0
+    bare: bool = False
+    tensors: int = 0
+    said: tuple[str, ...] = ()
+    module: str = ""
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def read(self) -> int:
+        """Count the entries that were read."""
+        return len(self.map)
+
+    @property
+    def renamed(self) -> int:
+        """Count the entries that are written under another name."""
+        return sum(1 for old, new in self.map if new is not None and new != old)
+
+    @property
+    def kept(self) -> int:
+        """Count the entries that are written under their own name."""
+        return sum(1 for old, new in self.map if new == old)
+
+
+def rewrite(
+    source: str | Path,
+    target: str | Path | None,
+    steps: Sequence[Edit] = (),
+    *,
+    bare: bool = False,
+    unwrap: bool = False,
+    options: Options | None = None,
+    progress: Begin = no_progress,
+    opened: Checkpoint | None = None,
+    added: Mapping[str, Node] | None = None,
+    order: Sequence[str] = (),
+    form: Form = FILE,
+) -> Rewrite:
+    """Write a checkpoint again with its keys edited.
+
+    `bare` writes the state_dict alone; `unwrap` also refuses one that is bare already. `opened`
+    is the source where it was read before; `added` are entries from elsewhere to write with the
+    others, in the `order` given. Raises a `CkptoolError`; the target is then as it was.
+    """
+    options = options or Options()
+    if form is not FILE:
+        _refuse_no_folder(target, form, options)
+    checkpoint = opened or containers.read(source)
+    if form is FILE:
+        target, options = _in_place(checkpoint, source, target, options)
+        _refuse_member(str(target))
+    target = str(target)
+    container = _container(checkpoint, target, form, options)
+    place = _place(checkpoint, target, container, form, options)
+    bare = bare or form.max_shard_size is not None
+    plan = make_plan(checkpoint, steps, container, bare=bare, unwrap=unwrap, options=options)
+    if form is FILE:
+        plan.notes += _suffix_notes(target, container, options)
+    if added:
+        add_entries(plan, added, order)
+    laid = _lay_out(plan, form, options)
+    _refuse_expansion(checkpoint, laid.output, options)
+    result = _result(plan, target, laid, place, options)
+    publish.refuse_full(place, laid.output.nbytes)
+    if options.dry_run:
+        return result
+    check = partial(_check, plan, place, laid)
+    late = publish.publish(place, laid.output, progress(laid.output.job_nbytes), check)
+    return replace(result, warnings=(*result.warnings, *late))
+
+
+def _refuse_member(target: str) -> None:
+    archive = containers.member_of(target)
+    if archive:
+        raise WriteError(
+            f"{target} is in the archive {archive}: its members are read, never written",
+            hint="name an output of its own",
+        )
+
+
+def _refuse_no_folder(target: str | Path | None, form: Form, options: Options) -> None:
+    if form.distributed:
+        if target is None or options.in_place:
+            raise EditError("a distributed checkpoint is a folder: name one as the output")
+        return
+    if options.in_place or target is None:
+        raise EditError("--max-shard-size writes a folder", hint="name it as the output")
+    if suffix(str(target)) in KNOWN_SUFFIXES:
+        raise EditError(
+            f"--max-shard-size writes a folder, and {target} is the name of a file",
+            hint="name a folder as the output",
+        )
+
+
+def _place(
+    checkpoint: Checkpoint, target: str, container: str, form: Form, options: Options
+) -> Target:
+    """Return where the output goes, or refuse to write there."""
+    sources = [path for path, _ in checkpoint.files] if not options.in_place else []
+    force, sync = options.force, options.sync
+    if form.distributed:
+        return publish.refuse_folder(target, sources, dcp_output.owns, force=force, sync=sync)
+    if form.max_shard_size is not None:
+        owns = sharding.NAMES[container].owns
+        return publish.refuse_set(target, sources, owns, force=force, sync=sync)
+    return publish.refuse_target(target, sources, force=force, sync=sync)
+
+
+def _in_place(
+    checkpoint: Checkpoint, source: str | Path, target: str | Path | None, options: Options
+) -> tuple[str | Path, Options]:
+    if options.in_place:
+        if target is not None:
+            raise EditError("--in-place takes the input alone, without an output")
+        if len(checkpoint.files) > 1 or os.path.isdir(source):
+            what = "a folder" if os.path.isdir(source) else f"{len(checkpoint.files)} files"
+            raise EditError(
+                f"{source} is {what}: --in-place replaces one file", hint="name an output"
+            )
+        return source, replace(options, force=True)
+    if target is None:
+        raise EditError("no output was named", hint="name one, or use --in-place")
+    return target, options
+
+
+BY_WORD = {"torch": "torch-zip", "safetensors": "safetensors"}
+
+
+KNOWN_SUFFIXES = {suffix for each in containers.FORMATS for suffix in each.suffixes}
+
+
+def suffix(target: str) -> str:
+    """Give the suffix of a name, in lower case."""
+    return os.path.splitext(target)[1].lower()
+
+
+def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options) -> str:
+    """Choose the output container: as told, by the suffix, or the input's own (in place too)."""
+    if form.distributed:
+        return "torch-dcp"
+    if form.max_shard_size is not None:
+        return BY_WORD[options.to or "safetensors"]
+    if options.to == "dcp":
+        raise EditError(
+            "only convert writes a distributed checkpoint, and it takes edits as options",
+            hint=f"ckptool convert {quoted(checkpoint.path)} {quoted(target)} --to dcp "
+            "--strip-prefix auto --drop PATTERN ...",
+        )
+    if options.to is not None:
+        return BY_WORD[options.to]
+    for each in containers.FORMATS:
+        if suffix(target) in each.suffixes and not options.in_place:
+            return each.name
+    own = containers.BY_NAME.get(checkpoint.container)
+    if own is None:
+        return "torch-zip"
+    return own.name if own.writable else own.written_as
+
+
+def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
+    """Note a suffix that says nothing of the container, where nobody chose, or another one."""
+    what = f"{target} is a {containers.BY_NAME[container].title} file: its suffix"
+    said = [word for word, name in BY_WORD.items() if _says(target, name)]
+    if said:
+        return [] if _says(target, container) else [f"{what} says {said[0]}"]
+    chosen = options.to is not None or options.in_place
+    return [] if chosen else [f"{what} does not say; --to chooses"]
+
+
+def _says(target: str, container: str) -> bool:
+    return suffix(target) in containers.BY_NAME[container].suffixes
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """An output, the tensors that it is to read back as, and what is in its shards."""
+
+    output: Output
+    tensors: list[tuple[walk.Path, AnyTensor]]
+    shards: tuple[Shard, ...] = ()
+
+
+def _lay_out(plan: Plan, form: Form, options: Options) -> _Laid:
+    """Plan the bytes of the output."""
+    if form.distributed:
+        return _distributed(plan, options)
+    if form.max_shard_size is not None:
+        return _shards(plan, form.max_shard_size, options)
+    return _Laid(Output((_file(plan, options),)), _tensors(plan))
+
+
+def _tensors(plan: Plan) -> list[tuple[walk.Path, AnyTensor]]:
+    """List the tensors of a file, or of all shards."""
+    if plan.container == "safetensors" and plan.state is not None:
+        return [((key,), value) for key, value in plan.state.entries.items()]
+    return list(walk.tensors(plan.checkpoint.tree))
+
+
+def _file(plan: Plan, options: Options) -> Layout:
+    """Plan a file."""
+    entries = plan.state.entries if plan.state is not None else None
+    if plan.container == "safetensors":
+        assert entries is not None
+        return safetensors.lay_out(plan.checkpoint, entries, untie=options.untie)
+    if entries is not None and _subbyte(entries):
+        raise NotRepresentable("torch has no dtype for six-bit floats")
+    return torch_zip.lay_out(plan.checkpoint.tree)
+
+
+def _distributed(plan: Plan, options: Options) -> _Laid:
+    """Plan a distributed checkpoint; note what it has no place for."""
+    if places.items(plan.checkpoint.tree) is None:
+        raise NotRepresentable(
+            f"{plan.checkpoint.path} holds no dict: a distributed checkpoint is one",
+            option="--unwrap" if plan.state is not None else "",
+            hint="writes the state_dict alone" if plan.state is not None else "",
+        )
+    flat = dcp_output.flatten(plan.checkpoint.tree)
+    if flat.unfit and not options.tensors_only:
+        raise NotRepresentable(
+            f"a distributed checkpoint has no place for {counted(len(flat.unfit), 'value')}",
+            evidence=[f"{place}: {reason}" for place, reason in list(flat.unfit.items())[:8]],
+            option="--tensors-only",
+            hint="leaves them behind",
+        )
+    plan.not_carried += flat.unfit
+    if plan.state is not None and plan.state.metadata is not None:
+        plan.notes.append(
+            "a distributed checkpoint has no place for `_metadata` (versions of modules)"
+        )
+    plan.notes += flat.notes()
+    output = Output(dcp_output.lay_out(flat.entries), dcp_output.INDEX, dcp_output.owns)
+    return _Laid(output, list(flat.tensors()))
+
+
+def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
+    """Plan the shards of a bare state_dict, and their index where they are several."""
+    assert plan.state is not None
+    # A shard has no place for the attributes of the state_dict but `_metadata`.
+    state = getattr(plan.checkpoint.tree, "state", None)
+    plan.not_carried += [name for name, _ in places.named_items(state) if name != "_metadata"]
+    plan.checkpoint = _part(plan, plan.state.entries).checkpoint
+    names = sharding.NAMES[plan.container]
+    split = sharding.split(plan.state.entries, limit, storages=plan.container != "safetensors")
+    shards = dict(zip(names.shards(len(split.shards)), split.shards, strict=True))
+    files = [replace(_file(_part(plan, keys), options), name=name) for name, keys in shards.items()]
+    large = sum(file.job_nbytes > limit for file in files)
+    if large and len(files) > 1:
+        what = "shard is" if large == 1 else "shards are"
+        plan.notes.append(
+            f"{large} {what} larger than {readable(limit)}: tensors are not cut in pieces"
+        )
+    listed = tuple(
+        Shard(file.name, len(keys), file.nbytes)
+        for file, keys in zip(files, shards.values(), strict=True)
+    )
+    if len(files) > 1:
+        left_out = _tied(plan) if plan.container == "safetensors" else ()
+        data = sharding.index(list(plan.state.entries), shards, left_out, split.total_nbytes)
+        files.append(Layout(len(data), [], [(0, data)], name=names.index))
+    return _Laid(Output(tuple(files), names.index, names.owns), _tensors(plan), listed)
+
+
+def _part(plan: Plan, keys: Iterable[str]) -> Plan:
+    """Return the plan of a file with some of the entries, and the versions of all modules."""
+    assert plan.state is not None
+    entries = {key: plan.state.entries[key] for key in keys}
+    tree = replacing.make_state_dict(entries, plan.state.metadata)
+    return replace(
+        plan,
+        checkpoint=replace(plan.checkpoint, tree=tree),
+        state=replace(plan.state, entries=entries),
+    )
+
+
+def _subbyte(entries: dict[str, Node]) -> bool:
+    return any(
+        isinstance(value, TensorInfo) and not value.dtype.torch_name for value in entries.values()
+    )
+
+
+def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) -> None:
+    """Refuse an output far larger than the input: a kilobyte can declare terabytes."""
+    if options.allow_expand:
+        return
+    limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
+    packed = (job.storage for job in output.jobs if job.storage.packing is not Packing.PLAIN)
+    inflated, available = sum(storage.nbytes for storage in packed), readable(checkpoint.nbytes)
+    if inflated > MAX_INFLATION * limit:
+        message = f"{readable(inflated)} would be inflated from {available}"
+    elif output.nbytes > limit:
+        message = f"the output would have {readable(output.nbytes)}, the input has {available}"
+    else:
+        return
+    raise WriteError(message, option="--allow-expand", hint="if that is meant")
+
+
+def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Options) -> Rewrite:
+    """Return what a plan does."""
+    entries = plan.state.entries if plan.state is not None else {}
+    again = _tied(plan)
+    infos = [
+        value for key, value in entries.items() if isinstance(value, TENSORS) and key not in again
+    ]
+    if plan.state is None:
+        infos = [info for _, info in walk.tensors(plan.checkpoint.tree)]
+    not_carried = [*plan.not_carried, *plan.checkpoint.unread]
+    return Rewrite(
+        plan.checkpoint.path,
+        target,
+        plan.container,
+        plan.state.at if plan.state is not None else None,
+        plan.key_map.pairs,
+        tuple(plan.dropped),
+        len(plan.key_map.written) + plan.added,
+        laid.output.nbytes,
+        sum(info.nbytes for info in infos),
+        tuple(not_carried),
+        tuple(plan.notes),
+        tuple(plan.warnings),
+        options.dry_run,
+        publish.free_space(place),
+        plan.added,
+        plan.bare,
+        len(infos),
+        plan.key_map.said,
+        plan.state.module if plan.state is not None else "",
+        laid.shards,
+    )
+
+
+def _tied(plan: Plan) -> set[str]:
+    """Return the entries that are written under another name, to which they are tied."""
+    return {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
+
+
+def _check(plan: Plan, place: Target, laid: _Laid, path: str) -> None:
+    """Read the output with the strict reader and compare it with what was meant."""
+    for source, stamp in plan.checkpoint.files:
+        fileio.refuse_changed(source, stamp)
+    try:
+        written = containers.read(path)
+    except FormatError as error:
+        raise WriteError(
+            f"{place.path} cannot be written: what was written does not read back; nothing was "
+            "kept",
+            evidence=[error.message],
+            hint="look whether the disk is sound",
+        ) from error
+    strided = plan.container == "torch-zip"
+    same = written.nbytes == laid.output.nbytes and (
+        [(way, _described(info, strided)) for way, info in laid.tensors]
+        == [(way, _described(info, strided)) for way, info in walk.tensors(written.tree)]
+    )
+    if not same:
+        raise RuntimeError("the written file does not read back as it was meant")
+
+
+def _described(info: Node, strided: bool) -> tuple[object, ...]:
+    if strided and isinstance(info, TensorInfo):
+        layout = (info.stride, info.storage_offset, info.storage.nbytes, info.requires_grad)
+        return (info.dtype, info.shape, *layout)
+    return (info.dtype, info.shape)

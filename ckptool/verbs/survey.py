@@ -1,0 +1,340 @@
+"""What a checkpoint is, as facts: where its state_dict sits, what is beside it, what takes room.
+
+Nothing is refused for being ambiguous: where several dicts may be the state_dict all are described.
+Bytes are those of the file: a storage counts once, for the part of the tree that uses it first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ckptool.containers import safetensors
+from ckptool.pickles import safety
+from ckptool.pickles.safety import Verdict
+from ckptool.pickles.tree import Global, Node, children
+from ckptool.state import checkpoint as places, edits, naming, walk
+from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.modules import Effort
+from ckptool.state.walk import Path
+from ckptool.tensors.tensor import (
+    TENSORS,
+    AnyTensor,
+    Packing,
+    Storage,
+    TensorInfo,
+    is_contiguous,
+    span,
+)
+from ckptool.verbs import frameworks
+from ckptool.verbs.frameworks import Framework
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """How many tensors there are, of how many elements and bytes."""
+
+    count: int
+    elements: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A dict that may be the state_dict: `stored` counts the bytes of the file that only it needs.
+
+    `wrappers` are the known prefixes that all its keys share, `other` counts its entries that are
+    no tensors, `ties` map keys to those that are the same view, `unfit` says which entries
+    safetensors cannot hold and why.
+    """
+
+    at: Path
+    keys: Sequence[str]
+    total: Total
+    stored: int
+    prefix: str
+    wrappers: Sequence[str]
+    other: int
+    ties: dict[str, str]
+    unfit: dict[str, str]
+    module: str = ""
+    classes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What stands beside the state_dict: its name, what it is, how many tensors and bytes.
+
+    `weights` says that it is a dict of tensors by name, as a state_dict is.
+    """
+
+    name: str
+    what: str
+    tensors: int
+    nbytes: int
+    weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a file is and what is in it.
+
+    `state` is the one state_dict, None where there is none or more than one; the totals are then
+    those of the whole file; `alone` says that nothing must choose it, `root` what the whole file
+    is. `elsewhere` counts bytes of other tensors, `unused` those of storages that no tensor
+    reaches, `rest` what is neither tensor data nor an unread record: the pickle, headers, padding.
+    """
+
+    checkpoint: Checkpoint
+    places: tuple[Place, ...]
+    place: Place | None
+    state: StateDict | None
+    total: Total
+    dtypes: dict[str, Total]
+    ties: dict[str, str]
+    views: tuple[str, ...]
+    strided: tuple[str, ...]
+    requires_grad: int
+    devices: dict[str, int]
+    deflated: int
+    beside: tuple[Beside, ...]
+    elsewhere: int
+    unused: int
+    rest: int
+    verdict: Verdict
+    framework: Framework | None
+    alone: bool
+    root: str
+
+    @property
+    def framework_prefix(self) -> str:
+        """Give the prefix under which a framework keeps the weights, if the keys have it."""
+        return self.framework.prefix if self.framework else ""
+
+
+def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
+    """Collect the facts of a checkpoint; `at` chooses one of several state_dicts.
+
+    Raises `NoSuchKey` for an `at` that names no dict of tensors.
+    """
+    tree = checkpoint.tree
+    state = places.find(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
+    paths = [state.at] if at is not None and state else _paths(tree)
+    ledger = _Ledger()
+    known: places.Steps = {}
+    found = tuple(_place(checkpoint, path, state, ledger, known) for path in paths)
+    entries = _tensors(checkpoint, state)
+    said: dict[int, tuple[str, bool]] = {}
+    around = _around(tree, paths, known)
+    beside = tuple(_beside(name, node, ledger, said) for name, node in around)
+    before = ledger.nbytes
+    ledger.take(tree)
+    single = found[0] if len(found) == 1 else None
+    ties = single.ties if single else safetensors.left_behind(dict(entries), untie=False).ties
+    storages = ledger.storages()
+    data = sum(_stored(storage) for storage in storages)
+    return Survey(
+        checkpoint,
+        found,
+        single,
+        state,
+        _total(info for _, info in entries),
+        _by_dtype(entries),
+        ties,
+        tuple(key for key, info in entries if _is_part(info)),
+        tuple(key for key, info in entries if _is_strided(info)),
+        sum(isinstance(info, TensorInfo) and info.requires_grad for _, info in entries),
+        dict(Counter(storage.location for storage in storages)),
+        sum(storage.packing is Packing.DEFLATED for storage in storages),
+        beside,
+        ledger.nbytes - before,
+        ledger.unused(),
+        max(0, checkpoint.nbytes - data - checkpoint.unread_nbytes),
+        safety.judge(checkpoint.globals),
+        frameworks.recognise(checkpoint, _first_keys(found)),
+        single is not None and (at is None or len(_paths(tree)) == 1),
+        naming.what(tree),
+    )
+
+
+def unused_nbytes(tree: Node) -> int:
+    """Count the bytes of storages that no tensor reaches."""
+    ledger = _Ledger()
+    ledger.take(tree)
+    return ledger.unused()
+
+
+def _first_keys(found: Sequence[Place]) -> list[str]:
+    """Give the keys of the first candidate, without wrapper prefixes they all share."""
+    return [edits.unwrapped(key, place.wrappers) for place in found[:1] for key in place.keys]
+
+
+def _paths(tree: Node) -> list[Path]:
+    return [candidate.at for candidate in places.candidates(tree)]
+
+
+def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str, AnyTensor]]:
+    """List the tensors of the state_dict by key, or those of the whole file by path."""
+    if state is None:
+        return [(walk.dotted(path) or ".", i) for path, i in walk.tensors(checkpoint.tree)]
+    return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
+
+
+def _place(
+    checkpoint: Checkpoint,
+    path: Path,
+    state: StateDict | None,
+    ledger: _Ledger,
+    known: places.Steps,
+) -> Place:
+    if state is None or state.at != path:
+        state = places.state_dict_at(checkpoint, path, known)
+    keys = list(state.entries)
+    tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
+    left = safetensors.left_behind(state.entries, untie=False)
+    before = ledger.nbytes
+    ledger.take(places.state_dict_node(checkpoint.tree, path, known))
+    return Place(
+        path,
+        keys,
+        _total(tensors),
+        ledger.nbytes - before,
+        places.common_prefix(keys),
+        edits.peeled(keys),
+        len(keys) - len(tensors),
+        left.ties,
+        left.unfit,
+        state.module,
+        state.classes,
+    )
+
+
+def _total(tensors: Iterable[AnyTensor]) -> Total:
+    found = list(tensors)
+    return Total(len(found), sum(i.numel for i in found), sum(i.nbytes for i in found))
+
+
+def _by_dtype(entries: Sequence[tuple[str, AnyTensor]]) -> dict[str, Total]:
+    """Count tensors by dtype, those of most bytes first."""
+    kinds: dict[str, list[AnyTensor]] = {}
+    for _, info in entries:
+        kinds.setdefault(info.dtype.label, []).append(info)
+    totals = {label: _total(infos) for label, infos in kinds.items()}
+    return dict(sorted(totals.items(), key=lambda item: -item[1].nbytes))
+
+
+def _is_part(info: AnyTensor) -> bool:
+    """Tell whether a tensor is a view of a larger storage."""
+    return isinstance(info, TensorInfo) and info.nbytes < info.storage.nbytes
+
+
+def _is_strided(info: AnyTensor) -> bool:
+    return isinstance(info, TensorInfo) and not is_contiguous(info.shape, info.stride)
+
+
+# What stands beside the state_dicts.
+
+
+def _around(tree: Node, paths: Sequence[Path], known: places.Steps) -> Iterator[tuple[str, Node]]:
+    """Yield what stands beside the places given, at each level around them, by dotted name."""
+    inner = {path[:depth] for path in paths for depth in range(len(path))}
+    taken = inner | set(paths)
+    if not paths:
+        inner = {()}
+    for level in sorted(inner, key=len):
+        for key, value in dict(_named(places.state_dict_node(tree, level, known))).items():
+            here = (*level, key)
+            if here not in taken:
+                yield walk.dotted(here), value
+
+
+def _named(node: Node) -> list[tuple[str, Node]]:
+    pairs = places.items(node)
+    if not pairs:
+        return list(places.ways(node, Effort()))
+    return [(key if isinstance(key, str) else naming.plain(key), value) for key, value in pairs]
+
+
+def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
+    before = ledger.nbytes
+    count = ledger.take(node)
+    if id(node) not in said:  # one node may stand under any number of names
+        named = places.text_items(node) or []
+        said[id(node)] = (
+            naming.what(node),
+            any(isinstance(value, TENSORS) for _, value in named),
+        )
+    return Beside(name, said[id(node)][0], count, ledger.nbytes - before, said[id(node)][1])
+
+
+# Which bytes of the file belong to what.
+
+
+def _stored(storage: Storage) -> int:
+    return storage.packed_nbytes if storage.packing is Packing.DEFLATED else storage.nbytes
+
+
+class _Ledger:
+    """The storages that a walk has met, and which bytes of each a tensor reaches."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._seen: set[int] = set()
+        self._reached: dict[Storage, list[tuple[int, int]]] = {}
+
+    def take(self, node: Node) -> int:
+        """Count what was not met before under a node; give the number of tensors."""
+        count = 0
+        stack: list[tuple[Node, bool]] = [(node, False)]
+        while stack:
+            here, of_tensor = stack.pop()
+            if isinstance(here, _LEAVES):
+                continue
+            if isinstance(here, Storage):
+                if not of_tensor:  # one that a tensor is made of says nothing of its own
+                    self._reach(here, 0, here.nbytes)
+                continue
+            if id(here) in self._seen:
+                continue
+            self._seen.add(id(here))
+            if isinstance(here, TensorInfo):
+                self._reach_of(here)
+            count += isinstance(here, TENSORS) and not of_tensor
+            inside = of_tensor or isinstance(here, TENSORS)
+            stack.extend((child, inside) for child in children(here))
+        return count
+
+    def _reach_of(self, info: TensorInfo) -> None:
+        length = info.dtype.nbytes(span(info.shape, info.stride))
+        self._reach(info.storage, info.start, info.start + length)
+
+    def _reach(self, storage: Storage, start: int, stop: int) -> None:
+        reached = self._reached.get(storage)
+        if reached is None:
+            reached = self._reached[storage] = []
+            self.nbytes += _stored(storage)
+        reached.append((start, stop))
+
+    def storages(self) -> list[Storage]:
+        """List the storages met."""
+        return list(self._reached)
+
+    def unused(self) -> int:
+        """Count the bytes that no tensor reaches."""
+        return sum(
+            storage.nbytes - _covered(reached)
+            for storage, reached in self._reached.items()
+            if storage.packing is Packing.PLAIN and (0, storage.nbytes) not in reached
+        )
+
+
+_LEAVES = (str, int, float, bytes, type(None), Global)
+
+
+def _covered(reached: list[tuple[int, int]]) -> int:
+    covered = end = 0
+    for start, stop in sorted(reached):
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
