@@ -241,7 +241,11 @@ def test_help_starts_with_examples_that_are_real(run: Run, name: str) -> None:
 
 
 def test_every_command_has_a_file_and_the_other_way_round() -> None:
-    files = {path.stem for path in (PACKAGE / "commands").glob("[!_]*.py")}
+    files = {
+        path.stem
+        for path in (PACKAGE / "cli").glob("*.py")
+        if re.search(r"^(def )?command\b", path.read_text(), re.MULTILINE)
+    }
     assert {name.replace("-", "_") for name in COMMANDS} == files
 
 
@@ -921,7 +925,7 @@ def test_a_quick_job_draws_no_bar(good: Path, tmp_path: Path) -> None:
 def test_off_a_terminal_progress_is_whole_lines(
     slow_source: Path, spawn: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    often = "import ckptool.cli.talk; ckptool.cli.talk.LINE_EVERY = 0.5; ckptool.cli.talk.BAR_AFTER = 0.1"
+    often = "from ckptool.cli import talk; talk.LINE_EVERY = 0.5; talk.BAR_AFTER = 0.1"
     arguments = ("strip-prefix", "in.safetensors", "out.safetensors")
     done = spawn(*arguments, program=("-c", f"{often}\n{SLOW}"))
     assert done.code == 0

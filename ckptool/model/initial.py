@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ckptool import containers
 from ckptool.model import libraries, zoo
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places
-from ckptool.verbs.fitting import Fill
+
+# Return the entries for keys that a source lacks, for as long as the context lasts.
+Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
 
 
 def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:

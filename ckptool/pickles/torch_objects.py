@@ -212,6 +212,7 @@ def sizes_of(node: Node) -> tuple[int, ...] | None:
 
 
 def dtype_of(node: Node) -> DType | None:
+    """Return the dtype that a name of torch means, None for any other node."""
     if isinstance(node, Global) and node.module == "torch":
         return BY_TORCH_NAME.get(node.name)
     return None

@@ -21,7 +21,7 @@ from ckptool.state import edits
 from ckptool.state.edits import Edit
 from ckptool.verbs import checking, fitting, listing, surgery, survey
 from ckptool.verbs.checking import Checked
-from ckptool.verbs.fitting import MIN_MATCH, Fill, Reference, Transferred
+from ckptool.verbs.fitting import MIN_MATCH, Reference, Transferred
 from ckptool.verbs.listing import Listing
 from ckptool.verbs.suggestions import Suggestion, suggestions
 from ckptool.verbs.surgery import Options, Rewrite
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
     from ckptool.files.hub import Downloaded
+    from ckptool.model.initial import Fill
     from ckptool.model.verify import Verification
     from ckptool.verbs.compare import Difference
 

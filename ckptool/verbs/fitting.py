@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptool import containers
 from ckptool.errors import AmbiguousStateDict, PoorFit
 from ckptool.files.copying import Begin, no_progress
-from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
@@ -24,11 +23,11 @@ from ckptool.verbs.surgery import Options, Rewrite
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from ckptool.model.initial import Fill
+
 MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
 
 Shape = tuple[int, ...]
-# Gives the entries for keys that the source lacks, for as long as the context lasts.
-Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
 
 
 @dataclass(frozen=True, slots=True)

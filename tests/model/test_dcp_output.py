@@ -253,11 +253,18 @@ def test_a_damaged_source_is_noticed(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from ckptool.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_without_torch(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from ckptool.cli.main import main; sys.exit(main())"
     arguments = ["convert", GOOD / "model_best.pth.tar", "out", "--to", "dcp"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
