@@ -248,22 +248,16 @@ def lay_out(entries: Iterable[Entry]) -> tuple[Layout, Layout]:
         archive = _archive(entry, position)
         archives.append((position, archive))
         index.add(entry, position, archive.nbytes)
-        end = position + archive.nbytes
-        position = end + -end % torch_zip.ALIGNMENT
+        position += archive.nbytes
         if isinstance(entry.node, TensorInfo):
             storages.append(entry.node.storage)
     jobs = [job for _, archive in archives for job in archive.jobs]
 
     def finish() -> Iterable[tuple[int, bytes]]:
-        return chain.from_iterable(_moved(archive.finish(), base) for base, archive in archives)
+        return chain.from_iterable(_runs(archive, base) for base, archive in archives)
 
-    data = Layout(
-        end if archives else 0,
-        [*jobs, *planner.checks(jobs, storages)],
-        [each for base, archive in archives for each in _moved(archive.literals, base)],
-        finish,
-        DATA,
-    )
+    jobs += planner.checks(jobs, storages)
+    data = Layout(position, jobs, [], finish, DATA)
     pickled = pickle_writer.dump(index.tree(), _no_record)
     return data, Layout(len(pickled), [], [(0, pickled)], name=INDEX)
 
@@ -279,8 +273,15 @@ def _archive(entry: Entry, base: int) -> Layout:
     return torch_zip.lay_out(tensor, lambda _, start: planner.job(node, base + start))
 
 
-def _moved(literals: Iterable[tuple[int, bytes]], base: int) -> Iterator[tuple[int, bytes]]:
-    return ((base + offset, data) for offset, data in literals)
+def _runs(archive: Layout, base: int) -> Iterator[tuple[int, bytes]]:
+    """Yield what an archive holds beside storages, pieces that touch as one: a write is a call."""
+    start, run = 0, bytearray()
+    for offset, data in sorted([*archive.literals, *archive.finish()]):
+        if offset != start + len(run):
+            yield base + start, bytes(run)
+            start, run = offset, bytearray()
+        run += data
+    yield base + start, bytes(run)
 
 
 def _no_record(node: Node) -> Node:

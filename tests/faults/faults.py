@@ -97,8 +97,8 @@ JOBS = (
     Job("convert --untie {s} out.pth", "tied.pth", "out.pth"),
     Job("convert --no-sync {s} out.pth", "plain_legacy.pth", "out.pth"),
     Job("convert --max-shard-size 300 {s} out", "plain.pth", "out", folder=True),
-    Job("convert --to dcp {s} out", "plain.pth", "out", folder=True),
-    Job("convert --to dcp {s} out --force", "plain.pth", "out", old=True, folder=True),
+    Job("convert --to dcp {s} out", "tied.pth", "out", folder=True),
+    Job("convert --to dcp {s} out --force", "tied.pth", "out", old=True, folder=True),
     Job("convert --max-shard-size 300 --force {s} out", "plain.pth", "out", True, folder=True),
 )
 
