@@ -26,7 +26,7 @@ from ckptool.errors import (
 )
 from ckptool.files.copying import Compute, Copy, Layout, run_jobs, write_layout
 from ckptool.files.crc import join_crc32
-from ckptool.files.fileio import CHUNK, Reader, Readers, seekable, unpacked
+from ckptool.files.fileio import CHUNK, Reader, Readers, unpacked
 from ckptool.files.publish import (
     Output,
     Target,
@@ -273,19 +273,27 @@ def test_deflated_storages_that_lie(
         list(unpacked(storage, reader))
 
 
-@pytest.mark.parametrize("kind", ["stored", "packed"])
-def test_any_storage_can_be_read_here_and_there(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
-) -> None:
-    storage = request.getfixturevalue(kind)
+def test_a_deflated_storage_can_be_read_here_and_there(tmp_path: Path, packed: Storage) -> None:
     before = listing(tmp_path).keys()
     readers = Readers()
-    with seekable(storage, readers) as fetch:
-        assert fetch(CHUNK, 10) == DATA[CHUNK : CHUNK + 10]
-        assert fetch(0, 3) == DATA[:3]
-        assert listing(tmp_path).keys() == before
+    reader = readers.unpacked(packed)
+    assert reader.read(CHUNK, 10) == DATA[CHUNK : CHUNK + 10]
+    assert reader.read(0, 3) == DATA[:3]
+    assert readers.unpacked(packed) is reader
+    assert listing(tmp_path).keys() == before
     readers.close()
     assert listing(tmp_path).keys() == before
+
+
+def test_few_unpacked_storages_are_kept(tmp_path: Path) -> None:
+    storages = [deflated(tmp_path / f"packed{index}", bytes([index]) * 99) for index in range(5)]
+    readers = Readers()
+    open_files = len(os.listdir("/dev/fd"))
+    for index, storage in enumerate(storages):
+        assert readers.unpacked(storage).read(0, 99) == bytes([index]) * 99
+    assert len(os.listdir("/dev/fd")) == open_files + len(storages) + 2
+    readers.close()
+    assert len(os.listdir("/dev/fd")) == open_files
 
 
 # Output.

@@ -116,7 +116,7 @@ def test_the_partition_is_that_of_huggingface_hub(
     entries = dict(containers.read(path).tree.pairs)
     found = sharding.split(entries, limit, storages=True)
     assert found.total_nbytes == expected.metadata["total_size"]
-    names = sharding.NAMES["safetensors"].shards(len(found.shards))
+    names = sharding.Names("model", ".safetensors").shards(len(found.shards))
     assert {name: set(keys) for name, keys in zip(names, found.shards, strict=True)} == {
         name: set(keys) for name, keys in expected.filename_to_tensors.items()
     }

@@ -6,7 +6,8 @@ needs none of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import wraps
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
@@ -46,13 +47,26 @@ class Command(click.Command):
         return cleandoc(self.help or "").split("\n\n")
 
 
+class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no Choice[str]
+    """What `--to` takes: the words of ckptool's containers, then those of plugins."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word; a plugin is loaded only for one that ckptool does not know."""
+        if value not in self.choices:
+            from ckptool.containers import plugins
+
+            if any(each.writer and each.word == value for each in plugins()):
+                return str(value)
+        return str(super().convert(value, param, ctx))
+
+
 _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.argument("source", metavar="IN"),
     click.argument("target", metavar="OUT", required=False),
     click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
     click.option(
         "--to",
-        type=click.Choice(["torch", "safetensors", "dcp"]),
+        type=_Containers(["torch", "safetensors", "dcp"]),
         help="Output container, any suffix; dcp (a folder) in convert alone.",
     ),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
@@ -128,8 +142,8 @@ def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rew
         result = verb(
             request.source,
             request.target,
-            options=request.options,
             progress=progress.begin,
+            **asdict(request.options),
             **arguments,
         )
     tell(request, result)
@@ -141,15 +155,14 @@ def tell(
     result: Rewrite,
     *,
     more: Sequence[str] = (),
-    schema: str = "rewrite/1",
-    fields: dict[str, Any] | None = None,
+    document: Mapping[str, object] | None = None,
 ) -> None:
     """Print the document, the plan or the talk of a rewrite."""
     from ckptool.cli import report
 
     talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
-        talk.put([report.document(schema, **report.rewrite_fields(result), **(fields or {}))])
+        talk.put([report.document(document or result.to_dict())])
     elif result.dry_run:
         talk.put(report.plan_lines(result))
     what, counts = report.rewrite_lines(result), report.written_lines(result)

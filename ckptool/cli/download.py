@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -74,9 +74,8 @@ def command(
     if as_json:
         from ckptool.cli.report import document
 
-        name = weights.member if weights else None
-        fields = {key: value for key, value in asdict(done).items() if key != "warnings"}
-        talk.put([document("download/1", **fields, weights=name)])
+        done = replace(done, weights=weights.member if weights else None)
+        talk.put([document(done.to_dict())])
     else:
         talk.put([visible(done.path)])
     talk.warn(map(visible, done.warnings))
@@ -145,7 +144,7 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         from ckptool.cli.report import document
 
-        talk.put([document("weights/1", weights=[asdict(each) for each in found])])
+        talk.put([document({"schema": "weights/1", "weights": [asdict(each) for each in found]})])
     else:
         talk.put(_table(found) if talk.on_terminal() else _rows(found))
     defaults = sum(each.default for each in found)

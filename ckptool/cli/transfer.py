@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import click
 
@@ -67,7 +66,7 @@ def command(
         local(request.source, quiet=request.quiet) as source,
         talk.Progress(name, quiet=request.quiet) as progress,
     ):
-        result, fit = api.transfer(
+        done = api.transfer(
             source,
             request.target,
             drop=patterns(drop),
@@ -80,13 +79,9 @@ def command(
             init_missing=init_missing,
             seed=seed,
             min_match=min_match,
-            options=request.options,
             progress=progress.begin,
+            **asdict(request.options),
         )
-    result = replace(result, source=request.source)
+    result, fit = replace(done.rewrite, source=request.source), done.fit
     more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []
-    fields = report.fit_fields(fit) if fit else NO_FIT
-    tell(request, result, more=more, schema="transfer/1", fields=fields)
-
-
-NO_FIT: dict[str, Any] = {"matched": None, "mismatched": [], "missing": [], "filled": None}
+    tell(request, result, more=more, document=replace(done, rewrite=result).to_dict())

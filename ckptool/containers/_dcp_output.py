@@ -23,18 +23,18 @@ from ckptool.files.copying import Copy, Layout
 from ckptool.pickles import pickle_writer
 from ckptool.pickles.names import Level, level, python3_name
 from ckptool.pickles.safety import names_in
-from ckptool.pickles.torch_objects import StorageView
+from ckptool.pickles.torch_objects import Lowering, StorageView
 from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, children, items
 from ckptool.state import walk
 from ckptool.state.walk import Path, label
 from ckptool.tensors.dtype import DType
+from ckptool.tensors.numbers import can_resolve
 from ckptool.tensors.tensor import (
     TENSORS,
     AnyTensor,
     Storage,
     TensorInfo,
     contiguous_stride,
-    is_resolvable,
 )
 from ckptool.text import listed
 
@@ -224,7 +224,7 @@ def _unfit(tensor: AnyTensor) -> str:
     """Say why a tensor cannot be an entry, with an empty text where it can."""
     if not isinstance(tensor, TensorInfo) or not _has_size(tensor.dtype):
         return "no plain tensor"
-    if tensor.lazy and not is_resolvable(tensor):
+    if tensor.lazy and not can_resolve(tensor.dtype, tensor.lazy):
         return f"a pending operation that torch does not do on {tensor.dtype.torch_name}"
     return ""
 
@@ -258,7 +258,7 @@ def lay_out(entries: Iterable[Entry]) -> tuple[Layout, Layout]:
 
     jobs += planner.checks(jobs, storages)
     data = Layout(position, jobs, [], finish, DATA)
-    pickled = pickle_writer.dump(index.tree(), _no_record)
+    pickled = pickle_writer.dump(index.tree(), Lowering())
     return data, Layout(len(pickled), [], [(0, pickled)], name=INDEX)
 
 
@@ -266,11 +266,11 @@ def _archive(entry: Entry, base: int) -> Layout:
     """Plan the torch zip of an entry; its jobs write to places in the whole file."""
     node = entry.node
     if not isinstance(node, TensorInfo):
-        return torch_zip.lay_out(node, lambda storage, start: Copy(storage, base + start))
+        return torch_zip.archive(node, lambda storage, start: Copy(storage, base + start))
     dtype = node.dtype if node.dtype.storage_class else None
     storage = Storage("", "", 0, node.nbytes, dtype)
     tensor = TensorInfo(node.dtype, node.shape, contiguous_stride(node.shape), storage)
-    return torch_zip.lay_out(tensor, lambda _, start: planner.job(node, base + start))
+    return torch_zip.archive(tensor, lambda _, start: planner.job(node, base + start))
 
 
 def _runs(archive: Layout, base: int) -> Iterator[tuple[int, bytes]]:
@@ -282,10 +282,6 @@ def _runs(archive: Layout, base: int) -> Iterator[tuple[int, bytes]]:
             start, run = offset, bytearray()
         run += data
     yield base + start, bytes(run)
-
-
-def _no_record(node: Node) -> Node:
-    raise TypeError(f"no place in an index for a {type(node).__name__}")
 
 
 class _Index:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ckptool.containers import _dcp_metadata, torch_zip
+from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import Reader, Stamp
@@ -340,3 +341,17 @@ def _grown(branch: _Branch, places: list[int]) -> Node:
     if places[0] < 0:
         raise LimitExceeded("lists with more gaps than entries")
     return [node(branch.members.get(index)) for index in range(length)]
+
+
+CONTAINERS = (
+    Container(
+        "torch-dcp",
+        "distributed checkpoint",
+        "",
+        (),
+        (".metadata", "__*.metadata"),
+        sniff,
+        read,
+        traits=Traits(beside_files=True),
+    ),
+)

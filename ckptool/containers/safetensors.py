@@ -12,26 +12,27 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
+from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.files import planner
-from ckptool.files.copying import Layout
 from ckptool.files.fileio import Reader
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
+from ckptool.tensors.numbers import can_resolve
 from ckptool.tensors.tensor import (
     CompositeTensor,
     Storage,
     TensorInfo,
     contiguous_stride,
-    is_resolvable,
 )
+
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.files.copying import Layout
 
 MAX_HEADER = 100_000_000
 
@@ -139,15 +140,7 @@ def _refuse_gaps(reader: Reader, tensors: list[TensorInfo], base: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What safetensors cannot hold as it is: `ties` map a key to the one it is tied to."""
-
-    ties: dict[str, str]
-    unfit: dict[str, str]
-
-
-def left_behind(entries: dict[str, Node], *, untie: bool) -> Left:
+def left_behind(entries: dict[str, Node], untie: bool) -> Left:
     """Say which entries of a state_dict are tied to others, and which do not fit and why."""
     views: dict[tuple[object, ...], str] = {}
     ties, unfit = {}, {}
@@ -169,7 +162,7 @@ def _unfit(key: str, value: Node) -> str:
         return "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
-    if value.lazy and not is_resolvable(value):
+    if value.lazy and not can_resolve(value.dtype, value.lazy):
         return f"a pending operation that torch does not do on {value.dtype.torch_name}"
     if key == "__metadata__":
         return "its name is taken by the format"
@@ -182,12 +175,15 @@ def _unfit(key: str, value: Node) -> str:
     return ""
 
 
-def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
     """Plan a file with these entries; ties are written once and noted.
 
     Raises `NotRepresentable` with the keys that do not fit.
     """
-    left = left_behind(entries, untie=untie)
+    from ckptool.files.copying import Layout
+
+    assert entries is not None  # what keeps nothing around a state_dict is planned with one
+    left = left_behind(entries, untie)
     if left.unfit:
         raise NotRepresentable(
             f"safetensors cannot hold {len(left.unfit)} of {len(entries)} entries",
@@ -203,6 +199,8 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) ->
     places, nbytes = _places(ordered)
     text = _header(ordered, places, metadata)
     base = 8 + len(text)
+    from ckptool.files import planner
+
     jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
     return Layout(base + nbytes, jobs, [(0, len(text).to_bytes(8, "little") + text)])
 
@@ -234,3 +232,19 @@ def _header(
     if len(text) > MAX_HEADER:
         raise NotRepresentable(f"a header of {len(text)} bytes; safetensors allows {MAX_HEADER}")
     return text
+
+
+CONTAINERS = (
+    Container(
+        "safetensors",
+        "safetensors",
+        "safetensors",
+        (".safetensors",),
+        (),
+        sniff,
+        read,
+        Writer(lay_out, ".safetensors", "model", ".safetensors", left_behind),
+        Traits(around=False, strides=False, ties=False, module_metadata=False, objects=False),
+        library="safetensors",
+    ),
+)

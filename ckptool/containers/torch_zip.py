@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
+from ckptool.containers._container import Container, Traits, Writer
 from ckptool.containers._records import Records, read_records
 from ckptool.errors import NotRepresentable
 from ckptool.files import zips
-from ckptool.files.copying import Copy, Job, Layout
 from ckptool.files.fileio import Reader
-from ckptool.pickles import pickle_writer
 from ckptool.pickles.torch_objects import Lowering, StorageId
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.tensor import Storage
+from ckptool.tensors.tensor import Storage, TensorInfo
+
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.files.copying import Job, Layout
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -88,11 +91,25 @@ def _generation(records: Records) -> str:
     return "torch 1.6 to 2.0, or another writer"
 
 
-def lay_out(tree: Node, job: Callable[[Storage, int], Job] = Copy) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
+    """Plan an archive that holds the checkpoint's tree and the storages that it uses."""
+    if any(
+        isinstance(each, TensorInfo) and not each.dtype.torch_name
+        for each in (entries or {}).values()
+    ):
+        raise NotRepresentable("torch has no dtype for six-bit floats")
+    return archive(checkpoint.tree)
+
+
+def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Layout:
     """Plan an archive that holds a tree and the storages that it uses.
 
-    `job` returns what writes the bytes of a storage to a place in the archive.
+    `job` returns what writes the bytes of a storage to a place in the archive: a copy.
     """
+    from ckptool.files.copying import Copy, Layout
+    from ckptool.pickles import pickle_writer
+
+    job = job or Copy
     lowering = Lowering()
     pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
@@ -124,3 +141,19 @@ def lay_out(tree: Node, job: Callable[[Storage, int], Job] = Copy) -> Layout:
 
 def _record(name: str, data: bytes) -> zips.Record:
     return zips.Record(f"{ROOT}/{name}", len(data), data, zlib.crc32(data))
+
+
+CONTAINERS = (
+    Container(
+        "torch-zip",
+        "torch zip",
+        "torch",
+        (".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pkl"),
+        (),
+        sniff,
+        read,
+        Writer(lay_out, ".pth", "pytorch_model", ".bin"),
+        Traits(memory_mapped=True),
+        library="torch",
+    ),
+)

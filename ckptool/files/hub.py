@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Downloaded:
     """What a download did.
 
     `url` is without secrets; `resumed_from` counts the bytes that an earlier run left; `checked`
-    says what the file was checked against.
+    says what the file was checked against; `weights` is torchvision's name of them, if it has one.
     """
 
     url: str
@@ -42,7 +42,13 @@ class Downloaded:
     resumed_from: int
     already_there: bool
     checked: str
+    weights: str | None = None
     warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `download/1`."""
+        fields = {key: value for key, value in asdict(self).items() if key != "warnings"}
+        return {"schema": "download/1", **fields}
 
 
 @dataclass(frozen=True, slots=True)

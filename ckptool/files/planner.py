@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 
+from ckptool.files.blocks import blocks
 from ckptool.files.copying import Compute, Copy, Job
-from ckptool.files.fileio import Readers, seekable
-from ckptool.tensors.tensor import Storage, TensorInfo, gather, is_contiguous, needs_swap, settled
+from ckptool.tensors.tensor import Storage, TensorInfo, is_contiguous, needs_swap
 
 GATHER_BLOCK = 8 << 20
 
@@ -24,7 +24,8 @@ def job(info: TensorInfo, target: int) -> Job:
     plain = is_contiguous(info.shape, info.stride) and not info.lazy
     if plain and not needs_swap(info.storage, info.dtype.swap):
         return Copy(info.storage, target, info.start, info.nbytes)
-    return Compute(info.storage, partial(_computed, info), target, info.nbytes)
+    block = partial(blocks, info, limit=GATHER_BLOCK)
+    return Compute(info.storage, block, target, info.nbytes)
 
 
 def checks(planned: Iterable[Job], storages: Iterable[Storage]) -> list[Job]:
@@ -35,9 +36,3 @@ def checks(planned: Iterable[Job], storages: Iterable[Storage]) -> list[Job]:
         for storage in dict.fromkeys(storages)
         if storage not in whole and storage.crc32 is not None
     ]
-
-
-def _computed(info: TensorInfo, readers: Readers) -> Iterator[bytes | bytearray]:
-    with seekable(info.storage, readers) as fetch:
-        for block in gather(info, fetch, GATHER_BLOCK):
-            yield settled(block, info)

@@ -8,10 +8,12 @@ names that differ only in case are refused.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import CHUNK, Reader, unpacked
@@ -31,12 +33,12 @@ _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
 _PATCHED = 0x0020
 _DESCRIPTOR = 0x0008
 _FOLDER = 0x10  # of MS-DOS: miniz, and so torch, reads no byte of such a record, whoever wrote it
+_HEADERS_AT_ONCE = 1 << 16
 _VOLUMES = "an archive in several volumes"
 _LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One record of an archive; `start` is where its packed bytes begin."""
 
     name: str
@@ -48,8 +50,7 @@ class Member:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(NamedTuple):
     """The records of an archive by name, and how many of its bytes belong to none of them."""
 
     members: dict[str, Member]
@@ -146,33 +147,18 @@ def _fail(reader: Reader, what: str, offset: int) -> None:
 
 
 def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]:
-    position = 0
+    position, local = 0, _LocalHeaders(reader)
     while position < len(data):
         if len(data) - position < _CENTRAL.size:
             _fail(reader, "the archive's directory is cut off", base + position)
-        fields = _CENTRAL.unpack_from(data, position)
-        (
-            signature,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc32,
-            packed,
-            nbytes,
-            name_size,
-            extra_size,
-            comment_size,
-            disk,
-            _,
-            attributes,
-            header,
-        ) = fields
+        signature, _, _, flags, method, _, _, *numbers = _CENTRAL.unpack_from(data, position)
+        crc32, packed, nbytes, name_size, extra_size, comment_size, disk, _, attributes, header = (
+            numbers
+        )
         name_at = position + _CENTRAL.size
         extra_at = name_at + name_size
-        if signature != b"PK\1\2" or extra_at + extra_size + comment_size > len(data):
+        end = extra_at + extra_size + comment_size
+        if signature != b"PK\1\2" or end > len(data):
             _fail(reader, "an entry of the archive's directory is damaged", base + position)
         if _BIG32 in (packed, nbytes, header):
             extra = data[extra_at : extra_at + extra_size]
@@ -182,11 +168,11 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             _fail(reader, f"record {name} lies in another part of the archive", base + position)
         if attributes & _FOLDER and nbytes:
             _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
-        start = _data_start(
-            reader, data[name_at:extra_at], flags, method, (crc32, packed, nbytes), header
+        start = local.data_start(
+            data[name_at:extra_at], flags, method, (crc32, packed, nbytes), header
         )
         yield Member(name, method, crc32, packed, nbytes, header, start)
-        position = extra_at + extra_size + comment_size
+        position = end
 
 
 def _text(name: bytes) -> str:
@@ -214,41 +200,70 @@ def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) ->
     raise Malformed("a zip64 entry without its sizes", path=reader.path, offset=offset)
 
 
-def _data_start(
-    reader: Reader,
-    name: bytes,
-    flags: int,
-    method: int,
-    central: tuple[int, int, int],
-    header: int,
-) -> int:
-    """Read a local header, refuse it where it disagrees, and say where the data starts."""
-    if flags & (_ENCRYPTED | _PATCHED):
-        raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
-    if method not in (STORED, DEFLATED):
-        raise Unsupported(f"record {_text(name)} has compression method {method}", path=reader.path)
-    if header + _LOCAL.size + len(name) > reader.nbytes:
-        _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
-    data = reader.read(header, _LOCAL.size + len(name))
-    signature, _, here_flags, here_method, _, _, *sizes, name_size, extra_size = _LOCAL.unpack_from(
-        data
-    )
-    if signature != b"PK\3\4" or name_size != len(name) or data[_LOCAL.size :] != name:
-        _fail(reader, f"the header of record {_text(name)} is not where the directory says", header)
-    if (
-        here_method != method
-        or here_flags & (_ENCRYPTED | _PATCHED)
-        or not _sizes_agree(sizes, central, deferred=bool(here_flags & _DESCRIPTOR))
-    ):
-        _fail(reader, f"the two headers of record {_text(name)} disagree", header)
-    if method == STORED and central[1] != central[2]:
-        _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
-    return int(header + _LOCAL.size + name_size + extra_size)
+class _LocalHeaders:
+    """The local headers of an archive, many in one read where its records are small."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._start, self._data = 0, b""
+
+    def _find(self, start: int, nbytes: int) -> int:
+        """Return where in `_data` a header starts."""
+        end = self._start + len(self._data)
+        if not self._start <= start <= end - nbytes:
+            near = self._start <= start <= end + _HEADERS_AT_ONCE
+            size = max(nbytes, _HEADERS_AT_ONCE if near else 0)
+            self._data = self._reader.read(start, min(size, self._reader.nbytes - start))
+            self._start = start
+        return start - self._start
+
+    def data_start(
+        self, name: bytes, flags: int, method: int, central: tuple[int, int, int], header: int
+    ) -> int:
+        """Check a local header against the directory, and return where the data starts."""
+        reader, name_end = self._reader, _LOCAL.size + len(name)
+        if flags & (_ENCRYPTED | _PATCHED):
+            raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
+        if method not in (STORED, DEFLATED):
+            what = f"record {_text(name)} has compression method {method}"
+            raise Unsupported(what, path=reader.path)
+        if header + name_end > reader.nbytes:
+            _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
+        at = self._find(header, name_end)
+        (
+            signature,
+            _,
+            here_flags,
+            here_method,
+            _,
+            _,
+            crc32,
+            packed,
+            nbytes,
+            name_size,
+            extra_size,
+        ) = _LOCAL.unpack_from(self._data, at)
+        here = self._data[at + _LOCAL.size : at + name_end]
+        if signature != b"PK\3\4" or name_size != len(name) or here != name:
+            what = f"the header of record {_text(name)} is not where the directory says"
+            _fail(reader, what, header)
+        deferred = bool(here_flags & _DESCRIPTOR)
+        if (
+            here_method != method
+            or here_flags & (_ENCRYPTED | _PATCHED)
+            or not _sizes_agree((crc32, packed, nbytes), central, deferred=deferred)
+        ):
+            _fail(reader, f"the two headers of record {_text(name)} disagree", header)
+        if method == STORED and central[1] != central[2]:
+            _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
+        return int(header + name_end + extra_size)
 
 
-def _sizes_agree(local: Sequence[int], central: Sequence[int], *, deferred: bool) -> bool:
+def _sizes_agree(
+    local: tuple[int, int, int], central: tuple[int, int, int], *, deferred: bool
+) -> bool:
     """Compare CRC and sizes; a local header may defer them, or leave sizes to its zip64 field."""
-    if tuple(local) == central or (deferred and not any(local)):
+    if local == central or (deferred and not any(local)):
         return True
     return all(
         here in (there, unknown) or (here == 0 and deferred)
@@ -274,15 +289,18 @@ def _beyond_descriptor(gap: int, before: str) -> int:
 
 
 def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for member in members:
         folded = member.name.casefold()
         if folded in seen:
-            _fail(reader, f"two records are named {seen[folded]} and {member.name}", member.header)
-        seen[folded] = member.name
-        steps = member.name.split("/")
-        if "\0" in member.name or "\\" in member.name or ".." in steps or not steps[0]:
+            first = next(each.name for each in members if each.name.casefold() == folded)
+            _fail(reader, f"two records are named {first} and {member.name}", member.header)
+        seen.add(folded)
+        if _ODD_NAME.search(member.name):
             _fail(reader, f"a record named {member.name!r}", member.header)
+
+
+_ODD_NAME = re.compile(r"\A(/|\Z)|[\0\\]|(\A|/)\.\.(/|\Z)")
 
 
 def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> bytes:

@@ -9,15 +9,13 @@ after another in the whole is read one after another in every chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, product
 from math import prod
 from operator import itemgetter
 
 from ckptool.errors import LimitExceeded
-from ckptool.tensors.tensor import Chunk, Chunked, Read, TensorInfo, contiguous_stride, gather
-
-BLOCK = 1 << 20
+from ckptool.tensors.tensor import Chunk, Chunked, contiguous_stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,38 +60,7 @@ def _elements_before(chunked: Chunked, chunk: Chunk, index: int) -> int:
     return count
 
 
-def read_elements(info: TensorInfo, first: int, count: int, read: Read) -> bytes:
-    """Read elements of a tensor in their contiguous order, `count` from `first`."""
-    itemsize = info.dtype.itemsize
-    if info.stride == contiguous_stride(info.shape):
-        return read((info.storage_offset + first) * itemsize, count * itemsize)
-    return b"".join(_strided(info, first, count, read))
-
-
-def _strided(info: TensorInfo, first: int, count: int, read: Read) -> Iterator[bytes | bytearray]:
-    """Cut a range of elements into whole rows and the parts of rows around them."""
-    if not info.shape:
-        yield from gather(info, read, BLOCK)
-        return
-    row, last = prod(info.shape[1:]), first + count
-    while first < last:
-        index, within = divmod(first, row)
-        start = info.storage_offset + index * info.stride[0]
-        if within or last - first < row:
-            taken = min(row - within, last - first)
-            inner = replace(
-                info, shape=info.shape[1:], stride=info.stride[1:], storage_offset=start
-            )
-            yield from _strided(inner, within, taken, read)
-        else:
-            rows = (last - first) // row
-            taken = rows * row
-            whole = replace(info, shape=(rows, *info.shape[1:]), storage_offset=start)
-            yield from gather(whole, read, BLOCK)
-        first += taken
-
-
-def place(chunked: Chunked, piece: Piece, data: bytes, first: int, target: memoryview) -> None:
+def place(chunked: Chunked, piece: Piece, data: memoryview, first: int, target: memoryview) -> None:
     """Put the elements of a piece where they stand in the whole; `target` begins at `first`."""
     size = chunked.itemsize
     run, rows, step = _runs(chunked, piece.chunk)
@@ -113,7 +80,9 @@ def place(chunked: Chunked, piece: Piece, data: bytes, first: int, target: memor
         done += count
 
 
-def _columns(target: memoryview, data: bytes, run: int, many: int, step: int, size: int) -> None:
+def _columns(
+    target: memoryview, data: memoryview, run: int, many: int, step: int, size: int
+) -> None:
     """Put `many` runs, each `step` elements behind the one before, byte by byte of a run."""
     for byte in range(run * size):
         end = (many - 1) * step * size + byte + 1

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.containers import _dcp_output as dcp_output, safetensors, sharding, torch_zip
+from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
 from ckptool.files import fileio, publish
 from ckptool.files.copying import Begin, Layout, no_progress
@@ -23,11 +23,13 @@ from ckptool.state import checkpoint as places, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, TensorInfo
-from ckptool.text import counted, quoted, readable
+from ckptool.text import counted, quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
+
+    from ckptool.containers.sharding import Names
 
 __all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
 
@@ -96,6 +98,37 @@ class Rewrite:
         """Count the entries that are written under their own name."""
         return sum(1 for old, new in self.map if new == old)
 
+    def __repr__(self) -> str:
+        verb = "would write" if self.dry_run else "written"
+        files = f"{visible(self.source)} -> {visible(self.target)}"
+        return f"<Rewrite {files}: read {self.read}, {verb} {self.written}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `rewrite/1`."""
+        return {
+            "schema": "rewrite/1",
+            "source": self.source,
+            "target": self.target,
+            "container": self.container,
+            "at": None if self.at is None else list(self.at),
+            "module": self.module,
+            "read": self.read,
+            "kept": self.kept,
+            "renamed": self.renamed,
+            "written": self.written,
+            "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
+            "not_carried": list(self.not_carried),
+            "map": [[old, new] for old, new in self.map],
+            "nbytes": self.nbytes,
+            "added": self.added,
+            "notes": [*self.warnings, *self.notes],
+            "dry_run": self.dry_run,
+            "shards": [
+                {"file": each.name, "count": each.count, "nbytes": each.nbytes}
+                for each in self.shards
+            ],
+        }
+
 
 def rewrite(
     source: str | Path,
@@ -160,7 +193,7 @@ def _refuse_no_folder(target: str | Path | None, form: Form, options: Options) -
         return
     if options.in_place or target is None:
         raise EditError("--max-shard-size writes a folder", hint="name it as the output")
-    if suffix(str(target)) in KNOWN_SUFFIXES:
+    if suffix(str(target)) in containers.suffixes(written=True):
         raise EditError(
             f"--max-shard-size writes a folder, and {target} is the name of a file",
             hint="name a folder as the output",
@@ -174,11 +207,21 @@ def _place(
     sources = [path for path, _ in checkpoint.files] if not options.in_place else []
     force, sync = options.force, options.sync
     if form.distributed:
-        return publish.refuse_folder(target, sources, dcp_output.owns, force=force, sync=sync)
+        from ckptool.containers import _dcp_output
+
+        return publish.refuse_folder(target, sources, _dcp_output.owns, force=force, sync=sync)
     if form.max_shard_size is not None:
-        owns = sharding.NAMES[container].owns
+        owns = _names(container).owns
         return publish.refuse_set(target, sources, owns, force=force, sync=sync)
     return publish.refuse_target(target, sources, force=force, sync=sync)
+
+
+def _names(container: str) -> Names:
+    """Return what the shards of a container are called."""
+    from ckptool.containers.sharding import Names
+
+    writer = _writer(container)
+    return Names(writer.set_stem, writer.set_suffix)
 
 
 def _in_place(
@@ -198,12 +241,6 @@ def _in_place(
     return target, options
 
 
-BY_WORD = {"torch": "torch-zip", "safetensors": "safetensors"}
-
-
-KNOWN_SUFFIXES = {suffix for each in containers.FORMATS for suffix in each.suffixes}
-
-
 def suffix(target: str) -> str:
     """Give the suffix of a name, in lower case."""
     return os.path.splitext(target)[1].lower()
@@ -214,7 +251,7 @@ def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options
     if form.distributed:
         return "torch-dcp"
     if form.max_shard_size is not None:
-        return BY_WORD[options.to or "safetensors"]
+        return containers.by_word(options.to or "safetensors").name
     if options.to == "dcp":
         raise EditError(
             "only convert writes a distributed checkpoint, and it takes edits as options",
@@ -222,28 +259,22 @@ def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options
             "--strip-prefix auto --drop PATTERN ...",
         )
     if options.to is not None:
-        return BY_WORD[options.to]
-    for each in containers.FORMATS:
-        if suffix(target) in each.suffixes and not options.in_place:
-            return each.name
-    own = containers.BY_NAME.get(checkpoint.container)
-    if own is None:
-        return "torch-zip"
-    return own.name if own.writable else own.written_as
+        return containers.by_word(options.to).name
+    named = containers.by_suffix(suffix(target))
+    if named is not None and not options.in_place:
+        return named.name
+    own = containers.by_name(checkpoint.container)
+    return own.name if own.writer else own.written_as
 
 
 def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
     """Note a suffix that says nothing of the container, where nobody chose, or another one."""
-    what = f"{target} is a {containers.BY_NAME[container].title} file: its suffix"
-    said = [word for word, name in BY_WORD.items() if _says(target, name)]
-    if said:
-        return [] if _says(target, container) else [f"{what} says {said[0]}"]
+    what = f"{target} is a {containers.by_name(container).title} file: its suffix"
+    named = containers.by_suffix(suffix(target))
+    if named is not None:
+        return [] if named.name == container else [f"{what} says {named.word}"]
     chosen = options.to is not None or options.in_place
     return [] if chosen else [f"{what} does not say; --to chooses"]
-
-
-def _says(target: str, container: str) -> bool:
-    return suffix(target) in containers.BY_NAME[container].suffixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +297,7 @@ def _lay_out(plan: Plan, form: Form, options: Options) -> _Laid:
 
 def _tensors(plan: Plan) -> list[tuple[walk.Path, AnyTensor]]:
     """List the tensors of a file, or of all shards."""
-    if plan.container == "safetensors" and plan.state is not None:
+    if plan.state is not None and not containers.by_name(plan.container).traits.around:
         return [((key,), value) for key, value in plan.state.entries.items()]
     return list(walk.tensors(plan.checkpoint.tree))
 
@@ -274,23 +305,26 @@ def _tensors(plan: Plan) -> list[tuple[walk.Path, AnyTensor]]:
 def _file(plan: Plan, options: Options) -> Layout:
     """Plan a file."""
     entries = plan.state.entries if plan.state is not None else None
-    if plan.container == "safetensors":
-        assert entries is not None
-        return safetensors.lay_out(plan.checkpoint, entries, untie=options.untie)
-    if entries is not None and _subbyte(entries):
-        raise NotRepresentable("torch has no dtype for six-bit floats")
-    return torch_zip.lay_out(plan.checkpoint.tree)
+    return _writer(plan.container).lay_out(plan.checkpoint, entries, options.untie)
+
+
+def _writer(container: str) -> Writer:
+    writer = containers.by_name(container).writer
+    assert writer is not None
+    return writer
 
 
 def _distributed(plan: Plan, options: Options) -> _Laid:
     """Plan a distributed checkpoint; note what it has no place for."""
+    from ckptool.containers import _dcp_output
+
     if places.items(plan.checkpoint.tree) is None:
         raise NotRepresentable(
             f"{plan.checkpoint.path} holds no dict: a distributed checkpoint is one",
             option="--unwrap" if plan.state is not None else "",
             hint="writes the state_dict alone" if plan.state is not None else "",
         )
-    flat = dcp_output.flatten(plan.checkpoint.tree)
+    flat = _dcp_output.flatten(plan.checkpoint.tree)
     if flat.unfit and not options.tensors_only:
         raise NotRepresentable(
             f"a distributed checkpoint has no place for {counted(len(flat.unfit), 'value')}",
@@ -304,19 +338,21 @@ def _distributed(plan: Plan, options: Options) -> _Laid:
             "a distributed checkpoint has no place for `_metadata` (versions of modules)"
         )
     plan.notes += flat.notes()
-    output = Output(dcp_output.lay_out(flat.entries), dcp_output.INDEX, dcp_output.owns)
+    output = Output(_dcp_output.lay_out(flat.entries), _dcp_output.INDEX, _dcp_output.owns)
     return _Laid(output, list(flat.tensors()))
 
 
 def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
     """Plan the shards of a bare state_dict, and their index where they are several."""
+    from ckptool.containers import sharding
+
     assert plan.state is not None
     # A shard has no place for the attributes of the state_dict but `_metadata`.
     state = getattr(plan.checkpoint.tree, "state", None)
     plan.not_carried += [name for name, _ in places.named_items(state) if name != "_metadata"]
     plan.checkpoint = _part(plan, plan.state.entries).checkpoint
-    names = sharding.NAMES[plan.container]
-    split = sharding.split(plan.state.entries, limit, storages=plan.container != "safetensors")
+    names, traits = _names(plan.container), containers.by_name(plan.container).traits
+    split = sharding.split(plan.state.entries, limit, storages=traits.strides)
     shards = dict(zip(names.shards(len(split.shards)), split.shards, strict=True))
     files = [replace(_file(_part(plan, keys), options), name=name) for name, keys in shards.items()]
     large = sum(file.job_nbytes > limit for file in files)
@@ -330,7 +366,7 @@ def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
         for file, keys in zip(files, shards.values(), strict=True)
     )
     if len(files) > 1:
-        left_out = _tied(plan) if plan.container == "safetensors" else ()
+        left_out = () if traits.ties else _tied(plan)
         data = sharding.index(list(plan.state.entries), shards, left_out, split.total_nbytes)
         files.append(Layout(len(data), [], [(0, data)], name=names.index))
     return _Laid(Output(tuple(files), names.index, names.owns), _tensors(plan), listed)
@@ -345,12 +381,6 @@ def _part(plan: Plan, keys: Iterable[str]) -> Plan:
         plan,
         checkpoint=replace(plan.checkpoint, tree=tree),
         state=replace(plan.state, entries=entries),
-    )
-
-
-def _subbyte(entries: dict[str, Node]) -> bool:
-    return any(
-        isinstance(value, TensorInfo) and not value.dtype.torch_name for value in entries.values()
     )
 
 
@@ -381,26 +411,26 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         infos = [info for _, info in walk.tensors(plan.checkpoint.tree)]
     not_carried = [*plan.not_carried, *plan.checkpoint.unread]
     return Rewrite(
-        plan.checkpoint.path,
-        target,
-        plan.container,
-        plan.state.at if plan.state is not None else None,
-        plan.key_map.pairs,
-        tuple(plan.dropped),
-        len(plan.key_map.written) + plan.added,
-        laid.output.nbytes,
-        sum(info.nbytes for info in infos),
-        tuple(not_carried),
-        tuple(plan.notes),
-        tuple(plan.warnings),
-        options.dry_run,
-        publish.free_space(place),
-        plan.added,
-        plan.bare,
-        len(infos),
-        plan.key_map.said,
-        plan.state.module if plan.state is not None else "",
-        laid.shards,
+        source=plan.checkpoint.path,
+        target=target,
+        container=plan.container,
+        at=plan.state.at if plan.state is not None else None,
+        module=plan.state.module if plan.state is not None else "",
+        map=plan.key_map.pairs,
+        said=plan.key_map.said,
+        dropped=tuple(plan.dropped),
+        written=len(plan.key_map.written) + plan.added,
+        added=plan.added,
+        nbytes=laid.output.nbytes,
+        tensors=len(infos),
+        tensor_nbytes=sum(info.nbytes for info in infos),
+        not_carried=tuple(not_carried),
+        notes=tuple(plan.notes),
+        warnings=tuple(plan.warnings),
+        bare=plan.bare,
+        dry_run=options.dry_run,
+        free=publish.free_space(place),
+        shards=laid.shards,
     )
 
 
@@ -422,7 +452,8 @@ def _check(plan: Plan, place: Target, laid: _Laid, path: str) -> None:
             evidence=[error.message],
             hint="look whether the disk is sound",
         ) from error
-    strided = plan.container == "torch-zip"
+    traits = containers.by_name(plan.container).traits
+    strided = traits.strides and not traits.beside_files  # each entry there has its own storage
     same = written.nbytes == laid.output.nbytes and (
         [(way, _described(info, strided)) for way, info in laid.tensors]
         == [(way, _described(info, strided)) for way, info in walk.tensors(written.tree)]

@@ -43,7 +43,8 @@ from limits import LIMITS, MIB, Reading, Round, judge, table_of_readings, table_
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-JOBS = ("strip", "convert", "check", "diff", "keys", "help")
+JOBS = ("strip", "convert", "check", "diff", "keys", "help", "plan")
+STARTUP_JOBS = {"keys", "help", "plan"}
 BIG_JOBS = {"strip", "convert", "check", "diff"}
 KEY_COUNTS = (320, 10_000)
 GIB = 2**30
@@ -145,6 +146,9 @@ def startup_tasks(
             file = folder / f"keys{count}.pth"
             make("keys", file, count)
             tasks.append(Task(f"keys {count}", (*ckptool, "keys", str(file))))
+    if "plan" in jobs:
+        source, target = str(REPOSITORY / "fixtures/good/data_parallel.pth"), str(folder / "o.pth")
+        tasks.append(Task("strip -n", (*ckptool, "strip-prefix", "-n", source, target)))
     return tuple(tasks)
 
 
@@ -310,7 +314,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--size", type=nbytes_of, default=2 * GIB, help="of the checkpoint (default 2GiB)")
     add("--rounds", type=positive, default=5, help="of the jobs on the big file (default 5)")
-    add("--startup-rounds", type=positive, default=30, help="of keys and help (default 30)")
+    add("--startup-rounds", type=positive, default=30, help="of keys, help, plan (default 30)")
     add("--jobs", type=jobs_of, default=JOBS, help=f"any of {','.join(JOBS)} (default all)")
     add("--folder", type=Path, default=tempfile.gettempdir(), help="to work in (default temporary)")
     add("--ckptool", metavar="CMD", help="command to time (default: python -m ckptool, from here)")
@@ -357,7 +361,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Round]:
         program, *rest = shlex.split(options.ckptool)
         ckptool = (shutil.which(program) or program, *rest)
     rounds = []
-    if {"keys", "help"} & set(options.jobs):
+    if STARTUP_JOBS & set(options.jobs):
         tasks = startup_tasks(options.jobs, ckptool, folder, baseline=options.baseline)
         rounds += run_rounds(tasks, options.startup_rounds, "startup")
     if BIG_JOBS & set(options.jobs):

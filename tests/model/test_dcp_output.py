@@ -17,7 +17,7 @@ from ckptool import containers
 from ckptool.errors import UnsafePickle
 from ckptool.state import walk
 from ckptool.verbs import api
-from ckptool.verbs.surgery import Options
+from ckptool.verbs.plan import WriteOptions
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa:
 
 Run = Callable[..., Outcome]
 GOOD = FIXTURES / "good"
-DCP = Options(to="dcp", sync=False)
+DCP: WriteOptions = {"to": "dcp", "sync": False}
 # What makes no distributed checkpoint, and why.
 REFUSED = {
     "aliases.pth": "a value that holds itself",
@@ -94,13 +94,13 @@ def original(path: Path) -> Any:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_torch_loads_what_was_in_the_file(name: str, tmp_path: Path) -> None:
-    result = api.convert(GOOD / name, tmp_path / "out", options=DCP)
+    result = api.convert(GOOD / name, tmp_path / "out", **DCP)
     assert (result.container, result.written) == ("torch-dcp", len(result.map))
     wanted, found = flat(original(GOOD / name)), flat(told(tmp_path / "out"))
     if name.endswith(".safetensors"):  # the library loads in an order of its own
         wanted = {key: wanted[key] for key in sorted(wanted, key=list(found).index)}
     assert same(wanted, found) == []
-    api.convert(tmp_path / "out", tmp_path / "back.pth", options=Options(sync=False))
+    api.convert(tmp_path / "out", tmp_path / "back.pth", sync=False)
     assert same(told(tmp_path / "out"), judge.load(tmp_path / "back.pth", weights_only=False)) == []
 
 
@@ -155,7 +155,7 @@ def test_the_document_counts_the_bytes_of_the_folder(run: Run, tmp_path: Path) -
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "other"):
-        api.convert(GOOD / "model_best.pth.tar", tmp_path / name, options=DCP)
+        api.convert(GOOD / "model_best.pth.tar", tmp_path / name, **DCP)
     assert listing(tmp_path / "one") == listing(tmp_path / "other")
     assert sorted(listing(tmp_path / "one")) == [".metadata", "__0_0.distcp"]
 
@@ -183,7 +183,7 @@ def test_what_is_there_is_not_replaced_without_force(run: Run, tmp_path: Path) -
 
 
 def test_the_input_is_not_the_output(run: Run, tmp_path: Path) -> None:
-    api.convert(GOOD / "plain.pth", tmp_path / "out", options=DCP)
+    api.convert(GOOD / "plain.pth", tmp_path / "out", **DCP)
     before = listing(tmp_path)
     refused = run("convert", tmp_path / "out", tmp_path / "out", "--to", "dcp", "--force")
     assert (refused.code, "error[same-file]" in refused.err) == (5, True)
@@ -230,7 +230,7 @@ def test_what_is_not_plain_is_refused_or_left_behind(run: Run, tmp_path: Path) -
 def test_what_is_dangerous_is_refused(tmp_path: Path) -> None:
     hostile = FIXTURES / "hostile" / "os_system.pth"
     with pytest.raises(UnsafePickle):
-        api.convert(hostile, tmp_path / "out", options=DCP)
+        api.convert(hostile, tmp_path / "out", **DCP)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,7 +299,7 @@ def test_two_ranks_load_it_and_what_they_save_is_read(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "in.pth")
-    api.convert(tmp_path / "in.pth", tmp_path / "written", options=DCP)
+    api.convert(tmp_path / "in.pth", tmp_path / "written", **DCP)
     script = Path(__file__).with_name("two_ranks.py")
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     done = subprocess.run(
@@ -311,7 +311,7 @@ def test_two_ranks_load_it_and_what_they_save_is_read(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    api.convert(tmp_path / "saved", tmp_path / "back.pth", options=Options(sync=False))
+    api.convert(tmp_path / "saved", tmp_path / "back.pth", sync=False)
     back = judge.load(tmp_path / "back.pth", weights_only=False)
     assert same(told(tmp_path / "saved"), back) == []
     for name in ("rows", "columns", "both"):
