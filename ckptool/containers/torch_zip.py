@@ -12,7 +12,8 @@ compute offsets from the exact layout of torch's own writer (torch/serialization
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from ckptool.containers._container import Container, Traits, Writer
@@ -52,8 +53,8 @@ def read(reader: Reader) -> Checkpoint | None:
 
     parsed = records.load("data.pkl", find_storage)
     members = records.members
-    known = {*records.used, *_CARRIED_ANEW}
-    unread = [name for name in members if name not in known]
+    unread = records.unread(_CARRIED_ANEW)
+    unread_nbytes = sum(member.packed_nbytes for member in map(members.__getitem__, unread))
     return Checkpoint(
         reader.path,
         "torch-zip",
@@ -65,8 +66,8 @@ def read(reader: Reader) -> Checkpoint | None:
         byteorder=byteorder,
         generation=_generation(records),
         protocol=parsed.protocol,
-        unread=tuple(unread),
-        unread_nbytes=sum(members[name].packed_nbytes for name in unread),
+        unread=unread,
+        unread_nbytes=unread_nbytes,
         records=records.described(),
         unlisted=records.unlisted,
         flaws=() if "version" in members else ("there is no `version` record; torch demands one",),
@@ -116,24 +117,21 @@ def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Lay
     if len(orders) > 1:
         raise NotRepresentable("tensors of two byte orders have no place in one torch file")
     byteorder = orders.pop() if orders else "little"
-    small = [("data.pkl", pickled), ("byteorder", byteorder.encode())]
-    before = [_record(name, data) for name, data in small]
+    before = [_record("data.pkl", pickled), _record("byteorder", byteorder.encode())]
     after = [_record("version", b"3\n")]
-    stored = [
-        zips.Record(f"{ROOT}/data/{key}", storage.nbytes)
-        for storage, key in lowering.storages.items()
-    ]
-    records = [*before, *stored, *after]
-    directory, nbytes = zips.lay_out(records, ALIGNMENT)
-    jobs = [
-        job(storage, record.start)
-        for storage, record in zip(lowering.storages, stored, strict=True)
-    ]
+    storages = tuple(lowering.storages)
+
+    def records(checksums: Iterable[int]) -> Iterator[zips.Record]:
+        yield from before
+        for key, (storage, crc32) in enumerate(zip(storages, checksums, strict=False)):
+            yield zips.Record(f"{ROOT}/data/{key}", storage.nbytes, None, crc32)
+        yield from after
+
+    starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
+    jobs = [job(storage, start) for storage, start in zip(storages, starts[2:-1], strict=True)]
 
     def finish() -> Iterable[tuple[int, bytes]]:
-        for done, record in zip(jobs, stored, strict=True):
-            record.crc32 = done.crc32
-        return zips.headers(records, directory)
+        return zips.headers(records(done.crc32 for done in jobs), ALIGNMENT)
 
     literals = [(record.start, record.data or b"") for record in (*before, *after)]
     return Layout(nbytes, list(jobs), literals, finish)

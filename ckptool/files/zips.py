@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
@@ -152,9 +153,18 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
         if len(data) - position < _CENTRAL.size:
             _fail(reader, "the archive's directory is cut off", base + position)
         signature, _, _, flags, method, _, _, *numbers = _CENTRAL.unpack_from(data, position)
-        crc32, packed, nbytes, name_size, extra_size, comment_size, disk, _, attributes, header = (
-            numbers
-        )
+        (
+            checksum,
+            packed,
+            nbytes,
+            name_size,
+            extra_size,
+            comment_size,
+            disk,
+            _,
+            attributes,
+            header,
+        ) = numbers
         name_at = position + _CENTRAL.size
         extra_at = name_at + name_size
         end = extra_at + extra_size + comment_size
@@ -169,9 +179,9 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
         if attributes & _FOLDER and nbytes:
             _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
         start = local.data_start(
-            data[name_at:extra_at], flags, method, (crc32, packed, nbytes), header
+            data[name_at:extra_at], flags, method, (checksum, packed, nbytes), header
         )
-        yield Member(name, method, crc32, packed, nbytes, header, start)
+        yield Member(name, method, checksum, packed, nbytes, header, start)
         position = end
 
 
@@ -237,7 +247,7 @@ class _LocalHeaders:
             here_method,
             _,
             _,
-            crc32,
+            checksum,
             packed,
             nbytes,
             name_size,
@@ -251,7 +261,7 @@ class _LocalHeaders:
         if (
             here_method != method
             or here_flags & (_ENCRYPTED | _PATCHED)
-            or not _sizes_agree((crc32, packed, nbytes), central, deferred=deferred)
+            or not _sizes_agree((checksum, packed, nbytes), central, deferred=deferred)
         ):
             _fail(reader, f"the two headers of record {_text(name)} disagree", header)
         if method == STORED and central[1] != central[2]:
@@ -354,34 +364,48 @@ def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
 
 @dataclass(slots=True)
 class Record:
-    """A record to write: `data`, or `nbytes` that are copied later; `crc32` once it is known."""
+    """A record to write: `data`, or `nbytes` that are copied; `crc32` once it is known.
+
+    There may be many, so they are made when they are placed, and again for their headers.
+    """
 
     name: str
     nbytes: int
     data: bytes | None = None
     crc32: int = 0
     header: int = 0
-    start: int = field(default=0)
+    start: int = 0
 
 
-def lay_out(records: Sequence[Record], alignment: int) -> tuple[int, int]:
-    """Place records; give the offset of the directory and the size of the archive."""
+def _placed(records: Iterable[Record], alignment: int) -> Iterator[Record]:
+    """Place records one after the other, their data aligned by padding in the local headers."""
     position = 0
     for record in records:
         record.header = position
-        fixed = position + _LOCAL.size + len(record.name.encode()) + len(_wide_extra(record))
-        record.start = fixed + 4 + -(fixed + 4) % alignment
+        fixed = position + _LOCAL.size + len(record.name.encode()) + len(_wide_extra(record)) + 4
+        record.start = fixed + -fixed % alignment
         position = record.start + record.nbytes
-    size = sum(len(_central_header(record)) for record in records)
-    return position, position + size + _END64.size + _LOCATOR.size + _END.size
+        yield record
 
 
-def headers(records: Sequence[Record], directory: int) -> Iterator[tuple[int, bytes]]:
+def lay_out(records: Iterable[Record], alignment: int) -> tuple[Sequence[int], int]:
+    """Return where the data of each record starts, and the size of the archive."""
+    position, size, starts = 0, _END64.size + _LOCATOR.size + _END.size, array("Q")
+    for record in _placed(records, alignment):
+        starts.append(record.start)
+        position = record.start + record.nbytes
+        size += _CENTRAL.size + len(record.name.encode()) + len(_central_extra(record))
+    return starts, position + size
+
+
+def headers(records: Iterable[Record], alignment: int) -> Iterator[tuple[int, bytes]]:
     """Yield `(offset, bytes)` of all headers, the directory and the end records."""
-    for record in records:
+    data, count, position = bytearray(), 0, 0
+    for record in _placed(records, alignment):
         yield record.header, _local_header(record)
-    data = b"".join(_central_header(record) for record in records)
-    yield directory, data + _end_records(len(records), directory, len(data))
+        data += _central_header(record)
+        count, position = count + 1, record.start + record.nbytes
+    yield position, bytes(data) + _end_records(count, position, len(data))
 
 
 # "made by" 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
@@ -415,12 +439,15 @@ def _local_header(record: Record) -> bytes:
     return fixed + name + extra
 
 
+def _central_extra(record: Record) -> bytes:
+    if record.header < _BIG32:
+        return _wide_extra(record)
+    values = _wide_extra(record)[4:] + struct.pack("<Q", record.header)
+    return struct.pack("<HH", 1, len(values)) + values
+
+
 def _central_header(record: Record) -> bytes:
-    name, extra = record.name.encode(), _wide_extra(record)
-    header = min(record.header, _BIG32)
-    if header == _BIG32:
-        values = extra[4:] + struct.pack("<Q", record.header)
-        extra = struct.pack("<HH", 1, len(values)) + values
+    name, extra = record.name.encode(), _central_extra(record)
     size = min(record.nbytes, _BIG32)
     fixed = _CENTRAL.pack(
         b"PK\1\2",
@@ -439,7 +466,7 @@ def _central_header(record: Record) -> bytes:
         0,
         0,
         0,
-        header,
+        min(record.header, _BIG32),
     )
     return fixed + name + extra
 

@@ -14,14 +14,16 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from itertools import chain
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.errors import Malformed
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
-from ckptool.pickles.pickle_writer import Written
 from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
 from ckptool.tensors.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
+
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.pickles.pickle_writer import Written
 
 _UTILS = "torch._utils"
 _UNTYPED = ("UntypedStorage", "_UntypedStorage")

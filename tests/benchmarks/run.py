@@ -16,6 +16,9 @@ are meant for 2 GiB and more: of a small file, starting Python is most of the ti
 The torch scripts report two times: `work` is without the import of torch (what the limit is judged
 by, against the whole of ckptool's time, start included), `whole` is the process.
 
+`many` lists and strips, without sync, files of 10 000 and 100 000 small tensors, where the cost is
+that of each tensor.
+
 `check` reads the big file and is compared with `cp` and `sha256sum`; `diff` compares it with a copy
 of itself, as `cmp` does.
 
@@ -35,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,10 +46,11 @@ from limits import LIMITS, MIB, Reading, Round, judge, table_of_readings, table_
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-JOBS = ("strip", "convert", "check", "diff", "keys", "help", "plan")
+JOBS = ("strip", "convert", "check", "diff", "many", "keys", "help", "plan")
 STARTUP_JOBS = {"keys", "help", "plan"}
 BIG_JOBS = {"strip", "convert", "check", "diff"}
 KEY_COUNTS = (320, 10_000)
+TENSOR_COUNTS = (10_000, 100_000)  # a mixture of experts has 90 000
 GIB = 2**30
 SPARE = 512 * MIB
 
@@ -150,6 +154,20 @@ def startup_tasks(
         source, target = str(REPOSITORY / "fixtures/good/data_parallel.pth"), str(folder / "o.pth")
         tasks.append(Task("strip -n", (*ckptool, "strip-prefix", "-n", source, target)))
     return tuple(tasks)
+
+
+def many_tasks(ckptool: tuple[str, ...], folder: Path, *, baseline: bool) -> Iterator[Task]:
+    """Yield listing and stripping of files with many small tensors, and a torch script's strip."""
+    for count in TENSOR_COUNTS:
+        source = folder / f"experts{count}.pth"
+        make("experts", source, count)
+        yield Task(f"keys of {count}", (*ckptool, "keys", str(source)))
+        for task in writing_tasks(
+            "strip", "strip-prefix", ".pth", ckptool, source, baseline=baseline
+        ):
+            if task.name != "strip":
+                name = task.name.removesuffix(" --no-sync")
+                yield replace(task, name=f"{name} of {count}")
 
 
 def with_torch(*arguments: str) -> tuple[str, ...]:
@@ -364,6 +382,9 @@ def run(options: argparse.Namespace, folder: Path) -> list[Round]:
     if STARTUP_JOBS & set(options.jobs):
         tasks = startup_tasks(options.jobs, ckptool, folder, baseline=options.baseline)
         rounds += run_rounds(tasks, options.startup_rounds, "startup")
+    if "many" in options.jobs:
+        tasks = tuple(many_tasks(ckptool, folder, baseline=options.baseline))
+        rounds += run_rounds(tasks, options.rounds, "many tensors")
     if BIG_JOBS & set(options.jobs):
         source = folder / "in.pth"
         # safetensors' save_file may copy what torch.load has read
