@@ -9,40 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ckptool import errors
+
 if TYPE_CHECKING:
     from ckptool.containers import read as read
-    from ckptool.errors import (
-        AmbiguousStateDict as AmbiguousStateDict,
-        BadInput as BadInput,
-        CkptoolError as CkptoolError,
-        DoesNotLoad as DoesNotLoad,
-        DownloadError as DownloadError,
-        DownloadFailed as DownloadFailed,
-        EditError as EditError,
-        FormatError as FormatError,
-        HashMismatch as HashMismatch,
-        KeyCollision as KeyCollision,
-        LimitExceeded as LimitExceeded,
-        Malformed as Malformed,
-        MissingExtra as MissingExtra,
-        ModelError as ModelError,
-        NoDevice as NoDevice,
-        NoSpace as NoSpace,
-        NoSuchCommand as NoSuchCommand,
-        NoSuchFile as NoSuchFile,
-        NoSuchKey as NoSuchKey,
-        NoSuchModel as NoSuchModel,
-        NotACheckpoint as NotACheckpoint,
-        NothingMatched as NothingMatched,
-        NotRepresentable as NotRepresentable,
-        OutOfMemory as OutOfMemory,
-        OutputExists as OutputExists,
-        PoorFit as PoorFit,
-        SameFile as SameFile,
-        UnsafePickle as UnsafePickle,
-        Unsupported as Unsupported,
-        WriteError as WriteError,
-    )
+    from ckptool.errors import *  # noqa: F403  (mypy and pyright take a star for public)
     from ckptool.files.hub import Downloaded as Downloaded
     from ckptool.model.loading import (
         Matching as Matching,
@@ -88,13 +59,6 @@ _PUBLIC = {
         "ckptool.state.checkpoint": "Checkpoint StateDict",
         "ckptool.verbs.compare": "Change Difference",
         "ckptool.state.edits": "Edit edits",
-        "ckptool.errors": (
-            "AmbiguousStateDict BadInput CkptoolError DoesNotLoad DownloadError DownloadFailed "
-            "EditError FormatError HashMismatch KeyCollision LimitExceeded Malformed MissingExtra "
-            "ModelError NoDevice NoSpace NoSuchCommand NoSuchFile NoSuchKey NoSuchModel "
-            "NotACheckpoint NotRepresentable NothingMatched OutOfMemory OutputExists PoorFit "
-            "SameFile UnsafePickle Unsupported WriteError"
-        ),
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",
         "ckptool.containers": "read",
         "ckptool.verbs.listing": "Listing",
@@ -107,6 +71,11 @@ _PUBLIC = {
         "ckptool.tensors.tensor": "TensorInfo",
     }.items()
     for name in names.split()
+}
+_PUBLIC |= {
+    name: "ckptool.errors"
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.CkptoolError)
 }
 __all__ = ["__version__", *_PUBLIC]
 

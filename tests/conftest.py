@@ -1,4 +1,8 @@
-"""What several test files use: the fixtures, the command line in and out of this process."""
+"""What several test files use: the fixtures, the command line in and out of this process.
+
+Products (fixtures x edits x containers, every byte of a file) are sampled, the same way each time;
+`--all` runs them whole.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +32,68 @@ TALK = (
     "COLUMNS",
     "PYTHONUNBUFFERED",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run products whole, not a sample of them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _everything
+    _everything = config.getoption("--all")
+
+
+_everything = False
+
+
+def step(n: int) -> int:
+    """Return the step of a sample of one case in n; with `--all` it is 1."""
+    return 1 if _everything else n
+
+
+def sampled(cases: Sequence[Any], n: int) -> Sequence[Any]:
+    """Return one case in n, the first included; with `--all` every one."""
+    return cases[:: step(n)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out most cases of each product."""
+    if _everything:
+        return
+    out = left_out(items)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
+    items[:] = [item for item in items if item.nodeid not in out]
+
+
+def left_out(items: Iterable[Any]) -> set[str]:
+    """Return the cases of products that are not in the sample.
+
+    In it is one case in n, chosen by its name, and any that has the value `always` or a value that
+    no case before it has: each fixture, each edit and each container is in some case.
+    """
+    products = [item for item in items if item.get_closest_marker("product")]
+    values = {
+        item.nodeid: {
+            (item.nodeid.partition("[")[0], name, repr(value))
+            for name, value in item.callspec.params.items()
+        }
+        for item in products
+    }
+    chosen = {item.nodeid for item in products if in_sample(item)}
+    seen = {value for nodeid in chosen for value in values[nodeid]}
+    for nodeid, own in values.items():
+        if nodeid not in chosen and not own <= seen:
+            chosen.add(nodeid)
+            seen |= own
+    return values.keys() - chosen
+
+
+def in_sample(item: Any) -> bool:
+    """Return whether its name, or one of its values, chooses a case of a product."""
+    mark = item.get_closest_marker("product")
+    name = item.name.replace(str(FIXTURES), "")
+    always = mark.kwargs.get("always", mark)
+    return zlib.crc32(name.encode()) % mark.args[0] == 0 or always in item.callspec.params.values()
 
 
 @dataclass(frozen=True)

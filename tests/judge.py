@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
@@ -21,8 +22,41 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
-from torch.utils.serialization import config
+
+try:
+    from torch.utils.serialization import config
+except ImportError:  # torch 2.6 knows no calculated offsets
+    config = None
+
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# Fixtures that hold dtypes which older torch lacks.
+DTYPES = {
+    "every_dtype.pth": "float8_e8m0fnu",
+    "every_dtype.safetensors": "float8_e8m0fnu",
+    "odd_dtypes.pth": "float4_e2m1fn_x2",
+    "sub_byte.safetensors": "float4_e2m1fn_x2",
+}
+# Distributed checkpoints without planner_data, which torch 2.6 cannot convert
+# (torch/distributed/checkpoint/default_planner.py, `_EmptyStateDictLoadPlanner`).
+UNPLANNED = ("dcp_flat", "dcp_torch_2_0")
+
+
+def unread(name: str) -> str:
+    """Return why the torch that is installed cannot read a good fixture, or nothing."""
+    if not hasattr(torch, DTYPES.get(name, "float32")):
+        return f"torch {torch.__version__} has no {DTYPES[name]}"
+    if VERSION < (2, 7) and name in UNPLANNED:
+        return f"torch {torch.__version__} needs planner_data"
+    return ""
+
+
+def skip_unread(name: str) -> None:
+    """Skip a test of a good fixture that the torch that is installed cannot read."""
+    if reason := unread(name):
+        pytest.skip(reason)
+
 
 STORAGES = (torch.UntypedStorage, torch.TypedStorage)
 # Pairs that were compared, kept alive: the id of a dead object is soon another's.
@@ -40,11 +74,14 @@ def load(
 ) -> Any:
     """Load a file with torch.
 
-    `calculated_offsets` matters under `mmap` only, where it is the strictest reading there is.
+    `calculated_offsets` matters under `mmap` only, where it is the strictest reading there is, and
+    needs torch 2.7.
     Files of protocol 0 need `pickle_module=text_ids` and `weights_only=False`.
     """
     how = {"mmap": mmap, "weights_only": weights_only, "map_location": map_location}
-    setting = mock.patch.object(config.load, "calculate_storage_offsets", calculated_offsets)
+    setting: Any = nullcontext()
+    if config is not None:
+        setting = mock.patch.object(config.load, "calculate_storage_offsets", calculated_offsets)
     with warnings.catch_warnings(), setting:
         warnings.simplefilter("ignore")
         loaded = torch.load(path, **how, **more)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, Outcome, environment, listing
+from conftest import FIXTURES, Outcome, environment, listing, step
 from watch import NEVER
 
 from ckptool import containers
@@ -235,6 +235,7 @@ def test_hostile_files(run: Run, here: Path, path: Path) -> None:
         assert not (path.parent / MARKER).exists()
 
 
+@pytest.mark.product(8)
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
 @pytest.mark.parametrize(
     "command",
@@ -282,14 +283,17 @@ WATCH = str(Path(__file__).with_name("watch.py"))
 def test_nothing_in_a_file_is_executed(
     here: Path, good: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """After a warm-up on good files, hostile ones cause no event of another kind."""
+    """After a warm-up on good files, hostile ones cause no event of another kind.
+
+    With `--all` in every command line; else in one of five, other ones for each file.
+    """
     packed = tmp_path_factory.mktemp("packed") / "plain.pth.gz"
     packed.write_bytes(gzip.compress((good / "plain.pth").read_bytes()))
     warm_up = [*(str(good / name) for name in WARM_UP.split()), str(packed)]
     hostile = [str(path) for path in HOSTILE]
     done = subprocess.run(
         [sys.executable, WATCH],
-        input=json.dumps([warm_up, hostile]),
+        input=json.dumps([warm_up, hostile, step(5)]),
         capture_output=True, text=True, timeout=300, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -318,7 +322,7 @@ def test_the_hook_sees_what_runs(here: Path, hostile: Path) -> None:
     """The proof can fail: loading one of these files with pickle is seen."""
     done = subprocess.run(
         [sys.executable, WATCH, "unpickle"],
-        input=json.dumps([[], [str(hostile / "reduce_os_system.pth")]]),
+        input=json.dumps([[], [str(hostile / "reduce_os_system.pth")], 1]),
         capture_output=True, text=True, timeout=60, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

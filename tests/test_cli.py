@@ -39,15 +39,18 @@ WRITERS = ["strip-prefix", "add-prefix", "unwrap", "transfer", "convert"]
 # A run of a command with every read slowed down, so that a test can step in while it copies.
 SLOW = """
 import os, sys, time
+PAUSE = 0.1
 for name in ("preadv", "pread", "copy_file_range", "sendfile"):
     if hasattr(os, name):
         def slow(*arguments, real=getattr(os, name)):
-            time.sleep(0.1)
+            time.sleep(PAUSE)
             return real(*arguments)
         setattr(os, name, slow)
 from ckptool.cli.main import entry
 entry()
 """
+# To its end in about a second, which is long enough to show how far it is.
+SLOWISH = "from ckptool.cli import talk; talk.BAR_AFTER = 0.1\n" + SLOW.replace("0.1", "0.02")
 
 
 def on_terminal(
@@ -882,7 +885,7 @@ def test_a_signal_leaves_no_temporary_file(
 
 def test_nohup_is_respected(slow_source: Path) -> None:
     """A signal that was to be ignored when ckptool began stays ignored."""
-    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{SLOW}"
+    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{SLOWISH}"
     with subprocess.Popen(
         [sys.executable, "-c", ignoring, "strip-prefix", "in.safetensors", "out.safetensors"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=slow_source.parent, env=environment(),
@@ -899,7 +902,7 @@ def test_nohup_is_respected(slow_source: Path) -> None:
 
 def test_a_bar_on_a_terminal_once_it_takes_long(slow_source: Path) -> None:
     arguments = ("strip-prefix", "in.safetensors", "out.safetensors")
-    code, shown = on_terminal(*arguments, cwd=slow_source.parent, program=("-c", SLOW))
+    code, shown = on_terminal(*arguments, cwd=slow_source.parent, program=("-c", SLOWISH))
     assert code == 0
     bars = [part for part in shown.split("\r") if part.startswith("out.safetensors: ")]
     assert len(bars) >= 2
@@ -912,7 +915,7 @@ def test_a_bar_on_a_terminal_once_it_takes_long(slow_source: Path) -> None:
 
 def test_quiet_draws_no_bar(slow_source: Path) -> None:
     arguments = ("strip-prefix", "-q", "in.safetensors", "out.safetensors")
-    assert on_terminal(*arguments, cwd=slow_source.parent, program=("-c", SLOW)) == (0, "")
+    assert on_terminal(*arguments, cwd=slow_source.parent, program=("-c", SLOWISH)) == (0, "")
 
 
 def test_a_quick_job_draws_no_bar(good: Path, tmp_path: Path) -> None:
@@ -925,9 +928,9 @@ def test_a_quick_job_draws_no_bar(good: Path, tmp_path: Path) -> None:
 def test_off_a_terminal_progress_is_whole_lines(
     slow_source: Path, spawn: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    often = "from ckptool.cli import talk; talk.LINE_EVERY = 0.5; talk.BAR_AFTER = 0.1"
+    often = "from ckptool.cli import talk; talk.LINE_EVERY = 0.2"
     arguments = ("strip-prefix", "in.safetensors", "out.safetensors")
-    done = spawn(*arguments, program=("-c", f"{often}\n{SLOW}"))
+    done = spawn(*arguments, program=("-c", f"{often}\n{SLOWISH}"))
     assert done.code == 0
     assert "\r" not in done.err
     lines = [line for line in done.err.splitlines() if "/s" in line]
@@ -1206,7 +1209,7 @@ def test_interrupted_says_nothing_of_writing_where_nothing_writes(
 ) -> None:
     from ckptool import containers
 
-    def interrupted(path: str) -> None:
+    def interrupted(path: str, **how: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(containers, "read", interrupted)

@@ -28,6 +28,7 @@ sys.path.append(str(FIXTURES))
 import ranks  # noqa: E402
 from ranks import held  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorProperties  # noqa: E402
 
 Run = Callable[..., Outcome]
 
@@ -99,6 +100,7 @@ def test_what_two_ranks_saved_is_what_torch_joins(folder: Path) -> None:
     assert same(converted(folder), told(folder)) == []
 
 
+@pytest.mark.skipif(judge.VERSION < (2, 7), reason="torch 2.6 needs planner_data to convert")
 def test_without_the_planners_paths_keys_stay_flat(tmp_path: Path) -> None:
     whole = tensor(4, 3)
     states = [{"model.w": each, "step": 3} for each in held(whole, [1])]
@@ -126,6 +128,28 @@ def test_the_index_can_be_named_itself(run: Run, folder: Path) -> None:
     listed = run("keys", folder)
     assert listed.code == 0
     assert run("keys", folder / ".metadata").out == listed.out
+
+
+def test_an_index_of_torch_2_15_reads_as_an_older_one_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a sixth field for each tensor, and says where, when and by which code it was saved."""
+    before = described(folder)
+    metadata = index_of(folder)
+    five = TensorProperties.__getstate__
+    monkeypatch.setattr(
+        TensorProperties, "__getstate__", lambda properties: (*five(properties)[:5], (1,))
+    )
+    metadata.storage_meta = StorageMeta(folder, "save", None)
+    metadata.storage_meta.modules = []
+    metadata.version = "1.0.0"
+    rewritten(folder, metadata)
+    assert described(folder) == before
+
+
+def described(folder: Path) -> list[tuple[str, str, tuple[int, ...]]]:
+    found = walk.tensors(containers.read(folder).tree)
+    return [(walk.dotted(at), info.dtype.label, info.shape) for at, info in found]
 
 
 def test_every_file_is_watched(folder: Path) -> None:

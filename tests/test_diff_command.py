@@ -69,6 +69,7 @@ def is_warning(line: str) -> bool:
     return line.startswith(("warning", "    "))
 
 
+@pytest.mark.product(3)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", FILES)
 def test_every_fixture_equals_what_it_is_converted_to(

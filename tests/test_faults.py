@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment
+from conftest import environment, sampled, step
 
 from ckptool.files import atomic
 
@@ -37,14 +37,14 @@ def survived(*arguments: str) -> str:
 
 
 def test_every_command_survives_a_sample_of_faults() -> None:
-    told = survived("--every", str(SAMPLE))
+    told = survived("--every", str(SAMPLE * step(3)))
     numbers = [int(number) for number in re.findall(r"\d+", told)]
-    assert numbers[0] > 500
-    assert min(numbers[1:4]) > 20  # refused, killed, overcome
+    assert numbers[0] > 500 // step(3)
+    assert min(numbers[1:4]) > 20 // step(3)  # refused, killed, overcome
 
 
 def test_one_command_survives_every_fault() -> None:
-    assert " 0 wrong" in survived(*(word for job in WHOLE for word in ("--job", job)))
+    assert " 0 wrong" in survived(*(word for job in sampled(WHOLE, 2) for word in ("--job", job)))
 
 
 def test_every_writing_command_is_here() -> None:

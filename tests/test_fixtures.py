@@ -30,8 +30,9 @@ KINDS = ("good", "frameworks", "hostile")
 FILES = sorted(path for kind in KINDS for path in (FOLDER / kind).iterdir())
 ROW = re.compile(r"^\| `((?:good|frameworks|hostile)/[^`]+)` \| ([^|]+) \| ", re.MULTILINE)
 ROWS = ROW.findall((FOLDER / "README.md").read_text(encoding="utf-8"))
-WRITERS = dict(ROWS)
-README_TORCH = f"torch {torch.__version__.partition('+')[0]}"
+SINCE_2_8 = pytest.mark.skipif(
+    judge.VERSION < (2, 8), reason="make.py writes dtypes and settings of torch 2.8"
+)
 
 # What torch needs beside weights_only=False to read these; BYTEWISE it does not read here at all.
 HOW: dict[str, dict[str, Any]] = {
@@ -64,6 +65,7 @@ def is_loadable(path: Path) -> bool:
 
 def read(path: Path) -> Any:
     """Load a good fixture, strictly where torch can."""
+    judge.skip_unread(path.name)
     if path.name.startswith("script"):
         return torch.jit.load(path).state_dict()
     how = HOW.get(path.name, {})
@@ -86,30 +88,31 @@ def test_readme_has_one_row_per_file() -> None:
     assert sorted(name for name, _ in ROWS) == sorted(map(name_of, FILES))
 
 
+@SINCE_2_8
 def test_make_writes_these_files_and_no_others(made: Path) -> None:
     again = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
     here = {str(part.relative_to(FOLDER)) for path in FILES for part in parts_of(path)}
     assert again == {*here, "README.md"}
 
 
+@SINCE_2_8
 def test_readme_is_what_make_writes(made: Path) -> None:
     again = ROW.findall((made / "README.md").read_text(encoding="utf-8"))
     assert [name for name, _ in again] == [name for name, _ in ROWS]
 
 
+@SINCE_2_8
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_fixture_is_what_make_makes(path: Path, made: Path) -> None:
     for part in parts_of(path):
-        compare(part, made / part.relative_to(FOLDER), WRITERS[name_of(path)])
+        compare(part, made / part.relative_to(FOLDER))
 
 
-def compare(path: Path, again: Path, writer: str) -> None:
+def compare(path: Path, again: Path) -> None:
     if path.suffix == ".safetensors":
         assert safetensors_parts(path) == safetensors_parts(again)
     elif is_loadable(path):
         assert judge.same(read(path), read(again)) == []
-    elif writer.startswith("torch") and README_TORCH not in writer:
-        pytest.skip(f"its bytes are those of {writer}")
     else:
         assert path.read_bytes() == again.read_bytes()
 
@@ -400,6 +403,7 @@ def test_tensors_are_listed_by_dotted_path() -> None:
 
 
 def test_calculated_offsets_see_a_layout_that_is_not_torchs(tmp_path: Path) -> None:
+    pytest.importorskip("torch.utils.serialization")
     good = FOLDER / "good" / "other_order.pth"
     lying = tmp_path / "lying.pth"
     shutil.copy(good, lying)
@@ -413,8 +417,7 @@ def test_calculated_offsets_see_a_layout_that_is_not_torchs(tmp_path: Path) -> N
 
 
 def test_load_puts_the_setting_back() -> None:
-    from torch.utils.serialization import config
-
+    config = pytest.importorskip("torch.utils.serialization").config
     before = config.load.calculate_storage_offsets
     with pytest.raises(FileNotFoundError):
         judge.load("no such file", mmap=True, calculated_offsets=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import step
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.files.blocks import blocks
@@ -42,7 +43,7 @@ settings.register_profile(
     "ckptool",
     deadline=None,
     derandomize=bool(os.environ.get("CI")) or os.environ.get("HYPOTHESIS_PROFILE") == "ci",
-    max_examples=100,
+    max_examples=100 // step(4),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("ckptool")
@@ -310,7 +311,7 @@ def modelled(models: list[Model], start: list[str]) -> Any:
 
 
 @given(st.data(), st.lists(keys, min_size=1, max_size=8, unique=True))
-@settings(max_examples=300)
+@settings(max_examples=300 // step(4))
 def test_edits_do_what_their_models_say(data: Any, start: list[str]) -> None:
     steps, models = data.draw(steps_for(start))
     wanted = modelled(models, start)
@@ -470,7 +471,7 @@ def no_lowering(node: Any) -> Any:
 
 
 @given(graphs(), st.integers(0, 5), st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=300 // step(4))
 @example([b""], 0, False)
 def test_pickles_are_written_as_they_were_read(value: Any, protocol: int, optimize: bool) -> None:
     data = pickle.dumps(value, protocol)
@@ -510,7 +511,7 @@ def alike(left: Any, right: Any, there: dict[int, int], back: dict[int, int]) ->
 
 
 @given(st.data(), st.sampled_from(DTYPES), seeds, st.integers(8, 200))
-@settings(max_examples=300)
+@settings(max_examples=300 // step(4))
 def test_blocks_hold_what_contiguous_holds(data: Any, dtype: Any, seed: int, limit: int) -> None:
     view = data.draw(views(random_base(dtype, seed)))
     raw = judge.storage_bytes(view.untyped_storage())
@@ -530,7 +531,7 @@ def test_blocks_hold_what_contiguous_holds(data: Any, dtype: Any, seed: int, lim
 
 
 @given(st.binary(max_size=2000), st.lists(st.integers(0, 2000), max_size=8))
-@settings(max_examples=300)
+@settings(max_examples=300 // step(4))
 @example(b"", [])
 @example(b"x" * 1999, [0, 0, 1999])
 def test_joined_checksums_are_zlibs(data: bytes, cuts: list[int]) -> None:

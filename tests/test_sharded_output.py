@@ -130,6 +130,7 @@ def test_the_partition_is_that_of_huggingface_hub(
 def test_nothing_is_lost_on_the_way_back(
     run: Run, here: Path, good: Path, name: str, to: str
 ) -> None:
+    judge.skip_unread(name)
     how = ("convert", "--tensors-only", "--allow-expand")
     assert run(*how, "--to", "torch", good / name, "direct.pth").code == 0
     assert run(*how, "--max-shard-size", 40, "--to", to, good / name, "set").code == 0

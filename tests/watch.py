@@ -1,7 +1,8 @@
 """What Python does while ckptool reads a file: an audit hook that sees every import, open and call.
 
-As a program it reads `[good files, other files]` as JSON from stdin, runs many command lines over
-each and writes which kinds of events the good files caused, and every event of the others:
+As a program it reads `[good files, other files, step]` as JSON from stdin, runs many command lines
+over each good file and every `step`-th of them, other ones each time, over each other file, and
+writes which kinds of events the good files caused, and every event of the others:
 `python tests/watch.py`. With `unpickle` it loads the files with pickle instead, to show that the
 hook sees what runs.
 """
@@ -12,7 +13,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -58,12 +59,12 @@ class Watch:
             self._seen = None
 
 
-def run_commands(path: str) -> list[Event]:
-    """Run every command line over a file; give what it caused."""
+def run_commands(path: str, commands: Sequence[tuple[str | None, ...]]) -> list[Event]:
+    """Run command lines over a file; return what they caused."""
     from ckptool.cli.main import main
 
     seen: list[Event] = []
-    for command in COMMANDS:
+    for command in commands:
         silent = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
         with silent[0], silent[1], WATCH.events() as events:
             main([path if part is None else part for part in command])
@@ -74,7 +75,7 @@ def run_commands(path: str) -> list[Event]:
     return seen
 
 
-def unpickle(path: str) -> list[Event]:
+def unpickle(path: str, _: object) -> list[Event]:
     """Load the pickle of a torch zip as no one should; give what it caused."""
     import pickle
     import zipfile
@@ -87,12 +88,15 @@ def unpickle(path: str) -> list[Event]:
 if __name__ == "__main__":
     WATCH = Watch()
     run = unpickle if sys.argv[1:] == ["unpickle"] else run_commands
-    good, others = json.load(sys.stdin)
+    good, others, step = json.load(sys.stdin)
     for each in good:
-        run(each)
-    kinds = sorted({event for each in good for event, _ in run(each)})
+        run(each, COMMANDS)
+    kinds = sorted({event for each in good for event, _ in run(each, COMMANDS)})
     told = {
-        path: [(event, [repr(each)[:4000] for each in arguments]) for event, arguments in run(path)]
-        for path in others
+        path: [
+            (event, [repr(each)[:4000] for each in arguments])
+            for event, arguments in run(path, COMMANDS[number % step :: step])
+        ]
+        for number, path in enumerate(others)
     }
     json.dump([kinds, told], sys.stdout)

@@ -7,7 +7,7 @@ needs none of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import wraps
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ckptool.cli import talk
 from ckptool.text import visible
 
 if TYPE_CHECKING:
-    from ckptool.verbs.surgery import Options, Rewrite
+    from ckptool.verbs.surgery import Rewrite
 
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
@@ -90,8 +90,8 @@ def writes(function: Function) -> Function:
 
     @wraps(function)
     def gathered(**given: Any) -> Any:
-        taken = {name: given.pop(name) for name in _TAKEN}
-        return function(_request(taken), **given)
+        request = _request(given)
+        return function(request, **given)
 
     decorated: Function = gathered
     for decorate in reversed(_WRITES):
@@ -99,40 +99,32 @@ def writes(function: Function) -> Function:
     return decorated
 
 
-_TAKEN = (
-    "source target at to force in_place dry_run as_json quiet tensors_only untie "
-    "allow_expand no_sync"
-).split()
-
-
+@dataclass(frozen=True, slots=True)
 class Request:
     """What was asked of a command that writes."""
 
-    def __init__(self, source: str, target: str | None, options: Options, given: dict[str, Any]):
-        self.source = source
-        self.target = target
-        self.options = options
-        self.as_json: bool = given["as_json"]
-        self.quiet: bool = given["quiet"]
+    source: str
+    target: str | None
+    options: dict[str, Any]
+    as_json: bool
+    quiet: bool
+
+
+_OPTIONS = "at to force in_place dry_run tensors_only untie allow_expand".split()
 
 
 def _request(given: dict[str, Any]) -> Request:
-    from ckptool.verbs.surgery import Options
-
+    """Take what all commands share out of what was given."""
     if given["target"] is None and not given["in_place"]:
         raise click.UsageError("name an output OUT, or use --in-place", click.get_current_context())
-    options = Options(
-        at=given["at"],
-        to=given["to"],
-        force=given["force"],
-        in_place=given["in_place"],
-        dry_run=given["dry_run"],
-        tensors_only=given["tensors_only"],
-        untie=given["untie"],
-        allow_expand=given["allow_expand"],
-        sync=not given["no_sync"],
+    options = {name: given.pop(name) for name in _OPTIONS}
+    return Request(
+        source=given.pop("source"),
+        target=given.pop("target"),
+        options={**options, "sync": not given.pop("no_sync")},
+        as_json=given.pop("as_json"),
+        quiet=given.pop("quiet"),
     )
-    return Request(given["source"], given["target"], options, given)
 
 
 def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rewrite:
@@ -143,7 +135,7 @@ def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rew
             request.source,
             request.target,
             progress=progress.begin,
-            **asdict(request.options),
+            **request.options,
             **arguments,
         )
     tell(request, result)

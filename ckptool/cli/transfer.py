@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import click
 
@@ -59,7 +59,7 @@ def command(
     from ckptool.model import zoo
     from ckptool.verbs import api
 
-    if request.options.in_place and "://" in request.source:
+    if request.options["in_place"] and "://" in request.source:
         raise click.UsageError("--in-place needs a file; name an output for what a URL holds")
     name = request.target or request.source
     with (
@@ -80,7 +80,7 @@ def command(
             seed=seed,
             min_match=min_match,
             progress=progress.begin,
-            **asdict(request.options),
+            **request.options,
         )
     result, fit = replace(done.rewrite, source=request.source), done.fit
     more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []

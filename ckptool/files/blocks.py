@@ -10,16 +10,19 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import prod
+from operator import mul
 from typing import Any
 
 from ckptool.files.fileio import Readers, unpacked
 from ckptool.tensors import numbers
-from ckptool.tensors.chunks import pieces, place
+from ckptool.tensors.chunks import Piece, pieces
 from ckptool.tensors.tensor import (
+    Chunked,
     Packing,
     Storage,
     TensorInfo,
     coalesced,
+    contiguous_stride,
     is_contiguous,
     needs_swap,
     span,
@@ -122,29 +125,53 @@ def fill(view: memoryview, storage: Storage, start: int, readers: Readers) -> li
         source = piece.chunk.source
         data = memoryview(bytearray(piece.count * chunked.itemsize))
         read_elements(source, piece.first, data, _fetch(source.storage, readers))
-        place(chunked, piece, data, first, view)
+        _place(chunked, piece, data, first, view)
         begin = (source.storage_offset + piece.first) * chunked.itemsize
         parts.append((piece.index, begin, len(data), zlib.crc32(data)))
     return parts
+
+
+def _place(
+    chunked: Chunked, piece: Piece, data: memoryview, first: int, target: memoryview
+) -> None:
+    """Put the elements of a piece where they belong in the whole; `target` begins at `first`."""
+    size = chunked.itemsize
+    steps = contiguous_stride(chunked.shape)
+    start = sum(map(mul, piece.chunk.offsets, steps)) - first
+    shape, stride = coalesced(piece.chunk.source.shape, steps)
+    for box in _boxes(shape, stride, start, piece.first, piece.count):
+        count = prod(box[0])
+        if is_contiguous(*box[:2]):
+            target[box[2] * size : (box[2] + count) * size] = data[: count * size]
+        else:
+            source = _array(data, (box[0], contiguous_stride(box[0]), 0), size)
+            _array(target, box, size)[...] = source
+        data = data[count * size :]
 
 
 def read_elements(
     info: TensorInfo, first: int, target: memoryview, fetch: Fetch, limit: int = 1 << 20
 ) -> None:
     """Fill `target` with stored elements in row-major order, from the element `first` on."""
-    itemsize = info.dtype.itemsize
+    size = info.dtype.itemsize
     if is_contiguous(info.shape, info.stride):
-        fetch(target, info.start + first * itemsize)
+        fetch(target, info.start + first * size)
         return
+    shape, stride = coalesced(info.shape, info.stride)
+    for box in _boxes(shape, stride, info.storage_offset, first, len(target) // size):
+        elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
+        _gather(elements, box[1], box[2], fetch, limit)
+        target = target[elements.nbytes :]
+
+
+def _array(memory: memoryview | bytearray, box: Box, itemsize: int) -> Any:
+    """Return the elements of a box in memory as an array of any dtype of that size."""
     import numpy as np
 
-    elements = np.frombuffer(target, f"u{itemsize}" if itemsize <= 8 else f"c{itemsize}")
-    shape, stride = coalesced(info.shape, info.stride)
-    done = 0
-    for box in _boxes(shape, stride, info.storage_offset, first, len(elements)):
-        count = prod(box[0])
-        _gather(elements[done : done + count].reshape(box[0]), box[1], box[2], fetch, limit)
-        done += count
+    dtype = np.dtype(f"u{itemsize}" if itemsize <= 8 else f"c{itemsize}")
+    shape, stride, offset = box
+    steps = [step * itemsize for step in stride]
+    return np.ndarray(shape, dtype, memory, offset * itemsize, steps)
 
 
 def _boxes(
@@ -173,15 +200,12 @@ def _gather(target: Any, stride: tuple[int, ...], offset: int, fetch: Fetch, lim
 
     Where little of what lies between first and last is wanted, each half is read for itself.
     """
-    import numpy as np
-
     shape, itemsize = target.shape, target.itemsize
     nbytes = span(shape, stride) * itemsize
     if nbytes <= limit and nbytes <= max(PAGE, 4 * target.nbytes):
         data = bytearray(nbytes)
         fetch(memoryview(data), offset * itemsize)
-        steps = [step * itemsize for step in stride]
-        target[...] = np.ndarray(shape, target.dtype, data, strides=steps)
+        target[...] = _array(data, (shape, stride, 0), itemsize)
         return
     axis = max(range(len(shape)), key=lambda at: (shape[at] - 1) * stride[at])
     half = shape[axis] // 2

@@ -60,67 +60,6 @@ def _elements_before(chunked: Chunked, chunk: Chunk, index: int) -> int:
     return count
 
 
-def place(chunked: Chunked, piece: Piece, data: memoryview, first: int, target: memoryview) -> None:
-    """Put the elements of a piece where they stand in the whole; `target` begins at `first`."""
-    size = chunked.itemsize
-    run, rows, step = _runs(chunked, piece.chunk)
-    done = 0
-    while done < piece.count:
-        number, within = divmod(piece.first + done, run)
-        position = _position(chunked, piece.chunk, number) + within - first
-        left = piece.count - done
-        many = min(rows - number % rows, left // run)
-        if not within and many > run:  # short runs: column by column
-            count = many * run
-            _columns(target[position * size :], data[done * size :], run, many, step, size)
-        else:
-            count = min(run - within, left)
-            begin, end = position * size, (position + count) * size
-            target[begin:end] = data[done * size : (done + count) * size]
-        done += count
-
-
-def _columns(
-    target: memoryview, data: memoryview, run: int, many: int, step: int, size: int
-) -> None:
-    """Put `many` runs, each `step` elements behind the one before, byte by byte of a run."""
-    for byte in range(run * size):
-        end = (many - 1) * step * size + byte + 1
-        target[byte : end : step * size] = data[byte : many * run * size : run * size]
-
-
-def _runs(chunked: Chunked, chunk: Chunk) -> tuple[int, int, int]:
-    """Give how many elements of a chunk lie together in the whole, how many such runs follow
-    each other at even distance, and that distance.
-    """
-    sizes, shape = chunk.source.shape, chunked.shape
-    axis = len(shape) - 1
-    while axis > 0 and sizes[axis] == shape[axis]:
-        axis -= 1
-    if axis <= 0:
-        return prod(sizes), 1, prod(shape)
-    return prod(sizes[axis:]), sizes[axis - 1], prod(shape[axis:])
-
-
-def _position(chunked: Chunked, chunk: Chunk, number: int) -> int:
-    """Give the element of the whole where a run of a chunk starts."""
-    sizes, steps = chunk.source.shape, contiguous_stride(chunked.shape)
-    run = _runs(chunked, chunk)[0]
-    indices = _unravelled(number * run, sizes)
-    return sum(
-        (index + offset) * step
-        for index, offset, step in zip(indices, chunk.offsets, steps, strict=True)
-    )
-
-
-def _unravelled(index: int, shape: Sequence[int]) -> list[int]:
-    indices = []
-    for step in contiguous_stride(shape):
-        here, index = divmod(index, step)
-        indices.append(here)
-    return indices
-
-
 MAX_CUT = 6  # dimensions that a tensor is cut along; each doubles the corners of a box
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins in each dimension, its sizes

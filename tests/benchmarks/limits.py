@@ -71,6 +71,9 @@ def many_limits(count: int, ms: float | None, mib: float) -> tuple[Limit, ...]:
 
 
 LIMITS = (
+    Limit("help", "wall", "x", most=1.3, per="import click"),
+    Limit("keys 320", "wall", "x", most=2, per="import click"),
+    Limit("strip -n", "wall", "x", most=2.5, per="import click"),
     Limit("help", "wall", "ms", most=80),
     Limit("keys 320", "wall", "ms", most=100),
     Limit("keys 10000", "wall", "ms", most=350),
