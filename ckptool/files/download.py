@@ -16,15 +16,16 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
-from ckptool.files import atomic, fileio, filename, http
-from ckptool.files.atomic import Part, Target
+from ckptool.files import fileio, filename, http, parts, publish
 from ckptool.files.http import Answer, Limits, shown
+from ckptool.files.parts import Part
+from ckptool.files.publish import Target
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -50,10 +51,13 @@ class Downloaded:
     already_there: bool
     checked: str
     weights: str | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return the document `download/1`."""
-        return {"schema": "download/1", **asdict(self)}
+        fields = {"schema": "download/1", **asdict(self)}
+        del fields["warnings"]
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +205,14 @@ def _existing(job: _Job) -> Downloaded | None:
 
 
 def _fetched(job: _Job) -> Downloaded:
-    target = atomic.refuse_target(job.path, (), force=job.force, sync=job.sync)
+    target = publish.refuse_target(job.path, (), force=job.force, sync=job.sync)
     folder, name = os.path.split(target.path)
-    with atomic.part_output(os.path.join(folder, filename.of_part(name)), target) as part:
+    with parts.part_output(os.path.join(folder, filename.of_part(name)), target) as part:
         if part is None:
             hint = "wait for it, or use another -o"
             raise DownloadFailed(f"another process downloads {job.path}", hint=hint)
         try:
-            return _grown(job, target, part)
+            done = _grown(job, target, part)
         except (DownloadFailed, KeyboardInterrupt) as error:
             kept = f"{os.fstat(part.fd).st_size} bytes are kept in {part.path}"
             if part.kept and isinstance(error, DownloadFailed):
@@ -216,6 +220,7 @@ def _fetched(job: _Job) -> Downloaded:
             elif part.kept:
                 error.add_note(f"{kept}; run it again to go on")
             raise
+    return replace(done, warnings=tuple(part.warnings))
 
 
 def _grown(job: _Job, target: Target, part: Part) -> Downloaded:
@@ -331,7 +336,7 @@ def _checked(job: _Job, part: Part, nbytes: int, sha256: str, start: int) -> Dow
 def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
     """Return how many bytes may come: those declared, or what the disk can well take."""
     if total is not None:
-        atomic.refuse_full(target, total - start)
+        publish.refuse_full(target, total - start)
         return total
-    free = atomic.free_space(target)
+    free = publish.free_space(target)
     return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 10 * 9)

@@ -111,7 +111,8 @@ class TorchVocabulary(Vocabulary):
 
     def __init__(self, find: Callable[[StorageId], Storage]) -> None:
         self._find = find
-        self._known: dict[str, tuple[StorageId, Storage]] = {}
+        self._known: dict[str, Storage] = {}
+        self._said: dict[str, StorageId] = {}  # of those that were found to be otherwise
         self._views: dict[str, StorageView] = {}
         self._spelling: tuple[Memo, tuple[bytes, ...]] | None = None
 
@@ -141,14 +142,18 @@ class TorchVocabulary(Vocabulary):
         key = said.key
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = (said, self._find(said))
-        elif known[0] != said:
-            if not _same_bytes(known[0], said):
-                raise Malformed(f"storage {key} is described in two ways", offset=offset)
-            if not said.nbytes:  # one record has one type: these are two
-                key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
-            return replace(known[1], key=key, dtype=said.dtype)
-        return known[1]
+            known = self._known[key] = self._find(said)
+            if _said_of(known) != said:
+                self._said[key] = said
+            return known
+        before = self._said.get(key) or _said_of(known)
+        if before == said:
+            return known
+        if not _same_bytes(before, said):
+            raise Malformed(f"storage {key} is described in two ways", offset=offset)
+        if not said.nbytes:  # one record has one type: these are two
+            key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
+        return replace(known, key=key, dtype=said.dtype)
 
     def _view(self, storage: Storage, view: Node, offset: int) -> StorageView:
         match view:
@@ -184,8 +189,7 @@ class TorchVocabulary(Vocabulary):
         if like is None:  # the first of its kind: `called` learns what it is
             self._spelling = memo, spelling
             return None
-        said, _ = self._known[like.storage.key]
-        said = StorageId(key.decode(), said.dtype, said.location, said.numel)
+        said = _said_of(like.storage)._replace(key=key.decode())
         storage = self._place(said, call.end(6))
         info = TensorInfo(
             like.dtype, like.shape, like.stride, storage, like.storage_offset, like.requires_grad
@@ -199,8 +203,8 @@ class TorchVocabulary(Vocabulary):
     def _learn(self, info: TensorInfo, memo: Memo, spelling: tuple[bytes, ...]) -> None:
         """Remember a tensor as the pattern of others that are spelled like it."""
         self._spelling = None
-        said, _ = self._known.get(info.storage.key, (None, None))
-        if said is not None and said.dtype is info.storage.dtype and info.origin is None:
+        key = info.storage.key
+        if info.origin is None and key not in self._said and self._known.get(key) is info.storage:
             memo.spelled[spelling] = info
 
     def called(self, node: Object) -> Node:
@@ -236,6 +240,11 @@ class TorchVocabulary(Vocabulary):
         if _is_old_tensor(node) and isinstance(state, tuple) and len(state) == 4:
             return _plain("_rebuild_tensor", state, None, node.offset)
         return super().built(node, state)
+
+
+def _said_of(storage: Storage) -> StorageId:
+    itemsize = storage.dtype.itemsize if storage.dtype else 1
+    return StorageId(storage.key, storage.dtype, storage.location, storage.nbytes // itemsize)
 
 
 def _same_bytes(one: StorageId, other: StorageId) -> bool:
