@@ -78,6 +78,7 @@ def command(
         talk.put([document(done.to_dict())])
     else:
         talk.put([visible(done.path)])
+    talk.warn(map(visible, done.warnings))
     talk.say(_lines(done), quiet=quiet)
 
 

@@ -12,7 +12,7 @@ compute offsets from the exact layout of torch's own writer (torch/serialization
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
 
 if TYPE_CHECKING:  # a listing writes nothing
-    from ckptool.files.copying import Layout
+    from ckptool.files.copying import Job, Layout
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -94,16 +94,25 @@ def _generation(records: Records) -> str:
 
 def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
     """Plan an archive that holds the checkpoint's tree and the storages that it uses."""
-    from ckptool.files.copying import Copy, Layout
-    from ckptool.pickles import pickle_writer
-
     if any(
         isinstance(each, TensorInfo) and not each.dtype.torch_name
         for each in (entries or {}).values()
     ):
         raise NotRepresentable("torch has no dtype for six-bit floats")
+    return archive(checkpoint.tree)
+
+
+def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Layout:
+    """Plan an archive that holds a tree and the storages that it uses.
+
+    `job` returns what writes the bytes of a storage to a place in the archive: a copy.
+    """
+    from ckptool.files.copying import Copy, Layout
+    from ckptool.pickles import pickle_writer
+
+    job = job or Copy
     lowering = Lowering()
-    pickled = pickle_writer.dump(checkpoint.tree, lowering)
+    pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
     if len(orders) > 1:
         raise NotRepresentable("tensors of two byte orders have no place in one torch file")
@@ -119,10 +128,10 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
         yield from after
 
     starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
-    jobs = [Copy(storage, start) for storage, start in zip(storages, starts[2:-1], strict=True)]
+    jobs = [job(storage, start) for storage, start in zip(storages, starts[2:-1], strict=True)]
 
     def finish() -> Iterable[tuple[int, bytes]]:
-        return zips.headers(records(job.crc32 for job in jobs), ALIGNMENT)
+        return zips.headers(records(done.crc32 for done in jobs), ALIGNMENT)
 
     literals = [(record.start, record.data or b"") for record in (*before, *after)]
     return Layout(nbytes, list(jobs), literals, finish)

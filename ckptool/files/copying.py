@@ -68,6 +68,7 @@ class Compute:
     block: Blocks
     target: int
     nbytes: int
+    crc32: int = 0
 
 
 Job = Copy | Compute
@@ -78,13 +79,14 @@ class Layout:
     """A file planned to the last byte before the first is written.
 
     `literals` are `(offset, bytes)` known beforehand; `finish` gives the ones that need the
-    checksums of the copies.
+    checksums of the copies. `name` is that in the folder that is written, empty for a file alone.
     """
 
     nbytes: int
     jobs: list[Job]
     literals: list[tuple[int, bytes]]
     finish: Callable[[], Iterable[tuple[int, bytes]]] = tuple
+    name: str = ""
 
     @property
     def job_nbytes(self) -> int:
@@ -179,7 +181,7 @@ def _tasks(jobs: list[Job]) -> Iterator[_Task]:
 def _do(task: _Task, readers: Readers, target: int | None, buffer: memoryview[int]) -> int:
     job, start, nbytes = task
     if isinstance(job, Compute):
-        _stream(job.block(readers), target, job.target)
+        job.crc32 = _stream(job.block(readers), target, job.target)
     elif job.storage.packing is Packing.DEFLATED:
         reader = readers[job.storage.path]
         parts = _clipped(unpacked(job.storage, reader), job.start, job.nbytes)
