@@ -7,37 +7,86 @@ torch, no numpy and no network.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+from ckptool import errors
+
+if TYPE_CHECKING:
+    from ckptool.containers import read as read
+    from ckptool.errors import *  # noqa: F403  (mypy and pyright take a star for public)
+    from ckptool.files.hub import Downloaded as Downloaded
+    from ckptool.model.loading import (
+        Matching as Matching,
+        load_matching as load_matching,
+        load_state_dict as load_state_dict,
+    )
+    from ckptool.model.verify import Run as Run, Verification as Verification
+    from ckptool.state import edits as edits
+    from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
+    from ckptool.state.edits import Edit as Edit
+    from ckptool.tensors.tensor import TensorInfo as TensorInfo
+    from ckptool.verbs.api import (
+        add_prefix as add_prefix,
+        check as check,
+        convert as convert,
+        diff as diff,
+        download as download,
+        info as info,
+        keys as keys,
+        strip_prefix as strip_prefix,
+        transfer as transfer,
+        unwrap as unwrap,
+        verify as verify,
+    )
+    from ckptool.verbs.checking import Checked as Checked, Status as Status
+    from ckptool.verbs.compare import Change as Change, Difference as Difference
+    from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
+    from ckptool.verbs.listing import Listing as Listing
+    from ckptool.verbs.plan import Dropped as Dropped, WriteOptions as WriteOptions
+    from ckptool.verbs.surgery import Rewrite as Rewrite, Shard as Shard
+    from ckptool.verbs.survey import Suggestion as Suggestion, Survey as Survey
 
 __version__ = "0.1.0"
 
+# The same names by module, for those who run: a test holds both together.
 _PUBLIC = {
-    "CkptoolError": "ckptool.errors",
-    "Options": "ckptool.verbs.plan",
-    "add_prefix": "ckptool.verbs.api",
-    "check": "ckptool.verbs.api",
-    "convert": "ckptool.verbs.api",
-    "diff": "ckptool.verbs.api",
-    "download": "ckptool.verbs.api",
-    "edits": "ckptool.state.edits",
-    "info": "ckptool.verbs.api",
-    "keys": "ckptool.verbs.api",
-    "load_matching": "ckptool.model.loading",
-    "load_state_dict": "ckptool.model.loading",
-    "read": "ckptool.containers",
-    "strip_prefix": "ckptool.verbs.api",
-    "transfer": "ckptool.verbs.api",
-    "unwrap": "ckptool.verbs.api",
-    "verify": "ckptool.verbs.api",
+    name: module
+    for module, names in {
+        "ckptool.verbs.api": (
+            "add_prefix check convert diff download info keys strip_prefix transfer unwrap verify"
+        ),
+        "ckptool.verbs.checking": "Checked Status",
+        "ckptool.state.checkpoint": "Checkpoint StateDict",
+        "ckptool.verbs.compare": "Change Difference",
+        "ckptool.state.edits": "Edit edits",
+        "ckptool.verbs.fitting": "Fit Mismatch Transferred",
+        "ckptool.containers": "read",
+        "ckptool.verbs.listing": "Listing",
+        "ckptool.files.hub": "Downloaded",
+        "ckptool.model.loading": "Matching load_matching load_state_dict",
+        "ckptool.model.verify": "Run Verification",
+        "ckptool.verbs.plan": "Dropped WriteOptions",
+        "ckptool.verbs.surgery": "Rewrite Shard",
+        "ckptool.verbs.survey": "Suggestion Survey",
+        "ckptool.tensors.tensor": "TensorInfo",
+    }.items()
+    for name in names.split()
+}
+_PUBLIC |= {
+    name: "ckptool.errors"
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.CkptoolError)
 }
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(_PUBLIC[name])
-    return module if _PUBLIC[name] == f"ckptool.{name}" else getattr(module, name)
+if not TYPE_CHECKING:  # to a checker, a name that is not there must be an error
+
+    def __getattr__(name: str) -> object:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(_PUBLIC[name])
+        return module if name == "edits" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

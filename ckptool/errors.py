@@ -2,7 +2,7 @@
 
     CkptoolError                    what, where, and what to do
     |-- FormatError(path, offset)   NoSuchFile NotACheckpoint Malformed Unsupported      exit 3
-    |                               LimitExceeded
+    |                               LimitExceeded PluginFailed
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoSuchCommand
@@ -93,6 +93,10 @@ class Unsupported(FormatError):
 
 class LimitExceeded(FormatError):
     """The input is larger or deeper than any real checkpoint."""
+
+
+class PluginFailed(FormatError):
+    """The code of a plugin cannot be imported, or fails."""
 
 
 class UnsafePickle(FormatError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-_INVISIBLE = re.compile(
+_INVISIBLE = (  # compiled when it is met: most texts are plain ASCII
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
@@ -15,7 +15,9 @@ SHOWN = 12  # names in a line of talk before "and N more"
 
 def visible(text: str) -> str:
     """Escape control, escape and bidirectional characters, and what no encoding can hold."""
-    return _INVISIBLE.sub(_escape, text)
+    if text.isascii() and text.isprintable():
+        return text
+    return re.sub(_INVISIBLE, _escape, text)
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -27,9 +29,9 @@ def _escape(found: re.Match[str]) -> str:
 
 def quoted(word: str) -> str:
     """Write a word so that a POSIX shell takes it as one (the `$'...'` of POSIX.1-2024)."""
-    if _INVISIBLE.search(word):
+    if visible(word) != word:
         plain = word.replace("\\", "\\\\").replace("'", "\\'")
-        return f"$'{_INVISIBLE.sub(_as_bytes, plain)}'"
+        return f"$'{re.sub(_INVISIBLE, _as_bytes, plain)}'"
     if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
@@ -73,6 +75,25 @@ def listed(names: Iterable[str], limit: int = SHOWN) -> str:
     shown = [visible(name) for name in names]
     more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
     return ", ".join(shown[:limit]) + more
+
+
+def several(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Read one text, or any number of them, as several."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def html_table(rows: Sequence[Sequence[str]], caption: str, limit: int = 100) -> str:
+    """Write a table for notebooks, its first row as the head; rows beyond a limit are counted."""
+    from html import escape
+
+    more = [(f"and {len(rows) - 1 - limit} more",)] if len(rows) - 1 > limit else []
+    lines = [
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+        for tag, part in (("th", rows[:1]), ("td", [*rows[1 : limit + 1], *more]))
+        for row in part
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><caption>{escape(caption)}</caption>{body}</table>"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

@@ -25,7 +25,8 @@ import ckptool
 from ckptool import containers
 from ckptool.errors import CkptoolError
 from ckptool.tensors.dtype import DType
-from ckptool.verbs import checking, finite
+from ckptool.tensors.numbers import FLOATS, Tally, swap, tally
+from ckptool.verbs import checking
 from ckptool.verbs.checking import Status
 
 Run = Callable[..., Outcome]
@@ -314,7 +315,7 @@ def test_a_damaged_file_is_hashed_too(run: Run, hostile: Path) -> None:
 # NaN and infinity.
 
 
-FLOATING = sorted(finite.DTYPES, key=lambda dtype: dtype.rank)
+FLOATING = sorted(FLOATS, key=lambda dtype: dtype.rank)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=lambda dtype: dtype.label)
@@ -342,10 +343,12 @@ def test_every_float_is_judged_as_by_torch(dtype: DType) -> None:
     data = b"".join(number.to_bytes(width, "little") for number in numbers)
     values = torch.frombuffer(bytearray(data), dtype=part)
     wide = values.to(torch.float64)
-    expected = finite.Tally(int(wide.isnan().sum()), int(wide.isinf().sum()))
-    assert finite.tally(data, dtype) == expected
-    swapped = b"".join(number.to_bytes(width, "big") for number in numbers)
-    assert finite.tally(swapped, dtype, "big") == expected
+    expected = Tally(int(wide.isnan().sum()), int(wide.isinf().sum()))
+    assert tally(data, dtype) == expected
+    swapped = bytearray(b"".join(number.to_bytes(width, "big") for number in numbers))
+    if width > 1:
+        swap(swapped, width)
+    assert tally(swapped, dtype) == expected
 
 
 def test_floats_are_counted_as_torch_counts_them(here: Path) -> None:
@@ -372,8 +375,8 @@ def test_floats_are_counted_as_torch_counts_them(here: Path) -> None:
     for key, value in [*content.items(), ("best", torch.tensor(nan))]:
         dense = value.to_dense() if value.is_sparse else value
         real = torch.view_as_real(dense) if dense.is_complex() else dense
-        counts = finite.Tally(int(real.isnan().sum()), int(real.isinf().sum()))
-        if counts != finite.Tally():
+        counts = Tally(int(real.isnan().sum()), int(real.isinf().sum()))
+        if counts != Tally():
             expected[key if key == "best" else f"state_dict.{key}"] = counts
     assert found == expected
 
@@ -501,7 +504,7 @@ def test_deflated_floats_are_counted_across_blocks(here: Path) -> None:
         for each in old.namelist():
             made.writestr(each, old.read(each))
     found = dict(checking.check("in.pth", finite=True).not_finite)
-    assert found == {"part": finite.Tally(14, 0), "whole": finite.Tally(15, 0)}
+    assert found == {"part": Tally(14, 0), "whole": Tally(15, 0)}
 
 
 def test_a_defect_at_one_file_hides_no_other(

@@ -163,10 +163,10 @@ def test_error_of_every_class_has_the_code_of_its_branch() -> None:
     """The table of exit codes, as the classes of errors carry it."""
     codes = {
         "FormatError": 3, "NoSuchFile": 3, "NotACheckpoint": 3, "Malformed": 3, "Unsupported": 3,
-        "LimitExceeded": 3, "UnsafePickle": 4, "EditError": 2, "NoSuchKey": 2, "NothingMatched": 2,
-        "KeyCollision": 2, "AmbiguousStateDict": 2, "NoSuchCommand": 2, "PoorFit": 1,
-        "WriteError": 5, "OutputExists": 5, "SameFile": 5, "NotRepresentable": 5, "NoSpace": 5,
-        "DownloadError": 6, "DownloadFailed": 6, "HashMismatch": 6, "ModelError": 7,
+        "LimitExceeded": 3, "PluginFailed": 3, "UnsafePickle": 4, "EditError": 2, "NoSuchKey": 2,
+        "NothingMatched": 2, "KeyCollision": 2, "AmbiguousStateDict": 2, "NoSuchCommand": 2,
+        "PoorFit": 1, "WriteError": 5, "OutputExists": 5, "SameFile": 5, "NotRepresentable": 5,
+        "NoSpace": 5, "DownloadError": 6, "DownloadFailed": 6, "HashMismatch": 6, "ModelError": 7,
         "MissingExtra": 7, "NoDevice": 7, "OutOfMemory": 7, "NoSuchModel": 2, "BadInput": 2,
         "DoesNotLoad": 1,
     }  # fmt: skip
@@ -1020,6 +1020,7 @@ def acting(text: str) -> set[str]:
     }
 
 
+@pytest.mark.product(4)
 @pytest.mark.parametrize(("env", "encoding"), ENCODINGS, ids=[str(row[0]) for row in ENCODINGS])
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("options", [[], ["--json"], ["--tree"]], ids=str)
@@ -1209,7 +1210,7 @@ def test_interrupted_says_nothing_of_writing_where_nothing_writes(
 ) -> None:
     from ckptool import containers
 
-    def interrupted(path: str) -> None:
+    def interrupted(path: str, **how: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(containers, "read", interrupted)

@@ -535,6 +535,6 @@ def test_the_function_takes_what_the_command_does(tmp_path: Path, entries: dict[
     found = ckptool.diff(one, other, left_at="ema", ignore_prefix="x")
     assert found.equal
     assert (found.left.at, found.right.at) == (("ema",), ())
-    assert ckptool.diff(one, other, left_at="ema", rename={"head": "x.head"}, select=["x.head"])
+    assert ckptool.diff(one, other, left_at="ema", map={"head": "x.head"}, select=["x.head"])
     with pytest.raises(CkptoolError):
         ckptool.diff(one, other, left_at="nothing")

@@ -20,10 +20,11 @@ from conftest import FIXTURES, environment
 
 from ckptool import containers
 from ckptool.errors import CkptoolError
-from ckptool.files.fileio import Readers, seekable
+from ckptool.files.blocks import blocks
+from ckptool.files.fileio import Readers
 from ckptool.pickles import safety
 from ckptool.state import walk
-from ckptool.tensors.tensor import CompositeTensor, TensorInfo, gather, settled
+from ckptool.tensors.tensor import CompositeTensor, TensorInfo
 
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -66,10 +67,8 @@ def described(info: Any, readers: Readers) -> tuple[str, list[int], str]:
         return info.dtype.torch_name, list(info.shape), ""
     assert isinstance(info, TensorInfo)
     digest = hashlib.sha256()
-    if info.numel:
-        with seekable(info.storage, readers) as fetch:
-            for block in gather(info, fetch, 1 << 20):
-                digest.update(settled(block, info))
+    for block in blocks(info, readers):
+        digest.update(block)
     return info.dtype.torch_name, list(info.shape), digest.hexdigest()
 
 

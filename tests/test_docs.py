@@ -108,21 +108,22 @@ def test_the_set_up_commands_are_the_ones_that_ci_runs() -> None:
 
 
 def test_the_table_of_containers_is_that_of_the_formats() -> None:
-    from ckptool.containers import FORMATS
+    from ckptool import containers as formats
 
+    containers = list(formats.built_in())
     table = re.search(
         r"^\| container \| read \| write .*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE
     )
     assert table
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[1].splitlines()]
     titles = {title: row for row in rows for title in re.sub(r" \(.*", "", row[0]).split(", ")}
-    assert titles.keys() == {each.title for each in FORMATS}
-    for each in FORMATS:
+    assert titles.keys() == {each.title for each in containers}
+    for each in containers:
         _, read, write, judge = titles[each.title]
         assert read
         assert judge
-        assert (write == "yes") is each.writable
-        if not each.writable and "--" not in write:
+        assert (write == "yes") is bool(each.writer)
+        if not each.writer and "--" not in write:
             assert write in ("as one file", f"as {each.written_as.replace('-', ' ')}")
 
 

@@ -24,11 +24,17 @@ from ckptool.errors import (
     SameFile,
     WriteError,
 )
-from ckptool.files import atomic
-from ckptool.files.atomic import Target, atomic_output, refuse_target
 from ckptool.files.copying import Compute, Copy, Layout, run_jobs, write_layout
 from ckptool.files.crc import join_crc32
-from ckptool.files.fileio import CHUNK, Reader, Readers, seekable, unpacked
+from ckptool.files.fileio import CHUNK, Reader, Readers, unpacked
+from ckptool.files.publish import (
+    Output,
+    Target,
+    free_space,
+    publish,
+    refuse_full,
+    refuse_target,
+)
 from ckptool.tensors.tensor import Packing, Storage
 
 DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
@@ -267,19 +273,27 @@ def test_deflated_storages_that_lie(
         list(unpacked(storage, reader))
 
 
-@pytest.mark.parametrize("kind", ["stored", "packed"])
-def test_any_storage_can_be_read_here_and_there(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
-) -> None:
-    storage = request.getfixturevalue(kind)
+def test_a_deflated_storage_can_be_read_here_and_there(tmp_path: Path, packed: Storage) -> None:
     before = listing(tmp_path).keys()
     readers = Readers()
-    with seekable(storage, readers) as fetch:
-        assert fetch(CHUNK, 10) == DATA[CHUNK : CHUNK + 10]
-        assert fetch(0, 3) == DATA[:3]
-        assert listing(tmp_path).keys() == before
+    reader = readers.unpacked(packed)
+    assert reader.read(CHUNK, 10) == DATA[CHUNK : CHUNK + 10]
+    assert reader.read(0, 3) == DATA[:3]
+    assert readers.unpacked(packed) is reader
+    assert listing(tmp_path).keys() == before
     readers.close()
     assert listing(tmp_path).keys() == before
+
+
+def test_few_unpacked_storages_are_kept(tmp_path: Path) -> None:
+    storages = [deflated(tmp_path / f"packed{index}", bytes([index]) * 99) for index in range(5)]
+    readers = Readers()
+    open_files = len(os.listdir("/dev/fd"))
+    for index, storage in enumerate(storages):
+        assert readers.unpacked(storage).read(0, 99) == bytes([index]) * 99
+    assert len(os.listdir("/dev/fd")) == open_files + len(storages) + 2
+    readers.close()
+    assert len(os.listdir("/dev/fd")) == open_files
 
 
 # Output.
@@ -296,20 +310,25 @@ def test_a_planned_file_is_written(tmp_path: Path, output: int, stored: Storage)
     assert written(tmp_path) == b"head" + DATA[:8] + crc + b"\0\0ok"
 
 
-def publish(target: Target, error: BaseException | None = None) -> None:
-    with atomic_output(target) as (fd, _):
-        os.write(fd, b"new")
+NEW = Output((Layout(3, [], [(0, b"new")]),))
+
+
+def published(target: Target, error: BaseException | None = None) -> None:
+    def check(path: str) -> None:
+        assert Path(path).read_bytes() == b"new"
         if error is not None:
             raise error
 
+    assert publish(target, NEW, quiet, check) == []
+
 
 def test_output_is_published_at_the_end(tmp_path: Path) -> None:
-    target = Target(str(tmp_path / "file"))
-    with atomic_output(target) as (fd, temporary):
-        os.write(fd, b"new")
+    def check(temporary: str) -> None:
         assert not (tmp_path / "file").exists()
         assert Path(temporary).parent == tmp_path
         assert Path(temporary).name.startswith(".file.")
+
+    publish(Target(str(tmp_path / "file")), NEW, quiet, check)
     assert listing(tmp_path) == {"file": b"new"}
 
 
@@ -323,23 +342,23 @@ def test_whatever_fails_the_target_stays(tmp_path: Path, error: BaseException, f
     before = listing(tmp_path)
     expected = WriteError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
-        publish(Target(str(tmp_path / "file"), force), error=error)
+        published(Target(str(tmp_path / "file"), force), error=error)
     assert listing(tmp_path) == before
 
 
 def test_only_force_replaces(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(OutputExists):
-        publish(Target(str(tmp_path / "file")))
+        published(Target(str(tmp_path / "file")))
     assert listing(tmp_path) == {"file": b"old"}
-    publish(Target(str(tmp_path / "file"), force=True))
+    published(Target(str(tmp_path / "file"), force=True))
     assert listing(tmp_path) == {"file": b"new"}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_no_space(tmp_path: Path, code: int) -> None:
     with pytest.raises(NoSpace):
-        publish(Target(str(tmp_path / "file")), error=OSError(code, "full"))
+        published(Target(str(tmp_path / "file")), error=OSError(code, "full"))
 
 
 def test_targets_are_refused_before_writing(tmp_path: Path) -> None:
@@ -375,9 +394,9 @@ def test_a_link_leads_to_its_target(tmp_path: Path) -> None:
 
 def test_free_space_is_told_and_judged(tmp_path: Path) -> None:
     target = Target(str(tmp_path / "file"))
-    free = atomic.free_space(target)
+    free = free_space(target)
     assert free is not None
     assert free > 0
-    atomic.refuse_full(target, 0)
+    refuse_full(target, 0)
     with pytest.raises(NoSpace, match="are free"):
-        atomic.refuse_full(target, 1 << 60)
+        refuse_full(target, 1 << 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import pickle
 import pickletools
 import random
@@ -10,11 +11,15 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ckptool.errors import (
     CkptoolError,
@@ -23,9 +28,10 @@ from ckptool.errors import (
     NotRepresentable,
     Unsupported,
 )
-from ckptool.pickles import pickle_reader
+from ckptool.pickles import pickle_reader, pickle_writer
 from ckptool.pickles.pickle_reader import Ended, Vocabulary, load
 from ckptool.pickles.pickle_writer import dump
+from ckptool.pickles.torch_objects import Lowering, StorageId, TorchVocabulary
 from ckptool.pickles.tree import (
     ByteArray,
     Dict,
@@ -37,6 +43,7 @@ from ckptool.pickles.tree import (
     PersistentId,
     Set,
 )
+from ckptool.tensors.tensor import Storage, TensorInfo
 
 CODES = {code.name: code.code.encode("latin-1") for code in pickletools.opcodes}
 
@@ -558,3 +565,117 @@ def test_random_opcodes_do_no_harm() -> None:
             for _ in range(chooser.randrange(1, 12))
         )
         outcome(body + b".")
+
+
+# Tensors read and written at once.
+
+
+def many_tensors() -> bytes:
+    """Save tensors of many kinds with torch, each kind several times; return the pickle."""
+    kinds: list[Callable[[int], torch.Tensor]] = [
+        lambda n: torch.full((2, 3), float(n)),
+        lambda n: torch.full((3, 2), float(n)).t(),
+        lambda n: torch.tensor(float(n)),
+        lambda n: torch.full((300,), n, dtype=torch.int16),
+        lambda n: torch.zeros(2, 1, 3, 1),
+        lambda n: torch.zeros(70_000),
+        lambda n: torch.zeros(0, 4),
+        lambda n: torch.nn.Parameter(torch.full((2, 3), float(n))),
+        lambda n: torch.zeros(2, 3).requires_grad_(),
+        lambda n: torch.arange(10)[2:8].view(2, 3),
+    ]
+    shared = torch.arange(12.0)
+    tensors = {f"{n}.{at}": make(n) for n in range(40) for at, make in enumerate(kinds)}
+    tensors |= {f"{n}.part": shared[n : n + 2] for n in range(4)}
+    tensors |= {f"again.{n}": tensors[f"{n}.0"] for n in range(30, 40)}
+    tensors |= {f"last.{n}": torch.zeros(2, 3) for n in range(3)}
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    with zipfile.ZipFile(file) as archive:
+        return archive.read("archive/data.pkl")
+
+
+def found(said: StorageId) -> Storage:
+    return Storage("f", said.key, 0, said.nbytes, said.dtype, said.location)
+
+
+def described(data: bytes) -> tuple[object, ...]:
+    """Read a pickle, and describe its tensors, which of them are one, and the rest."""
+    read = pickle_reader.load(data, 0, TorchVocabulary(found))
+    tree, first = read.tree, {}
+    lines = [
+        (key, *value.view, value.requires_grad, first.setdefault(id(value), key))
+        if isinstance(value, TensorInfo)
+        else (key, value)
+        for key, value in tree.pairs
+    ]
+    return lines, read.globals, read.end
+
+
+def reread(data: bytes) -> Dict:
+    tree = pickle_reader.load(data, 0, TorchVocabulary(found)).tree
+    assert isinstance(tree, Dict)
+    return tree
+
+
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchVocabulary, "phrase", lambda *_: None)
+    monkeypatch.setattr(Lowering, "phrase", lambda *_: None)
+
+
+def test_tensors_read_at_once_are_those_read_by_opcodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = many_tensors()
+    at_once = described(data)
+    one_by_one(monkeypatch)
+    assert described(data) == at_once
+
+
+def test_tensors_written_at_once_are_those_written_by_opcodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = reread(many_tensors())
+    name, last = tree.pairs[-1]
+    for n in range(6):  # alike, but for what an edit changed
+        other = replace(last, storage=replace(last.storage, key=f"{n}"), requires_grad=n % 2 == 0)
+        tree.pairs.append((f"{name}.{n}", other))
+    at_once = pickle_writer.dump(tree, Lowering())
+    grads = [value.requires_grad for _, value in reread(at_once).pairs[-6:]]
+    assert grads == [True, False] * 3
+    assert described(at_once)[0][:-6] == described(many_tensors())[0]
+    one_by_one(monkeypatch)
+    assert pickle_writer.dump(tree, Lowering()) == at_once
+
+
+def test_opcodes_read_at_once_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = many_tensors()
+    count = sum(1 for _ in pickletools.genops(data))
+    monkeypatch.setattr(pickle_reader, "MAX_OPCODES", count)
+    pickle_reader.load(data, 0, TorchVocabulary(found))
+    monkeypatch.setattr(pickle_reader, "MAX_OPCODES", count - 1)
+    with pytest.raises(LimitExceeded):
+        pickle_reader.load(data, 0, TorchVocabulary(found))
+
+
+@pytest.mark.parametrize("get", [b"j%b", b"g%d\n"], ids=["LONG_BINGET", "GET"])
+def test_what_a_tensor_is_made_of_can_be_fetched(get: bytes) -> None:
+    data = many_tensors()
+    shapes = [at for op, _, at in pickletools.genops(data) if op.name == "TUPLE2"]
+    key = int.from_bytes(data[shapes[-4] + 2 : shapes[-4] + 6], "little")
+    number = struct.pack("<I", key) if b"%b" in get else key
+    fetched = b"X\x01\0\0\0z" + get % number
+    read = pickle_reader.load(data[:-2] + fetched + b"u.", 0, TorchVocabulary(found))
+    name, value = read.tree.pairs[-1]
+    assert (name, type(value)) == ("z", tuple)
+    assert {type(size) for size in value} == {int}
+
+
+def test_memo_numbers_out_of_order_are_followed() -> None:
+    """A tensor whose parts swap their numbers is another to who fetches them."""
+    data = many_tensors()
+    ends = [at for op, _, at in pickletools.genops(data) if op.name == "REDUCE"]
+    last = ends[-1] + 1  # the LONG_BINPUT of a tensor
+    swapped = data[:last] + b"r" + struct.pack("<I", 4) + data[last + 5 :]
+    assert data[last : last + 1] == b"r"
+    fetched = b"X\x01\0\0\0zh\x04u."
+    tree = reread(swapped[:-2] + fetched)
+    assert isinstance(dict(tree.pairs)["z"], TensorInfo)

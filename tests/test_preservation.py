@@ -439,7 +439,7 @@ def do(name: str, kind: str, container: str, target: Path) -> Rewrite:
     asked = KINDS[kind]
     steps = asked.steps(keys or ["no.such"])
     if kind == "transfer":
-        return fitting.transfer(GOOD / name, target, steps=steps, options=options)[0]
+        return fitting.transfer(GOOD / name, target, steps=steps, options=options).rewrite
     return surgery.rewrite(
         GOOD / name, target, steps, bare=asked.bare, unwrap=asked.unwrap, options=options
     )

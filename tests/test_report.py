@@ -14,7 +14,7 @@ from ckptool.state import edits
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Storage, TensorInfo, contiguous_stride
 from ckptool.verbs import listing
-from ckptool.verbs.fitting import Fit, Mismatch
+from ckptool.verbs.fitting import Fit, Mismatch, Transferred
 from ckptool.verbs.surgery import Dropped, Rewrite
 
 VISIBLE = [
@@ -90,11 +90,12 @@ def test_tables_are_aligned_without_trailing_space() -> None:
 
 
 def test_documents_are_ascii_json() -> None:
-    made = report.document("x/1", key="\u5c42\u202e\ud800\x1b\x7f", count=3)
+    fields = {"schema": "x/1", "key": "\u5c42\u202e\ud800\x1b\x7f", "count": 3}
+    made = report.document(fields)
     assert made.isascii()
     assert "\x1b" not in made
     assert "\x7f" not in made
-    assert json.loads(made) == {"schema": "x/1", "key": "\u5c42\u202e\ud800\x1b\x7f", "count": 3}
+    assert json.loads(made) == fields
     assert next(iter(json.loads(made))) == "schema"
 
 
@@ -297,9 +298,14 @@ def test_a_fit_is_told() -> None:
     assert report.fit_lines(Fit("x", ("a",), (), (), (), 1.0)) == [
         "fills 1 of 1 tensors, 100.0 % of the parameters"
     ]
-    assert report.fit_fields(fit) == {
-        "matched": 1,
-        "mismatched": [{"key": "b\x1b", "here": [2], "there": [3, 4]}],
-        "missing": ["c"],
-        "filled": 0.25,
-    }
+    document = Transferred(rewrite(), fit).to_dict()
+    assert (
+        document.items()
+        >= {
+            "schema": "transfer/1",
+            "matched": 1,
+            "mismatched": [{"key": "b\x1b", "here": [2], "there": [3, 4]}],
+            "missing": ["c"],
+            "filled": 0.25,
+        }.items()
+    )

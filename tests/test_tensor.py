@@ -1,32 +1,26 @@
-"""Shapes, strides, dtypes and the gathering of strided views, against torch and numpy."""
+"""Shapes, strides and dtypes, against torch."""
 
 from __future__ import annotations
 
-import gc
-import tracemalloc
 from itertools import product
 from math import prod
 from typing import Any
 
 import pytest
 
-from ckptool.tensors import tensor as module
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import (
     Storage,
     TensorInfo,
+    coalesced,
     contiguous_stride,
-    gather,
     is_contiguous,
     needs_swap,
     problem,
     span,
-    swapped,
 )
 
 torch = pytest.importorskip("torch")
-np = pytest.importorskip("numpy")
-judge = pytest.importorskip("judge")
 
 SHAPES = [(), (0,), (1,), (5,), (2, 3), (0, 3), (4, 0, 2), (1, 1), (3, 1, 2), (2, 2, 2, 2)]
 
@@ -38,24 +32,6 @@ def info_of(view: Any, **more: Any) -> TensorInfo:
     return TensorInfo(
         dtype, tuple(view.shape), tuple(view.stride()), storage, view.storage_offset(), **more
     )
-
-
-def gathered(view: Any, limit: int) -> tuple[bytes, int, int]:
-    """Gather a view; give the bytes, the largest read and the largest block."""
-    raw = judge.storage_bytes(view.untyped_storage())
-    reads = [0]
-
-    def read(start: int, nbytes: int) -> bytes:
-        assert 0 <= start <= start + nbytes <= len(raw)
-        reads.append(nbytes)
-        return raw[start : start + nbytes]
-
-    blocks = list(gather(info_of(view), read, limit))
-    return b"".join(blocks), max(reads), max(map(len, blocks), default=0)
-
-
-def contiguous_bytes(view: Any) -> bytes:
-    return bytes(judge.storage_bytes(view.contiguous().clone().untyped_storage()))
 
 
 # Strides.
@@ -140,86 +116,15 @@ def test_impossible_view(info: TensorInfo, words: str) -> None:
     assert any(word in problem(info) for word in words.split("|")), problem(info)
 
 
-# Gathering.
+# Views.
 
 
 def base(shape: tuple[int, ...], dtype: Any = torch.int32) -> Any:
     return torch.arange(prod(shape), dtype=torch.int64).to(dtype).view(shape)
 
 
-VIEWS = {
-    "contiguous": base((3, 4, 5)),
-    "transposed": base((3, 4)).t(),
-    "permuted": base((3, 4, 5)).permute(2, 0, 1),
-    "reversed axes": base((2, 3, 4, 5)).permute(3, 2, 1, 0),
-    "channels last": base((2, 3, 4, 4)).to(memory_format=torch.channels_last),
-    "rows skipped": base((6, 5))[1::2],
-    "columns skipped": base((4, 6))[:, 1::2],
-    "diagonal": torch.diagonal(base((4, 4))),
-    "windows": base((20,)).unfold(0, 5, 2),
-    "expanded": base((4, 1)).expand(4, 7),
-    "expanded first": base((1, 4)).expand(7, 4),
-    "expanded scalar": torch.tensor(7).expand(3, 2),
-    "scalar": torch.tensor(7),
-    "scalar inside": base((8,))[5],
-    "empty": torch.empty(0),
-    "empty rows": torch.empty(0, 3),
-    "empty inside": base((6, 5))[3:3],
-    "one by one": base((1, 1)),
-    "odd stride of one": base((3,)).as_strided((1, 3), (7, 1)),
-    "a column": base((50, 40))[:, 3],
-    "far apart": base((9000,))[::4000],
-    "bytes": base((5, 7), torch.uint8).t(),
-    "shorts": base((5, 7), torch.int16).t(),
-    "longs": base((5, 7), torch.int64).t(),
-    "booleans": (base((5, 7)) % 2).bool().t(),
-    "complex": torch.complex(base((3, 4)).float(), base((3, 4)).float()).t(),
-    "halves": base((5, 7), torch.bfloat16).t(),
-    "float8": base((5, 7), torch.float8_e4m3fn).t(),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
-@pytest.mark.parametrize("limit", [16, 64, 100, 1000, 1 << 20])
-def test_gather_gives_what_contiguous_gives(view: Any, limit: int) -> None:
-    data, read, block = gathered(view, limit)
-    assert data == contiguous_bytes(view)
-    assert max(read, block) <= limit
-
-
-def test_gather_reads_little_of_what_lies_far_apart() -> None:
-    view = base((1 << 20,), torch.uint8)[:: 1 << 18]
-    raw = judge.storage_bytes(view.untyped_storage())
-    total = 0
-
-    def read(start: int, nbytes: int) -> bytes:
-        nonlocal total
-        total += nbytes
-        return raw[start : start + nbytes]
-
-    assert b"".join(gather(info_of(view), read, 1 << 22)) == contiguous_bytes(view)
-    assert total < 1 << 16
-
-
-def test_gather_leaves_no_block_to_the_garbage() -> None:
-    """A block that only a cycle keeps stays until garbage is looked for, which may be late."""
-    view = torch.zeros(1 << 10, 1 << 10).T
-    data = contiguous_bytes(view.T)
-    gc.collect()
-    gc.disable()
-    tracemalloc.start()
-    try:
-        for _ in gather(info_of(view), lambda start, size: data[start : start + size], 1 << 18):
-            pass
-        kept, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-        gc.enable()
-    assert kept < 1 << 20
-
-
 def test_joined_dimensions() -> None:
-    joined = module._coalesced
+    joined = coalesced
     assert joined((2, 3, 4), (12, 4, 1)) == ((24,), (1,))
     assert joined((2, 3, 4), (12, 4, 2)) == ((6, 4), (4, 2))
     assert joined((2, 3, 4), (30, 5, 1)) == ((2, 3, 4), (30, 5, 1))
@@ -228,17 +133,6 @@ def test_joined_dimensions() -> None:
     assert joined((4, 7), (1, 0)) == ((4, 7), (1, 0))
     assert joined((4, 7), (0, 0)) == ((28,), (0,))
     assert joined((), ()) == ((), ())
-
-
-# Bytes.
-
-
-@pytest.mark.parametrize("width", [1, 2, 4, 8])
-def test_swapped_reverses_every_number(width: int) -> None:
-    data = bytes(range(48))
-    numbers = np.frombuffer(data, f"u{width}").byteswap().tobytes()
-    assert bytes(swapped(data, width)) == numbers
-    assert bytes(swapped(bytearray(numbers), width)) == data
 
 
 def test_only_wide_numbers_of_big_endian_files_are_swapped() -> None:

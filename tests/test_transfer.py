@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import Outcome, listing
 
+from ckptool.containers import read
 from ckptool.errors import PoorFit
 from ckptool.verbs import fitting
-from ckptool.verbs.fitting import Mismatch, Reference, fit, reference, reference_of_file
+from ckptool.verbs.fitting import Mismatch, Reference, fit, reference, reference_of
 
 Run = Callable[..., Outcome]
 Shapes = dict[str, tuple[int, ...]]
@@ -79,10 +80,10 @@ def test_a_reference_is_peeled() -> None:
 
 
 def test_a_reference_of_a_training_checkpoint(good: Path) -> None:
-    made = reference_of_file(good / "model_best.pth.tar")
+    made = reference_of(read(good / "model_best.pth.tar"))
     assert made.shapes["classifier.weight"] == (10, 4)
     assert len(made.shapes) == 8
-    assert reference_of_file(good / "dino.pth", "teacher").shapes.keys() >= {"head.bias"}
+    assert reference_of(read(good / "dino.pth"), "teacher").shapes.keys() >= {"head.bias"}
 
 
 # Files.

@@ -57,14 +57,14 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import ckptool
 
-folder, options = sys.argv[1], ckptool.Options(sync=False)
+folder = sys.argv[1]
 found = {}
 for name in sorted(os.listdir(folder)):
     path = os.path.join(folder, name)
     listing = ckptool.keys(path)
     rows = [(key, info.dtype.label, info.shape) for key, info in listing.entries]
     found[name] = [listing.state.module, rows]
-    ckptool.unwrap(path, f"{folder}/{name}.state", options=options)
+    ckptool.unwrap(path, f"{folder}/{name}.state", sync=False)
 print(json.dumps(found))
 """
 

@@ -6,7 +6,8 @@ needs none of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ckptool.cli import talk
 from ckptool.text import visible
 
 if TYPE_CHECKING:
-    from ckptool.verbs.surgery import Options, Rewrite
+    from ckptool.verbs.surgery import Rewrite
 
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
@@ -46,13 +47,26 @@ class Command(click.Command):
         return cleandoc(self.help or "").split("\n\n")
 
 
+class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no Choice[str]
+    """What `--to` takes: the words of ckptool's containers, then those of plugins."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word; a plugin is loaded only for one that ckptool does not know."""
+        if value not in self.choices:
+            from ckptool.containers import plugins
+
+            if any(each.writer and each.word == value for each in plugins()):
+                return str(value)
+        return str(super().convert(value, param, ctx))
+
+
 _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.argument("source", metavar="IN"),
     click.argument("target", metavar="OUT", required=False),
     click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
     click.option(
         "--to",
-        type=click.Choice(["torch", "safetensors", "dcp"]),
+        type=_Containers(["torch", "safetensors", "dcp"]),
         help="Output container, any suffix; dcp (a folder) in convert alone.",
     ),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
@@ -76,8 +90,8 @@ def writes(function: Function) -> Function:
 
     @wraps(function)
     def gathered(**given: Any) -> Any:
-        taken = {name: given.pop(name) for name in _TAKEN}
-        return function(_request(taken), **given)
+        request = _request(given)
+        return function(request, **given)
 
     decorated: Function = gathered
     for decorate in reversed(_WRITES):
@@ -85,40 +99,32 @@ def writes(function: Function) -> Function:
     return decorated
 
 
-_TAKEN = (
-    "source target at to force in_place dry_run as_json quiet tensors_only untie "
-    "allow_expand no_sync"
-).split()
-
-
+@dataclass(frozen=True, slots=True)
 class Request:
     """What was asked of a command that writes."""
 
-    def __init__(self, source: str, target: str | None, options: Options, given: dict[str, Any]):
-        self.source = source
-        self.target = target
-        self.options = options
-        self.as_json: bool = given["as_json"]
-        self.quiet: bool = given["quiet"]
+    source: str
+    target: str | None
+    options: dict[str, Any]
+    as_json: bool
+    quiet: bool
+
+
+_OPTIONS = "at to force in_place dry_run tensors_only untie allow_expand".split()
 
 
 def _request(given: dict[str, Any]) -> Request:
-    from ckptool.verbs.surgery import Options
-
+    """Take what all commands share out of what was given."""
     if given["target"] is None and not given["in_place"]:
         raise click.UsageError("name an output OUT, or use --in-place", click.get_current_context())
-    options = Options(
-        at=given["at"],
-        to=given["to"],
-        force=given["force"],
-        in_place=given["in_place"],
-        dry_run=given["dry_run"],
-        tensors_only=given["tensors_only"],
-        untie=given["untie"],
-        allow_expand=given["allow_expand"],
-        sync=not given["no_sync"],
+    options = {name: given.pop(name) for name in _OPTIONS}
+    return Request(
+        source=given.pop("source"),
+        target=given.pop("target"),
+        options={**options, "sync": not given.pop("no_sync")},
+        as_json=given.pop("as_json"),
+        quiet=given.pop("quiet"),
     )
-    return Request(given["source"], given["target"], options, given)
 
 
 def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rewrite:
@@ -128,8 +134,8 @@ def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rew
         result = verb(
             request.source,
             request.target,
-            options=request.options,
             progress=progress.begin,
+            **request.options,
             **arguments,
         )
     tell(request, result)
@@ -141,15 +147,14 @@ def tell(
     result: Rewrite,
     *,
     more: Sequence[str] = (),
-    schema: str = "rewrite/1",
-    fields: dict[str, Any] | None = None,
+    document: Mapping[str, object] | None = None,
 ) -> None:
     """Print the document, the plan or the talk of a rewrite."""
     from ckptool.cli import report
 
     talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
-        talk.put([report.document(schema, **report.rewrite_fields(result), **(fields or {}))])
+        talk.put([report.document(document or result.to_dict())])
     elif result.dry_run:
         talk.put(report.plan_lines(result))
     what, counts = report.rewrite_lines(result), report.written_lines(result)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--sha256", is_flag=True, help="Print the sha256 of each file too.")
 @click.option("--finite", is_flag=True, help="Count NaN and infinity in every tensor.")
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
+@click.option("--plugins", is_flag=True, help="Let plugins read what ckptool does not know.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> int:
@@ -34,7 +35,7 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
     A line for each file: ok, damaged, unsafe, not-a-checkpoint or unsupported. Exit code 1 for
     damaged, 3 for no checkpoint, 4 for unsafe; over several files the highest.
     """
-    from ckptool.cli import report_check
+    from ckptool.cli import report, report_check
     from ckptool.verbs import checking
 
     paths = list(checking.expanded(files))
@@ -49,7 +50,7 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
             line = report_check.aligned(found, paths, _paint) if wide else report_check.row(found)
             talk.put([line])
     if as_json:
-        talk.put([report_check.check_document(results)])
+        talk.put([report.document(checking.document(results))])
     for found in results:
         _tell(found, quiet)
     talk.say(report_check.last_lines(results), quiet=quiet)

@@ -68,14 +68,15 @@ def command(
     from ckptool.verbs.compare_sides import Asked, tolerance
 
     asked = Asked(
-        at if left_at is None else left_at,
-        at if right_at is None else right_at,
-        every,
-        structure,
-        tolerance(atol, rtol),
-        patterns(select),
-        [renaming(move, "--map") for move in moves],
-        ignore_prefix,
+        at=at,
+        left_at=left_at,
+        right_at=right_at,
+        every=every,
+        structure=structure,
+        tolerance=tolerance(atol, rtol),
+        select=patterns(select),
+        rename=[renaming(move, "--map") for move in moves],
+        ignore_prefix=ignore_prefix,
     )
     progress = talk.Progress(right, quiet=quiet)
     with local(left, quiet=quiet) as one, local(right, quiet=quiet) as other, progress:
@@ -88,7 +89,7 @@ def command(
                 talk.say(evidence)
         found = compare.diff(first, second, asked, progress.begin)
     if as_json:
-        talk.put([report_diff.difference_document(found)])
+        talk.put([report.document(found.to_dict())])
     else:
         rows = report_diff.difference_table if talk.on_terminal() else report_diff.difference_rows
         talk.put(rows(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -74,10 +74,11 @@ def command(
     if as_json:
         from ckptool.cli.report import document
 
-        name = weights.member if weights else None
-        talk.put([document("download/1", **asdict(done), weights=name)])
+        done = replace(done, weights=weights.member if weights else None)
+        talk.put([document(done.to_dict())])
     else:
         talk.put([visible(done.path)])
+    talk.warn(map(visible, done.warnings))
     talk.say(_lines(done), quiet=quiet)
 
 
@@ -143,7 +144,7 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         from ckptool.cli.report import document
 
-        talk.put([document("weights/1", weights=[asdict(each) for each in found])])
+        talk.put([document({"schema": "weights/1", "weights": [asdict(each) for each in found]})])
     else:
         talk.put(_table(found) if talk.on_terminal() else _rows(found))
     defaults = sum(each.default for each in found)

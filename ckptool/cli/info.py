@@ -27,10 +27,10 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     A file that is no checkpoint is named for what it is, exit 3.
     """
     from ckptool import containers
-    from ckptool.cli import report_info
+    from ckptool.cli import report, report_info
     from ckptool.text import quoted
-    from ckptool.verbs.suggestions import Suggestion, suggestions
-    from ckptool.verbs.survey import survey
+    from ckptool.verbs.suggestions import suggestions
+    from ckptool.verbs.survey import Suggestion, survey
 
     with local(file, quiet=quiet) as path:
         checkpoint = replace(containers.read(path), path=file)
@@ -38,8 +38,9 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     suggested = suggestions(facts)
     if path != file:  # the copy is gone: there is nothing yet to work on
         suggested = [Suggestion("to keep it", f"ckptool download {quoted(file)}")]
+    facts = replace(facts, suggestions=tuple(suggested))
     if as_json:
-        talk.put([report_info.info_document(facts, suggested)])
+        talk.put([report.document(facts.to_dict())])
     else:
         rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
-        talk.put(rows(facts, suggested))
+        talk.put(rows(facts))

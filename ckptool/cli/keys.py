@@ -70,7 +70,7 @@ def command(
         talk.warn([warning])
         talk.say(evidence)
     if as_json:
-        talk.put([report.keys_document(found)])
+        talk.put([report.document(found.to_dict())])
     elif tree:
         talk.put(report.tree_table(found.entries, depth, wide=talk.on_terminal()))
     elif names:

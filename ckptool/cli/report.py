@@ -6,27 +6,28 @@ and what no encoding can hold. Only ASCII stands in our own words.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ckptool.containers import BY_NAME
+from ckptool import containers
 from ckptool.pickles import safety
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import SHAPE_DIFFERS, WRAPPERS, peeled
-from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor
+from ckptool.tensors.tensor import TENSORS
 from ckptool.text import counted, listed, percent, quoted, readable, shape, table, visible
-from ckptool.verbs.listing import Entry, Listing
+from ckptool.verbs.listing import Entry, Listing, rows
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.fitting import Fit
     from ckptool.verbs.surgery import Rewrite
 
 
-def document(schema: str, **fields: Any) -> str:
+def document(fields: Mapping[str, object]) -> str:
     """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
-    return json.dumps({"schema": schema, **fields}, indent=2).replace("\x7f", "\\u007f")
+    import json
+
+    return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
 
 
 def key_rows(entries: Sequence[Entry]) -> list[str]:
@@ -39,48 +40,12 @@ def key_rows(entries: Sequence[Entry]) -> list[str]:
 
 def key_table(entries: Sequence[Entry]) -> list[str]:
     """List tensors for people."""
-    rows = [("KEY", "DTYPE", "SHAPE", "SIZE")]
-    rows += [
-        (visible(key), info.dtype.label + _layout(info), shape(info.shape), readable(info.nbytes))
-        for key, info in entries
-    ]
-    return table(rows)
-
-
-def _layout(info: AnyTensor) -> str:
-    return f" {info.layout}" if isinstance(info, CompositeTensor) else ""
+    return table(rows(entries))
 
 
 def key_names(entries: Sequence[Entry]) -> list[str]:
     """List keys alone."""
     return [visible(key) for key, _ in entries]
-
-
-def keys_document(found: Listing) -> str:
-    """Write the document `keys/1`."""
-    return document(
-        "keys/1",
-        file=found.checkpoint.path,
-        container=found.checkpoint.container,
-        at=list(found.state.at) if found.state else [],
-        module=found.state.module if found.state else "",
-        count=len(found.entries),
-        nbytes=sum(info.nbytes for _, info in found.entries),
-        tensors=[_tensor_fields(key, info) for key, info in found.entries],
-        beside=found.beside,
-    )
-
-
-def _tensor_fields(key: str, info: AnyTensor) -> dict[str, Any]:
-    fields = {
-        "key": key,
-        "dtype": info.dtype.label,
-        "shape": list(info.shape),
-        "nbytes": info.nbytes,
-    }
-    if isinstance(info, CompositeTensor):
-        fields["layout"] = info.layout
-    return fields
 
 
 def tree_table(entries: Sequence[Entry], depth: int | None, *, wide: bool) -> list[str]:
@@ -93,15 +58,15 @@ def tree_table(entries: Sequence[Entry], depth: int | None, *, wide: bool) -> li
             here[0] += 1
             here[1] += info.nbytes
     whole = totals[""][1] or 1
-    rows = [("MODULE", "TENSORS", "SIZE", "SHARE")] if wide else []
+    lines = [("MODULE", "TENSORS", "SIZE", "SHARE")] if wide else []
     for path in _preorder(totals):
         count, nbytes = totals[path]
         name = path.rpartition(".")[2] or "(all)"
         indent = "  " * (path.count(".") + 1) if path else ""
         size = readable(nbytes) if wide else str(nbytes)
         label = indent + visible(name) if wide else visible(path or ".")
-        rows.append((label, str(count), size, f"{100 * nbytes / whole:.1f} %"))
-    return table(rows, right=(1, 2, 3)) if wide else ["\t".join(row) for row in rows]
+        lines.append((label, str(count), size, f"{100 * nbytes / whole:.1f} %"))
+    return table(lines, right=(1, 2, 3)) if wide else ["\t".join(line) for line in lines]
 
 
 def _preorder(paths: Iterable[str]) -> list[str]:
@@ -121,7 +86,7 @@ def _preorder(paths: Iterable[str]) -> list[str]:
 
 def container_title(name: str) -> str:
     """Name a container for people."""
-    return BY_NAME[name].title
+    return containers.by_name(name).title
 
 
 def listing_lines(found: Listing, *, every: bool) -> list[str]:
@@ -149,7 +114,7 @@ def _file_line(found: Listing) -> str:
     if found.state is not None and (found.state.at or found.state.module):
         parts.append(f"state_dict{_whereabouts(found.state.module, found.state.at)}")
     parts.append(counted(len(found.entries), "tensor"))
-    parts.append(readable(sum(info.nbytes for _, info in found.entries)))
+    parts.append(readable(found.nbytes))
     line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
     return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
 
@@ -272,45 +237,6 @@ def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
             "--init-missing writes them too"
         )
     return lines
-
-
-def fit_fields(fit: Fit) -> dict[str, Any]:
-    """Give the fields that `transfer/1` has beyond `rewrite/1`."""
-    return {
-        "matched": len(fit.matched),
-        "mismatched": [
-            {"key": each.key, "here": list(each.here), "there": list(each.there)}
-            for each in fit.mismatched
-        ],
-        "missing": list(fit.missing),
-        "filled": fit.filled,
-    }
-
-
-def rewrite_fields(result: Rewrite) -> dict[str, Any]:
-    """Give the fields of the document `rewrite/1`."""
-    return {
-        "source": result.source,
-        "target": result.target,
-        "container": result.container,
-        "at": None if result.at is None else list(result.at),
-        "module": result.module,
-        "read": result.read,
-        "kept": result.kept,
-        "renamed": result.renamed,
-        "written": result.written,
-        "dropped": [{"key": each.key, "reason": each.reason} for each in result.dropped],
-        "not_carried": list(result.not_carried),
-        "map": [[old, new] for old, new in result.map],
-        "nbytes": result.nbytes,
-        "added": result.added,
-        "notes": [*result.warnings, *result.notes],
-        "dry_run": result.dry_run,
-        "shards": [
-            {"file": each.name, "count": each.count, "nbytes": each.nbytes}
-            for each in result.shards
-        ],
-    }
 
 
 def plan_lines(result: Rewrite) -> list[str]:

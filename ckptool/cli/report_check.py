@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-from ckptool.cli.report import document
 from ckptool.pickles.safety import evidence_line
 from ckptool.text import counted, visible
 from ckptool.verbs.checking import BYTES_UNSEEN, Checked, Status
@@ -75,37 +73,3 @@ def last_lines(results: Sequence[Checked]) -> list[str]:
         unseen = dict.fromkeys(merged if line in unhashed else line for line in unseen)
     always = "whether the values are the right ones"
     return [*lines, f"not checked: {visible('; '.join([*unseen, always]))}"]
-
-
-def check_document(results: Sequence[Checked]) -> str:
-    """Write the document `check/1`."""
-    return document("check/1", files=[_fields(found) for found in results])
-
-
-def _fields(found: Checked) -> dict[str, Any]:
-    return {
-        "file": found.file,
-        "status": found.status.value,
-        "detail": found.detail,
-        "container": found.container or None,
-        "safety": found.safety or None,
-        "globals": list(found.globals),
-        "calls": [
-            {
-                "module": call.named.module,
-                "name": call.named.name,
-                "arguments": None if call.arguments is None else list(call.arguments),
-                "pickle": found.pickle_name,
-                "offset": call.offset,
-                "at": call.where,
-            }
-            for call in found.calls
-        ],
-        "sha256": found.sha256 or None,
-        "not_finite": [
-            {"key": key, "nan": here.nan, "inf": here.inf} for key, here in found.not_finite
-        ],
-        "notes": list(found.notes),
-        "checked": list(found.checked),
-        "not_checked": list(found.not_checked),
-    }

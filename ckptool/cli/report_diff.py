@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
-from ckptool.cli.report import document
+from ckptool.tensors.numbers import Values
 from ckptool.text import counted, listed, readable, shape, table, visible
 from ckptool.verbs.compare import Change, Difference, Found, Side
-from ckptool.verbs.compare_values import Values
 
 _BESIDE = "beside-"
 MANY_ULP = 1_000_000  # from here on they tell people nothing
@@ -164,58 +161,3 @@ def _within_lines(found: Difference) -> Iterator[str]:
         apart = "" if most is None else f", by up to {_number(most)}"
         names = listed(change.key for change in within)
         yield f"within the tolerance {counted(len(within), 'tensor')} differ{apart}: {names}"
-
-
-def difference_document(found: Difference) -> str:
-    """Write the document `diff/1`."""
-    return document(
-        "diff/1",
-        equal=found.equal,
-        left=_side_fields(found.left),
-        right=_side_fields(found.right),
-        only_left=list(found.state.only_left),
-        only_right=list(found.state.only_right),
-        changed=[_fields(change) for change in found.state.changed],
-        within_tolerance=[_fields(change) for change in found.state.within],
-        beside={
-            "only_left": list(found.beside.only_left),
-            "only_right": list(found.beside.only_right),
-            "changed": [_fields(change) for change in found.beside.changed],
-            "within_tolerance": [_fields(change) for change in found.beside.within],
-        },
-        tensors=found.tensors,
-        nbytes=found.nbytes,
-        structure=found.asked.structure,
-        atol=found.asked.tolerance.atol,
-        rtol=found.asked.tolerance.rtol,
-        notes=list(found.notes),
-    )
-
-
-def _side_fields(side: Side) -> dict[str, Any]:
-    return {
-        "file": side.path,
-        "container": side.container,
-        "at": None if side.at is None else list(side.at),
-    }
-
-
-def _fields(change: Change) -> dict[str, Any]:
-    values = change.values
-    fields: dict[str, Any] = {"key": change.key, "what": change.what}
-    if values is None:
-        return {**fields, "left": change.left, "right": change.right}
-    most = values.max_abs
-    return {
-        **fields,
-        "count": values.count,
-        "of": values.of,
-        "within": values.within,
-        "first": None if change.first is None else list(change.first),
-        "max_abs": most if most is not None and math.isfinite(most) else None,
-        "max_ulp": values.max_ulp,
-        "nan_payloads": values.nan_payloads,
-        "nan_one_side": values.nan_one_side,
-        "zero_signs": values.zero_signs,
-        "infinities": values.infinities,
-    }

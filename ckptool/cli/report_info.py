@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
-from ckptool.cli.report import container_title, document
+from ckptool import containers
+from ckptool.cli.report import container_title
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.state import walk
@@ -15,7 +15,6 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import WRAPPERS
 from ckptool.text import counted, listed, percent, readable, table, visible
 from ckptool.verbs.frameworks import Framework
-from ckptool.verbs.suggestions import Suggestion
 from ckptool.verbs.survey import Beside, Place, Survey, Total
 
 MAX_BESIDE = 30  # rows for people
@@ -51,7 +50,7 @@ class _Style:
         return [*facts[:limit], (facts[0][0], f"and {more} more, listed by --json")]
 
 
-def info_table(facts: Survey, suggested: Sequence[Suggestion]) -> list[str]:
+def info_table(facts: Survey) -> list[str]:
     """Show the facts to people: one below the other, then the commands that would help."""
     groups = groupby(_facts(facts, _Style(wide=True)), key=lambda fact: fact[0])
     listed_facts = [(name, _aligned([fact[1:] for fact in group])) for name, group in groups]
@@ -61,7 +60,7 @@ def info_table(facts: Survey, suggested: Sequence[Suggestion]) -> list[str]:
         for index, line in enumerate(lines)
     ]
     lines = table(rows)
-    for each in suggested:
+    for each in facts.suggestions:
         lines += ["", f"{visible(each.reason)}:", f"    {visible(each.command)}"]
     return lines
 
@@ -74,11 +73,11 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [row[0] if len(row) == 1 else next(aligned) for row in rows]
 
 
-def info_rows(facts: Survey, suggested: Sequence[Suggestion]) -> list[str]:
+def info_rows(facts: Survey) -> list[str]:
     """Give the facts to programs: a line each, with tabs between; sizes are bytes."""
     rows = ["\t".join(fact) for fact in _facts(facts, _Style(wide=False))]
     return rows + [
-        f"suggestion\t{visible(each.reason)}\t{visible(each.command)}" for each in suggested
+        f"suggestion\t{visible(each.reason)}\t{visible(each.command)}" for each in facts.suggestions
     ]
 
 
@@ -190,7 +189,8 @@ def _layout(facts: Survey, style: _Style) -> Iterator[str]:
             for name, count in facts.devices.items()
         )
         yield f"tagged for {style.names(tags, 8)}"
-    if facts.state is not None and facts.checkpoint.container != "safetensors":
+    traits = containers.by_name(facts.checkpoint.container).traits
+    if facts.state is not None and traits.module_metadata:
         there = "there" if facts.state.metadata is not None else "not there"
         yield f"`_metadata`, the versions of modules, is {there}"
 
@@ -260,80 +260,10 @@ def _plain(checkpoint: Checkpoint) -> str:
 
 
 def _notes(facts: Survey, style: _Style) -> Iterator[str]:
-    if facts.framework is not None and facts.framework.note:
-        yield facts.framework.note
-    yield from facts.checkpoint.notes
-    if facts.state is not None:
-        yield from (*facts.state.missing, *facts.state.notes)
+    yield from facts.notes
     if facts.checkpoint.unread:
         yield f"not read: {style.names(facts.checkpoint.unread, 4)}"
 
 
 def _cut(text: str) -> str:
     return visible(text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)")
-
-
-def info_document(facts: Survey, suggested: Sequence[Suggestion]) -> str:
-    """Write the document `info/1`."""
-    checkpoint, state = facts.checkpoint, facts.state
-    return document(
-        "info/1",
-        file=checkpoint.path,
-        container=checkpoint.container,
-        generation=checkpoint.generation,
-        protocol=checkpoint.protocol,
-        byteorder=checkpoint.byteorder,
-        file_nbytes=checkpoint.nbytes,
-        framework=facts.framework.name if facts.framework else None,
-        at=list(state.at) if state is not None else None,
-        candidates=[_place_fields(place) for place in facts.places],
-        count=facts.total.count,
-        elements=facts.total.elements,
-        nbytes=facts.total.nbytes,
-        dtypes={label: _total_fields(total) for label, total in facts.dtypes.items()},
-        wrappers=list(facts.place.wrappers) if facts.place else [],
-        ties=facts.ties,
-        views=list(facts.views),
-        not_contiguous=list(facts.strided),
-        requires_grad=facts.requires_grad,
-        devices=facts.devices,
-        module_metadata=state is not None and state.metadata is not None,
-        beside=[each.name for each in facts.beside],
-        beside_values=[
-            {"name": each.name, "what": each.what, "tensors": each.tensors, "nbytes": each.nbytes}
-            for each in facts.beside
-        ],
-        bytes={
-            "other": facts.elsewhere,
-            "unused": facts.unused,
-            "unread": checkpoint.unread_nbytes,
-            "structure": facts.rest,
-        },
-        unread=list(checkpoint.unread),
-        metadata=checkpoint.metadata,
-        safety=facts.verdict.level.name.lower(),
-        globals=[str(name) for name in checkpoint.globals],
-        foreign=[str(name) for name in facts.verdict.foreign],
-        dangerous=[
-            {"what": call.text, "byte": call.offset, "at": call.where}
-            for call in safety.evidence(facts.verdict, checkpoint.calls, checkpoint.tree)
-        ],
-        notes=list(_notes(facts, _Style(wide=False))),
-        suggestions=[{"reason": each.reason, "command": each.command} for each in suggested],
-    )
-
-
-def _total_fields(total: Total) -> dict[str, Any]:
-    return {"count": total.count, "elements": total.elements, "nbytes": total.nbytes}
-
-
-def _place_fields(place: Place) -> dict[str, Any]:
-    return {
-        "at": list(place.at),
-        **_total_fields(place.total),
-        "stored": place.stored,
-        "prefix": place.prefix,
-        "wrappers": list(place.wrappers),
-        "module": place.module,
-        "classes": place.classes,
-    }

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from statistics import median
-from typing import Any
 
-from ckptool.cli.report import document
 from ckptool.model.verify import Class, Run, Verification
 from ckptool.text import counted, listed, percent, table, visible
 
@@ -134,29 +130,3 @@ def _class_lines(run: Run) -> list[str]:
 
 def _classes(found: Sequence[Class]) -> str:
     return ", ".join(f"{visible(each.name)} {percent(each.probability)}" for each in found)
-
-
-def verification_document(found: Verification) -> str:
-    """Write the document `verify/1`."""
-    return document(
-        "verify/1",
-        identical=found.identical,
-        reference=found.reference,
-        candidate=found.candidate,
-        model=found.model,
-        inputs=found.inputs,
-        dtype=found.dtype,
-        torch=found.torch,
-        left_out=list(found.left_out),
-        notes=list(found.notes),
-        runs=[_finite(asdict(run)) for run in found.runs],
-    )
-
-
-def _finite(value: Any) -> Any:
-    """Write numbers that JSON has not as null."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

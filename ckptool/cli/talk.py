@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from shutil import get_terminal_size
 from types import TracebackType
 from typing import Any
 
@@ -103,6 +102,8 @@ class Progress:
 
     def _show(self) -> None:
         if sys.stderr.isatty():
+            from shutil import get_terminal_size
+
             from tqdm import tqdm
 
             size = get_terminal_size()

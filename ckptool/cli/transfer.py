@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import click
 
@@ -60,14 +59,14 @@ def command(
     from ckptool.model import zoo
     from ckptool.verbs import api
 
-    if request.options.in_place and "://" in request.source:
+    if request.options["in_place"] and "://" in request.source:
         raise click.UsageError("--in-place needs a file; name an output for what a URL holds")
     name = request.target or request.source
     with (
         local(request.source, quiet=request.quiet) as source,
         talk.Progress(name, quiet=request.quiet) as progress,
     ):
-        result, fit = api.transfer(
+        done = api.transfer(
             source,
             request.target,
             drop=patterns(drop),
@@ -80,13 +79,9 @@ def command(
             init_missing=init_missing,
             seed=seed,
             min_match=min_match,
-            options=request.options,
             progress=progress.begin,
+            **request.options,
         )
-    result = replace(result, source=request.source)
+    result, fit = replace(done.rewrite, source=request.source), done.fit
     more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []
-    fields = report.fit_fields(fit) if fit else NO_FIT
-    tell(request, result, more=more, schema="transfer/1", fields=fields)
-
-
-NO_FIT: dict[str, Any] = {"matched": None, "mismatched": [], "missing": [], "filled": None}
+    tell(request, result, more=more, document=replace(done, rewrite=result).to_dict())

@@ -39,8 +39,8 @@ DIFFERENT = 1
     help="Of random inputs: 1,3,224,224, or 1,16:int64; once for each argument of the model.",
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Instead of the shape's first size.")
-@click.option("--input", "picture", metavar="PICTURE", help="Run on a picture instead.")
-@click.option("--data", "folder", metavar="FOLDER", help="Run on folders of pictures by class.")
+@click.option("--input", metavar="PICTURE", help="Run on a picture instead.")
+@click.option("--data", metavar="FOLDER", help="Run on folders of pictures by class.")
 @click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64.")
 @click.option("--channels-last", is_flag=True, help="Lay weights and pictures out channels last.")
 @click.option("--seed", default=0, show_default=True, help="Of inputs, and all that is random.")
@@ -59,10 +59,6 @@ def command(
     model_arg: Sequence[str],
     device: Sequence[str],
     input_shape: Sequence[str],
-    batch_size: int | None,
-    picture: str | None,
-    folder: str | None,
-    seed: int,
     as_json: bool,
     quiet: bool,
     **how: Any,
@@ -78,20 +74,23 @@ def command(
     The reference is loaded as its author would, the candidate must load strictly. Exit code 1
     where the outputs differ, or where the reference differs from itself.
     """
-    from ckptool.cli import report_model
-    from ckptool.model import inputs, verify, zoo
+    from ckptool.cli import report, report_model
+    from ckptool.model import zoo
+    from ckptool.verbs import api
 
-    options = verify.Options(
-        devices=device,
-        inputs=inputs.Options(input_shape, batch_size, picture, folder, seed),
-        **how,
-    )
     with _Batches(quiet=quiet) as progress:
-        found = verify.verify(
-            reference, candidate, model, zoo.arguments(model_arg), options, progress
+        found = api.verify(
+            reference,
+            candidate,
+            model,
+            model_args=zoo.arguments(model_arg),
+            devices=device,
+            input_shapes=input_shape,
+            progress=progress,
+            **how,
         )
     if as_json:
-        talk.put([report_model.verification_document(found)])
+        talk.put([report.document(found.to_dict())])
     else:
         rows = report_model.run_table if talk.on_terminal() else report_model.run_rows
         talk.put(rows(found))

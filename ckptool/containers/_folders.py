@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
+from ckptool.containers import _registry
 from ckptool.errors import NotACheckpoint
+from ckptool.files import archives
 from ckptool.text import counted, quoted, readable, table
 
 MAX_NAMES = 10_000
 MAX_SHOWN = 12
-_SUFFIXES = ".safetensors .pth .pt .bin .ckpt .th .tar .pkl .jit .model .nemo .zip .index.json"
 # Names that must all be there (`a|b` is either) -> what a folder looks like.
 _KINDS: tuple[tuple[str, str], ...] = (
     ("model_index.json", "a pipeline of diffusers; its models are in the folders inside"),
@@ -39,7 +40,8 @@ def refuse(path: str) -> NotACheckpoint:
         return NotACheckpoint(f"{path} is a folder", path=path)
     names = {each.name for each in found}
     kind = next((f", {what}" for wanted, what in _KINDS if _has(names, wanted)), "")
-    weights = {name: size for name, size in files.items() if name.endswith(_ENDINGS)}
+    endings = (*_registry.suffixes(), *archives.SUFFIXES, ".model", ".index.json")
+    weights = {name: size for name, size in files.items() if name.endswith(endings)}
     ordered = sorted(weights, key=lambda name: (-weights[name], name))
     likely = sorted(ordered, key=_is_state)
     return NotACheckpoint(
@@ -48,9 +50,6 @@ def refuse(path: str) -> NotACheckpoint:
         evidence=table([(name, readable(weights[name])) for name in ordered[:MAX_SHOWN]], (1,)),
         hint=f"ckptool info {quoted(os.path.join(path, likely[0]))}" if likely else "",
     )
-
-
-_ENDINGS = tuple(_SUFFIXES.split())
 
 
 def _is_state(name: str) -> bool:

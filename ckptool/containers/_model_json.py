@@ -63,16 +63,11 @@ def read(records: Records) -> Checkpoint:
         records.reader.nbytes,
         pickle_name="attributes.pkl",
         generation="torch 1.0 to 1.2",
-        unread=_unread(records),
+        unread=records.unread(_READ),
         records=records.described(),
         unlisted=records.unlisted,
         program=f"TorchScript module {name}".rstrip(),
     )
-
-
-def _unread(records: Records) -> tuple[str, ...]:
-    known = {*records.used, *_READ}
-    return tuple(name for name in records.members if name not in known)
 
 
 def _value(message: Any, name: str, default: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from typing import cast
 
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files import zips
@@ -20,20 +21,30 @@ MAX_METADATA = 64 << 20  # of inflated metadata, or as many bytes as the file ha
 class Records:
     """What lies in the one folder of an archive, by name without that folder.
 
-    `recorded` tells whether there are checksums: all zero means that none were computed. `used`
-    collects the storages that were asked for.
+    A member that is asked for as a storage becomes one: of hundreds of thousands there are never
+    both. `recorded` tells whether there are checksums: all zero means that none were computed.
     """
 
     reader: Reader
-    members: dict[str, zips.Member]
+    members: dict[str, zips.Member | Storage]
     recorded: bool
     unlisted: int
-    used: dict[str, Storage] = field(default_factory=dict)
 
     def small(self, name: str) -> bytes:
         """Read and inflate a record of metadata; raises `LimitExceeded` for one too large."""
+        member = self.members[name]
+        if isinstance(member, Storage):
+            raise Malformed(f"{name} is a storage too", path=self.reader.path)
         limit = max(MAX_METADATA, self.reader.nbytes)
-        return zips.read_member(self.reader, self.members[name], limit, check=self.recorded)
+        return zips.read_member(self.reader, member, limit, check=self.recorded)
+
+    def unread(self, known: Container[str]) -> tuple[str, ...]:
+        """Name the members that were not asked for as storages, but for those `known`."""
+        return tuple(
+            name
+            for name, member in self.members.items()
+            if not isinstance(member, Storage) and name not in known
+        )
 
     def byteorder(self) -> str:
         """Read the record that says `little` or `big`; without one it is little."""
@@ -66,18 +77,20 @@ class Records:
                 path=self.reader.path,
                 offset=member.start,
             )
-        self.used[name] = self._storage(said, member, byteorder)
-        return self.used[name]
+        storage = self.members[name] = self._storage(said, member, byteorder)
+        return storage
 
     def described(self) -> dict[str, Storage]:
-        """Give all records by name, those that hold no storage of a tree as if they did."""
-        return {
-            name: self.used.get(name)
-            or self._storage(StorageId(name, None, "cpu", 0), member, "little")
-            for name, member in self.members.items()
-        }
+        """Turn all members into storages by name, those of no tree too; asked last."""
+        for name, member in self.members.items():
+            if not isinstance(member, Storage):
+                said = StorageId(name, None, "cpu", 0)
+                self.members[name] = self._storage(said, member, "little")
+        return cast("dict[str, Storage]", self.members)
 
-    def _storage(self, said: StorageId, member: zips.Member, byteorder: str) -> Storage:
+    def _storage(self, said: StorageId, member: zips.Member | Storage, byteorder: str) -> Storage:
+        if isinstance(member, Storage):  # two pickles of an archive share it
+            return replace(member, key=said.key, dtype=said.dtype, location=said.location)
         deflated = member.method == zips.DEFLATED
         return Storage(
             self.reader.file,
@@ -136,6 +149,8 @@ def read_records(reader: Reader, wanted: str) -> Records | None:
     outside = [name for name in members if not name.startswith(root)]
     if outside:  # torch takes the first record's folder: nothing may shadow what lies in it
         raise Malformed(f"record {outside[0]} lies outside {root}", path=reader.path)
-    inside = {name.removeprefix(root): member for name, member in members.items()}
+    inside: dict[str, zips.Member | Storage] = {
+        name.removeprefix(root): member for name, member in members.items()
+    }
     recorded = any(member.crc32 for member in members.values() if member.nbytes)
     return Records(reader, inside, recorded, directory.unlisted)

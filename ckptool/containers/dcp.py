@@ -4,7 +4,7 @@
 `torch.save` wrote for each chunk of a tensor and each other object of that rank, one archive behind
 another (torch/distributed/checkpoint/filesystem.py, `_write_item`). Keys and order are those of
 `dcp_to_torch_save` (format_utils.py): nested as the planner's paths say, flat where it kept none.
-Written is this container through torch itself, in `model/dcp.py`.
+It is written in `_dcp_output.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ckptool.containers import _dcp_metadata, torch_zip
+from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import Reader, Stamp
@@ -340,3 +341,17 @@ def _grown(branch: _Branch, places: list[int]) -> Node:
     if places[0] < 0:
         raise LimitExceeded("lists with more gaps than entries")
     return [node(branch.members.get(index)) for index in range(length)]
+
+
+CONTAINERS = (
+    Container(
+        "torch-dcp",
+        "distributed checkpoint",
+        "",
+        (),
+        (".metadata", "__*.metadata"),
+        sniff,
+        read,
+        traits=Traits(beside_files=True),
+    ),
+)

@@ -12,34 +12,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
+from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.files.copying import Compute, Copy, Job, Layout
-from ckptool.files.fileio import Reader, Readers, seekable
+from ckptool.files.fileio import Reader
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
+from ckptool.tensors.numbers import can_resolve
 from ckptool.tensors.tensor import (
     CompositeTensor,
     Storage,
     TensorInfo,
     contiguous_stride,
-    gather,
-    is_contiguous,
-    is_resolvable,
-    needs_swap,
-    settled,
 )
 
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.files.copying import Layout
+
 MAX_HEADER = 100_000_000
-GATHER_BLOCK = 8 << 20
 
 
 def sniff(head: bytes) -> bool:
@@ -145,15 +140,7 @@ def _refuse_gaps(reader: Reader, tensors: list[TensorInfo], base: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What safetensors cannot hold as it is: `ties` map a key to the one it is tied to."""
-
-    ties: dict[str, str]
-    unfit: dict[str, str]
-
-
-def left_behind(entries: dict[str, Node], *, untie: bool) -> Left:
+def left_behind(entries: dict[str, Node], untie: bool) -> Left:
     """Say which entries of a state_dict are tied to others, and which do not fit and why."""
     views: dict[tuple[object, ...], str] = {}
     ties, unfit = {}, {}
@@ -175,7 +162,7 @@ def _unfit(key: str, value: Node) -> str:
         return "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
-    if value.lazy and not is_resolvable(value):
+    if value.lazy and not can_resolve(value.dtype, value.lazy):
         return f"a pending operation that torch does not do on {value.dtype.torch_name}"
     if key == "__metadata__":
         return "its name is taken by the format"
@@ -188,12 +175,15 @@ def _unfit(key: str, value: Node) -> str:
     return ""
 
 
-def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
     """Plan a file with these entries; ties are written once and noted.
 
     Raises `NotRepresentable` with the keys that do not fit.
     """
-    left = left_behind(entries, untie=untie)
+    from ckptool.files.copying import Layout
+
+    assert entries is not None  # what keeps nothing around a state_dict is planned with one
+    left = left_behind(entries, untie)
     if left.unfit:
         raise NotRepresentable(
             f"safetensors cannot hold {len(left.unfit)} of {len(entries)} entries",
@@ -209,7 +199,9 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node], *, untie: bool) ->
     places, nbytes = _places(ordered)
     text = _header(ordered, places, metadata)
     base = 8 + len(text)
-    jobs = _jobs(ordered, {key: base + place for key, place in places.items()})
+    from ckptool.files import planner
+
+    jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
     return Layout(base + nbytes, jobs, [(0, len(text).to_bytes(8, "little") + text)])
 
 
@@ -242,30 +234,17 @@ def _header(
     return text
 
 
-def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> list[Job]:
-    """Copy what lies in order; compute the rest. Every storage is checked against its CRC once."""
-    jobs: list[Job] = []
-    checked: set[Storage] = set()
-    for key, info in ordered:
-        storage = info.storage
-        plain = is_contiguous(info.shape, info.stride) and not info.lazy
-        if plain and not needs_swap(storage, info.dtype.swap):
-            copy = Copy(storage, targets[key], info.start, info.nbytes)
-            jobs.append(copy)
-            if copy.whole:
-                checked.add(storage)
-        elif info.nbytes:
-            jobs.append(Compute(storage, partial(_computed, info), targets[key], info.nbytes))
-    unchecked = dict.fromkeys(info.storage for _, info in ordered)
-    return jobs + [
-        Copy(storage, None)
-        for storage in unchecked
-        if storage not in checked and storage.crc32 is not None
-    ]
-
-
-def _computed(info: TensorInfo, readers: Readers) -> Iterator[bytes | bytearray]:
-    """Yield the bytes of a tensor that does not lie in its storage as safetensors wants it."""
-    with seekable(info.storage, readers) as fetch:
-        for block in gather(info, fetch, GATHER_BLOCK):
-            yield settled(block, info)
+CONTAINERS = (
+    Container(
+        "safetensors",
+        "safetensors",
+        "safetensors",
+        (".safetensors",),
+        (),
+        sniff,
+        read,
+        Writer(lay_out, ".safetensors", "model", ".safetensors", left_behind),
+        Traits(around=False, strides=False, ties=False, module_metadata=False, objects=False),
+        library="safetensors",
+    ),
+)

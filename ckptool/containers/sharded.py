@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ckptool.containers import _json
+from ckptool.containers import _json, _reading
+from ckptool.containers._container import Container, Traits
 from ckptool.containers._order import NOTE, restored
 from ckptool.containers._stand_in import shard_of
 from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malformed, NotACheckpoint
@@ -35,8 +36,6 @@ SHOWN = 8
 _INDEX = re.compile(rb'\s*\{\s*("(metadata|weight_map)"\s*:|.*"weight_map"\s*:)', re.DOTALL)
 _COMPUTED = ("total_size", "total_parameters")  # of the index's metadata, written anew
 
-Read = Callable[[str], Checkpoint]
-
 
 def sniff_safetensors(head: bytes) -> bool:
     """Tell whether a file starts as the index of safetensors shards."""
@@ -48,8 +47,8 @@ def sniff_torch(head: bytes) -> bool:
     return bool(_INDEX.match(head)) and not sniff_safetensors(head)
 
 
-def read(reader: Reader, read_shard: Read) -> Checkpoint:
-    """Read an index and its shards as one checkpoint; `read_shard` reads a single file.
+def read(reader: Reader) -> Checkpoint:
+    """Read an index and its shards as one checkpoint.
 
     Raises `Malformed` where they disagree, and what reading a shard raises.
     """
@@ -60,7 +59,7 @@ def read(reader: Reader, read_shard: Read) -> Checkpoint:
     shards: dict[str, Checkpoint] = {}
     try:
         for name in names:
-            shards[name] = _shard(read_shard(os.path.join(folder, name)), name)
+            shards[name] = _shard(_reading.read_shard(os.path.join(folder, name)), name)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(reader, weight_map, parts)
     except FormatError as error:
@@ -70,14 +69,15 @@ def read(reader: Reader, read_shard: Read) -> Checkpoint:
     entries, notes = restored(entries, note)
     texts, differing = _texts([shard.metadata for shard in shards.values()], metadata)
     tree = make_state_dict(entries, _module_metadata(parts.values()))
+    pickle_name = _pickle_name(shards)
     return Checkpoint(
         reader.path,
-        _container(shards.values()),
+        "torch-sharded" if pickle_name else "safetensors-sharded",
         tree,
         reader.nbytes + sum(shard.nbytes for shard in shards.values()),
         globals=_globals(shards),
         calls=_calls(shards),
-        pickle_name=_pickle_name(shards),
+        pickle_name=pickle_name,
         byteorder=next((s.byteorder for s in shards.values() if s.byteorder != "little"), "little"),
         metadata=texts,
         unread=tuple(_left_behind(shards, parts, metadata)),
@@ -267,11 +267,6 @@ def _disagree(reader: Reader, what: str, keys: Sequence[str]) -> None:
 # What is beside the entries.
 
 
-def _container(shards: Iterable[Checkpoint]) -> str:
-    plain = all(shard.container == "safetensors" for shard in shards)
-    return "safetensors-sharded" if plain else "torch-sharded"
-
-
 def _globals(shards: Mapping[str, Checkpoint]) -> dict[Global, int]:
     return {name: at for shard in shards.values() for name, at in shard.globals.items()}
 
@@ -336,3 +331,28 @@ def _size_notes(said: Any, entries: Mapping[str, Node]) -> list[str]:
     if said is None or said in sizes:
         return []
     return [f"the index speaks of {str(said)[:20]} bytes in all, the shards hold {every}"]
+
+
+CONTAINERS = (
+    Container(
+        "safetensors-sharded",
+        "sharded safetensors",
+        "",
+        (),
+        PATTERNS,
+        sniff_safetensors,
+        read,
+        traits=Traits(beside_files=True),
+        written_as="safetensors",
+    ),
+    Container(
+        "torch-sharded",
+        "sharded torch",
+        "",
+        (),
+        PATTERNS,
+        sniff_torch,
+        read,
+        traits=Traits(beside_files=True),
+    ),
+)

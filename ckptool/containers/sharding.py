@@ -61,12 +61,6 @@ class Names:
         return bool(re.fullmatch(rf"{stem}(-\d+-of-\d+)?{suffix}(\.index\.json)?", name))
 
 
-NAMES = {
-    "safetensors": Names("model", ".safetensors"),
-    "torch-zip": Names("pytorch_model", ".bin"),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Split:
     """The keys of each shard, and how many bytes all tensors take, shared ones counted once."""

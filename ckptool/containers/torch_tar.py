@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field, replace
 
+from ckptool.containers._container import Container
 from ckptool.errors import Malformed
 from ckptool.files import tars
 from ckptool.files.fileio import Reader
@@ -221,3 +222,6 @@ class _TarVocabulary(TorchVocabulary):
                 storage = super().persistent(said, node.offset)
                 return super().called(replace(node, args=(storage, *rest)))
         return super().called(node)
+
+
+CONTAINERS = (Container("torch-tar", "torch tar", "", (), (), sniff, read),)

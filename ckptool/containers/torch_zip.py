@@ -12,17 +12,22 @@ compute offsets from the exact layout of torch's own writer (torch/serialization
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from typing import TYPE_CHECKING
 
+from ckptool.containers._container import Container, Traits, Writer
 from ckptool.containers._records import Records, read_records
 from ckptool.errors import NotRepresentable
 from ckptool.files import zips
-from ckptool.files.copying import Copy, Layout
 from ckptool.files.fileio import Reader
-from ckptool.pickles import pickle_writer
 from ckptool.pickles.torch_objects import Lowering, StorageId
+from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.tensor import Storage
+from ckptool.tensors.tensor import Storage, TensorInfo
+
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.files.copying import Job, Layout
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -48,8 +53,8 @@ def read(reader: Reader) -> Checkpoint | None:
 
     parsed = records.load("data.pkl", find_storage)
     members = records.members
-    known = {*records.used, *_CARRIED_ANEW}
-    unread = [name for name in members if name not in known]
+    unread = records.unread(_CARRIED_ANEW)
+    unread_nbytes = sum(member.packed_nbytes for member in map(members.__getitem__, unread))
     return Checkpoint(
         reader.path,
         "torch-zip",
@@ -61,8 +66,8 @@ def read(reader: Reader) -> Checkpoint | None:
         byteorder=byteorder,
         generation=_generation(records),
         protocol=parsed.protocol,
-        unread=tuple(unread),
-        unread_nbytes=sum(members[name].packed_nbytes for name in unread),
+        unread=unread,
+        unread_nbytes=unread_nbytes,
         records=records.described(),
         unlisted=records.unlisted,
         flaws=() if "version" in members else ("there is no `version` record; torch demands one",),
@@ -87,32 +92,46 @@ def _generation(records: Records) -> str:
     return "torch 1.6 to 2.0, or another writer"
 
 
-def lay_out(checkpoint: Checkpoint) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
     """Plan an archive that holds the checkpoint's tree and the storages that it uses."""
+    if any(
+        isinstance(each, TensorInfo) and not each.dtype.torch_name
+        for each in (entries or {}).values()
+    ):
+        raise NotRepresentable("torch has no dtype for six-bit floats")
+    return archive(checkpoint.tree)
+
+
+def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Layout:
+    """Plan an archive that holds a tree and the storages that it uses.
+
+    `job` returns what writes the bytes of a storage to a place in the archive: a copy.
+    """
+    from ckptool.files.copying import Copy, Layout
+    from ckptool.pickles import pickle_writer
+
+    job = job or Copy
     lowering = Lowering()
-    pickled = pickle_writer.dump(checkpoint.tree, lowering)
+    pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
     if len(orders) > 1:
         raise NotRepresentable("tensors of two byte orders have no place in one torch file")
     byteorder = orders.pop() if orders else "little"
-    small = [("data.pkl", pickled), ("byteorder", byteorder.encode())]
-    before = [_record(name, data) for name, data in small]
+    before = [_record("data.pkl", pickled), _record("byteorder", byteorder.encode())]
     after = [_record("version", b"3\n")]
-    stored = [
-        zips.Record(f"{ROOT}/data/{key}", storage.nbytes)
-        for storage, key in lowering.storages.items()
-    ]
-    records = [*before, *stored, *after]
-    directory, nbytes = zips.lay_out(records, ALIGNMENT)
-    jobs = [
-        Copy(storage, record.start)
-        for storage, record in zip(lowering.storages, stored, strict=True)
-    ]
+    storages = tuple(lowering.storages)
+
+    def records(checksums: Iterable[int]) -> Iterator[zips.Record]:
+        yield from before
+        for key, (storage, crc32) in enumerate(zip(storages, checksums, strict=False)):
+            yield zips.Record(f"{ROOT}/data/{key}", storage.nbytes, None, crc32)
+        yield from after
+
+    starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
+    jobs = [job(storage, start) for storage, start in zip(storages, starts[2:-1], strict=True)]
 
     def finish() -> Iterable[tuple[int, bytes]]:
-        for job, record in zip(jobs, stored, strict=True):
-            record.crc32 = job.crc32
-        return zips.headers(records, directory)
+        return zips.headers(records(done.crc32 for done in jobs), ALIGNMENT)
 
     literals = [(record.start, record.data or b"") for record in (*before, *after)]
     return Layout(nbytes, list(jobs), literals, finish)
@@ -120,3 +139,19 @@ def lay_out(checkpoint: Checkpoint) -> Layout:
 
 def _record(name: str, data: bytes) -> zips.Record:
     return zips.Record(f"{ROOT}/{name}", len(data), data, zlib.crc32(data))
+
+
+CONTAINERS = (
+    Container(
+        "torch-zip",
+        "torch zip",
+        "torch",
+        (".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pkl"),
+        (),
+        sniff,
+        read,
+        Writer(lay_out, ".pth", "pytorch_model", ".bin"),
+        Traits(memory_mapped=True),
+        library="torch",
+    ),
+)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ckptool.containers import _model_json
+from ckptool.containers._container import Container
 from ckptool.containers._records import MAX_METADATA, Budget, Records, budget, read_records
 from ckptool.containers._script_source import ScriptClass, parse
 from ckptool.errors import LimitExceeded, Malformed
@@ -238,3 +239,6 @@ def _is_buffer(declared: ScriptClass | None, name: str) -> bool:
     if declared is None:
         return False  # all tensors went before, as if they were parameters
     return name in declared.buffers and declared.types.get(name, "Tensor") == "Tensor"
+
+
+CONTAINERS = (Container("torchscript", "TorchScript", "", (".jit", ".ptl"), (), sniff, read),)

@@ -9,23 +9,22 @@ becomes one on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from ckptool.errors import FormatError, LimitExceeded, NoSuchFile, Unsupported
 from ckptool.files import tars, zips
-from ckptool.files.fileio import Reader
+from ckptool.files.fileio import MARK, Reader
 from ckptool.files.spool import Spool, bounded, gunzipped, limit
 from ckptool.text import counted, quoted, readable, table
 
-MARK = "::"
 SHOWN = 8
-# What a checkpoint inside an archive is called, or an archive that may hold one.
-LIKELY = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors", ".pkl", ".jit", ".ptl", ".zip")
-LIKELY_TARS = (".tar", ".tar.gz", ".tgz", ".nemo", ".gz")
+SUFFIXES = (".zip", ".nemo", ".tgz", ".gz")  # beside .tar, which checkpoints have too
 _PLACE = f"`{MARK}` names a file in an archive; --at chooses a place in a checkpoint"
 _GZIP = b"\x1f\x8b"
+
+Suffixes = Callable[[], tuple[str, ...]]  # of checkpoints: asked only where members are listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +34,7 @@ class ArchiveMember:
     name: str
     nbytes: int
     kind: str = "file"
-
-    @property
-    def likely(self) -> bool:
-        """Tell whether its name is that of a checkpoint, or of an archive."""
-        return self.kind == "file" and self.name.lower().endswith(LIKELY + LIKELY_TARS)
+    likely: bool = False  # by its name it is a checkpoint, or an archive
 
 
 @dataclass(slots=True)
@@ -52,17 +47,18 @@ class Inside:
     alone: str = ""  # the one file that a gzip file holds, which is `reader` then
     held: tuple[object, ...] = ()
 
-    def members(self) -> list[ArchiveMember]:
+    def members(self, suffixes: Suffixes) -> list[ArchiveMember]:
         """List all members, those that look like checkpoints first, the largest first of all."""
-        found = [ArchiveMember(each.name, each.nbytes) for each in self.zipped.values()]
-        found += [
-            ArchiveMember(each.name, each.nbytes, each.kind)
-            for each in self.tarred.values()
-            if each.kind != "folder"
+        rows = [(member.name, member.nbytes, "file") for member in self.zipped.values()]
+        rows += [(member.name, member.nbytes, member.kind) for member in self.tarred.values()]
+        rows += [(self.alone, self.reader.nbytes, "file")] if self.alone else []
+        endings = (*suffixes(), *SUFFIXES)
+        members = [
+            ArchiveMember(name, nbytes, kind, kind == "file" and name.lower().endswith(endings))
+            for name, nbytes, kind in rows
+            if kind != "folder"
         ]
-        if self.alone:
-            found.append(ArchiveMember(self.alone, self.reader.nbytes))
-        return sorted(found, key=lambda each: (not each.likely, -each.nbytes))
+        return sorted(members, key=lambda member: (not member.likely, -member.nbytes))
 
 
 def split(path: str) -> tuple[str, list[str]]:
@@ -102,7 +98,7 @@ def _spooled(stack: ExitStack, blocks: Iterator[bytes], shown: str) -> tuple[Rea
 
 
 @contextmanager
-def opened(path: str) -> Iterator[tuple[Reader, Reader, tuple[object, ...]]]:
+def opened(path: str, suffixes: Suffixes) -> Iterator[tuple[Reader, Reader, tuple[object, ...]]]:
     """Open a member of an archive for reading.
 
     Gives the readers of the member and of the archive itself, and what must be held while the
@@ -114,7 +110,7 @@ def opened(path: str) -> Iterator[tuple[Reader, Reader, tuple[object, ...]]]:
         reader = archive = stack.enter_context(Reader(file))
         for name in names:
             try:
-                reader = _member(stack, reader, name, held)
+                reader = _member(stack, reader, name, held, suffixes)
             except FormatError as error:
                 if str(reader.path) not in error.message:
                     error.message = f"{reader.path}: {error.message}"
@@ -122,7 +118,9 @@ def opened(path: str) -> Iterator[tuple[Reader, Reader, tuple[object, ...]]]:
         yield reader, archive, tuple(held)
 
 
-def _member(stack: ExitStack, reader: Reader, name: str, held: list[object]) -> Reader:
+def _member(
+    stack: ExitStack, reader: Reader, name: str, held: list[object], suffixes: Suffixes
+) -> Reader:
     inside = enter(stack, reader)
     if inside is None:
         what = f"{reader.path} is no archive that is looked into (zip, tar, gzip)"
@@ -138,7 +136,7 @@ def _member(stack: ExitStack, reader: Reader, name: str, held: list[object]) -> 
             raise Unsupported(f"{shown} is a {found.kind}, not a file")
         return inside.reader.part(found.start, found.nbytes, shown)
     if name not in inside.zipped:
-        raise _missing(reader, inside, name)
+        raise _missing(reader, name, inside.members(suffixes))
     member = inside.zipped[name]
     if member.method == zips.STORED:
         for _ in zips.blocks(reader, member):
@@ -155,10 +153,9 @@ def _member(stack: ExitStack, reader: Reader, name: str, held: list[object]) -> 
     return unpacked
 
 
-def _missing(reader: Reader, inside: Inside, name: str) -> NoSuchFile:
+def _missing(reader: Reader, name: str, members: list[ArchiveMember]) -> NoSuchFile:
     from difflib import get_close_matches
 
-    members = inside.members()
     names = [each.name for each in members]
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     hint = _PLACE if any(os.path.basename(each) == "data.pkl" for each in names) else ""
@@ -180,7 +177,7 @@ def lines(members: list[ArchiveMember]) -> list[str]:
     return table(rows) + ([f"and {counted(more, 'more file')}"] if more > 0 else [])
 
 
-def look(reader: Reader) -> tuple[list[str], str]:
+def look(reader: Reader, suffixes: Suffixes) -> tuple[list[str], str]:
     """Show what is in a file that is no checkpoint, and the command that gets at it.
 
     Both are empty for what is no archive, or holds nothing that looks like a checkpoint; what
@@ -191,7 +188,7 @@ def look(reader: Reader) -> tuple[list[str], str]:
             inside = enter(stack, reader)
         except FormatError as error:
             return [f"it cannot be looked into: {error.message}"], error.hint
-        members = inside.members() if inside else []
+        members = inside.members(suffixes) if inside else []
     if not members or not members[0].likely:
         return [], ""
     return lines(members), f"ckptool keys {quoted(reader.path + MARK + members[0].name)}"

@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ckptool.errors import Malformed
+from ckptool.files.blocks import Part, fill
 from ckptool.files.crc import join_crc32
-from ckptool.files.fileio import CHUNK, Part, Readers, fill, unpacked, write_at
+from ckptool.files.fileio import CHUNK, Readers, unpacked, write_at
 from ckptool.tensors.tensor import Chunked, Packing, Storage, contiguous_stride
 
 FLUSH_EVERY = 32 << 20
@@ -24,7 +25,8 @@ WORKERS = 2
 Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
 
-Block = Callable[[Readers], Iterator[bytes | bytearray]]
+Block = bytes | bytearray | memoryview  # of bytes
+Blocks = Callable[[Readers], Iterator[Block]]
 
 
 def no_progress(total: int) -> Progress:
@@ -63,9 +65,10 @@ class Compute:
     """Write what `block` makes of a storage to `target`: `nbytes` of them."""
 
     storage: Storage
-    block: Block
+    block: Blocks
     target: int
     nbytes: int
+    crc32: int = 0
 
 
 Job = Copy | Compute
@@ -76,13 +79,14 @@ class Layout:
     """A file planned to the last byte before the first is written.
 
     `literals` are `(offset, bytes)` known beforehand; `finish` gives the ones that need the
-    checksums of the copies.
+    checksums of the copies. `name` is that in the folder that is written, empty for a file alone.
     """
 
     nbytes: int
     jobs: list[Job]
     literals: list[tuple[int, bytes]]
     finish: Callable[[], Iterable[tuple[int, bytes]]] = tuple
+    name: str = ""
 
     @property
     def job_nbytes(self) -> int:
@@ -177,7 +181,7 @@ def _tasks(jobs: list[Job]) -> Iterator[_Task]:
 def _do(task: _Task, readers: Readers, target: int | None, buffer: memoryview[int]) -> int:
     job, start, nbytes = task
     if isinstance(job, Compute):
-        _stream(job.block(readers), target, job.target)
+        job.crc32 = _stream(job.block(readers), target, job.target)
     elif job.storage.packing is Packing.DEFLATED:
         reader = readers[job.storage.path]
         parts = _clipped(unpacked(job.storage, reader), job.start, job.nbytes)
@@ -191,7 +195,9 @@ def _do(task: _Task, readers: Readers, target: int | None, buffer: memoryview[in
     return nbytes
 
 
-def _stream(parts: Iterable[bytes | bytearray], target: int | None, position: int | None) -> int:
+def _stream(
+    parts: Iterable[bytes | bytearray | memoryview], target: int | None, position: int | None
+) -> int:
     crc32 = 0
     for data in parts:
         crc32 = zlib.crc32(data, crc32)

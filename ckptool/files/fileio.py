@@ -7,23 +7,24 @@ import os
 import stat
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from typing import TYPE_CHECKING
+from weakref import finalize
 
 from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
 )
-from ckptool.tensors.chunks import pieces, place, read_elements
-from ckptool.tensors.tensor import Packing, Storage
+from ckptool.tensors.tensor import Storage
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
 CHUNK = 1 << 19  # fits the second-level cache of a core, with what the kernel needs of it
+MARK = "::"  # between an archive and the name of a member in it
 
 Stamp = tuple[int, int, int]  # which file it is, its size, and when it was written to
 
@@ -190,12 +191,17 @@ def unpacked(storage: Storage, reader: Reader) -> Iterator[bytes]:
         )
 
 
+KEPT_UNPACKED = 2  # the two sides of a comparison, or one for each worker of a copy
+
+
 class Readers:
-    """The open files of a run, by path."""
+    """The open files of a run, by path, and what of them was unpacked last."""
 
     def __init__(self) -> None:
         self._open: dict[str, Reader] = {}
+        self._unpacked: dict[Storage, Reader] = {}
         self._lock = threading.Lock()
+        self._unpacking = threading.Lock()
 
     def __getitem__(self, path: str) -> Reader:
         with self._lock:
@@ -203,73 +209,39 @@ class Readers:
                 self._open[path] = Reader(path)
             return self._open[path]
 
+    def unpacked(self, storage: Storage) -> Reader:
+        """Return a reader of the bytes of a deflated storage; the last few are kept."""
+        with self._unpacking:
+            reader = self._unpacked.pop(storage, None) or _spooled(storage, self[storage.path])
+            self._unpacked[storage] = reader
+            if len(self._unpacked) > KEPT_UNPACKED:
+                del self._unpacked[next(iter(self._unpacked))]
+        return reader
+
     def close(self) -> None:
         """Close all files, after a last look whether one was changed meanwhile."""
         try:
             for reader in self._open.values():
                 reader.refuse_change()
         finally:
+            self._unpacked.clear()
             for reader in self._open.values():
                 reader.close()
 
 
-Part = tuple[int, int, int, int]  # of a chunk: its index, the first byte, how many, their CRC-32
-
-
-def fill(view: memoryview[int], storage: Storage, start: int, readers: Readers) -> list[Part]:
-    """Fill `view` from `start` in a storage that is not deflated; a chunked one is assembled.
-
-    `start` and the length are whole elements of a chunked storage. Gives the parts of its chunks
-    that were read, whose checksums together are those of the chunks.
-    """
-    chunked = storage.chunked
-    if chunked is None:
-        readers[storage.path].read_into(view, storage.start + start)
-        return []
-    first, count = start // chunked.itemsize, len(view) // chunked.itemsize
-    parts = []
-    for piece in pieces(chunked, first, count):
-        source = piece.chunk.source
-        read = _plain_read(source.storage, readers)
-        data = read_elements(source, piece.first, piece.count, read)
-        place(chunked, piece, data, first, view)
-        begin = (source.storage_offset + piece.first) * chunked.itemsize
-        parts.append((piece.index, begin, len(data), zlib.crc32(data)))
-    return parts
-
-
-def _plain_read(storage: Storage, readers: Readers) -> Callable[[int, int], bytes]:
-    reader = readers[storage.path]
-    return lambda start, nbytes: reader.read(storage.start + start, nbytes)
-
-
-@contextmanager
-def seekable(storage: Storage, readers: Readers) -> Iterator[Callable[[int, int], bytes]]:
-    """Give a function that reads `(start, nbytes)` of a storage; a deflated one is spooled."""
-    if storage.packing is Packing.PLAIN:
-        yield _plain_read(storage, readers)
-        return
-    if storage.packing is Packing.CHUNKED:
-
-        def assembled(start: int, nbytes: int) -> bytes:
-            data = bytearray(nbytes)
-            fill(memoryview(data), storage, start, readers)
-            return bytes(data)
-
-        yield assembled
-        return
-    reader = readers[storage.path]
+def _spooled(storage: Storage, packed: Reader) -> Reader:
+    """Unpack a storage into a temporary file, which goes with its reader."""
     from tempfile import TemporaryFile
 
-    with TemporaryFile() as spool:
-        for data in unpacked(storage, reader):
-            spool.write(data)
-
-        def fetch(start: int, nbytes: int) -> bytes:
-            spool.seek(start)
-            return spool.read(nbytes)
-
-        yield fetch
+    reader = copy(packed)
+    with TemporaryFile() as file:
+        for data in unpacked(storage, packed):
+            file.write(data)
+        file.flush()
+        reader._fd = os.dup(file.fileno())
+    finalize(reader, os.close, reader._fd)
+    reader.base, reader.nbytes = 0, storage.nbytes
+    return reader
 
 
 def write_at(target: int, view: memoryview[int] | bytes, position: int) -> None:

@@ -11,14 +11,15 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
-from ckptool.files import atomic, body, filehash, fileio, filename, http, resume
-from ckptool.files.atomic import Part, Target
+from ckptool.files import body, filehash, fileio, filename, http, parts, publish, resume
 from ckptool.files.http import Answer, Limits, shown
+from ckptool.files.parts import Part
+from ckptool.files.publish import Target
 from ckptool.files.resume import Begun
 
 CHUNK = 1 << 17
@@ -31,7 +32,7 @@ class Downloaded:
     """What a download did.
 
     `url` is without secrets; `resumed_from` counts the bytes that an earlier run left; `checked`
-    says what the file was checked against.
+    says what the file was checked against; `weights` is torchvision's name of them, if it has one.
     """
 
     url: str
@@ -41,6 +42,13 @@ class Downloaded:
     resumed_from: int
     already_there: bool
     checked: str
+    weights: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `download/1`."""
+        fields = {key: value for key, value in asdict(self).items() if key != "warnings"}
+        return {"schema": "download/1", **fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,20 +214,21 @@ def _served_nbytes(job: _Job) -> int | None:
 
 
 def _fetched(job: _Job) -> Downloaded:
-    target = atomic.refuse_target(job.path, (), force=job.force, sync=job.sync)
+    target = publish.refuse_target(job.path, (), force=job.force, sync=job.sync)
     folder, name = os.path.split(target.path)
     path = os.path.join(folder, filename.of_part(name))
-    with atomic.part_output(path, target) as part:
+    with parts.part_output(path, target) as part:
         if part is None:
             raise DownloadFailed(
                 f"another process downloads {job.path}", hint="wait for it, or use another -o"
             )
         try:
-            atomic.refuse_target(job.path, (), force=job.force, sync=job.sync)
-            return _grown(job, target, part)
+            publish.refuse_target(job.path, (), force=job.force, sync=job.sync)
+            done = _grown(job, target, part)
         except (DownloadFailed, KeyboardInterrupt) as error:
             _tell_kept(error, part)
             raise
+    return replace(done, warnings=tuple(part.warnings))
 
 
 def _tell_kept(error: DownloadFailed | KeyboardInterrupt, part: Part) -> None:
@@ -297,9 +306,9 @@ def _checked(job: _Job, part: Part, nbytes: int, sha256: str, start: int) -> Dow
 def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
     """Say how many bytes may come: those declared, or what the disk can well take."""
     if total is not None:
-        atomic.refuse_full(target, total - start)
+        publish.refuse_full(target, total - start)
         return total
-    free = atomic.free_space(target)
+    free = publish.free_space(target)
     return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 10 * 9)
 
 

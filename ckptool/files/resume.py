@@ -14,8 +14,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from ckptool.files.atomic import Part
 from ckptool.files.http import Answer, content_range, shown
+from ckptool.files.parts import Part
 
 if TYPE_CHECKING:
     from hashlib import _Hash

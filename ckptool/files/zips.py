@@ -8,10 +8,13 @@ names that differ only in case are refused.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import CHUNK, Reader, unpacked
@@ -31,12 +34,12 @@ _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
 _PATCHED = 0x0020
 _DESCRIPTOR = 0x0008
 _FOLDER = 0x10  # of MS-DOS: miniz, and so torch, reads no byte of such a record, whoever wrote it
+_HEADERS_AT_ONCE = 1 << 16
 _VOLUMES = "an archive in several volumes"
 _LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One record of an archive; `start` is where its packed bytes begin."""
 
     name: str
@@ -48,8 +51,7 @@ class Member:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(NamedTuple):
     """The records of an archive by name, and how many of its bytes belong to none of them."""
 
     members: dict[str, Member]
@@ -146,20 +148,13 @@ def _fail(reader: Reader, what: str, offset: int) -> None:
 
 
 def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]:
-    position = 0
+    position, local = 0, _LocalHeaders(reader)
     while position < len(data):
         if len(data) - position < _CENTRAL.size:
             _fail(reader, "the archive's directory is cut off", base + position)
-        fields = _CENTRAL.unpack_from(data, position)
+        signature, _, _, flags, method, _, _, *numbers = _CENTRAL.unpack_from(data, position)
         (
-            signature,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc32,
+            checksum,
             packed,
             nbytes,
             name_size,
@@ -169,10 +164,11 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             _,
             attributes,
             header,
-        ) = fields
+        ) = numbers
         name_at = position + _CENTRAL.size
         extra_at = name_at + name_size
-        if signature != b"PK\1\2" or extra_at + extra_size + comment_size > len(data):
+        end = extra_at + extra_size + comment_size
+        if signature != b"PK\1\2" or end > len(data):
             _fail(reader, "an entry of the archive's directory is damaged", base + position)
         if _BIG32 in (packed, nbytes, header):
             extra = data[extra_at : extra_at + extra_size]
@@ -182,11 +178,11 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             _fail(reader, f"record {name} lies in another part of the archive", base + position)
         if attributes & _FOLDER and nbytes:
             _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
-        start = _data_start(
-            reader, data[name_at:extra_at], flags, method, (crc32, packed, nbytes), header
+        start = local.data_start(
+            data[name_at:extra_at], flags, method, (checksum, packed, nbytes), header
         )
-        yield Member(name, method, crc32, packed, nbytes, header, start)
-        position = extra_at + extra_size + comment_size
+        yield Member(name, method, checksum, packed, nbytes, header, start)
+        position = end
 
 
 def _text(name: bytes) -> str:
@@ -214,41 +210,70 @@ def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) ->
     raise Malformed("a zip64 entry without its sizes", path=reader.path, offset=offset)
 
 
-def _data_start(
-    reader: Reader,
-    name: bytes,
-    flags: int,
-    method: int,
-    central: tuple[int, int, int],
-    header: int,
-) -> int:
-    """Read a local header, refuse it where it disagrees, and say where the data starts."""
-    if flags & (_ENCRYPTED | _PATCHED):
-        raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
-    if method not in (STORED, DEFLATED):
-        raise Unsupported(f"record {_text(name)} has compression method {method}", path=reader.path)
-    if header + _LOCAL.size + len(name) > reader.nbytes:
-        _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
-    data = reader.read(header, _LOCAL.size + len(name))
-    signature, _, here_flags, here_method, _, _, *sizes, name_size, extra_size = _LOCAL.unpack_from(
-        data
-    )
-    if signature != b"PK\3\4" or name_size != len(name) or data[_LOCAL.size :] != name:
-        _fail(reader, f"the header of record {_text(name)} is not where the directory says", header)
-    if (
-        here_method != method
-        or here_flags & (_ENCRYPTED | _PATCHED)
-        or not _sizes_agree(sizes, central, deferred=bool(here_flags & _DESCRIPTOR))
-    ):
-        _fail(reader, f"the two headers of record {_text(name)} disagree", header)
-    if method == STORED and central[1] != central[2]:
-        _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
-    return int(header + _LOCAL.size + name_size + extra_size)
+class _LocalHeaders:
+    """The local headers of an archive, many in one read where its records are small."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._start, self._data = 0, b""
+
+    def _find(self, start: int, nbytes: int) -> int:
+        """Return where in `_data` a header starts."""
+        end = self._start + len(self._data)
+        if not self._start <= start <= end - nbytes:
+            near = self._start <= start <= end + _HEADERS_AT_ONCE
+            size = max(nbytes, _HEADERS_AT_ONCE if near else 0)
+            self._data = self._reader.read(start, min(size, self._reader.nbytes - start))
+            self._start = start
+        return start - self._start
+
+    def data_start(
+        self, name: bytes, flags: int, method: int, central: tuple[int, int, int], header: int
+    ) -> int:
+        """Check a local header against the directory, and return where the data starts."""
+        reader, name_end = self._reader, _LOCAL.size + len(name)
+        if flags & (_ENCRYPTED | _PATCHED):
+            raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
+        if method not in (STORED, DEFLATED):
+            what = f"record {_text(name)} has compression method {method}"
+            raise Unsupported(what, path=reader.path)
+        if header + name_end > reader.nbytes:
+            _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
+        at = self._find(header, name_end)
+        (
+            signature,
+            _,
+            here_flags,
+            here_method,
+            _,
+            _,
+            checksum,
+            packed,
+            nbytes,
+            name_size,
+            extra_size,
+        ) = _LOCAL.unpack_from(self._data, at)
+        here = self._data[at + _LOCAL.size : at + name_end]
+        if signature != b"PK\3\4" or name_size != len(name) or here != name:
+            what = f"the header of record {_text(name)} is not where the directory says"
+            _fail(reader, what, header)
+        deferred = bool(here_flags & _DESCRIPTOR)
+        if (
+            here_method != method
+            or here_flags & (_ENCRYPTED | _PATCHED)
+            or not _sizes_agree((checksum, packed, nbytes), central, deferred=deferred)
+        ):
+            _fail(reader, f"the two headers of record {_text(name)} disagree", header)
+        if method == STORED and central[1] != central[2]:
+            _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
+        return int(header + name_end + extra_size)
 
 
-def _sizes_agree(local: Sequence[int], central: Sequence[int], *, deferred: bool) -> bool:
+def _sizes_agree(
+    local: tuple[int, int, int], central: tuple[int, int, int], *, deferred: bool
+) -> bool:
     """Compare CRC and sizes; a local header may defer them, or leave sizes to its zip64 field."""
-    if tuple(local) == central or (deferred and not any(local)):
+    if local == central or (deferred and not any(local)):
         return True
     return all(
         here in (there, unknown) or (here == 0 and deferred)
@@ -274,15 +299,18 @@ def _beyond_descriptor(gap: int, before: str) -> int:
 
 
 def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for member in members:
         folded = member.name.casefold()
         if folded in seen:
-            _fail(reader, f"two records are named {seen[folded]} and {member.name}", member.header)
-        seen[folded] = member.name
-        steps = member.name.split("/")
-        if "\0" in member.name or "\\" in member.name or ".." in steps or not steps[0]:
+            first = next(each.name for each in members if each.name.casefold() == folded)
+            _fail(reader, f"two records are named {first} and {member.name}", member.header)
+        seen.add(folded)
+        if _ODD_NAME.search(member.name):
             _fail(reader, f"a record named {member.name!r}", member.header)
+
+
+_ODD_NAME = re.compile(r"\A(/|\Z)|[\0\\]|(\A|/)\.\.(/|\Z)")
 
 
 def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> bytes:
@@ -336,34 +364,48 @@ def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
 
 @dataclass(slots=True)
 class Record:
-    """A record to write: `data`, or `nbytes` that are copied later; `crc32` once it is known."""
+    """A record to write: `data`, or `nbytes` that are copied; `crc32` once it is known.
+
+    There may be many, so they are made when they are placed, and again for their headers.
+    """
 
     name: str
     nbytes: int
     data: bytes | None = None
     crc32: int = 0
     header: int = 0
-    start: int = field(default=0)
+    start: int = 0
 
 
-def lay_out(records: Sequence[Record], alignment: int) -> tuple[int, int]:
-    """Place records; give the offset of the directory and the size of the archive."""
+def _placed(records: Iterable[Record], alignment: int) -> Iterator[Record]:
+    """Place records one after the other, their data aligned by padding in the local headers."""
     position = 0
     for record in records:
         record.header = position
-        fixed = position + _LOCAL.size + len(record.name.encode()) + len(_wide_extra(record))
-        record.start = fixed + 4 + -(fixed + 4) % alignment
+        fixed = position + _LOCAL.size + len(record.name.encode()) + len(_wide_extra(record)) + 4
+        record.start = fixed + -fixed % alignment
         position = record.start + record.nbytes
-    size = sum(len(_central_header(record)) for record in records)
-    return position, position + size + _END64.size + _LOCATOR.size + _END.size
+        yield record
 
 
-def headers(records: Sequence[Record], directory: int) -> Iterator[tuple[int, bytes]]:
+def lay_out(records: Iterable[Record], alignment: int) -> tuple[Sequence[int], int]:
+    """Return where the data of each record starts, and the size of the archive."""
+    position, size, starts = 0, _END64.size + _LOCATOR.size + _END.size, array("Q")
+    for record in _placed(records, alignment):
+        starts.append(record.start)
+        position = record.start + record.nbytes
+        size += _CENTRAL.size + len(record.name.encode()) + len(_central_extra(record))
+    return starts, position + size
+
+
+def headers(records: Iterable[Record], alignment: int) -> Iterator[tuple[int, bytes]]:
     """Yield `(offset, bytes)` of all headers, the directory and the end records."""
-    for record in records:
+    data, count, position = bytearray(), 0, 0
+    for record in _placed(records, alignment):
         yield record.header, _local_header(record)
-    data = b"".join(_central_header(record) for record in records)
-    yield directory, data + _end_records(len(records), directory, len(data))
+        data += _central_header(record)
+        count, position = count + 1, record.start + record.nbytes
+    yield position, bytes(data) + _end_records(count, position, len(data))
 
 
 # "made by" 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
@@ -397,12 +439,15 @@ def _local_header(record: Record) -> bytes:
     return fixed + name + extra
 
 
+def _central_extra(record: Record) -> bytes:
+    if record.header < _BIG32:
+        return _wide_extra(record)
+    values = _wide_extra(record)[4:] + struct.pack("<Q", record.header)
+    return struct.pack("<HH", 1, len(values)) + values
+
+
 def _central_header(record: Record) -> bytes:
-    name, extra = record.name.encode(), _wide_extra(record)
-    header = min(record.header, _BIG32)
-    if header == _BIG32:
-        values = extra[4:] + struct.pack("<Q", record.header)
-        extra = struct.pack("<HH", 1, len(values)) + values
+    name, extra = record.name.encode(), _central_extra(record)
     size = min(record.nbytes, _BIG32)
     fixed = _CENTRAL.pack(
         b"PK\1\2",
@@ -421,7 +466,7 @@ def _central_header(record: Record) -> bytes:
         0,
         0,
         0,
-        header,
+        min(record.header, _BIG32),
     )
     return fixed + name + extra
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ckptool import containers
-from ckptool.model import libraries, zoo
+from ckptool.model import libraries, live, zoo
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places
 
@@ -17,7 +14,7 @@ from ckptool.state import checkpoint as places
 Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
 
 
-def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
+def initial_values(spec: zoo.ModelLike, args: Mapping[str, Any], seed: int) -> Fill:
     """Give a source of entries: keys of the model -> the values it starts with, seeded.
 
     The entries lie in a temporary file and are there as long as the context lasts.
@@ -26,13 +23,11 @@ def initial_values(spec: str, args: Mapping[str, Any], seed: int) -> Fill:
     @contextmanager
     def fill(keys: Sequence[str]) -> Iterator[Mapping[str, Node]]:
         torch = libraries.torch()
-        with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                values = zoo.build(spec, args, "cpu").state_dict()
-            path = os.path.join(folder, "initial.pth")
-            torch.save({key: values[key].contiguous() for key in keys}, path)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            values = zoo.build(spec, args, "cpu").state_dict()
+        with live.opened({key: values[key].contiguous() for key in keys}) as checkpoint:
             del values
-            yield dict(places.text_items(containers.read(path).tree) or [])
+            yield dict(places.text_items(checkpoint.tree) or [])
 
     return fill

@@ -15,6 +15,8 @@ from typing import Any
 
 from ckptool.errors import BadInput, MissingExtra
 from ckptool.model import libraries, zoo
+from ckptool.model.zoo import ModelLike
+from ckptool.text import several
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision has them
 DEFAULT_SHAPE = (1, 3, 224, 224)
@@ -28,7 +30,7 @@ DTYPES = {"float": "float32", "half": "float16", "double": "float64", **{n: n fo
 class Options:
     """What to run a model on; `shapes` are `1,3,224,224`, or `1,16:int64` for whole numbers."""
 
-    shapes: Sequence[str] = ()
+    shapes: str | Sequence[str] = ()
     batch_size: int | None = None
     picture: str | None = None
     folder: str | None = None
@@ -64,7 +66,7 @@ class Inputs:
         return next(iter(self))
 
 
-def make(spec: str, options: Options) -> Inputs:
+def make(spec: ModelLike, options: Options) -> Inputs:
     """Make what was asked for; raises `BadInput` for what cannot be."""
     if options.batch_size is not None and options.batch_size < 1:
         raise BadInput("a batch has at least one element")
@@ -90,8 +92,8 @@ def dtype(name: str | None) -> Any:
 # Random.
 
 
-def _random(spec: str, options: Options) -> Inputs:
-    asked = [_shape(text) for text in options.shapes] or [(default_shape(spec), "")]
+def _random(spec: ModelLike, options: Options) -> Inputs:
+    asked = [_shape(text) for text in several(options.shapes)] or [(default_shape(spec), "")]
     if options.batch_size is not None:
         asked = [((options.batch_size, *sizes[1:]), kind) for sizes, kind in asked]
     torch = libraries.torch()
@@ -121,17 +123,19 @@ def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any
         raise BadInput(f"no input of shape {list(sizes)} can be made here") from error
 
 
-def default_shape(spec: str) -> tuple[int, ...]:
+def default_shape(spec: ModelLike) -> tuple[int, ...]:
     """Give the shape that a model was trained on, where torchvision's registry says it."""
     crop = getattr(_transforms(spec), "crop_size", None)
     if not crop:
         return DEFAULT_SHAPE
     size = (crop[0], crop[-1])
-    is_video = "video" in libraries.torchvision().models.get_model_builder(spec).__module__
+    is_video = (
+        "video" in libraries.torchvision().models.get_model_builder(zoo.named(spec)).__module__
+    )
     return (1, 3, 16, *size) if is_video else (1, 3, *size)
 
 
-def _weights(spec: str) -> Any:
+def _weights(spec: ModelLike) -> Any:
     name = zoo.registered(spec)
     if name is None:
         return None
@@ -141,7 +145,7 @@ def _weights(spec: str) -> Any:
         return None
 
 
-def _transforms(spec: str) -> Any:
+def _transforms(spec: ModelLike) -> Any:
     weights = _weights(spec)
     return weights.transforms() if weights is not None else None
 
@@ -149,7 +153,7 @@ def _transforms(spec: str) -> Any:
 # Pictures.
 
 
-def _prepared(spec: str) -> Any:
+def _prepared(spec: ModelLike) -> Any:
     """Give the transforms that make a model's input of a picture."""
     from_weights = _transforms(spec)
     if from_weights is not None:
@@ -167,7 +171,7 @@ def _prepared(spec: str) -> Any:
     )
 
 
-def _classes(spec: str) -> tuple[str, ...]:
+def _classes(spec: ModelLike) -> tuple[str, ...]:
     weights = _weights(spec)
     if weights is None:
         weights = libraries.torchvision().models.ResNet18_Weights.IMAGENET1K_V1
@@ -187,14 +191,14 @@ def _opened(path: str) -> Any:
         raise BadInput(f"{path} is no picture that can be read: {zoo.last_line(error)}") from error
 
 
-def _picture(spec: str, path: str, batch_size: int) -> Inputs:
+def _picture(spec: ModelLike, path: str, batch_size: int) -> Inputs:
     tensor = _prepared(spec)(_opened(path))
     batch = tensor.unsqueeze(0).expand(batch_size, *tensor.shape).contiguous()
     what = f"{os.path.basename(path)} as {list(batch.shape)}"
     return Inputs("picture", what, 1, lambda: [Batch((batch,))], _classes(spec))
 
 
-def _folder(spec: str, path: str, batch_size: int) -> Inputs:
+def _folder(spec: ModelLike, path: str, batch_size: int) -> Inputs:
     libraries.torchvision()
     from torchvision.datasets import ImageFolder
 

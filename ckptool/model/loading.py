@@ -11,20 +11,26 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool import containers
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
 from ckptool.files.copying import Copy, run_jobs
-from ckptool.model import libraries
+from ckptool.model import libraries, live
 from ckptool.model.devices import is_out_of_memory, memory_of
+from ckptool.model.live import CheckpointLike
 from ckptool.model.revive import Reviver
 from ckptool.pickles.tree import children
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.tensors.tensor import Storage
+from ckptool.text import percent
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +76,29 @@ class Matching:
     wrappers: tuple[str, ...]
     at: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.matched)} matched, {len(self.mismatched)} of another shape"
+        others = f"{len(self.missing)} missing, {len(self.unexpected)} unexpected"
+        return f"<Matching: {counts}, {others}, {percent(self.filled)} filled>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return all of it as what JSON can hold."""
+        return dict(asdict(self))
+
 
 def load_state_dict(
-    path: str | Path, device: str = "cpu", at: str | None = None, *, check: bool = False
-) -> OrderedDict[str, Any]:
+    path: str | Path, *, device: str = "cpu", at: str | None = None, check: bool = False
+) -> OrderedDict[str, torch.Tensor]:
     """Load a state_dict as torch tensors, mapped from the file where that is possible.
 
     Takes any container that ckptool reads; `at` chooses among several state_dicts. `check` reads
     every byte once and compares the checksums that the file records. A value that is neither a
-    tensor nor plain is left out, with a warning that names it.
+    tensor nor plain is left out, with a warning that names it. Raises what reading raises,
+    `AmbiguousStateDict`, `NoDevice`, `OutOfMemory` and `MissingExtra`.
+
+    >>> state_dict = ckptool.load_state_dict("model_best.pth.tar", device="cpu")
+    >>> state_dict["module.classifier.bias"].shape
+    torch.Size([10])
     """
     loaded = load(containers.read(path), device, at, check=check)
     for key, reason in loaded.left_out.items():
@@ -178,16 +198,36 @@ def is_lazy(value: Any) -> bool:
 
 
 def load_matching(
-    model: Any, path: str | Path, drop: Sequence[str] = (), at: str | None = None
+    model: nn.Module,
+    source: CheckpointLike,
+    *,
+    drop: str | Sequence[str] = (),
+    at: str | None = None,
 ) -> Matching:
     """Load into a model all that fits it, and say what did and what did not.
 
-    Wrapper prefixes that all keys share (`module.`, `_orig_mod.` ...) are taken off the file's
-    side; the model may be wrapped itself. `drop` takes patterns as `--drop` does, over the keys
-    without prefix. Tensors of another shape are not loaded, they are listed.
+    `source` is a file, a state_dict or another model. Wrapper prefixes that all its keys share
+    (`module.`, `_orig_mod.` ...) are taken off; the model may be wrapped itself. `drop` takes a
+    pattern or several as `--drop` does, over the keys without prefix; `at` chooses among several
+    state_dicts. Tensors of another shape are not loaded, they are listed. Raises what reading
+    raises, `AmbiguousStateDict`, `NothingMatched` for a pattern, `BadInput` for a model on the
+    meta device and `DoesNotLoad` for what torch refuses.
+
+    >>> from torch import nn
+    >>> model = nn.Module()
+    >>> model.classifier = nn.Linear(4, 3)  # another head
+    >>> model.features = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    >>> ckptool.load_matching(model, "model_best.pth.tar")
+    <Matching: 6 matched, 2 of another shape, 0 missing, 0 unexpected, 88.5 % filled>
     """
+    with live.opened(source) as checkpoint:
+        return _load_matching(model, checkpoint, drop, at)
+
+
+def _load_matching(
+    model: Any, checkpoint: Checkpoint, drop: str | Sequence[str], at: str | None
+) -> Matching:
     refuse_meta(model)
-    checkpoint = containers.read(path)
     loaded = load(checkpoint, "cpu", at)
     keys = list(loaded.state_dict)
     target = model.state_dict()
@@ -202,7 +242,7 @@ def load_matching(
     others = set(unexpected)
     matched = [key for key in state if key not in others]
     if not matched:
-        warnings.warn(f"{path}: nothing in it fits the model", stacklevel=2)
+        warnings.warn(f"{checkpoint.path}: nothing in it fits the model", stacklevel=3)
 
     def bare(keys: Iterable[str]) -> tuple[str, ...]:
         return tuple(key.removeprefix(outer) for key in keys)

@@ -7,17 +7,20 @@ and what is not plain, ckptool reads itself, and says so.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptool import containers
-from ckptool.model import libraries, loading
+from ckptool.model import libraries, live, loading
 from ckptool.model.devices import is_out_of_memory
+from ckptool.model.live import CheckpointLike
 from ckptool.model.zoo import last_line
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -28,11 +31,16 @@ from ckptool.tensors.tensor import Packing, TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that was read as data, and its state_dict."""
+    """A file that was read as data, and its state_dict; `file` is where it is, `path` its name."""
 
-    path: str
+    file: str
     checkpoint: Checkpoint
     state: StateDict
+
+    @property
+    def path(self) -> str:
+        """Return the name for messages."""
+        return self.checkpoint.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,15 @@ class _Refused(Exception):
     """A library does not load the file, or not what ckptool reads in it."""
 
 
+@contextmanager
+def opened(given: CheckpointLike, at: str | None, option: str) -> Iterator[Source]:
+    """Read a file, or what is in memory, and find its state_dict, which `option` chooses."""
+    with live.opened(given) as checkpoint:
+        is_file = isinstance(given, str | os.PathLike)
+        file = checkpoint.path if is_file else checkpoint.files[0][0]
+        yield Source(file, checkpoint, places.find(checkpoint, at, option))
+
+
 def read(path: str | Path, at: str | None = None) -> Source:
     """Read a file as data and find its state_dict."""
     checkpoint = containers.read(path)
@@ -56,13 +73,12 @@ def read(path: str | Path, at: str | None = None) -> Source:
 
 def load(source: Source) -> Native:
     """Load a state_dict on the CPU, by its author's library where that is possible."""
-    container = source.checkpoint.container
+    container = containers.by_name(source.checkpoint.container)
     try:
-        if container == "safetensors":
-            return _by_safetensors(source)
-        if container in ("torch-zip", "torch-legacy"):
-            return _by_torch(source)
-        raise _Refused(f"torch.load does not read a {containers.BY_NAME[container].title}")
+        loader = {"torch": _by_torch, "safetensors": _by_safetensors}.get(container.library)
+        if loader is None:
+            raise _Refused(f"torch.load does not read a {container.title}")
+        return loader(source)
     except _Refused as refused:
         loaded = loading.revive(source.checkpoint, source.state)
         left = [f"left out {key}: {reason}" for key, reason in loaded.left_out.items()]
@@ -81,7 +97,7 @@ def _by_torch(source: Source) -> Native:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             whole = torch.load(
-                source.path, map_location="cpu", weights_only=True, mmap=_can_map(source)
+                source.file, map_location="cpu", weights_only=True, mmap=_can_map(source)
             )
         found = _taken_out(whole, source.state)
     except _Refused:
@@ -103,7 +119,7 @@ def _reason(error: Exception) -> str:
 def _can_map(source: Source) -> bool:
     """torch maps zip files only, and none with deflated records."""
     tensors = (tensor for _, tensor in walk.tensors(source.checkpoint.tree))
-    return source.checkpoint.container == "torch-zip" and all(
+    return containers.by_name(source.checkpoint.container).traits.memory_mapped and all(
         tensor.storage.packing is Packing.PLAIN
         for tensor in tensors
         if isinstance(tensor, TensorInfo)
@@ -135,7 +151,7 @@ def _joined(parts: Mapping[str, Any]) -> Mapping[str, Any]:
 def _by_safetensors(source: Source) -> Native:
     library = libraries.safetensors()
     try:
-        loaded = library.torch.load_file(source.path, device="cpu")
+        loaded = library.torch.load_file(source.file, device="cpu")
     except Exception as error:  # SafetensorError, and whatever torch raises for a dtype
         if is_out_of_memory(error):
             raise

@@ -11,16 +11,18 @@ Names are only ever compared with the tables here. What stands in none of them i
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 from ckptool.errors import CkptoolError, Malformed, Unsupported
-from ckptool.files.fileio import Reader, Readers, fill, unpacked
+from ckptool.files.blocks import blocks
+from ckptool.files.fileio import Reader, Readers
 from ckptool.model import libraries
 from ckptool.pickles.names import python3_name
 from ckptool.pickles.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
 from ckptool.state.checkpoint import items
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
+from ckptool.tensors.numbers import swap
 from ckptool.tensors.tensor import CompositeTensor, Packing, Storage, TensorInfo, needs_swap
 
 _UTILS = "torch._utils"
@@ -249,13 +251,18 @@ class Reviver:
         if self._device.type == "meta" or not storage.nbytes:
             kind = "meta" if self._device.type == "meta" else "cpu"
             return self._torch.UntypedStorage(storage.nbytes, device=kind)
-        if storage.packing is not Packing.PLAIN:
-            made = self._unpacked(storage)
-        else:
-            made = self._mapped(storage.path)[storage.start : storage.start + storage.nbytes]
-            if storage.start % dtype.swap:
-                made = made.clone()
-        return self._swapped(made, dtype.swap) if needs_swap(storage, dtype.swap) else made
+        swapped = needs_swap(storage, dtype.swap)
+        if storage.packing is Packing.PLAIN and not swapped and not storage.start % dtype.swap:
+            return self._mapped(storage.path)[storage.start : storage.start + storage.nbytes]
+        data = memoryview(bytearray(storage.nbytes))
+        with closing(Readers()) as readers:
+            start = 0
+            for block in blocks(TensorInfo(DType.U8, (len(data),), (1,), storage), readers):
+                data[start : start + len(block)] = block
+                start += len(block)
+        if swapped:
+            swap(data[: len(data) // dtype.swap * dtype.swap], dtype.swap)
+        return self._torch.frombuffer(data, dtype=self._torch.uint8).untyped_storage()
 
     def _mapped(self, path: str) -> Any:
         if path not in self._maps:
@@ -263,25 +270,6 @@ class Reviver:
                 nbytes = reader.nbytes
             self._maps[path] = self._torch.UntypedStorage.from_file(path, False, nbytes)
         return self._maps[path]
-
-    def _unpacked(self, storage: Storage) -> Any:
-        """Read a storage that cannot be mapped: a deflated or a chunked one."""
-        readers = Readers()
-        if storage.packing is Packing.DEFLATED:
-            data = bytearray()
-            for block in unpacked(storage, readers[storage.path]):
-                data += block
-        else:
-            data = bytearray(storage.nbytes)
-            fill(memoryview(data), storage, 0, readers)
-        readers.close()
-        return self._torch.frombuffer(data, dtype=self._torch.uint8).untyped_storage()
-
-    def _swapped(self, storage: Any, width: int) -> Any:
-        size = storage.nbytes() // width * width
-        flat = self._torch.empty(0, dtype=self._torch.uint8).set_(storage)
-        flat[:size] = flat[:size].view(-1, width).flip(1).reshape(-1)
-        return storage
 
 
 def _quantizer(origin: Node) -> tuple[Node, ...] | None:

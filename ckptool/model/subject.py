@@ -15,7 +15,7 @@ from ckptool.errors import DoesNotLoad
 from ckptool.model import devices, libraries, loading, native, zoo
 from ckptool.model.loading import Mismatch
 from ckptool.model.native import Source
-from ckptool.model.zoo import argument
+from ckptool.model.zoo import ModelLike, argument, named
 from ckptool.state import edits
 from ckptool.state.checkpoint import StateDict
 from ckptool.tensors.tensor import TENSORS
@@ -32,7 +32,7 @@ class Recipe:
     both sides: the values that they had in the first model made.
     """
 
-    spec: str
+    spec: ModelLike
     args: Mapping[str, Any]
     seed: int = 0
     dtype: Any = None
@@ -141,7 +141,8 @@ def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozens
     )
     if not found:
         raise DoesNotLoad(
-            f"{reference.path}, {candidate.path} and `{recipe.spec}` have no tensor in common",
+            f"{reference.path}, {candidate.path} and `{named(recipe.spec)}` "
+            "have no tensor in common",
             evidence=_named("the model's", wanted) + _named("the candidate's", right),
             hint=_peeling(candidate),
         )
@@ -177,7 +178,7 @@ def _does_not_load(
     role = "reference" if reference else "candidate"
     option, hint = _own_classes(unfit) if reference else ("", _mending(recipe, source, unfit))
     return DoesNotLoad(
-        f"the {role} {source.path} does not load into `{recipe.spec}`: {told}",
+        f"the {role} {source.path} does not load into `{named(recipe.spec)}`: {told}",
         evidence=evidence + _named("shape differs", shapes),
         hint=hint,
         option=option,
@@ -218,6 +219,8 @@ def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:
     peeling = _peeling(source)
     if peeling and not unfit:
         return peeling
+    if not isinstance(recipe.spec, str):
+        return "with partial=True, what both have is compared"
     given = "".join(f" --model-arg {quoted(argument(*pair))}" for pair in recipe.args.items())
     model = f"--model {quoted(recipe.spec)}{given}"
     mend = f"ckptool transfer {quoted(source.path)} OUT {model} --init-missing"

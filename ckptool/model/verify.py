@@ -11,21 +11,24 @@ behind it can be compared as well.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ckptool.errors import BadInput
 from ckptool.model import devices, inputs, libraries, native, outputs, runner, subject
 from ckptool.model.inputs import Batch, Inputs
+from ckptool.model.live import CheckpointLike
 from ckptool.model.native import Source
 from ckptool.model.outputs import Difference
 from ckptool.model.runner import Kept, Place
 from ckptool.model.subject import Recipe
+from ckptool.model.zoo import ModelLike, named
 from ckptool.state import edits
+from ckptool.text import several, visible
 
 TOP = 5
 Progress = Callable[[str, int, int], None]  # what is run, batches done, batches in all
@@ -35,7 +38,7 @@ Progress = Callable[[str, int, int], None]  # what is run, batches done, batches
 class Options:
     """How to compare; devices are `auto`, `cpu`, `cuda`, `cuda:N`, `mps`."""
 
-    devices: Sequence[str] = ("auto",)
+    devices: str | Sequence[str] = ("auto",)
     inputs: inputs.Options = field(default_factory=inputs.Options)
     dtype: str | None = None
     channels_last: bool = False
@@ -109,14 +112,38 @@ class Verification:
     inputs: str
     dtype: str
     torch: str
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
     runs: tuple[Run, ...]
-    left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
         """Tell whether the outputs are the same on every device."""
         return all(run.identical is True for run in self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+    def __repr__(self) -> str:
+        files = f"{visible(self.reference)}, {visible(self.candidate)}"
+        word = "identical" if self.identical else "not identical"
+        return f"<Verification of {files}: {word} on {', '.join(run.device for run in self.runs)}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `verify/1`; a number that JSON does not have is null."""
+        fields = _finite(asdict(self))
+        return {"schema": "verify/1", "identical": self.identical, **fields}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +161,9 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 def verify(
-    reference: str | Path,
-    candidate: str | Path,
-    model: str,
+    reference: CheckpointLike,
+    candidate: CheckpointLike,
+    model: ModelLike,
     model_args: Mapping[str, Any] | None = None,
     options: Options | None = None,
     progress: Progress = no_progress,
@@ -147,19 +174,29 @@ def verify(
     fits), `NoDevice`, `OutOfMemory`, `NoSuchModel`, `BadInput`, and what reading a file can raise.
     """
     options = options or Options()
-    torch = libraries.torch()
-    places = list(dict.fromkeys(devices.resolve(name) for name in options.devices))
-    plan = _plan(reference, candidate, model, model_args or {}, options, progress)
+    places = list(dict.fromkeys(devices.resolve(name) for name in several(options.devices)))
+    if min(options.atol, options.rtol) < 0:
+        raise BadInput("a tolerance is not negative")
+    with (
+        native.opened(reference, options.at, "--at") as one,
+        native.opened(candidate, options.candidate_at, "--candidate-at") as other,
+    ):
+        return _verified(_plan(one, other, model, model_args or {}, options, progress), places)
+
+
+def _verified(plan: _Plan, places: Sequence[Any]) -> Verification:
+    """Run on each device."""
     left = []
     if plan.recipe.common is not None:
         left = subject.left_out(plan.recipe, plan.recipe.common)
     runs = tuple(_run(plan, device) for device in places)
+    torch = libraries.torch()
     dtype = plan.recipe.dtype or torch.float32
     shared = [note for note in runs[0].notes if all(note in run.notes for run in runs)]
     return Verification(
-        reference=str(reference),
-        candidate=str(candidate),
-        model=model,
+        reference=plan.reference.path,
+        candidate=plan.candidate.path,
+        model=named(plan.recipe.spec),
         inputs=plan.inputs.what,
         dtype=str(dtype).removeprefix("torch."),
         torch=str(torch.__version__),
@@ -173,17 +210,13 @@ def verify(
 
 
 def _plan(
-    reference: str | Path,
-    candidate: str | Path,
-    model: str,
+    left: Source,
+    right: Source,
+    model: ModelLike,
     model_args: Mapping[str, Any],
     options: Options,
     progress: Progress,
 ) -> _Plan:
-    if min(options.atol, options.rtol) < 0:
-        raise BadInput("a tolerance is not negative")
-    left = native.read(reference, options.at)
-    right = native.read(candidate, options.candidate_at)
     channels_last = libraries.torch().channels_last if options.channels_last else None
     recipe = Recipe(
         model, model_args, options.inputs.seed, inputs.dtype(options.dtype), channels_last

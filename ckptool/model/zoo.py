@@ -23,14 +23,18 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptool.errors import BadInput, MissingExtra, NoSuchModel, OutOfMemory
 from ckptool.model import libraries
 from ckptool.model.devices import is_out_of_memory
 from ckptool.tensors.dtype import BY_TORCH_NAME
 
+if TYPE_CHECKING:
+    from torch import nn
+
 TIMM = "timm:"
+ModelLike: TypeAlias = "str | nn.Module"  # a spec, or a model that is there already
 Shape = tuple[str, tuple[int, ...]]  # dtype label and sizes
 
 
@@ -54,19 +58,24 @@ def argument(name: str, value: Any) -> str:
     return f"{name}={text}"
 
 
-def build(spec: str, args: Mapping[str, Any] | None = None, device: str = "cpu") -> Any:
-    """Make a model on `cpu`, or on `meta`, where it takes no memory.
+def named(spec: ModelLike) -> str:
+    """Return the name of a model for messages: its spec, or the name of its class."""
+    return spec if isinstance(spec, str) else type(spec).__name__
+
+
+def build(spec: ModelLike, args: Mapping[str, Any] | None = None, device: str = "cpu") -> Any:
+    """Make a model on `cpu`, or on `meta`, where it takes no memory; copy one that is there.
 
     Raises `NoSuchModel` for a spec that names nothing or no model, `BadInput` for a factory that
     fails, `MissingExtra` for a library that is not installed.
     """
     torch = libraries.torch()
+    if not isinstance(spec, str):
+        return _copied(spec, args, device)
     with _importable(spec):
         factory, fixed = _factory(spec)
         if isinstance(factory, torch.nn.Module):
-            if args:
-                raise BadInput(f"`{spec}` is a model already and takes no arguments")
-            return copy.deepcopy(factory).to(device)
+            return _copied(factory, args, device, spec)
         with _explained(f"the model `{spec}` cannot be made"), torch.device(device):
             made = factory(**fixed, **(args or {}))
     if not isinstance(made, torch.nn.Module):
@@ -77,7 +86,13 @@ def build(spec: str, args: Mapping[str, Any] | None = None, device: str = "cpu")
     return made
 
 
-def shapes(spec: str, args: Mapping[str, Any] | None = None) -> dict[str, Shape]:
+def _copied(model: nn.Module, args: Mapping[str, Any] | None, device: str, spec: str = "") -> Any:
+    if args:
+        raise BadInput(f"`{spec or named(model)}` is a model already and takes no arguments")
+    return copy.deepcopy(model).to(device)
+
+
+def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> dict[str, Shape]:
     """Give the tensors of a model's state_dict as dtype label and shape, in order.
 
     The model is made on the meta device, and on the CPU where its factory cannot do that.
@@ -105,9 +120,9 @@ def is_torchvision(spec: str) -> bool:
     return ":" not in spec and not spec.endswith(".py") and os.sep not in spec
 
 
-def registered(spec: str) -> str | None:
+def registered(spec: ModelLike) -> str | None:
     """Give the name under which torchvision knows a spec, None where it does not."""
-    if not is_torchvision(spec):
+    if not isinstance(spec, str) or not is_torchvision(spec):
         return None
     names = set(libraries.torchvision().models.list_models())
     return spec.lower() if spec.lower() in names else None

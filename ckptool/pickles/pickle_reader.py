@@ -5,7 +5,9 @@ The opcodes are those of CPython's `Lib/pickle.py` and `Lib/pickletools.py`.
 
 from __future__ import annotations
 
+import re
 import struct
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +15,7 @@ from typing import Any, NoReturn
 
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.pickles.tree import (
+    ORDERED_DICT,
     ByteArray,
     Dict,
     Global,
@@ -35,7 +38,8 @@ class Pickle:
     """One parsed pickle: its tree, where it ended, and all that it named and called.
 
     `globals` maps each name to the offset where it first stood; `calls` holds every `Object`
-    made, those whose result was thrown away too.
+    made, those whose result was thrown away too, but none that the vocabulary understood and no
+    OrderedDict: two for each tensor of a file.
     """
 
     tree: Node
@@ -43,6 +47,73 @@ class Pickle:
     protocol: int
     globals: dict[Global, int]
     calls: list[Object]
+
+
+class Memo(list[Node]):
+    """The memo of a pickle: what picklers number from zero on, and `others` by their numbers.
+
+    A large pickle fetches few of its entries. What nothing in its bytes can fetch is None here,
+    so that it lives no longer than on the stack. `spelled` is for what the vocabulary makes of
+    bytes that fetch entries; it holds while no entry has `changed` or been put out of order.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.others: dict[int, Node] = {}
+        self.spelled: dict[tuple[bytes, ...], Node] = {}
+        self.changed = False
+        self.gaps = 0
+        # Any `j` counts as a LONG_BINGET, and any `g` with digits as a GET, wherever it is.
+        self.fetched = {int.from_bytes(key, "little") for key in _LONG_GETS.findall(data)}
+        self.fetched.update(range(256))
+        self.fetched.update(map(int, _TEXT_GETS.findall(data)))
+
+    @property
+    def entries(self) -> int:
+        """Return the number of entries."""
+        return len(self) - self.gaps + len(self.others)
+
+    def put(self, key: int, node: Node) -> None:
+        """Set an entry."""
+        gap = key - len(self)
+        if 0 <= gap <= _LARGEST_GAP and not self.others:
+            self.skip(gap)
+            self.append(node if key in self.fetched else None)
+            return
+        self.changed = True
+        if gap >= 0:
+            self.others[key] = node
+        else:
+            self.gaps -= self[key] is _NEVER
+            self[key] = node
+
+    def skip(self, gap: int) -> None:
+        """Leave numbers out, as our own writer does after each tensor."""
+        self += [_NEVER] * gap
+        self.gaps += gap
+
+    def get(self, key: int) -> Node:
+        """Return an entry; raises `KeyError` where there is none."""
+        node = self[key] if key < len(self) else self.others[key]
+        if node is _NEVER:
+            raise KeyError(key)
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Set an entry anew that was memoized before its state was pickled, which is short."""
+        for key in range(max(0, len(self) - MAX_STATE_MEMO), len(self)):
+            if self[key] is old:
+                self.put(key, new)
+        for key in islice(reversed(self.others), MAX_STATE_MEMO):
+            if self.others[key] is old:
+                self.others[key] = new
+
+
+_NEVER, _LARGEST_GAP = object(), 1
+_LONG_GETS = re.compile(rb"j(?=(.{4}))", re.DOTALL)
+_TEXT_GETS = re.compile(rb"g(?=(\d{1,%d})\n)" % MAX_DIGITS)
+
+Phrase = tuple[Node, int, int]  # what was read, where it ends, how many opcodes that was
 
 
 class Vocabulary:
@@ -55,6 +126,10 @@ class Vocabulary:
     def called(self, node: Object) -> Node:
         """Turn a fresh call into a node."""
         return node
+
+    def phrase(self, callee: Global, data: bytes, start: int, memo: Memo) -> Phrase | None:
+        """Read a whole call at once from the MARK of its arguments; None reads opcode by opcode."""
+        return None
 
     def built(self, node: Node, state: Node) -> Node | None:
         """Give a node its state and return what it became; None refuses."""
@@ -121,29 +196,35 @@ class _Machine:
         self.protocol = 0
         self.stack: list[Node] = []
         self.levels: list[list[Node]] = []
-        self.memo: dict[int, Node] = {}
+        self.memo = Memo(data)
         self.globals: dict[Global, int] = {}
         self.calls: list[Object] = []
 
     def run(self) -> Node:
         """Read opcodes up to STOP: the opcode loop, ordered by how often torch writes each."""
         data, memo, levels, size = self.data, self.memo, self.levels, len(self.data)
-        persistent, stack, position = self.vocabulary.persistent, self.stack, self.position
-        for _ in range(MAX_OPCODES):
+        persistent, phrase = self.vocabulary.persistent, self.vocabulary.phrase
+        stack, position, fetched = self.stack, self.position, self.memo.fetched
+        steps = iter(range(MAX_OPCODES))
+        for _ in steps:
             self.opcode_at = position
             op = data[position]
             position += 1
             if op == 0x72:  # LONG_BINPUT
-                memo[_U32(data, position)[0]] = stack[-1]
+                key, node = _U32(data, position)[0], stack[-1]
+                if key == len(memo) and not memo.others:
+                    memo.append(node if key in fetched else None)
+                else:
+                    memo.put(key, node)
                 position += 4
             elif op == 0x71:  # BINPUT
-                memo[data[position]] = stack[-1]
+                memo.put(data[position], stack[-1])
                 position += 1
             elif op == 0x4B:  # BININT1
                 stack.append(data[position])
                 position += 1
             elif op == 0x68:  # BINGET
-                stack.append(memo[data[position]])
+                stack.append(memo.get(data[position]))
                 position += 1
             elif op == 0x58:  # BINUNICODE
                 end = position + 4 + _U32(data, position)[0]
@@ -152,8 +233,14 @@ class _Machine:
                 stack.append(data[position + 4 : end].decode("utf-8", "surrogatepass"))
                 position = end
             elif op == 0x28:  # MARK
-                levels.append(stack)
-                stack = self.stack = []
+                callee = stack[-1] if stack else None
+                whole = phrase(callee, data, position, memo) if type(callee) is Global else None
+                if whole is None:
+                    levels.append(stack)
+                    stack = self.stack = []
+                else:
+                    stack[-1], position, count = whole
+                    deque(islice(steps, count - 1), maxlen=0)
             elif op == 0x4D:  # BININT2
                 stack.append(_U16(data, position)[0])
                 position += 2
@@ -176,7 +263,7 @@ class _Machine:
                 stack.append(_I32(data, position)[0])
                 position += 4
             elif op == 0x6A:  # LONG_BINGET
-                stack.append(memo[_U32(data, position)[0]])
+                stack.append(memo.get(_U32(data, position)[0]))
                 position += 4
             elif op == 0x2E:  # STOP
                 self.position = position
@@ -243,8 +330,10 @@ class _Machine:
         if type(args) is not tuple:
             self.fail("a call whose arguments are not a tuple")
         made = Object(callee, args, how, kwargs, [], self.opcode_at)
-        self.calls.append(made)
-        self.stack.append(self.vocabulary.called(made))
+        node = self.vocabulary.called(made)
+        if node is made and callee != ORDERED_DICT:
+            self.calls.append(made)
+        self.stack.append(node)
 
     def step(self, kind: str, items: list[Any]) -> None:
         """Give the object on top of the stack more items, joined to those of its last step."""
@@ -276,10 +365,7 @@ class _Machine:
             self.fail(f"state for a {type(target).__name__}")
         if node is not target:
             self.stack[-1] = node
-            # It was memoized before its state was pickled, which is short.
-            for key in islice(reversed(self.memo), MAX_STATE_MEMO):
-                if self.memo[key] is target:
-                    self.memo[key] = node
+            self.memo.replace(target, node)
 
     def decimal(self, text: bytes) -> int:
         if len(text) > MAX_DIGITS:
@@ -349,7 +435,13 @@ class _Machine:
     def put(self, key: int) -> None:
         if key < 0:
             self.fail("a negative memo key")
-        self.memo[key] = self.stack[-1]
+        self.memo.put(key, self.stack[-1])
+
+    def get(self) -> None:
+        key = self.line()
+        if not key.isdigit():  # as picklers write it, and `Memo` looks for it
+            self.fail("a memo key that is no number")
+        self.push(self.memo.get(self.decimal(key)))
 
     def proto(self) -> None:
         self.protocol = self.take(1)[0]
@@ -401,9 +493,9 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x30: _Machine.pop,  # POP
     0x31: _Machine.pop_level,  # POP_MARK
     0x32: lambda m: m.push(m.stack[-1]),  # DUP
-    0x67: lambda m: m.push(m.memo[m.decimal(m.line())]),  # GET
+    0x67: _Machine.get,  # GET
     0x70: lambda m: m.put(m.decimal(m.line())),  # PUT
-    0x94: lambda m: m.put(len(m.memo)),  # MEMOIZE
+    0x94: lambda m: m.put(m.memo.entries),  # MEMOIZE
     0x63: lambda m: m.push(m.global_line()),  # GLOBAL
     0x93: _Machine.stack_global,  # STACK_GLOBAL
     0x81: _Machine.newobj,  # NEWOBJ

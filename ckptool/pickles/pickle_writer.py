@@ -8,8 +8,8 @@ every unpickler takes under any protocol.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Container, Iterable
+from typing import Any, Protocol
 
 from ckptool.errors import LimitExceeded, NotRepresentable
 from ckptool.pickles.tree import (
@@ -33,7 +33,26 @@ _SETS = {False: Global("__builtin__", "set"), True: Global("__builtin__", "froze
 _CALL_OPCODES = {"reduce": b"R", "newobj": b"\x81", "newobj_ex": b"\x92"}
 
 
-def dump(tree: Node, lower: Callable[[Any], Node]) -> bytes:
+Written = tuple[bytes, str, int]  # opcodes, the text that they memoize first, how much in all
+
+
+class Lower(Protocol):
+    """What is known of nodes of a higher floor."""
+
+    def __call__(self, node: Any) -> Node:
+        """Return the nodes of this floor that a node is made of."""
+
+    def phrase(self, node: Any, memo: Container[object], first: int) -> Written | None:
+        """Write a node at once, as others like it were; its first number in the memo is given.
+
+        None writes it opcode by opcode. The last that is memoized is the node itself.
+        """
+
+    def learn(self, node: Any, written: bytes) -> None:
+        """See how a node was written opcode by opcode."""
+
+
+def dump(tree: Node, lower: Lower) -> bytes:
     """Write a tree; `lower` turns each node of a higher floor into nodes of this one.
 
     Raises `LimitExceeded` for a tree nested too deeply, `NotRepresentable` for a name, a
@@ -41,18 +60,20 @@ def dump(tree: Node, lower: Callable[[Any], Node]) -> bytes:
     """
     writer = _Writer(lower)
     writer.node(tree)
-    return b"".join((b"\x80\x02", *writer.out, b"."))
+    writer.emit(b".")
+    return bytes(writer.out)
 
 
 class _Writer:
     """The output and the memo; a node is memoized by identity, text and names by value."""
 
-    def __init__(self, lower: Callable[[Any], Node]) -> None:
-        self.out: list[bytes] = []
-        self.emit = self.out.append
+    def __init__(self, lower: Lower) -> None:
+        self.out = bytearray(b"\x80\x02")
+        self.emit = self.out.extend
         self.lower = lower
         self.depth = 0
         self.memo: dict[Any, int] = {}
+        self.memoized = 0  # entries of the pickle's memo; `memo` holds those to be found again
         self.being_made: set[int] = set()  # ids of calls whose arguments are being written
         self.kept: list[Node] = []  # what the memo knows by id must not be freed
 
@@ -76,20 +97,32 @@ class _Writer:
         return True
 
     def remember(self, key: Any) -> None:
-        index = len(self.memo)
+        index = self.memoized
         self.memo[key] = index
+        self.memoized += 1
         self.emit(b"q" + bytes((index,)) if index < 256 else b"r" + struct.pack("<I", index))
 
     def lowered(self, node: Node) -> None:
         """Write a node of a higher floor as what it is made of, and remember it as itself."""
         if self.known(id(node)):
             return
-        lower = self.lower(node)
+        phrase = self.lower.phrase(node, self.memo, self.memoized)
+        if phrase is not None:
+            opcodes, text, count = phrase
+            self.emit(opcodes)
+            self.memo[text] = self.memoized
+            self.memo[id(node)] = self.memoized + count - 1
+            self.memoized += count + 1
+            self.kept.append(node)
+            return
+        start, lower = len(self.out), self.lower(node)
         self.kept += (node, lower)
         self.node(lower)
         index = self.memo.get(id(lower))
         if index is not None:
             self.memo[id(node)] = index
+            self.memoized += 1  # a number left out, as files always had it here
+            self.lower.learn(node, bytes(self.out[start:]))
 
     def boolean(self, node: bool) -> None:
         self.emit(b"\x88" if node else b"\x89")

@@ -10,19 +10,23 @@ persistent ids are those of `torch/serialization.py` (`persistent_id` in `_save`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.errors import Malformed
-from ckptool.pickles.pickle_reader import Vocabulary
-from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, items
+from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
+from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
 from ckptool.tensors.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
 
+if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.pickles.pickle_writer import Written
+
 _UTILS = "torch._utils"
 _UNTYPED = ("UntypedStorage", "_UntypedStorage")
-_ORDERED_DICT = Global("collections", "OrderedDict")
 
 # Functions that rebuild a tensor from (storage, storage_offset, size, stride, ...): where
 # requires_grad, the hooks and the metadata of lazy bits stand among their arguments.
@@ -51,8 +55,35 @@ _PROTOCOL_0_ID = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StorageId:
+# A call of `_rebuild_tensor_v2` from the mark of its arguments on, as picklers write nearly all of
+# them under protocol 2 once what they share is in the memo: about 30 opcodes. In groups: what
+# tells the tensor from others, but for the key of its storage and what the memo calls its parts.
+_GET, _PUT, _INT = rb"(?:h.|j.{4})", rb"(r.{4})", rb"(?:K.|M..|J.{4})"
+_SIZES = rb"(?:INT\x85|INTINT\x86|INTINTINT\x87|\((?:INT)+t)".replace(b"INT", _INT)
+_STORAGE = [
+    b"(",
+    _GET,
+    _GET,
+    rb")X([\x01-\x0a])\0\0\0([0-9]+)",
+    _PUT,
+    b"(",
+    _GET,
+    _INT,
+    b"t)",
+    _PUT,
+]
+_VIEW = [b"(Q", _INT, _SIZES, b")", _PUT, b"(", _SIZES, b")", _PUT, rb"([\x88\x89]", _GET, rb"\)R)"]
+_CALL_OPCODES = b"".join([rb"\(\(", *_STORAGE, *_VIEW, _PUT, b"t", _PUT, b"R", _PUT])
+_CALL = re.compile(_CALL_OPCODES, re.DOTALL)
+_WRITTEN = re.compile(_GET + _CALL_OPCODES, re.DOTALL)
+_SIZE_GROUP, _KEY_GROUP, _PUT_GROUPS = 2, 3, (4, 6, 8, 10, 12, 13, 14)
+_PUTS = 7
+_FIRST_PUTS = sum((ord("r") + (at << 8)) << 40 * at for at in range(_PUTS))
+_NEXT_PUTS = sum(1 << 40 * at + 8 for at in range(_PUTS))
+_UNFETCHED = [None] * (_PUTS - 1)
+
+
+class StorageId(NamedTuple):
     """What a pickle says of a storage: `numel` counts elements of `dtype`, bytes where None."""
 
     key: str
@@ -80,8 +111,10 @@ class TorchVocabulary(Vocabulary):
 
     def __init__(self, find: Callable[[StorageId], Storage]) -> None:
         self._find = find
-        self._known: dict[str, tuple[StorageId, Storage]] = {}
+        self._known: dict[str, Storage] = {}
+        self._said: dict[str, StorageId] = {}  # of those that were found to be otherwise
         self._views: dict[str, StorageView] = {}
+        self._spelling: tuple[Memo, tuple[bytes, ...]] | None = None
 
     def persistent(self, value: Node, offset: int) -> Node:
         """Turn a persistent id into a `Storage`, a view of one, or a class."""
@@ -102,17 +135,25 @@ class TorchVocabulary(Vocabulary):
             key = str(key)
         if not isinstance(key, str) or type(numel) is not int or numel < 0:
             raise Malformed("a persistent id that names no storage", offset=offset)
-        said = StorageId(key, storage_dtype(kind, offset), location, numel)
+        return self._place(StorageId(key, storage_dtype(kind, offset), location, numel), offset)
+
+    def _place(self, said: StorageId, offset: int) -> Storage:
+        """Find a storage, one for all that is said of a key."""
+        key = said.key
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = (said, self._find(said))
-        elif known[0] != said:
-            if not _same_bytes(known[0], said):
-                raise Malformed(f"storage {key} is described in two ways", offset=offset)
-            if not said.nbytes:  # one record has one type: these are two
-                key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
-            return replace(known[1], key=key, dtype=said.dtype)
-        return known[1]
+            known = self._known[key] = self._find(said)
+            if _said_of(known) != said:
+                self._said[key] = said
+            return known
+        before = self._said.get(key) or _said_of(known)
+        if before == said:
+            return known
+        if not _same_bytes(before, said):
+            raise Malformed(f"storage {key} is described in two ways", offset=offset)
+        if not said.nbytes:  # one record has one type: these are two
+            key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
+        return replace(known, key=key, dtype=said.dtype)
 
     def _view(self, storage: Storage, view: Node, offset: int) -> StorageView:
         match view:
@@ -126,13 +167,56 @@ class TorchVocabulary(Vocabulary):
                 return self._views.setdefault(str(key), made)
         raise Malformed("the view of a storage is not (key, offset, size)", offset=offset)
 
+    def phrase(self, callee: Global, data: bytes, start: int, memo: Memo) -> Phrase | None:
+        """Read a plain tensor at once; None where anything about it is out of the ordinary."""
+        if callee.name != "_rebuild_tensor_v2" or callee.module != _UTILS or memo.changed:
+            return None
+        call = _CALL.match(data, start - 1)
+        if call is None:
+            return None
+        kind, size, key, p0, place, p1, view, p2, stride, p3, rest, p4, p5, p6 = call.groups()
+        number = int.from_bytes(p0[1:], "little")
+        puts = int.from_bytes(b"".join((p0, p1, p2, p3, p4, p5, p6)), "little")
+        if (
+            number != len(memo)
+            or puts != _FIRST_PUTS + number * _NEXT_PUTS
+            or len(key) != size[0]
+            or not memo.fetched.isdisjoint(range(number, number + _PUTS - 1))
+        ):
+            return None
+        spelling = (kind, place, view, stride, rest)
+        like = memo.spelled.get(spelling)
+        if like is None:  # the first of its kind: `called` learns what it is
+            self._spelling = memo, spelling
+            return None
+        said = _said_of(like.storage)._replace(key=key.decode())
+        storage = self._place(said, call.end(6))
+        info = TensorInfo(
+            like.dtype, like.shape, like.stride, storage, like.storage_offset, like.requires_grad
+        )
+        memo += _UNFETCHED
+        memo.put(number + _PUTS - 1, info)
+        dimensions = len(like.shape)
+        opcodes = 25 + 2 * dimensions + (2 if dimensions > 3 else 0)
+        return info, call.end(), opcodes
+
+    def _learn(self, info: TensorInfo, memo: Memo, spelling: tuple[bytes, ...]) -> None:
+        """Remember a tensor as the pattern of others that are spelled like it."""
+        self._spelling = None
+        key = info.storage.key
+        if info.origin is None and key not in self._said and self._known.get(key) is info.storage:
+            memo.spelled[spelling] = info
+
     def called(self, node: Object) -> Node:
         """Turn a call of one of torch's rebuild functions into a tensor."""
         callee = node.callee
         if not isinstance(callee, Global):
             return node
         if callee.module == _UTILS and callee.name in _PLAIN_REBUILDS:
-            return _plain(callee.name, node.args, node, node.offset)
+            info = _plain(callee.name, node.args, node, node.offset)
+            if self._spelling is not None:
+                self._learn(info, *self._spelling)
+            return info
         kind = node.args[0] if node.args else None
         if callee in _NEW_OBJECT and isinstance(kind, Global) and kind in _WRAPPERS:
             callee, node = kind, replace(node, callee=kind, args=node.args[1:], how="newobj")
@@ -156,6 +240,11 @@ class TorchVocabulary(Vocabulary):
         if _is_old_tensor(node) and isinstance(state, tuple) and len(state) == 4:
             return _plain("_rebuild_tensor", state, None, node.offset)
         return super().built(node, state)
+
+
+def _said_of(storage: Storage) -> StorageId:
+    itemsize = storage.dtype.itemsize if storage.dtype else 1
+    return StorageId(storage.key, storage.dtype, storage.location, storage.nbytes // itemsize)
 
 
 def _same_bytes(one: StorageId, other: StorageId) -> bool:
@@ -295,7 +384,7 @@ def _beyond_view(info: TensorInfo, view: StorageView | None) -> str:
 def _says_no_more(name: str, hooks: Node, metadata: Node) -> bool:
     """Tell whether the fields of a `TensorInfo` say all that the call did."""
     no_hooks = hooks is None or (
-        isinstance(hooks, Object) and hooks.callee == _ORDERED_DICT and not hooks.steps
+        isinstance(hooks, Object) and hooks.callee == ORDERED_DICT and not hooks.steps
     )
     no_metadata = metadata is None or items(metadata) == []
     return name != "_rebuild_qtensor" and no_hooks and no_metadata
@@ -422,6 +511,34 @@ class Lowering:
 
     def __init__(self) -> None:
         self.storages: dict[Storage, str] = {}
+        self._spelled: dict[tuple[object, ...], tuple[bytes, Struct, list[bytes], TensorInfo]] = {}
+
+    def phrase(self, node: Any, memo: Container[object], first: int) -> Written | None:
+        """Write a plain tensor as another was that differs in its storage alone."""
+        if type(node) is not TensorInfo or node.origin is not None:
+            return None
+        like = self._spelled.get(_spelling(node))
+        key = str(len(self.storages))
+        if like is None or node.storage in self.storages or key in memo:
+            return None
+        head, tail, literals, _ = like
+        numbers = chain.from_iterable(zip(literals, range(first, first + _PUTS), strict=True))
+        self.storages[node.storage] = key
+        opcodes = (head, len(key), key.encode(), tail.pack(*numbers))
+        return b"%bX%c\0\0\0%b%b" % opcodes, key, _PUTS
+
+    def learn(self, node: Any, written: bytes) -> None:
+        """Remember how a plain tensor was written, between the key and the memo numbers."""
+        call = _WRITTEN.fullmatch(written)
+        if call is None or type(node) is not TensorInfo or node.origin is not None:
+            return
+        literals, end = [], call.end(_KEY_GROUP)
+        for put in _PUT_GROUPS:
+            literals.append(written[end : call.start(put) + 1])
+            end = call.end(put)
+        tail = Struct("<" + "".join(f"{len(literal)}sI" for literal in literals))
+        head = written[: call.start(_SIZE_GROUP) - 1]
+        self._spelled[_spelling(node)] = head, tail, literals, node
 
     def __call__(self, node: Any) -> Node:
         """Give the tree that rebuilds a record."""
@@ -444,6 +561,21 @@ class Lowering:
             kind = Global("torch", storage.dtype.storage_class)
             numel = storage.nbytes // storage.dtype.itemsize
         return PersistentId(("storage", kind, key, storage.location, numel))
+
+
+def _spelling(info: TensorInfo) -> tuple[object, ...]:
+    """Return what plain tensors that are written alike share, tuples of the file by identity."""
+    storage = info.storage
+    return (
+        id(info.dtype),
+        id(storage.dtype),
+        storage.location,
+        storage.nbytes,
+        info.storage_offset,
+        id(info.shape),
+        id(info.stride),
+        info.requires_grad,
+    )
 
 
 def _cut(view: StorageView, storage: Storage) -> Storage:
@@ -482,15 +614,10 @@ def _moved(args: tuple[Node, ...], info: TensorInfo) -> tuple[Node, ...]:
 
 def _fresh(info: TensorInfo) -> Object:
     """Make the call that rebuilds a tensor of which there is nothing more to say."""
-    hooks = Object(_ORDERED_DICT, ())
-    args = (
-        info.storage,
-        info.storage_offset,
-        info.shape,
-        info.stride,
-        info.requires_grad,
-        hooks,
-    )
+    hooks = Object(ORDERED_DICT, ())
+    # Tensors read as one phrase share these tuples: in a pickle each has its own.
+    shape, stride = (*info.shape, 0)[:-1], (*info.stride, 0)[:-1]
+    args = (info.storage, info.storage_offset, shape, stride, info.requires_grad, hooks)
     if info.storage.dtype is info.dtype:
         return Object(Global(_UTILS, "_rebuild_tensor_v2"), args)
     dtype = Global("torch", info.dtype.torch_name)
@@ -506,5 +633,5 @@ def quantized_call(
 ) -> Object:
     """Make the call that rebuilds a tensor with one scale and zero point for all of it."""
     quantizer = (Global("torch", "per_tensor_affine"), scale, zero_point)
-    args = (*place, shape, stride, quantizer, False, Object(_ORDERED_DICT, ()))
+    args = (*place, shape, stride, quantizer, False, Object(ORDERED_DICT, ()))
     return Object(Global(_UTILS, "_rebuild_qtensor"), args)

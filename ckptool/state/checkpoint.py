@@ -34,7 +34,7 @@ from ckptool.state import modules
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import INNER, Path, dotted, label, tensors
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Storage, TensorInfo
-from ckptool.text import counted, quoted, readable, table
+from ckptool.text import counted, quoted, readable, table, visible
 
 MAX_CANDIDATE_DEPTH = 4
 MAX_LISTED = 100  # items of a list that are named one by one
@@ -84,7 +84,10 @@ class Checkpoint:
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     shards: tuple[Checkpoint, ...] = ()
     notes: tuple[str, ...] = ()
-    held: tuple[object, ...] = field(default=(), compare=False, repr=False)
+    held: tuple[object, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {visible(self.path)}: {self.container}, {readable(self.nbytes)}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,10 @@ class StateDict:
     module: str = ""
     missing: tuple[str, ...] = ()
     classes: dict[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        entries = "entry" if len(self.entries) == 1 else "entries"
+        return f"<StateDict at `{visible(dotted(self.at)) or '.'}`: {len(self.entries)} {entries}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,16 +259,16 @@ def is_no_state_dict(name: str) -> bool:
     return _matches(name, NOT_STATE_DICTS)
 
 
-def find(checkpoint: Checkpoint, at: str | None = None) -> StateDict:
+def find(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") -> StateDict:
     """Give the one state_dict, or the one that `at` names (dotted; `.` is the whole file).
 
-    Raises `AmbiguousStateDict` where there is none or more than one, `NoSuchKey` where `at`
-    names nothing that holds tensors.
+    `option` is what chooses on the command line. Raises `AmbiguousStateDict` where there is none or
+    more than one, `NoSuchKey` where `at` names nothing that holds tensors.
     """
     with _naming(checkpoint):
         if at is not None:
-            return _named(checkpoint, at)
-        return _only(checkpoint, candidates(checkpoint.tree))
+            return _named(checkpoint, at, option)
+        return _only(checkpoint, candidates(checkpoint.tree), option)
 
 
 @contextmanager
@@ -276,11 +283,11 @@ def _naming(checkpoint: Checkpoint) -> Iterator[None]:
         raise
 
 
-def _only(checkpoint: Checkpoint, found: list[Candidate]) -> StateDict:
+def _only(checkpoint: Checkpoint, found: list[Candidate], option: str) -> StateDict:
     if not found and _is_empty(checkpoint.tree):
         return state_dict_at(checkpoint, ())
     if len(found) != 1:
-        raise _not_one(checkpoint, found)
+        raise _not_one(checkpoint, found, option)
     return state_dict_at(checkpoint, found[0].at)
 
 
@@ -288,7 +295,9 @@ def _is_empty(tree: Node) -> bool:
     return items(tree) == [] or modules.is_module(tree, modules.Effort())
 
 
-def find_or_none(checkpoint: Checkpoint, *, several: bool = True) -> StateDict | None:
+def find_or_none(
+    checkpoint: Checkpoint, *, several: bool = True, option: str = "--at"
+) -> StateDict | None:
     """Give the one state_dict, None where there is none.
 
     Where there is more than one, None if `several` is allowed, else `AmbiguousStateDict`.
@@ -297,17 +306,17 @@ def find_or_none(checkpoint: Checkpoint, *, several: bool = True) -> StateDict |
         found = candidates(checkpoint.tree)
         if not found or (several and len(found) > 1):
             return None
-        return _only(checkpoint, found)
+        return _only(checkpoint, found, option)
 
 
-def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDict:
+def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> AmbiguousStateDict:
     if found:
         # The likely one: the largest, and of equals the last, where EMA copies and teachers stand.
         likely = max(reversed(found), key=lambda candidate: candidate.nbytes)
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {len(found)} candidate state dicts",
             evidence=_table(found),
-            option=f"--at {quoted(dotted(likely.at) or '.')}",
+            option=f"{option} {quoted(dotted(likely.at) or '.')}",
         )
     problem = _search(checkpoint.tree).problem
     if problem is not None:
@@ -317,7 +326,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate]) -> AmbiguousStateDi
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
             hint=f"ckptool keys --all {checkpoint.path}   shows where they are; "
-            "--at NAME chooses a dict of them",
+            f"{option} NAME chooses a dict of them",
         )
     return AmbiguousStateDict(f"{checkpoint.path} holds no tensors")
 
@@ -336,8 +345,8 @@ def _table(found: list[Candidate]) -> list[str]:
     return table(rows)
 
 
-def _named(checkpoint: Checkpoint, at: str) -> StateDict:
-    path = () if at in ("", ".") else _resolve(checkpoint, at)
+def _named(checkpoint: Checkpoint, at: str, option: str) -> StateDict:
+    path = () if at in ("", ".") else _resolve(checkpoint, at, option)
     state = state_dict_at(checkpoint, path)
     if not any(isinstance(value, TENSORS) for value in state.entries.values()):
         raise NoSuchKey(
@@ -348,7 +357,7 @@ def _named(checkpoint: Checkpoint, at: str) -> StateDict:
     return state
 
 
-def _resolve(checkpoint: Checkpoint, at: str) -> Path:
+def _resolve(checkpoint: Checkpoint, at: str, option: str) -> Path:
     """Split a dotted name into steps; a key may itself hold dots."""
 
     effort = modules.Effort()
@@ -372,7 +381,7 @@ def _resolve(checkpoint: Checkpoint, at: str) -> Path:
         raise NoSuchKey(
             f"there is no `{at}` in {checkpoint.path}",
             evidence=_places(checkpoint),
-            hint=f"did you mean --at {quoted(close[0])}?" if close else "",
+            hint=f"did you mean {option} {quoted(close[0])}?" if close else "",
         )
     return path
 

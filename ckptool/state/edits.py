@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
-from ckptool.text import counted, quoted
+from ckptool.text import counted, quoted, several
 
 KeyEdit = Callable[[str], str | None]
 Maker = Callable[[Sequence[str]], KeyEdit]  # all keys -> the edit of one
@@ -217,21 +217,23 @@ def rename(old: str, new: str) -> Edit:
     return Edit(f"rename {old}={new}", make)
 
 
-def drop(patterns: Sequence[str]) -> Edit:
-    """Drop what the patterns select; each must select something."""
+def drop(patterns: str | Iterable[str]) -> Edit:
+    """Drop what a pattern or several select; each must select something."""
+    wanted = several(patterns)
 
     def make(keys: Sequence[str]) -> KeyEdit:
-        selected = select(patterns, keys)
+        selected = select(wanted, keys)
         return lambda key: None if key in selected else key
 
     return Edit("drop", make, "dropped as asked")
 
 
-def keep(patterns: Sequence[str]) -> Edit:
-    """Drop all but what the patterns select; each must select something."""
+def keep(patterns: str | Iterable[str]) -> Edit:
+    """Drop all but what a pattern or several select; each must select something."""
+    wanted = several(patterns)
 
     def make(keys: Sequence[str]) -> KeyEdit:
-        selected = select(patterns, keys)
+        selected = select(wanted, keys)
         return lambda key: key if key in selected or key.endswith(_SENTINEL) else None
 
     return Edit("keep", make, "not among those to keep")
@@ -268,10 +270,10 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     return lambda key: key in (exact, pattern) or key.startswith(exact + ".")
 
 
-def select(patterns: Sequence[str], keys: Sequence[str]) -> set[str]:
+def select(patterns: str | Iterable[str], keys: Sequence[str]) -> set[str]:
     """Give the keys that any pattern selects; raises `NothingMatched` for one that selects none."""
     selected: set[str] = set()
-    for pattern in patterns:
+    for pattern in several(patterns):
         matches = matcher(pattern)
         found = {key for key in keys if matches(key)}
         # A key may itself look like a glob: an exact match always counts.

@@ -9,15 +9,13 @@ after another in the whole is read one after another in every chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, product
 from math import prod
 from operator import itemgetter
 
 from ckptool.errors import LimitExceeded
-from ckptool.tensors.tensor import Chunk, Chunked, Read, TensorInfo, contiguous_stride, gather
-
-BLOCK = 1 << 20
+from ckptool.tensors.tensor import Chunk, Chunked, contiguous_stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,96 +58,6 @@ def _elements_before(chunked: Chunked, chunk: Chunk, index: int) -> int:
             return count + inner * size
         count += (here - offset) * inner
     return count
-
-
-def read_elements(info: TensorInfo, first: int, count: int, read: Read) -> bytes:
-    """Read elements of a tensor in their contiguous order, `count` from `first`."""
-    itemsize = info.dtype.itemsize
-    if info.stride == contiguous_stride(info.shape):
-        return read((info.storage_offset + first) * itemsize, count * itemsize)
-    return b"".join(_strided(info, first, count, read))
-
-
-def _strided(info: TensorInfo, first: int, count: int, read: Read) -> Iterator[bytes | bytearray]:
-    """Cut a range of elements into whole rows and the parts of rows around them."""
-    if not info.shape:
-        yield from gather(info, read, BLOCK)
-        return
-    row, last = prod(info.shape[1:]), first + count
-    while first < last:
-        index, within = divmod(first, row)
-        start = info.storage_offset + index * info.stride[0]
-        if within or last - first < row:
-            taken = min(row - within, last - first)
-            inner = replace(
-                info, shape=info.shape[1:], stride=info.stride[1:], storage_offset=start
-            )
-            yield from _strided(inner, within, taken, read)
-        else:
-            rows = (last - first) // row
-            taken = rows * row
-            whole = replace(info, shape=(rows, *info.shape[1:]), storage_offset=start)
-            yield from gather(whole, read, BLOCK)
-        first += taken
-
-
-def place(chunked: Chunked, piece: Piece, data: bytes, first: int, target: memoryview) -> None:
-    """Put the elements of a piece where they stand in the whole; `target` begins at `first`."""
-    size = chunked.itemsize
-    run, rows, step = _runs(chunked, piece.chunk)
-    done = 0
-    while done < piece.count:
-        number, within = divmod(piece.first + done, run)
-        position = _position(chunked, piece.chunk, number) + within - first
-        left = piece.count - done
-        many = min(rows - number % rows, left // run)
-        if not within and many > run:  # short runs: column by column
-            count = many * run
-            _columns(target[position * size :], data[done * size :], run, many, step, size)
-        else:
-            count = min(run - within, left)
-            begin, end = position * size, (position + count) * size
-            target[begin:end] = data[done * size : (done + count) * size]
-        done += count
-
-
-def _columns(target: memoryview, data: bytes, run: int, many: int, step: int, size: int) -> None:
-    """Put `many` runs, each `step` elements behind the one before, byte by byte of a run."""
-    for byte in range(run * size):
-        end = (many - 1) * step * size + byte + 1
-        target[byte : end : step * size] = data[byte : many * run * size : run * size]
-
-
-def _runs(chunked: Chunked, chunk: Chunk) -> tuple[int, int, int]:
-    """Give how many elements of a chunk lie together in the whole, how many such runs follow
-    each other at even distance, and that distance.
-    """
-    sizes, shape = chunk.source.shape, chunked.shape
-    axis = len(shape) - 1
-    while axis > 0 and sizes[axis] == shape[axis]:
-        axis -= 1
-    if axis <= 0:
-        return prod(sizes), 1, prod(shape)
-    return prod(sizes[axis:]), sizes[axis - 1], prod(shape[axis:])
-
-
-def _position(chunked: Chunked, chunk: Chunk, number: int) -> int:
-    """Give the element of the whole where a run of a chunk starts."""
-    sizes, steps = chunk.source.shape, contiguous_stride(chunked.shape)
-    run = _runs(chunked, chunk)[0]
-    indices = _unravelled(number * run, sizes)
-    return sum(
-        (index + offset) * step
-        for index, offset, step in zip(indices, chunk.offsets, steps, strict=True)
-    )
-
-
-def _unravelled(index: int, shape: Sequence[int]) -> list[int]:
-    indices = []
-    for step in contiguous_stride(shape):
-        here, index = divmod(index, step)
-        indices.append(here)
-    return indices
 
 
 MAX_CUT = 6  # dimensions that a tensor is cut along; each doubles the corners of a box

@@ -2,37 +2,42 @@
 
     import ckptool
 
-    done = ckptool.strip_prefix("in.pth", "out.pth")
+    done = ckptool.strip_prefix("in.pth", "out.pth", force=True)
     print(done.renamed, done.dropped)
 
-Each raises a `CkptoolError` where the command line ends with another exit code than 0.
+Each raises a `CkptoolError` where the command line ends with another exit code than 0. What writes
+takes the keywords of `WriteOptions`. A pattern may stand for a list of patterns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from ckptool import containers
 from ckptool.errors import EditError
 from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
 from ckptool.state.edits import Edit
-from ckptool.verbs import checking, fitting, listing, surgery, survey
-from ckptool.verbs.checking import Checked
-from ckptool.verbs.fitting import MIN_MATCH, Reference, Transferred
-from ckptool.verbs.listing import Listing
-from ckptool.verbs.suggestions import Suggestion, suggestions
-from ckptool.verbs.surgery import Options, Rewrite
-from ckptool.verbs.survey import Survey
+from ckptool.verbs import surgery
+from ckptool.verbs.plan import MIN_MATCH, Options, WriteOptions
+from ckptool.verbs.surgery import Rewrite
 
-if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
     from ckptool.files.hub import Downloaded
     from ckptool.model.initial import Fill
-    from ckptool.model.verify import Verification
+    from ckptool.model.live import CheckpointLike
+    from ckptool.model.verify import Progress, Verification
+    from ckptool.model.zoo import ModelLike
+    from ckptool.verbs.checking import Checked
     from ckptool.verbs.compare import Difference
+    from ckptool.verbs.fitting import Reference, Transferred
+    from ckptool.verbs.listing import Listing
+    from ckptool.verbs.survey import Survey
 
 AUTO = "auto"
 
@@ -41,25 +46,44 @@ def keys(
     path: str | Path,
     *,
     at: str | None = None,
-    every: bool = False,
-    select: Sequence[str] = (),
-    sort: str = "file",
+    all: bool = False,
+    select: str | Sequence[str] = (),
+    sort: Literal["file", "size", "name"] = "file",
 ) -> Listing:
-    """List the tensors of a checkpoint; `every` lists all of the file, by path.
+    """List the tensors of a checkpoint.
 
-    `sort` is `file`, `size` or `name`; `select` holds patterns. Raises what reading raises, and
-    `AmbiguousStateDict` where `at` must choose.
+    `at` chooses among several state_dicts, `all` lists every tensor of the file by its path,
+    `select` takes a pattern or several. Raises what reading raises (`FormatError`),
+    `AmbiguousStateDict` where `at` must choose, `NoSuchKey` and `NothingMatched`.
+
+    >>> listing = ckptool.keys("model_best.pth.tar", select="module.classifier")
+    >>> listing
+    <Listing of model_best.pth.tar: 2 tensors, 200 B>
+    >>> listing["module.classifier.weight"].shape
+    (10, 4)
     """
-    return listing.chosen(listing.listing(containers.read(path), at, every=every), select, sort)
+    from ckptool.verbs import listing
+
+    return listing.chosen(listing.listing(containers.read(path), at, every=all), select, sort)
 
 
-def info(path: str | Path, *, at: str | None = None) -> tuple[Survey, list[Suggestion]]:
-    """Say what a file is and what is in it, and which commands would help.
+def info(path: str | Path, *, at: str | None = None) -> Survey:
+    """Describe what a file is, what is in it, and which commands would help.
 
-    Raises what reading raises; several state_dicts are all described, unless `at` chooses.
+    Several state_dicts are all described, unless `at` chooses. Raises what reading raises
+    (`FormatError`), and `NoSuchKey`.
+
+    >>> survey = ckptool.info("model_best.pth.tar")
+    >>> survey.total.count, survey.to_dict()["safety"]
+    (8, 'plain')
+    >>> survey.suggestions[0].command
+    'ckptool strip-prefix model_best.pth.tar model_best.stripped.pth'
     """
+    from ckptool.verbs import survey
+    from ckptool.verbs.suggestions import suggestions
+
     facts = survey.survey(containers.read(path), at)
-    return facts, suggestions(facts)
+    return replace(facts, suggestions=tuple(suggestions(facts)))
 
 
 def check(
@@ -68,53 +92,71 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     strict: bool = False,
+    plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
-    """Say whether a file is whole, and whether loading it elsewhere would run code.
+    """Check whether a file is whole, and whether loading it elsewhere would run code.
 
-    `finite` counts NaN and infinity, `strict` calls foreign names unsafe. Never raises for what
-    a file holds: its `status` says that.
+    `sha256` hashes the file, `finite` counts NaN and infinity, `strict` calls foreign names
+    unsafe, `plugins` lets installed ones read what no container of ckptool is. Raises nothing for
+    what a file holds: its `status` says that.
+
+    >>> ckptool.check("model_best.pth.tar").status
+    <Status.OK: 'ok'>
     """
-    return checking.check(path, sha256=sha256, finite=finite, strict=strict, progress=progress)
+    from ckptool.verbs import checking
+
+    return checking.check(
+        path, sha256=sha256, finite=finite, strict=strict, plugins=plugins, progress=progress
+    )
 
 
 def diff(
-    left: str | Path,
-    right: str | Path,
+    left: CheckpointLike,
+    right: CheckpointLike,
     *,
     at: str | None = None,
     left_at: str | None = None,
     right_at: str | None = None,
-    every: bool = False,
+    all: bool = False,
     structure: bool = False,
     atol: float = 0.0,
     rtol: float = 0.0,
-    select: Sequence[str] = (),
-    rename: Mapping[str, str] | None = None,
+    select: str | Sequence[str] = (),
+    map: Mapping[str, str] | None = None,
     ignore_prefix: str | None = None,
     progress: Begin = no_progress,
 ) -> Difference:
     """Compare two checkpoints bit for bit, or within `atol + rtol * |left|`.
 
-    `at` is where the state_dict sits on both sides, `every` compares all there is by path,
-    `structure` reads no values; `rename` gives dotted prefixes of the left their names on the
-    right; `ignore_prefix` is a prefix or `auto`. Raises what reading raises,
-    `AmbiguousStateDict`, and `NothingMatched` for what no key has.
+    Each is a file, a state_dict or an `nn.Module`. `at` is where the state_dict sits on both
+    sides, `left_at` and `right_at` on one; `all` compares all there is by path, `structure` reads
+    no values; `map` gives dotted prefixes of the left their names on the right; `ignore_prefix`
+    is a prefix or `auto`. Raises what reading raises (`FormatError`), `AmbiguousStateDict`,
+    `NoSuchKey`, and `NothingMatched` for what no key has.
+
+    >>> ckptool.diff("data_parallel.pth", "plain.pth", ignore_prefix="auto").equal
+    True
+    >>> [change.key for change in ckptool.diff("flowers.safetensors", "plain.pth")]
+    ['classifier.bias', 'classifier.weight']
     """
+    from ckptool.model import live
     from ckptool.verbs import compare
     from ckptool.verbs.compare_sides import Asked, tolerance
 
     asked = Asked(
-        at if left_at is None else left_at,
-        at if right_at is None else right_at,
-        every,
-        structure,
-        tolerance(atol, rtol),
-        select,
-        tuple((rename or {}).items()),
-        ignore_prefix,
+        at=at,
+        left_at=left_at,
+        right_at=right_at,
+        every=all,
+        structure=structure,
+        tolerance=tolerance(atol, rtol),
+        select=select,
+        rename=tuple((map or {}).items()),
+        ignore_prefix=ignore_prefix,
     )
-    return compare.diff(containers.read(left), containers.read(right), asked, progress)
+    with live.opened(left) as one, live.opened(right) as other:
+        return compare.diff(one, other, asked, progress)
 
 
 def strip_prefix(
@@ -124,10 +166,18 @@ def strip_prefix(
     prefix: str = edits.DEFAULT_PREFIX,
     every: bool = False,
     anywhere: bool = False,
-    options: Options | None = None,
     progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
 ) -> Rewrite:
-    """Take a prefix off keys; `auto` peels every known wrapper that all keys share."""
+    """Take a prefix off keys; `auto` peels every known wrapper that all keys share.
+
+    `every` insists that all keys have it, `anywhere` takes it inside keys too. Raises
+    `NothingMatched`, `KeyCollision`, `FormatError` for the source and `WriteError` for the target.
+
+    >>> done = ckptool.strip_prefix("model_best.pth.tar", "clean.pth.tar")
+    >>> done.renamed, done.map[0]
+    (8, ('module.features.0.weight', 'features.0.weight'))
+    """
     if prefix == AUTO and (every or anywhere):
         raise EditError("--prefix auto takes neither --every nor --anywhere")
     step = (
@@ -135,7 +185,7 @@ def strip_prefix(
         if prefix == AUTO
         else edits.strip_prefix(prefix, every=every, anywhere=anywhere)
     )
-    return surgery.rewrite(source, target, [step], options=options, progress=progress)
+    return surgery.rewrite(source, target, [step], options=Options(**options), progress=progress)
 
 
 def add_prefix(
@@ -143,25 +193,37 @@ def add_prefix(
     target: str | Path | None = None,
     *,
     prefix: str = edits.DEFAULT_PREFIX,
-    options: Options | None = None,
     progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
 ) -> Rewrite:
-    """Put a prefix before every key."""
+    """Put a prefix before every key.
+
+    Raises `EditError`, `FormatError` for the source and `WriteError` for the target.
+
+    >>> ckptool.add_prefix("plain.pth", "parallel.pth", dry_run=True)
+    <Rewrite plain.pth -> parallel.pth: read 8, would write 8>
+    """
     steps = [edits.add_prefix(prefix)]
-    return surgery.rewrite(source, target, steps, options=options, progress=progress)
+    return surgery.rewrite(source, target, steps, options=Options(**options), progress=progress)
 
 
 def unwrap(
     source: str | Path,
     target: str | Path | None = None,
     *,
-    options: Options | None = None,
     progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
 ) -> Rewrite:
-    """Write the state_dict alone; raises `EditError` where it is alone already."""
-    return surgery.rewrite(
-        source, target, bare=True, unwrap=True, options=options, progress=progress
-    )
+    """Write the state_dict alone, without what is beside it.
+
+    Raises `EditError` where it is alone already, `AmbiguousStateDict` where `at` must choose,
+    `FormatError` for the source and `WriteError` for the target.
+
+    >>> ckptool.unwrap("model_best.pth.tar", "weights.pth").not_carried
+    ('epoch', 'arch', 'best_acc1', 'optimizer')
+    """
+    how = Options(**options)
+    return surgery.rewrite(source, target, bare=True, unwrap=True, options=how, progress=progress)
 
 
 def convert(
@@ -171,52 +233,65 @@ def convert(
     steps: Sequence[Edit] = (),
     unwrap: bool = False,
     max_shard_size: int | str | None = None,
-    options: Options | None = None,
     progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
 ) -> Rewrite:
     """Write a checkpoint again, in the container of the target, with edits in their order.
 
-    With `options.to` `dcp`, the target is the folder of a distributed checkpoint; that needs torch.
-    With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
+    `steps` are of `ckptool.edits`. With `to="dcp"`, the target is the folder of a distributed
+    checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
+    Raises `EditError`, `FormatError` for the source and `WriteError` for the target.
+
+    >>> steps = [ckptool.edits.drop("classifier")]
+    >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
+    <Rewrite plain.pth -> plain.safetensors: read 8, written 6>
     """
-    if options is not None and options.to == "dcp":
+    how, form = Options(**options), surgery.FILE
+    if how.to == "dcp":
         if max_shard_size is not None:
             raise EditError("a distributed checkpoint is not cut by --max-shard-size")
-        from ckptool.model import dcp
-
-        return dcp.convert(source, target, steps, unwrap=unwrap, options=options, progress=progress)
-    if max_shard_size is not None:
+        form = surgery.Form(distributed=True)
+    elif max_shard_size is not None:
         from ckptool.containers import sharding
-        from ckptool.verbs import sharded_output
 
-        limit = sharding.parse_size(str(max_shard_size))
-        return sharded_output.rewrite_sharded(
-            source, target, steps, max_shard_size=limit, options=options, progress=progress
-        )
-    return surgery.rewrite(source, target, steps, bare=unwrap, options=options, progress=progress)
+        form = surgery.Form(sharding.parse_size(str(max_shard_size)))
+    return surgery.rewrite(
+        source, target, steps, bare=unwrap, options=how, progress=progress, form=form
+    )
 
 
 def transfer(
-    source: str | Path,
+    source: CheckpointLike,
     target: str | Path | None = None,
     *,
-    drop: Sequence[str] = (),
-    keep: Sequence[str] = (),
+    drop: str | Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
-    like: str | Path | None = None,
+    like: CheckpointLike | None = None,
     like_at: str | None = None,
-    model: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model: ModelLike | None = None,
+    model_args: Mapping[str, object] | None = None,
     init_missing: bool = False,
     seed: int = 0,
     min_match: float = MIN_MATCH,
-    options: Options | None = None,
     progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
 ) -> Transferred:
-    """Write the bare state_dict with what fits a target: another file, or a model.
+    """Write the bare state_dict with what fits a target: another checkpoint, or a model.
 
-    Raises `PoorFit` where less than `min_match` of the target's elements would be filled.
+    `source` and `like` are files, state_dicts or modules; `model` is a spec (`resnet18`,
+    `file.py:factory`) made with `model_args`, or an `nn.Module`. `drop` and `keep` take a pattern
+    or several, matched after wrapper prefixes came off; `rename` moves dotted prefixes.
+    `init_missing` writes what is not filled as the model has it. Raises `PoorFit` where less than
+    `min_match` of the target's elements would be filled, `EditError`, `FormatError` and
+    `WriteError`.
+
+    >>> done = ckptool.transfer("model_best.pth.tar", "init.pth", like="flowers.safetensors")
+    >>> done.rewrite.written, [mismatch.key for mismatch in done.fit.mismatched]
+    (6, ['classifier.weight', 'classifier.bias'])
     """
+    from ckptool.verbs import fitting
+
     if like is not None and model is not None:
         raise EditError("a transfer has one target: --like or --model")
     if model is None and (model_args or init_missing):
@@ -225,27 +300,47 @@ def transfer(
     reference: Reference | None = None
     fill: Fill | None = None
     if like is not None:
-        reference = fitting.reference_of_file(like, like_at)
+        reference = _like(like, like_at)
     elif model is not None:
         reference, fill = _model(model, model_args or {}, seed if init_missing else None)
-    return fitting.transfer(
-        source,
-        target,
-        like=reference,
-        steps=fitting.first_steps(moves, drop, keep),
-        min_match=min_match,
-        options=options,
-        progress=progress,
-        fill=fill,
-    )
+    how = Options(**options)
+    if how.in_place and not isinstance(source, str | PathLike):
+        raise EditError("--in-place needs a file", hint="name an output")
+    from ckptool.model import live
+
+    with live.opened(source) as checkpoint:
+        return fitting.transfer(
+            checkpoint.path,
+            target,
+            like=reference,
+            steps=fitting.first_steps(moves, drop, keep),
+            min_match=min_match,
+            options=how,
+            progress=progress,
+            fill=fill,
+            opened=checkpoint,
+        )
 
 
-def _model(spec: str, args: Mapping[str, Any], seed: int | None) -> tuple[Reference, Fill | None]:
+def _like(given: CheckpointLike, at: str | None) -> Reference:
+    from ckptool.model import live
+    from ckptool.verbs import fitting
+
+    if not isinstance(given, str | PathLike | Mapping):  # a model, which may have no values
+        return _model(given, {}, None)[0]
+    with live.opened(given) as checkpoint:
+        return fitting.reference_of(checkpoint, at)
+
+
+def _model(
+    spec: ModelLike, args: Mapping[str, object], seed: int | None
+) -> tuple[Reference, Fill | None]:
     from ckptool.model import initial, zoo
+    from ckptool.verbs import fitting
 
     shapes = {key: shape for key, (_, shape) in zoo.shapes(spec, args).items()}
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(spec, shapes), fill
+    return fitting.reference(zoo.named(spec), shapes), fill
 
 
 def download(
@@ -259,14 +354,17 @@ def download(
 ) -> Downloaded:
     """Download a torchvision weight by name, or any URL, into a folder or to a file.
 
-    Raises `DownloadFailed`, `HashMismatch`, `OutputExists`, `WriteError`; for names `NoSuchModel`
-    and `MissingExtra`.
+    The file is checked against `sha256`, or the hash in its name. Raises `DownloadFailed`,
+    `HashMismatch`, `OutputExists`, `WriteError`; for names `NoSuchModel` and `MissingExtra`.
+
+    >>> ckptool.download("resnet18", "weights/").path  # doctest: +SKIP
+    'weights/resnet18-f37072fd.pth'
     """
     from ckptool.files import hub
     from ckptool.model import weights
 
     known = None if "://" in what else weights.resolve(what)
-    return hub.download(
+    done = hub.download(
         known.url if known else what,
         target,
         sha256=sha256,
@@ -275,20 +373,62 @@ def download(
         sync=sync,
         progress=progress,
     )
+    return replace(done, weights=known.member if known else None)
 
 
 def verify(
-    reference: str | Path,
-    candidate: str | Path,
-    model: str,
-    model_args: Mapping[str, Any] | None = None,
-    **options: Any,
+    reference: CheckpointLike,
+    candidate: CheckpointLike,
+    model: ModelLike,
+    *,
+    model_args: Mapping[str, object] | None = None,
+    devices: str | Sequence[str] = "auto",
+    input_shapes: str | Sequence[str] = (),
+    batch_size: int | None = None,
+    input: str | None = None,
+    data: str | None = None,
+    dtype: str | None = None,
+    channels_last: bool = False,
+    seed: int = 0,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    allow_tf32: bool = False,
+    partial: bool = False,
+    at: str | None = None,
+    candidate_at: str | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
-    """Run a model on the weights of two files and compare the outputs, bit for bit.
+    """Run a model on the weights of two checkpoints and compare the outputs, bit for bit.
 
-    `options` are the fields of `ckptool.model.verify.Options` (`devices`, `partial`, `atol` ...).
-    Raises `DoesNotLoad`, `NoDevice`, `NoSuchModel`, `BadInput`, `MissingExtra`, `OutOfMemory`.
+    Each is a file, a state_dict or an `nn.Module`; `model` is a spec (`resnet18`,
+    `file.py:factory`) made with `model_args`, or an `nn.Module`. It runs on each of `devices`
+    (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`), on random inputs of `input_shapes` (`1,3,224,224`,
+    `1,16:int64`; one for each argument), on the picture `input` or the folder `data`. `partial`
+    compares what both have and the model takes; `at` and `candidate_at` choose among several
+    state_dicts. Raises `DoesNotLoad`, `NoDevice`, `NoSuchModel`, `BadInput`, `MissingExtra`,
+    `OutOfMemory`, and what reading raises.
+
+    >>> from torch import nn
+    >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
+    >>> ckptool.verify(one, other, one, devices="cpu", input_shapes="3,4")
+    <Verification of (Linear), (Linear): not identical on cpu>
     """
-    from ckptool.model import verify as room
+    from ckptool.model import inputs, verify as room
 
-    return room.verify(reference, candidate, model, model_args, room.Options(**options))
+    options = room.Options(
+        devices=devices,
+        inputs=inputs.Options(
+            shapes=input_shapes, batch_size=batch_size, picture=input, folder=data, seed=seed
+        ),
+        dtype=dtype,
+        channels_last=channels_last,
+        partial=partial,
+        atol=atol,
+        rtol=rtol,
+        allow_tf32=allow_tf32,
+        at=at,
+        candidate_at=candidate_at,
+    )
+    return room.verify(
+        reference, candidate, model, model_args, options, progress or room.no_progress
+    )

@@ -26,6 +26,7 @@ from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
+    PluginFailed,
     Unsupported,
 )
 from ckptool.files import fileio
@@ -38,8 +39,9 @@ from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.text import counted, listed, readable
-from ckptool.verbs.finite import Tally, floating, not_finite
+from ckptool.tensors.numbers import Tally
+from ckptool.text import counted, listed, readable, visible
+from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -89,6 +91,47 @@ class Checked:
     checked: tuple[str, ...] = ()
     not_checked: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Checked {visible(self.file)}: {self.status.value}; {visible(self.detail)}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `check/1` of this file alone."""
+        return document([self])
+
+
+def document(results: Sequence[Checked]) -> dict[str, object]:
+    """Return the document `check/1` of many files."""
+    return {"schema": "check/1", "files": [_fields(result) for result in results]}
+
+
+def _fields(result: Checked) -> dict[str, object]:
+    return {
+        "file": result.file,
+        "status": result.status.value,
+        "detail": result.detail,
+        "container": result.container or None,
+        "safety": result.safety or None,
+        "globals": list(result.globals),
+        "calls": [
+            {
+                "module": call.named.module,
+                "name": call.named.name,
+                "arguments": None if call.arguments is None else list(call.arguments),
+                "pickle": result.pickle_name,
+                "offset": call.offset,
+                "at": call.where,
+            }
+            for call in result.calls
+        ],
+        "sha256": result.sha256 or None,
+        "not_finite": [
+            {"key": key, "nan": tally.nan, "inf": tally.inf} for key, tally in result.not_finite
+        ],
+        "notes": list(result.notes),
+        "checked": list(result.checked),
+        "not_checked": list(result.not_checked),
+    }
+
 
 @dataclass(slots=True)
 class _Findings:
@@ -110,19 +153,20 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     strict: bool = False,
+    plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
     """Check structure, checksums and names of a file; with `finite` also every float.
 
     `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
-    calls foreign names and the code of TorchScript unsafe too. A file that cannot be read is a
-    result, not an error.
+    calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
+    container of ckptool is. A file that cannot be read is a result, not an error.
     """
     path = str(path)
     found = _Findings()
     said = hash_in(os.path.basename(path))
     try:
-        checkpoint = containers.read(path)
+        checkpoint = containers.read(path, plugins=plugins)
     except FormatError as error:
         if sha256 or said:
             _hash(path, said, sha256, found, progress)
@@ -176,7 +220,7 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
         name: storage for name, storage in checkpoint.records.items() if storage.crc32 is not None
     }
     if not recorded:
-        title = containers.BY_NAME[checkpoint.container].title
+        title = containers.by_name(checkpoint.container).title
         why = f"the writer of this {title} file recorded none"
         if not checkpoint.records:
             why = f"{title} files have no checksums"
@@ -279,20 +323,19 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
             [_summary(checkpoint), found.checksums, program, _foreign(verdict)],
         )
     return Checked(
-        path,
-        status,
-        "; ".join(filter(None, [*parts, found.asked_sha256])),
-        checkpoint.container,
-        verdict.level.name.lower(),
-        _names(verdict),
-        tuple(calls),
-        checkpoint.pickle_name,
-        found.sha256,
-        found.not_finite,
-        "",
-        tuple(found.notes),
-        tuple(found.checked),
-        tuple(found.not_checked),
+        file=path,
+        status=status,
+        detail="; ".join(filter(None, [*parts, found.asked_sha256])),
+        container=checkpoint.container,
+        safety=verdict.level.name.lower(),
+        globals=_names(verdict),
+        calls=tuple(calls),
+        pickle_name=checkpoint.pickle_name,
+        sha256=found.sha256,
+        not_finite=found.not_finite,
+        notes=tuple(found.notes),
+        checked=tuple(found.checked),
+        not_checked=tuple(found.not_checked),
     )
 
 
@@ -314,9 +357,9 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
     absent = isinstance(error, NoSuchFile) and not error.hint
     detail = "; ".join(filter(None, [detail, found.asked_sha256]))
     return Checked(
-        path,
-        status,
-        detail,
+        file=path,
+        status=status,
+        detail=detail,
         safety=verdict.level.name.lower() if named else "",
         globals=_names(verdict),
         calls=tuple(calls),
@@ -350,6 +393,7 @@ _STATUS = {
     NotACheckpoint: Status.NOT_A_CHECKPOINT,
     NoSuchFile: Status.NOT_A_CHECKPOINT,
     Unsupported: Status.UNSUPPORTED,
+    PluginFailed: Status.UNSUPPORTED,
 }
 
 
@@ -376,7 +420,7 @@ def _names(verdict: Verdict) -> tuple[str, ...]:
 
 def _summary(checkpoint: Checkpoint) -> str:
     count = sum(1 for _ in walk.tensors(checkpoint.tree))
-    title = containers.BY_NAME[checkpoint.container].title
+    title = containers.by_name(checkpoint.container).title
     return f"{title}, {readable(checkpoint.nbytes)}, {counted(count, 'tensor')}"
 
 
@@ -431,10 +475,10 @@ def found_in(folder: str) -> Iterator[str]:
 def _files_of(index: str) -> set[str]:
     """Name the files that are checked with an index."""
     try:
-        return {index, *(path for path, _ in containers.read(index).files)}
+        return {index, *(path for path, _ in containers.read(index, plugins=False).files)}
     except CkptoolError:
         return {index}
 
 
 def _suffixes() -> list[str]:
-    return sorted({suffix for each in containers.FORMATS for suffix in each.suffixes})
+    return sorted(containers.suffixes(written=True))

@@ -7,23 +7,26 @@ tags are told and decide nothing: containers differ in what they can say of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import fileio
 from ckptool.files.copying import Begin, Copy, Job, run_jobs
+from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
+from ckptool.tensors.numbers import Values
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
-from ckptool.text import counted, listed, readable, shape
-from ckptool.verbs.compare_bytes import Comparer, Pair, pair
+from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
+from ckptool.verbs.compare_tensors import Pair, compare, pair
 from ckptool.verbs.compare_trees import TAKEN, Place, places_of, shown
-from ckptool.verbs.compare_values import Values
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
@@ -53,6 +56,27 @@ class Change:
     values: Values | None = None
     first: tuple[int, ...] | None = None
 
+    def to_dict(self) -> dict[str, object]:
+        """Return an entry of the `changed` of `diff/1`."""
+        fields: dict[str, object] = {"key": self.key, "what": self.what}
+        values = self.values
+        if values is None:
+            return {**fields, "left": self.left, "right": self.right}
+        most = values.max_abs
+        return {
+            **fields,
+            "count": values.count,
+            "of": values.of,
+            "within": values.within,
+            "first": None if self.first is None else list(self.first),
+            "max_abs": most if most is not None and math.isfinite(most) else None,
+            "max_ulp": values.max_ulp,
+            "nan_payloads": values.nan_payloads,
+            "nan_one_side": values.nan_one_side,
+            "zero_signs": values.zero_signs,
+            "infinities": values.infinities,
+        }
+
 
 @dataclass(slots=True)
 class Found:
@@ -71,6 +95,15 @@ class Found:
         """Tell whether all is equal."""
         return not (self.only_left or self.only_right or self.changed)
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields of `diff/1` for this part."""
+        return {
+            "only_left": list(self.only_left),
+            "only_right": list(self.only_right),
+            "changed": [change.to_dict() for change in self.changed],
+            "within_tolerance": [change.to_dict() for change in self.within],
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -80,12 +113,17 @@ class Side:
     container: str
     at: Path | None
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields of `diff/1` for this file."""
+        at = None if self.at is None else list(self.at)
+        return {"file": self.path, "container": self.container, "at": at}
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """How two checkpoints differ: in the state_dict, and in what stands beside it.
 
-    `tensors` of `nbytes` in all were compared.
+    `tensors` of `nbytes` in all were compared. Iterates over what changed under a key of both.
     """
 
     left: Side
@@ -97,6 +135,9 @@ class Difference:
     nbytes: int
     notes: tuple[str, ...]
 
+    def __iter__(self) -> Iterator[Change]:
+        return iter((*self.state.changed, *self.beside.changed))
+
     @property
     def equal(self) -> bool:
         """Tell whether nothing differs that decides."""
@@ -106,6 +147,28 @@ class Difference:
     def whole(self) -> bool:
         """Tell whether all tensors were compared, by their path."""
         return self.left.at is None
+
+    def __repr__(self) -> str:
+        word = "equal" if self.equal else "different"
+        sides = f"{visible(self.left.path)}, {visible(self.right.path)}"
+        return f"<Difference of {sides}: {word}, {counted(self.tensors, 'tensor')} compared>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `diff/1`."""
+        return {
+            "schema": "diff/1",
+            "equal": self.equal,
+            "left": self.left.to_dict(),
+            "right": self.right.to_dict(),
+            **self.state.to_dict(),
+            "beside": self.beside.to_dict(),
+            "tensors": self.tensors,
+            "nbytes": self.nbytes,
+            "structure": self.asked.structure,
+            "atol": self.asked.tolerance.atol,
+            "rtol": self.asked.tolerance.rtol,
+            "notes": list(self.notes),
+        }
 
 
 def diff(left: Checkpoint, right: Checkpoint, asked: Asked, progress: Begin) -> Difference:
@@ -127,14 +190,14 @@ def diff(left: Checkpoint, right: Checkpoint, asked: Asked, progress: Begin) -> 
         for checkpoint, state in ((left, one), (right, other))
     ]
     return Difference(
-        sides[0],
-        sides[1],
-        asked,
-        work.state,
-        work.beside,
-        work.tensors,
-        work.nbytes,
-        tuple(work.notes),
+        left=sides[0],
+        right=sides[1],
+        asked=asked,
+        state=work.state,
+        beside=work.beside,
+        tensors=work.tensors,
+        nbytes=work.nbytes,
+        notes=tuple(work.notes),
     )
 
 
@@ -215,7 +278,7 @@ class _Work:
                 self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
 
     def _compare_beside(self, left_at: Path, right_at: Path) -> None:
-        if self.asked.left_at is not None or self.asked.right_at is not None:
+        if self.asked.chosen:
             return
         sides = ((self.left, left_at), (self.right, right_at))
         if not left_at or not right_at:  # a bare state_dict, with no place for anything beside it
@@ -323,10 +386,11 @@ class _Work:
                 hint="compares no values, --select some",
             )
         known: dict[tuple[object, ...], Values] = {}
-        with Comparer(self.asked.tolerance, limit, progress(2 * total)) as comparer:
+        step = progress(2 * total)
+        with closing(Readers()) as readers:
             for found, key, both in self._queue:
                 if both.views not in known:
-                    known[both.views] = comparer.compare(both)
+                    known[both.views] = compare(both, readers, self.asked.tolerance, limit, step)
                 _judge(found, key, both, known[both.views])
         self._note_damage([both for *_, both in self._queue if known[both.views].count])
         for path, stamp in (*self.left.files, *self.right.files):

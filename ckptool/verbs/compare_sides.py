@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ckptool.errors import AmbiguousStateDict, EditError
+from ckptool import containers
+from ckptool.errors import EditError
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
+from ckptool.tensors.numbers import NO_TOLERANCE, Tolerance
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
 from ckptool.text import listed
-from ckptool.verbs.compare_values import NO_TOLERANCE, Tolerance
 
 AUTO = "auto"
 
@@ -26,14 +27,28 @@ class Asked:
     holds pairs of dotted prefixes, the left's and the right's.
     """
 
+    at: str | None = None
     left_at: str | None = None
     right_at: str | None = None
     every: bool = False
     structure: bool = False
     tolerance: Tolerance = NO_TOLERANCE
-    select: Sequence[str] = ()
+    select: str | Sequence[str] = ()
     rename: Sequence[tuple[str, str]] = ()
     ignore_prefix: str | None = None
+
+    @property
+    def sides(self) -> tuple[tuple[str | None, str], tuple[str | None, str]]:
+        """Return where each state_dict is, None for the only one, and the option that says so."""
+        return self._side(self.left_at, "--left-at"), self._side(self.right_at, "--right-at")
+
+    def _side(self, at: str | None, option: str) -> tuple[str | None, str]:
+        return (self.at, "--at") if at is None and self.at is not None else (at, option)
+
+    @property
+    def chosen(self) -> bool:
+        """Check whether a state_dict was chosen on either side."""
+        return any(at is not None for at, _ in self.sides)
 
 
 def tolerance(atol: float, rtol: float) -> Tolerance:
@@ -47,18 +62,19 @@ def state_dicts(
     left: Checkpoint, right: Checkpoint, asked: Asked
 ) -> tuple[StateDict | None, StateDict | None]:
     """Give both state_dicts, or none where all tensors are to be compared by their path."""
-    if asked.every and (asked.left_at is not None or asked.right_at is not None):
+    if asked.every and asked.chosen:
         raise EditError("--all compares all there is: it takes no --at")
     if asked.every:
         return None, None
+    (left_at, left_option), (right_at, right_option) = asked.sides
     found = [
         _several(checkpoint) if at is None else []
-        for checkpoint, at in ((left, asked.left_at), (right, asked.right_at))
+        for checkpoint, at in ((left, left_at), (right, right_at))
     ]
     if found[0] and found[0] == found[1]:
         return None, None
-    one = _state_dict(left, asked.left_at, "--left-at", right)
-    other = _state_dict(right, asked.right_at, "--right-at", left)
+    one = _state_dict(left, left_at, left_option)
+    other = _state_dict(right, right_at, right_option)
     return (one, other) if one and other else (None, None)
 
 
@@ -67,16 +83,10 @@ def _several(checkpoint: Checkpoint) -> list[Path]:
     return [each.at for each in found] if len(found) > 1 else []
 
 
-def _state_dict(
-    checkpoint: Checkpoint, at: str | None, option: str, other: Checkpoint
-) -> StateDict | None:
-    try:
-        if at is not None:
-            return places.find(checkpoint, at)
-        return places.find_or_none(checkpoint, several=False)
-    except AmbiguousStateDict as error:
-        error.option = error.option.replace("--at", option)
-        raise
+def _state_dict(checkpoint: Checkpoint, at: str | None, option: str) -> StateDict | None:
+    if at is not None:
+        return places.find(checkpoint, at, option)
+    return places.find_or_none(checkpoint, several=False, option=option)
 
 
 def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, StateDict]:
@@ -123,8 +133,8 @@ def notes(
     if moved:
         yield f"the keys stand in another order, {moved[0]} where {moved[1]} does"
     yield from _tie_notes(left, right, one, other, chosen)
-    if "safetensors" in (left.container, right.container):
-        return  # which has no place for the rest
+    if not all(containers.by_name(side.container).traits.strides for side in (left, right)):
+        return  # a side has no place for the rest
     pairs = [
         (key, one.entries[key], other.entries[key])
         for key in keys

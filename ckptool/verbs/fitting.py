@@ -6,26 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.errors import AmbiguousStateDict, PoorFit
+from ckptool.errors import PoorFit
 from ckptool.files.copying import Begin, no_progress
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
 from ckptool.tensors.tensor import TENSORS
-from ckptool.text import percent
+from ckptool.text import percent, visible
 from ckptool.verbs import surgery
-from ckptool.verbs.plan import argument
+from ckptool.verbs.plan import MIN_MATCH, argument
 from ckptool.verbs.surgery import Options, Rewrite
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
     from ckptool.model.initial import Fill
-
-MIN_MATCH = 0.5  # as the command line says too, which does not load this module for its help
 
 Shape = tuple[int, ...]
 
@@ -58,12 +56,33 @@ class Fit:
     absent: tuple[str, ...]
     filled: float
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.matched)} match, {len(self.mismatched)} differ in shape"
+        counts += f", {len(self.missing)} missing, {len(self.absent)} absent"
+        return f"<Fit to {visible(self.target)}: {counts}, {percent(self.filled)} filled>"
 
-class Transferred(NamedTuple):
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
     """What a transfer wrote, and how it fits its target, if it had one."""
 
     rewrite: Rewrite
     fit: Fit | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `transfer/1`."""
+        fit = self.fit
+        return {
+            **self.rewrite.to_dict(),
+            "schema": "transfer/1",
+            "matched": len(fit.matched) if fit else None,
+            "mismatched": [
+                {"key": each.key, "here": list(each.here), "there": list(each.there)}
+                for each in (fit.mismatched if fit else ())
+            ],
+            "missing": list(fit.missing) if fit else [],
+            "filled": fit.filled if fit else None,
+        }
 
 
 def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
@@ -74,15 +93,11 @@ def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
     )
 
 
-def reference_of_file(path: str | Path, at: str | None = None) -> Reference:
+def reference_of(checkpoint: Checkpoint, at: str | None = None) -> Reference:
     """Take keys and shapes from another checkpoint."""
-    try:
-        state = places.find(containers.read(path), at)
-    except AmbiguousStateDict as error:
-        error.option = error.option.replace("--at", "--like-at")
-        raise
+    state = places.find(checkpoint, at, "--like-at")
     return reference(
-        str(path),
+        checkpoint.path,
         {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
     )
 
@@ -98,12 +113,12 @@ def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
     total = _elements(target.shapes.values())
     filled = _elements(target.shapes[key] for key in matched)
     return Fit(
-        target.name,
-        matched,
-        mismatched,
-        tuple(key for key in target.shapes if key not in shapes),
-        tuple(key for key in shapes if key not in target.shapes),
-        filled / total if total else 1.0,
+        target=target.name,
+        matched=matched,
+        mismatched=mismatched,
+        missing=tuple(key for key in target.shapes if key not in shapes),
+        absent=tuple(key for key in shapes if key not in target.shapes),
+        filled=filled / total if total else 1.0,
     )
 
 
@@ -111,7 +126,9 @@ def _elements(shapes: Iterable[Shape]) -> int:
     return sum(prod(shape) for shape in shapes)
 
 
-def first_steps(renames: Sequence[Edit], drop: Sequence[str], keep: Sequence[str]) -> list[Edit]:
+def first_steps(
+    renames: Sequence[Edit], drop: str | Sequence[str], keep: str | Sequence[str]
+) -> list[Edit]:
     """Give the edits that come before a comparison: peel, drop, keep, rename."""
     steps = [edits.strip_wrappers(required=False)]
     if drop:
@@ -131,14 +148,16 @@ def transfer(
     options: Options | None = None,
     progress: Begin = no_progress,
     fill: Fill | None = None,
+    opened: Checkpoint | None = None,
 ) -> Transferred:
     """Write the bare state_dict with what fits the target alone.
 
-    `steps` come first (`first_steps`); `fill` gives what the source lacks. Raises `PoorFit` where
+    `steps` come first (`first_steps`); `fill` gives what the source lacks; `opened` is the source
+    where it was read before. Raises `PoorFit` where
     less than `min_match` of the target's elements would be filled, and what `rewrite` raises.
     """
     options = options or Options()
-    checkpoint = containers.read(source)
+    checkpoint = opened or containers.read(source)
     if like is None:
         result = surgery.rewrite(
             source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint

@@ -2,24 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
-from ckptool.tensors.tensor import TENSORS, AnyTensor
+from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor
+from ckptool.text import counted, html_table, readable, shape, visible
 
 Entry = tuple[str, AnyTensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Tensors by key, or by path where `state` is None; `beside` names what stands around them."""
+    """Tensors by key, or by path where `state` is None; `beside` names what is around them.
+
+    It reads like a dict: `len`, iteration over the keys, `key in listing`, `listing[key]`.
+    """
 
     checkpoint: Checkpoint
     state: StateDict | None
     entries: list[Entry]
     beside: list[str]
+    _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_key", dict(self.entries))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key, _ in self.entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, key: str) -> AnyTensor:
+        return self._by_key[key]
+
+    def __repr__(self) -> str:
+        size = f"{counted(len(self), 'tensor')}, {readable(self.nbytes)}"
+        return f"<Listing of {visible(self.checkpoint.path)}: {size}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(rows(self.entries), repr(self)[1:-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Sum the bytes of the tensors listed."""
+        return sum(info.nbytes for _, info in self.entries)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `keys/1`."""
+        return {
+            "schema": "keys/1",
+            "file": self.checkpoint.path,
+            "container": self.checkpoint.container,
+            "at": list(self.state.at) if self.state else [],
+            "module": self.state.module if self.state else "",
+            "count": len(self),
+            "nbytes": self.nbytes,
+            "tensors": [_fields(key, info) for key, info in self.entries],
+            "beside": self.beside,
+        }
+
+
+def _fields(key: str, info: AnyTensor) -> dict[str, object]:
+    layout = {"layout": info.layout} if isinstance(info, CompositeTensor) else {}
+    return {
+        "key": key,
+        "dtype": info.dtype.label,
+        "shape": list(info.shape),
+        "nbytes": info.nbytes,
+        **layout,
+    }
+
+
+def rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, str]]:
+    """Describe tensors for people, below a head."""
+    return [
+        ("KEY", "DTYPE", "SHAPE", "SIZE"),
+        *(
+            (visible(key), _dtype(info), shape(info.shape), readable(info.nbytes))
+            for key, info in entries
+        ),
+    ]
+
+
+def _dtype(info: AnyTensor) -> str:
+    layout = f" {info.layout}" if isinstance(info, CompositeTensor) else ""
+    return f"{info.dtype.label}{layout}"
 
 
 def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = False) -> Listing:
@@ -35,13 +108,17 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
     if state is None:
         whole = walk.tensors(checkpoint.tree)
         return Listing(
-            checkpoint, None, [(walk.dotted(path) or ".", info) for path, info in whole], []
+            checkpoint,
+            state=None,
+            entries=[(walk.dotted(path) or ".", info) for path, info in whole],
+            beside=[],
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
-    return Listing(checkpoint, state, tensors, places.beside(checkpoint.tree, state.at))
+    beside = places.beside(checkpoint.tree, state.at)
+    return Listing(checkpoint, state=state, entries=tensors, beside=beside)
 
 
-def chosen(listed: Listing, patterns: Sequence[str], sort: str) -> Listing:
+def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:
     """Keep what the patterns select, sorted by `size`, by `name`, or as in the `file`."""
     entries = listed.entries
     if patterns:

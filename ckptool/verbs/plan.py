@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypedDict
 
-from ckptool.containers import safetensors
+from ckptool import containers
+from ckptool.containers import Left
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
@@ -16,13 +18,36 @@ from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.text import counted, quoted
 
+MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
+Container = Literal["torch", "safetensors", "dcp"]
+
+
+class WriteOptions(TypedDict, total=False):
+    """The keywords of every verb that writes, as on the command line.
+
+    `at` chooses among several state_dicts, `to` the container; `force` replaces the target,
+    `in_place` the source; `dry_run` plans alone; `tensors_only` leaves behind what is neither a
+    tensor nor plain, `untie` writes tied tensors as copies, `allow_expand` allows an output of
+    more than 4 times the input; without `sync` the flush to disk is left to the system.
+    """
+
+    at: str | None
+    to: Container | None
+    force: bool
+    in_place: bool
+    dry_run: bool
+    tensors_only: bool
+    untie: bool
+    allow_expand: bool
+    sync: bool
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every command that writes can be told."""
+    """The same, with what holds where nothing is said."""
 
     at: str | None = None
-    to: str | None = None
+    to: Container | None = None
     force: bool = False
     in_place: bool = False
     dry_run: bool = False
@@ -68,7 +93,7 @@ def make_plan(
     options: Options,
 ) -> Plan:
     """Edit the tree in memory."""
-    bare = bare or container == "safetensors" or bool(checkpoint.program)
+    bare = bare or not containers.by_name(container).traits.around or bool(checkpoint.program)
     needed = bool(steps) or bare or options.at is not None
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
     if checkpoint.program and options.in_place:
@@ -172,8 +197,10 @@ def _edit_state(
             plan.notes += _no_part(original, state)
         plan.not_carried += places.beside(tree, state.at)
         plan.checkpoint = replace(plan.checkpoint, tree=node)
-        if plan.container == "safetensors" and metadata is not None:
-            plan.notes.append("safetensors has no place for `_metadata` (versions of modules)")
+        container = containers.by_name(plan.container)
+        if metadata is not None and not container.traits.module_metadata:
+            what = f"{container.title} has no place for `_metadata` (versions of modules)"
+            plan.notes.append(what)
     else:
         # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
         if changed or metadata is not state.metadata or not _is_whole(original, entries):
@@ -228,9 +255,10 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
             plan.not_carried += left
         else:
             _leave_entries(plan, left, bare=bare)
-    if plan.state is not None and plan.container == "safetensors":
-        _leave_unfit(plan, options)
-    if options.untie and plan.container != "safetensors":
+    container = containers.by_name(plan.container)
+    if plan.state is not None and container.writer and container.writer.unfit:
+        _leave_unfit(plan, container.writer.unfit(plan.state.entries, options.untie), options)
+    if options.untie and container.traits.ties:
         _untie(plan, bare=bare)
 
 
@@ -251,10 +279,9 @@ def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
     plan.state = replace(plan.state, entries=kept)
 
 
-def _leave_unfit(plan: Plan, options: Options) -> None:
-    """Name what safetensors leaves out: ties always, what does not fit with --tensors-only."""
+def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
+    """Name what the container leaves out: ties always, what does not fit with --tensors-only."""
     assert plan.state is not None
-    left = safetensors.left_behind(plan.state.entries, untie=options.untie)
     if options.tensors_only:
         for key, reason in left.unfit.items():
             _drop(plan, key, reason)
@@ -316,7 +343,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     carried = whole
     if bare or options.tensors_only:
         carried = safety.judge(safety.names_in(source.tree))
-    if plan.container == "safetensors":
+    if not containers.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})
     if carried.dangerous:
         raise UnsafePickle(

@@ -10,27 +10,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ckptool import containers
 from ckptool.pickles.names import Level
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.edits import WRAPPERS
 from ckptool.text import counted, listed, percent, quoted, readable
-from ckptool.verbs.survey import Beside, Place, Survey
+from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
 WORTH = 0.1  # share of the file from which what stands beside the weights is worth leaving out
 LOST = 0.01  # share of the file from which bytes that nothing uses are
 LOST_NBYTES = 1 << 20
 WORDS = 1 << 10  # below this no share is worth words
-SUFFIXES = tuple(".pth .pt .bin .ckpt .tar .th .pkl .safetensors .jit .ptl .model".split())
 MAX_EXPANSION = 4  # of a conversion, as surgery allows it
 SMALL = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """A command to paste, and what it is good for."""
-
-    reason: str
-    command: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +60,9 @@ def _command(facts: Survey, advice: Advice, taken: set[str]) -> str:
         return " ".join([*words, _argument(path)])
     if facts.verdict.dangerous and advice.suffix != ".safetensors":
         words += [] if "--tensors-only" in advice.options else ["--tensors-only"]
-    own = ".safetensors" if facts.checkpoint.container == "safetensors" else ".pth"
-    target = _free(_named_after(facts), advice.tag, advice.suffix or own, taken)
+    writer = containers.by_name(facts.checkpoint.container).writer
+    suffix = advice.suffix or (writer.default_suffix if writer else ".pth")
+    target = _free(_named_after(facts), advice.tag, suffix, taken)
     taken.add(target)
     return " ".join([*words, _argument(path), _argument(target)])
 
@@ -94,7 +87,8 @@ def _free(path: str, tag: str, suffix: str, taken: set[str]) -> str:
     """Name an output that does not exist yet: beside the input, or here where that is closed."""
     folder, name = os.path.split(path.rstrip(os.sep) or path)
     stem = name
-    while os.path.splitext(stem)[1].lower() in SUFFIXES and os.path.splitext(stem)[0]:
+    known = (*containers.suffixes(), ".model")
+    while os.path.splitext(stem)[1].lower() in known and os.path.splitext(stem)[0]:
         stem = os.path.splitext(stem)[0]
     if not os.access(folder or ".", os.W_OK):
         folder = ""
@@ -281,7 +275,7 @@ def _fits_safetensors(facts: Survey) -> bool:
         and facts.alone
         and not place.unfit
         and facts.total.nbytes <= limit
-        and facts.checkpoint.container != "safetensors"
+        and containers.by_name(facts.checkpoint.container).traits.strides
     )
 
 
@@ -320,12 +314,13 @@ def _newer(facts: Survey) -> Advised:
     """Offer a torch zip of today for what older torch or another tool wrote."""
     if facts.verdict.level is Level.DANGEROUS or _whole_model(facts):
         return
-    if facts.checkpoint.container not in ("torch-zip", "torch-legacy"):
-        if facts.checkpoint.container != "safetensors" and not facts.checkpoint.program:
+    container = containers.by_name(facts.checkpoint.container)
+    if container.library != "torch":
+        if not container.library and not facts.checkpoint.program:
             yield Advice("one file, which torch.load reads", "convert", (), "one")
         return
     reasons = []
-    if facts.checkpoint.container == "torch-legacy":
+    if not container.traits.memory_mapped:
         reasons.append("the legacy container cannot be memory-mapped")
     elif facts.deflated:
         reasons.append("deflated records cannot be memory-mapped")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
+from ckptool import containers
 from ckptool.containers import safetensors
 from ckptool.pickles import safety
 from ckptool.pickles.safety import Verdict
@@ -27,6 +28,7 @@ from ckptool.tensors.tensor import (
     is_contiguous,
     span,
 )
+from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs import frameworks
 from ckptool.verbs.frameworks import Framework
 
@@ -61,6 +63,18 @@ class Place:
     module: str = ""
     classes: dict[str, int] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, object]:
+        """Return an entry of the `candidates` of `info/1`."""
+        return {
+            "at": list(self.at),
+            **asdict(self.total),
+            "stored": self.stored,
+            "prefix": self.prefix,
+            "wrappers": list(self.wrappers),
+            "module": self.module,
+            "classes": self.classes,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Beside:
@@ -74,6 +88,14 @@ class Beside:
     tensors: int
     nbytes: int
     weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A command to paste, and what it is good for."""
+
+    reason: str
+    command: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +128,77 @@ class Survey:
     framework: Framework | None
     alone: bool
     root: str
+    suggestions: tuple[Suggestion, ...] = ()
+
+    def __repr__(self) -> str:
+        size = f"{counted(self.total.count, 'tensor')}, {readable(self.total.nbytes)}"
+        path, container = self.checkpoint.path, self.checkpoint.container
+        return f"<Survey of {visible(path)}: {container}, {size}>"
+
+    @property
+    def notes(self) -> list[str]:
+        """List what the reader and the state_dict note."""
+        framework = [self.framework.note] if self.framework and self.framework.note else []
+        of_state = [*self.state.missing, *self.state.notes] if self.state else []
+        return [*framework, *self.checkpoint.notes, *of_state]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `info/1`."""
+        checkpoint, state = self.checkpoint, self.state
+        unread = checkpoint.unread
+        plugin = containers.by_name(checkpoint.container).plugin
+        return {
+            "schema": "info/1",
+            "file": checkpoint.path,
+            "container": checkpoint.container,
+            **({"plugin": plugin} if plugin else {}),
+            "generation": checkpoint.generation,
+            "protocol": checkpoint.protocol,
+            "byteorder": checkpoint.byteorder,
+            "file_nbytes": checkpoint.nbytes,
+            "framework": self.framework.name if self.framework else None,
+            "at": list(state.at) if state is not None else None,
+            "candidates": [place.to_dict() for place in self.places],
+            **asdict(self.total),
+            "dtypes": {label: asdict(total) for label, total in self.dtypes.items()},
+            "wrappers": list(self.place.wrappers) if self.place else [],
+            "ties": self.ties,
+            "views": list(self.views),
+            "not_contiguous": list(self.strided),
+            "requires_grad": self.requires_grad,
+            "devices": self.devices,
+            "module_metadata": state is not None and state.metadata is not None,
+            "beside": [each.name for each in self.beside],
+            "beside_values": [
+                {
+                    "name": each.name,
+                    "what": each.what,
+                    "tensors": each.tensors,
+                    "nbytes": each.nbytes,
+                }
+                for each in self.beside
+            ],
+            "bytes": {
+                "other": self.elsewhere,
+                "unused": self.unused,
+                "unread": checkpoint.unread_nbytes,
+                "structure": self.rest,
+            },
+            "unread": list(unread),
+            "metadata": checkpoint.metadata,
+            "safety": self.verdict.level.name.lower(),
+            "globals": [str(name) for name in checkpoint.globals],
+            "foreign": [str(name) for name in self.verdict.foreign],
+            "dangerous": [
+                {"what": call.text, "byte": call.offset, "at": call.where}
+                for call in safety.evidence(self.verdict, checkpoint.calls, checkpoint.tree)
+            ],
+            "notes": [
+                *self.notes,
+                *([f"not read: {listed(unread, len(unread))}"] if unread else []),
+            ],
+            "suggestions": [asdict(each) for each in self.suggestions],
+        }
 
     @property
     def framework_prefix(self) -> str:
@@ -131,30 +224,32 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     before = ledger.nbytes
     ledger.take(tree)
     single = found[0] if len(found) == 1 else None
-    ties = single.ties if single else safetensors.left_behind(dict(entries), untie=False).ties
+    ties = single.ties if single else safetensors.left_behind(dict(entries), False).ties
     storages = ledger.storages()
     data = sum(_stored(storage) for storage in storages)
     return Survey(
-        checkpoint,
-        found,
-        single,
-        state,
-        _total(info for _, info in entries),
-        _by_dtype(entries),
-        ties,
-        tuple(key for key, info in entries if _is_part(info)),
-        tuple(key for key, info in entries if _is_strided(info)),
-        sum(isinstance(info, TensorInfo) and info.requires_grad for _, info in entries),
-        dict(Counter(storage.location for storage in storages)),
-        sum(storage.packing is Packing.DEFLATED for storage in storages),
-        beside,
-        ledger.nbytes - before,
-        ledger.unused(),
-        max(0, checkpoint.nbytes - data - checkpoint.unread_nbytes),
-        safety.judge(checkpoint.globals),
-        frameworks.recognise(checkpoint, _first_keys(found)),
-        single is not None and (at is None or len(_paths(tree)) == 1),
-        naming.what(tree),
+        checkpoint=checkpoint,
+        places=found,
+        place=single,
+        state=state,
+        total=_total(info for _, info in entries),
+        dtypes=_by_dtype(entries),
+        ties=ties,
+        views=tuple(key for key, info in entries if _is_part(info)),
+        strided=tuple(key for key, info in entries if _is_strided(info)),
+        requires_grad=sum(
+            isinstance(info, TensorInfo) and info.requires_grad for _, info in entries
+        ),
+        devices=dict(Counter(storage.location for storage in storages)),
+        deflated=sum(storage.packing is Packing.DEFLATED for storage in storages),
+        beside=beside,
+        elsewhere=ledger.nbytes - before,
+        unused=ledger.unused(),
+        rest=max(0, checkpoint.nbytes - data - checkpoint.unread_nbytes),
+        verdict=safety.judge(checkpoint.globals),
+        framework=frameworks.recognise(checkpoint, _first_keys(found)),
+        alone=single is not None and (at is None or len(_paths(tree)) == 1),
+        root=naming.what(tree),
     )
 
 
@@ -192,21 +287,21 @@ def _place(
         state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
     tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
-    left = safetensors.left_behind(state.entries, untie=False)
+    left = safetensors.left_behind(state.entries, False)
     before = ledger.nbytes
     ledger.take(places.state_dict_node(checkpoint.tree, path, known))
     return Place(
-        path,
-        keys,
-        _total(tensors),
-        ledger.nbytes - before,
-        places.common_prefix(keys),
-        edits.peeled(keys),
-        len(keys) - len(tensors),
-        left.ties,
-        left.unfit,
-        state.module,
-        state.classes,
+        at=path,
+        keys=keys,
+        total=_total(tensors),
+        stored=ledger.nbytes - before,
+        prefix=places.common_prefix(keys),
+        wrappers=edits.peeled(keys),
+        other=len(keys) - len(tensors),
+        ties=left.ties,
+        unfit=left.unfit,
+        module=state.module,
+        classes=state.classes,
     )
 
 

@@ -60,13 +60,28 @@ def job_limits(job: str) -> tuple[Limit, ...]:
     )
 
 
+def many_limits(count: int, ms: float | None, mib: float) -> tuple[Limit, ...]:
+    """Return the limits of a file with many small tensors."""
+    return (
+        Limit(f"strip of {count}", "wall", "ms", most=ms),
+        Limit(f"torch strip of {count}", "whole", "x", per=f"strip of {count}"),
+        Limit(f"strip of {count}", "peak", "MiB", most=mib),
+        Limit(f"keys of {count}", "peak", "MiB", most=mib),
+    )
+
+
 LIMITS = (
+    Limit("help", "wall", "x", most=1.3, per="import click"),
+    Limit("keys 320", "wall", "x", most=2, per="import click"),
+    Limit("strip -n", "wall", "x", most=2.5, per="import click"),
     Limit("help", "wall", "ms", most=80),
     Limit("keys 320", "wall", "ms", most=100),
     Limit("keys 10000", "wall", "ms", most=350),
     Limit("help", "peak", "MiB", most=64),
     Limit("keys 320", "peak", "MiB", most=64),
     Limit("keys 10000", "peak", "MiB", most=64),
+    *many_limits(10_000, None, 64),
+    *many_limits(100_000, 4000, 250),
     *job_limits("strip"),
     *job_limits("convert"),
     Limit("check", "wall", "x", most=1.25, per="cp"),

@@ -16,6 +16,9 @@ are meant for 2 GiB and more: of a small file, starting Python is most of the ti
 The torch scripts report two times: `work` is without the import of torch (what the limit is judged
 by, against the whole of ckptool's time, start included), `whole` is the process.
 
+`many` lists and strips, without sync, files of 10 000 and 100 000 small tensors, where the cost is
+that of each tensor.
+
 `check` reads the big file and is compared with `cp` and `sha256sum`; `diff` compares it with a copy
 of itself, as `cmp` does.
 
@@ -35,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,9 +46,11 @@ from limits import LIMITS, MIB, Reading, Round, judge, table_of_readings, table_
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-JOBS = ("strip", "convert", "check", "diff", "keys", "help")
+JOBS = ("strip", "convert", "check", "diff", "many", "keys", "help", "plan")
+STARTUP_JOBS = {"keys", "help", "plan"}
 BIG_JOBS = {"strip", "convert", "check", "diff"}
 KEY_COUNTS = (320, 10_000)
+TENSOR_COUNTS = (10_000, 100_000)  # a mixture of experts has 90 000
 GIB = 2**30
 SPARE = 512 * MIB
 
@@ -145,7 +150,24 @@ def startup_tasks(
             file = folder / f"keys{count}.pth"
             make("keys", file, count)
             tasks.append(Task(f"keys {count}", (*ckptool, "keys", str(file))))
+    if "plan" in jobs:
+        source, target = str(REPOSITORY / "fixtures/good/data_parallel.pth"), str(folder / "o.pth")
+        tasks.append(Task("strip -n", (*ckptool, "strip-prefix", "-n", source, target)))
     return tuple(tasks)
+
+
+def many_tasks(ckptool: tuple[str, ...], folder: Path, *, baseline: bool) -> Iterator[Task]:
+    """Yield listing and stripping of files with many small tensors, and a torch script's strip."""
+    for count in TENSOR_COUNTS:
+        source = folder / f"experts{count}.pth"
+        make("experts", source, count)
+        yield Task(f"keys of {count}", (*ckptool, "keys", str(source)))
+        for task in writing_tasks(
+            "strip", "strip-prefix", ".pth", ckptool, source, baseline=baseline
+        ):
+            if task.name != "strip":
+                name = task.name.removesuffix(" --no-sync")
+                yield replace(task, name=f"{name} of {count}")
 
 
 def with_torch(*arguments: str) -> tuple[str, ...]:
@@ -310,7 +332,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--size", type=nbytes_of, default=2 * GIB, help="of the checkpoint (default 2GiB)")
     add("--rounds", type=positive, default=5, help="of the jobs on the big file (default 5)")
-    add("--startup-rounds", type=positive, default=30, help="of keys and help (default 30)")
+    add("--startup-rounds", type=positive, default=30, help="of keys, help, plan (default 30)")
     add("--jobs", type=jobs_of, default=JOBS, help=f"any of {','.join(JOBS)} (default all)")
     add("--folder", type=Path, default=tempfile.gettempdir(), help="to work in (default temporary)")
     add("--ckptool", metavar="CMD", help="command to time (default: python -m ckptool, from here)")
@@ -357,9 +379,12 @@ def run(options: argparse.Namespace, folder: Path) -> list[Round]:
         program, *rest = shlex.split(options.ckptool)
         ckptool = (shutil.which(program) or program, *rest)
     rounds = []
-    if {"keys", "help"} & set(options.jobs):
+    if STARTUP_JOBS & set(options.jobs):
         tasks = startup_tasks(options.jobs, ckptool, folder, baseline=options.baseline)
         rounds += run_rounds(tasks, options.startup_rounds, "startup")
+    if "many" in options.jobs:
+        tasks = tuple(many_tasks(ckptool, folder, baseline=options.baseline))
+        rounds += run_rounds(tasks, options.rounds, "many tensors")
     if BIG_JOBS & set(options.jobs):
         source = folder / "in.pth"
         # safetensors' save_file may copy what torch.load has read

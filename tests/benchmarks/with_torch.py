@@ -4,7 +4,7 @@ run.py starts this as a process of its own, so that torch is never in the memory
 that measures. `strip` and `convert` leave the seconds of their work, without the import of torch,
 in the file named last.
 
-usage: python with_torch.py make FILE NBYTES | keys FILE COUNT
+usage: python with_torch.py make FILE NBYTES | keys FILE COUNT | experts FILE COUNT
        python with_torch.py strip IN OUT SECONDS_FILE | convert IN OUT SECONDS_FILE
 """
 
@@ -87,6 +87,12 @@ def many_norms(count: int) -> Shapes:
     return shapes
 
 
+def many_experts(count: int) -> Shapes:
+    """Name `count` small matrices as a mixture of experts has them, a hundred to a layer."""
+    names = (f"layers.{number // 100}.experts.{number % 100}" for number in range(count))
+    return {f"{name}.weight": (4, 4) for name in names}
+
+
 def tensors(shapes: Shapes) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield DataParallel's keys and normal floats, cut from one pool: drawing all is slow."""
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
@@ -150,6 +156,8 @@ def main(arguments: list[str]) -> None:
             make(shapes_of_size(int(nbytes)), Path(target))
         case ["keys", target, count]:
             make(many_norms(int(count)), Path(target))
+        case ["experts", target, count]:
+            make(many_experts(int(count)), Path(target))
         case ["strip" | "convert" as verb, source, target, seconds]:
             start = time.perf_counter()
             (strip if verb == "strip" else convert)(source, target)

@@ -28,7 +28,7 @@ from ckptool.errors import (
     DownloadFailed,
     NoSpace,
 )
-from ckptool.files import atomic, fileio, http
+from ckptool.files import fileio, http, publish
 from ckptool.files.http import Limits
 
 
@@ -154,14 +154,14 @@ def test_an_endless_body_is_stopped(server: Server, tmp_path: Path) -> None:
 def test_an_endless_body_leaves_the_disk_room(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "free_space", lambda target: 1_000_000)
+    monkeypatch.setattr(publish, "free_space", lambda target: 1_000_000)
     refused(NoSpace, server.on("/f.pth", Reply(endless=True)), tmp_path)
 
 
 def test_space_is_looked_at_first(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "free_space", lambda target: 1000)
+    monkeypatch.setattr(publish, "free_space", lambda target: 1000)
     refused(NoSpace, server.on("/f.pth", Reply(BODY, etag='"v1"')), tmp_path)
 
 

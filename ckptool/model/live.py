@@ -1,0 +1,51 @@
+"""A state_dict or a model in memory where a file may be named: saved, then read like any other."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from ckptool import containers
+from ckptool.errors import BadInput
+from ckptool.model import libraries, zoo
+from ckptool.state.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CheckpointLike: TypeAlias = "str | Path | nn.Module | Mapping[str, object]"
+
+
+@contextmanager
+def opened(given: CheckpointLike) -> Iterator[Checkpoint]:
+    """Read a file, or what is in memory, from a temporary file that lives as long as the context.
+
+    Raises what reading raises, and `BadInput` for values that torch cannot save.
+    """
+    if isinstance(given, str | os.PathLike):
+        yield containers.read(given)
+        return
+    name, state_dict = _state_dict(given)
+    with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
+        path = os.path.join(folder, "state_dict.pth")
+        try:
+            libraries.torch().save(state_dict, path)
+        except Exception as error:  # pickle refuses with many types
+            raise BadInput(f"{name} cannot be saved: {zoo.last_line(error)}") from error
+        yield replace(containers.read(path), path=name)
+
+
+def _state_dict(given: nn.Module | Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
+    """Return a name for messages, and a dict as torch itself would save it."""
+    if not isinstance(given, Mapping):
+        return f"({zoo.named(given)})", given.state_dict()
+    state_dict = OrderedDict(given)
+    if hasattr(given, "_metadata"):
+        state_dict._metadata = given._metadata  # type: ignore[attr-defined]
+    return "(state_dict)", state_dict

@@ -1,0 +1,287 @@
+"""Kernels over blocks of elements: what is not finite, how two blocks differ, byte order and sign.
+
+A block holds whole elements, contiguous and little-endian unless said otherwise. The arithmetic is
+numpy's and ml_dtypes', which load only where there are numbers to compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from ckptool.tensors.dtype import DType
+
+Block = bytes | bytearray | memoryview  # of bytes
+
+# The dtype of the parts of a complex number, and of the integers that a quantized tensor stores.
+_PARTS = {
+    DType.C128: DType.F64,
+    DType.C64: DType.F32,
+    DType.C32: DType.F16,
+    DType.BC32: DType.BF16,
+    DType.QI8: DType.I8,
+    DType.QU8: DType.U8,
+    DType.QI32: DType.I32,
+}
+COMPLEX = (DType.C128, DType.C64, DType.C32, DType.BC32)
+# Which bit patterns of a float are not finite: those that equal the second number under the mask.
+# An exponent of ones alone (IEEE 754, bfloat16), or the few NaNs of torch/headeronly/util/Float8_*.
+_NOT_FINITE = {
+    DType.F64: (0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
+    DType.F32: (0x7F80_0000, 0x7F80_0000),
+    DType.BF16: (0x7F80, 0x7F80),
+    DType.F16: (0x7C00, 0x7C00),
+    DType.F8_E5M2: (0x7C, 0x7C),
+    DType.F8_E4M3: (0x7F, 0x7F),
+    DType.F8_E8M0: (0xFF, 0xFF),
+    DType.F8_E4M3FNUZ: (0xFF, 0x80),
+    DType.F8_E5M2FNUZ: (0xFF, 0x80),
+}
+_INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
+FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
+
+
+def _bits(block: Block, dtype: DType) -> Any:
+    """Return the bit patterns of numbers, those of the parts of complex ones, as integers."""
+    import numpy as np
+
+    return np.frombuffer(block, f"<u{_PARTS.get(dtype, dtype).itemsize}")
+
+
+def _floats(bits: Any, dtype: DType) -> Any:
+    """Return the floats that bit patterns stand for, in double precision, which holds all."""
+    import numpy as np
+
+    dtype = _PARTS.get(dtype, dtype)
+    if dtype in (DType.F64, DType.F32, DType.F16):
+        return bits.view(f"<f{dtype.itemsize}").astype("f8")
+    import ml_dtypes
+
+    kind = getattr(ml_dtypes, dtype.torch_name)
+    if dtype.itemsize > 1:
+        return bits.view(kind).astype("f4").astype("f8")
+    return np.arange(256, dtype="u1").view(kind).astype("f8")[bits]
+
+
+# NaN and infinity.
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many numbers are NaN, and how many are infinite; a complex number is two."""
+
+    nan: int = 0
+    inf: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.nan + other.nan, self.inf + other.inf)
+
+    def times(self, count: int) -> Tally:
+        """Return what so many repetitions hold."""
+        return Tally(self.nan * count, self.inf * count)
+
+
+def tally(block: Block, dtype: DType) -> Tally:
+    """Count NaN and infinity in elements of one of `FLOATS`."""
+    import numpy as np
+
+    mask, pattern = _NOT_FINITE[_PARTS.get(dtype, dtype)]
+    bits = _bits(block, dtype)
+    masked = bits & bits.dtype.type(mask)
+    if mask == pattern and masked.max(initial=0) < mask:  # the quick way out of nearly all blocks
+        return Tally()
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        values = _floats(bits[masked == pattern], dtype)
+    nan = int(np.isnan(values).sum())
+    return Tally(nan, len(values) - nan)
+
+
+# Differences.
+
+
+@dataclass(slots=True)
+class Values:
+    """What differs between two tensors, in elements (in bytes, of a dtype smaller than a byte).
+
+    `count` of `of` differ by more than the tolerance, and `within` by no more; `first` is the
+    index of the first that counts, in contiguous order. `max_abs` and `max_ulp` are of finite
+    numbers (of complex ones, of their parts), None where no such differ. The rest counts numbers
+    that differ in a way of their own: NaN against another NaN, NaN against a number, 0.0 against
+    -0.0, an infinity against anything.
+    """
+
+    of: int
+    count: int = 0
+    within: int = 0
+    first: int | None = None
+    max_abs: float | None = None
+    max_ulp: int | None = None
+    nan_payloads: int = 0
+    nan_one_side: int = 0
+    zero_signs: int = 0
+    infinities: int = 0
+
+    def add(self, part: Values, start: int) -> None:
+        """Count in a part of the same tensors, whose first element is `start` of the whole."""
+        if part.first is not None and self.first is None:
+            self.first = start + part.first
+        self.max_abs = _larger(self.max_abs, part.max_abs)
+        self.max_ulp = _larger(self.max_ulp, part.max_ulp)
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+
+    def repeat(self, times: int) -> None:
+        """Count everything so many times."""
+        self.of *= times
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) * times)
+
+
+_COUNTS = ("count", "within", "nan_payloads", "nan_one_side", "zero_signs", "infinities")
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _larger(one: _Number | None, other: _Number | None) -> _Number | None:
+    return max((each for each in (one, other) if each is not None), default=None)
+
+
+class Tolerance(NamedTuple):
+    """What may differ and still be equal: `atol + rtol * |left|`, of floats and integers."""
+
+    atol: float = 0.0
+    rtol: float = 0.0
+
+    @property
+    def given(self) -> bool:
+        """Check whether it forgives anything."""
+        return bool(self.atol or self.rtol)
+
+
+NO_TOLERANCE = Tolerance()
+
+
+def differences(dtype: DType, left: Block, right: Block, tolerance: Tolerance) -> Values:
+    """Count what differs between as many elements of two tensors of one dtype.
+
+    A distance in ulp is that of two bit patterns read as sign and magnitude.
+    """
+    import numpy as np
+
+    found = Values(len(left) // dtype.itemsize)
+    one, other = _bits(left, dtype), _bits(right, dtype)
+    differs = far = one != other
+    if not differs.all():
+        one, other = one[differs], other[differs]
+    beyond = None
+    with np.errstate(over="ignore", invalid="ignore"):  # signalling NaNs, infinite tolerances
+        if dtype in FLOATS:
+            beyond = _compare_floats(found, dtype, one, other, tolerance)
+        elif _PARTS.get(dtype, dtype) in _INTEGERS and len(one):
+            beyond = _compare_integers(found, dtype, one, other, tolerance)
+    if beyond is not None:
+        far = differs.copy()
+        far[differs] = beyond
+    if dtype in COMPLEX:
+        differs, far = (each.reshape(-1, 2).any(axis=1) for each in (differs, far))
+    found.count = int(np.count_nonzero(far))
+    found.within = int(np.count_nonzero(differs)) - found.count
+    found.first = int(far.argmax()) if found.count else None
+    return found
+
+
+def _compare_floats(
+    found: Values, dtype: DType, one: Any, other: Any, tolerance: Tolerance
+) -> Any | None:
+    """Measure floats whose bits differ; say which are beyond the tolerance, None for all."""
+    import numpy as np
+
+    left, right = _floats(one, dtype), _floats(other, dtype)
+    gaps = np.abs(left - right)
+    measured = gaps != 0
+    special = None
+    if not np.isfinite(gaps).all():
+        nan_left, nan_right = np.isnan(left), np.isnan(right)
+        special = ~(np.isfinite(left) & np.isfinite(right))
+        found.nan_payloads = int(np.count_nonzero(nan_left & nan_right))
+        found.nan_one_side = int(np.count_nonzero(nan_left ^ nan_right))
+        found.infinities = int(np.count_nonzero(special))
+        found.infinities -= found.nan_payloads + found.nan_one_side
+        measured &= ~special
+    found.zero_signs = int(np.count_nonzero(gaps == 0))
+    if measured.any():
+        chosen = slice(None) if measured.all() else measured
+        found.max_abs = float(gaps[chosen].max())
+        patterns = (_ordered(bits[chosen], dtype) for bits in (one, other))
+        found.max_ulp = int(_distances(*patterns).max())
+    if not tolerance.given:
+        return None
+    far = gaps > tolerance.atol + tolerance.rtol * np.abs(left)
+    return far if special is None else np.where(special, ~(nan_left & nan_right), far)
+
+
+def _ordered(bits: Any, dtype: DType) -> Any:
+    """Number floats as they follow each other: neighbours are one apart, and zeros equal."""
+    import numpy as np
+
+    if dtype is DType.F8_E8M0:  # no sign
+        return bits
+    signed = bits.view(f"i{bits.itemsize}")
+    return np.where(signed >= 0, signed, np.iinfo(signed.dtype).min - signed)
+
+
+def _distances(left: Any, right: Any) -> Any:
+    """Return the distances of integers, which as unsigned ones take no more bits than they do."""
+    import numpy as np
+
+    return (np.maximum(left, right) - np.minimum(left, right)).view(f"u{left.itemsize}")
+
+
+def _compare_integers(
+    found: Values, dtype: DType, one: Any, other: Any, tolerance: Tolerance
+) -> Any | None:
+    """Measure integers that differ; say which are beyond the tolerance, None for all."""
+    import numpy as np
+
+    name = _PARTS.get(dtype, dtype).torch_name
+    left, right = one.view(name), other.view(name)
+    gaps = _distances(left, right)
+    found.max_abs = int(gaps.max())
+    if not tolerance.given:
+        return None
+    return gaps.astype("f8") > tolerance.atol + tolerance.rtol * np.abs(left.astype("f8"))
+
+
+# Byte order and sign, changed in place.
+
+# What torch negates by its sign and conjugates (aten/src/ATen/native/cpu/UnaryOpsKernel.cpp).
+_SIGNED = {DType.F64, DType.F32, DType.BF16, DType.F16, DType.C128, DType.C64, DType.C32}
+_NEGATED = _SIGNED | {DType.I64, DType.I32, DType.I16, DType.I8, DType.U8}
+
+
+def can_resolve(dtype: DType, pending: frozenset[str]) -> bool:
+    """Check whether torch could do the pending operations of a tensor of this dtype."""
+    conjugated = "conj" not in pending or (dtype in COMPLEX and dtype in _SIGNED)
+    return conjugated and ("neg" not in pending or dtype in _NEGATED)
+
+
+def swap(block: bytearray | memoryview, width: int) -> None:
+    """Reverse the bytes of every number of `width` bytes."""
+    import numpy as np
+
+    np.frombuffer(block, f"u{width}").byteswap(inplace=True)
+
+
+def resolve(block: bytearray | memoryview, dtype: DType, pending: frozenset[str]) -> None:
+    """Do torch's pending conjugation and negation."""
+    import numpy as np
+
+    bits = _bits(block, dtype)
+    sign = bits.dtype.type(1 << 8 * bits.itemsize - 1)
+    if "neg" in pending and dtype in _SIGNED:
+        bits ^= sign
+    elif "neg" in pending:
+        np.negative(bits, out=bits)
+    if "conj" in pending:
+        bits[1::2] ^= sign

@@ -1,0 +1,153 @@
+"""The JSON of every schema, pinned: what scripts read must stay as it is, field by field.
+
+`python tests/test_documents.py` records them anew, for a field that is added on purpose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+GOOD, HOSTILE = HERE.parent / "fixtures" / "good", HERE.parent / "fixtures" / "hostile"
+RECORDED = HERE / "documents"
+LINES = {
+    "keys": "keys model_best.pth.tar",
+    "keys_all": "keys --all optimizer.pth",
+    "keys_chosen": "keys dino.pth --at teacher --select *.weight --sort name",
+    "keys_layouts": "keys sparse.pth",
+    "keys_module": "keys whole_model.pth",
+    "keys_sharded": "keys sharded_safetensors",
+    "strip_prefix": "strip-prefix model_best.pth.tar out.pth",
+    "strip_dry_run": "strip-prefix -n data_parallel.pth out.safetensors",
+    "unwrap": "unwrap model_best.pth.tar out.pth",
+    "convert": "convert --strip-prefix module --drop classifier model_best.pth.tar out.safetensors",
+    "convert_tied": "convert tied.pth out.safetensors",
+    "convert_module": "convert --tensors-only whole_model.pth out.pth",
+    "convert_sharded": "convert --max-shard-size 300 plain.pth out",
+    "transfer": "transfer model_best.pth.tar out.pth",
+    "transfer_like": "transfer model_best.pth.tar out.pth --like flowers.safetensors",
+    "info": "info model_best.pth.tar",
+    "info_several": "info dino.pth",
+    "info_foreign": "info foreign.pth",
+    "info_dangerous": "info --at state_dict os_system.pth",
+    "info_module": "info whole_model.pth",
+    "info_no_tensors": "info no_tensors.pth",
+    "info_sharded": "info sharded_safetensors",
+    "check": "check plain.pth model_best_legacy.pth.tar foreign.pth script.pt",
+    "check_finite": "check --finite --sha256 special_values.pth",
+    "check_unsafe": "check os_system.pth png.pth",
+    "diff_equal": "diff data_parallel.pth plain.pth --ignore-prefix auto",
+    "diff": "diff model_best.pth.tar flowers.safetensors --ignore-prefix auto",
+    "diff_values": "diff plain.safetensors changed.safetensors",
+    "diff_tolerance": "diff plain.safetensors changed.safetensors --atol 0.5 --rtol 0.01",
+    "diff_structure": "diff --structure --all optimizer.pth model_best.pth.tar",
+}
+MODEL_LINES = {
+    "verify": "verify --model net.py:Net --device cpu --input-shape 2,4 a.pth b.pth",
+    "verify_partial": (
+        "verify --partial --model net.py:Net --device cpu --input-shape 2,4 a.pth c.pth"
+    ),
+}
+NET = """
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 3), nn.Linear(3, 2))
+"""
+
+
+def prepare(folder: Path) -> None:
+    """Put the files that the lines name into a folder."""
+    for line in [*LINES.values()]:
+        for word in line.split():
+            for fixtures in (GOOD, HOSTILE):
+                if (fixtures / word).is_dir():
+                    shutil.copytree(fixtures / word, folder / word, dirs_exist_ok=True)
+                elif (fixtures / word).is_file():
+                    shutil.copyfile(fixtures / word, folder / word)
+    data = (GOOD / "plain.safetensors").read_bytes()
+    (folder / "changed.safetensors").write_bytes(data[:-6] + b"\0\0\xc0\x7f\0\x41")
+
+
+def prepare_models(folder: Path) -> None:
+    """Write a model and two files of its weights that differ."""
+    torch = pytest.importorskip("torch")
+    (folder / "net.py").write_text(NET)
+    count = torch.arange(100.0)
+    sizes = {"0.weight": (3, 4), "0.bias": (3,), "1.weight": (2, 3), "1.bias": (2,)}
+    state = {
+        key: count[: torch.Size(size).numel()].reshape(size).clone() for key, size in sizes.items()
+    }
+    torch.save(state, folder / "a.pth")
+    torch.save({**state, "1.bias": state["1.bias"] + 1}, folder / "b.pth")
+    torch.save({**state, "1.bias": torch.zeros(5)}, folder / "c.pth")
+
+
+def masked(document: dict[str, Any]) -> dict[str, Any]:
+    """Take out what another machine measures or has installed."""
+    for run in document.get("runs", ()):
+        run["seconds_reference"] = len(run["seconds_reference"])
+        run["seconds_candidate"] = len(run["seconds_candidate"])
+        run["device_name"] = ""
+        for numbers in (run, *run["differences"]):
+            for name in numbers.keys() & {"max_abs_diff", "max_abs", "max_ulp", "ulp"}:
+                numbers[name] = numbers[name] is not None and bool(numbers[name])
+    return {**document, "torch": ""} if "torch" in document else document
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_documents_stay(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert in_order(run(*LINES[name].split(), "--json").document) == recorded(name)
+
+
+@pytest.mark.parametrize("name", MODEL_LINES)
+def test_documents_of_models_stay(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    prepare_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    document = masked(run(*MODEL_LINES[name].split(), "--json").document)
+    assert in_order(document) == recorded(name)
+
+
+def in_order(document: dict[str, Any]) -> str:
+    """Write a document as it is recorded, its fields in their order."""
+    return json.dumps(document, indent=1) + "\n"
+
+
+def recorded(name: str) -> str:
+    return (RECORDED / f"{name}.json").read_text(encoding="utf-8")
+
+
+def record() -> None:
+    from ckptool.cli.main import main
+
+    for name, line in (LINES | MODEL_LINES).items():
+        with tempfile.TemporaryDirectory() as folder:
+            (prepare if name in LINES else prepare_models)(Path(folder))
+            os.chdir(folder)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                main([*line.split(), "--json"])
+            document = masked(json.loads(out.getvalue()))
+            (RECORDED / f"{name}.json").write_text(in_order(document), encoding="utf-8")
+            os.chdir(HERE)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    record()
