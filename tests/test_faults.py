@@ -14,7 +14,7 @@ import pytest
 from conftest import environment, step
 
 from ckptool.files import publish
-from ckptool.files.copying import write_layout
+from ckptool.files.copying import write_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 
@@ -77,7 +77,7 @@ def command_options(name: str) -> set[str]:
 
 def straight_to_the_target(place: Any, output: Any, progress: Any, check: Any) -> list[str]:
     fd = os.open(place.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    write_layout(fd, output.files[0], progress)
+    write_file(fd, output.files[0], progress)
     os.close(fd)
     return []
 
@@ -85,7 +85,7 @@ def straight_to_the_target(place: Any, output: Any, progress: Any, check: Any) -
 def never_tidied(place: Any, output: Any, progress: Any, check: Any) -> list[str]:
     temporary = f"{place.path}.new"
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
-    write_layout(fd, output.files[0], progress)
+    write_file(fd, output.files[0], progress)
     os.close(fd)
     os.replace(temporary, place.path)
     return []

@@ -228,13 +228,14 @@ def test_a_shard_that_changes_meanwhile_is_noticed(
     from ckptool.files import copying
 
     folder = save(here / "set", model())
-    real = copying.write_layout
+    real = copying.write_file
 
-    def touch(*arguments: Any, **more: Any) -> None:
-        real(*arguments, **more)
+    def touch(*arguments: Any, **more: Any) -> Any:
+        done = real(*arguments, **more)
         os.utime(folder / "model-00001-of-00002.safetensors")
+        return done
 
-    monkeypatch.setattr(copying, "write_layout", touch)
+    monkeypatch.setattr(copying, "write_file", touch)
     done = run("convert", folder, "out.pth")
     assert (done.code, "was changed while it was read" in done.err) == (3, True)
     assert not Path("out.pth").exists()

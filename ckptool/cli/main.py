@@ -18,7 +18,15 @@ import click
 
 from ckptool import __version__
 from ckptool.cli.talk import complain, put, say, silence
-from ckptool.errors import CkptoolError, NoSuchCommand, NoSuchFile, WriteError
+from ckptool.errors import (
+    CkptoolError,
+    NoSuchCommand,
+    NoSuchFile,
+    OutOfMemory,
+    WriteError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from ckptool.text import quoted, visible
 
 GROUPS = {
@@ -160,11 +168,15 @@ def _run(arguments: list[str], debug: bool) -> int:
     except BrokenPipeError:
         silence()
         return PIPE_CLOSED
-    except OSError as error:
-        complain(_of_system(error))
-        _trace(error, debug)
-        return WriteError.exit_code
     except Exception as error:
+        if is_out_of_memory(error):
+            complain(out_of_memory())
+            _trace(error, debug)
+            return OutOfMemory.exit_code
+        if isinstance(error, OSError):
+            complain(_of_system(error))
+            _trace(error, debug)
+            return WriteError.exit_code
         say(
             [
                 f"error[bug]: {type(error).__name__}: {visible(str(error))}",

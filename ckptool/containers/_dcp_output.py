@@ -11,15 +11,15 @@ which would hold when and where it was written and a random number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import islice
 from typing import Any
 
 from ckptool.containers import torch_zip
 from ckptool.errors import KeyCollision, LimitExceeded
 from ckptool.files import planner
-from ckptool.files.copying import Copy, Layout
+from ckptool.files.copying import Copy, Done, PlannedFile
 from ckptool.pickles import pickle_writer
 from ckptool.pickles.names import Level, level, python3_name
 from ckptool.pickles.safety import names_in
@@ -238,10 +238,10 @@ def _has_size(dtype: DType) -> bool:
 # Writing.
 
 
-def lay_out(entries: Iterable[Entry]) -> tuple[Layout, Layout]:
+def lay_out(entries: Iterable[Entry]) -> tuple[PlannedFile, PlannedFile]:
     """Plan the file of all entries, one torch zip after the other, and the index."""
     position = 0
-    archives: list[tuple[int, Layout]] = []
+    archives: list[tuple[int, PlannedFile]] = []
     index = _Index()
     storages = []
     for entry in entries:
@@ -253,16 +253,18 @@ def lay_out(entries: Iterable[Entry]) -> tuple[Layout, Layout]:
             storages.append(entry.node.storage)
     jobs = [job for _, archive in archives for job in archive.jobs]
 
-    def finish() -> Iterable[tuple[int, bytes]]:
-        return chain.from_iterable(_runs(archive, base) for base, archive in archives)
+    def finish(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
+        of_each = iter(done)
+        for base, archive in archives:
+            yield from _runs(archive, base, list(islice(of_each, len(archive.jobs))))
 
     jobs += planner.checks(jobs, storages)
-    data = Layout(position, jobs, [], finish, DATA)
+    data = PlannedFile(DATA, position, (), jobs, finish)
     pickled = pickle_writer.dump(index.tree(), Lowering())
-    return data, Layout(len(pickled), [], [(0, pickled)], name=INDEX)
+    return data, PlannedFile(INDEX, len(pickled), [(0, pickled)])
 
 
-def _archive(entry: Entry, base: int) -> Layout:
+def _archive(entry: Entry, base: int) -> PlannedFile:
     """Plan the torch zip of an entry; its jobs write to places in the whole file."""
     node = entry.node
     if not isinstance(node, TensorInfo):
@@ -273,10 +275,10 @@ def _archive(entry: Entry, base: int) -> Layout:
     return torch_zip.archive(tensor, lambda _, start: planner.job(node, base + start))
 
 
-def _runs(archive: Layout, base: int) -> Iterator[tuple[int, bytes]]:
+def _runs(archive: PlannedFile, base: int, done: Sequence[Done]) -> Iterator[tuple[int, bytes]]:
     """Yield what an archive holds beside storages, pieces that touch as one: a write is a call."""
     start, run = 0, bytearray()
-    for offset, data in sorted([*archive.literals, *archive.finish()]):
+    for offset, data in sorted([*archive.literals, *archive.finish(done)]):
         if offset != start + len(run):
             yield base + start, bytes(run)
             start, run = offset, bytearray()

@@ -32,7 +32,7 @@ from ckptool.tensors.tensor import (
 )
 
 if TYPE_CHECKING:  # a listing writes nothing
-    from ckptool.files.copying import Layout
+    from ckptool.files.copying import PlannedFile
 
 MAX_HEADER = 100_000_000
 
@@ -175,12 +175,12 @@ def _unfit(key: str, value: Node) -> str:
     return ""
 
 
-def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> PlannedFile:
     """Plan a file with these entries; ties are written once and noted.
 
     Raises `NotRepresentable` with the keys that do not fit.
     """
-    from ckptool.files.copying import Layout
+    from ckptool.files.copying import PlannedFile
 
     assert entries is not None  # what keeps nothing around a state_dict is planned with one
     left = left_behind(entries, untie)
@@ -202,7 +202,8 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
     from ckptool.files import planner
 
     jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
-    return Layout(base + nbytes, jobs, [(0, len(text).to_bytes(8, "little") + text)])
+    literals = [(0, len(text).to_bytes(8, "little") + text)]
+    return PlannedFile("", base + nbytes, literals, jobs)
 
 
 def _places(ordered: list[tuple[str, TensorInfo]]) -> tuple[dict[str, int], int]:

@@ -17,6 +17,7 @@ from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
+    is_out_of_memory,
 )
 from ckptool.tensors.tensor import Storage
 
@@ -39,7 +40,6 @@ class Reader:
     def __init__(self, path: str | Path) -> None:
         self.path = self.file = str(path)
         self.base = 0
-        self._lock = threading.Lock()
         self._fd = _open_regular(self.path)
         self.stamp = _stamp(os.fstat(self._fd))
         self.nbytes = self.stamp[1]
@@ -73,19 +73,12 @@ class Reader:
 
     def _read_once(self, view: memoryview[int], start: int) -> int:
         try:
-            return self._read_at(view, start)
+            return _read_at(self._fd, view, start)
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             what = f"{self.path} cannot be read: {reason(error)}"
             raise Malformed(what, path=self.path, offset=start) from error
-
-    def _read_at(self, view: memoryview[int], start: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [view], start)
-        with self._lock:  # Windows
-            os.lseek(self._fd, start, os.SEEK_SET)
-            data = os.read(self._fd, len(view))
-        view[: len(data)] = data
-        return len(data)
 
     def refuse_change(self) -> None:
         """Raise `Malformed` if the file was written to since it was opened."""
@@ -128,6 +121,8 @@ def _open_regular(path: str) -> int:
             raise NoSuchFile(f"{path} is a URL; a file is needed", hint=hint) from None
         raise NoSuchFile(f"{path} does not exist", path=path) from None
     except (OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None
     if stat.S_ISDIR(mode):
         raise NotACheckpoint(f"{path} is a folder", path=path)
@@ -138,6 +133,8 @@ def _open_regular(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         many = error.errno in (errno.EMFILE, errno.ENFILE)
         hint = "ulimit -n 65536   lets it have all files of a checkpoint open" if many else ""
         what = f"{path} cannot be opened: {reason(error)}"
@@ -253,12 +250,32 @@ def write_at(target: int, view: memoryview[int] | bytes, position: int) -> None:
         position += count
 
 
-_write_lock = threading.Lock()
+def read_back(target: int, view: memoryview[int], position: int) -> None:
+    """Fill `view` from what was written at `position`; raises `OSError` where that is too short."""
+    while view:
+        count = _read_at(target, view, position)
+        if not count:
+            raise OSError(errno.EIO, "what was written is cut off")
+        view = view[count:]
+        position += count
+
+
+_seek_lock = threading.Lock()  # Windows has no positioned reads and writes
+
+
+def _read_at(fd: int, view: memoryview[int], position: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], position)
+    with _seek_lock:
+        os.lseek(fd, position, os.SEEK_SET)
+        data = os.read(fd, len(view))
+    view[: len(data)] = data
+    return len(data)
 
 
 def _write_once(target: int, view: memoryview[int], position: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(target, view, position)
-    with _write_lock:  # Windows
+    with _seek_lock:
         os.lseek(target, position, os.SEEK_SET)
         return os.write(target, view)

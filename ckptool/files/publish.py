@@ -18,8 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptool.errors import NoSpace, OutputExists, SameFile, WriteError
-from ckptool.files.copying import Job, Layout, Progress, write_layout
+from ckptool.errors import (
+    CkptoolError,
+    NoSpace,
+    OutputExists,
+    SameFile,
+    WriteError,
+    is_out_of_memory,
+    out_of_memory,
+)
+from ckptool.files.copying import Job, PlannedFile, Progress, write_file
 from ckptool.files.fileio import reason
 from ckptool.text import counted, listed, quoted, readable
 
@@ -57,7 +65,7 @@ class Output:
     folder that exists.
     """
 
-    files: tuple[Layout, ...]
+    files: tuple[PlannedFile, ...]
     last: str = ""
     owns: Owns = lambda name: False
 
@@ -266,7 +274,7 @@ def _write(temporary: str, place: Target, output: Output, progress: Progress) ->
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         fd = os.open(path, flags, 0o666)
         try:
-            write_layout(fd, file, progress, sync=place.sync)
+            write_file(fd, file, progress, sync=place.sync)
             finish(fd, place if not file.name else None, sync=place.sync)
         finally:
             os.close(fd)
@@ -438,8 +446,10 @@ def flush_folder(path: str) -> None:
             os.close(folder)
 
 
-def write_error(error: OSError, target: Target) -> WriteError:
+def write_error(error: OSError, target: Target) -> CkptoolError:
     """Return the error that says why output could not be written."""
+    if is_out_of_memory(error):  # which is not the fault of the disk
+        return out_of_memory()
     if error.errno == errno.EFBIG:
         return NoSpace(
             f"{target.path} cannot be written: it is over a limit on the size of files; nothing "

@@ -171,7 +171,7 @@ def _loaded(machine: _Machine) -> Pickle:
         machine.fail("a pickle opcode takes a value that is not there")
     except KeyError:
         machine.fail("a memo entry that was never made")
-    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         machine.fail("a pickle opcode with an impossible value")
     return Pickle(tree, machine.position, machine.protocol, machine.globals, machine.calls)
 

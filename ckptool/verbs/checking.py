@@ -228,19 +228,17 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
         found.not_checked.append(f"{BYTES_UNSEEN} ({why})")
         return
     # Without their checksums, so that the first wrong one does not hide the others.
-    jobs = {
-        name: Copy(replace(storage, key=name, crc32=None), None)
-        for name, storage in recorded.items()
-    }
+    jobs = [
+        Copy(replace(storage, key=name, crc32=None), None) for name, storage in recorded.items()
+    ]
     try:
-        run_jobs(list(jobs.values()), None, step)
+        done = run_jobs(jobs, None, step)
     except Malformed as error:
         found.problems.append(_without_path(error, checkpoint.path))
         return
-    for name, job in jobs.items():
-        wanted = recorded[name].crc32
-        if job.crc32 != wanted:
-            sums = f"CRC-32 recorded {wanted:08x}, found {job.crc32:08x}"
+    for (name, storage), read in zip(recorded.items(), done, strict=True):
+        if read.crc32 != storage.crc32:
+            sums = f"CRC-32 recorded {storage.crc32:08x}, found {read.crc32:08x}"
             found.problems.append(f"record {name} does not match its checksum ({sums})")
     found.checksums = f"{counted(len(jobs), 'checksum')} match"
     found.checked.append(counted(len(jobs), "checksum"))

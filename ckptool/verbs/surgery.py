@@ -16,7 +16,7 @@ from ckptool import containers
 from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
 from ckptool.files import fileio, publish
-from ckptool.files.copying import Begin, Layout, no_progress
+from ckptool.files.copying import Begin, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, replacing, walk
@@ -302,7 +302,7 @@ def _tensors(plan: Plan) -> list[tuple[walk.Path, AnyTensor]]:
     return list(walk.tensors(plan.checkpoint.tree))
 
 
-def _file(plan: Plan, options: Options) -> Layout:
+def _file(plan: Plan, options: Options) -> PlannedFile:
     """Plan a file."""
     entries = plan.state.entries if plan.state is not None else None
     return _writer(plan.container).lay_out(plan.checkpoint, entries, options.untie)
@@ -368,7 +368,7 @@ def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
     if len(files) > 1:
         left_out = () if traits.ties else _tied(plan)
         data = sharding.index(list(plan.state.entries), shards, left_out, split.total_nbytes)
-        files.append(Layout(len(data), [], [(0, data)], name=names.index))
+        files.append(PlannedFile(names.index, len(data), [(0, data)]))
     return _Laid(Output(tuple(files), names.index, names.owns), _tensors(plan), listed)
 
 
