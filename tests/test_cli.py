@@ -1020,6 +1020,7 @@ def acting(text: str) -> set[str]:
     }
 
 
+@pytest.mark.product(4)
 @pytest.mark.parametrize(("env", "encoding"), ENCODINGS, ids=[str(row[0]) for row in ENCODINGS])
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("options", [[], ["--json"], ["--tree"]], ids=str)

@@ -385,14 +385,16 @@ def at_each_size(place: Path, job: Job, count: Count, sizes: int = 24) -> None:
         count.add(job, f"files of at most {limit} bytes", done, found)
 
 
-def on_full_disks(disk: Path, mount: Callable[[int], None], job: Job, count: Count) -> None:
+def on_full_disks(
+    disk: Path, mount: Callable[[int], None], job: Job, count: Count, step: int = 1
+) -> None:
     """Write to file systems with too few pages; `mount` makes one of so many bytes.
 
     ckptool's own look at the free space is answered with None, so that the disk really fills up.
     """
     folder = disk / "run"
     page = os.sysconf("SC_PAGE_SIZE")
-    for pages in range(3, 40):
+    for pages in range(3, 40, step):
         mount(pages * page)
         try:
             lay_out(folder, job)
