@@ -110,7 +110,9 @@ OWNERS = {
         "testing.py",
     ),
     r"zlib": ("files/*.py", "containers/torch_zip.py"),
-    r"zipfile|tarfile": (),
+    r"zipfile": (),
+    r"tarfile": ("files/tars.py",),
+    r"gzip": ("files/spool.py",),
 }
 
 
@@ -179,7 +181,7 @@ CHANGES = set(
 WRITERS: dict[str, set[str]] = {
     "files/fileio.py": {"os.open", "os.write", "os.pwrite"},  # of a descriptor that publish opened
     "files/copying.py": {"os.ftruncate"},
-    "files/spool.py": {"os.write", "os.unlink"},  # of a temporary file that it made
+    "files/spool.py": {"os.unlink"},  # of a temporary file that it made
     "files/publish.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
     "files/parts.py": {"os.open", "os.unlink"},
     "files/download.py": {"os.makedirs", "os.rmdir", "os.ftruncate"},  # its folder; a part

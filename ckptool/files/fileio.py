@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import threading
@@ -24,6 +25,8 @@ from ckptool.tensors.tensor import Storage
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from _typeshed import WriteableBuffer
+
 CHUNK = 1 << 19  # fits the second-level cache of a core, with what the kernel needs of it
 MARK = "::"  # between an archive and the name of a member in it
 
@@ -43,6 +46,7 @@ class Reader:
         self._fd = _open_regular(self.path)
         self.stamp = _stamp(os.fstat(self._fd))
         self.nbytes = self.stamp[1]
+        self.held: tuple[object, ...] = ()  # what must live as long as the bytes are read
 
     def part(self, start: int, nbytes: int, path: str) -> Reader:
         """Give a reader of `nbytes` from `start`; it shares the open file and is not closed."""
@@ -95,6 +99,29 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class ReaderFile(io.RawIOBase):
+    """What a `Reader` reads, as a file for the standard library."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._position = reader, 0
+
+    def readable(self) -> bool:
+        """Return whether `io` may read."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to `offset` from the start, or from where it is: all that its users ask for."""
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """Fill `buffer`, as far as there are bytes."""
+        view = memoryview(buffer)[: max(0, self._reader.nbytes - self._position)]
+        self._reader.read_into(view, self._position)
+        self._position += len(view)
+        return len(view)
 
 
 def refuse_changed(path: str, stamp: Stamp) -> None:

@@ -81,9 +81,9 @@ OTHERS = ("{s}", "{s} {p}")  # for a command that has no row yet
 # Audit events of a sound run; of all others the file would be the cause.
 KINDS = set(
     "open os.link os.remove os.rename os.truncate os.listdir os.scandir os.walk os.mkdir "
-    "os.rmdir os.chmod tempfile.mkstemp tempfile.mkdtemp fcntl.flock fcntl.fcntl mmap.__new__ _thread.start_new_thread "
-    "_thread.start_joinable_thread builtins.id array.__new__ object.__getattr__ "
-    "object.__setattr__ sys._getframe signal.pthread_kill time.sleep".split()
+    "os.rmdir os.chmod tempfile.mkstemp tempfile.mkdtemp fcntl.flock fcntl.fcntl mmap.__new__ "
+    "_thread.start_new_thread _thread.start_joinable_thread builtins.id array.__new__ "
+    "object.__getattr__ object.__setattr__ sys._getframe signal.pthread_kill time.sleep".split()
 )
 PATHS = (
     "open",
