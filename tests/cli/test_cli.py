@@ -32,7 +32,7 @@ from ckptool.state import edits
 Run = Callable[..., Outcome]
 PACKAGE = Path(ckptool.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 COMMANDS = [name for names in cli.GROUPS.values() for name in names]
 WRITERS = ["strip-prefix", "add-prefix", "unwrap", "transfer", "convert"]
 
