@@ -201,7 +201,7 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _left(arguments: list[str]) -> str:
-    """Say what a command that was interrupted left behind; nothing of one that never writes."""
+    """Return what a command that was interrupted left behind; nothing of one that never writes."""
     return "" if set(arguments[:1]) & {*GROUPS["Look"], "verify"} else NOTHING_WRITTEN
 
 
@@ -211,7 +211,7 @@ def _trace(error: BaseException, debug: bool) -> None:
 
 
 def _of_system(error: OSError) -> WriteError:
-    """Tell what the system refused; with no file named, it was stdout (`> /dev/full`)."""
+    """Return the error for a refusal of the system; without a file it is stdout (`> /dev/full`)."""
     if error.filename is None:
         silence()
     reason = (error.strerror or str(error)).lower()

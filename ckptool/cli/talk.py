@@ -42,7 +42,7 @@ def silence() -> None:
 
 
 def on_terminal() -> bool:
-    """Tell whether data goes to a terminal."""
+    """Return whether data goes to a terminal."""
     return sys.stdout.isatty()
 
 

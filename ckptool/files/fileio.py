@@ -49,7 +49,7 @@ class Reader:
         self.held: tuple[object, ...] = ()  # what must live as long as the bytes are read
 
     def part(self, start: int, nbytes: int, path: str) -> Reader:
-        """Give a reader of `nbytes` from `start`; it shares the open file and is not closed."""
+        """Return a reader of `nbytes` from `start`; it shares the open file and is not closed."""
         if min(start, nbytes) < 0 or start + nbytes > self.nbytes:
             raise Malformed("the file ends too early", path=self.path, offset=self.nbytes)
         part = copy(self)
@@ -169,7 +169,7 @@ def _open_regular(path: str) -> int:
 
 
 def spelled_like(path: str) -> str:
-    """Ask whether a file spelled like a missing one was meant; an empty text where none is."""
+    """Return a question that names a file spelled like a missing one, empty where there is none."""
     from difflib import get_close_matches
 
     folder, name = os.path.split(path)
@@ -181,7 +181,7 @@ def spelled_like(path: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Give the system's words for an error."""
+    """Return the system's words for an error."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 

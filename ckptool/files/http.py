@@ -219,7 +219,7 @@ def _pool(url: str) -> PoolManager:
 
 
 def _failure(url: str, error: Exception) -> DownloadFailed:
-    """Say what urllib3 raised as an error for users."""
+    """Return what urllib3 raised as an error for users."""
     from urllib3 import exceptions as known
 
     host = parsed(url).hostname

@@ -283,7 +283,7 @@ def _write(temporary: str, place: Target, output: Output, progress: Progress) ->
 
 
 def finish(fd: int, replaced: Target | None, *, sync: bool) -> None:
-    """Give a written file the mode of the one it replaces, and flush it."""
+    """Set on a written file the mode of the one it replaces, and flush it."""
     if replaced and hasattr(os, "fchmod") and os.path.exists(replaced.path):
         os.fchmod(fd, stat.S_IMODE(os.stat(replaced.path).st_mode))
     if sync:

@@ -242,7 +242,7 @@ def _in_place(
 
 
 def suffix(target: str) -> str:
-    """Give the suffix of a name, in lower case."""
+    """Return the suffix of a name, in lower case."""
     return os.path.splitext(target)[1].lower()
 
 
