@@ -457,6 +457,16 @@ def test_a_run_without_memory_says_so(here: Path, mib: int) -> None:
     assert not list(here.glob(".*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the address space")
+@pytest.mark.parametrize("mib", sampled(range(70, 270, 10), 4))
+def test_a_run_without_memory_for_numpy_leaves_nothing(here: Path, good: Path, mib: int) -> None:
+    """OpenBLAS ends the process where it finds too little."""
+    done = limited(mib, "-m", "ckptool", "convert", str(good / "strided.pth"), "out.safetensors")
+    assert done.returncode in (0, 7), done.stderr
+    assert Path("out.safetensors").exists() is (done.returncode == 0)
+    assert not list(here.glob(".*"))
+
+
 # What is read back is what was moved.
 
 

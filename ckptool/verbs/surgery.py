@@ -16,12 +16,13 @@ from ckptool import containers
 from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
 from ckptool.files import fileio, publish
-from ckptool.files.copying import Begin, Moved, PlannedFile, no_progress
+from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
+from ckptool.tensors import numbers
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
@@ -172,6 +173,8 @@ def rewrite(
     publish.refuse_full(place, laid.output.nbytes)
     if options.dry_run:
         return result
+    if any(isinstance(job, Compute) for job in laid.output.jobs):
+        numbers.load()
     check = partial(_check, plan, place, laid)
     late = publish.publish(place, laid.output, progress(laid.output.job_nbytes), check)
     return replace(result, warnings=(*result.warnings, *late))
