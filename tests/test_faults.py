@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import environment, step
 
-from ckptool.files import publish
+from ckptool.files import copying, publish
 from ckptool.files.copying import write_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
@@ -96,6 +97,28 @@ def careless(output: Callable[..., Any]) -> Callable[[], None]:
         publish.publish = output
 
     return prepare
+
+
+def deaf() -> None:
+    """Let workers end without a word when they have no memory."""
+    real = copying._Run._work
+
+    def work(run: Any) -> None:
+        with suppress(MemoryError):
+            real(run)
+
+    copying._Run._work = work  # type: ignore[method-assign]
+
+
+def test_a_silent_end_of_the_workers_is_found(tmp_path: Path) -> None:
+    job = faults.Job("add-prefix {s} out.safetensors", "plain.safetensors", "out.safetensors")
+    new, calls = faults.undisturbed(tmp_path, job)
+    assert isinstance(new, bytes)
+    faults.lay_out(tmp_path / "run", job)
+    action = faults.Counter(calls.index("mmap") + 1, "memory")
+    done = faults.run(tmp_path / "run", job, action, deaf)
+    found = list(faults.complaints(tmp_path / "run", job, new, done, "memory", "mmap"))
+    assert any("0 of" in line and "bytes of a job were moved" in line for line in found), found
 
 
 @pytest.mark.parametrize(

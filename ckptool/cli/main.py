@@ -41,6 +41,7 @@ EXAMPLES = (
 )
 COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
 NOTHING_WRITTEN = "nothing was written"
+ROOM = 24 << 20  # of the address space: what is imported, two buffers, a thread
 BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -150,6 +151,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
+        _refuse_no_room()
         return _invoke(arguments)
     except CkptoolError as error:
         complain(_with_hint(error, arguments))
@@ -186,6 +188,17 @@ def _run(arguments: list[str], debug: bool) -> int:
         )
         _trace(error, debug)
         return BUG
+
+
+def _refuse_no_room() -> None:
+    """Raise `OSError` where the limit of the address space leaves no room for a small run.
+
+    CPython may crash, or turn in circles, where it has no memory for its own small objects
+    (`Cannot recover from MemoryErrors while normalizing exceptions`).
+    """
+    from mmap import mmap
+
+    mmap(-1, ROOM).close()
 
 
 def _invoke(arguments: list[str]) -> int:

@@ -268,9 +268,9 @@ def _spooled(storage: Storage, packed: Reader) -> Reader:
     return reader
 
 
-def write_at(target: int, view: memoryview[int] | bytes, position: int) -> None:
+def write_at(target: int, data: bytes | bytearray | memoryview, position: int) -> None:
     """Write all of `view` at `position`."""
-    view = memoryview(view)
+    view = memoryview(data)
     while view:
         count = _write_once(target, view, position)
         view = view[count:]
