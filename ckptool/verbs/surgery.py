@@ -22,6 +22,7 @@ from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
+from ckptool.tensors import values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
@@ -389,8 +390,9 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     if options.allow_expand:
         return
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
-    packed = (job.storage for job in output.jobs if job.storage.packing is not Packing.PLAIN)
-    inflated, available = sum(storage.nbytes for storage in packed), readable(checkpoint.nbytes)
+    read = (each for job in output.jobs for each in values.stored(job.storage))
+    inflated = sum(each.nbytes for each in read if each.packing is not Packing.PLAIN)
+    available = readable(checkpoint.nbytes)
     if inflated > MAX_INFLATION * limit:
         message = f"{readable(inflated)} would be inflated from {available}"
     elif output.nbytes > limit:
