@@ -66,11 +66,18 @@ def cast(tensor: torch.Tensor, target: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "target", [torch.float64, torch.float32, torch.bfloat16, torch.float16, *FLOAT8[:2]]
+    "target", [torch.float64, torch.float32, torch.bfloat16, torch.float16, *FLOAT8]
 )
 def test_all_halves_are_cast_as_torch_casts_them(source: torch.dtype, target: torch.dtype) -> None:
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(source)
+    if target is torch.float8_e4m3fn:  # torch 2.6 makes NaN of what newer ones clip
+        every = every[~(every.abs() > 464)]
     assert same(cast(every, target), every.to(target))
+
+
+def test_what_is_too_large_for_e4m3_is_clipped() -> None:
+    large = torch.tensor([449.0, 500.0, -1e30, torch.inf, -torch.inf])
+    assert cast(large, torch.float8_e4m3fn).float().tolist() == [448, 448, -448, 448, -448]
 
 
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float16])
@@ -162,6 +169,8 @@ def test_only_and_except_choose_by_the_keys_at_that_step(
         ckptool.convert(model[0], tmp_path / "no.pth", steps=[edits.cast("bf16", only="nope")])
     with pytest.raises(EditError, match="no dtype of floats"):
         edits.cast("int8")
+    with pytest.raises(EditError, match="no dtype of floats"):
+        edits.cast("F8_E8M0")
 
 
 def test_a_cast_of_a_damaged_storage_is_refused(

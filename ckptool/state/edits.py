@@ -298,8 +298,8 @@ def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[
 def _real_float(name: str) -> DType:
     label = name.lower().replace("fp", "f")
     found = dtypes.BY_SAFETENSORS_NAME.get(label.upper()) or dtypes.BY_TORCH_NAME.get(label)
-    if found not in numbers.REAL_FLOATS:
-        known = ", ".join(dtype.label for dtype in DType if dtype in numbers.REAL_FLOATS)
+    if found not in numbers.ROUNDED:
+        known = ", ".join(dtype.label for dtype in DType if dtype in numbers.ROUNDED)
         raise EditError(f"`{name}` is no dtype of floats", hint=f"known are {known}")
     return found
 

@@ -41,6 +41,7 @@ _NOT_FINITE = {
 _INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
 FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
 REAL_FLOATS = FLOATS.difference(COMPLEX)
+ROUNDED = REAL_FLOATS - {DType.F8_E8M0}  # that has neither zero nor sign: it holds scales
 
 
 def _bits(block: Block, dtype: DType) -> Any:
@@ -79,10 +80,13 @@ def _rounded(floats: Any, dtype: DType) -> memoryview:
     """Return floats as the bytes of a dtype, rounded to nearest even.
 
     torch rounds a double to single precision first (torch/headeronly/util/Half.h and BFloat16.h
-    are made from a float).
+    are made from a float), and what is beyond the largest F8_E4M3 to that, where older ones made
+    it NaN (torch/headeronly/util/Float8_e4m3fn.h).
     """
     if dtype.itemsize < 4:
         floats = floats.astype("f4")
+    if dtype is DType.F8_E4M3:
+        floats = floats.clip(-448, 448)
     return memoryview(floats.astype(_kind(dtype)).view("u1"))
 
 
