@@ -95,7 +95,7 @@ def _check_writer(container: Container, writer: Writer, checkpoint: Checkpoint) 
     with TemporaryDirectory() as folder:
         target = os.path.join(folder, f"written{writer.default_suffix}")
         place = publish.refuse_target(target, (), force=False, sync=False)
-        publish.publish(place, publish.Output((layout,)), lambda nbytes: None, lambda path: None)
+        publish.publish(place, publish.Output((layout,)), lambda nbytes: None, lambda *_: None)
         written = _read(container, target)
         assert written is not None, f"it does not recognise what it wrote of {checkpoint.path}"
         asked = Asked(every=around)

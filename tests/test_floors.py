@@ -96,8 +96,7 @@ OWNERS = {
     r"ml_dtypes": ("tensors/numbers.py",),
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
-        "files/hub.py",
-        "files/resume.py",
+        "files/download.py",
         "files/filename.py",
     ),
     r"click": ("cli/*.py",),
@@ -105,13 +104,15 @@ OWNERS = {
     r"tempfile|shutil": (
         "files/fileio.py",
         "files/spool.py",
-        "files/hub.py",
+        "files/download.py",
         "cli/talk.py",
         "model/live.py",
         "testing.py",
     ),
     r"zlib": ("files/*.py", "containers/torch_zip.py"),
-    r"zipfile|tarfile": (),
+    r"zipfile": (),
+    r"tarfile": ("files/tars.py",),
+    r"gzip": ("files/spool.py",),
 }
 
 
@@ -180,11 +181,10 @@ CHANGES = set(
 WRITERS: dict[str, set[str]] = {
     "files/fileio.py": {"os.open", "os.write", "os.pwrite"},  # of a descriptor that publish opened
     "files/copying.py": {"os.ftruncate"},
-    "files/spool.py": {"os.write", "os.unlink"},  # of a temporary file that it made
+    "files/spool.py": {"os.unlink"},  # of a temporary file that it made
     "files/publish.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
     "files/parts.py": {"os.open", "os.unlink"},
-    "files/hub.py": {"os.makedirs", "os.rmdir"},  # the folder to download into
-    "files/resume.py": {"os.ftruncate"},  # of a file that parts opened
+    "files/download.py": {"os.makedirs", "os.rmdir", "os.ftruncate"},  # its folder; a part
     "cli/talk.py": {"os.open"},  # of os.devnull
     "cli/main.py": {"open"},  # of os.devnull, and of stdout itself
 }

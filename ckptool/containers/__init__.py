@@ -76,9 +76,9 @@ def _shard_notes(path: str) -> list[str]:
 def _read_member(path: str, plugins: bool) -> Checkpoint:
     from ckptool.files import archives
 
-    with archives.opened(path, suffixes) as (reader, archive, held):
+    with archives.opened(path, suffixes) as (reader, archive):
         checkpoint = _reading.read(reader, shard=True, use_plugins=plugins)
-    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=held)
+    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=reader.held)
 
 
 def members(path: str) -> list[ArchiveMember]:

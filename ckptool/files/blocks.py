@@ -221,7 +221,7 @@ def _boxes(
 def _gather(target: Any, stride: tuple[int, ...], offset: int, fetch: Fetch, limit: int) -> None:
     """Fill an array with elements that lie `stride` apart, reading no more than `limit` at once.
 
-    Where little of what lies between first and last is wanted, each half is read for itself.
+    Where little of what is between first and last is wanted, each half is read for itself.
     """
     shape, itemsize = target.shape, target.itemsize
     nbytes = span(shape, stride) * itemsize

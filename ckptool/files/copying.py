@@ -25,6 +25,7 @@ from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Chunked, Packing, Storage, contiguous_stride
 
 FLUSH_EVERY = 32 << 20
+TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
 WORKERS = 2
 
 Progress = Callable[[int], None]  # bytes copied since the last call
@@ -88,6 +89,7 @@ class Done(NamedTuple):
 
 
 NOTHING = Done(0, 0)
+Moved = dict[str, dict[int, Done]]  # by the name of a file and the offset in it
 
 
 def _no_bytes(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
@@ -243,45 +245,45 @@ class _Run:
 
     def _do(self, task: _Task, buffer: memoryview[int]) -> Done:
         job = task.job
+        blocks: Iterable[Bytes]
         if isinstance(job, Compute):
-            return self._stream(job.block(self.readers), job.target, buffer)
-        if job.storage.packing is Packing.DEFLATED:
+            blocks = job.block(self.readers)
+        elif job.storage.packing is Packing.DEFLATED:
             data = unpacked(job.storage, self.readers[job.storage.path])
-            return self._stream(_clipped(data, job.start, job.nbytes), job.target, buffer)
-        view = buffer[: task.nbytes]
-        parts = fill(view, job.storage, job.start + task.start, self.readers)
-        if parts:
-            with self._lock:
-                self.chunk_parts.setdefault(task.number, []).extend(parts)
-        position = None if job.target is None else job.target + task.start
-        return self._write(view, position, buffer)
+            blocks = _clipped(data, job.start, job.nbytes)
+        else:
+            blocks = self._read(task, job, buffer)
+        return self._write(blocks, None if job.target is None else job.target + task.start, buffer)
 
-    def _stream(
-        self,
-        blocks: Iterable[Bytes],
-        position: int | None,
-        buffer: memoryview[int],
+    def _read(self, task: _Task, job: Copy, buffer: memoryview[int]) -> Iterator[Bytes]:
+        """Yield what is read into the buffer, a chunk after the other."""
+        end = task.start + task.nbytes
+        for start in range(task.start, end, CHUNK):
+            view = buffer[: min(CHUNK, end - start)]
+            parts = fill(view, job.storage, job.start + start, self.readers)
+            if parts:
+                with self._lock:
+                    self.chunk_parts.setdefault(task.number, []).extend(parts)
+            yield view
+
+    def _write(
+        self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
     ) -> Done:
-        done = NOTHING
+        """Write blocks one after the other; each is read back into the buffer, where it may be."""
+        target = None if position is None else self._target
+        checksum = written = nbytes = 0
         for data in blocks:
-            at = None if position is None else position + done.nbytes
-            done = done.followed_by(self._write(memoryview(data), at, buffer))
-        return done
-
-    def _write(self, data: memoryview[int], position: int | None, buffer: memoryview[int]) -> Done:
-        """Write a block and read it back into `buffer`, which may be where the block lies."""
-        done = Done(crc32(data), len(data))
-        if self._target is None or position is None:
-            return done
-        write_at(self._target, data, position)
-        written = NOTHING
-        while written.nbytes < done.nbytes:
-            view = buffer[: done.nbytes - written.nbytes]
-            read_back(self._target, view, position + written.nbytes)
-            written = written.followed_by(Done(crc32(view), len(view)))
-        if written != done:
+            checksum = crc32(data, checksum)
+            if target is not None and position is not None:
+                write_at(target, data, position + nbytes)
+                for start in range(0, len(data), CHUNK):
+                    view = buffer[: min(CHUNK, len(data) - start)]
+                    read_back(target, view, position + nbytes + start)
+                    written = crc32(view, written)
+            nbytes += len(data)
+        if target is not None and written != checksum:
             raise OSError(errno.EIO, "what was written reads back otherwise")
-        return done
+        return Done(checksum, nbytes)
 
 
 def _start(work: Callable[[LockType], None], lock: LockType) -> None:
@@ -296,8 +298,8 @@ def _tasks(jobs: Sequence[Job]) -> Iterator[_Task]:
         if isinstance(job, Compute) or job.storage.packing is Packing.DEFLATED:
             yield _Task(index, job, 0, job.nbytes)
         else:
-            for start in range(0, job.nbytes, CHUNK):
-                yield _Task(index, job, start, min(CHUNK, job.nbytes - start))
+            for start in range(0, job.nbytes, TASK):
+                yield _Task(index, job, start, min(TASK, job.nbytes - start))
 
 
 def _clipped(parts: Iterable[bytes], start: int, nbytes: int) -> Iterator[bytes]:

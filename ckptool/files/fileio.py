@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import threading
@@ -24,6 +25,8 @@ from ckptool.tensors.tensor import Storage
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from _typeshed import WriteableBuffer
+
 CHUNK = 1 << 19  # fits the second-level cache of a core, with what the kernel needs of it
 MARK = "::"  # between an archive and the name of a member in it
 
@@ -43,9 +46,10 @@ class Reader:
         self._fd = _open_regular(self.path)
         self.stamp = _stamp(os.fstat(self._fd))
         self.nbytes = self.stamp[1]
+        self.held: tuple[object, ...] = ()  # what must live as long as the bytes are read
 
     def part(self, start: int, nbytes: int, path: str) -> Reader:
-        """Give a reader of `nbytes` from `start`; it shares the open file and is not closed."""
+        """Return a reader of `nbytes` from `start`; it shares the open file and is not closed."""
         if min(start, nbytes) < 0 or start + nbytes > self.nbytes:
             raise Malformed("the file ends too early", path=self.path, offset=self.nbytes)
         part = copy(self)
@@ -97,6 +101,29 @@ class Reader:
         self.close()
 
 
+class ReaderFile(io.RawIOBase):
+    """What a `Reader` reads, as a file for the standard library."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._position = reader, 0
+
+    def readable(self) -> bool:
+        """Return whether `io` may read."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to `offset` from the start, or from where it is: all that its users ask for."""
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """Fill `buffer`, as far as there are bytes."""
+        view = memoryview(buffer)[: max(0, self._reader.nbytes - self._position)]
+        self._reader.read_into(view, self._position)
+        self._position += len(view)
+        return len(view)
+
+
 def refuse_changed(path: str, stamp: Stamp) -> None:
     """Raise `Malformed` if there is another file now, or the file was written to."""
     try:
@@ -142,7 +169,7 @@ def _open_regular(path: str) -> int:
 
 
 def spelled_like(path: str) -> str:
-    """Ask whether a file spelled like a missing one was meant; an empty text where none is."""
+    """Return a question that names a file spelled like a missing one, empty where there is none."""
     from difflib import get_close_matches
 
     folder, name = os.path.split(path)
@@ -154,7 +181,7 @@ def spelled_like(path: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Give the system's words for an error."""
+    """Return the system's words for an error."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
@@ -241,9 +268,9 @@ def _spooled(storage: Storage, packed: Reader) -> Reader:
     return reader
 
 
-def write_at(target: int, view: memoryview[int] | bytes, position: int) -> None:
+def write_at(target: int, data: bytes | bytearray | memoryview, position: int) -> None:
     """Write all of `view` at `position`."""
-    view = memoryview(view)
+    view = memoryview(data)
     while view:
         count = _write_once(target, view, position)
         view = view[count:]

@@ -27,7 +27,7 @@ from ckptool.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from ckptool.files.copying import Job, PlannedFile, Progress, write_file
+from ckptool.files.copying import Job, Moved, PlannedFile, Progress, write_file
 from ckptool.files.fileio import reason
 from ckptool.text import counted, listed, quoted, readable
 
@@ -230,19 +230,20 @@ def refuse_full(target: Target, nbytes: int) -> None:
 
 
 def publish(
-    place: Target, output: Output, progress: Progress, check: Callable[[str], None]
+    place: Target, output: Output, progress: Progress, check: Callable[[str, Moved], None]
 ) -> list[str]:
     """Write, check and publish an output; return warnings about what failed after that.
 
-    `check` reads what was written by its `head`, and raises where it is not what was meant.
+    `check` reads what was written by its `head`, and raises where it is not what was meant or not
+    what the jobs have moved.
     Whatever fails, the target stays as it was and what is temporary is removed. Raises `NoSpace`,
     `OutputExists` or `WriteError`; an interruption says where all was done already.
     """
     temporary = beside(place)
     written = None
     try:  # before anything is made: a signal may come right after
-        _write(temporary, place, output, progress)
-        check(os.path.join(temporary, output.head) if output.head else temporary)
+        moved = _write(temporary, place, output, progress)
+        check(os.path.join(temporary, output.head) if output.head else temporary, moved)
         written = os.stat(temporary)
         _move(temporary, place, output)
     except BaseException as error:
@@ -266,7 +267,8 @@ def beside(target: Target) -> str:
     return os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
 
 
-def _write(temporary: str, place: Target, output: Output, progress: Progress) -> None:
+def _write(temporary: str, place: Target, output: Output, progress: Progress) -> Moved:
+    moved: Moved = {}
     if output.head:
         os.mkdir(temporary)
     for file in output.files:
@@ -274,16 +276,22 @@ def _write(temporary: str, place: Target, output: Output, progress: Progress) ->
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         fd = os.open(path, flags, 0o666)
         try:
-            write_file(fd, file, progress, sync=place.sync)
+            done = write_file(fd, file, progress, sync=place.sync)
             finish(fd, place if not file.name else None, sync=place.sync)
         finally:
             os.close(fd)
+        moved[os.path.basename(path)] = {
+            job.target: each
+            for job, each in zip(file.jobs, done, strict=True)
+            if job.target is not None and job.nbytes
+        }
     if output.head and place.sync:
         flush_folder(temporary)
+    return moved
 
 
 def finish(fd: int, replaced: Target | None, *, sync: bool) -> None:
-    """Give a written file the mode of the one it replaces, and flush it."""
+    """Set on a written file the mode of the one it replaces, and flush it."""
     if replaced and hasattr(os, "fchmod") and os.path.exists(replaced.path):
         os.fchmod(fd, stat.S_IMODE(os.stat(replaced.path).st_mode))
     if sync:

@@ -83,7 +83,7 @@ def read_directory(reader: Reader) -> Directory:
 
 
 def _find_directory(reader: Reader) -> tuple[int, int, int]:
-    """Give offset, size and entry count of the central directory."""
+    """Return offset, size and entry count of the central directory."""
     tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
     data = reader.read(reader.nbytes - tail, tail)
     # The last one with room behind it, as miniz takes it: an earlier one must not be believed.

@@ -228,7 +228,7 @@ class TorchVocabulary(Vocabulary):
         return (composite(node) if composite else None) or node
 
     def built(self, node: Node, state: Node) -> Node | None:
-        """Give an object its state; a tensor of 2017 becomes whole by it."""
+        """Apply its state to an object; a tensor of 2017 becomes whole by it."""
         if isinstance(node, TensorInfo) and isinstance(node.origin, Object):
             if node.origin.steps:  # no pickler gives a tensor its state twice
                 return None
@@ -248,9 +248,9 @@ def _said_of(storage: Storage) -> StorageId:
 
 
 def _same_bytes(one: StorageId, other: StorageId) -> bool:
-    """Tell whether a storage may stand under both types.
+    """Return whether a storage may be under both types.
 
-    An empty one may stand under any (torch/serialization.py, `_load`), bytes under that of uint8
+    An empty one may be under any (torch/serialization.py, `_load`), bytes under that of uint8
     and without a type (`persistent_id` in `_save`, which takes the one for the other).
     """
     if not one.nbytes and not other.nbytes:
@@ -270,7 +270,7 @@ def _parsed(text: str) -> Node:
 
 
 def storage_dtype(kind: Global, offset: int) -> DType | None:
-    """Give the dtype of a storage class, None for an untyped one."""
+    """Return the dtype of a storage class, None for an untyped one."""
     if kind.name in _UNTYPED:
         return None
     dtype = BY_STORAGE_CLASS.get(kind.name)
@@ -382,7 +382,7 @@ def _beyond_view(info: TensorInfo, view: StorageView | None) -> str:
 
 
 def _says_no_more(name: str, hooks: Node, metadata: Node) -> bool:
-    """Tell whether the fields of a `TensorInfo` say all that the call did."""
+    """Return whether the fields of a `TensorInfo` say all that the call did."""
     no_hooks = hooks is None or (
         isinstance(hooks, Object) and hooks.callee == ORDERED_DICT and not hooks.steps
     )
@@ -402,7 +402,7 @@ def _wrapped(node: Object) -> Node:
 
 
 def _is_unfilled(node: Node) -> bool:
-    """Tell whether a node is a Variable or Parameter that was made without a tensor."""
+    """Return whether a node is a Variable or Parameter that was made without a tensor."""
     made = isinstance(node, Object) and not node.args and isinstance(node.callee, Global)
     return made and node.callee in _WRAPPERS
 
@@ -426,12 +426,12 @@ def _from_type(node: Object) -> Node:
 
 
 def is_parameter(tensor: AnyTensor) -> bool:
-    """Tell whether a tensor is pickled as a Parameter."""
+    """Return whether a tensor is pickled as a Parameter."""
     return isinstance(tensor.origin, Object) and tensor.origin.callee in _WRAPPERS
 
 
 def quantizer(info: TensorInfo) -> Node:
-    """Give how the integers of a quantized tensor are to be read, None of any other tensor."""
+    """Return how the integers of a quantized tensor are to be read, None of any other tensor."""
     origin = _unwrapped(info.origin)
     if not isinstance(origin, Object):
         return None
@@ -442,13 +442,13 @@ def quantizer(info: TensorInfo) -> Node:
 
 
 def python_type(tensor: AnyTensor) -> Node:
-    """Give the class of a tensor that is pickled with one, None of any other."""
+    """Return the class of a tensor that is pickled with one, None of any other."""
     origin = _unwrapped(tensor.origin)
     return origin.args[1] if isinstance(origin, Object) and origin.callee == _FROM_TYPE else None
 
 
 def attributes(tensor: AnyTensor) -> Node:
-    """Give what Python keeps on a tensor beside its data (`__dict__`), None where it is nothing."""
+    """Return what Python keeps on a tensor beside its data (`__dict__`), None for nothing."""
     origin = tensor.origin
     if isinstance(origin, Object) and origin.callee == _WITH_STATE and len(origin.args) > 3:
         state = origin.args[3]
@@ -460,7 +460,7 @@ def attributes(tensor: AnyTensor) -> Node:
 
 
 def _unwrapped(origin: Node) -> Node:
-    """Give the call inside those of Parameters and Variables."""
+    """Return the call inside those of Parameters and Variables."""
     while isinstance(origin, Object) and origin.callee in _WRAPPERS and origin.args:
         origin = getattr(origin.args[0], "origin", None)
     return origin
@@ -541,7 +541,7 @@ class Lowering:
         self._spelled[_spelling(node)] = head, tail, literals, node
 
     def __call__(self, node: Any) -> Node:
-        """Give the tree that rebuilds a record."""
+        """Return the tree that rebuilds a record."""
         match node:
             case Storage():
                 return self._storage(node)

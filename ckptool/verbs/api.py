@@ -28,7 +28,7 @@ from ckptool.verbs.surgery import Rewrite
 if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
-    from ckptool.files.hub import Downloaded
+    from ckptool.files.download import Downloaded
     from ckptool.model.initial import Fill
     from ckptool.model.live import CheckpointLike
     from ckptool.model.verify import Progress, Verification
@@ -360,11 +360,11 @@ def download(
     >>> ckptool.download("resnet18", "weights/").path  # doctest: +SKIP
     'weights/resnet18-f37072fd.pth'
     """
-    from ckptool.files import hub
+    from ckptool.files.download import download as fetch
     from ckptool.model import weights
 
     known = None if "://" in what else weights.resolve(what)
-    done = hub.download(
+    done = fetch(
         known.url if known else what,
         target,
         sha256=sha256,

@@ -7,7 +7,7 @@ happened to every entry of the state_dict.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,14 +16,14 @@ from ckptool import containers
 from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
 from ckptool.files import fileio, publish
-from ckptool.files.copying import Begin, PlannedFile, no_progress
+from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
-from ckptool.tensors import values
-from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, TensorInfo
+from ckptool.tensors import numbers, values
+from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
 
@@ -173,6 +173,8 @@ def rewrite(
     publish.refuse_full(place, laid.output.nbytes)
     if options.dry_run:
         return result
+    if any(isinstance(job, Compute) or job.storage.computed for job in laid.output.jobs):
+        numbers.load()
     check = partial(_check, plan, place, laid)
     late = publish.publish(place, laid.output, progress(laid.output.job_nbytes), check)
     return replace(result, warnings=(*result.warnings, *late))
@@ -243,7 +245,7 @@ def _in_place(
 
 
 def suffix(target: str) -> str:
-    """Give the suffix of a name, in lower case."""
+    """Return the suffix of a name, in lower case."""
     return os.path.splitext(target)[1].lower()
 
 
@@ -441,7 +443,7 @@ def _tied(plan: Plan) -> set[str]:
     return {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
 
 
-def _check(plan: Plan, place: Target, laid: _Laid, path: str) -> None:
+def _check(plan: Plan, place: Target, laid: _Laid, path: str, moved: Moved) -> None:
     """Read the output with the strict reader and compare it with what was meant."""
     for source, stamp in plan.checkpoint.files:
         fileio.refuse_changed(source, stamp)
@@ -460,8 +462,26 @@ def _check(plan: Plan, place: Target, laid: _Laid, path: str) -> None:
         [(way, _described(info, strided)) for way, info in laid.tensors]
         == [(way, _described(info, strided)) for way, info in walk.tensors(written.tree)]
     )
-    if not same:
+    if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
         raise RuntimeError("the written file does not read back as it was meant")
+
+
+def _stored(tree: Node) -> Iterator[Storage]:
+    """Yield the storages that tensors are in, those of chunks for a chunked one."""
+    for _, tensor in walk.tensors(tree):
+        for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
+            chunks = part.storage.chunked.chunks if part.storage.chunked else ()
+            yield from (chunk.source.storage for chunk in chunks) if chunks else (part.storage,)
+
+
+def _is_moved(storage: Storage, moved: Moved) -> bool:
+    """Return whether a job has written these bytes, with the checksum that the file records."""
+    if not storage.nbytes:
+        return True
+    done = moved.get(os.path.basename(storage.path), {}).get(storage.start)
+    if done is None or done.nbytes != storage.nbytes:
+        return False
+    return storage.crc32 in (None, done.crc32)
 
 
 def _described(info: Node, strided: bool) -> tuple[object, ...]:

@@ -1,15 +1,18 @@
 """A command line run again and again, with a fault at each of its system calls in turn.
 
-A run is a fork of this process in which the functions of `os` that touch files count their calls;
-at the chosen one something goes wrong: an error, a short write, a signal, or the end (SIGKILL,
-before the call, after it, or after half of a write). Then the folder is looked at: the target is
+A run is a fork of this process in which the functions of `os` that touch files count their calls,
+and so do those that allocate buffers and start threads; at the chosen one something goes wrong: an
+error, a short write, no memory, no thread, a signal, or the end (SIGKILL, before the call, after
+it, or after half of a write). Then the folder is looked at: the target is
 old or new and never partial, the input is what it was, and a temporary file stays only where the
 process had no chance to remove it, under a name that says what it is: `.OUT.12 hex digits.tmp`.
 """
 
 from __future__ import annotations
 
+import builtins
 import errno
+import itertools
 import os
 import re
 import resource
@@ -25,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptool.cli import main as cli
-from ckptool.files import publish
+from ckptool.containers import torch_zip
+from ckptool.files import blocks, copying, fileio, publish, spool, zips
+from ckptool.tensors import numbers, tensor
 
 GOOD = Path(__file__).parents[2] / "fixtures/good"
 TEMPORARY = re.compile(r"\.(.{1,40})\.[0-9a-f]{12}\.tmp")
@@ -48,9 +53,13 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "unlink": (errno.EIO,),
     "mkdir": (errno.EIO, errno.ENOSPC),
     "rmdir": (errno.EIO,),
-    "copy_file_range": (errno.EIO, errno.ENOSPC),
+    "posix_fallocate": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP),
     "statvfs": (errno.EIO,),
 }
+HALVED = ("pwrite", "write", "preadv")
+# Names of our modules under which buffers are allocated and threads started.
+MEMORY = ("bytearray", "memoryview", "bytes", "mmap", "start_new_thread")
+STARVED: tuple[Any, ...] = (blocks, copying, fileio, numbers, spool, tensor, torch_zip, zips)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -123,6 +132,10 @@ class Counter:
         for name in ERRORS:
             if hasattr(os, name):
                 setattr(os, name, self._counting(name, getattr(os, name)))
+        for module, name in itertools.product(STARVED, MEMORY):
+            real = getattr(module, name, None) or getattr(builtins, name, None)
+            if real is not None:
+                setattr(module, name, self._counting(name, real))
 
     def _counting(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
@@ -139,9 +152,11 @@ class Counter:
             if name == "close":  # Linux closes the file whatever it says
                 real(*arguments, **more)
             raise OSError(code := getattr(errno, value), os.strerror(code), *_named(arguments))
+        if kind == "memory":
+            raise RuntimeError("can't start new thread") if "thread" in name else MemoryError
         if kind == "signal":
             os.kill(os.getpid(), getattr(signal, value))
-        elif kind == "short" or value == "in the middle":
+        elif name in HALVED and (kind == "short" or value == "in the middle"):
             arguments = _halved(name, arguments)
         if value == "before":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -168,11 +183,13 @@ def _halved(name: str, arguments: Any) -> Any:
 
 def actions(name: str) -> list[str]:
     """List what may go wrong at a call."""
+    if name in MEMORY:
+        return ["memory"]
     found = [f"error {errno.errorcode[code]}" for code in ERRORS[name]]
     found += [f"signal {each}" for each in SIGNALS] + ["kill before", "kill after"]
     if name in ("pwrite", "write"):
         found.append("kill in the middle")
-    return [*found, "short"] if name in ("pwrite", "preadv", "write") else found
+    return [*found, "short"] if name in HALVED else found
 
 
 @dataclass(frozen=True)
@@ -304,7 +321,7 @@ def _exit_complaints(
     job: Job, done: Outcome, action: str, *, is_new: bool, is_old: bool
 ) -> Iterator[str]:
     kind, _, value = action.partition(" ")
-    expected = {0, 3, 5} if kind == "error" else {0}
+    expected = {"error": {0, 3, 5}, "memory": {7}}.get(kind, {0})
     if kind == "signal":  # which may come too late to matter
         expected = {0, 130 if value == "SIGINT" else 128 + getattr(signal, value)}
     if done.code not in expected:
@@ -323,6 +340,8 @@ def _exit_complaints(
             yield f"the error does not name the file: {first[:200]}"
         if not is_old:
             yield f"the target is new, and it says: {first[:200]}"
+    if done.code == 7 and not ("error[out-of-memory]" in done.said and is_old):
+        yield f"the target is {'old' if is_old else 'new'}, and it says: {done.said[:200]}"
     if done.code == 130 and ("nothing was written" in done.said) is not is_old:
         yield f"the target is {'old' if is_old else 'new'}, and it says: {done.said[:200]}"
 
@@ -363,6 +382,8 @@ def at_each_call(
         lay_out(folder, job)
         done = run(folder, job, Counter(turn, action), prepare)
         met = done.calls[turn - 1] if len(done.calls) >= turn else name  # threads take turns
+        if not done.code and len(done.calls) < turn:  # a thread came too late to allocate
+            action = "none"
         found = list(complaints(folder, job, new, done, action, met))
         count.add(job, f"{action} at call {turn}, {name}", done, found)
 
@@ -385,14 +406,16 @@ def at_each_size(place: Path, job: Job, count: Count, sizes: int = 24) -> None:
         count.add(job, f"files of at most {limit} bytes", done, found)
 
 
-def on_full_disks(disk: Path, mount: Callable[[int], None], job: Job, count: Count) -> None:
+def on_full_disks(
+    disk: Path, mount: Callable[[int], None], job: Job, count: Count, step: int = 1
+) -> None:
     """Write to file systems with too few pages; `mount` makes one of so many bytes.
 
     ckptool's own look at the free space is answered with None, so that the disk really fills up.
     """
     folder = disk / "run"
     page = os.sysconf("SC_PAGE_SIZE")
-    for pages in range(3, 40):
+    for pages in range(3, 40, step):
         mount(pages * page)
         try:
             lay_out(folder, job)

@@ -94,6 +94,7 @@ def original(path: Path) -> Any:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_torch_loads_what_was_in_the_file(name: str, tmp_path: Path) -> None:
+    judge.skip_unread(name)
     result = api.convert(GOOD / name, tmp_path / "out", **DCP)
     assert (result.container, result.written) == ("torch-dcp", len(result.map))
     wanted, found = flat(original(GOOD / name)), flat(told(tmp_path / "out"))

@@ -29,7 +29,16 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.files import copying
-from ckptool.files.copying import NOTHING, Compute, Copy, Done, PlannedFile, run_jobs, write_file
+from ckptool.files.copying import (
+    NOTHING,
+    Compute,
+    Copy,
+    Done,
+    Moved,
+    PlannedFile,
+    run_jobs,
+    write_file,
+)
 from ckptool.files.fileio import CHUNK, Reader, Readers, unpacked
 from ckptool.files.publish import (
     Output,
@@ -276,6 +285,7 @@ def test_bytes_that_nobody_moved_are_missed(
     output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = copying._tasks
+    monkeypatch.setattr(copying, "TASK", CHUNK)
     monkeypatch.setattr(copying, "_tasks", lambda jobs: itertools.islice(real(jobs), 2))
     with pytest.raises(RuntimeError, match=f"{2 * CHUNK} of {len(DATA)} bytes"):
         run_jobs([Copy(stored, 0)], output, quiet)
@@ -401,8 +411,39 @@ def test_a_planned_file_is_written(tmp_path: Path, output: int, stored: Storage)
 NEW = Output((PlannedFile("", 3, [(0, b"new")]),))
 
 
+# The space of an output.
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="Linux and BSD reserve space")
+@pytest.mark.parametrize("code", [errno.EBADF, errno.EOPNOTSUPP, errno.ENOSPC])
+def test_space_is_reserved_but_never_by_writing(
+    tmp_path: Path, output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """glibc writes where a file system cannot reserve, but not for what appends."""
+    import fcntl
+
+    asked: list[bool] = []
+
+    def reserve(fd: int, start: int, nbytes: int) -> None:
+        asked.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND))
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    planned = PlannedFile("", len(DATA), jobs=[Copy(stored, 0)])
+    if code == errno.ENOSPC:
+        with pytest.raises(OSError, match="No space left"):
+            write_file(output, planned, quiet)
+        assert not any(written(tmp_path))
+    else:
+        write_file(output, planned, quiet)
+        assert written(tmp_path) == DATA
+    assert asked == [True]
+    assert not fcntl.fcntl(output, fcntl.F_GETFL) & os.O_APPEND
+
+
 def published(target: Target, error: BaseException | None = None) -> None:
-    def check(path: str) -> None:
+    def check(path: str, moved: Moved) -> None:
+        assert moved == {Path(path).name: {}}
         assert Path(path).read_bytes() == b"new"
         if error is not None:
             raise error
@@ -411,7 +452,7 @@ def published(target: Target, error: BaseException | None = None) -> None:
 
 
 def test_output_is_published_at_the_end(tmp_path: Path) -> None:
-    def check(temporary: str) -> None:
+    def check(temporary: str, moved: Moved) -> None:
         assert not (tmp_path / "file").exists()
         assert Path(temporary).parent == tmp_path
         assert Path(temporary).name.startswith(".file.")
