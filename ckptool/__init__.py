@@ -14,7 +14,7 @@ from ckptool import errors
 if TYPE_CHECKING:
     from ckptool.containers import read as read
     from ckptool.errors import *  # noqa: F403  (mypy and pyright take a star for public)
-    from ckptool.files.hub import Downloaded as Downloaded
+    from ckptool.files.download import Downloaded as Downloaded
     from ckptool.model.loading import (
         Matching as Matching,
         load_matching as load_matching,
@@ -62,7 +62,7 @@ _PUBLIC = {
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",
         "ckptool.containers": "read",
         "ckptool.verbs.listing": "Listing",
-        "ckptool.files.hub": "Downloaded",
+        "ckptool.files.download": "Downloaded",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verify": "Run Verification",
         "ckptool.verbs.plan": "Dropped WriteOptions",

@@ -21,6 +21,7 @@ the exit code belongs to the class.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,7 @@ class NoDevice(ModelError):
 
 
 class OutOfMemory(ModelError):
-    """The device has too little memory."""
+    """This process, or the device, has too little memory."""
 
 
 class NoSuchModel(ModelError):
@@ -207,3 +208,20 @@ class DoesNotLoad(ModelError):
     """The state_dict does not load strictly into the model."""
 
     exit_code = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check whether an exception says that this process ran out of memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, ImportError):  # dlopen has words alone (glibc, elf/dl-load.c)
+        return re.search("failed to map|cannot allocate|out of memory", str(error)) is not None
+    return isinstance(error, MemoryError)
+
+
+def out_of_memory() -> OutOfMemory:
+    """Return the error of a process that ran out of memory."""
+    return OutOfMemory(
+        "there is too little memory, or no room for a thread, in this process",
+        hint="ulimit -v and ulimit -u show the limits of the shell; a container has its own",
+    )

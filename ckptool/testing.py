@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import HEAD, Container, Writer
 from ckptool.errors import CkptoolError, NotRepresentable
-from ckptool.files import atomic, copying
+from ckptool.files import copying, publish
 from ckptool.files.fileio import Reader
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint
@@ -94,9 +94,8 @@ def _check_writer(container: Container, writer: Writer, checkpoint: Checkpoint) 
         return
     with TemporaryDirectory() as folder:
         target = os.path.join(folder, f"written{writer.default_suffix}")
-        place = atomic.refuse_target(target, (), force=False, sync=False)
-        with atomic.atomic_output(place) as (fd, _):
-            copying.write_layout(fd, layout, lambda nbytes: None)
+        place = publish.refuse_target(target, (), force=False, sync=False)
+        publish.publish(place, publish.Output((layout,)), lambda nbytes: None, lambda *_: None)
         written = _read(container, target)
         assert written is not None, f"it does not recognise what it wrote of {checkpoint.path}"
         asked = Asked(every=around)

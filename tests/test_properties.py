@@ -22,7 +22,7 @@ from conftest import step
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.files.blocks import blocks
-from ckptool.files.crc import join_crc32
+from ckptool.files.copying import NOTHING, Done
 from ckptool.pickles.pickle_reader import load
 from ckptool.pickles.pickle_writer import dump
 from ckptool.state import edits
@@ -530,6 +530,13 @@ def test_blocks_hold_what_contiguous_holds(data: Any, dtype: Any, seed: int, lim
     assert b"".join(parts) == (wanted if prod(view.shape) else b"")
 
 
+def joined(parts: list[bytes]) -> Done:
+    total = NOTHING
+    for part in parts:
+        total = total.followed_by(Done(zlib.crc32(part), len(part)))
+    return total
+
+
 @given(st.binary(max_size=2000), st.lists(st.integers(0, 2000), max_size=8))
 @settings(max_examples=300 // step(4))
 @example(b"", [])
@@ -537,10 +544,11 @@ def test_blocks_hold_what_contiguous_holds(data: Any, dtype: Any, seed: int, lim
 def test_joined_checksums_are_zlibs(data: bytes, cuts: list[int]) -> None:
     places = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     parts = [data[begin:end] for begin, end in itertools.pairwise(places)]
-    assert join_crc32((zlib.crc32(part), len(part)) for part in parts) == zlib.crc32(data)
+    assert joined(parts) == (zlib.crc32(data), len(data))
 
 
 def test_joined_checksums_of_large_parts() -> None:
     parts = [bytes([n]) * ((1 << 20) + n) for n in range(3)]
-    assert join_crc32((zlib.crc32(p), len(p)) for p in parts) == zlib.crc32(b"".join(parts))
-    assert join_crc32([]) == 0
+    whole = b"".join(parts)
+    assert joined(parts) == (zlib.crc32(whole), len(whole))
+    assert joined([]) == (0, 0)

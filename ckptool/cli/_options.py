@@ -86,7 +86,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
 
 
 def writes(function: Function) -> Function:
-    """Give a command IN, OUT and the shared options; it gets them as one `Request`."""
+    """Add IN, OUT and the shared options to a command, which gets them as one `Request`."""
 
     @wraps(function)
     def gathered(**given: Any) -> Any:

@@ -9,6 +9,7 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._options import Command
+from ckptool.errors import is_out_of_memory
 from ckptool.text import visible
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def _checked(
             with talk.Progress(path, quiet=quiet) as progress:
                 found = checking.check(path, progress=progress.begin, **how)
         except Exception as error:
-            talk.say([f"{visible(path)}: error[bug]: {type(error).__name__}: not checked"])
+            slug = "out-of-memory" if is_out_of_memory(error) else "bug"
+            talk.say([f"{visible(path)}: error[{slug}]: {type(error).__name__}: not checked"])
             bugs.append(error)
         else:
             yield found

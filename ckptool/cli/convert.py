@@ -73,7 +73,7 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any
     ckptool convert in.safetensors out.pth
     ckptool convert --strip-prefix module --drop classifier in.pth out.safetensors
     ckptool convert --max-shard-size 5GB in.pth out_folder
-    ckptool convert --to dcp in.pth out_dir      (for a cluster; needs torch)
+    ckptool convert --to dcp in.pth out_dir      (for a cluster)
 
     Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
     beside it is left behind and named.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,7 @@ from ckptool.cli._options import Command
 from ckptool.text import readable, table, visible
 
 if TYPE_CHECKING:
-    from ckptool.files.hub import Downloaded
+    from ckptool.files.download import Downloaded
     from ckptool.model.weights import Weights
 
 
@@ -61,117 +61,97 @@ def command(
         return
     if what is None:
         raise click.UsageError("name weights or a URL, or use --list", click.get_current_context())
-    weights = None if "://" in what else _weights(what, quiet=quiet)
-    done = _downloaded(
-        weights.url if weights else what,
-        target,
-        sha256=sha256,
-        prefix=weights.sha256_prefix if weights else None,
-        force=force,
-        sync=not no_sync,
-        quiet=quiet,
-    )
-    if as_json:
-        from ckptool.cli.report import document
+    from ckptool.files import http
+    from ckptool.verbs import api
 
-        done = replace(done, weights=weights.member if weights else None)
-        talk.put([document(done.to_dict())])
+    url = what if "://" in what else _url(what, quiet=quiet)
+    with talk.Progress(http.shown(url), quiet=quiet) as progress:
+        done = api.download(
+            what,
+            target,
+            sha256=sha256,
+            force=force,
+            sync=not no_sync,
+            progress=progress.reached,
+        )
+    if as_json:
+        _put_document(done.to_dict())
     else:
         talk.put([visible(done.path)])
+    talk.warn(map(visible, done.warnings))
     talk.say(_lines(done), quiet=quiet)
 
 
-def _weights(name: str, *, quiet: bool) -> Weights:
+def _url(name: str, *, quiet: bool) -> str:
     from ckptool.model import weights
 
-    found = weights.resolve(name)
-    talk.say([f"{visible(name)}: {found.member}, {found.url}"], quiet=quiet)
-    return found
+    entry = weights.resolve(name)
+    talk.say([f"{visible(name)}: {entry.member}, {entry.url}"], quiet=quiet)
+    return entry.url
 
 
-def _downloaded(
-    url: str,
-    target: str,
-    *,
-    sha256: str | None,
-    prefix: str | None,
-    force: bool,
-    sync: bool,
-    quiet: bool,
-) -> Downloaded:
-    from ckptool.files import http, hub
+def _put_document(fields: Mapping[str, object]) -> None:
+    from ckptool.cli.report import document
 
-    with talk.Progress(http.shown(url), quiet=quiet) as progress:
-        try:
-            return hub.download(
-                url,
-                target,
-                sha256=sha256,
-                expected_prefix=prefix,
-                force=force,
-                sync=sync,
-                progress=lambda done, total: progress.reached(done, total or 0),
-            )
-        except KeyboardInterrupt as error:
-            talk.say(map(visible, getattr(error, "__notes__", [])))
-            raise
+    talk.put([document(fields)])
 
 
 def _lines(done: Downloaded) -> list[str]:
-    """Say what a download did."""
-    lines = []
+    """Return what a download did, in lines of talk."""
+    sha256 = f"sha256 {done.sha256}"
     if done.already_there:
         how = checked(done)
         if done.checked == "size":
             how += ", and its size is the server's; --force downloads it again"
-        lines.append(f"{visible(done.path)} is there already and was left alone; {how}")
-    elif done.resumed_from:
-        lines.append(f"went on after {readable(done.resumed_from)} that were there")
-    if not done.already_there:
-        lines.append(f"{visible(done.path)}: {readable(done.nbytes)}, {checked(done)}")
-    return [*lines, f"sha256 {done.sha256}"]
+        return [f"{visible(done.path)} is there already and was left alone; {how}", sha256]
+    written = f"{visible(done.path)}: {readable(done.nbytes)}, {checked(done)}"
+    if done.resumed_from:
+        resumed = f"went on after {readable(done.resumed_from)} that were there"
+        return [resumed, written, sha256]
+    return [written, sha256]
 
 
 def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
     from ckptool.errors import NoSuchModel
     from ckptool.model import weights
 
-    found = weights.listing(pattern)
-    if not found:
+    entries = weights.listing(pattern)
+    if not entries:
         hint = "ckptool download --list shows all"
         raise NoSuchModel(f"torchvision has no weights like `{pattern}`", hint=hint)
     if as_json:
-        from ckptool.cli.report import document
-
-        talk.put([document({"schema": "weights/1", "weights": [asdict(each) for each in found]})])
+        _put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
     else:
-        talk.put(_table(found) if talk.on_terminal() else _rows(found))
-    defaults = sum(each.default for each in found)
+        talk.put(_table(entries) if talk.on_terminal() else _rows(entries))
+    defaults = sum(entry.default for entry in entries)
     talk.say(
-        [f"{len(found)} weights of {defaults} models; * is what a bare name means"], quiet=quiet
+        [f"{len(entries)} weights of {defaults} models; * is what a bare name means"], quiet=quiet
     )
 
 
-def _rows(found: Sequence[Weights]) -> list[str]:
+def _rows(entries: Sequence[Weights]) -> list[str]:
     """List weights for programs: name, file, bytes, parameters, top-1, and * for a default."""
-    cells = (
-        (each.name, each.file, each.nbytes, each.parameters, each.top1, "*" * each.default)
-        for each in found
-    )
-    return ["\t".join("" if cell is None else str(cell) for cell in row) for row in cells]
+    return [
+        "\t".join(map(_cell, (e.name, e.file, e.nbytes, e.parameters, e.top1, "*" * e.default)))
+        for e in entries
+    ]
 
 
-def _table(found: Sequence[Weights]) -> list[str]:
+def _table(entries: Sequence[Weights]) -> list[str]:
     """List weights for people."""
     rows = [("NAME", "FILE", "SIZE", "PARAMETERS", "TOP-1")]
     rows += [
         (
-            f"{each.name}{' *' if each.default else ''}",
-            each.file,
-            "" if each.nbytes is None else readable(each.nbytes),
-            "" if each.parameters is None else f"{each.parameters:,}",
-            "" if each.top1 is None else f"{each.top1:.2f} %",
+            f"{entry.name}{' *' if entry.default else ''}",
+            entry.file,
+            _cell(entry.nbytes, readable),
+            _cell(entry.parameters, "{:,}".format),
+            _cell(entry.top1, "{:.2f} %".format),
         )
-        for each in found
+        for entry in entries
     ]
     return table(rows, right=(2, 3, 4))
+
+
+def _cell(value: Any, form: Callable[[Any], str] = str) -> str:
+    return "" if value is None else form(value)

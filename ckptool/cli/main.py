@@ -18,7 +18,15 @@ import click
 
 from ckptool import __version__
 from ckptool.cli.talk import complain, put, say, silence
-from ckptool.errors import CkptoolError, NoSuchCommand, NoSuchFile, WriteError
+from ckptool.errors import (
+    CkptoolError,
+    NoSuchCommand,
+    NoSuchFile,
+    OutOfMemory,
+    WriteError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from ckptool.text import quoted, visible
 
 GROUPS = {
@@ -33,6 +41,7 @@ EXAMPLES = (
 )
 COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
 NOTHING_WRITTEN = "nothing was written"
+ROOM = 24 << 20  # of the address space: what is imported, two buffers, a thread
 BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -142,6 +151,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
+        _refuse_no_room()
         return _invoke(arguments)
     except CkptoolError as error:
         complain(_with_hint(error, arguments))
@@ -154,17 +164,22 @@ def _run(arguments: list[str], debug: bool) -> int:
         return error.exit_code
     except KeyboardInterrupt as error:
         told = "; ".join(filter(None, ["interrupted", visible(str(error)) or _left(arguments)]))
+        notes = [visible(note) for note in getattr(error, "__notes__", ())]
         # The line of a terminal ends in ^C by now.
-        say(["", told] if sys.stderr.isatty() else [told])
+        say([*notes, "", told] if sys.stderr.isatty() else [*notes, told])
         return INTERRUPTED
     except BrokenPipeError:
         silence()
         return PIPE_CLOSED
-    except OSError as error:
-        complain(_of_system(error))
-        _trace(error, debug)
-        return WriteError.exit_code
     except Exception as error:
+        if is_out_of_memory(error):
+            complain(out_of_memory())
+            _trace(error, debug)
+            return OutOfMemory.exit_code
+        if isinstance(error, OSError):
+            complain(_of_system(error))
+            _trace(error, debug)
+            return WriteError.exit_code
         say(
             [
                 f"error[bug]: {type(error).__name__}: {visible(str(error))}",
@@ -173,6 +188,17 @@ def _run(arguments: list[str], debug: bool) -> int:
         )
         _trace(error, debug)
         return BUG
+
+
+def _refuse_no_room() -> None:
+    """Raise `OSError` where the limit of the address space leaves no room for a small run.
+
+    CPython may crash, or turn in circles, where it has no memory for its own small objects
+    (`Cannot recover from MemoryErrors while normalizing exceptions`).
+    """
+    from mmap import mmap
+
+    mmap(-1, ROOM).close()
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -188,7 +214,7 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _left(arguments: list[str]) -> str:
-    """Say what a command that was interrupted left behind; nothing of one that never writes."""
+    """Return what a command that was interrupted left behind; nothing of one that never writes."""
     return "" if set(arguments[:1]) & {*GROUPS["Look"], "verify"} else NOTHING_WRITTEN
 
 
@@ -198,7 +224,7 @@ def _trace(error: BaseException, debug: bool) -> None:
 
 
 def _of_system(error: OSError) -> WriteError:
-    """Tell what the system refused; with no file named, it was stdout (`> /dev/full`)."""
+    """Return the error for a refusal of the system; without a file it is stdout (`> /dev/full`)."""
     if error.filename is None:
         silence()
     reason = (error.strerror or str(error)).lower()

@@ -1,7 +1,7 @@
 """Result values -> text or JSON; returns strings, prints and opens nothing.
 
 Everything that comes from a file is escaped here: control, escape and bidirectional characters,
-and what no encoding can hold. Only ASCII stands in our own words.
+and what no encoding can hold. Our own words are ASCII.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def container_title(name: str) -> str:
 
 
 def listing_lines(found: Listing, *, every: bool) -> list[str]:
-    """Say what a listing shows, what is around it, and what would help."""
+    """Return what a listing shows, what is around it, and what would help."""
     lines = [_file_line(found)]
     state = found.state
     if state is None:
@@ -120,7 +120,7 @@ def _file_line(found: Listing) -> str:
 
 
 def danger_lines(checkpoint: Checkpoint) -> list[str]:
-    """Say what loading a file elsewhere would run; nothing where it would run nothing."""
+    """Return what loading a file elsewhere would run; nothing where it would run nothing."""
     verdict = safety.judge(checkpoint.globals)
     if not verdict.dangerous:
         return []
@@ -130,7 +130,7 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
 
 
 def prefix_line(path: str, keys: Sequence[str], verb: str = "strip-prefix") -> str:
-    """Say which wrapper all or some keys carry, and what removes it; an empty string for none."""
+    """Describe the wrapper that all or some keys have, and what removes it; empty for none."""
     found = peeled(keys)
     if found:
         option = "" if found == ["module."] or verb == "transfer" else " --prefix auto"
@@ -157,7 +157,7 @@ def counts_line(result: Rewrite) -> str:
 
 
 def rewrite_lines(result: Rewrite) -> list[str]:
-    """Say what a rewrite changed and left behind, for people."""
+    """Return what a rewrite changed and left behind, for people."""
     lines = []
     if result.bare and (result.at or result.module):
         behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
@@ -170,13 +170,13 @@ def rewrite_lines(result: Rewrite) -> list[str]:
 
 
 def _whereabouts(module: str, at: Sequence[str] | None) -> str:
-    """Say of what, and where, a state_dict is."""
+    """Describe what a state_dict is of, and where it is."""
     of = f" of the whole model `{visible(module.rpartition('.')[2])}`" if module else ""
     return of + (f" at `{visible(walk.dotted(tuple(at)))}`" if at else "")
 
 
 def written_lines(result: Rewrite) -> list[str]:
-    """Say what was written, and count."""
+    """Return lines that describe what was written, with counts."""
     if result.dry_run:
         return [counts_line(result)]
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
@@ -207,7 +207,7 @@ def _dropped_lines(result: Rewrite) -> list[str]:
 
 
 def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
-    """Say how a checkpoint fits the target: shapes that differ, and what stays unfilled.
+    """Return how a checkpoint fits the target: shapes that differ, and what stays unfilled.
 
     `added` entries came from the model's own initialisation instead.
     """

@@ -49,7 +49,7 @@ def evidence_lines(found: Checked) -> list[str]:
 
 
 def note_lines(found: Checked) -> list[str]:
-    """Say what is odd about a file, and what helps."""
+    """Return what is odd about a file, and what helps."""
     name = visible(found.file)
     hint = [f"hint: {found.hint}"] if found.hint else []
     return [f"{name}: {visible(line)}" for line in (*found.notes, *hint)]

@@ -95,7 +95,7 @@ def _special_words(values: Values) -> list[str]:
 
 
 def difference_lines(found: Difference) -> list[str]:
-    """Say what was compared, what came of it, and what decides nothing."""
+    """Return what was compared, what came of it, and what decides nothing."""
     lines = [_verdict(found), *_within_lines(found)]
     if not found.whole and found.left.at != found.right.at:
         lines.append(f"compared {_place(found.left)} with {_place(found.right)}")

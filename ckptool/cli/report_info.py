@@ -74,7 +74,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def info_rows(facts: Survey) -> list[str]:
-    """Give the facts to programs: a line each, with tabs between; sizes are bytes."""
+    """Write the facts for programs: a line each, with tabs between; sizes are bytes."""
     rows = ["\t".join(fact) for fact in _facts(facts, _Style(wide=False))]
     return rows + [
         f"suggestion\t{visible(each.reason)}\t{visible(each.command)}" for each in facts.suggestions
@@ -248,7 +248,7 @@ _PROGRAM = "a TorchScript archive is a program, for torch.jit.load; its code was
 
 
 def _plain(checkpoint: Checkpoint) -> str:
-    """Say what it means that nothing but plain names was found."""
+    """Return what it means that nothing but plain names was found."""
     if checkpoint.program:
         return f"plain in its names alone: {_PROGRAM}"
     if not checkpoint.pickle_name:

@@ -49,7 +49,7 @@ def _module(name: str | None) -> str:
 
 
 def verification_lines(found: Verification) -> list[str]:
-    """Say what was compared, and on each device what came of it."""
+    """Return what was compared, and on each device what came of it."""
     lines = [
         f"{visible(found.model)} on {visible(found.inputs)}, {found.dtype}; torch {found.torch}"
     ]

@@ -42,7 +42,7 @@ def silence() -> None:
 
 
 def on_terminal() -> bool:
-    """Tell whether data goes to a terminal."""
+    """Return whether data goes to a terminal."""
     return sys.stdout.isatty()
 
 
@@ -95,9 +95,9 @@ class Progress:
             elif not self._quiet and time.monotonic() - self._started > BAR_AFTER:
                 self._show()
 
-    def reached(self, done: int, total: int) -> None:
-        """Count up to `done` of `total` bytes; a total of 0 is not known."""
-        self._total = total
+    def reached(self, done: int, total: int | None) -> None:
+        """Count up to `done` of `total` bytes; a total of None is not known."""
+        self._total = total or 0
         self(done - self._done)
 
     def _show(self) -> None:

@@ -64,9 +64,9 @@ def _split(path: str) -> tuple[str, list[str]]:
 def _read_member(path: str, plugins: bool) -> Checkpoint:
     from ckptool.files import archives
 
-    with archives.opened(path, suffixes) as (reader, archive, held):
+    with archives.opened(path, suffixes) as (reader, archive):
         checkpoint = _registry.read(reader, shard=True, use_plugins=plugins)
-    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=held)
+    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=reader.held)
 
 
 def _file_in(folder: str) -> str:

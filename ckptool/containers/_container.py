@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from ckptool.files.copying import Layout
+    from ckptool.files.copying import PlannedFile
     from ckptool.files.fileio import Reader
     from ckptool.pickles.tree import Node
     from ckptool.state.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ class Writer(NamedTuple):
     `lay_out` does not refuse. A set of shards is called `set_stem-00001-of-00002` and `set_suffix`.
     """
 
-    lay_out: Callable[[Checkpoint, dict[str, Node] | None, bool], Layout]
+    lay_out: Callable[[Checkpoint, dict[str, Node] | None, bool], PlannedFile]
     default_suffix: str
     set_stem: str
     set_suffix: str

@@ -4,7 +4,7 @@
 `torch.save` wrote for each chunk of a tensor and each other object of that rank, one archive behind
 another (torch/distributed/checkpoint/filesystem.py, `_write_item`). Keys and order are those of
 `dcp_to_torch_save` (format_utils.py): nested as the planner's paths say, flat where it kept none.
-Written is this container through torch itself, in `model/dcp.py`.
+It is written in `_dcp_output.py`.
 """
 
 from __future__ import annotations

@@ -13,14 +13,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
 from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
-from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Reader
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
@@ -32,15 +30,12 @@ from ckptool.tensors.tensor import (
     Storage,
     TensorInfo,
     contiguous_stride,
-    is_contiguous,
-    needs_swap,
 )
 
 if TYPE_CHECKING:  # a listing writes nothing
-    from ckptool.files.copying import Job, Layout
+    from ckptool.files.copying import PlannedFile
 
 MAX_HEADER = 100_000_000
-GATHER_BLOCK = 8 << 20
 
 
 def sniff(head: bytes) -> bool:
@@ -166,12 +161,12 @@ def _unfit(key: str, value: Node) -> str:
     return ""
 
 
-def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> PlannedFile:
     """Plan a file with these entries; ties are written once and noted.
 
     Raises `NotRepresentable` with the keys that do not fit.
     """
-    from ckptool.files.copying import Layout
+    from ckptool.files.copying import PlannedFile
 
     assert entries is not None  # what keeps nothing around a state_dict is planned with one
     left = left_behind(entries, untie)
@@ -190,8 +185,11 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
     places, nbytes = _places(ordered)
     text = _header(ordered, places, metadata)
     base = 8 + len(text)
-    jobs = _jobs(ordered, {key: base + place for key, place in places.items()})
-    return Layout(base + nbytes, jobs, [(0, len(text).to_bytes(8, "little") + text)])
+    from ckptool.files import planner
+
+    jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
+    literals = [(0, len(text).to_bytes(8, "little") + text)]
+    return PlannedFile("", base + nbytes, literals, jobs)
 
 
 def _places(ordered: list[tuple[str, TensorInfo]]) -> tuple[dict[str, int], int]:
@@ -221,31 +219,6 @@ def _header(
     if len(text) > MAX_HEADER:
         raise NotRepresentable(f"a header of {len(text)} bytes; safetensors allows {MAX_HEADER}")
     return text
-
-
-def _jobs(ordered: list[tuple[str, TensorInfo]], targets: dict[str, int]) -> list[Job]:
-    """Copy what lies in order; compute the rest. Every storage is checked against its CRC once."""
-    from ckptool.files.copying import Compute, Copy
-
-    jobs: list[Job] = []
-    checked: set[Storage] = set()
-    for key, info in ordered:
-        storage = info.storage
-        plain = is_contiguous(info.shape, info.stride) and not info.lazy
-        if plain and not needs_swap(storage, info.dtype.swap):
-            copy = Copy(storage, targets[key], info.start, info.nbytes)
-            jobs.append(copy)
-            if copy.whole:
-                checked.add(storage)
-        elif info.nbytes:
-            block = partial(blocks, info, limit=GATHER_BLOCK)
-            jobs.append(Compute(storage, block, targets[key], info.nbytes))
-    unchecked = dict.fromkeys(info.storage for _, info in ordered)
-    return jobs + [
-        Copy(storage, None)
-        for storage in unchecked
-        if storage not in checked and storage.crc32 is not None
-    ]
 
 
 CONTAINERS = (

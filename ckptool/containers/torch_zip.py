@@ -11,10 +11,11 @@ compute offsets from the exact layout of torch's own writer (torch/serialization
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING
+
+from zlib_ng.zlib_ng import crc32
 
 from ckptool.containers._container import Container, Traits, Writer
 from ckptool.containers._records import Records, read_records
@@ -27,7 +28,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
 
 if TYPE_CHECKING:  # a listing writes nothing
-    from ckptool.files.copying import Layout
+    from ckptool.files.copying import Done, Job, PlannedFile
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -92,18 +93,27 @@ def _generation(records: Records) -> str:
     return "torch 1.6 to 2.0, or another writer"
 
 
-def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> Layout:
+def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool) -> PlannedFile:
     """Plan an archive that holds the checkpoint's tree and the storages that it uses."""
-    from ckptool.files.copying import Copy, Layout
-    from ckptool.pickles import pickle_writer
-
     if any(
         isinstance(each, TensorInfo) and not each.dtype.torch_name
         for each in (entries or {}).values()
     ):
         raise NotRepresentable("torch has no dtype for six-bit floats")
+    return archive(checkpoint.tree)
+
+
+def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> PlannedFile:
+    """Plan an archive that holds a tree and the storages that it uses.
+
+    `job` returns what writes the bytes of a storage to a place in the archive: a copy.
+    """
+    from ckptool.files.copying import Copy, PlannedFile
+    from ckptool.pickles import pickle_writer
+
+    job = job or Copy
     lowering = Lowering()
-    pickled = pickle_writer.dump(checkpoint.tree, lowering)
+    pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
     if len(orders) > 1:
         raise NotRepresentable("tensors of two byte orders have no place in one torch file")
@@ -114,22 +124,22 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
 
     def records(checksums: Iterable[int]) -> Iterator[zips.Record]:
         yield from before
-        for key, (storage, crc32) in enumerate(zip(storages, checksums, strict=False)):
-            yield zips.Record(f"{ROOT}/data/{key}", storage.nbytes, None, crc32)
+        for key, (storage, checksum) in enumerate(zip(storages, checksums, strict=False)):
+            yield zips.Record(f"{ROOT}/data/{key}", storage.nbytes, None, checksum)
         yield from after
 
     starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
-    jobs = [Copy(storage, start) for storage, start in zip(storages, starts[2:-1], strict=True)]
+    jobs = [job(storage, start) for storage, start in zip(storages, starts[2:-1], strict=True)]
 
-    def finish() -> Iterable[tuple[int, bytes]]:
-        return zips.headers(records(job.crc32 for job in jobs), ALIGNMENT)
+    def finish(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
+        return zips.headers(records(each.crc32 for each in done), ALIGNMENT)
 
     literals = [(record.start, record.data or b"") for record in (*before, *after)]
-    return Layout(nbytes, list(jobs), literals, finish)
+    return PlannedFile("", nbytes, literals, jobs, finish)
 
 
 def _record(name: str, data: bytes) -> zips.Record:
-    return zips.Record(f"{ROOT}/{name}", len(data), data, zlib.crc32(data))
+    return zips.Record(f"{ROOT}/{name}", len(data), data, crc32(data))
 
 
 CONTAINERS = (

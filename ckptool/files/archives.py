@@ -9,14 +9,14 @@ becomes one on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ckptool.errors import FormatError, LimitExceeded, NoSuchFile, Unsupported
 from ckptool.files import tars, zips
 from ckptool.files.fileio import MARK, Reader
-from ckptool.files.spool import Spool, bounded, gunzipped, limit
+from ckptool.files.spool import Spool, gunzipped, limit
 from ckptool.text import counted, quoted, readable, table
 
 SHOWN = 8
@@ -37,27 +37,22 @@ class ArchiveMember:
     likely: bool = False  # by its name it is a checkpoint, or an archive
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Inside:
-    """An archive that is open: its members, and what must live as long as they are used."""
+    """An archive that is open, and what is in it; a gzip file holds one file, read as of a tar."""
 
     reader: Reader
-    zipped: dict[str, zips.Member] = field(default_factory=dict)
-    tarred: dict[str, tars.TarMember] = field(default_factory=dict)
-    alone: str = ""  # the one file that a gzip file holds, which is `reader` then
-    held: tuple[object, ...] = ()
+    entries: Mapping[str, zips.Member | tars.TarMember]
 
     def members(self, suffixes: Suffixes) -> list[ArchiveMember]:
         """List all members, those that look like checkpoints first, the largest first of all."""
-        rows = [(member.name, member.nbytes, "file") for member in self.zipped.values()]
-        rows += [(member.name, member.nbytes, member.kind) for member in self.tarred.values()]
-        rows += [(self.alone, self.reader.nbytes, "file")] if self.alone else []
         endings = (*suffixes(), *SUFFIXES)
-        members = [
-            ArchiveMember(name, nbytes, kind, kind == "file" and name.lower().endswith(endings))
-            for name, nbytes, kind in rows
-            if kind != "folder"
-        ]
+        members = []
+        for entry in self.entries.values():
+            kind = "file" if isinstance(entry, zips.Member) else entry.kind
+            likely = kind == "file" and entry.name.lower().endswith(endings)
+            if kind != "folder":
+                members.append(ArchiveMember(entry.name, entry.nbytes, kind, likely))
         return sorted(members, key=lambda member: (not member.likely, -member.nbytes))
 
 
@@ -74,73 +69,73 @@ def split(path: str) -> tuple[str, list[str]]:
 
 
 def enter(stack: ExitStack, reader: Reader) -> Inside | None:
-    """Look into an archive, None for what is none; what it opens is closed with `stack`."""
-    head = reader.read(0, min(tars.BLOCK, reader.nbytes))
-    if head.startswith(b"PK\3\4"):
-        return Inside(reader, zipped=zips.read_directory(reader).members)
-    if tars.is_tar(head):
-        return Inside(reader, tarred=tars.read_members(reader))
-    if not head.startswith(_GZIP):
+    """Look into an archive, None for any other file; what it opens is closed with `stack`."""
+    if _head(reader).startswith(b"PK\3\4"):
+        return Inside(reader, zips.read_directory(reader).members)
+    packed = _head(reader).startswith(_GZIP)
+    if packed:
+        reader = _spooled(stack, gunzipped(reader), reader.path)
+    if tars.is_tar(_head(reader)):
+        return Inside(reader, tars.read_members(reader))
+    if not packed:
         return None
-    unpacked, spool = _spooled(stack, bounded(gunzipped(reader), reader), reader.path)
-    head = unpacked.read(0, min(tars.BLOCK, unpacked.nbytes))
-    if tars.is_tar(head):
-        return Inside(unpacked, tarred=tars.read_members(unpacked), held=(spool,))
     name = os.path.basename(reader.path.rpartition(MARK)[2])
-    return Inside(unpacked, alone=name.removesuffix(".gz") or name, held=(spool,))
+    name = name.removesuffix(".gz") or name
+    return Inside(reader, {name: tars.TarMember(name, 0, reader.nbytes, "file")})
 
 
-def _spooled(stack: ExitStack, blocks: Iterator[bytes], shown: str) -> tuple[Reader, Spool]:
+def _head(reader: Reader) -> bytes:
+    return reader.read(0, min(tars.BLOCK, reader.nbytes))
+
+
+def _spooled(stack: ExitStack, blocks: Iterator[bytes], shown: str) -> Reader:
     spool = Spool(blocks)
     reader = stack.enter_context(Reader(spool.path))
-    reader.path = shown
-    return reader, spool
+    reader.path, reader.held = shown, (spool,)
+    return reader
 
 
 @contextmanager
-def opened(path: str, suffixes: Suffixes) -> Iterator[tuple[Reader, Reader, tuple[object, ...]]]:
-    """Open a member of an archive for reading.
+def opened(path: str, suffixes: Suffixes) -> Iterator[tuple[Reader, Reader]]:
+    """Open a member of an archive, and yield its reader and that of the archive itself.
 
-    Gives the readers of the member and of the archive itself, and what must be held while the
-    member's bytes are used. Raises `NoSuchFile` where the archive, or the member, is not there.
+    Raises `NoSuchFile` where the archive, or the member, does not exist.
     """
     file, names = split(path)
-    held: list[object] = []
     with ExitStack() as stack:
         reader = archive = stack.enter_context(Reader(file))
         for name in names:
             try:
-                reader = _member(stack, reader, name, held, suffixes)
+                reader = _member(stack, reader, name, suffixes)
             except FormatError as error:
                 if str(reader.path) not in error.message:
                     error.message = f"{reader.path}: {error.message}"
                 raise
-        yield reader, archive, tuple(held)
+        yield reader, archive
 
 
-def _member(
-    stack: ExitStack, reader: Reader, name: str, held: list[object], suffixes: Suffixes
-) -> Reader:
+def _member(stack: ExitStack, reader: Reader, name: str, suffixes: Suffixes) -> Reader:
     inside = enter(stack, reader)
     if inside is None:
         what = f"{reader.path} is no archive that is looked into (zip, tar, gzip)"
         raise NoSuchFile(what, hint=_PLACE)
-    held += inside.held
     shown = f"{reader.path}{MARK}{name}"
-    if name and name == inside.alone:
-        inside.reader.path = shown
-        return inside.reader
-    if name in inside.tarred:
-        found = inside.tarred[name]
-        if found.kind != "file":
-            raise Unsupported(f"{shown} is a {found.kind}, not a file")
-        return inside.reader.part(found.start, found.nbytes, shown)
-    if name not in inside.zipped:
-        raise _missing(reader, name, inside.members(suffixes))
-    member = inside.zipped[name]
+    match inside.entries.get(name):
+        case None:
+            raise _missing(reader, name, inside.members(suffixes))
+        case tars.TarMember(kind="file") as member:
+            return inside.reader.part(member.start, member.nbytes, shown)
+        case tars.TarMember() as member:
+            raise Unsupported(f"{shown} is a {member.kind}, not a file")
+        case member:
+            return _unzipped(stack, reader, member, shown)
+
+
+def _unzipped(stack: ExitStack, reader: Reader, member: zips.Member, shown: str) -> Reader:
+    """Return a reader of a record, in place if it is stored; check its checksum."""
     if member.method == zips.STORED:
         for _ in zips.blocks(reader, member):
-            pass  # its checksum is verified
+            pass
         return reader.part(member.start, member.nbytes, shown)
     if member.nbytes > limit(member.packed_nbytes):
         raise LimitExceeded(
@@ -148,9 +143,7 @@ def _member(
             f"{readable(member.nbytes)}",
             hint="if that is meant, unpack it by hand",
         )
-    unpacked, spool = _spooled(stack, zips.blocks(reader, member), shown)
-    held.append(spool)
-    return unpacked
+    return _spooled(stack, zips.blocks(reader, member), shown)
 
 
 def _missing(reader: Reader, name: str, members: list[ArchiveMember]) -> NoSuchFile:

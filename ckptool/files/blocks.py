@@ -6,12 +6,13 @@ their bytes swapped and torch's pending operations done on the way.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import prod
 from operator import mul
 from typing import Any
+
+from zlib_ng.zlib_ng import crc32
 
 from ckptool.files.fileio import Readers, unpacked
 from ckptool.tensors import numbers
@@ -127,7 +128,7 @@ def fill(view: memoryview, storage: Storage, start: int, readers: Readers) -> li
         read_elements(source, piece.first, data, _fetch(source.storage, readers))
         _place(chunked, piece, data, first, view)
         begin = (source.storage_offset + piece.first) * chunked.itemsize
-        parts.append((piece.index, begin, len(data), zlib.crc32(data)))
+        parts.append((piece.index, begin, len(data), crc32(data)))
     return parts
 
 
@@ -198,7 +199,7 @@ def _boxes(
 def _gather(target: Any, stride: tuple[int, ...], offset: int, fetch: Fetch, limit: int) -> None:
     """Fill an array with elements that lie `stride` apart, reading no more than `limit` at once.
 
-    Where little of what lies between first and last is wanted, each half is read for itself.
+    Where little of what is between first and last is wanted, each half is read for itself.
     """
     shape, itemsize = target.shape, target.itemsize
     nbytes = span(shape, stride) * itemsize

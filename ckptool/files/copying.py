@@ -1,32 +1,38 @@
-"""Byte ranges copied with checksums, as a file planned to the last byte.
+"""The copy engine: byte ranges and computed blocks into a file planned to the last byte.
 
-Copies run on a few threads, a chunk at a time through a small buffer: while one thread waits for
-the kernel, another computes a CRC-32, so that checking costs little beside copying.
+Two threads work through the jobs a chunk at a time: while one waits for the kernel, the other
+computes a CRC-32, so that checking costs little beside copying. Nothing counts as done because no
+thread complained: every job has to answer for its bytes (`Done`), and each block that was written
+is read back and has to have the CRC-32 of what was to be written.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from _thread import LockType, allocate_lock, start_new_thread
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from mmap import mmap
+from typing import NamedTuple
+
+from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
 from ckptool.files.blocks import Part, fill
-from ckptool.files.crc import join_crc32
-from ckptool.files.fileio import CHUNK, Readers, unpacked, write_at
+from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Chunked, Packing, Storage, contiguous_stride
 
 FLUSH_EVERY = 32 << 20
+TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
 WORKERS = 2
 
 Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
 
-Block = bytes | bytearray | memoryview  # of bytes
-Blocks = Callable[[Readers], Iterator[Block]]
+Bytes = bytes | bytearray | memoryview
+Block = Callable[[Readers], Iterator[Bytes]]
 
 
 def no_progress(total: int) -> Progress:
@@ -34,38 +40,35 @@ def no_progress(total: int) -> Progress:
     return lambda nbytes: None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Copy:
     """Copy `nbytes` of a storage, from `start` in it, to `target` in the output.
 
     `target` None reads and checks without writing. With `whole`, the storage's recorded CRC-32 is
-    checked; `crc32` is that of the bytes copied, once they are.
+    checked.
     """
 
     storage: Storage
     target: int | None
     start: int = 0
     nbytes: int = -1
-    crc32: int = 0
-    _parts: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _chunk_parts: list[Part] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.nbytes < 0:
-            self.nbytes = self.storage.nbytes - self.start
+            object.__setattr__(self, "nbytes", self.storage.nbytes - self.start)
 
     @property
     def whole(self) -> bool:
-        """Tell whether the copy covers its storage."""
+        """Whether the copy covers its storage."""
         return self.nbytes == self.storage.nbytes
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Compute:
     """Write what `block` makes of a storage to `target`: `nbytes` of them."""
 
     storage: Storage
-    block: Blocks
+    block: Block
     target: int
     nbytes: int
 
@@ -73,18 +76,39 @@ class Compute:
 Job = Copy | Compute
 
 
-@dataclass(slots=True)
-class Layout:
-    """A file planned to the last byte before the first is written.
+class Done(NamedTuple):
+    """The bytes that a job has moved: their CRC-32, and how many."""
 
-    `literals` are `(offset, bytes)` known beforehand; `finish` gives the ones that need the
-    checksums of the copies.
+    crc32: int
+    nbytes: int
+
+    def followed_by(self, other: Done) -> Done:
+        """Return the sum of these bytes and those that come next."""
+        joined = crc32_combine(self.crc32, other.crc32, other.nbytes)
+        return Done(joined, self.nbytes + other.nbytes)
+
+
+NOTHING = Done(0, 0)
+Moved = dict[str, dict[int, Done]]  # by the name of a file and the offset in it
+
+
+def _no_bytes(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file planned to the last byte before the first is written; `name` is its place in a set.
+
+    `literals` are `(offset, bytes)` known beforehand; `finish` returns the ones that need the
+    checksums of the jobs.
     """
 
+    name: str
     nbytes: int
-    jobs: list[Job]
-    literals: list[tuple[int, bytes]]
-    finish: Callable[[], Iterable[tuple[int, bytes]]] = tuple
+    literals: Sequence[tuple[int, bytes]] = ()
+    jobs: Sequence[Job] = ()
+    finish: Callable[[Sequence[Done]], Iterable[tuple[int, bytes]]] = _no_bytes
 
     @property
     def job_nbytes(self) -> int:
@@ -102,7 +126,7 @@ class _WriteBack:
     def __init__(self, target: int, *, wanted: bool) -> None:
         self._target = target
         self._next = FLUSH_EVERY if wanted and hasattr(os, "posix_fadvise") else None
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
 
     def reached(self, position: int) -> None:
         """Note that bytes up to about `position` are written; a window behind it is flushed."""
@@ -114,99 +138,172 @@ class _WriteBack:
         os.posix_fadvise(self._target, start, position - start, os.POSIX_FADV_DONTNEED)
 
 
+class _Task(NamedTuple):
+    """A part of a job for one thread: `nbytes` from `start` in what it moves."""
+
+    number: int
+    job: Job
+    start: int
+    nbytes: int
+
+
 def run_jobs(
-    jobs: list[Job], target: int | None, progress: Progress, *, sync: bool = False
-) -> None:
-    """Do all jobs on a few threads; the first error ends all and is raised.
+    jobs: Sequence[Job], target: int | None, progress: Progress, *, sync: bool = False
+) -> list[Done]:
+    """Do all jobs on two threads and return what each has moved; the first error ends all.
 
     With `sync` the output will be flushed: its write-back starts early.
     """
-    readers = Readers()
-    write_back = _WriteBack(-1 if target is None else target, wanted=sync and target is not None)
-    tasks = _tasks(jobs)
-    lock = threading.Lock()
-    errors: list[BaseException] = []
+    run = _Run(jobs, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
+    try:
+        run.all()
+    except BaseException:
+        with suppress(Malformed):
+            run.readers.close()
+        raise
+    run.readers.close()
+    for index, (job, done) in enumerate(zip(jobs, run.done, strict=True)):
+        if done.nbytes != job.nbytes:
+            raise RuntimeError(f"{done.nbytes} of {job.nbytes} bytes of a job were moved")
+        if isinstance(job, Copy):
+            _check(job, done, run.chunk_parts.get(index, []))
+    return run.done
 
-    def work() -> None:
-        buffer = memoryview(bytearray(CHUNK))
-        while not errors:
+
+class _Run:
+    """Jobs under way on the calling thread and on helpers.
+
+    The state is allocated here, before any thread starts, and `_thread` is used as it is: where
+    memory is short, a new thread can end before its first instruction, and `threading.Thread.start`
+    would wait for it forever. A helper counts once it has entered `_help`; whatever it leaves
+    undone, the caller does, or `run_jobs` finds missing.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], target: int | None, progress: Progress, write_back: _WriteBack
+    ) -> None:
+        self.done = [NOTHING] * len(jobs)
+        self.chunk_parts: dict[int, list[Part]] = {}
+        self.readers = Readers()
+        self._target, self._progress, self._write_back = target, progress, write_back
+        self._tasks = _tasks(jobs)
+        self._lock = allocate_lock()
+        self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
+        self._error: BaseException | None = None
+        self._ended = False
+        self._helpers = [allocate_lock() for _ in range(WORKERS - 1)]  # each locked while it works
+
+    def all(self) -> None:
+        """Do all tasks; raises the first error once no thread works any more."""
+        try:
+            for lock in self._helpers:
+                _start(self._help, lock)
+            self._work()
+        except BaseException as error:
+            self._error = self._error or error
+        try:
+            self._wait()
+        except BaseException as error:  # Ctrl-C: the threads end before the file goes away
+            self._error = self._error or error
+            self._wait()
+        if self._error is not None:
+            raise self._error
+
+    def _wait(self) -> None:
+        self._ended = True
+        for lock in self._helpers:
             with lock:
-                task = next(tasks, None)
+                pass
+
+    def _help(self, lock: LockType) -> None:
+        with lock:
+            try:
+                if not self._ended:
+                    self._work()
+            except BaseException as error:
+                self._error = self._error or error
+
+    def _work(self) -> None:
+        buffer = memoryview(mmap(-1, CHUNK))  # of whole pages: the kernel copies them faster
+        while self._error is None:
+            with self._lock:
+                task = next(self._tasks, None)
             if task is None:
                 return
-            try:
-                progress(_do(task, readers, target, buffer))
-                job, start, nbytes = task
-                write_back.reached((job.target or 0) + start + nbytes)
-            except BaseException as error:
-                errors.append(error)
+            self._account(task, self._do(task, buffer))
+            self._progress(task.nbytes)
+            self._write_back.reached((task.job.target or 0) + task.start + task.nbytes)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(WORKERS)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException as error:  # Ctrl-C: let the threads end before the file goes away
-        errors.append(error)
-        for thread in threads:
-            thread.join()
-        raise
-    finally:
-        if errors:
-            with suppress(Malformed):
-                readers.close()
-    if errors:
-        raise errors[0]
-    readers.close()
-    for job in jobs:
-        if isinstance(job, Copy):
-            _check(job)
+    def _account(self, task: _Task, part: Done) -> None:
+        """Add a part to what its job has done, as soon as all before it is done."""
+        with self._lock:
+            self._ahead[task.number, task.start] = part
+            done = self.done[task.number]
+            while following := self._ahead.pop((task.number, done.nbytes), None):
+                done = done.followed_by(following)
+            self.done[task.number] = done
 
-
-_Task = tuple[Job, int, int]  # a job, and the part of it: start and length
-
-
-def _tasks(jobs: list[Job]) -> Iterator[_Task]:
-    for job in jobs:
-        if isinstance(job, Compute) or job.storage.packing is Packing.DEFLATED:
-            yield job, 0, job.nbytes
+    def _do(self, task: _Task, buffer: memoryview[int]) -> Done:
+        job = task.job
+        blocks: Iterable[Bytes]
+        if isinstance(job, Compute):
+            blocks = job.block(self.readers)
+        elif job.storage.packing is Packing.DEFLATED:
+            data = unpacked(job.storage, self.readers[job.storage.path])
+            blocks = _clipped(data, job.start, job.nbytes)
         else:
-            for start in range(0, job.nbytes, CHUNK):
-                yield job, start, min(CHUNK, job.nbytes - start)
+            blocks = self._read(task, job, buffer)
+        return self._write(blocks, None if job.target is None else job.target + task.start, buffer)
+
+    def _read(self, task: _Task, job: Copy, buffer: memoryview[int]) -> Iterator[Bytes]:
+        """Yield what is read into the buffer, a chunk after the other."""
+        end = task.start + task.nbytes
+        for start in range(task.start, end, CHUNK):
+            view = buffer[: min(CHUNK, end - start)]
+            parts = fill(view, job.storage, job.start + start, self.readers)
+            if parts:
+                with self._lock:
+                    self.chunk_parts.setdefault(task.number, []).extend(parts)
+            yield view
+
+    def _write(
+        self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
+    ) -> Done:
+        """Write blocks one after the other; each is read back into the buffer, where it may be."""
+        target = None if position is None else self._target
+        checksum = written = nbytes = 0
+        for data in blocks:
+            checksum = crc32(data, checksum)
+            if target is not None and position is not None:
+                write_at(target, data, position + nbytes)
+                for start in range(0, len(data), CHUNK):
+                    view = buffer[: min(CHUNK, len(data) - start)]
+                    read_back(target, view, position + nbytes + start)
+                    written = crc32(view, written)
+            nbytes += len(data)
+        if target is not None and written != checksum:
+            raise OSError(errno.EIO, "what was written reads back otherwise")
+        return Done(checksum, nbytes)
 
 
-def _do(task: _Task, readers: Readers, target: int | None, buffer: memoryview[int]) -> int:
-    job, start, nbytes = task
-    if isinstance(job, Compute):
-        _stream(job.block(readers), target, job.target)
-    elif job.storage.packing is Packing.DEFLATED:
-        reader = readers[job.storage.path]
-        parts = _clipped(unpacked(job.storage, reader), job.start, job.nbytes)
-        job.crc32 = _stream(parts, target, job.target)
-    else:
-        view = buffer[:nbytes]
-        job._chunk_parts += fill(view, job.storage, job.start + start, readers)
-        job._parts[start] = (zlib.crc32(view), nbytes)
-        if target is not None and job.target is not None:
-            write_at(target, view, job.target + start)
-    return nbytes
+def _start(work: Callable[[LockType], None], lock: LockType) -> None:
+    try:
+        start_new_thread(work, (lock,))
+    except RuntimeError as error:  # pthread_create: EAGAIN, for lack of memory or of processes
+        raise MemoryError(str(error)) from error
 
 
-def _stream(
-    parts: Iterable[bytes | bytearray | memoryview], target: int | None, position: int | None
-) -> int:
-    crc32 = 0
-    for data in parts:
-        crc32 = zlib.crc32(data, crc32)
-        if target is not None and position is not None:
-            write_at(target, memoryview(data), position)
-            position += len(data)
-    return crc32
+def _tasks(jobs: Sequence[Job]) -> Iterator[_Task]:
+    for index, job in enumerate(jobs):
+        if isinstance(job, Compute) or job.storage.packing is Packing.DEFLATED:
+            yield _Task(index, job, 0, job.nbytes)
+        else:
+            for start in range(0, job.nbytes, TASK):
+                yield _Task(index, job, start, min(TASK, job.nbytes - start))
 
 
 def _clipped(parts: Iterable[bytes], start: int, nbytes: int) -> Iterator[bytes]:
-    """Give the part of a stream from `start`, `nbytes` long; the stream is read to its end."""
+    """Yield the part of a stream from `start`, `nbytes` long; the stream is read to its end."""
     position = 0
     for data in parts:
         wanted = data[max(0, start - position) : max(0, start + nbytes - position)]
@@ -215,44 +312,75 @@ def _clipped(parts: Iterable[bytes], start: int, nbytes: int) -> Iterator[bytes]
             yield wanted
 
 
-def _check(copy: Copy) -> None:
-    if copy.storage.packing is not Packing.DEFLATED:
-        copy.crc32 = join_crc32(part for _, part in sorted(copy._parts.items()))
+def _check(copy: Copy, done: Done, parts: list[Part]) -> None:
+    """Compare what was read with the checksums that its file records."""
     if copy.storage.chunked is not None:
-        _check_chunks(copy.storage.chunked, copy._chunk_parts)
+        _check_chunks(copy.storage.chunked, parts)
     if copy.whole:
-        _compare(copy.storage, copy.crc32)
+        _compare(copy.storage, done.crc32)
 
 
 def _check_chunks(chunked: Chunked, parts: list[Part]) -> None:
     """Compare the checksums of those chunks that were read whole."""
-    read: dict[int, list[tuple[int, int]]] = {}
-    for index, _, nbytes, crc32 in sorted(parts):
-        read.setdefault(index, []).append((crc32, nbytes))
-    for index, found in read.items():
+    read: dict[int, Done] = {}
+    for index, _, nbytes, checksum in sorted(parts):
+        read[index] = read.get(index, NOTHING).followed_by(Done(checksum, nbytes))
+    for index, done in read.items():
         source = chunked.chunks[index].source
-        whole = sum(nbytes for _, nbytes in found) == source.storage.nbytes
+        whole = done.nbytes == source.storage.nbytes
         if whole and source.stride == contiguous_stride(source.shape):
-            _compare(source.storage, join_crc32(found))
+            _compare(source.storage, done.crc32)
 
 
-def _compare(storage: Storage, crc32: int) -> None:
+def _compare(storage: Storage, found: int) -> None:
     recorded = storage.crc32
-    if recorded is not None and recorded != crc32:
+    if recorded is not None and recorded != found:
         raise Malformed(
             f"{storage.path}: the bytes of storage {storage.key} do not match their checksum",
             path=storage.path,
             offset=storage.start,
-            evidence=[f"CRC-32 recorded {recorded:08x}, found {crc32:08x}"],
+            evidence=[f"CRC-32 recorded {recorded:08x}, found {found:08x}"],
             hint="the file is damaged; get it again from where it came",
         )
 
 
-def write_layout(fd: int, layout: Layout, progress: Progress, *, sync: bool = False) -> None:
-    """Write a planned file through an open descriptor; `sync` says that it will be flushed."""
-    os.ftruncate(fd, layout.nbytes)
-    for offset, data in layout.literals:
+def _reserve(fd: int, nbytes: int) -> None:
+    """Reserve the space of a file, where its file system does that without writing.
+
+    A full disk then refuses before the first byte, and the bytes come faster. Where there is no
+    fallocate (NFS 3, some FUSE), glibc imitates it with a write for each block, but not for a
+    descriptor that appends (sysdeps/posix/posix_fallocate.c: EBADF).
+    """
+    if not nbytes or not hasattr(os, "posix_fallocate"):
+        return
+    from fcntl import F_GETFL, F_SETFL, fcntl
+
+    flags = fcntl(fd, F_GETFL)
+    fcntl(fd, F_SETFL, flags | os.O_APPEND)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in _NOT_RESERVED:
+            raise
+    finally:
+        fcntl(fd, F_SETFL, flags)
+
+
+_NOT_RESERVED = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
+
+
+def write_file(
+    fd: int, planned: PlannedFile, progress: Progress, *, sync: bool = False
+) -> list[Done]:
+    """Write a planned file through an open descriptor and return what its jobs have moved.
+
+    `sync` says that it will be flushed.
+    """
+    os.ftruncate(fd, planned.nbytes)
+    _reserve(fd, planned.nbytes)
+    for offset, data in planned.literals:
         write_at(fd, data, offset)
-    run_jobs(layout.jobs, fd, progress, sync=sync)
-    for offset, data in layout.finish():
+    done = run_jobs(planned.jobs, fd, progress, sync=sync)
+    for offset, data in planned.finish(done):
         write_at(fd, data, offset)
+    return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import threading
@@ -17,11 +18,14 @@ from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
+    is_out_of_memory,
 )
 from ckptool.tensors.tensor import Storage
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
+
+    from _typeshed import WriteableBuffer
 
 CHUNK = 1 << 19  # fits the second-level cache of a core, with what the kernel needs of it
 MARK = "::"  # between an archive and the name of a member in it
@@ -39,13 +43,13 @@ class Reader:
     def __init__(self, path: str | Path) -> None:
         self.path = self.file = str(path)
         self.base = 0
-        self._lock = threading.Lock()
         self._fd = _open_regular(self.path)
         self.stamp = _stamp(os.fstat(self._fd))
         self.nbytes = self.stamp[1]
+        self.held: tuple[object, ...] = ()  # what must live as long as the bytes are read
 
     def part(self, start: int, nbytes: int, path: str) -> Reader:
-        """Give a reader of `nbytes` from `start`; it shares the open file and is not closed."""
+        """Return a reader of `nbytes` from `start`; it shares the open file and is not closed."""
         if min(start, nbytes) < 0 or start + nbytes > self.nbytes:
             raise Malformed("the file ends too early", path=self.path, offset=self.nbytes)
         part = copy(self)
@@ -73,19 +77,12 @@ class Reader:
 
     def _read_once(self, view: memoryview[int], start: int) -> int:
         try:
-            return self._read_at(view, start)
+            return _read_at(self._fd, view, start)
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             what = f"{self.path} cannot be read: {reason(error)}"
             raise Malformed(what, path=self.path, offset=start) from error
-
-    def _read_at(self, view: memoryview[int], start: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [view], start)
-        with self._lock:  # Windows
-            os.lseek(self._fd, start, os.SEEK_SET)
-            data = os.read(self._fd, len(view))
-        view[: len(data)] = data
-        return len(data)
 
     def refuse_change(self) -> None:
         """Raise `Malformed` if the file was written to since it was opened."""
@@ -102,6 +99,29 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class ReaderFile(io.RawIOBase):
+    """What a `Reader` reads, as a file for the standard library."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._position = reader, 0
+
+    def readable(self) -> bool:
+        """Return whether `io` may read."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to `offset` from the start, or from where it is: all that its users ask for."""
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """Fill `buffer`, as far as there are bytes."""
+        view = memoryview(buffer)[: max(0, self._reader.nbytes - self._position)]
+        self._reader.read_into(view, self._position)
+        self._position += len(view)
+        return len(view)
 
 
 def refuse_changed(path: str, stamp: Stamp) -> None:
@@ -128,6 +148,8 @@ def _open_regular(path: str) -> int:
             raise NoSuchFile(f"{path} is a URL; a file is needed", hint=hint) from None
         raise NoSuchFile(f"{path} does not exist", path=path) from None
     except (OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None
     if stat.S_ISDIR(mode):
         raise NotACheckpoint(f"{path} is a folder", path=path)
@@ -138,6 +160,8 @@ def _open_regular(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         many = error.errno in (errno.EMFILE, errno.ENFILE)
         hint = "ulimit -n 65536   lets it have all files of a checkpoint open" if many else ""
         what = f"{path} cannot be opened: {reason(error)}"
@@ -145,7 +169,7 @@ def _open_regular(path: str) -> int:
 
 
 def spelled_like(path: str) -> str:
-    """Ask whether a file spelled like a missing one was meant; an empty text where none is."""
+    """Return a question that names a file spelled like a missing one, empty where there is none."""
     from difflib import get_close_matches
 
     folder, name = os.path.split(path)
@@ -157,7 +181,7 @@ def spelled_like(path: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Give the system's words for an error."""
+    """Return the system's words for an error."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
@@ -244,21 +268,41 @@ def _spooled(storage: Storage, packed: Reader) -> Reader:
     return reader
 
 
-def write_at(target: int, view: memoryview[int] | bytes, position: int) -> None:
+def write_at(target: int, data: bytes | bytearray | memoryview, position: int) -> None:
     """Write all of `view` at `position`."""
-    view = memoryview(view)
+    view = memoryview(data)
     while view:
         count = _write_once(target, view, position)
         view = view[count:]
         position += count
 
 
-_write_lock = threading.Lock()
+def read_back(target: int, view: memoryview[int], position: int) -> None:
+    """Fill `view` from what was written at `position`; raises `OSError` where that is too short."""
+    while view:
+        count = _read_at(target, view, position)
+        if not count:
+            raise OSError(errno.EIO, "what was written is cut off")
+        view = view[count:]
+        position += count
+
+
+_seek_lock = threading.Lock()  # Windows has no positioned reads and writes
+
+
+def _read_at(fd: int, view: memoryview[int], position: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], position)
+    with _seek_lock:
+        os.lseek(fd, position, os.SEEK_SET)
+        data = os.read(fd, len(view))
+    view[: len(data)] = data
+    return len(data)
 
 
 def _write_once(target: int, view: memoryview[int], position: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(target, view, position)
-    with _write_lock:  # Windows
+    with _seek_lock:
         os.lseek(target, position, os.SEEK_SET)
         return os.write(target, view)

@@ -1,4 +1,8 @@
-"""What a download is called: names from elsewhere made harmless."""
+"""Names of downloads: those from URLs and headers made harmless, and the hashes in names.
+
+torch's convention: `resnet18-5c106cde.pth` holds the first digits of the file's sha256
+(torch.hub.load_state_dict_from_url). A run of digits alone is a date more often than a hash.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ _UNWANTED = re.compile(
     '\\ud800-\\udfff<>:"|?*]'
 )
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
+_HASH = re.compile(r"-([0-9a-f]{8,64})(?:\.[^-]*)?$", re.IGNORECASE)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(?![0-9a-f])", re.IGNORECASE)
+_REGISTRY_HASH = re.compile(r"[-_]([0-9a-f]{8,64})\.[^-_]*$", re.IGNORECASE)
 
 
 def safe(name: str) -> str:
@@ -34,7 +41,7 @@ def shortened(name: str) -> str:
 
 
 def of_part(name: str) -> str:
-    """Name the part of a file; it leaves room for a suffix of the record beside it."""
+    """Return the name of a file's part, short enough for the suffix of the record beside it."""
     raw = os.fsencode(name)
     if len(raw) > LONGEST - len(".part.json"):
         name = f"{raw[:200].decode('utf-8', 'ignore')}-{sha256(raw).hexdigest()[:8]}"
@@ -42,18 +49,31 @@ def of_part(name: str) -> str:
 
 
 def of_url(url: str) -> str:
-    """Give the file name that a URL ends with; an empty string for none."""
-    segment = urlsplit(url).path.rpartition("/")[2]
-    return safe(unquote(segment))
+    """Return the file name that a URL ends with; an empty string for none."""
+    return safe(unquote(urlsplit(url).path.rpartition("/")[2]))
 
 
 def of_disposition(header: str) -> str:
-    """Give the file name in a Content-Disposition header; an empty string for none."""
+    """Return the file name in a Content-Disposition header; an empty string for none."""
     from email.message import Message
 
     message = Message()
     message["Content-Disposition"] = header
     try:
         return safe(message.get_filename() or "")
-    except (LookupError, UnicodeError, ValueError):  # a charset that nobody knows
+    except (LookupError, UnicodeError, ValueError):  # an unknown charset
         return ""
+
+
+def hash_in(name: str) -> str | None:
+    """Return the start of a sha256 that a name holds after its last hyphen."""
+    match = _HASH.search(name)
+    if match is None or match[1].isdigit() or _UUID.search(name):
+        return None
+    return match[1].lower()
+
+
+def hash_of_registry(name: str) -> str | None:
+    """Return the start of a sha256 in a name of torchvision's registry; digits alone count."""
+    match = _REGISTRY_HASH.search(name)
+    return match[1].lower() if match else None

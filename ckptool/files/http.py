@@ -1,29 +1,27 @@
-"""Ask a web server for a file: proxies, timeouts, retries, redirects, and headers made sense of.
+"""Request a file from a web server: proxies, timeouts, retries, redirects, and what is no file.
 
-urllib3 speaks HTTP and TLS. Retries and redirects are walked by hand: urllib3 reads the body of
-every answer that it does not hand out to the end, which a server may never let come, and follows
-a redirect from https to http.
+urllib3 speaks HTTP and TLS and retries. Redirects are followed here: urllib3 goes from https to
+http, keeps the proxy of the first host for all others, and reads a Location in UTF-8 as latin-1.
 """
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from ckptool.errors import DownloadFailed
 
 if TYPE_CHECKING:
-    from urllib3 import BaseHTTPResponse, PoolManager
+    from urllib3 import BaseHTTPResponse, PoolManager, Retry
 
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-AGAIN = frozenset({429, 500, 502, 503, 504})
+AGAIN = (429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10
 SHOWN = 200  # characters of what a server says
+HEAD = 512  # bytes that show what a body is
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "ckptool"}
 _HINTS = {
     401: "the server wants a login; it goes before the host: https://USER:PASSWORD@HOST/...",
@@ -36,7 +34,7 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long to wait in seconds, how often to ask again, how much to take."""
+    """How long to wait in seconds, how often to retry, how much to take."""
 
     connect: float = 10.0
     read: float = 30.0
@@ -53,50 +51,33 @@ class Answer:
     url: str
     body: BaseHTTPResponse
 
-    @property
-    def status(self) -> int:
-        """Give the status code."""
-        return self.body.status
-
     def header(self, name: str) -> str:
-        """Give a header, an empty string for none."""
+        """Return a header, an empty string for none."""
         return self.body.headers.get(name, "").strip()
 
     @property
     def nbytes(self) -> int | None:
-        """Give the length of the body as declared."""
+        """Return the declared length of the body."""
         text = self.header("Content-Length")
         return int(text) if re.fullmatch(r"\d{1,18}", text) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The part of a file that an answer holds: `total` is None where the server does not know."""
-
-    start: int
-    end: int
-    total: int | None
-
-
-def content_range(text: str) -> Range | None:
-    """Read a Content-Range header; None where it makes no sense."""
-    found = re.fullmatch(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text, re.IGNORECASE)
-    if found is None:
-        return None
-    start, last = int(found[1]), int(found[2])
-    total = None if found[3] == "*" else int(found[3])
-    if last < start or (total is not None and last >= total):
-        return None
-    return Range(start, last + 1, total)
-
-
 def shown(url: str) -> str:
-    """Give a URL without what may be a secret: user, password, query, fragment."""
+    """Return a URL without what may be a secret: user, password, query, fragment."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return re.split(r"[?#]", url)[0].rpartition("@")[2][:SHOWN]
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return _without_login(parts._replace(query=""))
+
+
+def _without_login(parts: SplitResult) -> str:
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+
+
+def failed(url: str, what: str, hint: str = "", *, evidence: Sequence[str] = ()) -> DownloadFailed:
+    """Return the error of a download; its message begins with the URL as it may be shown."""
+    return DownloadFailed(f"{shown(url)}{what}", hint=hint, evidence=evidence)
 
 
 def parsed(url: str) -> SplitResult:
@@ -105,199 +86,205 @@ def parsed(url: str) -> SplitResult:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise DownloadFailed(f"{shown(url)} is not a URL: {error}") from None
+        raise failed(url, f" is not a URL: {error}") from None
     if parts.scheme not in ("http", "https"):
-        raise DownloadFailed(
-            f"{shown(url)} is not a web address: `{parts.scheme}` is neither http nor https",
-            hint="give a URL that starts with https://",
-        )
+        what = f" is not a web address: `{parts.scheme}` is neither http nor https"
+        raise failed(url, what, "give a URL that starts with https://")
     if not host:
-        raise DownloadFailed(f"{shown(url)} names no host", hint="check the link")
+        raise failed(url, " names no host", _HINTS[404])
     return parts
 
 
 @contextmanager
 def asked(url: str, headers: Mapping[str, str], limits: Limits) -> Iterator[Answer]:
-    """Ask for a URL, and give the answer, whatever its status; redirects are followed.
+    """Request a URL and yield an answer that may hold its file; redirects are followed.
 
-    Raises `DownloadFailed`, also for what goes wrong while the block reads the body.
+    The status is 200, after a `Range` also 206 or 416. Raises `DownloadFailed`, also for what
+    goes wrong while the block reads the body.
     """
-    answer = None
-    with explained(url):
-        try:
-            answer = _followed(url, headers, limits)
+    from urllib3.exceptions import HTTPError
+
+    try:
+        answer = _followed(url, headers, limits)
+        with closing(answer.body):
+            _refuse(url, answer, ranged="Range" in headers)
             yield answer
-        finally:
-            if answer is not None:
-                answer.body.close()
+    except (HTTPError, UnicodeError) as error:
+        raise _failure(url, error) from error
 
 
 def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
+    from urllib3.util import make_headers
+
+    parts = parsed(url)
+    login = unquote(parts.netloc.rpartition("@")[0])
+    headers = {**HEADERS, **headers, **make_headers(basic_auth=login or None)}
+    url = _without_login(parts)
     seen = [url]
-    login = _login(url)
-    origin = _origin(url)
     while True:
-        own = {**HEADERS, **headers, **(login if _origin(url) == origin else {})}
-        answer = Answer(url, _answered(url, own, limits))
-        if answer.status not in REDIRECTS:
-            return answer
-        answer.body.close()
-        url = redirected(url, answer.header("Location"))
-        if url in seen or len(seen) > MAX_REDIRECTS:
-            why = "in a circle" if url in seen else f"more than {MAX_REDIRECTS} times"
-            raise DownloadFailed(f"{shown(url)}: the server redirects {why}", hint=_HINTS[404])
+        response = _requested(url, headers, limits)
+        location = response.get_redirect_location()
+        if location is False:
+            return Answer(url, response)
+        response.close()
+        target = redirected(url, (location or "").strip())
+        if target in seen or len(seen) > MAX_REDIRECTS:
+            why = "in a circle" if target in seen else f"more than {MAX_REDIRECTS} times"
+            raise failed(url, f": the server redirects {why}", _HINTS[404])
+        if urlsplit(target)[:2] != urlsplit(url)[:2]:  # another scheme, host or port
+            headers.pop("authorization", None)
+        url = target
         seen.append(url)
 
 
 def redirected(url: str, location: str) -> str:
-    """Say where a redirect leads; raises `DownloadFailed` where following it is not right."""
+    """Return where a redirect leads; raises `DownloadFailed` where it must not be followed."""
     if not location:
-        raise DownloadFailed(f"{shown(url)}: the server redirects to nowhere", hint=_HINTS[404])
+        raise failed(url, ": the server redirects to nowhere", _HINTS[404])
     try:
-        there = urljoin(url, location.encode("latin-1", "replace").decode("utf-8", "replace"))
+        target = urljoin(url, location.encode("latin-1", "replace").decode("utf-8", "replace"))
     except ValueError as error:
-        raise DownloadFailed(f"{shown(url)} redirects to no URL: {error}") from None
-    parts = parsed(there)
+        raise failed(url, f" redirects to no URL: {error}") from None
+    parts = parsed(target)
     if urlsplit(url).scheme == "https" and parts.scheme != "https":
-        raise DownloadFailed(
-            f"{shown(url)} redirects from https to http: {shown(there)}",
-            hint="what comes over http may have been changed on the way; "
+        raise failed(
+            url,
+            f" redirects from https to http: {shown(target)}",
+            "what comes over http may have been changed on the way; "
             "give that URL itself if that is what you want",
         )
-    return parts._replace(fragment="").geturl()
+    return _without_login(parts)
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = parsed(url)
-    return parts.scheme, parts.hostname, parts.port
+def _requested(url: str, headers: Mapping[str, str], limits: Limits) -> BaseHTTPResponse:
+    from urllib3 import Timeout
+
+    return _pool(url).urlopen(
+        "GET",
+        url,
+        headers=headers,
+        timeout=Timeout(connect=limits.connect, read=limits.read),
+        retries=_retry(limits),
+        redirect=False,
+        preload_content=False,
+        decode_content=False,
+        enforce_content_length=False,  # the caller counts
+    )
 
 
-def _login(url: str) -> dict[str, str]:
-    from urllib3.util import make_headers
+def _retry(limits: Limits) -> Retry:
+    """Return urllib3's rules for retries, bounded against a server that never ends."""
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
 
-    name, at, _ = urlsplit(url).netloc.rpartition("@")
-    return make_headers(basic_auth=unquote(name)) if at else {}
+    class Bounded(Retry):
+        def increment(self, *args: Any, **kwargs: Any) -> Self:
+            if response := kwargs.get("response"):
+                response.close()  # urllib3 reads it to its end, which may never come
+            return super().increment(*args, **kwargs)
 
+        def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+            try:
+                return min(super().get_retry_after(response) or 0.0, self.backoff_max)
+            except (InvalidHeader, ValueError, OverflowError):
+                return None
 
-def _answered(url: str, headers: Mapping[str, str], limits: Limits) -> BaseHTTPResponse:
-    """Ask one server, again after errors that pass."""
-    from urllib3 import Timeout, exceptions
-
-    timeout = Timeout(connect=limits.connect, read=limits.read)
-    pool = _pool(url)
-    address = parsed(url)
-    address = address._replace(netloc=address.netloc.rpartition("@")[2], fragment="")
-    for attempt in range(limits.retries + 1):
-        wait = limits.backoff * 2**attempt
-        last = attempt == limits.retries
-        try:
-            body = pool.urlopen(
-                "GET",
-                address.geturl(),
-                headers=headers,
-                timeout=timeout,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-                enforce_content_length=False,  # the caller counts
-            )
-        except (exceptions.ConnectTimeoutError, exceptions.ProtocolError, exceptions.ProxyError):
-            if last:
-                raise
-        else:
-            if last or body.status not in AGAIN:
-                return body
-            wait = _retry_after(body.headers.get("Retry-After", "")) or wait
-            body.close()
-        time.sleep(min(wait, limits.longest_wait))
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _retry_after(text: str) -> float:
-    """Read a Retry-After header, seconds or a date; 0 where it says neither."""
-    from email.utils import parsedate_to_datetime
-
-    if re.fullmatch(r"\s*\d{1,9}\s*", text):
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return Bounded(
+        total=limits.retries,
+        other=0,  # a certificate does not become right
+        status_forcelist=AGAIN,
+        backoff_factor=limits.backoff,
+        backoff_jitter=limits.backoff,
+        backoff_max=limits.longest_wait,
+        raise_on_status=False,
+    )
 
 
 def _pool(url: str) -> PoolManager:
-    """Go through the proxy that the environment names for a URL, if any."""
+    """Return connections by way of the proxy that the environment names for a URL, if any."""
     from urllib.request import getproxies, proxy_bypass
 
     from urllib3 import PoolManager, ProxyManager
     from urllib3.util import make_headers
 
-    parts = parsed(url)
+    parts = urlsplit(url)
     proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(parts.netloc.rpartition("@")[2]):
+    if not proxy or proxy_bypass(parts.netloc):
         return PoolManager()
     if "://" not in proxy:
         proxy = f"http://{proxy}"
-    login, at, _ = urlsplit(proxy).netloc.rpartition("@")
-    headers = make_headers(proxy_basic_auth=unquote(login)) if at else None
-    return ProxyManager(proxy, proxy_headers=headers)
-
-
-@contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn what urllib3 raises into `DownloadFailed`."""
-    from http.client import HTTPException
-
-    from urllib3.exceptions import HTTPError, ProxySchemeUnsupported
-
-    try:
-        yield
-    except (HTTPError, HTTPException, ProxySchemeUnsupported, UnicodeError) as error:
-        raise _failure(url, error) from error
+    login = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
+    return ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
 
 
 def _failure(url: str, error: Exception) -> DownloadFailed:
+    """Return what urllib3 raised as an error for users."""
     from urllib3 import exceptions as known
 
     host = parsed(url).hostname
+    hint = "check the link and the network"
     match error:
-        case known.ProxyError() | known.ProxySchemeUnknown() | known.ProxySchemeUnsupported():
+        case known.MaxRetryError(reason=Exception() as reason):
+            return _failure(url, reason)
+        case known.ProxyError() | known.ProxySchemeUnknown():
             what, hint = "the proxy does not work", "look at HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
         case known.SSLError():
-            what, hint = (
-                f"no trusted connection to {host}",
-                "SSL_CERT_FILE names certificates to trust",
-            )
+            what = f"no trusted connection to {host}"
+            hint = "SSL_CERT_FILE names certificates to trust"
         case known.NameResolutionError():
-            what, hint = f"the host {host} is not found", "check the link and the network"
-        case known.NewConnectionError() | known.ConnectTimeoutError():
-            what, hint = f"{host} does not answer", "check the link and the network"
+            what = f"the host {host} is not found"
+        case known.ConnectTimeoutError():  # refused, too
+            what = f"{host} does not answer"
         case known.ReadTimeoutError():
             what, hint = f"{host} stopped sending", "run it again"
         case known.LocationValueError() | UnicodeError():
-            what, hint = "this is not a URL", "check the link"
+            what, hint = "this is not a URL", _HINTS[404]
         case _:
             what, hint = f"the connection to {host} was lost", "run it again"
-    return DownloadFailed(f"{shown(url)}: {what}", evidence=[_said(error)], hint=hint)
+    return failed(url, f": {what}", hint, evidence=[_reason(error)])
 
 
-def _said(error: Exception) -> str:
-    """Give the innermost reason that urllib3 knows, without addresses of objects."""
+def _reason(error: Exception) -> str:
+    """Return the innermost reason that urllib3 knows, without addresses of objects."""
     inner = getattr(error, "original_error", None) or error
     text = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>:? ?", "", str(inner) or type(inner).__name__)
     return re.sub(r"^\w*Connection\w*\([^()]*\): ", "", text)[:SHOWN]
 
 
-def refuse_status(url: str, answer: Answer) -> None:
-    """Raise `DownloadFailed` for an answer that holds no file."""
-    if answer.status in (200, 206):
+def _refuse(url: str, answer: Answer, *, ranged: bool) -> None:
+    """Raise `DownloadFailed` for an answer that holds no file, or packs it."""
+    status = answer.body.status
+    encoding = answer.header("Content-Encoding").lower()
+    if status in (200, 206) and encoding not in ("", "identity"):
+        what = f": the server packs the file ({encoding[:SHOWN]}), which was not asked for"
+        raise failed(url, what, "look for another link")
+    if status == 200 or (ranged and status in (206, 416)):
         return
-    reason = f" {answer.body.reason}" if answer.body.reason else ""
-    hint = _HINTS.get(answer.status, "")
-    if answer.status >= 500:
-        hint = "the server is in trouble; run it again later"
-    raise DownloadFailed(
-        f"{shown(url)}: the server says {answer.status}{reason[:SHOWN]}", hint=hint
-    )
+    if status == 206:
+        raise failed(url, ": the server sends a part where all was asked for")
+    reason = f" {answer.body.reason}"[:SHOWN] if answer.body.reason else ""
+    hint = "the server is in trouble; run it again later" if status >= 500 else ""
+    raise failed(url, f": the server says {status}{reason}", hint or _HINTS.get(status, ""))
+
+
+def refuse_page(url: str, answer: Answer, head: bytes) -> None:
+    """Raise `DownloadFailed` where a body begins as a page, a pointer or nothing."""
+    start = head[:HEAD].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    html = answer.header("Content-Type").lower().startswith(("text/html", "application/xhtml"))
+    if start.startswith((b"<!doctype", b"<html", b"<head")) or (html and b"\0" not in head):
+        raise failed(
+            url,
+            " is an HTML page, not a file; nothing was kept",
+            "a server sends this when a link is wrong or needs a login; "
+            "look for the link of the file itself",
+        )
+    if start.startswith(b"version https://git-lfs.github.com/"):
+        raise failed(
+            url,
+            " is a git-LFS pointer, not the file itself; nothing was kept",
+            "use the link behind `download` on the file's page "
+            "(/resolve/ or media.githubusercontent.com, not /raw/), or git lfs pull",
+        )
+    if not head and not answer.nbytes:
+        raise failed(url, ": the server sends an empty file")

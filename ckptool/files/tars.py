@@ -1,34 +1,48 @@
-"""A strict reader of tar archives: ustar, with the long names of GNU and the records of pax.
+"""Tars: a strict walk of the raw headers, then what `tarfile` makes of them.
 
-Sources: POSIX.1-2017, `pax` (ustar and pax), and the manual of GNU tar ("Basic Tar Format"). A
-header is a block of 512 bytes with a checksum over itself; data follow, padded to whole blocks.
-Members that are no regular files (links, devices, sparse files) are listed and never opened.
+torch reads its tar with `tarfile`, so `tarfile` decides what is one and how members are named. But
+it takes a size of -1000, four sources of a name of which the last wins, and any unknown type as a
+file; other readers of tar do otherwise. What they could disagree about is refused first.
+
+A header is a block of 512 bytes with a checksum over itself; data follow, padded to whole blocks.
+Sources: POSIX.1-2017, `pax` (ustar and pax); the manual of GNU tar, "Basic Tar Format".
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Never
 
-from ckptool.errors import LimitExceeded, Malformed
-from ckptool.files.fileio import Reader
+from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.files.fileio import Reader, ReaderFile
+
+if TYPE_CHECKING:
+    from tarfile import TarInfo
 
 BLOCK = 512
 MAX_MEMBERS = 1_000_000
-MAX_NAME = 1 << 20  # bytes of a long name, or of the records of pax about one member
-_KINDS = {
-    b"0": "file",
-    b"\0": "file",
-    b"7": "file",
+MAX_RECORDS = 1 << 20  # bytes of a long name, or of the records of pax about one member
+MAX_GLOBAL = 64  # records about all members: `tarfile` copies them for each member
+_FILES = (b"0", b"\0", b"7")
+_OTHERS = {
     b"1": "hard link",
     b"2": "symbolic link",
     b"3": "device",
     b"4": "device",
     b"5": "folder",
     b"6": "pipe",
-    b"S": "sparse file",
 }
-_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
+# Headers about the next member: L and K (long name and link of GNU) or x (pax); a g (pax, about all
+# members that follow) may come before them.
+_ABOUT_NEXT = (b"", b"L", b"K", b"LK", b"KL", b"x")
+_GLOBAL_NAMES = re.compile(rb"path\Z|size\Z|GNU\.sparse\.")
+_OCTAL = re.compile(rb" *[0-7]*[\0 ]*")
+# What `tarfile` takes for the start of a checksum: white space, a sign, an octal digit, or the flag
+# of a binary number. Other files are spared the import.
+_CHECKSUM_STARTS = b"\0\t\n\v\f\r\x1c\x1d\x1e\x1f +-01234567\x80\xff"
+_TEXT = ("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,132 +52,139 @@ class TarMember:
     name: str
     start: int
     nbytes: int
-    kind: str
+    kind: str = "file"
 
 
 def is_tar(head: bytes) -> bool:
-    """Tell whether a file starts with a header whose magic and checksum are right."""
-    return head[257:262] == b"ustar" and _checksum_fits(head[:BLOCK])
+    """Return whether a file starts as a tar: with a magic, or a header that `tarfile` takes."""
+    if len(head) < BLOCK or head[257:262] == b"ustar":
+        return len(head) >= BLOCK
+    return head[148] in _CHECKSUM_STARTS and _parsed(head[:BLOCK]) is not None
 
 
-def _checksum_fits(header: bytes) -> bool:
-    """Compare the sum of a header's bytes, which some old tars took of signed ones."""
-    if len(header) < BLOCK:
-        return False
-    blank = header[:148] + b" " * 8 + header[156:]
-    total = sum(blank)
-    signed = total - 256 * sum(byte > 127 for byte in blank)
+def _parsed(header: bytes) -> TarInfo | None:
+    from tarfile import HeaderError, TarInfo
+
     try:
-        return int(header[148:156].rstrip(b"\0 ").lstrip() or b"-1", 8) in (total, signed)
-    except ValueError:
-        return False
+        return TarInfo.frombuf(header, *_TEXT)
+    except HeaderError:
+        return None
 
 
 def read_members(reader: Reader) -> dict[str, TarMember]:
-    """Read all headers; raises `Malformed` or `LimitExceeded` with the offset of what is wrong."""
+    """Read all headers; raises a `FormatError` with the offset of what is wrong."""
     members: dict[str, TarMember] = {}
-    for member in _members(reader):
-        name = member.name.removeprefix("./").rstrip("/")
+    for info in _infos(reader):
+        name, start = info.name.removeprefix("./").rstrip("/"), info.offset_data
+        kind = _OTHERS.get(info.type, "file")
         if name in ("", "."):
             continue
         if "\0" in name or ".." in name.split("/") or name.startswith("/"):
-            _fail(f"a member named {name!r}", member.start)
-        if name in members and "folder" not in (member.kind, members[name].kind):
-            _fail(f"two members are named {name}", member.start)
-        members[name] = replace(member, name=name)
-        if len(members) > MAX_MEMBERS:
-            raise LimitExceeded(f"an archive of more than {MAX_MEMBERS} members")
+            _fail(f"a member named {name!r}", start)
+        if name in members and "folder" not in (kind, members[name].kind):
+            _fail(f"two members are named {name}", start)
+        members[name] = TarMember(name, start, info.size, kind)
     return members
 
 
-def _fail(what: str, offset: int) -> None:
-    raise Malformed(what, offset=offset)
+def _infos(reader: Reader) -> list[TarInfo]:
+    """Return the members that `tarfile` finds, where they start as the raw headers say."""
+    import tarfile
 
-
-def _members(reader: Reader) -> Iterator[TarMember]:
-    position = 0
-    said: dict[str, str] = {}
-    everywhere: dict[str, str] = {}
-    while position < reader.nbytes:
-        header = reader.read(position, min(BLOCK, reader.nbytes - position))
-        if not header.strip(b"\0"):
-            return  # two blocks of zeros end it; what follows is padding
-        if not _checksum_fits(header):
-            _fail("the header of a member does not match its checksum", position)
-        kind, start = header[156:157], position + BLOCK
-        nbytes = _size(header[124:136], position)
-        if kind not in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL):
-            told = everywhere | said
-            nbytes = _decimal(told.get("size", str(nbytes)), position)
-            yield _member(header, told, start, nbytes)
-            said = {}
-            # Links, folders and devices have no data, whatever size they state.
-            nbytes = nbytes if _KINDS.get(kind, "file") in ("file", "sparse file") else 0
-        elif nbytes > MAX_NAME:
-            raise LimitExceeded(f"{nbytes} bytes about one member", offset=position)
-        elif kind == _LONG_NAME:
-            said["path"] = _text(reader.read(start, nbytes).partition(b"\0")[0])
-        elif kind == _PAX:
-            said |= _pax(reader.read(start, nbytes), position)
-        elif kind == _PAX_GLOBAL:
-            everywhere |= _pax(reader.read(start, nbytes), position)
-        if start + nbytes > reader.nbytes:
-            raise Malformed(
-                "the tar archive ends inside a member",
-                offset=position,
-                hint="it is truncated; get it again from where it came",
-            )
-        position = start + -(-nbytes // BLOCK) * BLOCK
-
-
-def _member(header: bytes, told: dict[str, str], start: int, nbytes: int) -> TarMember:
-    kind = _KINDS.get(header[156:157], "member of another kind")
-    if kind == "file" and any(key.startswith("GNU.sparse.") for key in told):
-        kind = "sparse file"
-    name = _text(header[:100].partition(b"\0")[0])
-    prefix = _text(header[345:500].partition(b"\0")[0])
-    if header[257:263] == b"ustar\0" and prefix:
-        name = f"{prefix}/{name}"
-    name = told.get("path", name)
-    if kind == "file" and name.endswith("/"):  # as tars before ustar wrote folders
-        kind = "folder"
-    return TarMember(name, start, nbytes, kind)
-
-
-def _size(field: bytes, offset: int) -> int:
-    """Read a size: octal digits, or with the highest bit set a binary number (GNU)."""
-    if field[0] & 0x80:
-        size = int.from_bytes(field, "big") & ((1 << 95) - 1)
-        if field[0] != 0x80 or size >= 1 << 63:
-            _fail("the size of a member is negative or beyond 2^63", offset)
-        return size
+    starts = list(_starts(reader))
     try:
-        return int(field.strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        raise Malformed("the size of a member is no octal number", offset=offset) from None
+        with tarfile.open(
+            None, "r:", ReaderFile(reader), encoding=_TEXT[0], errors=_TEXT[1]
+        ) as tar:
+            infos = tar.getmembers()
+    except (tarfile.TarError, ValueError):
+        infos = []
+    if [info.offset_data for info in infos] != starts:
+        _fail("the headers of the archive can be read in two ways", 0)
+    return infos
 
 
-def _decimal(text: str, offset: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
+def _fail(what: str, offset: int, hint: str = "") -> Never:
+    raise Malformed(what, offset=offset, hint=hint)
+
+
+def _starts(reader: Reader) -> Iterator[int]:
+    """Walk the raw headers, and iterate over where the data of members start."""
+    position, count, about = 0, 0, b""
+    records: dict[bytes, bytes] = {}
+    everywhere: set[bytes] = set()
+    while position < reader.nbytes:
+        block = reader.read(position, min(BLOCK, reader.nbytes - position))
+        if not block.strip(b"\0"):
+            return  # two blocks of zeros end it; what follows is padding
+        header = _header(block, position)
+        is_member = header.type not in (b"L", b"K", b"x", b"g")
+        if is_member:
+            nbytes = _data_size(header, records, position)
+        elif (nbytes := header.size) > MAX_RECORDS:
+            raise LimitExceeded(f"{nbytes} bytes about one member", offset=position)
+        start = position + BLOCK
+        end = start + -(-nbytes // BLOCK) * BLOCK
+        if end > reader.nbytes:
+            hint = "it is truncated; get it again from where it came"
+            _fail("the tar archive ends inside a member", position, hint)
+        if is_member:
+            yield start
+            count, about, records = count + 1, b"", {}
+        else:
+            about += header.type
+        if about.removeprefix(b"g") not in _ABOUT_NEXT:
+            _fail(f"a member after headers of the types {about.decode()}, which disagree", position)
+        if header.type in b"xg":
+            records = _pax(reader.read(start, end - start), nbytes, position)
+        if header.type == b"g":
+            everywhere, records = everywhere | records.keys(), {}
+        if count > MAX_MEMBERS:
+            raise LimitExceeded(f"an archive of more than {MAX_MEMBERS} members")
+        if len(everywhere) > MAX_GLOBAL or any(map(_GLOBAL_NAMES.match, everywhere)):
+            _fail("a header about all members that names one, or states too much", position)
+        position = end
+
+
+def _header(block: bytes, offset: int) -> TarInfo:
+    """Parse a raw header; its checksum and size must be numbers to every reader."""
+    header, is_binary = _parsed(block), block[124:125] >= b"\x80"
+    if not is_binary and not _OCTAL.fullmatch(block[124:136]):
+        _fail("the size of a member is no octal number", offset)
+    if header is None or not _OCTAL.fullmatch(block[148:156]):
+        _fail("the header of a member does not match its checksum", offset)
+    if not 0 <= header.size < 1 << 63:
+        _fail("the size of a member is negative or beyond 2^63", offset)
+    return header
+
+
+def _data_size(header: TarInfo, records: dict[bytes, bytes], offset: int) -> int:
+    """Return how many bytes of data follow the header of a member; refuse types not applied."""
+    if header.type == b"S" or any(key.startswith(b"GNU.sparse.") for key in records):
+        _fail(f"the member {header.name} is a sparse file", offset + BLOCK)
+    if header.type not in (*_FILES, *_OTHERS):
+        kind = header.type.decode("latin-1")
+        raise Unsupported(f"a member of the unknown type {kind!r}", offset=offset)
+    size = records.get(b"size", b"%d" % header.size)
+    if not size.isdigit() or len(size) > 19:
         _fail("the size of a member is no number", offset)
-    return int(text)
+    # Links, folders and devices have no data, whatever size they state.
+    return int(size) if header.type in _FILES else 0
 
 
-def _pax(data: bytes, offset: int) -> dict[str, str]:
-    """Read the records of a pax header: `length key=value` and a newline, the length of all."""
-    records: dict[str, str] = {}
+def _pax(data: bytes, nbytes: int, offset: int) -> dict[bytes, bytes]:
+    """Read the records of a pax header: `length key=value` and a newline, the length of all.
+
+    `data` are whole blocks: `tarfile` reads records beyond the `nbytes` of the header too.
+    """
+    records: dict[bytes, bytes] = {}
     position = 0
     while position < len(data) and data[position]:
         length, space, _ = data[position : position + 20].partition(b" ")
         end = position + int(length) if space and length.isdigit() else 0
-        record = data[position + len(length) + 1 : end]
-        key, equals, value = record.partition(b"=")
-        if end > len(data) or not equals or not value.endswith(b"\n"):
+        key, _, value = data[position + len(length) + 1 : end].partition(b"=")
+        if end > nbytes or not key or key in records or not value.endswith(b"\n"):
             _fail("a record of a pax header is damaged", offset)
-        records[_text(key)] = _text(value[:-1])
+        records[key] = value[:-1]
         position = end
     return records
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")

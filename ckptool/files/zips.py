@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from zlib_ng.zlib_ng import crc32
+
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import CHUNK, Reader, unpacked
 from ckptool.tensors.tensor import Packing, Storage
@@ -81,7 +83,7 @@ def read_directory(reader: Reader) -> Directory:
 
 
 def _find_directory(reader: Reader) -> tuple[int, int, int]:
-    """Give offset, size and entry count of the central directory."""
+    """Return offset, size and entry count of the central directory."""
     tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
     data = reader.read(reader.nbytes - tail, tail)
     # The last one with room behind it, as miniz takes it: an earlier one must not be believed.
@@ -328,7 +330,7 @@ def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> b
             data = inflater.decompress(data, member.nbytes + 1)
         except zlib.error:
             data = b""
-    if len(data) != member.nbytes or (check and zlib.crc32(data) != member.crc32):
+    if len(data) != member.nbytes or (check and crc32(data) != member.crc32):
         raise Malformed(
             f"record {member.name} does not match its checksum or size",
             path=reader.path,
@@ -354,11 +356,11 @@ def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
         end = member.start + member.nbytes
         starts = range(member.start, end, CHUNK)
         found = (reader.read(start, min(CHUNK, end - start)) for start in starts)
-    crc32 = 0
+    checksum = 0
     for block in found:
-        crc32 = zlib.crc32(block, crc32)
+        checksum = crc32(block, checksum)
         yield block
-    if crc32 != member.crc32 and member.crc32:
+    if checksum != member.crc32 and member.crc32:
         _fail(reader, f"record {member.name} does not match its checksum", member.start)
 
 

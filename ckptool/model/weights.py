@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptool.errors import NoSuchModel
-from ckptool.files import filehash, filename
+from ckptool.files import filename
 from ckptool.model import libraries
 
 
@@ -30,7 +30,7 @@ class Weights:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Give every name that means these weights."""
+        """Return every name that means these weights."""
         enum = self.member.partition(".")[0]
         defaults = (self.model, f"{self.model}:DEFAULT", f"{enum}.DEFAULT", enum)
         return (self.name, self.member, *(defaults if self.default else ()))
@@ -41,10 +41,16 @@ def listing(pattern: str | None = None) -> list[Weights]:
 
     Raises `MissingExtra`.
     """
-    found = _registry()
-    if pattern is None:
-        return found
-    return [each for each in found if any(_matches(name, pattern) for name in each.names)]
+    from fnmatch import fnmatchcase
+
+    pattern = (pattern or "").lower()
+    if not any(sign in pattern for sign in "*?["):
+        pattern = f"*{pattern}*"
+    return [
+        entry
+        for entry in _registry()
+        if any(fnmatchcase(name.lower(), pattern) for name in entry.names)
+    ]
 
 
 def resolve(name: str) -> Weights:
@@ -52,11 +58,11 @@ def resolve(name: str) -> Weights:
 
     Raises `NoSuchModel` or `MissingExtra`.
     """
-    found = _registry()
-    by_name = {each_name.lower(): each for each in found for each_name in each.names}
-    if name.lower() not in by_name:
-        raise _no_such_weights(name, found)
-    return by_name[name.lower()]
+    entries = {text: entry for entry in _registry() for text in entry.names}
+    spelled = {text.lower(): text for text in entries}
+    if name.lower() not in spelled:
+        raise _no_such_weights(name, spelled)
+    return entries[spelled[name.lower()]]
 
 
 def _registry() -> list[Weights]:
@@ -73,6 +79,7 @@ def _entry(model: str, member: Any, default: bool) -> Weights:
     meta = member.meta
     file = filename.of_url(member.url)
     size = meta.get("_file_size")
+    metrics = meta.get("_metrics", {}).values()
     return Weights(
         name=f"{model}:{member.name}",
         model=model,
@@ -80,30 +87,21 @@ def _entry(model: str, member: Any, default: bool) -> Weights:
         default=default,
         url=member.url,
         file=file,
-        sha256_prefix=filehash.hash_of_registry(file),
+        sha256_prefix=filename.hash_of_registry(file),
         nbytes=None if size is None else round(size * 2**20),
         parameters=meta.get("num_params"),
-        top1=_top1(meta.get("_metrics", {})),
+        top1=next((values["acc@1"] for values in metrics if "acc@1" in values), None),
     )
 
 
-def _top1(metrics: dict[str, dict[str, float]]) -> float | None:
-    return next((found["acc@1"] for found in metrics.values() if "acc@1" in found), None)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    from fnmatch import fnmatchcase
-
-    name, pattern = name.lower(), pattern.lower()
-    return fnmatchcase(name, pattern) if any(sign in pattern for sign in "*?[") else pattern in name
-
-
-def _no_such_weights(name: str, known: list[Weights]) -> NoSuchModel:
+def _no_such_weights(name: str, spelled: dict[str, str]) -> NoSuchModel:
     from difflib import get_close_matches
 
-    pool = {text.lower(): text for each in known for text in each.names}
-    close = [pool[text] for text in get_close_matches(name.lower(), pool, n=3, cutoff=0.6)]
-    hint = f"did you mean {' or '.join(close)}?" if close else "ckptool download --list shows all"
-    if not close and ("/" in name or "." in name):
+    close = [spelled[text] for text in get_close_matches(name.lower(), spelled, n=3, cutoff=0.6)]
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    elif "/" in name or "." in name:
         hint = "a URL starts with https://"
+    else:
+        hint = "ckptool download --list shows all"
     return NoSuchModel(f"torchvision has no weights named `{name}`", hint=hint)

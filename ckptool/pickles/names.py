@@ -223,7 +223,7 @@ def level(named: Global) -> Level:
 
 
 def python3_name(named: Global) -> tuple[str, str]:
-    """Give what Python 3 imports for a name in a pickle of protocol 2 or less."""
+    """Return what Python 3 imports for a name in a pickle of protocol 2 or less."""
     from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
     pair = (named.module, named.name)

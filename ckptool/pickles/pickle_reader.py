@@ -132,7 +132,7 @@ class Vocabulary:
         return None
 
     def built(self, node: Node, state: Node) -> Node | None:
-        """Give a node its state and return what it became; None refuses."""
+        """Apply a BUILD to a node and return what it became; None refuses."""
         if not isinstance(node, Object):
             return None
         node.steps.append(("build", state))
@@ -171,7 +171,7 @@ def _loaded(machine: _Machine) -> Pickle:
         machine.fail("a pickle opcode takes a value that is not there")
     except KeyError:
         machine.fail("a memo entry that was never made")
-    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         machine.fail("a pickle opcode with an impossible value")
     return Pickle(tree, machine.position, machine.protocol, machine.globals, machine.calls)
 
@@ -336,7 +336,7 @@ class _Machine:
         self.stack.append(node)
 
     def step(self, kind: str, items: list[Any]) -> None:
-        """Give the object on top of the stack more items, joined to those of its last step."""
+        """Add items to the object on top of the stack, joined to those of its last step."""
         match self.stack[-1]:
             case list() as target if kind == "append":
                 target.extend(items)

@@ -30,7 +30,7 @@ _PLAIN_VALUES = (str, int, float, bytes, type(None), ByteArray, LongInteger, Old
 
 
 def only_plain(tree: Node) -> tuple[Node, list[str]]:
-    """Give the tree with tensors and plain values alone, and the places that were left behind.
+    """Return the tree with tensors and plain values alone, and the places that were left behind.
 
     What holds something left behind goes with it, up to the nearest dictionary entry. A root
     that is itself not plain leaves an empty dictionary.

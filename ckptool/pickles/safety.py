@@ -125,23 +125,23 @@ class Pickled(Protocol):
 
     @property
     def tree(self) -> Node:
-        """Give all that the pickle holds."""
+        """Return all that the pickle holds."""
 
     @property
     def globals(self) -> Mapping[Global, int]:
-        """Give the names in it, each with its offset."""
+        """Return the names in it, each with its offset."""
 
     @property
     def calls(self) -> Iterable[Object]:
-        """Give the calls in it."""
+        """Return the calls in it."""
 
     @property
     def pickle_name(self) -> str:
-        """Name it."""
+        """Return its name."""
 
     @property
     def shards(self) -> Sequence[Pickled]:
-        """Give the files of a set."""
+        """Return the files of a set."""
 
 
 def evidence_of(verdict: Verdict, checkpoint: Pickled) -> list[str]:

@@ -111,7 +111,8 @@ class TorchVocabulary(Vocabulary):
 
     def __init__(self, find: Callable[[StorageId], Storage]) -> None:
         self._find = find
-        self._known: dict[str, tuple[StorageId, Storage]] = {}
+        self._known: dict[str, Storage] = {}
+        self._said: dict[str, StorageId] = {}  # of those that were found to be otherwise
         self._views: dict[str, StorageView] = {}
         self._spelling: tuple[Memo, tuple[bytes, ...]] | None = None
 
@@ -141,14 +142,18 @@ class TorchVocabulary(Vocabulary):
         key = said.key
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = (said, self._find(said))
-        elif known[0] != said:
-            if not _same_bytes(known[0], said):
-                raise Malformed(f"storage {key} is described in two ways", offset=offset)
-            if not said.nbytes:  # one record has one type: these are two
-                key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
-            return replace(known[1], key=key, dtype=said.dtype)
-        return known[1]
+            known = self._known[key] = self._find(said)
+            if _said_of(known) != said:
+                self._said[key] = said
+            return known
+        before = self._said.get(key) or _said_of(known)
+        if before == said:
+            return known
+        if not _same_bytes(before, said):
+            raise Malformed(f"storage {key} is described in two ways", offset=offset)
+        if not said.nbytes:  # one record has one type: these are two
+            key = f"{key} as {said.dtype.label if said.dtype else 'bytes'}"
+        return replace(known, key=key, dtype=said.dtype)
 
     def _view(self, storage: Storage, view: Node, offset: int) -> StorageView:
         match view:
@@ -184,8 +189,7 @@ class TorchVocabulary(Vocabulary):
         if like is None:  # the first of its kind: `called` learns what it is
             self._spelling = memo, spelling
             return None
-        said, _ = self._known[like.storage.key]
-        said = StorageId(key.decode(), said.dtype, said.location, said.numel)
+        said = _said_of(like.storage)._replace(key=key.decode())
         storage = self._place(said, call.end(6))
         info = TensorInfo(
             like.dtype, like.shape, like.stride, storage, like.storage_offset, like.requires_grad
@@ -199,8 +203,8 @@ class TorchVocabulary(Vocabulary):
     def _learn(self, info: TensorInfo, memo: Memo, spelling: tuple[bytes, ...]) -> None:
         """Remember a tensor as the pattern of others that are spelled like it."""
         self._spelling = None
-        said, _ = self._known.get(info.storage.key, (None, None))
-        if said is not None and said.dtype is info.storage.dtype and info.origin is None:
+        key = info.storage.key
+        if info.origin is None and key not in self._said and self._known.get(key) is info.storage:
             memo.spelled[spelling] = info
 
     def called(self, node: Object) -> Node:
@@ -224,7 +228,7 @@ class TorchVocabulary(Vocabulary):
         return (composite(node) if composite else None) or node
 
     def built(self, node: Node, state: Node) -> Node | None:
-        """Give an object its state; a tensor of 2017 becomes whole by it."""
+        """Apply its state to an object; a tensor of 2017 becomes whole by it."""
         if isinstance(node, TensorInfo) and isinstance(node.origin, Object):
             if node.origin.steps:  # no pickler gives a tensor its state twice
                 return None
@@ -238,10 +242,15 @@ class TorchVocabulary(Vocabulary):
         return super().built(node, state)
 
 
-def _same_bytes(one: StorageId, other: StorageId) -> bool:
-    """Tell whether a storage may stand under both types.
+def _said_of(storage: Storage) -> StorageId:
+    itemsize = storage.dtype.itemsize if storage.dtype else 1
+    return StorageId(storage.key, storage.dtype, storage.location, storage.nbytes // itemsize)
 
-    An empty one may stand under any (torch/serialization.py, `_load`), bytes under that of uint8
+
+def _same_bytes(one: StorageId, other: StorageId) -> bool:
+    """Return whether a storage may be under both types.
+
+    An empty one may be under any (torch/serialization.py, `_load`), bytes under that of uint8
     and without a type (`persistent_id` in `_save`, which takes the one for the other).
     """
     if not one.nbytes and not other.nbytes:
@@ -261,7 +270,7 @@ def _parsed(text: str) -> Node:
 
 
 def storage_dtype(kind: Global, offset: int) -> DType | None:
-    """Give the dtype of a storage class, None for an untyped one."""
+    """Return the dtype of a storage class, None for an untyped one."""
     if kind.name in _UNTYPED:
         return None
     dtype = BY_STORAGE_CLASS.get(kind.name)
@@ -373,7 +382,7 @@ def _beyond_view(info: TensorInfo, view: StorageView | None) -> str:
 
 
 def _says_no_more(name: str, hooks: Node, metadata: Node) -> bool:
-    """Tell whether the fields of a `TensorInfo` say all that the call did."""
+    """Return whether the fields of a `TensorInfo` say all that the call did."""
     no_hooks = hooks is None or (
         isinstance(hooks, Object) and hooks.callee == ORDERED_DICT and not hooks.steps
     )
@@ -393,7 +402,7 @@ def _wrapped(node: Object) -> Node:
 
 
 def _is_unfilled(node: Node) -> bool:
-    """Tell whether a node is a Variable or Parameter that was made without a tensor."""
+    """Return whether a node is a Variable or Parameter that was made without a tensor."""
     made = isinstance(node, Object) and not node.args and isinstance(node.callee, Global)
     return made and node.callee in _WRAPPERS
 
@@ -417,12 +426,12 @@ def _from_type(node: Object) -> Node:
 
 
 def is_parameter(tensor: AnyTensor) -> bool:
-    """Tell whether a tensor is pickled as a Parameter."""
+    """Return whether a tensor is pickled as a Parameter."""
     return isinstance(tensor.origin, Object) and tensor.origin.callee in _WRAPPERS
 
 
 def quantizer(info: TensorInfo) -> Node:
-    """Give how the integers of a quantized tensor are to be read, None of any other tensor."""
+    """Return how the integers of a quantized tensor are to be read, None of any other tensor."""
     origin = _unwrapped(info.origin)
     if not isinstance(origin, Object):
         return None
@@ -433,13 +442,13 @@ def quantizer(info: TensorInfo) -> Node:
 
 
 def python_type(tensor: AnyTensor) -> Node:
-    """Give the class of a tensor that is pickled with one, None of any other."""
+    """Return the class of a tensor that is pickled with one, None of any other."""
     origin = _unwrapped(tensor.origin)
     return origin.args[1] if isinstance(origin, Object) and origin.callee == _FROM_TYPE else None
 
 
 def attributes(tensor: AnyTensor) -> Node:
-    """Give what Python keeps on a tensor beside its data (`__dict__`), None where it is nothing."""
+    """Return what Python keeps on a tensor beside its data (`__dict__`), None for nothing."""
     origin = tensor.origin
     if isinstance(origin, Object) and origin.callee == _WITH_STATE and len(origin.args) > 3:
         state = origin.args[3]
@@ -451,7 +460,7 @@ def attributes(tensor: AnyTensor) -> Node:
 
 
 def _unwrapped(origin: Node) -> Node:
-    """Give the call inside those of Parameters and Variables."""
+    """Return the call inside those of Parameters and Variables."""
     while isinstance(origin, Object) and origin.callee in _WRAPPERS and origin.args:
         origin = getattr(origin.args[0], "origin", None)
     return origin
@@ -532,7 +541,7 @@ class Lowering:
         self._spelled[_spelling(node)] = head, tail, literals, node
 
     def __call__(self, node: Any) -> Node:
-        """Give the tree that rebuilds a record."""
+        """Return the tree that rebuilds a record."""
         match node:
             case Storage():
                 return self._storage(node)

@@ -93,7 +93,7 @@ class Object:
 
     @property
     def state(self) -> Node:
-        """Give what the last BUILD gave the object, None if there was none."""
+        """Return what the last BUILD gave the object, None if there was none."""
         return next((payload for kind, payload in reversed(self.steps) if kind == "build"), None)
 
 
@@ -130,7 +130,7 @@ def children(node: Node) -> Iterator[Node]:
 
 
 def items(node: Node) -> Pairs | None:
-    """Give the pairs of a dict or of an object that was filled like one, None for others."""
+    """Return the pairs of a dict or of an object that was filled like one, None for others."""
     if isinstance(node, Dict):
         return node.pairs
     if not isinstance(node, Object):
@@ -140,7 +140,7 @@ def items(node: Node) -> Pairs | None:
 
 
 def named_items(node: Node) -> list[tuple[str, Node]]:
-    """Give those pairs of a dict whose keys are text; a way to the state_dict goes by names."""
+    """Return those pairs of a dict whose keys are text; a way to the state_dict goes by names."""
     return [(key, value) for key, value in items(node) or [] if isinstance(key, str)]
 
 
@@ -155,7 +155,7 @@ def python2_items(node: Object) -> Pairs:
 
 
 def attribute(node: Node, name: str) -> Node:
-    """Give an attribute that BUILD set on an object, None if it set none of that name."""
+    """Return an attribute that BUILD set on an object, None if it set none of that name."""
     state = node.state if isinstance(node, Object) else None
     if isinstance(state, Dict):
         return next((value for key, value in state.pairs if key == name), None)
@@ -163,7 +163,7 @@ def attribute(node: Node, name: str) -> Node:
 
 
 def text_items(node: Node) -> list[tuple[str, Node]] | None:
-    """Give the pairs of a dict all of whose keys are text, None for anything else."""
+    """Return the pairs of a dict all of whose keys are text, None for anything else."""
     pairs = items(node)
     if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
         return None

@@ -123,7 +123,7 @@ class Candidate:
 
 
 def common_prefix(keys: Sequence[str]) -> str:
-    """Give the dotted prefix that all keys share, with its final dot; often empty."""
+    """Return the dotted prefix that all keys share, with its final dot; often empty."""
     if not keys:
         return ""
     low, high = min(keys), max(keys)
@@ -255,12 +255,12 @@ def ways(node: Node, effort: modules.Effort) -> Iterator[tuple[str, Node]]:
 
 
 def is_no_state_dict(name: str) -> bool:
-    """Tell whether what has this name holds tensors that are no weights."""
+    """Return whether what has this name holds tensors that are no weights."""
     return _matches(name, NOT_STATE_DICTS)
 
 
 def find(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") -> StateDict:
-    """Give the one state_dict, or the one that `at` names (dotted; `.` is the whole file).
+    """Return the one state_dict, or the one that `at` names (dotted; `.` is the whole file).
 
     `option` is what chooses on the command line. Raises `AmbiguousStateDict` where there is none or
     more than one, `NoSuchKey` where `at` names nothing that holds tensors.
@@ -298,7 +298,7 @@ def _is_empty(tree: Node) -> bool:
 def find_or_none(
     checkpoint: Checkpoint, *, several: bool = True, option: str = "--at"
 ) -> StateDict | None:
-    """Give the one state_dict, None where there is none.
+    """Return the one state_dict, None where there is none.
 
     Where there is more than one, None if `several` is allowed, else `AmbiguousStateDict`.
     """
@@ -408,7 +408,7 @@ def _node_at(tree: Node, path: Path, known: Steps | None = None) -> Node:
 
 
 def _flattened(node: Node) -> dict[str, Node]:
-    """Give a dict's entries; those of a dict of dicts of tensors with their keys joined."""
+    """Return a dict's entries; those of a dict of dicts of tensors with their keys joined."""
     pairs = text_items(node) or []
     if any(isinstance(value, TENSORS) for _, value in pairs):
         return dict(pairs)
@@ -425,7 +425,7 @@ def _flattened(node: Node) -> dict[str, Node]:
 
 
 def _joined_metadata(node: Node) -> Node:
-    """Give the `_metadata` of a state_dict, or those of its parts under the joined paths."""
+    """Return the `_metadata` of a state_dict, or those of its parts under the joined paths."""
     own = attribute(node, "_metadata")
     pairs = text_items(node) or []
     if own is not None or any(isinstance(value, TENSORS) for _, value in pairs):
@@ -439,7 +439,7 @@ def _joined_metadata(node: Node) -> Node:
 
 
 def state_dict_at(checkpoint: Checkpoint, path: Path, known: Steps | None = None) -> StateDict:
-    """Give the state_dict at a place in the tree, which must be there.
+    """Return the state_dict at a place in the tree, which must be there.
 
     Who asks for many passes the same `known`: the ways to them are then looked up once.
     """
@@ -454,7 +454,7 @@ def state_dict_at(checkpoint: Checkpoint, path: Path, known: Steps | None = None
 
 
 def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str]:
-    """List keys that stand twice; torch takes the last, so that values must not differ."""
+    """List keys that are there twice; torch takes the last, so that values must not differ."""
     seen: dict[str, Node] = {}
     repeated = []
     for key, value in pairs:
@@ -471,7 +471,7 @@ def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str
 
 
 def repeated_keys(checkpoint: Checkpoint) -> list[str]:
-    """List keys that stand twice in a dict, anywhere in the tree.
+    """List keys that are there twice in a dict, anywhere in the tree.
 
     Raises `Malformed` where there are tensors in that dict and the values differ.
     """
@@ -500,7 +500,7 @@ def _same(one: Node, other: Node) -> bool:
 
 
 def beside(tree: Node, at: Path) -> list[str]:
-    """Name what stands beside the state_dict, at each level around it."""
+    """Name what is beside the state_dict, at each level around it."""
     names = []
     for depth, step in enumerate(at):
         keys = dict.fromkeys(_labels(_node_at(tree, at[:depth])))
@@ -539,5 +539,5 @@ def also_at(tree: Node, at: Path) -> list[Path]:
 
 
 def state_dict_node(tree: Node, at: Path, known: Steps | None = None) -> Node:
-    """Give the node at a place in the tree; `known` as for `state_dict_at`."""
+    """Return the node at a place in the tree; `known` as for `state_dict_at`."""
     return _node_at(tree, at, known)

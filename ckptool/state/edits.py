@@ -271,7 +271,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def select(patterns: str | Iterable[str], keys: Sequence[str]) -> set[str]:
-    """Give the keys that any pattern selects; raises `NothingMatched` for one that selects none."""
+    """Return the keys that any pattern selects; raises `NothingMatched` for one without any."""
     selected: set[str] = set()
     for pattern in several(patterns):
         matches = matcher(pattern)
@@ -285,7 +285,7 @@ def select(patterns: str | Iterable[str], keys: Sequence[str]) -> set[str]:
 
 
 def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
-    """Say that a pattern selects nothing, what keys look like, and what comes close."""
+    """Return the error of a pattern that selects nothing, with example keys and close ones."""
     hint = _without_wrappers(pattern, keys)
     if not hint:
         close = close_matches(pattern, keys)
@@ -313,7 +313,7 @@ def _without_wrappers(pattern: str, keys: Sequence[str]) -> str:
 
 
 def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
-    """Give keys and dotted prefixes that are spelled like `wanted`."""
+    """Return keys and dotted prefixes that are spelled like `wanted`."""
     from difflib import get_close_matches
 
     # Names as they would be written: whole prefixes, and those below a shared first component.
@@ -373,7 +373,7 @@ def apply(steps: Sequence[Edit], keys: Sequence[str], source: str = "IN") -> tup
 
 
 def _said(step: Edit, before: Sequence[str], after: Sequence[str | None]) -> list[str]:
-    """Tell what a step did to the names, where it moved a prefix."""
+    """Describe what a step did to the names, where it moved a prefix."""
     moved = [(old, new) for old, new in zip(before, after, strict=True) if new not in (old, None)]
     verb, _, what = step.name.partition(" ")
     if not moved or verb not in ("strip", "add", "rename"):
@@ -407,7 +407,7 @@ def _refuse_collision(pairs: Sequence[tuple[str, str | None]], source: str) -> N
 def rekey_modules(
     paths: Sequence[str], key_map: KeyMap, edit: KeyEdit
 ) -> list[tuple[str | None, str]]:
-    """Say which `_metadata` entry stands under which module path after an edit, in order.
+    """Return which `_metadata` entry is under which module path after an edit, in order.
 
     A module moves as a parameter directly in it would. An entry goes only when it had keys and
     all of them were dropped; one that moves replaces one that did not (a wrapper's own). The old

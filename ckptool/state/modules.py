@@ -4,7 +4,7 @@
 `_buffers` and `_modules` hold what `nn.Module.state_dict` collects, in this order
 (torch/nn/modules/module.py, `_save_to_state_dict`). What a class does in code of its own
 (`get_extra_state`, hooks, packed weights) is not in a file; nor is `_metadata`, whose versions are
-attributes of classes. A module that stands under several names is repeated under each, as torch
+attributes of classes. A module that is under several names is repeated under each, as torch
 does; a small file can repeat without end, so that repeats are bounded.
 """
 
@@ -106,7 +106,7 @@ def class_name(node: Object) -> str:
 
 
 def _class(node: Object) -> Global | None:
-    """Give the class of an object, None where its file makes the class too (dill, cloudpickle)."""
+    """Return the class of an object, None where its file makes that too (dill, cloudpickle)."""
     callee = node.callee
     if callee == _GRAPH_MODULE:
         return Global("torch.fx.graph_module", "GraphModule")
@@ -120,12 +120,12 @@ def _dotted(named: Global | None) -> str:
 
 
 def is_module(node: Node, effort: Effort) -> bool:
-    """Tell whether a node is a module."""
+    """Return whether a node is a module."""
     return parts(node, effort) is not None
 
 
 def parts(node: Node, effort: Effort) -> Parts | None:
-    """Give what a module holds, None for anything else."""
+    """Return what a module holds, None for anything else."""
     pairs = attributes(node)
     if pairs is None:
         if isinstance(node, Object) and node.callee == _COMPILED and node.args:
@@ -152,7 +152,7 @@ def parts(node: Node, effort: Effort) -> Parts | None:
 
 
 def attributes(node: Node) -> Pairs | None:
-    """Give the `__dict__` that an object gets back, None for what gets none."""
+    """Return the `__dict__` that an object gets back, None for what gets none."""
     if not isinstance(node, Object):
         return None
     state = node.args[0] if node.callee == _GRAPH_MODULE and node.args else node.state
@@ -255,7 +255,7 @@ class _Collector:
 
 
 def detached(value: Node) -> Node:
-    """Give a tensor as `Tensor.detach` does: no Parameter, no gradient, no attributes of its own.
+    """Return a tensor as `Tensor.detach` does: no Parameter, gradient or attributes of its own.
 
     What is not a tensor (a parameter that a lazy module has not made yet) is given as it is.
     """
@@ -273,7 +273,7 @@ def detached(value: Node) -> Node:
 
 
 def _wrapped(origin: Node) -> Node:
-    """Give the tensor inside a Parameter or Variable; of old ones their state holds it."""
+    """Return the tensor inside a Parameter or Variable; of old ones their state holds it."""
     if not isinstance(origin, Object):
         return None
     state = origin.state
@@ -294,5 +294,5 @@ def _kept(origin: Node) -> Node:
 
 
 def _is_class(origin: Object) -> bool:
-    """Tell whether a tensor is of a class of its own, which outlives `detach`."""
+    """Return whether a tensor is of a class of its own, which outlives `detach`."""
     return isinstance(origin.args[0] if origin.args else None, Global)

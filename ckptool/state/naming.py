@@ -11,7 +11,7 @@ MAX_VALUE = 60  # characters of a plain value that are shown
 
 
 def what(node: Node) -> str:
-    """Say in a few words what a node is; plain values are shown."""
+    """Describe a node in a few words; plain values are shown."""
     match node:
         case Dict():
             return f"dict of {len(node.pairs)}"

@@ -20,7 +20,7 @@ from ckptool.state.walk import Path
 
 
 def replaced(tree: Node, at: Path, node: Node) -> Node:
-    """Give the tree with another node at a place; what is not on the way is shared."""
+    """Return the tree with another node at a place; what is not on the way is shared."""
     if not at:
         return node
     step, rest = at[0], at[1:]

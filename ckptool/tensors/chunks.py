@@ -1,4 +1,4 @@
-"""Chunked storages: which bytes of which piece lie where in the whole tensor.
+"""Chunked storages: which bytes of which piece are where in the whole tensor.
 
 The whole is contiguous and each chunk a box of it, as in distributed checkpoints
 (torch/distributed/checkpoint/metadata.py, `ChunkStorageMetadata`). In the order of elements a
@@ -43,7 +43,7 @@ def pieces(chunked: Chunked, first: int, count: int) -> Iterator[Piece]:
 
 
 def _elements_before(chunked: Chunked, chunk: Chunk, index: int) -> int:
-    """Count the elements of a chunk that stand before an element of the whole."""
+    """Count the elements of a chunk that are before an element of the whole."""
     sizes = chunk.source.shape
     if not sizes:
         return min(index, 1)
@@ -66,10 +66,10 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins in each dimensi
 
 
 def tiling_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str:
-    """Say in words why boxes do not cover a tensor exactly; an empty string where they do.
+    """Return why boxes do not cover a tensor exactly, an empty string where they do.
 
     The corners of a box, signed, are the mixed derivative of the function that is one in it: those
-    of all boxes sum to those of the whole where they tile it, and only there. The boxes lie in the
+    of all boxes sum to those of the whole where they tile it, and only there. The boxes are in the
     tensor. Raises `LimitExceeded` for a tensor cut along many dimensions.
     """
     whole = (tuple(0 for _ in shape), shape)

@@ -15,7 +15,7 @@ class DType(Enum):
     """One element type: `(bits, safetensors name, torch name, storage class, swap width)`.
 
     `bits` are those of one element as torch counts them; `swap` is the width in bytes of what a
-    byte order applies to (a complex number is two floats). Members stand in the order in which
+    byte order applies to (a complex number is two floats). Members are in the order in which
     safetensors writes tensors.
     """
 
@@ -81,16 +81,16 @@ class DType(Enum):
 
     @property
     def itemsize(self) -> int:
-        """Give the bytes of one unit of a torch storage of this dtype."""
+        """Return the bytes of one unit of a torch storage of this dtype."""
         return max(1, self.bits // 8)
 
     @property
     def quantized(self) -> bool:
-        """Tell whether the numbers mean nothing without a scale beside them."""
+        """Return whether the numbers mean nothing without a scale beside them."""
         return self.torch_name.startswith(("qint", "quint"))
 
     def nbytes(self, count: int) -> int:
-        """Give the bytes that `count` elements take, a final part of a byte counted whole."""
+        """Return the bytes that `count` elements take, a final part of a byte counted whole."""
         return (count * self.bits + 7) // 8
 
 

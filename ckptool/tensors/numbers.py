@@ -6,6 +6,8 @@ numpy's and ml_dtypes', which load only where there are numbers to compute.
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,7 +40,21 @@ _NOT_FINITE = {
     DType.F8_E5M2FNUZ: (0xFF, 0x80),
 }
 _INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
+ROOM, ROOM_OF_A_CORE = 64 << 20, 40 << 20  # what loading numpy takes of the address space
 FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
+
+
+def load() -> None:
+    """Load numpy; raises `OSError` where memory is too short for it.
+
+    OpenBLAS, which comes with it, then ends the process, and whatever was begun stays behind
+    (memory.c there: "Memory allocation still failed after 10 retries, giving up").
+    """
+    if "numpy" not in sys.modules:
+        from mmap import mmap
+
+        mmap(-1, ROOM + (os.cpu_count() or 1) * ROOM_OF_A_CORE).close()
+        import numpy  # noqa: F401
 
 
 def _bits(block: Block, dtype: DType) -> Any:

@@ -18,7 +18,7 @@ MAX_COUNT = 1 << 62
 
 
 class Packing(Enum):
-    """How the bytes of a storage lie in its file."""
+    """How the bytes of a storage are in its file."""
 
     PLAIN = "plain"
     DEFLATED = "deflated"
@@ -32,7 +32,7 @@ class Storage:
     """A run of bytes in a file; equal storages are shared storages.
 
     `dtype` is that of torch's typed storage, None for an untyped one. `crc32` is what the file
-    recorded for the unpacked bytes, None where it recorded nothing. A chunked storage lies in
+    recorded for the unpacked bytes, None where it recorded nothing. A chunked storage is in
     pieces, `chunked` says where; `path` and `key` then name the whole.
     """
 
@@ -40,7 +40,7 @@ class Storage:
     key: str
     start: int
     nbytes: int
-    dtype: DType | None = field(default=None, compare=False)  # bytes may stand under two
+    dtype: DType | None = field(default=None, compare=False)  # bytes may be under two
     location: str = "cpu"
     byteorder: str = "little"
     crc32: int | None = None
@@ -99,7 +99,7 @@ class TensorInfo:
 
     @property
     def start(self) -> int:
-        """Give the byte in the storage where the first element lies."""
+        """Return the byte in the storage where the first element lies."""
         return self.storage_offset * self.dtype.itemsize
 
     @property
@@ -134,7 +134,7 @@ TENSORS = (TensorInfo, CompositeTensor)
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Give the strides of a contiguous tensor, as torch computes them (zero sizes count as one)."""
+    """Return the strides of a contiguous tensor, as torch does (zero sizes count as one)."""
     stride = []
     step = 1
     for size in reversed(shape):
@@ -144,7 +144,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Tell whether the elements lie in order without gaps; dimensions of size one do not count."""
+    """Return whether the elements are in order without gaps; sizes of one do not count."""
     if 0 in shape:
         return True
     step = 1
@@ -177,7 +177,7 @@ def without_repeats(
 
 
 def problem(info: TensorInfo) -> str:
-    """Say in words why a view is impossible; an empty string for a sound one."""
+    """Return why a view is impossible, an empty string for a sound one."""
     shape, stride = info.shape, info.stride
     if len(shape) != len(stride):
         return f"has {len(shape)} sizes but {len(stride)} strides"
@@ -215,5 +215,5 @@ def coalesced(
 
 
 def needs_swap(storage: Storage, width: int) -> bool:
-    """Tell whether numbers of `width` bytes in this storage are not little-endian."""
+    """Return whether numbers of `width` bytes in this storage are not little-endian."""
     return width > 1 and storage.byteorder != "little"

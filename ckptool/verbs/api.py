@@ -28,7 +28,7 @@ from ckptool.verbs.surgery import Rewrite
 if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
-    from ckptool.files.hub import Downloaded
+    from ckptool.files.download import Downloaded
     from ckptool.model.initial import Fill
     from ckptool.model.live import CheckpointLike
     from ckptool.model.verify import Progress, Verification
@@ -239,30 +239,25 @@ def convert(
     """Write a checkpoint again, in the container of the target, with edits in their order.
 
     `steps` are of `ckptool.edits`. With `to="dcp"`, the target is the folder of a distributed
-    checkpoint; that needs torch. With `max_shard_size`, bytes or text such as `5GB`, it is a
-    folder of shards. Raises `EditError`, `FormatError` for the source and `WriteError` for the
-    target.
+    checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
+    Raises `EditError`, `FormatError` for the source and `WriteError` for the target.
 
     >>> steps = [ckptool.edits.drop("classifier")]
     >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
     <Rewrite plain.pth -> plain.safetensors: read 8, written 6>
     """
-    how = Options(**options)
+    how, form = Options(**options), surgery.FILE
     if how.to == "dcp":
         if max_shard_size is not None:
             raise EditError("a distributed checkpoint is not cut by --max-shard-size")
-        from ckptool.model import dcp
-
-        return dcp.convert(source, target, steps, unwrap=unwrap, options=how, progress=progress)
-    if max_shard_size is not None:
+        form = surgery.Form(distributed=True)
+    elif max_shard_size is not None:
         from ckptool.containers import sharding
-        from ckptool.verbs import sharded_output
 
-        limit = sharding.parse_size(str(max_shard_size))
-        return sharded_output.rewrite_sharded(
-            source, target, steps, max_shard_size=limit, options=how, progress=progress
-        )
-    return surgery.rewrite(source, target, steps, bare=unwrap, options=how, progress=progress)
+        form = surgery.Form(sharding.parse_size(str(max_shard_size)))
+    return surgery.rewrite(
+        source, target, steps, bare=unwrap, options=how, progress=progress, form=form
+    )
 
 
 def transfer(
@@ -365,11 +360,11 @@ def download(
     >>> ckptool.download("resnet18", "weights/").path  # doctest: +SKIP
     'weights/resnet18-f37072fd.pth'
     """
-    from ckptool.files import hub
+    from ckptool.files.download import download as fetch
     from ckptool.model import weights
 
     known = None if "://" in what else weights.resolve(what)
-    done = hub.download(
+    done = fetch(
         known.url if known else what,
         target,
         sha256=sha256,

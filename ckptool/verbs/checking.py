@@ -31,8 +31,8 @@ from ckptool.errors import (
 )
 from ckptool.files import fileio
 from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
-from ckptool.files.filehash import hash_in
 from ckptool.files.fileio import CHUNK, Reader
+from ckptool.files.filename import hash_in
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level, level
 from ckptool.pickles.safety import Call, Verdict
@@ -63,7 +63,7 @@ class Status(Enum):
 
     @property
     def exit_code(self) -> int:
-        """Give the exit code that goes with it; over several files the highest counts."""
+        """Return the exit code that goes with it; over several files the highest counts."""
         return {"ok": 0, "damaged": 1, "unsafe": 4}.get(self.value, 3)
 
 
@@ -193,7 +193,7 @@ def _work(checkpoint: Checkpoint, *, finite: bool, hashed: bool) -> int:
 
 
 def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
-    """Look for what the reader lets pass."""
+    """Check what the reader lets pass."""
     found.checked.append("structure")
     found.notes += checkpoint.notes
     found.problems += checkpoint.flaws
@@ -228,26 +228,24 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
         found.not_checked.append(f"{BYTES_UNSEEN} ({why})")
         return
     # Without their checksums, so that the first wrong one does not hide the others.
-    jobs = {
-        name: Copy(replace(storage, key=name, crc32=None), None)
-        for name, storage in recorded.items()
-    }
+    jobs = [
+        Copy(replace(storage, key=name, crc32=None), None) for name, storage in recorded.items()
+    ]
     try:
-        run_jobs(list(jobs.values()), None, step)
+        done = run_jobs(jobs, None, step)
     except Malformed as error:
         found.problems.append(_without_path(error, checkpoint.path))
         return
-    for name, job in jobs.items():
-        wanted = recorded[name].crc32
-        if job.crc32 != wanted:
-            sums = f"CRC-32 recorded {wanted:08x}, found {job.crc32:08x}"
+    for (name, storage), read in zip(recorded.items(), done, strict=True):
+        if read.crc32 != storage.crc32:
+            sums = f"CRC-32 recorded {storage.crc32:08x}, found {read.crc32:08x}"
             found.problems.append(f"record {name} does not match its checksum ({sums})")
     found.checksums = f"{counted(len(jobs), 'checksum')} match"
     found.checked.append(counted(len(jobs), "checksum"))
 
 
 def _floats(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
-    """Look for NaN and infinity."""
+    """Count NaN and infinity."""
     try:
         floats = not_finite(checkpoint, step)
     except Malformed as error:
@@ -375,7 +373,7 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
 
 
 def _of_no_checkpoint(path: str) -> tuple[dict[Global, int], list[Object]]:
-    """Give the dangerous names of a pickle in no container; a text may look like one that names."""
+    """Return the dangerous names of a pickle in no container; a text may look like one."""
     try:
         named, calls = containers.pickled(path)
     except FormatError:
@@ -430,7 +428,7 @@ def _some(problems: Sequence[str]) -> str:
 
 
 def _without_path(error: FormatError, path: str) -> str:
-    """Take the name of the file off the front of a message that will stand beside it."""
+    """Take the name of the file off the front of a message that will be beside it."""
     message = error.message
     if not message.startswith(path):
         return message

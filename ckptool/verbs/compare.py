@@ -92,7 +92,7 @@ class Found:
 
     @property
     def nothing(self) -> bool:
-        """Tell whether all is equal."""
+        """Return whether all is equal."""
         return not (self.only_left or self.only_right or self.changed)
 
     def to_dict(self) -> dict[str, object]:
@@ -121,7 +121,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How two checkpoints differ: in the state_dict, and in what stands beside it.
+    """How two checkpoints differ: in the state_dict, and in what is beside it.
 
     `tensors` of `nbytes` in all were compared. Iterates over what changed under a key of both.
     """
@@ -140,12 +140,12 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Tell whether nothing differs that decides."""
+        """Return whether nothing differs that decides."""
         return self.state.nothing and self.beside.nothing
 
     @property
     def whole(self) -> bool:
-        """Tell whether all tensors were compared, by their path."""
+        """Return whether all tensors were compared, by their path."""
         return self.left.at is None
 
     def __repr__(self) -> str:
@@ -217,7 +217,7 @@ class _Work:
     _paired: set[tuple[int, int]] = field(default_factory=set)
 
     def compare_states(self, left: StateDict, right: StateDict) -> None:
-        """Compare two state_dicts, and what stands beside them unless a part was chosen."""
+        """Compare two state_dicts, and what is beside them unless a part was chosen."""
         one, other = edited(self.asked, left, right)
         keys = list(dict.fromkeys([*one.entries, *other.entries]))
         if self.asked.select:
@@ -358,7 +358,7 @@ class _Work:
                 raise
 
     def _note_prefixes(self, left: list[str], right: list[str]) -> None:
-        """Say where keys would pair but for wrapper prefixes."""
+        """Note where keys would pair but for wrapper prefixes."""
         if not self.state.only_left or not self.state.only_right:
             return
         one, other = edits.peeled(left), edits.peeled(right)
@@ -397,7 +397,7 @@ class _Work:
             fileio.refuse_changed(path, stamp)
 
     def _note_damage(self, differing: list[Pair]) -> None:
-        """Say so where bytes differ because a file is damaged: they do not match its checksum."""
+        """Note where bytes differ because a file is damaged: they do not match its checksum."""
         storages = dict.fromkeys(
             info.storage for both in differing for info in (both.left, both.right)
         )
@@ -432,7 +432,7 @@ def _judge(found: Found, key: str, both: Pair, values: Values) -> None:
 
 
 def _index(flat: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Give the index in each dimension of an element counted in contiguous order."""
+    """Return the index in each dimension of an element counted in contiguous order."""
     index = []
     for size in reversed(sizes):
         flat, here = divmod(flat, size)

@@ -61,7 +61,7 @@ def tolerance(atol: float, rtol: float) -> Tolerance:
 def state_dicts(
     left: Checkpoint, right: Checkpoint, asked: Asked
 ) -> tuple[StateDict | None, StateDict | None]:
-    """Give both state_dicts, or none where all tensors are to be compared by their path."""
+    """Return both state_dicts, or none where all tensors are to be compared by their path."""
     if asked.every and asked.chosen:
         raise EditError("--all compares all there is: it takes no --at")
     if asked.every:
@@ -126,7 +126,7 @@ def _rekeyed(state: StateDict, steps: Sequence[Edit]) -> StateDict:
 def notes(
     left: Checkpoint, right: Checkpoint, one: StateDict, other: StateDict, keys: Sequence[str]
 ) -> Iterator[str]:
-    """Tell what containers may not keep, of the keys that both sides have."""
+    """Note what containers may not keep, of the keys that both sides have."""
     chosen = set(keys)
     orders = [[key for key in state.entries if key in chosen] for state in (one, other)]
     moved = next((pair for pair in zip(*orders, strict=True) if pair[0] != pair[1]), None)
@@ -167,7 +167,7 @@ def _tie_notes(
 
 
 def _ties(state: StateDict, chosen: set[str]) -> dict[str, str]:
-    """Say which keys are exactly the tensor of a key before them."""
+    """Return which keys are exactly the tensor of a key before them."""
     firsts: dict[tuple[object, ...], str] = {}
     ties = {
         key: firsts.setdefault(value.view, key)

@@ -42,7 +42,7 @@ class Pair:
 
 
 def pair(left: TensorInfo, right: TensorInfo) -> Pair:
-    """Look how two tensors of one dtype and shape are stored.
+    """Check how two tensors of one dtype and shape are stored.
 
     Raises `Unsupported` for elements that share bytes and have different strides.
     """

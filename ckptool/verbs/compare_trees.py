@@ -109,7 +109,7 @@ class _Joined:
 
 
 def _value(node: Node) -> Node:
-    """Give what a node stands for where protocols spell it in several ways; or the node itself.
+    """Return what a node stands for where protocols spell it in several ways; or the node itself.
 
     Before protocol 3, bytes are a call of `_codecs.encode`, and empty ones of `bytes`; a bytearray
     is a call on bytes, or on text and its encoding (`object.__reduce__` and `save_bytes`). Before
@@ -149,7 +149,7 @@ def _bytes(node: Object, kind: str) -> Node:
 
 
 def _as_tensor(node: Node) -> Node:
-    """Give a storage that no tensor explains as a flat tensor; any other node as it is."""
+    """Return a storage that no tensor explains as a flat tensor; any other node as it is."""
     start, numel = 0, None
     if isinstance(node, StorageView):
         node, start, numel = node.storage, node.offset, node.numel
@@ -230,7 +230,7 @@ def _members(node: Node) -> dict[str, _Member]:
 
 
 def _keyed(pairs: Pairs) -> dict[str, _Member]:
-    """Name pairs by their keys; of a key that stands twice the last counts, as when loaded."""
+    """Name pairs by their keys; of a key that is there twice the last counts, as when loaded."""
     members: dict[str, _Member] = {}
     for at, (key, value) in enumerate(pairs):
         tag = _tag(key)

@@ -129,7 +129,7 @@ def _elements(shapes: Iterable[Shape]) -> int:
 def first_steps(
     renames: Sequence[Edit], drop: str | Sequence[str], keep: str | Sequence[str]
 ) -> list[Edit]:
-    """Give the edits that come before a comparison: peel, drop, keep, rename."""
+    """Return the edits that come before a comparison: peel, drop, keep, rename."""
     steps = [edits.strip_wrappers(required=False)]
     if drop:
         steps.append(edits.drop(drop))
@@ -191,7 +191,7 @@ def transfer(
 def _shapes_after(
     checkpoint: Checkpoint, steps: Sequence[Edit], options: Options
 ) -> dict[str, Shape]:
-    """Say which keys and shapes are there after the first edits."""
+    """Return which keys and shapes are there after the first edits."""
     state = places.find(checkpoint, options.at)
     key_map, _ = edits.apply(steps, list(state.entries), argument(checkpoint, options))
     values = {new: state.entries[old] for old, new in key_map.pairs if new is not None}
@@ -220,7 +220,7 @@ def _compared(side: str, keys: Sequence[str]) -> list[str]:
 
 
 def _mending_prefix(shapes: Mapping[str, Shape], like: Reference, filled: float) -> str:
-    """Look for one prefix that, taken off or put on, would fill much more."""
+    """Find one prefix that, removed or added, would fill much more."""
     best, hint = max(2 * filled, filled + 0.2), ""
     for prefix in _first_components(shapes):
         moved = {key.removeprefix(prefix): shape for key, shape in shapes.items()}

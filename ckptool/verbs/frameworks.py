@@ -1,6 +1,6 @@
 """Which training framework wrote a checkpoint, told by the names in it alone.
 
-A row of the table gives names that must stand at the top of the file (`a|b` is either), and what
+A row of the table gives names that must be at the top of the file (`a|b` is either), and what
 gets the weights out where `ckptool unwrap` alone does not do. The names are those that each
 framework's own saving code writes; nothing more is concluded than that a file looks like one.
 """
@@ -35,7 +35,7 @@ class Shape:
     root: str
 
     def inside(self, name: str) -> list[str]:
-        """Give the names one level down."""
+        """Return the names one level down."""
         return [key for key, _ in places.named_items(self.top.get(name))]
 
 
@@ -146,7 +146,7 @@ _ROWS = (
 
 
 def recognise(checkpoint: Checkpoint, keys: Sequence[str]) -> Framework | None:
-    """Tell which framework a checkpoint looks like; `keys` have no wrapper prefixes any more."""
+    """Return which framework a checkpoint looks like; `keys` have no wrapper prefixes any more."""
     tree = checkpoint.tree
     root = tree.callee if isinstance(tree, Object) else None
     kind = str(root) if isinstance(root, Global) else ""

@@ -237,7 +237,7 @@ def _no_part(model: Node, state: StateDict) -> list[str]:
 
 
 def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
-    """Tell whether entries are those of a node as they stand, none joined and none twice."""
+    """Return whether entries are those of a node as they stand, none joined and none twice."""
     pairs = places.text_items(node) or []
     return len(pairs) == len(entries) and all(entries.get(key) is value for key, value in pairs)
 
@@ -304,7 +304,7 @@ def _drop(plan: Plan, new: str, reason: str) -> None:
 
 
 def _untie(plan: Plan, *, bare: bool) -> None:
-    """Give each tensor of the state_dict that shares its storage a copy of its own."""
+    """Copy each tensor of the state_dict that shares its storage."""
     assert plan.state is not None or not bare
     if plan.state is None:
         return
@@ -327,7 +327,7 @@ def _untie(plan: Plan, *, bare: bool) -> None:
 
 
 def _untied(info: TensorInfo, key: str) -> TensorInfo:
-    """Give a tensor a storage of its own, no larger than what it reaches."""
+    """Return a tensor with a storage of its own, no larger than what it reaches."""
     own = replace(info.storage, key=f"{key} (untied)")
     if own.packing is not Packing.PLAIN:
         return replace(info, storage=own)
@@ -337,7 +337,7 @@ def _untied(info: TensorInfo, key: str) -> TensorInfo:
 
 
 def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
-    """Say what is foreign, and refuse to carry on what is dangerous."""
+    """Note what is foreign, and refuse to carry on what is dangerous."""
     source = plan.checkpoint
     whole = safety.judge(source.globals)
     carried = whole

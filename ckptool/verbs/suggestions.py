@@ -17,7 +17,7 @@ from ckptool.state.edits import WRAPPERS
 from ckptool.text import counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
-WORTH = 0.1  # share of the file from which what stands beside the weights is worth leaving out
+WORTH = 0.1  # share of the file from which what is beside the weights is worth leaving out
 LOST = 0.01  # share of the file from which bytes that nothing uses are
 LOST_NBYTES = 1 << 20
 WORDS = 1 << 10  # below this no share is worth words
@@ -72,7 +72,7 @@ def _argument(path: str) -> str:
 
 
 def _named_after(facts: Survey) -> str:
-    """Give the path that an output is named after: for files of a set, that of their folder."""
+    """Return the path that an output is named after: for files of a set, that of their folder."""
     path = facts.checkpoint.path
     if not os.path.isdir(path):
         if len(facts.checkpoint.files) < 2:
@@ -105,7 +105,7 @@ Advised = Iterator[Advice]
 
 
 def _at(facts: Survey, place: Place) -> tuple[str, ...]:
-    """Give the option that chooses a place, where that is needed."""
+    """Return the option that chooses a place, where that is needed."""
     if len(facts.places) == 1 and facts.alone:
         return ()
     return ("--at", walk.dotted(place.at) or ".")
@@ -255,12 +255,12 @@ def _safety(facts: Survey) -> Advised:
 
 
 def _whole_model(facts: Survey) -> bool:
-    """Tell whether the file needs the code of a model to load, as a copy of it would."""
+    """Return whether the file needs the code of a model to load, as a copy of it would."""
     return not facts.checkpoint.program and any(place.module for place in facts.places)
 
 
 def _holds_dicts(facts: Survey) -> bool:
-    """Tell whether the file holds a state_dict itself, not only modules that would give one."""
+    """Return whether the file holds a state_dict itself, not only modules that would give one."""
     return not facts.checkpoint.program and any(not place.module for place in facts.places)
 
 

@@ -7,25 +7,30 @@ happened to every entry of the state_dict.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.errors import EditError, FormatError, WriteError
-from ckptool.files import atomic, copying, fileio
-from ckptool.files.atomic import Target
-from ckptool.files.copying import Begin, Layout, Progress, no_progress
+from ckptool.containers import Writer
+from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
+from ckptool.files import fileio, publish
+from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
+from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
-from ckptool.state import walk
+from ckptool.state import checkpoint as places, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
-from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo
-from ckptool.text import quoted, readable, visible
+from ckptool.tensors import numbers
+from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
+from ckptool.text import counted, quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
+
+    from ckptool.containers.sharding import Names
 
 __all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
 
@@ -41,6 +46,17 @@ class Shard:
     name: str
     count: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What is written: a file, a set of shards, or a distributed checkpoint."""
+
+    max_shard_size: int | None = None
+    distributed: bool = False
+
+
+FILE = Form()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +143,7 @@ def rewrite(
     opened: Checkpoint | None = None,
     added: Mapping[str, Node] | None = None,
     order: Sequence[str] = (),
+    form: Form = FILE,
 ) -> Rewrite:
     """Write a checkpoint again with its keys edited.
 
@@ -135,27 +152,32 @@ def rewrite(
     others, in the `order` given. Raises a `CkptoolError`; the target is then as it was.
     """
     options = options or Options()
+    if form is not FILE:
+        _refuse_no_folder(target, form, options)
     checkpoint = opened or containers.read(source)
-    target, options = _in_place(checkpoint, source, target, options)
-    _refuse_member(str(target))
-    container = _container(checkpoint, str(target), options)
-    place = atomic.refuse_target(
-        target,
-        [path for path, _ in checkpoint.files] if not options.in_place else [],
-        force=options.force,
-        sync=options.sync,
-    )
+    if form is FILE:
+        target, options = _in_place(checkpoint, source, target, options)
+        _refuse_member(str(target))
+    target = str(target)
+    container = _container(checkpoint, target, form, options)
+    place = _place(checkpoint, target, container, form, options)
+    bare = bare or form.max_shard_size is not None
     plan = make_plan(checkpoint, steps, container, bare=bare, unwrap=unwrap, options=options)
-    plan.notes += _suffix_notes(str(target), container, options)
+    if form is FILE:
+        plan.notes += _suffix_notes(target, container, options)
     if added:
         add_entries(plan, added, order)
-    layout = lay_out(plan, options)
-    refuse_expansion(checkpoint, layout, options)
-    result = result_of(plan, str(target), layout, place, options)
-    atomic.refuse_full(place, layout.nbytes)
-    if not options.dry_run:
-        _write(place, layout, plan, progress(layout.job_nbytes))
-    return result
+    laid = _lay_out(plan, form, options)
+    _refuse_expansion(checkpoint, laid.output, options)
+    result = _result(plan, target, laid, place, options)
+    publish.refuse_full(place, laid.output.nbytes)
+    if options.dry_run:
+        return result
+    if any(isinstance(job, Compute) for job in laid.output.jobs):
+        numbers.load()
+    check = partial(_check, plan, place, laid)
+    late = publish.publish(place, laid.output, progress(laid.output.job_nbytes), check)
+    return replace(result, warnings=(*result.warnings, *late))
 
 
 def _refuse_member(target: str) -> None:
@@ -165,6 +187,44 @@ def _refuse_member(target: str) -> None:
             f"{target} is in the archive {archive}: its members are read, never written",
             hint="name an output of its own",
         )
+
+
+def _refuse_no_folder(target: str | Path | None, form: Form, options: Options) -> None:
+    if form.distributed:
+        if target is None or options.in_place:
+            raise EditError("a distributed checkpoint is a folder: name one as the output")
+        return
+    if options.in_place or target is None:
+        raise EditError("--max-shard-size writes a folder", hint="name it as the output")
+    if suffix(str(target)) in containers.suffixes(written=True):
+        raise EditError(
+            f"--max-shard-size writes a folder, and {target} is the name of a file",
+            hint="name a folder as the output",
+        )
+
+
+def _place(
+    checkpoint: Checkpoint, target: str, container: str, form: Form, options: Options
+) -> Target:
+    """Return where the output goes, or refuse to write there."""
+    sources = [path for path, _ in checkpoint.files] if not options.in_place else []
+    force, sync = options.force, options.sync
+    if form.distributed:
+        from ckptool.containers import _dcp_output
+
+        return publish.refuse_folder(target, sources, _dcp_output.owns, force=force, sync=sync)
+    if form.max_shard_size is not None:
+        owns = _names(container).owns
+        return publish.refuse_set(target, sources, owns, force=force, sync=sync)
+    return publish.refuse_target(target, sources, force=force, sync=sync)
+
+
+def _names(container: str) -> Names:
+    """Return what the shards of a container are called."""
+    from ckptool.containers.sharding import Names
+
+    writer = _writer(container)
+    return Names(writer.set_stem, writer.set_suffix)
 
 
 def _in_place(
@@ -185,12 +245,16 @@ def _in_place(
 
 
 def suffix(target: str) -> str:
-    """Give the suffix of a name, in lower case."""
+    """Return the suffix of a name, in lower case."""
     return os.path.splitext(target)[1].lower()
 
 
-def _container(checkpoint: Checkpoint, target: str, options: Options) -> str:
+def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options) -> str:
     """Choose the output container: as told, by the suffix, or the input's own (in place too)."""
+    if form.distributed:
+        return "torch-dcp"
+    if form.max_shard_size is not None:
+        return containers.by_word(options.to or "safetensors").name
     if options.to == "dcp":
         raise EditError(
             "only convert writes a distributed checkpoint, and it takes edits as options",
@@ -216,45 +280,133 @@ def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
     return [] if chosen else [f"{what} does not say; --to chooses"]
 
 
-def lay_out(plan: Plan, options: Options) -> Layout:
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """An output, the tensors that it is to read back as, and what is in its shards."""
+
+    output: Output
+    tensors: list[tuple[walk.Path, AnyTensor]]
+    shards: tuple[Shard, ...] = ()
+
+
+def _lay_out(plan: Plan, form: Form, options: Options) -> _Laid:
     """Plan the bytes of the output."""
+    if form.distributed:
+        return _distributed(plan, options)
+    if form.max_shard_size is not None:
+        return _shards(plan, form.max_shard_size, options)
+    return _Laid(Output((_file(plan, options),)), _tensors(plan))
+
+
+def _tensors(plan: Plan) -> list[tuple[walk.Path, AnyTensor]]:
+    """List the tensors of a file, or of all shards."""
+    if plan.state is not None and not containers.by_name(plan.container).traits.around:
+        return [((key,), value) for key, value in plan.state.entries.items()]
+    return list(walk.tensors(plan.checkpoint.tree))
+
+
+def _file(plan: Plan, options: Options) -> PlannedFile:
+    """Plan a file."""
     entries = plan.state.entries if plan.state is not None else None
-    writer = containers.by_name(plan.container).writer
+    return _writer(plan.container).lay_out(plan.checkpoint, entries, options.untie)
+
+
+def _writer(container: str) -> Writer:
+    writer = containers.by_name(container).writer
     assert writer is not None
-    return writer.lay_out(plan.checkpoint, entries, options.untie)
+    return writer
 
 
-def refuse_expansion(checkpoint: Checkpoint, layout: Layout, options: Options) -> None:
-    """Refuse an output far larger than the input: a kilobyte can declare terabytes."""
-    limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
-    inflated = sum(
-        job.storage.nbytes for job in layout.jobs if job.storage.packing is not Packing.PLAIN
+def _distributed(plan: Plan, options: Options) -> _Laid:
+    """Plan a distributed checkpoint; note what it has no place for."""
+    from ckptool.containers import _dcp_output
+
+    if places.items(plan.checkpoint.tree) is None:
+        raise NotRepresentable(
+            f"{plan.checkpoint.path} holds no dict: a distributed checkpoint is one",
+            option="--unwrap" if plan.state is not None else "",
+            hint="writes the state_dict alone" if plan.state is not None else "",
+        )
+    flat = _dcp_output.flatten(plan.checkpoint.tree)
+    if flat.unfit and not options.tensors_only:
+        raise NotRepresentable(
+            f"a distributed checkpoint has no place for {counted(len(flat.unfit), 'value')}",
+            evidence=[f"{place}: {reason}" for place, reason in list(flat.unfit.items())[:8]],
+            option="--tensors-only",
+            hint="leaves them behind",
+        )
+    plan.not_carried += flat.unfit
+    if plan.state is not None and plan.state.metadata is not None:
+        plan.notes.append(
+            "a distributed checkpoint has no place for `_metadata` (versions of modules)"
+        )
+    plan.notes += flat.notes()
+    output = Output(_dcp_output.lay_out(flat.entries), _dcp_output.INDEX, _dcp_output.owns)
+    return _Laid(output, list(flat.tensors()))
+
+
+def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
+    """Plan the shards of a bare state_dict, and their index where they are several."""
+    from ckptool.containers import sharding
+
+    assert plan.state is not None
+    # A shard has no place for the attributes of the state_dict but `_metadata`.
+    state = getattr(plan.checkpoint.tree, "state", None)
+    plan.not_carried += [name for name, _ in places.named_items(state) if name != "_metadata"]
+    plan.checkpoint = _part(plan, plan.state.entries).checkpoint
+    names, traits = _names(plan.container), containers.by_name(plan.container).traits
+    split = sharding.split(plan.state.entries, limit, storages=traits.strides)
+    shards = dict(zip(names.shards(len(split.shards)), split.shards, strict=True))
+    files = [replace(_file(_part(plan, keys), options), name=name) for name, keys in shards.items()]
+    large = sum(file.job_nbytes > limit for file in files)
+    if large and len(files) > 1:
+        what = "shard is" if large == 1 else "shards are"
+        plan.notes.append(
+            f"{large} {what} larger than {readable(limit)}: tensors are not cut in pieces"
+        )
+    listed = tuple(
+        Shard(file.name, len(keys), file.nbytes)
+        for file, keys in zip(files, shards.values(), strict=True)
     )
-    if inflated > MAX_INFLATION * limit and not options.allow_expand:
-        raise WriteError(
-            f"{readable(inflated)} would be inflated from {readable(checkpoint.nbytes)}",
-            option="--allow-expand",
-            hint="if that is meant",
-        )
-    if layout.nbytes > limit and not options.allow_expand:
-        raise WriteError(
-            f"the output would have {readable(layout.nbytes)}, the input has "
-            f"{readable(checkpoint.nbytes)}",
-            option="--allow-expand",
-            hint="if that is meant",
-        )
+    if len(files) > 1:
+        left_out = () if traits.ties else _tied(plan)
+        data = sharding.index(list(plan.state.entries), shards, left_out, split.total_nbytes)
+        files.append(PlannedFile(names.index, len(data), [(0, data)]))
+    return _Laid(Output(tuple(files), names.index, names.owns), _tensors(plan), listed)
 
 
-def result_of(
-    plan: Plan,
-    target: str,
-    layout: Layout,
-    place: Target,
-    options: Options,
-) -> Rewrite:
-    """Say what a plan does."""
+def _part(plan: Plan, keys: Iterable[str]) -> Plan:
+    """Return the plan of a file with some of the entries, and the versions of all modules."""
+    assert plan.state is not None
+    entries = {key: plan.state.entries[key] for key in keys}
+    tree = replacing.make_state_dict(entries, plan.state.metadata)
+    return replace(
+        plan,
+        checkpoint=replace(plan.checkpoint, tree=tree),
+        state=replace(plan.state, entries=entries),
+    )
+
+
+def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) -> None:
+    """Refuse an output far larger than the input: a kilobyte can declare terabytes."""
+    if options.allow_expand:
+        return
+    limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
+    packed = (job.storage for job in output.jobs if job.storage.packing is not Packing.PLAIN)
+    inflated, available = sum(storage.nbytes for storage in packed), readable(checkpoint.nbytes)
+    if inflated > MAX_INFLATION * limit:
+        message = f"{readable(inflated)} would be inflated from {available}"
+    elif output.nbytes > limit:
+        message = f"the output would have {readable(output.nbytes)}, the input has {available}"
+    else:
+        return
+    raise WriteError(message, option="--allow-expand", hint="if that is meant")
+
+
+def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Options) -> Rewrite:
+    """Return what a plan does."""
     entries = plan.state.entries if plan.state is not None else {}
-    again = tied(plan)
+    again = _tied(plan)
     infos = [
         value for key, value in entries.items() if isinstance(value, TENSORS) and key not in again
     ]
@@ -272,7 +424,7 @@ def result_of(
         dropped=tuple(plan.dropped),
         written=len(plan.key_map.written) + plan.added,
         added=plan.added,
-        nbytes=layout.nbytes,
+        nbytes=laid.output.nbytes,
         tensors=len(infos),
         tensor_nbytes=sum(info.nbytes for info in infos),
         not_carried=tuple(not_carried),
@@ -280,27 +432,22 @@ def result_of(
         warnings=tuple(plan.warnings),
         bare=plan.bare,
         dry_run=options.dry_run,
-        free=atomic.free_space(place),
+        free=publish.free_space(place),
+        shards=laid.shards,
     )
 
 
-def tied(plan: Plan) -> set[str]:
-    """Name the entries that are written under another name, to which they are tied."""
+def _tied(plan: Plan) -> set[str]:
+    """Return the entries that are written under another name, to which they are tied."""
     return {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
 
 
-def _write(place: Target, layout: Layout, plan: Plan, progress: Progress) -> None:
-    with atomic.atomic_output(place) as (fd, temporary):
-        copying.write_layout(fd, layout, progress, sync=place.sync)
-        for path, stamp in plan.checkpoint.files:
-            fileio.refuse_changed(path, stamp)
-        verify(temporary, place, layout.nbytes, plan)
-
-
-def verify(temporary: str, place: Target, nbytes: int, plan: Plan) -> None:
-    """Read the written file with the strict reader and compare it with what was meant."""
+def _check(plan: Plan, place: Target, laid: _Laid, path: str, moved: Moved) -> None:
+    """Read the output with the strict reader and compare it with what was meant."""
+    for source, stamp in plan.checkpoint.files:
+        fileio.refuse_changed(source, stamp)
     try:
-        found = containers.read(temporary)
+        written = containers.read(path)
     except FormatError as error:
         raise WriteError(
             f"{place.path} cannot be written: what was written does not read back; nothing was "
@@ -308,20 +455,32 @@ def verify(temporary: str, place: Target, nbytes: int, plan: Plan) -> None:
             evidence=[error.message],
             hint="look whether the disk is sound",
         ) from error
-    meant: list[tuple[tuple[str, ...], Node]]
     traits = containers.by_name(plan.container).traits
-    if traits.around:
-        meant = [(path, info) for path, info in walk.tensors(plan.checkpoint.tree)]
-    else:
-        assert plan.state is not None
-        meant = [((key,), value) for key, value in plan.state.entries.items()]
-    seen = list(walk.tensors(found.tree))
-    same = len(meant) == len(seen) and all(
-        one == other and _described(a, traits.strides) == _described(b, traits.strides)
-        for (one, a), (other, b) in zip(meant, seen, strict=True)
+    strided = traits.strides and not traits.beside_files  # each entry there has its own storage
+    same = written.nbytes == laid.output.nbytes and (
+        [(way, _described(info, strided)) for way, info in laid.tensors]
+        == [(way, _described(info, strided)) for way, info in walk.tensors(written.tree)]
     )
-    if not same or found.nbytes != nbytes:
+    if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
         raise RuntimeError("the written file does not read back as it was meant")
+
+
+def _stored(tree: Node) -> Iterator[Storage]:
+    """Yield the storages that tensors are in, those of chunks for a chunked one."""
+    for _, tensor in walk.tensors(tree):
+        for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
+            chunks = part.storage.chunked.chunks if part.storage.chunked else ()
+            yield from (chunk.source.storage for chunk in chunks) if chunks else (part.storage,)
+
+
+def _is_moved(storage: Storage, moved: Moved) -> bool:
+    """Return whether a job has written these bytes, with the checksum that the file records."""
+    if not storage.nbytes:
+        return True
+    done = moved.get(os.path.basename(storage.path), {}).get(storage.start)
+    if done is None or done.nbytes != storage.nbytes:
+        return False
+    return storage.crc32 in (None, done.crc32)
 
 
 def _described(info: Node, strided: bool) -> tuple[object, ...]:

@@ -78,7 +78,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What stands beside the state_dict: its name, what it is, how many tensors and bytes.
+    """What is beside the state_dict: its name, what it is, how many tensors and bytes.
 
     `weights` says that it is a dict of tensors by name, as a state_dict is.
     """
@@ -202,7 +202,7 @@ class Survey:
 
     @property
     def framework_prefix(self) -> str:
-        """Give the prefix under which a framework keeps the weights, if the keys have it."""
+        """Return the prefix under which a framework keeps the weights, if the keys have it."""
         return self.framework.prefix if self.framework else ""
 
 
@@ -261,7 +261,7 @@ def unused_nbytes(tree: Node) -> int:
 
 
 def _first_keys(found: Sequence[Place]) -> list[str]:
-    """Give the keys of the first candidate, without wrapper prefixes they all share."""
+    """Return the keys of the first candidate, without wrapper prefixes they all share."""
     return [edits.unwrapped(key, place.wrappers) for place in found[:1] for key in place.keys]
 
 
@@ -320,7 +320,7 @@ def _by_dtype(entries: Sequence[tuple[str, AnyTensor]]) -> dict[str, Total]:
 
 
 def _is_part(info: AnyTensor) -> bool:
-    """Tell whether a tensor is a view of a larger storage."""
+    """Return whether a tensor is a view of a larger storage."""
     return isinstance(info, TensorInfo) and info.nbytes < info.storage.nbytes
 
 
@@ -328,11 +328,11 @@ def _is_strided(info: AnyTensor) -> bool:
     return isinstance(info, TensorInfo) and not is_contiguous(info.shape, info.stride)
 
 
-# What stands beside the state_dicts.
+# What is beside the state_dicts.
 
 
 def _around(tree: Node, paths: Sequence[Path], known: places.Steps) -> Iterator[tuple[str, Node]]:
-    """Yield what stands beside the places given, at each level around them, by dotted name."""
+    """Yield what is beside the places given, at each level around them, by dotted name."""
     inner = {path[:depth] for path in paths for depth in range(len(path))}
     taken = inner | set(paths)
     if not paths:
@@ -354,7 +354,7 @@ def _named(node: Node) -> list[tuple[str, Node]]:
 def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
     before = ledger.nbytes
     count = ledger.take(node)
-    if id(node) not in said:  # one node may stand under any number of names
+    if id(node) not in said:  # one node may be under any number of names
         named = places.text_items(node) or []
         said[id(node)] = (
             naming.what(node),

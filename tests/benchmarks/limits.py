@@ -50,8 +50,8 @@ UNITS = {"ms": 1e3, "MiB": 1 / MIB, "x": 1.0}
 def job_limits(job: str) -> tuple[Limit, ...]:
     """Return the limits of a job that writes: near `cp`, far from torch, small."""
     return (
-        Limit(f"{job} --no-sync", "wall", "x", most=1.25, per="cp"),
-        Limit(job, "wall", "x", most=1.5, per="cp && sync"),
+        Limit(f"{job} --no-sync", "wall", "x", most=0.95, per="cp"),
+        Limit(job, "wall", "x", most=0.8, per="cp && sync"),
         Limit(f"torch {job}", "work", "x", least=3, per=f"{job} --no-sync"),
         Limit(f"torch {job}", "whole", "x", per=f"{job} --no-sync"),
         Limit(f"{job} --no-sync", "peak", "MiB", most=64),
@@ -84,7 +84,7 @@ LIMITS = (
     *many_limits(100_000, 4000, 250),
     *job_limits("strip"),
     *job_limits("convert"),
-    Limit("check", "wall", "x", most=1.25, per="cp"),
+    Limit("check", "wall", "x", most=0.6, per="cp"),
     Limit("check", "wall", "x", most=0.5, per="sha256sum"),
     Limit("check --finite", "wall", "x", most=1, per="sha256sum"),
     Limit("check --sha256", "wall", "x", most=1.5, per="sha256sum"),

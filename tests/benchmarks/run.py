@@ -57,13 +57,17 @@ SPARE = 512 * MIB
 
 @dataclass(frozen=True)
 class Task:
-    """One command to time; `target` is what it writes, `seconds` the file with its own timing."""
+    """One command to time; `target` is what it writes, `seconds` the file with its own timing.
+
+    `least` is the part of the source's size that the target must have.
+    """
 
     name: str
     command: tuple[str, ...]
     source: Path | None = None
     target: Path | None = None
     seconds: Path | None = None
+    least: float = 0.95
 
 
 def fail(message: str) -> NoReturn:
@@ -167,7 +171,8 @@ def many_tasks(ckptool: tuple[str, ...], folder: Path, *, baseline: bool) -> Ite
         ):
             if task.name != "strip":
                 name = task.name.removesuffix(" --no-sync")
-                yield replace(task, name=f"{name} of {count}")
+                # Half of such a file is headers, which torch pads more than others do.
+                yield replace(task, name=f"{name} of {count}", least=0.75)
 
 
 def with_torch(*arguments: str) -> tuple[str, ...]:
@@ -223,7 +228,7 @@ def measure(task: Task) -> Reading:
     wall, user, system, peak = (float(number) for number in numbers)
     work = float(task.seconds.read_text()) if task.seconds else wall
     if task.source and task.target:
-        see_written(task.name, task.source, task.target)
+        see_written(task.name, task.target, task.least * task.source.stat().st_size)
         task.target.unlink()
     return Reading(wall, work, user, system, int(peak))
 
@@ -242,9 +247,9 @@ def settle(source: Path) -> None:
     os.sync()
 
 
-def see_written(name: str, source: Path, target: Path) -> None:
+def see_written(name: str, target: Path, nbytes: float) -> None:
     """Fail where the output is missing or short: the tensors are nearly all of the input."""
-    if not target.is_file() or target.stat().st_size < 0.95 * source.stat().st_size:
+    if not target.is_file() or target.stat().st_size < nbytes:
         fail(f"{name}: the output is missing or too short to hold the tensors")
 
 

@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> None:
         case ["keys", target, count]:
             make(many_norms(int(count)), Path(target))
         case ["experts", target, count]:
-            make(many_experts(int(count)), Path(target))
+            torch.save({"state_dict": OrderedDict(tensors(many_experts(int(count))))}, target)
         case ["strip" | "convert" as verb, source, target, seconds]:
             start = time.perf_counter()
             (strip if verb == "strip" else convert)(source, target)

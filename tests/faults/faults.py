@@ -1,15 +1,18 @@
 """A command line run again and again, with a fault at each of its system calls in turn.
 
-A run is a fork of this process in which the functions of `os` that touch files count their calls;
-at the chosen one something goes wrong: an error, a short write, a signal, or the end (SIGKILL,
-before the call, after it, or after half of a write). Then the folder is looked at: the target is
+A run is a fork of this process in which the functions of `os` that touch files count their calls,
+and so do those that allocate buffers and start threads; at the chosen one something goes wrong: an
+error, a short write, no memory, no thread, a signal, or the end (SIGKILL, before the call, after
+it, or after half of a write). Then the folder is looked at: the target is
 old or new and never partial, the input is what it was, and a temporary file stays only where the
 process had no chance to remove it, under a name that says what it is: `.OUT.12 hex digits.tmp`.
 """
 
 from __future__ import annotations
 
+import builtins
 import errno
+import itertools
 import os
 import re
 import resource
@@ -24,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptool.cli import main as cli, talk
-from ckptool.errors import CkptoolError
-from ckptool.files import atomic
-from ckptool.files.fileio import write_at
+from ckptool.cli import main as cli
+from ckptool.containers import torch_zip
+from ckptool.files import blocks, copying, fileio, publish, spool, zips
+from ckptool.tensors import numbers, tensor
 
 GOOD = Path(__file__).parents[2] / "fixtures/good"
 TEMPORARY = re.compile(r"\.(.{1,40})\.[0-9a-f]{12}\.tmp")
@@ -50,9 +53,13 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "unlink": (errno.EIO,),
     "mkdir": (errno.EIO, errno.ENOSPC),
     "rmdir": (errno.EIO,),
-    "copy_file_range": (errno.EIO, errno.ENOSPC),
+    "posix_fallocate": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP),
     "statvfs": (errno.EIO,),
 }
+HALVED = ("pwrite", "write", "preadv")
+# Names of our modules under which buffers are allocated and threads started.
+MEMORY = ("bytearray", "memoryview", "bytes", "mmap", "start_new_thread")
+STARVED: tuple[Any, ...] = (blocks, copying, fileio, numbers, spool, tensor, torch_zip, zips)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -71,9 +78,11 @@ class Job:
         return self.line.format(s=self.source).split()
 
     @property
-    def ours(self) -> bool:
-        """Tell whether a program of ours writes, not a command."""
-        return self.line.startswith("a folder")
+    def before(self) -> object:
+        """What is at the target beforehand: a file, or a folder with a file that is replaced."""
+        if self.old and self.folder:
+            return {"__0_0.distcp" if "dcp" in self.line else "model.safetensors": OLD}
+        return OLD if self.old else None
 
     @property
     def in_place(self) -> bool:
@@ -97,37 +106,16 @@ JOBS = (
     Job("convert --untie {s} out.pth", "tied.pth", "out.pth"),
     Job("convert --no-sync {s} out.pth", "plain_legacy.pth", "out.pth"),
     Job("convert --max-shard-size 300 {s} out", "plain.pth", "out", folder=True),
-    Job("a folder of {s} at out", "plain.pth", "out", folder=True),
-    Job("a folder of {s} at out --force", "plain.pth", "out", old=True, folder=True),
+    Job("convert --to dcp {s} out", "tied.pth", "out", folder=True),
+    Job("convert --to dcp {s} out --force", "tied.pth", "out", old=True, folder=True),
+    Job("convert --max-shard-size 300 --force {s} out", "plain.pth", "out", True, folder=True),
 )
-
-
-def write_folder(job: Job) -> int:
-    """Write a folder as `convert --to dcp` does, save for torch, which writes the files there."""
-    cli._prepare_signals()
-    data = Path(job.source).read_bytes()
-    target = atomic.Target(os.path.abspath(job.target), force=job.old)
-    try:
-        with atomic.atomic_folder(target) as folder:
-            for name in ("one", "two"):
-                fd = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o666)
-                try:
-                    write_at(fd, data, 0)
-                finally:
-                    os.close(fd)
-    except CkptoolError as error:
-        talk.complain(error)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        talk.say([f"interrupted; {str(error) or cli.NOTHING_WRITTEN}"])
-        return cli.INTERRUPTED
-    return 0
 
 
 def content_of(path: Path) -> bytes | dict[str, bytes] | None:
     """Give the bytes of a file, or of the files in a folder; None where nothing is."""
     if path.is_dir():
-        return {each.name: each.read_bytes() for each in sorted(path.iterdir())}
+        return {each.name: each.read_bytes() for each in sorted(path.iterdir()) if each.is_file()}
     return path.read_bytes() if path.exists() else None
 
 
@@ -144,6 +132,10 @@ class Counter:
         for name in ERRORS:
             if hasattr(os, name):
                 setattr(os, name, self._counting(name, getattr(os, name)))
+        for module, name in itertools.product(STARVED, MEMORY):
+            real = getattr(module, name, None) or getattr(builtins, name, None)
+            if real is not None:
+                setattr(module, name, self._counting(name, real))
 
     def _counting(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
@@ -160,9 +152,11 @@ class Counter:
             if name == "close":  # Linux closes the file whatever it says
                 real(*arguments, **more)
             raise OSError(code := getattr(errno, value), os.strerror(code), *_named(arguments))
+        if kind == "memory":
+            raise RuntimeError("can't start new thread") if "thread" in name else MemoryError
         if kind == "signal":
             os.kill(os.getpid(), getattr(signal, value))
-        elif kind == "short" or value == "in the middle":
+        elif name in HALVED and (kind == "short" or value == "in the middle"):
             arguments = _halved(name, arguments)
         if value == "before":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -189,11 +183,13 @@ def _halved(name: str, arguments: Any) -> Any:
 
 def actions(name: str) -> list[str]:
     """List what may go wrong at a call."""
+    if name in MEMORY:
+        return ["memory"]
     found = [f"error {errno.errorcode[code]}" for code in ERRORS[name]]
     found += [f"signal {each}" for each in SIGNALS] + ["kill before", "kill after"]
     if name in ("pwrite", "write"):
         found.append("kill in the middle")
-    return [*found, "short"] if name in ("pwrite", "preadv", "write") else found
+    return [*found, "short"] if name in HALVED else found
 
 
 @dataclass(frozen=True)
@@ -247,7 +243,7 @@ def _child(
         exit_, close = os._exit, os.close
         counter.install()
         try:
-            code = write_folder(job) if job.ours else cli.main(job.arguments)
+            code = cli.main(job.arguments)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         os.close = close
@@ -267,9 +263,10 @@ def lay_out(folder: Path, job: Job) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copy(GOOD / job.source, folder / job.source)
-    if job.folder and job.old:
+    if isinstance(job.before, dict):
         (folder / job.target).mkdir()
-        (folder / job.target / "one").write_bytes(OLD)
+        for name, data in job.before.items():
+            (folder / job.target / name).write_bytes(data)
     elif job.old:
         (folder / job.target).write_bytes(OLD)
 
@@ -290,20 +287,21 @@ def complaints(
 ) -> Iterator[str]:
     """Say what is wrong after a run that met a fault."""
     source = (GOOD / job.source).read_bytes()
-    old: object = source if job.in_place else OLD if job.old else None
-    if job.folder and job.old:
-        old = {"one": OLD}
+    old: object = source if job.in_place else job.before
     found = content_of(folder / job.target)
     is_new, is_old = found == new, found == old
     killed = action.startswith("kill")
-    aside = job.folder and killed and any(content_of(each) == old for each in folder.iterdir())
-    if not (is_new or is_old or (aside and found is None)):
+    aside = killed and any(
+        content_of(each) == old for each in folder.glob(f"{job.target}/.*.tmp/old")
+    )
+    if not (is_new or is_old or (aside and is_no_set(found))):
         yield f"the target is neither old nor new: {'nothing' if found is None else len(found)}"
     if not job.in_place and (folder / job.source).read_bytes() != source:
         yield "the input was changed"
-    left = sorted({each.name for each in folder.iterdir()} - {job.source, job.target})
+    left = {each.name for each in folder.iterdir()} - {job.source, job.target}
+    left |= {each.name for each in folder.glob(f"{job.target}/*/")}
     kept_by_force = action.startswith("error") and call in ("unlink", "rmdir")
-    for name in left:
+    for name in sorted(left):
         named = TEMPORARY.fullmatch(name)
         if not ((killed or kept_by_force) and named and job.target.startswith(named[1])):
             yield f"left behind: {name}"
@@ -314,11 +312,16 @@ def complaints(
     yield from _exit_complaints(job, done, action, is_new=is_new, is_old=is_old)
 
 
+def is_no_set(found: object) -> bool:
+    """Tell whether what is in a folder reads as nothing: its index is not there."""
+    return isinstance(found, dict) and not any(name.endswith((".json", "a")) for name in found)
+
+
 def _exit_complaints(
     job: Job, done: Outcome, action: str, *, is_new: bool, is_old: bool
 ) -> Iterator[str]:
     kind, _, value = action.partition(" ")
-    expected = {0, 3, 5} if kind == "error" else {0}
+    expected = {"error": {0, 3, 5}, "memory": {7}}.get(kind, {0})
     if kind == "signal":  # which may come too late to matter
         expected = {0, 130 if value == "SIGINT" else 128 + getattr(signal, value)}
     if done.code not in expected:
@@ -335,11 +338,10 @@ def _exit_complaints(
             yield f"no error said at exit code {done.code}"
         if (job.target if done.code == 5 else job.source) not in first:
             yield f"the error does not name the file: {first[:200]}"
-        said = "was written, but" in first
-        if said and not is_new:
-            yield "it says that the target was written"
-        if not said and not is_old:
+        if not is_old:
             yield f"the target is new, and it says: {first[:200]}"
+    if done.code == 7 and not ("error[out-of-memory]" in done.said and is_old):
+        yield f"the target is {'old' if is_old else 'new'}, and it says: {done.said[:200]}"
     if done.code == 130 and ("nothing was written" in done.said) is not is_old:
         yield f"the target is {'old' if is_old else 'new'}, and it says: {done.said[:200]}"
 
@@ -380,6 +382,8 @@ def at_each_call(
         lay_out(folder, job)
         done = run(folder, job, Counter(turn, action), prepare)
         met = done.calls[turn - 1] if len(done.calls) >= turn else name  # threads take turns
+        if not done.code and len(done.calls) < turn:  # a thread came too late to allocate
+            action = "none"
         found = list(complaints(folder, job, new, done, action, met))
         count.add(job, f"{action} at call {turn}, {name}", done, found)
 
@@ -402,14 +406,16 @@ def at_each_size(place: Path, job: Job, count: Count, sizes: int = 24) -> None:
         count.add(job, f"files of at most {limit} bytes", done, found)
 
 
-def on_full_disks(disk: Path, mount: Callable[[int], None], job: Job, count: Count) -> None:
+def on_full_disks(
+    disk: Path, mount: Callable[[int], None], job: Job, count: Count, step: int = 1
+) -> None:
     """Write to file systems with too few pages; `mount` makes one of so many bytes.
 
     ckptool's own look at the free space is answered with None, so that the disk really fills up.
     """
     folder = disk / "run"
     page = os.sysconf("SC_PAGE_SIZE")
-    for pages in range(3, 40):
+    for pages in range(3, 40, step):
         mount(pages * page)
         try:
             lay_out(folder, job)
@@ -429,4 +435,4 @@ def on_full_disks(disk: Path, mount: Callable[[int], None], job: Job, count: Cou
 
 
 def _unknown_space() -> None:
-    atomic.free_space = lambda target: None
+    publish.free_space = lambda target: None

@@ -1,6 +1,7 @@
 """Let every system call of every writing command fail, in every way: `python tests/faults/run.py`.
 
-Counts the faults that were survived; exit code 1 says that one was not. `--every N` takes a sample.
+Counts the faults that were survived; exit code 1 says that one was not. `--every N` takes a sample
+of the calls, `--coarse N` one of the limits and of the disks.
 The full disks are small tmpfs mounts, where this process may mount (as root).
 """
 
@@ -23,6 +24,7 @@ def main() -> int:
     """Run all jobs with all faults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="only every n-th fault")
+    parser.add_argument("--coarse", type=int, default=1, help="only every n-th limit and disk")
     parser.add_argument("--job", type=int, action="append", help="only the n-th command line")
     given = parser.parse_args()
     started, total = time.monotonic(), Count()
@@ -34,11 +36,11 @@ def main() -> int:
             count = Count()
             at_each_call(Path(name), job, count, given.every, number % given.every)
             if not job.folder:
-                at_each_size(Path(name), job, count)
+                at_each_size(Path(name), job, count, max(24 // given.coarse, 1))
             disk = Path(name) / "disk"
             disk.mkdir(exist_ok=True)
             if not job.folder and can_mount(disk):
-                on_full_disks(disk, partial(remount, disk), job, count)
+                on_full_disks(disk, partial(remount, disk), job, count, given.coarse)
                 subprocess.run(["umount", str(disk)], check=True)
             print(f"{' '.join(job.arguments)}: {told(count)}", flush=True)
             total.faults += count.faults

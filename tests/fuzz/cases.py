@@ -81,9 +81,9 @@ OTHERS = ("{s}", "{s} {p}")  # for a command that has no row yet
 # Audit events of a sound run; of all others the file would be the cause.
 KINDS = set(
     "open os.link os.remove os.rename os.truncate os.listdir os.scandir os.walk os.mkdir "
-    "os.rmdir os.chmod tempfile.mkstemp tempfile.mkdtemp fcntl.flock _thread.start_new_thread "
-    "_thread.start_joinable_thread builtins.id array.__new__ object.__getattr__ "
-    "object.__setattr__ sys._getframe signal.pthread_kill time.sleep".split()
+    "os.rmdir os.chmod tempfile.mkstemp tempfile.mkdtemp fcntl.flock fcntl.fcntl mmap.__new__ "
+    "_thread.start_new_thread _thread.start_joinable_thread builtins.id array.__new__ "
+    "object.__getattr__ object.__setattr__ sys._getframe signal.pthread_kill time.sleep".split()
 )
 PATHS = (
     "open",
@@ -238,8 +238,9 @@ class Bench:
         self.watch = Watch()
         self.allowed = tuple(
             os.path.realpath(each)
+            # Plugins are looked up in all of sys.path.
             for each in (place, FIXTURES, sys.prefix, sys.base_prefix, tempfile.gettempdir(),
-                         Path(formats.__file__).parents[1], os.devnull)
+                         Path(formats.__file__).parents[1], os.devnull, *filter(None, sys.path))
         )  # fmt: skip
         self.caught: list[BaseException] = []
         cli._trace = lambda error, debug: self.caught.append(error)  # type: ignore[assignment]
@@ -394,6 +395,8 @@ def event_complaints(
     for event, arguments in events:
         if event not in KINDS:
             yield f"audit event {event} {[repr(each)[:80] for each in arguments]}"
+        elif event == "mmap.__new__" and arguments[0] not in (-1, "-1"):  # memory alone, no file
+            yield f"audit event {event} of a file"
         elif event in PATHS:
             for each in arguments[: 2 if event in ("os.link", "os.rename") else 1]:
                 if isinstance(each, str | bytes):

@@ -326,6 +326,9 @@ def test_within_the_block_settings_are_fixed() -> None:
         assert torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="this torch has no fp32_precision (2.9)"
+)
 def test_a_program_that_uses_the_newer_precisions() -> None:
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     was = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]

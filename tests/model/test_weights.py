@@ -11,7 +11,7 @@ import pytest
 from server import Reply, serving
 
 from ckptool.errors import HashMismatch, MissingExtra, NoSuchModel
-from ckptool.files.hub import download
+from ckptool.files.download import download
 from ckptool.model import libraries, weights
 
 BODY = random.Random(3).randbytes(1000)

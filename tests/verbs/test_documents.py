@@ -1,6 +1,6 @@
 """The JSON of every schema, pinned: what scripts read must stay as it is, field by field.
 
-`python tests/test_documents.py` records them anew, for a field that is added on purpose.
+`python tests/verbs/test_documents.py` records them anew, for a field that is added on purpose.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-GOOD, HOSTILE = HERE.parent / "fixtures" / "good", HERE.parent / "fixtures" / "hostile"
+GOOD, HOSTILE = HERE.parents[1] / "fixtures" / "good", HERE.parents[1] / "fixtures" / "hostile"
 RECORDED = HERE / "documents"
 LINES = {
     "keys": "keys model_best.pth.tar",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
+import threading
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,26 @@ from ckptool.errors import (
     SameFile,
     WriteError,
 )
-from ckptool.files import atomic
-from ckptool.files.atomic import Target, atomic_output, refuse_target
-from ckptool.files.copying import Compute, Copy, Layout, run_jobs, write_layout
-from ckptool.files.crc import join_crc32
+from ckptool.files import copying
+from ckptool.files.copying import (
+    NOTHING,
+    Compute,
+    Copy,
+    Done,
+    Moved,
+    PlannedFile,
+    run_jobs,
+    write_file,
+)
 from ckptool.files.fileio import CHUNK, Reader, Readers, unpacked
+from ckptool.files.publish import (
+    Output,
+    Target,
+    free_space,
+    publish,
+    refuse_full,
+    refuse_target,
+)
 from ckptool.tensors.tensor import Packing, Storage
 
 DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
@@ -145,10 +164,9 @@ def test_ranges_are_copied(
 ) -> None:
     storage = request.getfixturevalue(kind)
     counted: list[int] = []
-    copy = Copy(storage, 10, start, nbytes)
-    run_jobs([copy], output, counted.append)
+    done = run_jobs([Copy(storage, 10, start, nbytes)], output, counted.append)
     assert written(tmp_path)[10:] == DATA[start : start + nbytes]
-    assert copy.crc32 == zlib.crc32(DATA[start : start + nbytes])
+    assert done == [(zlib.crc32(DATA[start : start + nbytes]), nbytes)]
     assert sum(counted) == nbytes
 
 
@@ -217,18 +235,104 @@ def test_an_error_of_the_progress_is_raised(output: int, stored: Storage) -> Non
         run_jobs([Copy(stored, 0)], output, broken)
 
 
+# Every job answers for its bytes.
+
+
+def starved(where: str) -> Callable[[int, int], mmap]:
+    main = threading.get_ident()
+
+    def allocate(fd: int, nbytes: int) -> mmap:
+        if where == "all" or threading.get_ident() != main:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return mmap(fd, nbytes)
+
+    return allocate
+
+
+@pytest.mark.parametrize("where", ["all", "helpers"])
+def test_workers_without_memory_end_the_run(
+    output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(copying, "mmap", starved(where))
+    with pytest.raises(OSError, match="allocate memory"):
+        run_jobs([Copy(stored, 0)] * 200, output, slowly)
+
+
+def slowly(nbytes: int) -> None:
+    time.sleep(0.001)  # so that the other thread comes to work
+
+
+def test_a_thread_that_cannot_start_ends_the_run(
+    output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(copying, "start_new_thread", refuse)
+    with pytest.raises(MemoryError, match="can't start new thread"):
+        run_jobs([Copy(stored, 0)], output, quiet)
+
+
+def test_a_thread_that_never_gets_to_work_is_not_waited_for(
+    tmp_path: Path, output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "start_new_thread", lambda *_: None)
+    assert run_jobs([Copy(stored, 0)], output, quiet) == [(zlib.crc32(DATA), len(DATA))]
+    assert written(tmp_path) == DATA
+
+
+def test_bytes_that_nobody_moved_are_missed(
+    output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = copying._tasks
+    monkeypatch.setattr(copying, "TASK", CHUNK)
+    monkeypatch.setattr(copying, "_tasks", lambda jobs: itertools.islice(real(jobs), 2))
+    with pytest.raises(RuntimeError, match=f"{2 * CHUNK} of {len(DATA)} bytes"):
+        run_jobs([Copy(stored, 0)], output, quiet)
+
+
+@pytest.mark.parametrize("nbytes", [6, 8])
+def test_computed_bytes_are_as_many_as_planned(output: int, stored: Storage, nbytes: int) -> None:
+    def block(readers: Readers) -> Iterator[bytes | bytearray]:
+        yield b"1234567"
+
+    with pytest.raises(RuntimeError, match=f"7 of {nbytes} bytes"):
+        run_jobs([Compute(stored, block, 3, nbytes)], output, quiet)
+
+
+@pytest.mark.parametrize("kind", ["stored", "packed", "computed"])
+@pytest.mark.parametrize("fault", ["other bytes", "no bytes"])
+def test_what_is_written_is_read_back(
+    request: pytest.FixtureRequest, output: int, monkeypatch: pytest.MonkeyPatch,
+    kind: str, fault: str,
+) -> None:  # fmt: skip
+    def wrong(target: int, data: memoryview, position: int) -> None:
+        if fault == "other bytes":
+            os.pwrite(target, bytes(len(data)), position)
+
+    stored = request.getfixturevalue("stored" if kind == "computed" else kind)
+    job = Compute(stored, lambda _: iter([DATA]), 0, len(DATA)) if kind == "computed" else None
+    monkeypatch.setattr(copying, "write_at", wrong)
+    with pytest.raises(OSError, match="what was written"):
+        run_jobs([job or Copy(stored, 0)], output, quiet)
+
+
+def joined(parts: Iterable[bytes]) -> Done:
+    total = NOTHING
+    for part in parts:
+        total = total.followed_by(Done(zlib.crc32(part), len(part)))
+    return total
+
+
 @given(st.lists(st.binary(max_size=50), max_size=8))
 def test_checksums_are_joined(parts: list[bytes]) -> None:
-    assert join_crc32((zlib.crc32(part), len(part)) for part in parts) == zlib.crc32(
-        b"".join(parts)
-    )
+    whole = b"".join(parts)
+    assert joined(parts) == (zlib.crc32(whole), len(whole))
 
 
 def test_checksums_of_long_parts_are_joined() -> None:
     for cut in (1, CHUNK, len(DATA) - 1):
-        parts = (DATA[:cut], DATA[cut:])
-        joined = join_crc32((zlib.crc32(part), len(part)) for part in parts)
-        assert joined == zlib.crc32(DATA)
+        assert joined((DATA[:cut], DATA[cut:])) == (zlib.crc32(DATA), len(DATA))
 
 
 # Deflated storages.
@@ -294,30 +398,66 @@ def test_few_unpacked_storages_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_planned_file_is_written(tmp_path: Path, output: int, stored: Storage) -> None:
-    copy = Copy(stored, 4, 0, 8)
-    layout = Layout(
-        20, [copy], [(0, b"head")], lambda: [(12, copy.crc32.to_bytes(4, "little")), (18, b"ok")]
-    )
-    assert layout.job_nbytes == 8
-    write_layout(output, layout, quiet)
+    planned = PlannedFile(
+        "file", 20, [(0, b"head")], [Copy(stored, 4, 0, 8)],
+        lambda done: [(12, done[0].crc32.to_bytes(4, "little")), (18, b"ok")],
+    )  # fmt: skip
+    assert planned.job_nbytes == 8
+    assert write_file(output, planned, quiet) == [(zlib.crc32(DATA[:8]), 8)]
     crc = zlib.crc32(DATA[:8]).to_bytes(4, "little")
     assert written(tmp_path) == b"head" + DATA[:8] + crc + b"\0\0ok"
 
 
-def publish(target: Target, error: BaseException | None = None) -> None:
-    with atomic_output(target) as (fd, _):
-        os.write(fd, b"new")
+NEW = Output((PlannedFile("", 3, [(0, b"new")]),))
+
+
+# The space of an output.
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="Linux and BSD reserve space")
+@pytest.mark.parametrize("code", [errno.EBADF, errno.EOPNOTSUPP, errno.ENOSPC])
+def test_space_is_reserved_but_never_by_writing(
+    tmp_path: Path, output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """glibc writes where a file system cannot reserve, but not for what appends."""
+    import fcntl
+
+    asked: list[bool] = []
+
+    def reserve(fd: int, start: int, nbytes: int) -> None:
+        asked.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND))
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    planned = PlannedFile("", len(DATA), jobs=[Copy(stored, 0)])
+    if code == errno.ENOSPC:
+        with pytest.raises(OSError, match="No space left"):
+            write_file(output, planned, quiet)
+        assert not any(written(tmp_path))
+    else:
+        write_file(output, planned, quiet)
+        assert written(tmp_path) == DATA
+    assert asked == [True]
+    assert not fcntl.fcntl(output, fcntl.F_GETFL) & os.O_APPEND
+
+
+def published(target: Target, error: BaseException | None = None) -> None:
+    def check(path: str, moved: Moved) -> None:
+        assert moved == {Path(path).name: {}}
+        assert Path(path).read_bytes() == b"new"
         if error is not None:
             raise error
 
+    assert publish(target, NEW, quiet, check) == []
+
 
 def test_output_is_published_at_the_end(tmp_path: Path) -> None:
-    target = Target(str(tmp_path / "file"))
-    with atomic_output(target) as (fd, temporary):
-        os.write(fd, b"new")
+    def check(temporary: str, moved: Moved) -> None:
         assert not (tmp_path / "file").exists()
         assert Path(temporary).parent == tmp_path
         assert Path(temporary).name.startswith(".file.")
+
+    publish(Target(str(tmp_path / "file")), NEW, quiet, check)
     assert listing(tmp_path) == {"file": b"new"}
 
 
@@ -331,23 +471,23 @@ def test_whatever_fails_the_target_stays(tmp_path: Path, error: BaseException, f
     before = listing(tmp_path)
     expected = WriteError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
-        publish(Target(str(tmp_path / "file"), force), error=error)
+        published(Target(str(tmp_path / "file"), force), error=error)
     assert listing(tmp_path) == before
 
 
 def test_only_force_replaces(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(OutputExists):
-        publish(Target(str(tmp_path / "file")))
+        published(Target(str(tmp_path / "file")))
     assert listing(tmp_path) == {"file": b"old"}
-    publish(Target(str(tmp_path / "file"), force=True))
+    published(Target(str(tmp_path / "file"), force=True))
     assert listing(tmp_path) == {"file": b"new"}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_no_space(tmp_path: Path, code: int) -> None:
     with pytest.raises(NoSpace):
-        publish(Target(str(tmp_path / "file")), error=OSError(code, "full"))
+        published(Target(str(tmp_path / "file")), error=OSError(code, "full"))
 
 
 def test_targets_are_refused_before_writing(tmp_path: Path) -> None:
@@ -383,9 +523,9 @@ def test_a_link_leads_to_its_target(tmp_path: Path) -> None:
 
 def test_free_space_is_told_and_judged(tmp_path: Path) -> None:
     target = Target(str(tmp_path / "file"))
-    free = atomic.free_space(target)
+    free = free_space(target)
     assert free is not None
     assert free > 0
-    atomic.refuse_full(target, 0)
+    refuse_full(target, 0)
     with pytest.raises(NoSpace, match="are free"):
-        atomic.refuse_full(target, 1 << 60)
+        refuse_full(target, 1 << 60)

@@ -18,7 +18,7 @@ from ckptool import load_matching
 from ckptool.cli.verify import _Batches
 
 torch = pytest.importorskip("torch")
-GHOST = f"{Path(__file__).parent / 'ghost_net.py'}:ghost_net"
+GHOST = f"{Path(__file__).parents[1] / 'model/ghost_net.py'}:ghost_net"
 Run = Callable[..., Any]
 
 

@@ -32,7 +32,7 @@ from ckptool.state import edits
 Run = Callable[..., Outcome]
 PACKAGE = Path(ckptool.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 COMMANDS = [name for names in cli.GROUPS.values() for name in names]
 WRITERS = ["strip-prefix", "add-prefix", "unwrap", "transfer", "convert"]
 
@@ -1020,6 +1020,7 @@ def acting(text: str) -> set[str]:
     }
 
 
+@pytest.mark.product(4)
 @pytest.mark.parametrize(("env", "encoding"), ENCODINGS, ids=[str(row[0]) for row in ENCODINGS])
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("options", [[], ["--json"], ["--tree"]], ids=str)

@@ -145,3 +145,98 @@ def test_damage_is_refused_or_read(at: int, value: int, end: int, tmp_path: Path
     path.write_bytes(content[:end] if end % 3 else content)
     with suppress(FormatError):
         containers.read(path)
+
+
+# Headers that readers of tar disagree about.
+
+PICKLED = (GOOD / "torch_0_1.tar").read_bytes()
+
+
+def header(name: str, kind: bytes = b"0", nbytes: int = 0, **fields: bytes) -> bytes:
+    """Return a raw header; `fields` replace what tarfile writes at offsets `at_124=...`."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, nbytes
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT)[:512])
+    for at, data in fields.items():
+        block[int(at[3:]) : int(at[3:]) + len(data)] = data
+    if "at_148" not in fields:
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def about(kind: bytes, data: bytes) -> bytes:
+    """Return a header about the next member with its data."""
+    return header("about", kind, len(data)) + data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+
+def record(key: str, value: str = "1") -> bytes:
+    """Return a record of pax; its length has two digits."""
+    return b"%d %s=%s\n" % (len(key) + len(value) + 5, key.encode(), value.encode())
+
+
+PADDED = bytearray(about(b"x", record("comment", "abc")))
+PADDED[512 + 15 :] = record("path", "pickled").ljust(497, b"\0")
+REFUSED = {
+    "signed size": (header("a", at_124=b"-0000001000\0"), "no octal number"),
+    "underscore in a size": (header("a", at_124=b"0000000_000\0"), "no octal number"),
+    "negative size of pax": (about(b"x", record("size", "-1000")), "is no number"),
+    "long name and pax": (about(b"L", b"b\0") + about(b"x", record("path", "c")), "types Lx"),
+    "two long names": (about(b"L", b"b\0") + about(b"L", b"c\0"), "types LL"),
+    "pax twice": (about(b"x", record("path", "b")) + about(b"x", record("path", "c")), "types xx"),
+    "a path twice": (about(b"x", record("path", "b") + record("path", "c")), "pax header"),
+    "a record in the padding": (bytes(PADDED), "pax header"),
+    "name of a sparse file": (about(b"x", record("GNU.sparse.name", "b")), "sparse file"),
+    "pax of Solaris": (about(b"X", record("path", "b")), "unknown type 'X'"),
+    "unknown type": (header("a", b"V"), "unknown type 'V'"),
+    "path of all": (about(b"g", record("path", "b")), "about all members"),
+    "much about all": (
+        about(b"g", b"".join(record(f"key{n:02}") for n in range(65))),
+        "about all members",
+    ),
+    "long name of 2 MiB": (header("a", b"L", 2 << 20) + bytes(2 << 20), "bytes about one member"),
+    "a thousand headers": (about(b"g", record("comment")) * 1000, "types gg"),
+    "long name of nothing": (about(b"L", b"b\0") + bytes(512), "two ways"),
+    "mode that is none": (header("a", at_100=b"rwxrwx\0\0"), "checksum"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_readers_disagree_about_is_refused(name: str, tmp_path: Path) -> None:
+    first, words = REFUSED[name]
+    (tmp_path / "odd.tar").write_bytes(header("before") + first + PICKLED)
+    with pytest.raises(FormatError, match=words):
+        containers.read(tmp_path / "odd.tar")
+
+
+def test_a_comment_about_all_is_as_git_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "git.tar").write_bytes(about(b"g", record("comment", "a" * 40)) + PICKLED)
+    assert containers.read(tmp_path / "git.tar").container == "torch-tar"
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"at_257": bytes(8)}, ""),
+        ({"at_148": b"\x80" + bytes(7)}, "checksum"),
+        ({"at_148": b"000000\0?"}, "checksum"),
+    ],
+)
+def test_tarfile_decides_what_is_a_tar(
+    fields: dict[str, bytes], refused: str, tmp_path: Path
+) -> None:
+    """No magic, a checksum in base 256 or before rubbish: torch reads the tar, not the pickle."""
+    block = header("before", **fields)
+    total = 256 + sum(block[:148] + block[156:])
+    if refused:
+        number = b"%06o\0?" % total if b"?" in block else b"\x80" + total.to_bytes(7, "big")
+        block = block[:148] + number + block[156:]
+    (tmp_path / "odd.tar").write_bytes(block + PICKLED)
+    with tarfile.open(tmp_path / "odd.tar", "r:") as tar:
+        assert tar.getnames()[1] == "sys_info"
+    assert tars.is_tar(block)
+    if refused:
+        with pytest.raises(FormatError, match=refused):
+            containers.read(tmp_path / "odd.tar")
+    else:
+        assert containers.read(tmp_path / "odd.tar").container == "torch-tar"

@@ -12,8 +12,8 @@ import pytest
 from server import Reply, Server, serving
 
 from ckptool.errors import CkptoolError
+from ckptool.files.download import download
 from ckptool.files.http import Limits
-from ckptool.files.hub import download
 
 BODY = random.Random(1).randbytes(500_000)
 SHA = hashlib.sha256(BODY).hexdigest()

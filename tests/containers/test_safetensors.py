@@ -31,7 +31,7 @@ torch = pytest.importorskip("torch")
 library = pytest.importorskip("safetensors")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-FOLDER = Path(__file__).parent.parent / "fixtures"
+FOLDER = Path(__file__).parent.parent.parent / "fixtures"
 sys.path.append(str(FOLDER))
 
 from containers import safetensors  # noqa: E402

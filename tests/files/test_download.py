@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.files import fileio
-from ckptool.files.hub import NOTHING, download, temporary
+from ckptool.files.download import NOTHING, download, temporary
 
 
 def test_a_file_is_downloaded_whole_and_hashed(server: Server, tmp_path: Path) -> None:
@@ -106,10 +107,24 @@ def test_a_length_may_be_missing(server: Server, tmp_path: Path, more: dict[str,
     assert get(server.on("/f.pth", Reply(BODY, **more)), tmp_path).sha256 == SHA
 
 
-def test_a_temporary_download_goes(server: Server, tmp_path: Path) -> None:
-    with temporary(server.on("/f.pth", Reply(BODY)), folder=str(tmp_path), limits=QUICK) as done:
+def test_a_temporary_download_goes(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary(server.on("/f.pth", Reply(BODY)), limits=QUICK) as done:
         assert Path(done.path).read_bytes() == BODY
         assert Path(done.path).parent.parent == tmp_path
+    assert names(tmp_path) == []
+
+
+def test_a_temporary_download_that_fails_keeps_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url = server.on("/f.pth", Reply(BODY, stop=0.4, etag='"v1"'))
+    with pytest.raises(DownloadFailed) as caught, temporary(url, limits=QUICK):
+        pass
+    assert caught.value.hint == "run it again"
     assert names(tmp_path) == []
 
 
@@ -247,7 +262,7 @@ def test_the_longest_names_work(server: Server, tmp_path: Path, name: str) -> No
 
 
 def test_importing_it_loads_no_network() -> None:
-    script = "import sys, ckptool.files.hub, ckptool.model.weights; print(*sys.modules)"
+    script = "import sys, ckptool.files.download, ckptool.model.weights; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout.split()

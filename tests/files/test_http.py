@@ -28,7 +28,7 @@ from ckptool.errors import (
     DownloadFailed,
     NoSpace,
 )
-from ckptool.files import atomic, fileio, http
+from ckptool.files import fileio, http, publish
 from ckptool.files.http import Limits
 
 
@@ -73,9 +73,14 @@ def test_retry_after_is_kept_to(server: Server, tmp_path: Path) -> None:
     assert time.monotonic() - started >= 1
 
 
-@pytest.mark.parametrize("text", ["soon", "-1", "1e9", "Fri, 99 Foo", "\x00"])
-def test_a_senseless_retry_after_is_ignored(text: str) -> None:
-    assert http._retry_after(text) == 0
+@pytest.mark.parametrize(
+    "text", ["soon", "-1", "1e9", "Fri, 99 Foo", "\x00", "9" * 5000, "Fri, 32 Jan 99999 99:99:99"]
+)
+def test_a_senseless_retry_after_is_ignored(server: Server, tmp_path: Path, text: str) -> None:
+    url = server.on("/f.pth", Reply(status=429, headers={"Retry-After": text}), Reply(BODY))
+    started = time.monotonic()
+    assert get(url, tmp_path, limits=Limits(backoff=0.01, longest_wait=5)).sha256 == SHA
+    assert time.monotonic() - started < 2
 
 
 def test_a_hostile_reason_is_cut(server: Server, tmp_path: Path) -> None:
@@ -88,6 +93,9 @@ def test_a_hostile_reason_is_cut(server: Server, tmp_path: Path) -> None:
 def test_an_error_with_an_endless_body_ends(server: Server, tmp_path: Path) -> None:
     url = server.on("/f.pth", Reply(status=500, endless=True))
     assert "500" in refused(DownloadFailed, url, tmp_path).message
+    server.on("/f.pth", Reply(status=302, headers={"Location": "/g.pth"}, endless=True))
+    server.on("/g.pth", Reply(BODY))
+    assert get(url, tmp_path).sha256 == SHA
 
 
 @pytest.mark.parametrize(
@@ -154,14 +162,14 @@ def test_an_endless_body_is_stopped(server: Server, tmp_path: Path) -> None:
 def test_an_endless_body_leaves_the_disk_room(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "free_space", lambda target: 1_000_000)
+    monkeypatch.setattr(publish, "free_space", lambda target: 1_000_000)
     refused(NoSpace, server.on("/f.pth", Reply(endless=True)), tmp_path)
 
 
 def test_space_is_looked_at_first(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "free_space", lambda target: 1000)
+    monkeypatch.setattr(publish, "free_space", lambda target: 1000)
     refused(NoSpace, server.on("/f.pth", Reply(BODY, etag='"v1"')), tmp_path)
 
 
@@ -342,6 +350,18 @@ def test_no_proxy_is_kept_to(
     assert "the proxy" in refused(DownloadFailed, url, tmp_path).message
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert get(url, tmp_path).sha256 == SHA
+
+
+def test_each_redirect_goes_by_its_own_proxy(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.root)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        proxy.replies["http://weights.invalid/f.pth"] = [Reply(BODY)]
+        url = server.on("/f.pth", redirect("http://weights.invalid/f.pth"))
+        assert get(url, tmp_path).sha256 == SHA
+        assert (len(server.asked), len(proxy.asked)) == (1, 1)
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "quux://127.0.0.1:1"])

@@ -225,16 +225,17 @@ def test_no_shard_is_overwritten(run: Run, here: Path) -> None:
 def test_a_shard_that_changes_meanwhile_is_noticed(
     run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptool.files import copying
+    from ckptool.files import publish
 
     folder = save(here / "set", model())
-    real = copying.write_layout
+    real = publish.write_file
 
-    def touch(*arguments: Any, **more: Any) -> None:
-        real(*arguments, **more)
+    def touch(*arguments: Any, **more: Any) -> Any:
+        done = real(*arguments, **more)
         os.utime(folder / "model-00001-of-00002.safetensors")
+        return done
 
-    monkeypatch.setattr(copying, "write_layout", touch)
+    monkeypatch.setattr(publish, "write_file", touch)
     done = run("convert", folder, "out.pth")
     assert (done.code, "was changed while it was read" in done.err) == (3, True)
     assert not Path("out.pth").exists()

@@ -122,10 +122,19 @@ def test_a_part_of_another_url_is_not_gone_on_with(server: Server, tmp_path: Pat
 def test_a_part_without_a_validator_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
     url = interrupted(server, tmp_path)  # as a kill leaves it
     record = tmp_path / "f.pth.part.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "etag": ""}))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "validator": ""}))
     server.on("/f.pth", Reply(BODY[::-1], if_range=False))
     assert get(url, tmp_path).resumed_from == 0
     assert (tmp_path / "f.pth").read_bytes() == BODY[::-1]
+
+
+@pytest.mark.parametrize("validator", ['"v1"\n', '"v1"\r\nX: y', '"\u6a21"', 1, None])
+def test_a_planted_validator_is_not_sent(server: Server, tmp_path: Path, validator: object) -> None:
+    url = interrupted(server, tmp_path)
+    record = tmp_path / "f.pth.part.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "validator": validator}))
+    assert get(url, tmp_path).resumed_from == 0
+    assert server.headers("If-Range") == [None, None]
 
 
 def test_a_part_that_is_whole_is_checked_with_the_server(server: Server, tmp_path: Path) -> None:
@@ -181,7 +190,7 @@ def test_ctrl_c_keeps_the_part(server: Server, tmp_path: Path) -> None:
     assert 200_000 < done.resumed_from < len(BODY)
 
 
-SCRIPT = "import sys; from ckptool.files.hub import download; download(*sys.argv[1:])"
+SCRIPT = "import sys; from ckptool.files.download import download; download(*sys.argv[1:])"
 
 
 def begun_elsewhere(url: str, folder: Path) -> subprocess.Popen[bytes]:

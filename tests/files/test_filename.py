@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from downloads import SHA, names
 
-from ckptool.files import filehash, filename
+from ckptool.files import filename
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_the_name_in_a_header_is_harmless(header: str, name: str) -> None:
     ],
 )
 def test_what_counts_as_a_hash(name: str, expected: str | None) -> None:
-    assert filehash.hash_in(name) == expected
+    assert filename.hash_in(name) == expected
 
 
 def test_digits_count_in_the_registry() -> None:
-    assert filehash.hash_of_registry("vgg13-19584684.pth") == "19584684"
-    assert filehash.hash_of_registry("resnet18_fbgemm_16fa66dd.pth") == "16fa66dd"
-    assert filehash.hash_of_registry("resnet18.pth") is None
+    assert filename.hash_of_registry("vgg13-19584684.pth") == "19584684"
+    assert filename.hash_of_registry("resnet18_fbgemm_16fa66dd.pth") == "16fa66dd"
+    assert filename.hash_of_registry("resnet18.pth") is None

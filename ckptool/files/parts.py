@@ -1,0 +1,128 @@
+"""The part of a download: it grows beside its target, and a later run may go on with it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from ckptool.files import publish
+from ckptool.files.fileio import write_at
+from ckptool.files.publish import Target
+
+WINDOWS = os.name == "nt"
+
+
+@dataclass(slots=True)
+class Part:
+    """The growing part of a target, which a later run may go on with.
+
+    `kept` says whether it stays when this run fails; `warnings` what failed after it was
+    published. What a later run must know of it is beside it, in `record`.
+    """
+
+    fd: int
+    path: str
+    kept: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def record(self) -> str:
+        """Name the file beside the part."""
+        return f"{self.path}.json"
+
+    def note(self, text: str) -> None:
+        """Write the record."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        fd = os.open(self.record, flags, 0o666)
+        try:
+            write_at(fd, text.encode(), 0)
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove the part and its record."""
+        for path in (self.path, self.record):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def close(self) -> None:
+        """Close the part, and give up its lock."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@contextmanager
+def part_output(path: str, target: Target) -> Iterator[Part | None]:
+    """Open the part of a target for this process alone; publish it when the block ends well.
+
+    Yields None where another process has it. Whatever fails, the target stays as it was. The lock
+    is held until the part is gone, so that nobody grows a file that is published already.
+    Raises `NoSpace`, `OutputExists` or `WriteError`.
+    """
+    try:
+        part = _open_alone(path)
+        if part is None:
+            yield None
+            return
+        try:
+            yield part
+            part.kept = False
+            publish.finish(part.fd, target, sync=target.sync)
+            if WINDOWS:  # where an open file can be neither renamed nor removed
+                part.close()
+            publish.move_file(path, target)
+            part.warnings += publish.flushed(target)
+        except OSError:  # a full disk is given back
+            part.kept = False
+            raise
+        finally:
+            if WINDOWS:
+                part.close()
+            if not part.kept:
+                part.remove()
+            part.close()
+    except OSError as error:
+        raise publish.write_error(error, target) from error
+
+
+def _open_alone(path: str) -> Part | None:
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    while True:
+        part = Part(os.open(path, flags, 0o666), path)
+        try:
+            if not stat.S_ISREG(os.fstat(part.fd).st_mode):
+                raise FileExistsError(errno.EEXIST, f"{path} is not a regular file")
+            if not _locked(part.fd):
+                part.close()
+                return None
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(part.fd)):
+                return part
+        except BaseException:
+            part.close()
+            raise
+        part.close()  # published or removed by another process between the open and the lock
+
+
+def _locked(fd: int) -> bool:
+    """Lock a file without waiting; a file system that knows no locks is taken as it is."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(fd, 1 << 40, os.SEEK_SET)  # beyond the data: a locked byte cannot be read
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
