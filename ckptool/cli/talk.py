@@ -71,8 +71,9 @@ def warn(lines: Iterable[str]) -> None:
 class Progress:
     """A bar on a terminal once a job takes longer than a second, plain lines elsewhere."""
 
-    def __init__(self, what: str, *, quiet: bool) -> None:
+    def __init__(self, what: str, *, quiet: bool, unit: str = "B") -> None:
         self._what = visible(os.path.basename(what))
+        self._unit = unit
         self._total = 0
         self._quiet = quiet
         self._done = 0
@@ -86,21 +87,25 @@ class Progress:
         self._started = self._said = time.monotonic()
         return self
 
-    def __call__(self, nbytes: int) -> None:
-        """Count bytes; may be called from any thread."""
+    def __call__(self, count: int) -> None:
+        """Count bytes, or another unit; may be called from any thread."""
         with self._lock:
-            self._done += nbytes
+            self._done += count
+            now = time.monotonic()
             if self._bar is not None:
-                self._bar.update(nbytes)
-            elif not self._quiet and time.monotonic() - self._started > BAR_AFTER:
-                self._show()
+                self._bar.update(count)
+            elif not self._quiet and now - self._started > BAR_AFTER:
+                self._show(now)
 
-    def reached(self, done: int, total: int | None) -> None:
-        """Count up to `done` of `total` bytes; a total of None is not known."""
+    def reached(self, done: int, total: int | None, what: str = "") -> None:
+        """Count up to `done` of `total`, of another name; a total of None is not known."""
         self._total = total or 0
+        self._what = visible(what) or self._what
+        if self._bar is not None:
+            self._bar.set_description(self._what, refresh=False)
         self(done - self._done)
 
-    def _show(self) -> None:
+    def _show(self, now: float) -> None:
         if sys.stderr.isatty():
             from shutil import get_terminal_size
 
@@ -110,8 +115,8 @@ class Progress:
             self._bar = tqdm(
                 total=self._total or None,
                 desc=self._what,
-                unit="B",
-                unit_scale=True,
+                unit=self._unit,
+                unit_scale=self._unit == "B",
                 unit_divisor=1024,
                 ascii=True,
                 leave=False,
@@ -119,16 +124,20 @@ class Progress:
                 ncols=size.columns,
                 nrows=size.lines,
             )
-            passed = time.monotonic() - self._started
-            self._bar.start_t -= passed
-            self._bar.last_print_t -= passed
+            self._bar.start_t -= now - self._started
+            self._bar.last_print_t -= now - self._started
             self._bar.n = self._done
             self._bar.refresh()
-        elif time.monotonic() - self._said > LINE_EVERY:
-            self._said = time.monotonic()
-            speed = readable(int(self._done / (self._said - self._started)))
-            total = f" of {readable(self._total)}" if self._total else ""
-            say([f"{self._what}: {readable(self._done)}{total}, {speed}/s"])
+        elif now - self._said > LINE_EVERY:
+            self._said = now
+            say([f"{self._what}: {self._reached()}"])
+
+    def _reached(self) -> str:
+        if self._unit != "B":
+            return f"{self._unit} {self._done} of {self._total}"
+        speed = readable(int(self._done / (self._said - self._started)))
+        total = f" of {readable(self._total)}" if self._total else ""
+        return f"{readable(self._done)}{total}, {speed}/s"
 
     def __enter__(self) -> Progress:
         return self

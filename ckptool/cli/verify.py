@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import click
 
 from ckptool.cli import talk
 from ckptool.cli._options import Command
-from ckptool.text import visible
 
 DIFFERENT = 1
 
@@ -78,8 +74,13 @@ def command(
     from ckptool.model import zoo
     from ckptool.verbs import api
 
-    with _Batches(quiet=quiet) as progress:
-        found = api.verify(
+    with talk.Progress("", quiet=quiet, unit="batch") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            if total > 2:  # a single batch on each side is no progress
+                bar.reached(done, total, what)
+
+        verification = api.verify(
             reference,
             candidate,
             model,
@@ -90,48 +91,9 @@ def command(
             **how,
         )
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put([report.document(verification.to_dict())])
     else:
         rows = report_model.run_table if talk.on_terminal() else report_model.run_rows
-        talk.put(rows(found))
-    talk.say(report_model.verification_lines(found), quiet=quiet)
-    return 0 if found.identical else DIFFERENT
-
-
-class _Batches:
-    """Progress over the batches of a folder: a bar on a terminal, a line at times elsewhere."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._quiet or now - self._started < talk.BAR_AFTER or total <= 2:
-            return
-        if sys.stderr.isatty():
-            self._draw(what, done, total)
-        elif now - self._said > talk.LINE_EVERY:
-            self._said = now
-            talk.say([f"{visible(what)}: batch {done} of {total}"])
-
-    def _draw(self, what: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(total=total, unit="batch", ascii=True, leave=False)
-        self._bar.set_description(visible(what), refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> _Batches:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        talk.put(rows(verification))
+    talk.say(report_model.verification_lines(verification), quiet=quiet)
+    return 0 if verification.identical else DIFFERENT

@@ -1,4 +1,4 @@
-"""Devices by name, settings that make their arithmetic repeatable, and memory given back."""
+"""Devices by name, settings that make their arithmetic repeatable, and their memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ckptool.errors import BadInput, NoDevice, OutOfMemory
@@ -20,10 +20,10 @@ _LESS = "a smaller --batch-size, --device cpu or --dtype half needs less"
 
 
 def resolve(name: str) -> Any:
-    """Give the `torch.device` of `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+    """Return the `torch.device` of `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
-    `auto` is CUDA, else MPS, else the CPU. Raises `NoDevice` for one that is not here: never is
-    another one taken instead.
+    `auto` is CUDA, else MPS, else the CPU. Raises `NoDevice` for one that is absent: another one
+    never takes its place.
     """
     torch = libraries.torch()
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
@@ -53,39 +53,32 @@ def _cuda(torch: Any, name: str, available: bool) -> Any:
     if index >= count:
         raise NoDevice(
             f"there is no device `{name}` here",
-            evidence=[
-                f"cuda:{each} is {torch.cuda.get_device_name(each)}" for each in range(count)
-            ],
+            evidence=[f"cuda:{i} is {torch.cuda.get_device_name(i)}" for i in range(count)],
         )
     return torch.device("cuda", index)
 
 
 def describe(device: Any) -> str:
-    """Name a device's model."""
+    """Return the name of a device's model."""
     if device.type == "cuda":
         return str(libraries.torch().cuda.get_device_name(device))
     import platform
 
-    return _cpu_name() or platform.processor() or platform.machine()
-
-
-def _cpu_name() -> str:
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         for line in lines:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return ""
+    return platform.processor() or platform.machine()
 
 
 def synchronize(device: Any) -> None:
-    """Wait until a device has done what it was given."""
-    torch = libraries.torch()
+    """Wait until a device has finished its work."""
     if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+        getattr(libraries.torch(), device.type).synchronize()
 
 
 def free(device: Any, last: Callable[[], Any] = lambda: None) -> None:
-    """Give a device's memory back; `last` is a weak reference to the model that held it.
+    """Release a device's unused memory; `last` is a weak reference to the model that used it.
 
     A model in a reference cycle is collected; that takes long, and most models are in none.
     """
@@ -100,12 +93,12 @@ def free(device: Any, last: Callable[[], Any] = lambda: None) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether an exception, or what caused it, says that memory ran out, on any device."""
+    """Check whether an exception, or what caused it, says that memory ran out, on any device."""
     known = (MemoryError, libraries.torch().OutOfMemoryError)
     words = ("can't allocate memory", "not enough memory", "out of memory")
     while error is not None:
         text = str(error).lower() if isinstance(error, RuntimeError) else ""
-        if isinstance(error, known) or any(each in text for each in words):
+        if isinstance(error, known) or any(word in text for word in words):
             return True
         error = error.__cause__
     return False
@@ -131,101 +124,69 @@ def repeatable(seed: int, *, allow_tf32: bool = False) -> Iterator[None]:
     An operator without a deterministic version runs and warns: whether a model repeats itself is
     found out by running it twice.
     """
-    with _random_states(), _algorithms(), _float32(allow_tf32):
-        sow(seed)
+    import numpy
+
+    torch = libraries.torch()
+    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(used), ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(numpy.random.set_state, numpy.random.get_state())
+        undo.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        name, value = _WORKSPACE
+        if name not in os.environ:
+            os.environ[name] = value
+            undo.callback(os.environ.pop, name, None)
+        if not _uses_fp32_precision(torch):
+            # Last of all: the two `allow_tf32` change it.
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        for owner, name, setting in _settings(torch, allow_tf32):
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, setting)
+        seed_everything(seed)
         yield
 
 
-def sow(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Seed every generator that a model may draw from."""
-    torch = libraries.torch()
-    torch.manual_seed(seed)
+    import numpy
+
+    libraries.torch().manual_seed(seed)
     random.seed(seed)
-    with suppress(ImportError):
-        import numpy
-
-        numpy.random.seed(seed % 2**32)
+    numpy.random.seed(seed % 2**32)
 
 
-@contextmanager
-def _random_states() -> Iterator[None]:
-    torch = libraries.torch()
-    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    state, numpy_random = random.getstate(), None
-    with suppress(ImportError):
-        import numpy
+def _settings(torch: Any, allow_tf32: bool) -> list[tuple[Any, str, object]]:
+    """List owner, name and value of the attributes that decide how arithmetic is done.
 
-        numpy_random = numpy.random
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    try:
-        with torch.random.fork_rng(used):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy_random and numpy_state is not None:
-            numpy_random.set_state(numpy_state)
-
-
-@contextmanager
-def _algorithms() -> Iterator[None]:
-    torch = libraries.torch()
-    was = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn, filling = torch.backends.cudnn, torch.utils.deterministic
-    name, value = _WORKSPACE
-    absent = name not in os.environ
-    os.environ.setdefault(name, value)
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with (
-            _setting(cudnn, "benchmark", False),
-            _setting(cudnn, "deterministic", True),
-            _setting(filling, "fill_uninitialized_memory", False),
-        ):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=warned)
-        if absent:
-            os.environ.pop(name, None)
-
-
-@contextmanager
-def _float32(allow_tf32: bool) -> Iterator[None]:
-    """Fix the precision of float32 arithmetic.
-
-    Through the older settings, which a model's own code may read: that raises where only the
-    newer ones are set. A program that used the newer ones gets those.
+    The precision of float32 goes through the older settings, which a model's own code may read:
+    that raises where only the newer ones are set. A program that used the newer ones gets those.
     """
-    torch = libraries.torch()
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    if _is_mixed(torch):
-        value, name = "tf32" if allow_tf32 else "ieee", "fp32_precision"
-        with _setting(matmul, name, value), _setting(cudnn.conv, name, value):
-            yield
-        return
-    before = torch.get_float32_matmul_precision()
-    try:
-        with _setting(cudnn, "allow_tf32", allow_tf32), _setting(matmul, "allow_tf32", allow_tf32):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    float32: list[tuple[Any, str, object]] = [
+        (cudnn, "allow_tf32", allow_tf32),
+        (matmul, "allow_tf32", allow_tf32),
+    ]
+    if _uses_fp32_precision(torch):
+        precision = "tf32" if allow_tf32 else "ieee"
+        float32 = [(owner, "fp32_precision", precision) for owner in (matmul, cudnn.conv)]
+    return [
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),
+        *float32,
+    ]
 
 
-def _is_mixed(torch: Any) -> bool:
-    """Tell whether a program has set the newer precisions, so that the older cannot be read."""
+def _uses_fp32_precision(torch: Any) -> bool:
+    """Check whether a program has set the newer precisions, so that the older cannot be read."""
     try:
         torch.get_float32_matmul_precision()
         _ = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:
         return True
     return False
-
-
-@contextmanager
-def _setting(place: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(place, name)
-    setattr(place, name, value)
-    try:
-        yield
-    finally:
-        setattr(place, name, before)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptool import containers
 from ckptool.errors import BadInput
@@ -45,7 +45,12 @@ def _state_dict(given: nn.Module | Mapping[str, object]) -> tuple[str, Mapping[s
     """Return a name for messages, and a dict as torch itself would save it."""
     if not isinstance(given, Mapping):
         return f"({zoo.named(given)})", given.state_dict()
-    state_dict = OrderedDict(given)
-    if hasattr(given, "_metadata"):
-        state_dict._metadata = given._metadata  # type: ignore[attr-defined]
-    return "(state_dict)", state_dict
+    return "(state_dict)", chosen(given, given)
+
+
+def chosen(state_dict: Mapping[str, Any], keys: Iterable[str]) -> OrderedDict[str, Any]:
+    """Return some entries of a state_dict, with its `_metadata`: torch keeps that beside them."""
+    entries = OrderedDict((key, state_dict[key]) for key in keys)
+    if hasattr(state_dict, "_metadata"):
+        entries._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return entries

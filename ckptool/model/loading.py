@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +35,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A state_dict of real tensors, where it sat, and what could not be made of the file.
+    """A state_dict of real tensors, and its path in the file.
 
-    `left_out` gives the reason for each key whose value is neither a tensor nor plain.
+    `left_out` has the reason for each key whose value is neither a tensor nor plain.
     """
 
     state_dict: OrderedDict[str, Any]
     at: tuple[str, ...]
     left_out: dict[str, str]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +59,8 @@ class Matching:
     """What `load_matching` loaded, by the names of the bare model, and what it did not.
 
     `missing` are keys of the model that the file does not fill; one that is tied to a filled one
-    stands in `tied` instead. `filled` is the share of the model's parameter elements that were
-    loaded. `left_out` gives the reason for each entry that is neither a tensor nor plain;
+    is in `tied` instead. `filled` is the share of the model's parameter elements that were
+    loaded. `left_out` has the reason for each entry that is neither a tensor nor plain;
     `wrappers` are the prefixes taken off the file's keys.
     """
 
@@ -130,7 +129,7 @@ def revive(checkpoint: Checkpoint, state: StateDict, device: str = "cpu") -> Loa
                 left_out[key] = error.message
         if state.metadata is not None:
             values._metadata = make(state.metadata)  # type: ignore[attr-defined]
-    return Loaded(values, state.at, left_out, (*checkpoint.notes, *state.notes))
+    return Loaded(values, state.at, left_out)
 
 
 def check_sums(state: StateDict) -> None:
@@ -164,16 +163,16 @@ def on_device(device: str) -> Iterator[None]:
 # Into a model.
 
 
-def shape(value: Any) -> tuple[int, ...] | None:
-    """Give the shape of a tensor, None for another value or a parameter still to be made."""
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, None for another value or a parameter still to be made."""
     try:
         return tuple(value.shape)
     except (AttributeError, RuntimeError):
         return None
 
 
-def ties(model: Any) -> dict[str, tuple[str, ...]]:
-    """Say of each key of a model which keys are the same parameter or buffer, itself included."""
+def _ties(model: Any) -> dict[str, tuple[str, ...]]:
+    """Map each key of a model to all keys of the same parameter or buffer, itself included."""
     groups: dict[int, list[str]] = {}
     for pairs in (model.named_parameters, model.named_buffers):
         for key, tensor in pairs(remove_duplicate=False):
@@ -181,19 +180,18 @@ def ties(model: Any) -> dict[str, tuple[str, ...]]:
     return {key: tuple(keys) for keys in groups.values() for key in keys}
 
 
-def mismatches(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Mismatch]:
+def _mismatches(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[Mismatch]:
     """List the keys that both have, with different shapes."""
-    found = {}
-    for key in given:
-        if key in wanted:
-            here, there = shape(given[key]), shape(wanted[key])
-            if here != there and not is_lazy(wanted[key]):
-                found[key] = Mismatch(key, here, there)
-    return found
+    pairs = [(key, given[key], wanted[key]) for key in given if key in wanted]
+    return [
+        Mismatch(key, _shape(here), _shape(there))
+        for key, here, there in pairs
+        if not _is_lazy(there) and _shape(here) != _shape(there)
+    ]
 
 
-def is_lazy(value: Any) -> bool:
-    """Tell whether a parameter takes its shape from what is loaded."""
+def _is_lazy(value: Any) -> bool:
+    """Check whether a parameter takes its shape from what is loaded."""
     return type(value).__name__ in ("UninitializedParameter", "UninitializedBuffer")
 
 
@@ -227,43 +225,35 @@ def load_matching(
 def _load_matching(
     model: Any, checkpoint: Checkpoint, drop: str | Sequence[str], at: str | None
 ) -> Matching:
-    refuse_meta(model)
+    _refuse_meta(model)
     loaded = load(checkpoint, "cpu", at)
-    keys = list(loaded.state_dict)
-    target = model.state_dict()
-    outer = "".join(edits.peeled(list(target)))
+    outer = "".join(edits.peeled(list(model.state_dict())))
     steps = [edits.strip_wrappers(required=False), *([edits.drop(drop)] if drop else [])]
     state, key_map = rekeyed(loaded.state_dict, steps, outer)
-    unfit = mismatches(target, state)
-    for key in unfit:
-        del state[key]
-    absent, unexpected = into(model, state)
-    tied = tied_to(model, absent, state)
-    others = set(unexpected)
-    matched = [key for key in state if key not in others]
-    if not matched:
+    fit = load_fitting(model, state)
+    if not fit.matched:
         warnings.warn(f"{checkpoint.path}: nothing in it fits the model", stacklevel=3)
 
     def bare(keys: Iterable[str]) -> tuple[str, ...]:
         return tuple(key.removeprefix(outer) for key in keys)
 
     return Matching(
-        matched=bare(matched),
+        matched=bare(fit.matched),
         mismatched=tuple(
-            Mismatch(key.removeprefix(outer), each.here, each.there) for key, each in unfit.items()
+            replace(mismatch, key=mismatch.key.removeprefix(outer)) for mismatch in fit.mismatched
         ),
-        missing=bare(key for key in absent if key not in unfit and key not in tied),
-        unexpected=bare(unexpected),
+        missing=bare(fit.missing),
+        unexpected=bare(fit.unexpected),
         dropped=tuple(key_map.dropped),
-        tied=bare(tied),
-        filled=filled(model, matched),
+        tied=bare(fit.tied),
+        filled=_filled(model, fit.matched),
         left_out=loaded.left_out,
-        wrappers=tuple(edits.peeled(keys)),
+        wrappers=tuple(edits.peeled(list(loaded.state_dict))),
         at=loaded.at,
     )
 
 
-def refuse_meta(model: Any) -> None:
+def _refuse_meta(model: Any) -> None:
     """Raise `BadInput` for a model without memory: torch would load into it, and do nothing."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise BadInput(
@@ -293,13 +283,43 @@ def rekeyed(
     return moved, key_map
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What of a state_dict was loaded into a model, by the keys of both, and what was not.
+
+    A missing key that is tied to a loaded one is in `tied` instead.
+    """
+
+    matched: list[str]
+    mismatched: list[Mismatch]
+    missing: list[str]
+    unexpected: list[str]
+    tied: list[str]
+
+
+def load_fitting(model: Any, state: Mapping[str, Any]) -> Fit:
+    """Load the entries whose shapes fit; raises `DoesNotLoad` for what torch refuses."""
+    mismatched = _mismatches(model.state_dict(), state)
+    unfit = {mismatch.key for mismatch in mismatched}
+    fitting = live.chosen(state, (key for key in state if key not in unfit))
+    absent, unexpected = into(model, fitting)
+    tied, others = tied_to(model, absent, fitting), set(unexpected)
+    return Fit(
+        matched=[key for key in fitting if key not in others],
+        mismatched=mismatched,
+        missing=[key for key in absent if key not in unfit and key not in tied],
+        unexpected=unexpected,
+        tied=tied,
+    )
+
+
 def into(model: Any, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Load a state_dict whose shapes fit; give the missing and the unexpected keys.
+    """Load a state_dict whose shapes fit; return the missing and the unexpected keys.
 
     Raises `DoesNotLoad` for what torch refuses beyond that.
     """
     try:
-        found = model.load_state_dict(state, strict=False)
+        keys = model.load_state_dict(state, strict=False)
     except Exception as error:  # a module's own `_load_from_state_dict` may raise anything
         if is_out_of_memory(error):
             raise
@@ -307,22 +327,22 @@ def into(model: Any, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         raise DoesNotLoad(
             f"{type(model).__name__} does not take the state_dict", evidence=lines[-5:]
         ) from error
-    return list(found.missing_keys), list(found.unexpected_keys)
+    return list(keys.missing_keys), list(keys.unexpected_keys)
 
 
 def tied_to(model: Any, missing: Sequence[str], state: Mapping[str, Any]) -> list[str]:
     """List the missing keys that the model ties to a key that was loaded."""
-    groups = ties(model)
+    groups = _ties(model)
     return [key for key in missing if any(other in state for other in groups.get(key, ()))]
 
 
-def filled(model: Any, loaded: Sequence[str]) -> float:
-    """Give the share of a model's parameter elements that were loaded; 1 if it has none."""
-    known = set(loaded)
-    groups = ties(model)
-    total = have = 0
-    for key, parameter in model.named_parameters():
-        count = 0 if is_lazy(parameter) else parameter.numel()
-        total += count
-        have += count if any(each in known for each in groups[key]) else 0
+def _filled(model: Any, loaded: Sequence[str]) -> float:
+    """Return the share of a model's parameter elements that were loaded; 1 if it has none."""
+    known, groups = set(loaded), _ties(model)
+    counts = {
+        key: 0 if _is_lazy(parameter) else parameter.numel()
+        for key, parameter in model.named_parameters()
+    }
+    have = sum(count for key, count in counts.items() if not known.isdisjoint(groups[key]))
+    total = sum(counts.values())
     return have / total if total else 1.0

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ckptool import containers
@@ -31,7 +30,7 @@ from ckptool.tensors.tensor import Packing, TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that was read as data, and its state_dict; `file` is where it is, `path` its name."""
+    """A file that was read as data, and its state_dict; `file` is its path on the disk."""
 
     file: str
     checkpoint: Checkpoint
@@ -57,18 +56,12 @@ class _Refused(Exception):
 
 
 @contextmanager
-def opened(given: CheckpointLike, at: str | None, option: str) -> Iterator[Source]:
+def opened(given: CheckpointLike, at: str | None = None, option: str = "--at") -> Iterator[Source]:
     """Read a file, or what is in memory, and find its state_dict, which `option` chooses."""
     with live.opened(given) as checkpoint:
         is_file = isinstance(given, str | os.PathLike)
         file = checkpoint.path if is_file else checkpoint.files[0][0]
         yield Source(file, checkpoint, places.find(checkpoint, at, option))
-
-
-def read(path: str | Path, at: str | None = None) -> Source:
-    """Read a file as data and find its state_dict."""
-    checkpoint = containers.read(path)
-    return Source(str(path), checkpoint, places.find(checkpoint, at))
 
 
 def load(source: Source) -> Native:
@@ -89,7 +82,7 @@ def load(source: Source) -> Native:
 def _by_torch(source: Source) -> Native:
     verdict = safety.judge(source.checkpoint.globals)
     if verdict.level is not Level.PLAIN:
-        names = [str(each) for each in (*verdict.dangerous, *verdict.foreign)]
+        names = [*map(str, (*verdict.dangerous, *verdict.foreign))]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise _Refused(f"it names {', '.join(names[:3])}{more}, not given to torch.load")
     torch = libraries.torch()
@@ -99,25 +92,24 @@ def _by_torch(source: Source) -> Native:
             whole = torch.load(
                 source.file, map_location="cpu", weights_only=True, mmap=_can_map(source)
             )
-        found = _taken_out(whole, source.state)
+        return Native(_taken_out(whole, source.state), "torch.load")
     except _Refused:
         raise
     except Exception as error:  # an unpickler may raise anything
         if is_out_of_memory(error):
             raise
         raise _Refused(f"torch.load refuses it ({_reason(error)})") from error
-    return Native(found, "torch.load")
 
 
 def _reason(error: Exception) -> str:
-    """Give what torch says is wrong, without its advice to turn safety off."""
-    found = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
-    text = found[1] if found else last_line(error)
+    """Return what torch reports as wrong, without its advice to turn safety off."""
+    match = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
+    text = match[1] if match else last_line(error)
     return re.split(r"Please |Re-running|In PyTorch 2\.6", text)[0].strip().rstrip(".")[:160]
 
 
 def _can_map(source: Source) -> bool:
-    """torch maps zip files only, and none with deflated records."""
+    """Check whether torch can map the file: a zip file without deflated records."""
     tensors = (tensor for _, tensor in walk.tensors(source.checkpoint.tree))
     return containers.by_name(source.checkpoint.container).traits.memory_mapped and all(
         tensor.storage.packing is Packing.PLAIN
@@ -127,14 +119,14 @@ def _can_map(source: Source) -> bool:
 
 
 def _taken_out(whole: Any, state: StateDict) -> Mapping[str, Any]:
-    found = whole
+    part = whole
     for step in state.at:
-        found = found[step]
-    if list(found) != list(state.entries):
-        found = _joined(found)
-    if not isinstance(found, Mapping) or set(found) != set(state.entries):
+        part = part[step]
+    if list(part) != list(state.entries):
+        part = _joined(part)
+    if not isinstance(part, Mapping) or set(part) != set(state.entries):
         raise _Refused("torch.load gives other keys")
-    return found
+    return part
 
 
 def _joined(parts: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -160,15 +152,15 @@ def _by_safetensors(source: Source) -> Native:
     for alias, kept in ties.items():
         if alias not in loaded and kept in loaded:
             loaded[alias] = loaded[kept]
-    ordered = OrderedDict((key, loaded[key]) for key in source.state.entries if key in loaded)
-    if len(ordered) != len(loaded) or len(ordered) != len(source.state.entries):
+    if set(loaded) != set(source.state.entries):
         raise _Refused("safetensors gives other keys")
+    ordered = OrderedDict((key, loaded[key]) for key in source.state.entries)
     note = f"{source.path} ties {', '.join(list(ties)[:3])}: restored from ckptool's note in it"
     return Native(ordered, "safetensors", (note,) if ties else ())
 
 
 def _ties(state: StateDict) -> dict[str, str]:
-    """Say of each key that shares its exact view with another which one that is."""
+    """Map each key that shares its exact view with another to that one."""
     first: dict[Any, str] = {}
     ties = {}
     for key, info in state.entries.items():

@@ -6,14 +6,13 @@ The reference is loaded as its author would, in `nn.DataParallel` where every ke
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckptool.errors import DoesNotLoad
-from ckptool.model import devices, libraries, loading, native, zoo
-from ckptool.model.loading import Mismatch
+from ckptool.model import devices, libraries, live, loading, native, zoo
+from ckptool.model.loading import Fit, Mismatch
 from ckptool.model.native import Source
 from ckptool.model.zoo import ModelLike, argument, named
 from ckptool.state import edits
@@ -58,7 +57,7 @@ def wrappers(source: Source) -> tuple[str, ...]:
 
 def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Subject:
     """Make the model, load one side's weights into it, and bring it to a device."""
-    devices.sow(recipe.seed)
+    devices.seed_everything(recipe.seed)
     model = zoo.build(recipe.spec, recipe.args, "cpu").eval()
     loaded = native.load(source)
     notes = list(loaded.notes)
@@ -80,7 +79,7 @@ def _parallel(model: Any, device: Any = None) -> Any:
     """Wrap a model in `nn.DataParallel` on the one device that it is on.
 
     On a machine with GPUs its constructor would move the model there; without one it does
-    what stands here (torch/nn/parallel/data_parallel.py, `__init__`).
+    as below (torch/nn/parallel/data_parallel.py, `__init__`).
     """
     torch = libraries.torch()
     if device is not None and device.type == "cuda":
@@ -95,21 +94,15 @@ def _strictly(
     model: Any, state: Mapping[str, Any], recipe: Recipe, source: Source, reference: bool
 ) -> None:
     """Load everything; raise `DoesNotLoad` with what is in the way, and what would mend it."""
-    unfit = loading.mismatches(model.state_dict(), state)
-    fitting = OrderedDict((key, value) for key, value in state.items() if key not in unfit)
-    if hasattr(state, "_metadata"):
-        fitting._metadata = state._metadata  # type: ignore[attr-defined]
-    absent, unexpected = loading.into(model, fitting)
-    tied = set(loading.tied_to(model, absent, fitting))
-    missing = [key for key in absent if key not in unfit and key not in tied]
-    if missing or unexpected or unfit:
-        raise _does_not_load(recipe, source, reference, missing, unexpected, list(unfit.values()))
+    fit = loading.load_fitting(model, state)
+    if fit.missing or fit.unexpected or fit.mismatched:
+        raise _does_not_load(recipe, source, reference, fit)
 
 
 def _partly(model: Any, state: Mapping[str, Any], recipe: Recipe) -> None:
     """Load the keys that both sides have; give all others the same values on both sides."""
     common = recipe.common or frozenset()
-    chosen = OrderedDict((key, value) for key, value in state.items() if key in common)
+    chosen = live.chosen(state, (key for key in state if key in common))
     if not recipe.initial:
         tensor = libraries.torch().Tensor
         tied = set(loading.tied_to(model, list(model.state_dict()), chosen))
@@ -118,8 +111,6 @@ def _partly(model: Any, state: Mapping[str, Any], recipe: Recipe) -> None:
             for key, value in model.state_dict().items()
             if key not in common and key not in tied and isinstance(value, tensor)
         )
-    if hasattr(state, "_metadata"):
-        chosen._metadata = state._metadata  # type: ignore[attr-defined]
     loading.into(model, chosen)
     loading.into(model, recipe.initial)
 
@@ -132,54 +123,54 @@ def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozens
 
     Raises `DoesNotLoad` where there are none.
     """
-    wanted = {key: sizes for key, (_, sizes) in zoo.shapes(recipe.spec, recipe.args).items()}
+    wanted = zoo.shapes(recipe.spec, recipe.args)
     outer = wrappers(reference)
-    left = {edits.unwrapped(key, outer): sizes for key, sizes in _shapes(reference.state)}
-    right = dict(_shapes(candidate.state))
-    found = frozenset(
+    left = {edits.unwrapped(key, outer): sizes for key, sizes in _shapes(reference.state).items()}
+    right = _shapes(candidate.state)
+    common = frozenset(
         key for key, sizes in wanted.items() if left.get(key) == sizes == right.get(key)
     )
-    if not found:
+    if not common:
         raise DoesNotLoad(
             f"{reference.path}, {candidate.path} and `{named(recipe.spec)}` "
             "have no tensor in common",
             evidence=_named("the model's", wanted) + _named("the candidate's", right),
             hint=_peeling(candidate),
         )
-    return found
+    return common
 
 
 def left_out(recipe: Recipe, common: frozenset[str]) -> list[str]:
     """Name the modules of which not every tensor is loaded on both sides."""
-    keys = zoo.shapes(recipe.spec, recipe.args)
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys if key not in common))
+    keys = (key for key in zoo.shapes(recipe.spec, recipe.args) if key not in common)
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
 
 
-def _shapes(state: StateDict) -> list[tuple[str, tuple[int, ...]]]:
-    return [
-        (key, tuple(value.shape))
+def _shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(value.shape)
         for key, value in state.entries.items()
         if isinstance(value, TENSORS)
+    }
+
+
+def _does_not_load(recipe: Recipe, source: Source, reference: bool, fit: Fit) -> DoesNotLoad:
+    unfit = fit.mismatched
+    shapes = [
+        f"{mismatch.key} {_size(mismatch.here)}, {_size(mismatch.there)} in the model"
+        for mismatch in unfit
     ]
-
-
-def _does_not_load(
-    recipe: Recipe,
-    source: Source,
-    reference: bool,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    unfit: Sequence[Mismatch],
-) -> DoesNotLoad:
-    counts = [("missing", missing), ("unexpected", unexpected), ("of another shape", unfit)]
-    told = ", ".join(f"{len(keys)} {what}" for what, keys in counts if keys)
-    shapes = [f"{each.key} {_size(each.here)}, {_size(each.there)} in the model" for each in unfit]
-    evidence = _named("missing", missing) + _named("unexpected", unexpected)
+    lists = [
+        ("missing", "missing", fit.missing),
+        ("unexpected", "unexpected", fit.unexpected),
+        ("of another shape", "shape differs", shapes),
+    ]
+    counts = ", ".join(f"{len(lines)} {what}" for what, _, lines in lists if lines)
     role = "reference" if reference else "candidate"
     option, hint = _own_classes(unfit) if reference else ("", _mending(recipe, source, unfit))
     return DoesNotLoad(
-        f"the {role} {source.path} does not load into `{named(recipe.spec)}`: {told}",
-        evidence=evidence + _named("shape differs", shapes),
+        f"the {role} {source.path} does not load into `{named(recipe.spec)}`: {counts}",
+        evidence=[line for _, what, lines in lists for line in _named(what, lines)],
         hint=hint,
         option=option,
     )
@@ -198,21 +189,19 @@ def _named(what: str, keys: Iterable[str]) -> list[str]:
 
 def _own_classes(unfit: Sequence[Mismatch]) -> tuple[str, str]:
     """Guess from a head of another size how many classes the model should have."""
-    counts = {each.here[0] for each in unfit if each.here}
-    if len(counts) == 1 and all(each.here and each.there for each in unfit):
+    counts = {mismatch.here[0] if mismatch.here and mismatch.there else None for mismatch in unfit}
+    if len(counts) == 1 and None not in counts:
         option = f"--model-arg num_classes={counts.pop()}"
         return option, "makes the model with that many classes"
     return "--partial", "compares what both files have and the model takes"
 
 
 def _peeling(source: Source) -> str:
-    path = quoted(source.path)
-    if wrappers(source):
-        extra = "" if wrappers(source) == ("module.",) else " --prefix auto"
-        return f"ckptool strip-prefix {path} OUT{extra}"
-    if any(key.startswith(edits.DEFAULT_PREFIX) for key in source.state.entries):
-        return f"ckptool strip-prefix {path} OUT"
-    return ""
+    outer = wrappers(source)
+    if not outer and not any(key.startswith(edits.DEFAULT_PREFIX) for key in source.state.entries):
+        return ""
+    extra = " --prefix auto" if outer and outer != ("module.",) else ""
+    return f"ckptool strip-prefix {quoted(source.path)} OUT{extra}"
 
 
 def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:

@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from ckptool.errors import BadInput
@@ -70,7 +71,7 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What was seen on one device.
+    """What was measured on one device.
 
     `identical` is None where the reference differs from itself. `bitwise` says whether all bytes
     are equal, with or without a tolerance. `first_difference` is the first module in execution
@@ -101,7 +102,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared, and what came of it on each device.
+    """What was compared, and the result on each device.
 
     `left_out` names the modules that are not in both files, with `partial`.
     """
@@ -118,7 +119,7 @@ class Verification:
 
     @property
     def identical(self) -> bool:
-        """Tell whether the outputs are the same on every device."""
+        """Return whether the outputs are the same on every device."""
         return all(run.identical is True for run in self.runs)
 
     def __len__(self) -> int:
@@ -140,9 +141,9 @@ class Verification:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -157,7 +158,7 @@ class _Plan:
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Take no notice."""
+    """Ignore progress."""
 
 
 def verify(
@@ -174,37 +175,34 @@ def verify(
     fits), `NoDevice`, `OutOfMemory`, `NoSuchModel`, `BadInput`, and what reading a file can raise.
     """
     options = options or Options()
-    places = list(dict.fromkeys(devices.resolve(name) for name in several(options.devices)))
+    chosen = list(dict.fromkeys(devices.resolve(name) for name in several(options.devices)))
     if min(options.atol, options.rtol) < 0:
         raise BadInput("a tolerance is not negative")
     with (
         native.opened(reference, options.at, "--at") as one,
         native.opened(candidate, options.candidate_at, "--candidate-at") as other,
     ):
-        return _verified(_plan(one, other, model, model_args or {}, options, progress), places)
+        return _verified(_plan(one, other, model, model_args or {}, options, progress), chosen)
 
 
 def _verified(plan: _Plan, places: Sequence[Any]) -> Verification:
     """Run on each device."""
-    left = []
-    if plan.recipe.common is not None:
-        left = subject.left_out(plan.recipe, plan.recipe.common)
+    common = plan.recipe.common
     runs = tuple(_run(plan, device) for device in places)
     torch = libraries.torch()
-    dtype = plan.recipe.dtype or torch.float32
     shared = [note for note in runs[0].notes if all(note in run.notes for run in runs)]
     return Verification(
         reference=plan.reference.path,
         candidate=plan.candidate.path,
         model=named(plan.recipe.spec),
         inputs=plan.inputs.what,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(plan.recipe.dtype or torch.float32).removeprefix("torch."),
         torch=str(torch.__version__),
         runs=tuple(
-            replace(run, notes=tuple(each for each in run.notes if each not in shared))
+            replace(run, notes=tuple(note for note in run.notes if note not in shared))
             for run in runs
         ),
-        left_out=tuple(left),
+        left_out=() if common is None else tuple(subject.left_out(plan.recipe, common)),
         notes=tuple(shared),
     )
 
@@ -238,8 +236,8 @@ def _run(plan: _Plan, device: Any) -> Run:
                 run = comparison.run()
         finally:
             devices.free(device, comparison.last)
-    told = [str(each.message).partition("\n")[0] for each in warned]
-    notes = [text for text in dict.fromkeys(told) if "deterministic" in text]
+    lines = dict.fromkeys(str(warning.message).partition("\n")[0] for warning in warned)
+    notes = [line for line in lines if "deterministic" in line]
     return replace(run, notes=(*run.notes, *notes[:3]))
 
 
@@ -252,36 +250,32 @@ class _Comparison:
         self._place = Place(device, plan.recipe.dtype, plan.recipe.memory_format)
         self._notes: list[str] = []
         self._labels: list[Any] = []
+        self._traces: list[runner.Trace] = []
         self._deterministic = True
         self.last: Callable[[], Any] = lambda: None
-        self._total = 2 * plan.inputs.count
 
     def run(self) -> Run:
         """Run the reference twice and the candidate once, and compare."""
         blank = Run(str(self._device), devices.describe(self._device), None, False)
-        traces: list[runner.Trace] = []
-        left = self._pass(self._plan.reference, True, traces)
+        left = self._pass(self._plan.reference, reference=True)
         if left is None:
             return replace(blank, notes=tuple(self._notes))
-        right = self._pass(self._plan.candidate, False, traces)
+        right = self._pass(self._plan.candidate, reference=False)
         assert right is not None
-        found = self._compared(replace(blank, deterministic=self._deterministic), left, right)
-        if traces and not (self._plan.options.atol or self._plan.options.rtol):
-            first = runner.first_difference(*traces)
-            agree = found.identical and first is None
-            bitwise = found.bitwise and first is None
-            found = replace(found, identical=agree, bitwise=bitwise, first_difference=first)
-        elif not found.identical:
-            found = replace(found, first_difference=self._located(left, right))
-        # Said even where the outputs agree: a difference may be too small to reach them.
-        found = replace(found, parameters=tuple(_parameters(self._plan)))
-        return replace(found, modules=len(dict(traces[0])) if traces else 0)
+        run = self._compared(replace(blank, deterministic=self._deterministic), left, right)
+        if self._traces and not (self._plan.options.atol or self._plan.options.rtol):
+            first = runner.first_difference(*self._traces)
+            if first is not None:
+                run = replace(run, identical=False, bitwise=False, first_difference=first)
+        elif not run.identical:
+            run = replace(run, first_difference=self._located(left, right))
+        return run
 
-    def _pass(self, source: Source, reference: bool, traces: list[runner.Trace]) -> Kept | None:
+    def _pass(self, source: Source, *, reference: bool) -> Kept | None:
         """Run all batches on one side; None where the reference differs from itself."""
         kept, first = Kept(), None
         model = self._model(source, reference)
-        devices.sow(self._plan.recipe.seed)
+        devices.seed_everything(self._plan.recipe.seed)
         for index, batch in enumerate(self._plan.inputs):
             kept.add(*runner.forward(model, batch, self._place))
             if reference and index == 0 and not self._repeats(model, batch, kept):
@@ -289,13 +283,14 @@ class _Comparison:
             if reference:
                 self._labels.append(batch.labels)
             first = first or batch
-            self._tell(source, reference, index + 1)
+            done = index + 1 if reference else self._plan.inputs.count + index + 1
+            self._plan.progress(source.path, done, 2 * self._plan.inputs.count)
         if self._plan.recipe.common is not None and first is not None:
-            traces.append(runner.trace(model, first, self._place))
+            self._traces.append(runner.trace(model, first, self._place))
         return kept
 
     def _model(self, source: Source, reference: bool) -> subject.Subject:
-        """Make one side's model, in memory that the other side's has given back."""
+        """Make one side's model, after the memory of the other side's was released."""
         devices.free(self._device, self.last)
         made = subject.make(self._plan.recipe, source, self._device, reference=reference)
         self.last = weakref.ref(made.bare)
@@ -303,7 +298,7 @@ class _Comparison:
         return made
 
     def _repeats(self, model: subject.Subject, batch: Batch, kept: Kept) -> bool:
-        """Run the first batch again; tell whether it came out the same, within the tolerance."""
+        """Run the first batch again; return whether its output is the same within the tolerance."""
         again = Kept()
         again.add(*runner.forward(model, batch, self._place))
         one, other = kept.outputs[0], again.outputs[0]
@@ -312,11 +307,7 @@ class _Comparison:
         self._deterministic = not apart
         if apart:
             self._notes.append("the reference gave two outputs for one input")
-        return not any(each.beyond for each in apart)
-
-    def _tell(self, source: Source, reference: bool, done: int) -> None:
-        before = 0 if reference else self._plan.inputs.count
-        self._plan.progress(source.path, before + done, self._total)
+        return not any(difference.beyond for difference in apart)
 
     def _apart(self, one: runner.Output, other: runner.Output) -> list[Difference]:
         if one.leaves is None or other.leaves is None:
@@ -327,24 +318,27 @@ class _Comparison:
 
     def _compared(self, run: Run, left: Kept, right: Kept) -> Run:
         pairs = list(zip(left.outputs, right.outputs, strict=True))
-        apart = [each for one, other in pairs for each in self._apart(one, other)]
-        gaps = [each.max_abs for each in apart if each.max_abs is not None]
-        ulps = [each.ulp for each in apart if each.ulp is not None]
+        apart = [difference for pair in pairs for difference in self._apart(*pair)]
+        gaps = [difference.max_abs for difference in apart if difference.max_abs is not None]
+        ulps = [difference.ulp for difference in apart if difference.ulp is not None]
         same = not apart
         return replace(
             run,
-            identical=not any(each.beyond for each in apart),
+            identical=not any(difference.beyond for difference in apart),
             bitwise=same,
             max_abs_diff=0.0 if same else max(gaps, default=None),
             max_ulp=0 if same else max(ulps, default=None),
-            nan_differs=sum(each.nan for each in apart),
+            nan_differs=sum(difference.nan for difference in apart),
             differences=tuple(apart),
+            # Listed even where the outputs agree: a difference may be too small to reach them.
+            parameters=tuple(_parameters(self._plan)),
+            modules=len(dict(self._traces[0])) if self._traces else 0,
             top1_agreement=_agreement(pairs),
             top_reference=self._top(left),
             top_candidate=self._top(right),
             accuracy=_accuracy(pairs, self._labels),
-            seconds_reference=tuple(each.seconds for each in left.outputs),
-            seconds_candidate=tuple(each.seconds for each in right.outputs),
+            seconds_reference=tuple(output.seconds for output in left.outputs),
+            seconds_candidate=tuple(output.seconds for output in right.outputs),
             notes=tuple(self._notes),
         )
 
@@ -353,9 +347,8 @@ class _Comparison:
         scores = outputs.scores(leaves) if leaves and self._plan.inputs.kind == "picture" else None
         if scores is None:
             return ()
-        names = (
-            self._plan.inputs.classes if len(self._plan.inputs.classes) == scores.shape[1] else ()
-        )
+        classes = self._plan.inputs.classes
+        names = classes if len(classes) == scores.shape[1] else ()
         chances, indices = scores[0].float().softmax(0).topk(min(TOP, scores.shape[1]))
         return tuple(
             Class(index, names[index] if names else str(index), chance)
@@ -366,26 +359,25 @@ class _Comparison:
         """Find the first module that differs, on the first batch whose outputs do."""
         pairs = zip(left.outputs, right.outputs, strict=True)
         wanted = next(index for index, pair in enumerate(pairs) if self._apart(*pair))
-        batch = next(each for index, each in enumerate(self._plan.inputs) if index == wanted)
+        batch = next(islice(self._plan.inputs, wanted, None))
         traces = []
         for source, reference in ((self._plan.reference, True), (self._plan.candidate, False)):
             model = self._model(source, reference)
-            devices.sow(self._plan.recipe.seed)
+            devices.seed_everything(self._plan.recipe.seed)
             traces.append(runner.trace(model, batch, self._place))
             del model
         return runner.first_difference(*traces)
 
 
 def _agreement(pairs: Sequence[tuple[runner.Output, runner.Output]]) -> float | None:
-    """Give the share of elements for which both sides find the same class."""
+    """Return the share of elements for which both sides predict the same class."""
     same = total = 0
     for one, other in pairs:
-        if one.predictions is None or other.predictions is None:
+        left, right = one.predictions, other.predictions
+        if left is None or right is None or left.shape != right.shape:
             return None
-        if one.predictions.shape != other.predictions.shape:
-            return None
-        same += int((one.predictions == other.predictions).sum())
-        total += one.predictions.numel()
+        same += int((left == right).sum())
+        total += left.numel()
     return same / total if total else None
 
 
@@ -395,7 +387,7 @@ def _accuracy(
     right = [0, 0]
     total = 0
     for pair, truth in zip(pairs, labels, strict=True):
-        if truth is None or any(each.predictions is None for each in pair):
+        if truth is None or any(output.predictions is None for output in pair):
             return None
         total += truth.numel()
         for side, output in enumerate(pair):
@@ -407,14 +399,15 @@ def _parameters(plan: _Plan) -> list[str]:
     """List the keys whose values differ in their bytes between the two files."""
     tensor = libraries.torch().Tensor
     outer = subject.wrappers(plan.reference)
-    left = native.load(plan.reference).state_dict
+    left = {
+        edits.unwrapped(key, outer): value
+        for key, value in native.load(plan.reference).state_dict.items()
+    }
     right = native.load(plan.candidate).state_dict
-    found = []
-    for old, value in left.items():
-        key = edits.unwrapped(old, outer)
-        other = right.get(key)
-        if isinstance(value, tensor) and isinstance(other, tensor):
-            one, two = (next(outputs.leaves(side))[1] for side in (value, other))
-            if not outputs.same_bytes(one, two):
-                found.append(key)
-    return found
+    pairs = [(key, value, right.get(key)) for key, value in left.items()]
+    return [
+        key
+        for key, *pair in pairs
+        if all(isinstance(value, tensor) for value in pair)
+        and not outputs.same_bytes(*(next(outputs.leaves(value))[1] for value in pair))
+    ]

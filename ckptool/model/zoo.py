@@ -28,14 +28,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ckptool.errors import BadInput, MissingExtra, NoSuchModel, OutOfMemory
 from ckptool.model import libraries
 from ckptool.model.devices import is_out_of_memory
-from ckptool.tensors.dtype import BY_TORCH_NAME
 
 if TYPE_CHECKING:
     from torch import nn
 
 TIMM = "timm:"
 ModelLike: TypeAlias = "str | nn.Module"  # a spec, or a model that is there already
-Shape = tuple[str, tuple[int, ...]]  # dtype label and sizes
 
 
 def arguments(given: Sequence[str]) -> dict[str, Any]:
@@ -92,8 +90,8 @@ def _copied(model: nn.Module, args: Mapping[str, Any] | None, device: str, spec:
     return copy.deepcopy(model).to(device)
 
 
-def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> dict[str, Shape]:
-    """Give the tensors of a model's state_dict as dtype label and shape, in order.
+def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a model's state_dict, in order.
 
     The model is made on the meta device, and on the CPU where its factory cannot do that.
     """
@@ -103,29 +101,17 @@ def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> dict[str, 
         model = build(spec, args, "cpu")
     tensor = libraries.torch().Tensor
     return {
-        key: (_label(value.dtype), tuple(value.shape))
+        key: tuple(value.shape)
         for key, value in model.state_dict().items()
         if isinstance(value, tensor)
     }
 
 
-def _label(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
-    known = BY_TORCH_NAME.get(name)
-    return known.label if known else name
-
-
-def is_torchvision(spec: str) -> bool:
-    """Tell whether a spec is a bare name, to be looked up in torchvision's registry."""
-    return ":" not in spec and not spec.endswith(".py") and os.sep not in spec
-
-
 def registered(spec: ModelLike) -> str | None:
-    """Give the name under which torchvision knows a spec, None where it does not."""
-    if not isinstance(spec, str) or not is_torchvision(spec):
+    """Return the name under which torchvision knows a spec, None where it does not."""
+    if not isinstance(spec, str) or ":" in spec or spec.endswith(".py") or os.sep in spec:
         return None
-    names = set(libraries.torchvision().models.list_models())
-    return spec.lower() if spec.lower() in names else None
+    return spec.lower() if spec.lower() in libraries.torchvision().models.list_models() else None
 
 
 _Factory = tuple[Any, dict[str, Any]]  # a callable or a model, and arguments it is always given

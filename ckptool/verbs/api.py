@@ -338,7 +338,7 @@ def _model(
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
-    shapes = {key: shape for key, (_, shape) in zoo.shapes(spec, args).items()}
+    shapes = zoo.shapes(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
     return fitting.reference(zoo.named(spec), shapes), fill
 

@@ -15,7 +15,7 @@ import pytest
 from ghost_net import ghost_net
 
 from ckptool import load_matching
-from ckptool.cli.verify import _Batches
+from ckptool.cli.talk import Progress
 
 torch = pytest.importorskip("torch")
 GHOST = f"{Path(__file__).parents[1] / 'model/ghost_net.py'}:ghost_net"
@@ -281,10 +281,10 @@ def test_progress_is_whole_lines_off_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 0.5, 5.0, 11.0, 12.0, 22.0])
-    monkeypatch.setattr("ckptool.cli.verify.time.monotonic", lambda: next(clock))
-    with _Batches(quiet=False) as progress:
+    monkeypatch.setattr("ckptool.cli.talk.time.monotonic", lambda: next(clock))
+    with Progress("", quiet=False, unit="batch") as progress:
         for done in range(1, 6):
-            progress("a.pth", done, 8)
+            progress.reached(done, 8, "a.pth")
     assert capsys.readouterr().err == "a.pth: batch 3 of 8\na.pth: batch 5 of 8\n"
 
 

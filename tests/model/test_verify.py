@@ -28,6 +28,11 @@ CPU = Options(devices=["cpu"], inputs=SMALL)
 Files = Callable[[str, Any], str]
 
 
+def read_source(path: str | Path) -> native.Source:
+    with native.opened(path) as source:
+        return source
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Small models gain nothing from threads, and lose much on a busy machine."""
@@ -160,8 +165,8 @@ def test_a_safetensors_candidate(training: str, weights: dict[str, Any], tmp_pat
     library.save_file(weights, path)
     assert check(training, path, GHOST, **ARGS).identical
     assert check(path, path, GHOST, **ARGS).identical
-    assert native.load(native.read(path)).loader == "safetensors"
-    assert native.load(native.read(training)).loader == "torch.load"
+    assert native.load(read_source(path)).loader == "safetensors"
+    assert native.load(read_source(training)).loader == "torch.load"
 
 
 def test_tied_weights_left_out_of_safetensors(tmp_path: Path, file: Files) -> None:
@@ -420,7 +425,7 @@ def test_a_plain_reference_that_torch_refuses(
 
 def test_torchs_advice_is_not_passed_on() -> None:
     for name in ("protocol4.pth", "protocol4_legacy.pth", "python2_training.pth"):
-        (note,) = native.load(native.read(GOOD / name)).notes
+        (note,) = native.load(read_source(GOOD / name)).notes
         assert "torch.load refuses it" in note
         assert "weights_only" not in note
         assert "Unsupported operand" in note
@@ -447,12 +452,12 @@ def test_a_parallel_reference_runs_in_its_wrapper(
     training: str, weights: dict[str, Any], file: Files
 ) -> None:
     recipe = subject.Recipe(GHOST, ARGS)
-    made = subject.make(recipe, native.read(training), torch.device("cpu"), reference=True)
+    made = subject.make(recipe, read_source(training), torch.device("cpu"), reference=True)
     assert isinstance(made.module, torch.nn.DataParallel)
     assert made.module.module is made.bare
     assert not made.module.training
     other = {f"_orig_mod.{key}": value for key, value in weights.items()}
-    compiled = native.read(file("compiled.pth", other))
+    compiled = read_source(file("compiled.pth", other))
     made = subject.make(recipe, compiled, torch.device("cpu"), reference=True)
     assert made.module is made.bare
     assert "_orig_mod." in made.notes[0]
