@@ -287,6 +287,7 @@ OFFERED: dict[str, list[tuple[str, str]]] = {
     "drop": [("convert", "--drop"), ("transfer", "--drop")],
     "keep": [("convert", "--keep"), ("transfer", "--keep")],
     "without": [("transfer", "--like")],
+    "cast": [],  # through steps of ckptool.convert alone, until its command comes
 }
 
 
