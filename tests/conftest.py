@@ -200,6 +200,13 @@ def make_safetensors() -> Callable[..., Path]:
     return make
 
 
+def write_anew(path: Path, content: bytes) -> None:
+    """Write a file that is not there, or no more: ext4 flushes one that is cut short (its mount
+    option `auto_da_alloc`), which takes a disk that has other work a second."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
 def listing(folder: Path) -> dict[str, bytes | None]:
     """Give every name under a folder with its bytes, None for what is no regular file."""
     return {

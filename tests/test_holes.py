@@ -171,10 +171,10 @@ def header(text: bytes) -> bytes:
 def test_an_endless_text_in_a_header_takes_linear_time(tmp_path: Path) -> None:
     path = tmp_path / "slow.safetensors"
     path.write_bytes(header(b'{"' + b'\\"' * 2_000_000))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(Malformed):
         containers.read(path)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_half_a_character_in_metadata_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
+from ckptool.state.edit_options import EDITS
 from ckptool.text import visible
 
 if TYPE_CHECKING:
@@ -96,6 +97,19 @@ def writes(function: Function) -> Function:
     decorated: Function = gathered
     for decorate in reversed(_WRITES):
         decorated = decorate(decorated)
+    return decorated
+
+
+def edits(*options: str) -> Callable[[Function], Function]:
+    """Give a command options for edits; for all that there are where none is named."""
+    specs = {spec.option: spec for spec in EDITS}
+
+    def decorated(function: Function) -> Function:
+        for spec in reversed([specs[option] for option in options or specs]):
+            option = click.option(spec.option, multiple=True, metavar=spec.metavar, help=spec.help)
+            function = option(function)
+        return function
+
     return decorated
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, Request, patterns, run, writes
-from ckptool.errors import EditError
+from ckptool.cli._options import Command, Request, edits, patterns, run, writes
+from ckptool.state.edit_options import EDITS
 
 if TYPE_CHECKING:
     from ckptool.state.edits import Edit
@@ -33,37 +33,10 @@ class _InOrder(Command):
         return super().parse_args(ctx, args)
 
 
-def renaming(text: str, option: str = "--rename") -> tuple[str, str]:
-    """Read `OLD=NEW`."""
-    old, sign, new = text.partition("=")
-    if not sign or not old:
-        raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
-    return old, new
-
-
-def _step(name: str, value: str) -> Edit | None:
-    from ckptool.state import edits
-
-    match name:
-        case "strip_prefix":
-            return edits.strip_wrappers() if value == "auto" else edits.strip_prefix(value)
-        case "add_prefix":
-            return edits.add_prefix(value)
-        case "rename":
-            return edits.rename(*renaming(value))
-        case "drop":
-            return edits.drop(patterns([value]))
-    return None
-
-
 @click.command("convert", cls=_InOrder)
 @writes
 @click.option("--unwrap", is_flag=True, help="Write the state_dict alone.")
-@click.option("--strip-prefix", multiple=True, metavar="P", help="Take a prefix off keys, or auto.")
-@click.option("--add-prefix", multiple=True, metavar="P", help="Put a prefix before keys.")
-@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Move a dotted prefix.")
-@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave keys out.")
-@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave all other keys out.")
+@edits()
 @click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
 def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any) -> None:
     """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
@@ -88,13 +61,11 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any
 
 def _steps(ordered: list[tuple[str, str]]) -> list[Edit]:
     """Make the edits in order; several --keep in a row select together."""
-    from ckptool.state import edits
-
+    specs = {spec.name: spec for spec in EDITS}
     steps = []
     for name, group in groupby(ordered, key=lambda pair: pair[0]):
-        values = [value for _, value in group]
-        if name == "keep":
-            steps.append(edits.keep(patterns(values)))
-        else:
-            steps += [step for value in values if (step := _step(name, value)) is not None]
+        if spec := specs.get(name):
+            texts = [text for _, text in group]
+            for given in [texts] if spec.together else [[text] for text in texts]:
+                steps.append(spec.parse(patterns(given) if spec.selects else given))
     return steps

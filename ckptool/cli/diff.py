@@ -10,7 +10,7 @@ import click
 from ckptool.cli import talk
 from ckptool.cli._fetch import local
 from ckptool.cli._options import Command, patterns
-from ckptool.cli.convert import renaming
+from ckptool.state.edit_options import renaming
 
 DIFFERENT = 1
 

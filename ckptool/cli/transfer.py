@@ -9,15 +9,13 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._fetch import local
-from ckptool.cli._options import Command, Request, patterns, tell, writes
-from ckptool.cli.convert import renaming
+from ckptool.cli._options import Command, Request, edits, patterns, tell, writes
+from ckptool.state.edit_options import renaming
 
 
 @click.command("transfer", cls=Command)
 @writes
-@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave keys out.")
-@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave all other keys out.")
-@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Move a dotted prefix.")
+@edits("--drop", "--keep", "--rename")
 @click.option("--like", metavar="FILE", help="Keep what FILE has too, in the same shape.")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
 @click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")

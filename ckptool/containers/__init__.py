@@ -6,23 +6,23 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptool.containers import _reading
+from ckptool.containers import _registry
 from ckptool.containers._container import (
     Container as Container,
     Left as Left,
     Traits as Traits,
     Writer as Writer,
 )
-from ckptool.containers._reading import HEAD as HEAD
 from ckptool.containers._registry import (
+    HEAD as HEAD,
     built_in as built_in,
     by_name as by_name,
     by_suffix as by_suffix,
     by_word as by_word,
+    is_index as is_index,
     plugins as plugins,
     suffixes as suffixes,
 )
-from ckptool.errors import CkptoolError, Malformed
 from ckptool.files.fileio import MARK, Reader
 from ckptool.state.checkpoint import Checkpoint
 
@@ -43,42 +43,49 @@ def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
     <Checkpoint model_best.pth.tar: torch-zip, 6.6 KiB>
     """
     shown = str(path)
-    if MARK in shown:
-        from ckptool.files import archives
-
-        if archives.split(shown)[1]:
-            return _read_member(shown, plugins)
-    found, notes = _file_of(shown) if os.path.isdir(shown) else (shown, ())
-    with Reader(found) as reader:
-        checkpoint = _reading.read(reader, use_plugins=plugins)
-    return replace(checkpoint, path=shown, notes=(*checkpoint.notes, *notes, *_shard_notes(found)))
+    if _split(shown)[1]:
+        return _read_member(shown, plugins)
+    file = _file_in(shown) if os.path.isdir(shown) else shown
+    with Reader(file) as reader:
+        checkpoint = _registry.read(reader, use_plugins=plugins)
+    notes = (*checkpoint.notes, *_notes(shown, file))
+    return replace(checkpoint, path=shown, notes=notes)
 
 
-def _file_of(folder: str) -> tuple[str, tuple[str, ...]]:
-    """Return the file that a folder is read from, and what there is to note."""
-    from ckptool.containers import _folders, _stand_in
+def _split(path: str) -> tuple[str, list[str]]:
+    """Split a path into a file and the names of a member in it; none for a plain file."""
+    if MARK not in path:
+        return path, []
+    from ckptool.files import archives
 
-    found = _stand_in.file_of(folder, is_index)
-    if found == folder:
-        raise _folders.refuse(folder)
-    name = os.path.basename(found)
-    return found, () if is_index(name) else (f"{folder} is a folder; this is {name} in it",)
-
-
-def _shard_notes(path: str) -> list[str]:
-    if "-of-" not in path:
-        return []
-    from ckptool.containers import _stand_in
-
-    return [note] if (note := _stand_in.shard_note(path)) else []
+    return archives.split(path)
 
 
 def _read_member(path: str, plugins: bool) -> Checkpoint:
     from ckptool.files import archives
 
     with archives.opened(path, suffixes) as (reader, archive):
-        checkpoint = _reading.read(reader, shard=True, use_plugins=plugins)
+        checkpoint = _registry.read(reader, shard=True, use_plugins=plugins)
     return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=reader.held)
+
+
+def _file_in(folder: str) -> str:
+    from ckptool.containers import _folder
+
+    return _folder.checkpoint_in(folder)
+
+
+def _notes(path: str, file: str) -> list[str]:
+    """Note which file was read for a folder, and a file that is one shard of a set."""
+    name = os.path.basename(file)
+    notes = []
+    if file != path and not is_index(name):
+        notes.append(f"{path} is a folder; this is {name} in it")
+    if "-of-" in file:
+        from ckptool.containers import _folder
+
+        notes += _folder.shard_notes(file)
+    return notes
 
 
 def members(path: str) -> list[ArchiveMember]:
@@ -88,43 +95,26 @@ def members(path: str) -> list[ArchiveMember]:
     from ckptool.files import archives
 
     with ExitStack() as stack:
-        inside = archives.enter(stack, stack.enter_context(Reader(path)))
-        return inside.members(suffixes) if inside else []
+        archive = archives.enter(stack, stack.enter_context(Reader(path)))
+        return archive.members(suffixes) if archive else []
 
 
 def member_of(path: str) -> str:
     """Return the archive that a path names a member of; an empty text for any other path."""
-    if MARK not in path:
-        return ""
-    from ckptool.files import archives
-
-    file, names = archives.split(path)
+    file, names = _split(path)
     return file if names and os.path.isfile(file) else ""
 
 
 def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:
-    """Give what the pickle names and calls that a file is, or starts as, which is no checkpoint."""
+    """Return the names and calls of the pickle that a file is, or starts as, in no container."""
     from ckptool.containers import _pickles
 
     with Reader(path) as reader:
-        return _pickles.pickled(reader, reader.read(0, min(HEAD, reader.nbytes)))
-
-
-def is_index(name: str) -> bool:
-    """Tell whether a file of that name stands for the folder that it is in."""
-    from fnmatch import fnmatchcase
-
-    return any(fnmatchcase(name, pattern) for each in built_in() for pattern in each.index_patterns)
+        return _pickles.pickled(reader, _registry.head_of(reader))
 
 
 def lacks_index(folder: str) -> bool:
-    """Tell whether a folder holds shards of a checkpoint, and nothing that joins them."""
-    from ckptool.containers import _stand_in
+    """Check for shards of a checkpoint in a folder without the index that joins them."""
+    from ckptool.containers import _folder
 
-    try:
-        _stand_in.file_of(folder, is_index)
-    except Malformed:
-        return True
-    except CkptoolError:
-        return False
-    return False
+    return _folder.lacks_index(folder)

@@ -11,28 +11,28 @@ from ckptool.errors import LimitExceeded, Malformed
 MAX_DEPTH = 64
 
 
-def load(data: bytes, what: str, path: str, offset: int | None = None) -> dict[str, Any]:
+def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
     """Parse an object; `what` names it in messages: `the header`.
 
-    Raises `Malformed` or `LimitExceeded` with `path` and `offset`.
+    Raises `LimitExceeded`, or `Malformed` with the `offset`.
     """
-    if _depth(data) > MAX_DEPTH:
-        raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep", path=path)
+    if _is_deep(data):
+        raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        why = str(error) if not isinstance(error, UnicodeDecodeError) else "it is not UTF-8"
-        raise Malformed(f"{what} is damaged: {why}", path=path, offset=offset) from None
-    if not isinstance(found, dict):
-        raise Malformed(f"{what} is not an object", path=path, offset=offset)
-    return found
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise Malformed(f"{what} is damaged: {why}", offset=offset) from None
+    if not isinstance(value, dict):
+        raise Malformed(f"{what} is not an object", offset=offset)
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise ValueError("a key stands twice")
-    return made
+    return members
 
 
 def _refuse(token: str) -> Any:
@@ -43,15 +43,11 @@ def _refuse(token: str) -> Any:
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
-def _depth(data: bytes) -> int:
-    """Count how deep brackets nest, text aside: what would make the JSON parser recurse."""
-    deepest = depth = 0
+def _is_deep(data: bytes) -> bool:
+    """Check how deep brackets nest outside of texts: what would make the JSON parser recurse."""
+    depth = 0
     for token in _TOKEN.finditer(data):
-        if token[0][:1] in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-            if deepest > MAX_DEPTH:
-                break
-        elif token[0][:1] in b"]}":
-            depth -= 1
-    return deepest
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > MAX_DEPTH:
+            return True
+    return False

@@ -43,7 +43,7 @@ _READ = ("model.json", "version")
 
 def read(records: Records) -> Checkpoint:
     """Read the tables of an archive; the storages stay where they are."""
-    said = _json.load(records.small("model.json"), "model.json", records.reader.path)
+    said = _json.load(records.small("model.json"), "model.json")
     tensors = _Tensors(records).read(_listed(said, "tensors"))
     main = _field(said, "mainModule", {})
     entries: dict[str, TensorInfo] = {}

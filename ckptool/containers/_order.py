@@ -1,7 +1,7 @@
 """Key order and ties, noted as text where a format has no place for them.
 
-The note is the JSON text `{"v": 1, "order": [keys], "ties": {alias: kept}}`. It is used on the way
-back if it agrees with the keys, else ignored, which is said.
+The note is the JSON text `{"v": 1, "order": [keys], "ties": {alias: kept}}`. A note that does not
+agree with the keys is ignored, and that is reported.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def noted(order: Sequence[str], ties: Mapping[str, str]) -> str:
 def restored(
     entries: dict[str, Entry], note: str | None
 ) -> tuple[dict[str, Entry], tuple[str, ...]]:
-    """Bring back order and ties; gives the entries as they are, and what to say, where not."""
+    """Return the entries in their order and with their ties; as they are, with a note, if not."""
     if note is None:
         return entries, ()
     try:
-        said = json.loads(note)
-        order, ties = said["order"], said["ties"]
+        parsed = json.loads(note)
+        order, ties = parsed["order"], parsed["ties"]
         agreed = (
-            said["v"] == 1
+            parsed["v"] == 1
             and all(kept in entries and alias not in entries for alias, kept in ties.items())
             and len(order) == len(set(order))
             and set(order) == entries.keys() | ties.keys()

@@ -1,84 +1,121 @@
-"""Name what a file is when it is no checkpoint that can be read."""
+"""Name what a file is when it is no checkpoint that can be read, and what helps.
+
+Descriptions and hints are parts of a sentence: `model.pt is ...`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import struct
 from collections.abc import Collection
+from typing import Any
 
-from ckptool.containers import _pickles, _texts
+from ckptool.containers import _pickles
 from ckptool.files import zips
 from ckptool.files.fileio import Reader
 from ckptool.text import listed, quoted, readable
 
-AGAIN = "get it again from where it came"
+Description = tuple[str, str]  # what a file is, and what helps
+
+MAX_JSON = 16 << 20
+SHORT = 200  # bytes of a text that is shown whole
+_AGAIN = "get it again from where it came"
 _UNPACK = "unpack it, then look inside"
-_GARBLED = "a legacy torch file that was saved as text on its way: its bytes are damaged for good"
-# First bytes -> what they say, and what helps.
+_TENSORFLOW = "tf.train.load_checkpoint reads it"
+# Patterns of the first bytes.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "a gzip archive", "tar -xzf or gunzip it, then look inside"),
-    (b"BZh", "a bzip2 archive", _UNPACK),
-    (b"\xfd7zXZ\0", "an xz archive", _UNPACK),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
-    (b"Rar!", "a RAR archive", _UNPACK),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
-    (b"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
-    (b"PK\5\6", "an empty zip archive", ""),
-    (b"?\2?\nl", _GARBLED, AGAIN),
-    (b"\xef\xbf\xbd\2\xef\xbf\xbd\nl", _GARBLED, AGAIN),
-    (b"\x89PNG\r\n", "a PNG picture", ""),
-    (b"\xff\xd8\xff", "a JPEG picture", ""),
-    (b"GIF8", "a GIF picture", ""),
-    (b"%PDF", "a PDF document", ""),
-    (b"RIFF", "a RIFF file (sound, film or picture)", ""),
-    (b"ggml", "a GGML file (llama.cpp)", ""),
-    (b"ggjt", "a GGML file (llama.cpp)", ""),
-    (b"\x93NUMPY", "a numpy array (.npy)", "numpy.load reads it"),
-    (b"\x89HDF\r\n", "an HDF5 file (Keras, .h5)", "h5py reads it"),
-    (b"SQLite format 3\0", "an SQLite database", ""),
-    (b"PAR1", "a Parquet table", ""),
-    (b"ARROW1", "an Arrow table", ""),
-    (b"MATLAB 5.0", "a MATLAB file (.mat)", "scipy.io.loadmat reads it"),
-    (b"\4\0\0\0\1\0\0\0\3\0\0\0V 1", "an object of Lua Torch (.t7)", "torchfile reads it"),
-    (b"ftrt", "a TensorRT engine", ""),
-    (b"\x7fELF", "a program", ""),
-    (b"MZ", "a Windows program", ""),
+    (rb"\x1f\x8b", "a gzip archive", "tar -xzf or gunzip it, then look inside"),
+    (rb"BZh", "a bzip2 archive", _UNPACK),
+    (rb"\xfd7zXZ\0", "an xz archive", _UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (rb"Rar!", "a RAR archive", _UNPACK),
+    (rb"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (rb"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
+    (rb"PK\x05\x06", "an empty zip archive", ""),
+    # The magic number of torch's legacy files, what is not ASCII in it replaced.
+    (
+        rb"(\?\x02\?|\xef\xbf\xbd\x02\xef\xbf\xbd)\nl",
+        "a legacy torch file that was saved as text on its way: its bytes are damaged for good",
+        _AGAIN,
+    ),
+    (rb"\x89PNG\r\n", "a PNG picture", ""),
+    (rb"\xff\xd8\xff", "a JPEG picture", ""),
+    (rb"GIF8", "a GIF picture", ""),
+    (rb"%PDF", "a PDF document", ""),
+    (rb"RIFF", "a RIFF file (sound, film or picture)", ""),
+    (rb"ggml|ggjt", "a GGML file (llama.cpp)", ""),
+    (rb"\x93NUMPY", "a numpy array (.npy)", "numpy.load reads it"),
+    (rb"\x89HDF\r\n", "an HDF5 file (Keras, .h5)", "h5py reads it"),
+    (rb"SQLite format 3\0", "an SQLite database", ""),
+    (rb"PAR1", "a Parquet table", ""),
+    (rb"ARROW1", "an Arrow table", ""),
+    (rb"MATLAB 5\.0", "a MATLAB file (.mat)", "scipy.io.loadmat reads it"),
+    (rb"\x04\0{3}\x01\0{3}\x03\0{3}V 1", "an object of Lua Torch (.t7)", "torchfile reads it"),
+    (rb"ftrt", "a TensorRT engine", ""),
+    (rb"\x7fELF", "a program", ""),
+    (rb"MZ", "a Windows program", ""),
+    (rb".{257}ustar", "a tar archive", _UNPACK),
+    (rb".{4}ftyp.", "a film or picture", ""),
+    (rb".{4}TFL3.", "a TensorFlow Lite model", ""),
 )
-_LEVELDB_END = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
+# Ends of names in a zip archive.
+_ZIPS: tuple[tuple[str, str, str], ...] = (
+    (".dist-info/WHEEL", "a Python package (wheel)", "pip install it"),
+    ("META-INF/MANIFEST.MF", "a Java archive", ""),
+    ("[Content_Types].xml", "an office document", ""),
+    ("model.weights.h5", "a Keras model (.keras)", "keras.models.load_model reads it"),
+    ("saved_model.pb", "a TensorFlow SavedModel", _UNPACK),
+)
+# Keys of a JSON object.
+_OBJECTS: tuple[tuple[str, str], ...] = (
+    ("weight_map", "the index of a sharded checkpoint"),
+    ("architectures", "the configuration of a transformers model"),
+    ("model_type", "the configuration of a transformers model"),
+    ("_diffusers_version", "the configuration of a diffusers model"),
+    ("peft_type", "the configuration of a PEFT adapter"),
+    ("log_history", "the state of transformers' Trainer"),
+    ("sharded_backend", "the marker of a distributed checkpoint of Megatron"),
+    ("added_tokens", "a tokenizer"),
+    ("tokenizer_class", "the configuration of a tokenizer"),
+    ("nbformat", "a Jupyter notebook"),
+)
+# What transformers, diffusers and peft call weights.
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
+_WEIGHTS = [
+    f"{stem}{suffix}{index}"
+    for stem in STEMS
+    for suffix in (".safetensors", ".bin")
+    for index in ("", ".index.json")
+]
 
 
-def describe(reader: Reader, head: bytes) -> tuple[str, str]:
-    """Say what a file is, and what helps; both as parts of a sentence."""
+def describe(reader: Reader, head: bytes) -> Description:
+    """Return what a file is, and what helps."""
     size = readable(reader.nbytes)
     if not head:
-        return "empty (0 bytes)", AGAIN
+        return "empty (0 bytes)", _AGAIN
     if not head.strip(b"\0"):
-        return f"{size} of zeros", f"its data never arrived; {AGAIN}"
-    for what in (_pointer, _gguf, _onnx, _by_end_or_name, _ctranslate):
-        found = what(reader, head)
-        if found is not None:
-            return found
+        return f"{size} of zeros", f"its data never arrived; {_AGAIN}"
+    for recognise in (_pointer, _gguf, _onnx, _tensorflow, _ctranslate):
+        description = recognise(reader, head)
+        if description is not None:
+            return description
     if head.startswith(b"PK\3\4"):
-        return describe_zip(zips.read_directory(reader).members)
-    for signature, named, hint in _SIGNATURES:
-        if head.startswith(signature):
-            return f"{named} ({size})", hint
-    if head[257:262] == b"ustar":
-        return f"a tar archive ({size})", _UNPACK
-    if len(head) > 8 and head[4:8] == b"ftyp":
-        return f"a film or picture ({size})", ""
-    if len(head) > 8 and head[4:8] == b"TFL3":
-        return f"a TensorFlow Lite model ({size})", ""
-    return _pickles.describe(reader, head) or _texts.describe(reader, head)
+        return _zip(zips.read_directory(reader).members)
+    for signature, name, hint in _SIGNATURES:
+        if re.match(signature, head, re.DOTALL):
+            return f"{name} ({size})", hint
+    return _pickles.describe(reader, head) or _text(reader, head)
 
 
-def _pointer(reader: Reader, head: bytes) -> tuple[str, str] | None:
-    """Recognise a git-LFS pointer, and give the command that fetches what it points to."""
+def _pointer(reader: Reader, head: bytes) -> Description | None:
+    """Recognise a git-LFS pointer, and return the command that fetches what it points to."""
     if not head.startswith(b"version https://git-lfs.github.com/"):
         return None
-    said = dict(line.partition(" ")[::2] for line in head.decode("latin-1").splitlines())
-    number = said.get("size", "")
-    real = f" of {readable(int(number))}" if number.isdecimal() and len(number) < 19 else ""
+    size = re.search(rb"^size (\d{1,18})\r?$", head, re.MULTILINE)
+    real = f" of {readable(int(size[1]))}" if size else ""
     what = (
         f"a git-LFS pointer, not the file itself ({readable(reader.nbytes)}); "
         f"the file{real} is on a server"
@@ -92,7 +129,7 @@ def _pointer(reader: Reader, head: bytes) -> tuple[str, str] | None:
 
 
 def _repository(path: str) -> str | None:
-    """Find the git working tree around a file."""
+    """Return the git working tree around a file."""
     folder = os.path.dirname(path)
     while not os.path.exists(os.path.join(folder, ".git")):
         folder, before = os.path.dirname(folder), folder
@@ -101,12 +138,13 @@ def _repository(path: str) -> str | None:
     return folder
 
 
+# Bytes of a number by its type; the type of a text (ggml/docs/gguf.md, `gguf_metadata_value_type`).
 _GGUF_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_GGUF_STRING = 8
+_GGUF_TEXT = 8
 
 
-def _gguf(reader: Reader, head: bytes) -> tuple[str, str] | None:
-    """Recognise a file of llama.cpp; its first entries say what it holds (ggml/docs/gguf.md)."""
+def _gguf(reader: Reader, head: bytes) -> Description | None:
+    """Recognise a file of llama.cpp, and read the first entries of its metadata."""
     if not head.startswith(b"GGUF"):
         return None
     facts: list[str] = []
@@ -118,13 +156,13 @@ def _gguf(reader: Reader, head: bytes) -> tuple[str, str] | None:
             key, position = _gguf_text(head, position)
             (kind,) = struct.unpack_from("<I", head, position)
             position += 4
-            if kind == _GGUF_STRING:
+            if kind == _GGUF_TEXT:
                 value, position = _gguf_text(head, position)
                 if key in ("general.architecture", "general.name"):
                     facts.append(f"{key} {value[:60]}")
             else:
                 position += _GGUF_NUMBERS[kind]
-    except (struct.error, KeyError, ValueError):
+    except (struct.error, KeyError):
         pass  # an array, or the end of what was read: the rest is not needed
     about = f", {', '.join(facts)}" if facts else ""
     return f"a GGUF file of llama.cpp ({readable(reader.nbytes)}{about})", "llama.cpp reads it"
@@ -132,13 +170,11 @@ def _gguf(reader: Reader, head: bytes) -> tuple[str, str] | None:
 
 def _gguf_text(head: bytes, position: int) -> tuple[str, int]:
     (length,) = struct.unpack_from("<Q", head, position)
-    end = position + 8 + length
-    if end > len(head):
-        raise ValueError("beyond what was read")
-    return head[position + 8 : end].decode("utf-8", "replace"), end
+    (data,) = struct.unpack_from(f"{length}s", head, position + 8)
+    return data.decode("utf-8", "replace"), position + 8 + length
 
 
-def _onnx(reader: Reader, head: bytes) -> tuple[str, str] | None:
+def _onnx(reader: Reader, head: bytes) -> Description | None:
     """Recognise ONNX: protobuf fields `ir_version`, `producer_name`, `producer_version`."""
     if len(head) < 4 or head[0] != 0x08 or head[1] > 20 or head[2] != 0x12:
         return None
@@ -151,19 +187,20 @@ def _onnx(reader: Reader, head: bytes) -> tuple[str, str] | None:
     return f"an ONNX model by {by} ({readable(reader.nbytes)})", "onnx.load reads it"
 
 
-def _by_end_or_name(reader: Reader, head: bytes) -> tuple[str, str] | None:
-    """Recognise what TensorFlow writes."""
+def _tensorflow(reader: Reader, head: bytes) -> Description | None:
+    """Recognise what TensorFlow writes by its name, or by the end of a LevelDB table."""
     size, name = readable(reader.nbytes), os.path.basename(reader.path)
-    if reader.nbytes > 48 and reader.read(reader.nbytes - 8, 8) == _LEVELDB_END:
-        return f"the index of a TensorFlow checkpoint ({size})", "tf.train.load_checkpoint reads it"
+    end = reader.read(reader.nbytes - 8, 8) if reader.nbytes > 48 else b""
+    if end == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb":
+        return f"the index of a TensorFlow checkpoint ({size})", _TENSORFLOW
     if ".data-0" in name and "-of-0" in name:
-        return f"the data of a TensorFlow checkpoint ({size})", "tf.train.load_checkpoint reads it"
+        return f"the data of a TensorFlow checkpoint ({size})", _TENSORFLOW
     if name == "saved_model.pb":
         return f"a TensorFlow SavedModel ({size})", "tf.saved_model.load reads its folder"
     return None
 
 
-def _ctranslate(reader: Reader, head: bytes) -> tuple[str, str] | None:
+def _ctranslate(reader: Reader, head: bytes) -> Description | None:
     """Recognise CTranslate2: a version, then the name of a spec (python/ctranslate2/specs)."""
     if len(head) < 16:
         return None
@@ -175,23 +212,88 @@ def _ctranslate(reader: Reader, head: bytes) -> tuple[str, str] | None:
     return f"a CTranslate2 model, {spec} ({readable(reader.nbytes)})", "ctranslate2 reads it"
 
 
-# Names in a zip archive -> what it is.
-_ZIPS: tuple[tuple[str, str, str], ...] = (
-    (".dist-info/WHEEL", "a Python package (wheel)", "pip install it"),
-    ("META-INF/MANIFEST.MF", "a Java archive", ""),
-    ("[Content_Types].xml", "an office document", ""),
-    ("model.weights.h5", "a Keras model (.keras)", "keras.models.load_model reads it"),
-    ("saved_model.pb", "a TensorFlow SavedModel", _UNPACK),
-)
-
-
-def describe_zip(names: Collection[str]) -> tuple[str, str]:
-    """Say what a zip archive is that torch.save did not write, and what helps."""
+def _zip(names: Collection[str]) -> Description:
     for ending, what, hint in _ZIPS:
         if any(name.endswith(ending) for name in names):
             return what, hint
-    shown = listed(sorted(names), 6)
     if names and all(name.endswith(".npy") for name in names):
         arrays = listed((name.removesuffix(".npy") for name in names), 6)
         return f"a zip archive of numpy arrays (.npz): {arrays}", "numpy.load reads it"
+    shown = listed(sorted(names), 6)
     return f"a zip archive that torch.save did not write: {shown}", _UNPACK if names else ""
+
+
+# Texts.
+
+
+def _text(reader: Reader, head: bytes) -> Description:
+    """Return what a text is, and what helps; other bytes are unknown."""
+    size = readable(reader.nbytes)
+    unknown = (f"not a checkpoint: {size} of unknown bytes", "")
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4 or error.reason != "unexpected end of data":
+            return unknown
+        text = head[: error.start].decode("utf-8")
+    start = text.lstrip("\ufeff \t\r\n").lower()
+    if start.startswith("<") or "<html" in start[:512]:
+        return _page(text, start, size)
+    if start.startswith(("{", "[")):
+        return _json(reader, size)
+    if re.search(r"[^\t\r\n\f -\U0010ffff]", text):
+        return unknown
+    return _plain(reader, text, size)
+
+
+def _page(text: str, start: str, size: str) -> Description:
+    if start.startswith(("<!doctype html", "<html", "<head")) or "<html" in start[:512]:
+        title = _between(text, "title")
+        titled = f"; its title: {title}" if title else ""
+        what = f"an HTML page ({size}); a server sends this when a link is wrong or needs a login"
+        return what + titled, "get it again, with the link to the file itself"
+    code = _between(text, "code")
+    answer = f" that says `{code}`: a server's answer" if code else ""
+    return f"an XML or HTML page ({size}){answer}", ""
+
+
+def _between(text: str, tag: str) -> str:
+    """Return the text between the first tags of a name."""
+    match = re.search(rf"<{tag}[^<>]{{0,200}}>([^<]{{1,300}})", text, re.IGNORECASE)
+    return " ".join(match[1].split())[:80] if match else ""
+
+
+def _json(reader: Reader, size: str) -> Description:
+    what = f"a JSON text ({size})"
+    try:
+        text = reader.read(0, min(reader.nbytes, MAX_JSON)).decode("utf-8")  # no other is guessed
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return what, ""
+    if not isinstance(value, dict) or not value:
+        return what, ""
+    kind = next((f", {known}" for key, known in _OBJECTS if key in value), None)
+    return what + (kind or f" with {listed(value, 6)}"), _weights_beside(reader.path)
+
+
+def _weights_beside(path: str) -> str:
+    """Return the command for the weights in the same folder."""
+    for name in _WEIGHTS:
+        file = os.path.join(os.path.dirname(path), name)
+        if os.path.isfile(file) and file != path:
+            return f"ckptool info {quoted(file)}   are the weights beside it"
+    return ""
+
+
+def _plain(reader: Reader, text: str, size: str) -> Description:
+    whole = text.strip()
+    if whole.startswith("model_checkpoint_path:"):
+        return f"the note of a TensorFlow checkpoint ({size})", ""
+    if whole.startswith("#!") or re.search(r"^(import|from) \w+|^def \w+\(", text, re.MULTILINE):
+        return f"a text ({size}), a script", ""
+    if len(text) < 4096 and "\n" not in whole and "/" in whole and " " not in whole:
+        what = f"a line of text ({size}) that looks like the path of a symbolic link"
+        return f"{what}: {whole[:SHORT]}", "get the file that it names"
+    if reader.nbytes <= SHORT:
+        return f"a text ({size}): {whole!r}", ""
+    return f"a text ({size})", ""

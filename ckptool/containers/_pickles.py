@@ -7,13 +7,14 @@ from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.pickle_reader import Ended, Pickle
 from ckptool.pickles.tree import Global, Node, Object
-from ckptool.state import checkpoint as places, naming
+from ckptool.state import naming
+from ckptool.state.checkpoint import named_items
 from ckptool.text import listed, readable
 
 SHORTEST = 16
 MAX_READ = 64 << 20
-MAX_SHOWN = 8 << 20  # of a pickle that is read to say what it holds
-# The first part of a name in the pickle -> the library that reads it.
+MAX_DESCRIBED = 8 << 20  # bytes of a pickle that are read to describe it
+# The top module of a name in the pickle -> the library that reads it.
 _LIBRARIES = {
     "sklearn": "scikit-learn",
     "joblib": "joblib",
@@ -35,23 +36,28 @@ _LIBRARIES = {
 
 
 def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
-    """Say what a pickle holds, and what helps; None for what is no pickle."""
-    if not _starts(head):
+    """Return what a pickle holds, and what helps; None for any other file."""
+    if not _is_pickle(head):
         return None
     size = readable(reader.nbytes)
     if b"joblib.numpy_pickle" in head:
         return f"a plain pickle of joblib ({size}), with numpy arrays in it", "joblib.load reads it"
     what = f"a plain pickle ({size}) that torch.save did not write"
     try:
-        found = pickle_reader.load(reader.read(0, min(reader.nbytes, MAX_SHOWN)))
+        parsed = pickle_reader.load(reader.read(0, min(reader.nbytes, MAX_DESCRIBED)))
     except CkptoolError:
         return what, ""
-    return f"{what}: {_content(found)}{_danger(found)}", _hint(found)
+    dangerous = listed(map(str, safety.judge(parsed.globals).dangerous), 4)
+    danger = f"; it would run code when loaded: {dangerous}" if dangerous else ""
+    return f"{what}: {_content(parsed.tree)}{danger}", _hint(parsed, dangerous=bool(dangerous))
 
 
 def pickled(reader: Reader, head: bytes) -> tuple[dict[Global, int], list[Object]]:
-    """Give what a file names and calls that starts as a pickle, up to where it stops being one."""
-    data = reader.read(0, min(reader.nbytes, MAX_READ)) if _starts(head) else head
+    """Return what a file that starts as a pickle names and calls, up to where it stops being one.
+
+    Of any other file the head alone is read.
+    """
+    data = reader.read(0, min(reader.nbytes, MAX_READ)) if _is_pickle(head) else head
     try:
         parsed = pickle_reader.load(data)
     except FormatError as error:
@@ -59,8 +65,8 @@ def pickled(reader: Reader, head: bytes) -> tuple[dict[Global, int], list[Object
     return parsed.globals, parsed.calls
 
 
-def _starts(head: bytes) -> bool:
-    """Tell whether a file starts as a pickle, and not by chance as a few letters of a text do."""
+def _is_pickle(head: bytes) -> bool:
+    """Check for the start of a pickle, and not by chance as a few letters of a text are one."""
     try:
         pickle_reader.load(head)
     except Ended as error:
@@ -71,16 +77,15 @@ def _starts(head: bytes) -> bool:
     return True
 
 
-def _content(found: Pickle) -> str:
-    tree = found.tree
-    said = naming.what(tree)
-    named = [key for key, _ in places.named_items(tree)]
-    if named:
-        return f"{said}, {listed(named, 6)}"
+def _content(tree: Node) -> str:
+    """Describe a value by the names of what is in it, or else by their kinds."""
+    what = naming.what(tree)
+    names = [name for name, _ in named_items(tree)]
+    if names:
+        return f"{what}, {listed(names, 6)}"
     if isinstance(tree, list | tuple) and tree:
-        kinds = dict.fromkeys(_kind(item) for item in tree[:1000])
-        return f"{said}, {listed(kinds, 4)}"
-    return said
+        return f"{what}, {listed(dict.fromkeys(map(_kind, tree[:1000])), 4)}"
+    return what
 
 
 def _kind(node: Node) -> str:
@@ -90,16 +95,9 @@ def _kind(node: Node) -> str:
     return type(node).__name__.lower().replace("nonetype", "None")
 
 
-def _danger(found: Pickle) -> str:
-    dangerous = safety.judge(found.globals).dangerous
-    if not dangerous:
-        return ""
-    return f"; it would run code when loaded: {listed(map(str, dangerous), 4)}"
-
-
-def _hint(found: Pickle) -> str:
-    if Global("torch.storage", "_load_from_bytes") in found.globals:
+def _hint(parsed: Pickle, *, dangerous: bool) -> str:
+    if Global("torch.storage", "_load_from_bytes") in parsed.globals:
         return "pickle.dump wrote tensors of torch: load it in Python, and torch.save it"
-    tops = {name.module.partition(".")[0] for name in found.globals}
-    made = [library for top, library in _LIBRARIES.items() if top in tops]
-    return f"{made[0]} reads it" if made and not safety.judge(found.globals).dangerous else ""
+    tops = {name.module.partition(".")[0] for name in parsed.globals}
+    library = next((library for top, library in _LIBRARIES.items() if top in tops), "")
+    return f"{library} reads it" if library and not dangerous else ""

@@ -1,26 +1,22 @@
 """Containers that other distributions bring: entry points of the group `ckptool.containers`.
 
-An entry point names a `Container`. Its module is imported when this one is asked, which happens
-for files that no container of ckptool recognises, and for a `--to` that names none of them.
+An entry point names a `Container`. It is imported for a file that no container of ckptool
+recognises, and for a `--to` that names none of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import ParamSpec, TypeVar
 
 from ckptool.containers._container import Container
 from ckptool.errors import CkptoolError, PluginFailed
 
 GROUP = "ckptool.containers"
 OFF = "CKPTOOL_NO_PLUGINS"
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def load() -> tuple[Container, ...]:
@@ -35,36 +31,29 @@ def _load() -> tuple[Container, ...]:
 
 
 def _container(point: EntryPoint) -> Container:
+    """Load the container of an entry point; what its functions raise names the plugin."""
     plugin = point.dist.name if point.dist else point.name
     with _blaming(plugin):
         container = point.load()
         if not isinstance(container, Container):
             raise TypeError(f"{point.value} is not a ckptool.containers.Container")
+    blamed = _blaming(plugin)  # as a decorator it blames in every call
     writer = container.writer and container.writer._replace(
-        lay_out=_blamed(plugin, container.writer.lay_out),
-        unfit=container.writer.unfit and _blamed(plugin, container.writer.unfit),
+        lay_out=blamed(container.writer.lay_out),
+        unfit=container.writer.unfit and blamed(container.writer.unfit),
     )
     return container._replace(
         title=f"{container.title}, plugin {plugin}",
-        sniff=_blamed(plugin, container.sniff),
-        read=_blamed(plugin, container.read),
+        sniff=blamed(container.sniff),
+        read=blamed(container.read),
         writer=writer,
         plugin=plugin,
     )
 
 
-def _blamed(plugin: str, function: Callable[P, R]) -> Callable[P, R]:
-    @wraps(function)
-    def call(*args: P.args, **options: P.kwargs) -> R:
-        with _blaming(plugin):
-            return function(*args, **options)
-
-    return call
-
-
 @contextmanager
 def _blaming(plugin: str) -> Iterator[None]:
-    """Name the plugin in whatever its code raises, save for the errors of ckptool."""
+    """Raise `PluginFailed` for what the code of a plugin raises, but for the errors of ckptool."""
     try:
         yield
     except (CkptoolError, MemoryError):

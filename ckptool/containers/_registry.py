@@ -1,18 +1,27 @@
-"""The containers, in the order in which a file is tried: a module is imported at its turn.
+"""The containers in the order in which a file is tried; the first that recognises it reads it.
 
-torch tries its tar before the legacy container, and so does ckptool.
+A module is imported at its turn. torch tries its tar before the legacy container, and so does
+ckptool.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 
 from ckptool.containers._container import Container
-from ckptool.errors import EditError
+from ckptool.errors import EditError, FormatError, NotACheckpoint
+from ckptool.files.fileio import Reader
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.walk import refuse_deep
 
 MODULES = "torch_zip safetensors torch_tar torch_legacy torchscript dcp sharded".split()
+HEAD = 4096
 
 
 def built_in() -> Iterator[Container]:
@@ -28,21 +37,23 @@ def plugins() -> tuple[Container, ...]:
     return _plugins.load()
 
 
+def _every(*, use_plugins: bool = True) -> Iterator[Container]:
+    """Iterate over the containers of ckptool, then over those of plugins, loaded only then."""
+    yield from built_in()
+    if use_plugins:
+        yield from plugins()
+
+
 def by_name(name: str) -> Container:
     """Return the container that a `Checkpoint` names."""
-    for containers in (built_in, plugins):
-        for container in containers():
-            if container.name == name:
-                return container
-    raise LookupError(f"there is no container {name}")
+    return next(container for container in _every() if container.name == name)
 
 
 def by_word(word: str) -> Container:
     """Return the container that `--to` names; raises `EditError`."""
-    for containers in (built_in, plugins):
-        for container in containers():
-            if container.writer and container.word == word:
-                return container
+    for container in _every():
+        if container.writer and container.word == word:
+            return container
     raise EditError(f"there is no container `{word}` to write")
 
 
@@ -56,3 +67,65 @@ def suffixes(*, written: bool = False) -> tuple[str, ...]:
     """Return what names of checkpoints end in, or those of the containers that are `written`."""
     chosen = (each for each in built_in() if each.writer or not written)
     return tuple(suffix for each in chosen for suffix in each.suffixes)
+
+
+def is_index(name: str) -> bool:
+    """Check for the name of a file that lists the other files of a checkpoint."""
+    return any(fnmatchcase(name, pattern) for each in built_in() for pattern in each.index_patterns)
+
+
+def head_of(reader: Reader) -> bytes:
+    """Return the bytes that `sniff` of a container sees."""
+    return reader.read(0, min(HEAD, reader.nbytes))
+
+
+def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> Checkpoint:
+    """Read a file by the first container that recognises it; a `shard` is no set itself."""
+    head = head_of(reader)
+    for container in _every(use_plugins=use_plugins):
+        if (shard and container.traits.beside_files) or not container.sniff(head):
+            continue
+        checkpoint = _read(container, reader)
+        if checkpoint is not None:
+            return checkpoint
+    raise _refusal(reader, head)
+
+
+def _refusal(reader: Reader, head: bytes) -> NotACheckpoint:
+    from ckptool.containers import _others
+    from ckptool.files import archives
+
+    what, hint = _others.describe(reader, head)
+    members, command = archives.look(reader, suffixes)
+    return NotACheckpoint(
+        f"{reader.path} is {what}", path=reader.path, evidence=members, hint=command or hint
+    )
+
+
+def _read(container: Container, reader: Reader) -> Checkpoint | None:
+    """Read a file by one container, and name both in the errors that it raises without."""
+    try:
+        with _without_collection():
+            checkpoint = container.read(reader)
+            if checkpoint is None:
+                return None
+            refuse_deep(checkpoint.tree)
+        return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
+    except FormatError as error:
+        error.path = error.path or reader.path
+        if type(error) is not NotACheckpoint and str(error.path) not in error.message:
+            place = f", byte {error.offset}" if error.offset is not None else ""
+            error.message = f"{error.path} ({container.title}{place}): {error.message}"
+        raise
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Collect no garbage while a tree grows: there is none in it, and the search takes long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
@@ -38,30 +39,27 @@ MAX_HEADER = 100_000_000
 
 
 def sniff(head: bytes) -> bool:
-    """Tell whether a file starts with a header length and an opening brace."""
-    if len(head) < 9 or head[8:9] != b"{":
-        return False
+    """Check for a header length and an opening brace."""
     # Eight bytes of text before a brace are JSON or a template, not the length of a header.
-    return int.from_bytes(head[:8], "little") < 1 << 56
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 56
 
 
 def read(reader: Reader) -> Checkpoint:
     """Read and check the header; the data stays where it is."""
     size = int.from_bytes(reader.read(0, 8), "little")
     if size > MAX_HEADER:
-        raise LimitExceeded(f"a header of {size} bytes", path=reader.path, offset=0)
+        raise LimitExceeded(f"a header of {size} bytes", offset=0)
     if 8 + size > reader.nbytes:
         raise Malformed(
             f"the header should have {size} bytes; the file ends before",
-            path=reader.path,
             offset=8,
             hint="it is truncated; get it again from where it came",
         )
-    header = _json.load(reader.read(8, size), "the header", reader.path, 8)
-    metadata = _metadata(reader, header.pop("__metadata__", {}))
+    header = _json.load(reader.read(8, size), "the header", 8)
+    metadata = _metadata(header.pop("__metadata__", {}))
     base = reader.base + 8 + size
-    entries = {key: _tensor(reader, key, said, base) for key, said in header.items()}
-    _refuse_gaps(reader, list(entries.values()), base)
+    entries = {key: _tensor(reader, key, entry, base) for key, entry in header.items()}
+    _refuse_gaps(reader, entries.values(), base)
     entries, notes = restored(entries, metadata.pop(NOTE, None))
     return Checkpoint(
         reader.path,
@@ -76,66 +74,54 @@ def read(reader: Reader) -> Checkpoint:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _metadata(reader: Reader, said: Any) -> dict[str, str]:
-    if said is None:
+def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
         return {}
-    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
-        raise Malformed("`__metadata__` is not a map of text", path=reader.path, offset=8)
-    if any(_SURROGATE.search(text) for pair in said.items() for text in pair):
-        raise Malformed("`__metadata__` holds half a character", path=reader.path, offset=8)
-    return said
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise Malformed("`__metadata__` is not a map of text", offset=8)
+    if any(_SURROGATE.search(text) for pair in value.items() for text in pair):
+        raise Malformed("`__metadata__` holds half a character", offset=8)
+    return value
 
 
-def _tensor(reader: Reader, key: str, said: Any, base: int) -> TensorInfo:
-    match said:
+def _tensor(reader: Reader, key: str, entry: Any, base: int) -> TensorInfo:
+    match entry:
         case {"dtype": str(name), "shape": list(sizes), "data_offsets": [begin, end]}:
             pass
         case _:
-            raise Malformed(f"the entry of {key} is damaged", path=reader.path, offset=8)
+            raise Malformed(f"the entry of {key} is damaged", offset=8)
     dtype = BY_SAFETENSORS_NAME.get(name)
     if dtype is None:
-        raise Unsupported(f"{key} has the unknown dtype {name}", path=reader.path, offset=8)
-    numbers = [*sizes, begin, end]
+        raise Unsupported(f"{key} has the unknown dtype {name}", offset=8)
+    numbers = (*sizes, begin, end)
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
-        raise Malformed(f"the entry of {key} has an impossible number", path=reader.path, offset=8)
-    shape = _torch_shape(reader, key, dtype, tuple(sizes))
-    storage = Storage(
-        reader.file, key, base + begin, end - begin, dtype if dtype.storage_class else None
-    )
+        raise Malformed(f"the entry of {key} has an impossible number", offset=8)
+    if dtype is DType.F4:  # torch counts pairs of four-bit floats in the last dimension
+        if not sizes or sizes[-1] % 2:
+            raise Malformed(f"{key} ends in half a byte", offset=8)
+        sizes[-1] //= 2
+    shape, start = tuple(sizes), base + begin
+    known = dtype if dtype.storage_class else None
+    storage = Storage(reader.file, key, start, end - begin, known)
     info = TensorInfo(dtype, shape, contiguous_stride(shape), storage)
     if end < begin or info.nbytes != end - begin or (info.numel * dtype.bits) % 8:
         raise Malformed(
-            f"{key} should have {info.nbytes} bytes and has {end - begin}",
-            path=reader.path,
-            offset=base + begin,
+            f"{key} should have {info.nbytes} bytes and has {end - begin}", offset=start
         )
     return info
 
 
-def _torch_shape(reader: Reader, key: str, dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Count pairs of four-bit floats in the last dimension, as torch does."""
-    if dtype is not DType.F4:
-        return shape
-    if not shape or shape[-1] % 2:
-        raise Malformed(f"{key} ends in half a byte", path=reader.path, offset=8)
-    return (*shape[:-1], shape[-1] // 2)
-
-
-def _refuse_gaps(reader: Reader, tensors: list[TensorInfo], base: int) -> None:
+def _refuse_gaps(reader: Reader, tensors: Iterable[TensorInfo], base: int) -> None:
     position = base
     for storage in sorted((info.storage for info in tensors), key=lambda s: (s.start, s.nbytes)):
         if storage.start != position:
-            raise Malformed(
-                f"the data of {storage.key} leaves a gap or overlaps",
-                path=reader.path,
-                offset=storage.start,
-            )
+            what = f"the data of {storage.key} leaves a gap or overlaps"
+            raise Malformed(what, offset=storage.start)
         position += storage.nbytes
     nbytes = position - reader.base
     if nbytes != reader.nbytes:
         raise Malformed(
             f"the file should have {nbytes} bytes and has {reader.nbytes}",
-            path=reader.path,
             offset=min(nbytes, reader.nbytes),
         )
 

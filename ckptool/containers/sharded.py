@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ckptool.containers import _json, _reading
+from ckptool.containers import _json, _registry
 from ckptool.containers._container import Container, Traits
+from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
-from ckptool.containers._stand_in import shard_of
 from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malformed, NotACheckpoint
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
@@ -38,13 +38,13 @@ _COMPUTED = ("total_size", "total_parameters")  # of the index's metadata, writt
 
 
 def sniff_safetensors(head: bytes) -> bool:
-    """Tell whether a file starts as the index of safetensors shards."""
-    return bool(_INDEX.match(head)) and b'.safetensors"' in head
+    """Check for the start of an index of safetensors shards."""
+    return b'.safetensors"' in head and bool(_INDEX.match(head))
 
 
 def sniff_torch(head: bytes) -> bool:
-    """Tell whether a file starts as the index of other shards."""
-    return bool(_INDEX.match(head)) and not sniff_safetensors(head)
+    """Check for the start of an index of other shards."""
+    return b'.safetensors"' not in head and bool(_INDEX.match(head))
 
 
 def read(reader: Reader) -> Checkpoint:
@@ -54,26 +54,26 @@ def read(reader: Reader) -> Checkpoint:
     """
     weight_map, metadata, note = _index(reader)
     folder = os.path.dirname(reader.file)
-    names = _shard_names(reader, weight_map)
-    _refuse_absent(reader, folder, names)
+    names = _shard_names(weight_map)
+    _refuse_absent(folder, names)
     shards: dict[str, Checkpoint] = {}
     try:
         for name in names:
-            shards[name] = _shard(_reading.read_shard(os.path.join(folder, name)), name)
+            shards[name] = _read_shard(folder, name)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
-        entries = _joined(reader, weight_map, parts)
+        entries = _joined(weight_map, parts)
     except FormatError as error:
         error.named = {**_globals(shards), **error.named}
         error.calls = [*_calls(shards), *error.calls]
         raise
     entries, notes = restored(entries, note)
     texts, differing = _texts([shard.metadata for shard in shards.values()], metadata)
-    tree = make_state_dict(entries, _module_metadata(parts.values()))
     pickle_name = _pickle_name(shards)
+    sizes = _size_notes(metadata.get("total_size"), entries)
     return Checkpoint(
         reader.path,
         "torch-sharded" if pickle_name else "safetensors-sharded",
-        tree,
+        make_state_dict(entries, _module_metadata(parts.values())),
         reader.nbytes + sum(shard.nbytes for shard in shards.values()),
         globals=_globals(shards),
         calls=_calls(shards),
@@ -82,24 +82,17 @@ def read(reader: Reader) -> Checkpoint:
         metadata=texts,
         unread=tuple(_left_behind(shards, parts, metadata)),
         unread_nbytes=sum(shard.unread_nbytes for shard in shards.values()),
-        records={
-            f"{name}/{record}": storage
-            for name, shard in shards.items()
-            for record, storage in shard.records.items()
-        },
+        records={f"{n}/{name}": r for n, s in shards.items() for name, r in s.records.items()},
         unlisted=sum(shard.unlisted for shard in shards.values()),
-        flaws=tuple(f"{n}: {flaw}" for n, shard in shards.items() for flaw in shard.flaws),
-        files=(
-            (reader.file, reader.stamp),
-            *(file for shard in shards.values() for file in shard.files),
-        ),
+        flaws=tuple(f"{name}: {flaw}" for name, shard in shards.items() for flaw in shard.flaws),
+        files=((reader.file, reader.stamp), *(f for s in shards.values() for f in s.files)),
         shards=tuple(shards.values()),
         notes=(
             *notes,
             *differing,
             *(note for shard in shards.values() for note in shard.notes),
-            *_size_notes(metadata.get("total_size"), entries),
-            *_strangers(folder, names),
+            *sizes,
+            *_unnamed_notes(folder, names),
         ),
     )
 
@@ -108,37 +101,34 @@ def read(reader: Reader) -> Checkpoint:
 
 
 def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
-    """Give the weight map, the metadata and the note of an index."""
+    """Return the weight map, the metadata and the note of an index."""
     if reader.nbytes > MAX_INDEX:
-        raise LimitExceeded(f"an index of {reader.nbytes} bytes", path=reader.path)
-    said = _json.load(reader.read(0, reader.nbytes), "the index", reader.path)
-    weight_map, metadata = said.get("weight_map"), said.get("metadata") or {}
+        raise LimitExceeded(f"an index of {reader.nbytes} bytes")
+    index = _json.load(reader.read(0, reader.nbytes), "the index")
+    weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if weight_map is None:
         raise NotACheckpoint(
-            f"{reader.path} is a JSON text without a `weight_map`: no index of shards",
-            path=reader.path,
+            f"{reader.path} is a JSON text without a `weight_map`: no index of shards"
         )
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
-        raise Malformed("the index is no map of keys to shards", path=reader.path)
-    note = said.get(NOTE)
+        raise Malformed("the index is no map of keys to shards")
+    note = index.get(NOTE)
     return weight_map, metadata, note if isinstance(note, str) else None
 
 
-def _shard_names(reader: Reader, weight_map: Mapping[str, Any]) -> list[str]:
+def _shard_names(weight_map: Mapping[str, Any]) -> list[str]:
     """List the shards by their number, then name; refuse names that lead out of the folder."""
-    names = set()
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _stays_inside(name):
             what = f"the index puts {key} into {str(name)[:80]!r}: no name of a file beside it"
-            raise Malformed(what, path=reader.path)
-        names.add(name)
-    if not names:
-        raise Malformed("the index names no shards", path=reader.path)
-    return sorted(names, key=_numbers)
+            raise Malformed(what)
+    if not weight_map:
+        raise Malformed("the index names no shards")
+    return sorted(set(weight_map.values()), key=_numbers)
 
 
 def _stays_inside(name: str) -> bool:
-    """Tell whether a name is a relative path without detours, on any system."""
+    """Check for a relative path without detours, on any system."""
     steps = name.split("/")
     return not re.search(r"[\x00-\x1f\\:]", name) and not {"", ".", ".."} & set(steps)
 
@@ -148,26 +138,23 @@ def _numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d{0,18})", name)]
 
 
-def _refuse_absent(reader: Reader, folder: str, names: Sequence[str]) -> None:
+def _refuse_absent(folder: str, names: Sequence[str]) -> None:
     absent = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if absent:
         raise Malformed(
             f"{len(absent)} of {counted(len(names), 'shard')} that the index names are not there",
-            path=reader.path,
             evidence=absent[:SHOWN],
             hint="get them from where the index came",
         )
 
 
-def _strangers(folder: str, names: Sequence[str]) -> list[str]:
-    """Note files beside the index that look like its shards, and that it does not name."""
-    wholes = {shard[0] for name in names if (shard := shard_of(name))}
-    known = set(names)
-    here = sorted(os.listdir(folder or "."))
+def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
+    """Note files in the folder that look like shards of this set, and that no key is in."""
+    sets = {shard[0] for name in names if (shard := shard_of(name))}
     others = [
         name
-        for name in here
-        if name not in known and (shard := shard_of(name)) and shard[0] in wholes
+        for name in sorted({*os.listdir(folder or ".")} - {*names})
+        if (shard := shard_of(name)) and shard[0] in sets
     ]
     return [f"not named by the index, and not read: {listed(others)}"] if others else []
 
@@ -175,17 +162,20 @@ def _strangers(folder: str, names: Sequence[str]) -> list[str]:
 # The shards.
 
 
-def _shard(shard: Checkpoint, name: str) -> Checkpoint:
+def _read_shard(folder: str, name: str) -> Checkpoint:
+    with Reader(os.path.join(folder, name)) as reader:
+        shard = _registry.read(reader, shard=True)
     pickle_name = f"{name}: {shard.pickle_name}" if shard.pickle_name else ""
     notes = tuple(f"{name}: {note}" for note in shard.notes)
     return replace(shard, pickle_name=pickle_name, notes=notes)
 
 
 def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> StateDict:
-    """Give the state_dict of a shard: its top where keys of the index stand there."""
+    """Return the state_dict of a shard: its top where keys of the index are there."""
     top = text_items(shard.tree)
     if top is not None and any(weight_map.get(key) == name for key, _ in top):
-        return find(shard, ".") if _holds_tensors(top) else StateDict((), dict(top))
+        has_tensors = any(isinstance(value, TENSORS) for _, value in top)
+        return find(shard, ".") if has_tensors else StateDict((), dict(top))
     try:
         return find(shard)
     except AmbiguousStateDict as error:
@@ -193,21 +183,14 @@ def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> Sta
         raise Malformed(what, evidence=error.evidence) from None
 
 
-def _holds_tensors(pairs: Iterable[tuple[str, Node]]) -> bool:
-    return any(isinstance(value, TENSORS) for _, value in pairs)
-
-
-def _joined(
-    reader: Reader, weight_map: Mapping[str, str], parts: Mapping[str, StateDict]
-) -> dict[str, Node]:
+def _joined(weight_map: Mapping[str, str], parts: Mapping[str, StateDict]) -> dict[str, Node]:
     """Join the entries of all shards; each key must be where the index says, and there alone."""
     promised: dict[str, list[str]] = {name: [] for name in parts}
     for key, name in weight_map.items():
         promised[name].append(key)
     entries: dict[str, Node] = {}
     for name, part in parts.items():
-        _refuse_absent_keys(reader, name, part, promised[name])
-        _refuse_other_keys(reader, name, part, weight_map)
+        _refuse_other_keys(name, part, promised[name], weight_map)
         entries.update(part.entries)
     return {key: entries[key] for key in ordered(weight_map, list(entries))}
 
@@ -223,45 +206,33 @@ def ordered(listed: Iterable[str], held: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*keys, *held]))
 
 
-def _refuse_absent_keys(
-    reader: Reader, name: str, part: StateDict, promised: Sequence[str]
-) -> None:
-    absent = [key for key in promised if key not in part.entries]
-    if absent:
-        what = f"{name} lacks {counted(len(absent), 'key')} that the index puts there"
-        _disagree(reader, what, absent)
-
-
 def _refuse_other_keys(
-    reader: Reader, name: str, part: StateDict, weight_map: Mapping[str, str]
+    name: str, part: StateDict, promised: Sequence[str], weight_map: Mapping[str, str]
 ) -> None:
-    """Refuse keys in a shard that the index puts elsewhere or does not name.
+    """Refuse a shard that lacks keys, or has some that the index puts elsewhere or does not name.
 
     A tie that the shard notes is not named: its bytes are, under the key it is tied to.
     """
-    here = [value for key, value in part.entries.items() if weight_map.get(key) == name]
-    views = {value.view for value in here if isinstance(value, TensorInfo)}
+    absent = [key for key in promised if key not in part.entries]
+    named = (part.entries.get(key) for key in promised)
+    views = {value.view for value in named if isinstance(value, TensorInfo)}
     twice, extra = [], []
     for key, value in part.entries.items():
         if key in weight_map:
             twice += [key] if weight_map[key] != name else []
         elif not isinstance(value, TensorInfo) or value.view not in views:
             extra.append(key)
-    if twice:
-        what = f"{name} holds {counted(len(twice), 'key')} that the index puts into another shard"
-        _disagree(reader, what, twice)
-    if extra:
-        what = f"{name} holds {counted(len(extra), 'key')} that the index does not name"
-        _disagree(reader, what, extra)
-
-
-def _disagree(reader: Reader, what: str, keys: Sequence[str]) -> None:
-    raise Malformed(
-        what,
-        path=reader.path,
-        evidence=keys[:SHOWN],
-        hint="index and shards are not of one set; get all of them from one place",
-    )
+    for keys, lacks, puts in (
+        (absent, "lacks", "puts there"),
+        (twice, "holds", "puts into another shard"),
+        (extra, "holds", "does not name"),
+    ):
+        if keys:
+            raise Malformed(
+                f"{name} {lacks} {counted(len(keys), 'key')} that the index {puts}",
+                evidence=keys[:SHOWN],
+                hint="index and shards are not of one set; get all of them from one place",
+            )
 
 
 # What is beside the entries.
@@ -308,29 +279,26 @@ def _texts(
 
 def _left_behind(
     shards: Mapping[str, Checkpoint], parts: Mapping[str, StateDict], index: Mapping[str, Any]
-) -> list[str]:
-    """Name what stands in the shards beside their entries, and what else the index says."""
-    left = [
-        f"{name}: {what}"
-        for name, shard in shards.items()
-        for what in (*beside(shard.tree, parts[name].at), *shard.unread)
-    ]
-    more = [name for name, value in index.items() if not isinstance(value, str)]
-    return left + [f"{name} of the index" for name in more if name not in _COMPUTED]
+) -> Iterator[str]:
+    """Name what is in the shards beside their entries, and what else is in the index."""
+    for name, shard in shards.items():
+        for what in (*beside(shard.tree, parts[name].at), *shard.unread):
+            yield f"{name}: {what}"
+    for name, value in index.items():
+        if not isinstance(value, str) and name not in _COMPUTED:
+            yield f"{name} of the index"
 
 
-def _size_notes(said: Any, entries: Mapping[str, Node]) -> list[str]:
-    """Note a total size that fits neither all tensors nor those that are not tied."""
+def _size_notes(total: Any, entries: Mapping[str, Node]) -> list[str]:
+    """Note a total size that fits neither all tensors, nor those not tied, nor the storages."""
     tensors = [value for value in entries.values() if isinstance(value, TENSORS)]
+    dense = [value for value in tensors if isinstance(value, TensorInfo)]
     every = sum(value.nbytes for value in tensors)
-    single = {value.view: value.nbytes for value in tensors if isinstance(value, TensorInfo)}
-    stored = {
-        value.storage: value.storage.nbytes for value in tensors if isinstance(value, TensorInfo)
-    }
-    sizes = (every, sum(single.values()), sum(stored.values()))
-    if said is None or said in sizes:
+    untied = sum({value.view: value.nbytes for value in dense}.values())
+    stored = sum(storage.nbytes for storage in {value.storage for value in dense})
+    if total is None or total in (every, untied, stored):
         return []
-    return [f"the index speaks of {str(said)[:20]} bytes in all, the shards hold {every}"]
+    return [f"the index speaks of {str(total)[:20]} bytes in all, the shards hold {every}"]
 
 
 CONTAINERS = (

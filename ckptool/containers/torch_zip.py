@@ -108,10 +108,10 @@ def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Pla
 
     `job` returns what writes the bytes of a storage to a place in the archive: a copy.
     """
+    from ckptool.files import planner
     from ckptool.files.copying import Copy, PlannedFile
     from ckptool.pickles import pickle_writer
 
-    job = job or Copy
     lowering = Lowering()
     pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
@@ -129,7 +129,10 @@ def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Pla
         yield from after
 
     starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
-    jobs = [job(storage, start) for storage, start in zip(storages, starts[2:-1], strict=True)]
+    places = zip(storages, starts[2:-1], strict=True)
+    jobs = [(job or Copy)(storage, start) for storage, start in places]
+    if job is None:
+        jobs += planner.checks(jobs, storages)
 
     def finish(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
         return zips.headers(records(each.crc32 for each in done), ALIGNMENT)

@@ -1,7 +1,8 @@
 """The one way to read elements: blocks of them in row-major order, whatever lies beneath.
 
 Contiguous little-endian elements are the bytes of their storage. Others are gathered with numpy,
-their bytes swapped and torch's pending operations done on the way.
+their bytes swapped and torch's pending operations done on the way. Computed ones are made from a
+block of each of their arguments; as kernels work element by element, any range can be.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ckptool.tensors import numbers
 from ckptool.tensors.chunks import Piece, pieces
 from ckptool.tensors.tensor import (
     Chunked,
+    Computed,
     Packing,
     Storage,
     TensorInfo,
@@ -48,11 +50,16 @@ def blocks(value: TensorInfo, readers: Readers, limit: int = 1 << 20) -> Iterato
     size = max(limit // itemsize, 1) * itemsize
     buffer = memoryview(bytearray(min(size, value.nbytes)))
     for block in _stored(value, readers, buffer, size):
-        if needs_swap(value.storage, value.dtype.swap):
-            numbers.swap(block, value.dtype.swap)
-        if value.lazy:
-            numbers.resolve(block, value.dtype, value.lazy)
+        _settle(value, block)
         yield block
+
+
+def _settle(value: TensorInfo, block: memoryview) -> None:
+    """Make stored elements little-endian and do what is pending on them."""
+    if needs_swap(value.storage, value.dtype.swap):
+        numbers.swap(block, value.dtype.swap)
+    if value.lazy:
+        numbers.resolve(block, value.dtype, value.lazy)
 
 
 def equal(one: memoryview, other: memoryview) -> bool:
@@ -113,9 +120,12 @@ Part = tuple[int, int, int, int]  # of a chunk: its index, the first byte, how m
 def fill(view: memoryview, storage: Storage, start: int, readers: Readers) -> list[Part]:
     """Fill `view` from `start` in a storage that is not deflated; a chunked one is assembled.
 
-    `start` and the length are whole elements of a chunked storage. Returns the parts of its chunks
-    that were read, whose checksums together are those of the chunks.
+    `start` and the length are whole elements of a chunked or computed storage. Returns the parts
+    of the chunks that were read, whose checksums together are those of the chunks.
     """
+    if storage.computed is not None:
+        _compute(view, storage.computed, start, readers)
+        return []
     chunked = storage.chunked
     if chunked is None:
         readers[storage.path].read_into(view, storage.start + start)
@@ -130,6 +140,18 @@ def fill(view: memoryview, storage: Storage, start: int, readers: Readers) -> li
         begin = (source.storage_offset + piece.first) * chunked.itemsize
         parts.append((piece.index, begin, len(data), crc32(data)))
     return parts
+
+
+def _compute(view: memoryview, computed: Computed, start: int, readers: Readers) -> None:
+    """Fill `view` with the elements of a computed storage from the byte `start` on."""
+    first, count = start // computed.itemsize, len(view) // computed.itemsize
+    args = []
+    for value in computed.args:
+        block = memoryview(bytearray(count * value.dtype.itemsize))
+        read_elements(value, first, block, _fetch(value.storage, readers))
+        _settle(value, block)
+        args.append(block)
+    view[:] = computed.kernel(*args)
 
 
 def _place(

@@ -257,9 +257,8 @@ class _Run:
 
     def _read(self, task: _Task, job: Copy, buffer: memoryview[int]) -> Iterator[Bytes]:
         """Yield what is read into the buffer, a chunk after the other."""
-        end = task.start + task.nbytes
-        for start in range(task.start, end, CHUNK):
-            view = buffer[: min(CHUNK, end - start)]
+        for start, end in _cuts(job, task.start, task.start + task.nbytes, CHUNK):
+            view = buffer[: end - start]
             parts = fill(view, job.storage, job.start + start, self.readers)
             if parts:
                 with self._lock:
@@ -298,8 +297,21 @@ def _tasks(jobs: Sequence[Job]) -> Iterator[_Task]:
         if isinstance(job, Compute) or job.storage.packing is Packing.DEFLATED:
             yield _Task(index, job, 0, job.nbytes)
         else:
-            for start in range(0, job.nbytes, TASK):
-                yield _Task(index, job, start, min(TASK, job.nbytes - start))
+            for start, end in _cuts(job, 0, job.nbytes, TASK):
+                yield _Task(index, job, start, end - start)
+
+
+def _cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of a job where the output has a multiple of so many bytes.
+
+    Pages of the output are then written once, in large folios. A chunked storage is cut at whole
+    elements.
+    """
+    offset = (job.target or 0) if job.storage.packing is Packing.PLAIN else 0
+    while start < end:
+        cut = min(start + nbytes - (offset + start) % nbytes, end)
+        yield start, cut
+        start = cut
 
 
 def _clipped(parts: Iterable[bytes], start: int, nbytes: int) -> Iterator[bytes]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import Compute, Copy, Job
+from ckptool.tensors import values
 from ckptool.tensors.tensor import Storage, TensorInfo, is_contiguous, needs_swap
 
 GATHER_BLOCK = 8 << 20
@@ -29,10 +30,25 @@ def job(info: TensorInfo, target: int) -> Job:
 
 
 def checks(planned: Iterable[Job], storages: Iterable[Storage]) -> list[Job]:
-    """Read the storages that have a recorded checksum and are not copied whole."""
+    """Read the storages that have a recorded checksum and are not copied whole.
+
+    Of a computed storage, those are the storages that it is made of.
+    """
     whole = {copy.storage for copy in planned if isinstance(copy, Copy) and copy.whole}
-    return [
-        Copy(storage, None)
-        for storage in dict.fromkeys(storages)
-        if storage not in whole and storage.crc32 is not None
-    ]
+    unchecked = (each for storage in storages for each in _unchecked(storage, whole))
+    return [Copy(storage, None) for storage in dict.fromkeys(unchecked)]
+
+
+def _unchecked(storage: Storage, whole: Collection[Storage]) -> Iterator[Storage]:
+    """Iterate over the recorded checksums under a storage that no copy compares."""
+    if storage.crc32 is not None and storage not in whole:
+        yield storage
+    for value in values.arguments(storage):
+        # The copy of a chunked storage compares those of the stored chunks that it reads whole.
+        read_whole = storage.chunked is not None and storage in whole and _is_whole(value)
+        if not read_whole or values.arguments(value.storage):
+            yield from _unchecked(value.storage, whole)
+
+
+def _is_whole(value: TensorInfo) -> bool:
+    return value.nbytes == value.storage.nbytes and is_contiguous(value.shape, value.stride)

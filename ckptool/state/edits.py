@@ -1,21 +1,30 @@
-"""Pure edits of keys: `old key -> new key, the same key, or None` (dropped); and what they did.
+"""Pure edits of keys and values, and what they did.
 
-An edit that needs to see all keys first (a pattern that must match something, wrappers that all
-keys share) is made from them; once made, it is a plain function of one key.
+An edit of keys is `old key -> new key, the same key, or None` (dropped). One of values is `key,
+value -> pairs of both`: none where the entry is dropped, several where it is split. An edit that
+needs to see all entries first (a pattern that must match something, wrappers that all keys share)
+is made from them; once made, it is a plain function of one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import translate
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
+from ckptool.pickles.tree import Node
+from ckptool.tensors import dtype as dtypes, numbers, values
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, quoted, several
 
 KeyEdit = Callable[[str], str | None]
 Maker = Callable[[Sequence[str]], KeyEdit]  # all keys -> the edit of one
+Value = Node  # a tensor, or what else is in a state_dict
+Entries = Mapping[str, Value]
+Change = Callable[[str, Value], Iterable[tuple[str, Value]]]
 
 DEFAULT_PREFIX = "module."
 SHAPE_DIFFERS = "shape differs"  # the reason that transfers give
@@ -36,12 +45,14 @@ class KeyMap:
     """What edits did, in order: pairs of old key and new key, None for dropped ones.
 
     `why` gives for each dropped key the name it had when it was dropped, and the reason; `said`
-    tells in words which prefixes came off or on, and how many keys had them.
+    tells in words which prefixes came off or on, and how many keys had them. An entry that was
+    split has several pairs. `entries` are the values under the new keys.
     """
 
     pairs: tuple[tuple[str, str | None], ...]
     why: dict[str, tuple[str, str]]
     said: tuple[str, ...] = ()
+    entries: dict[str, Value] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
@@ -61,11 +72,16 @@ class KeyMap:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One step of an edit, as the user asked for it: `reason` is what a dropped key is told."""
+    """One step of an edit, as the user asked for it: `reason` is what a dropped key is told.
+
+    `change` makes the edit of values, for one that has any; `make` that of keys, which moves the
+    paths of modules too.
+    """
 
     name: str
-    make: Maker
+    make: Maker = lambda keys: lambda key: key
     reason: str = ""
+    change: Callable[[Entries], Change] | None = None
 
 
 def with_dot(prefix: str) -> str:
@@ -245,6 +261,49 @@ def without(unwanted: Iterable[str], reason: str) -> Edit:
     return Edit("without", lambda keys: lambda key: None if key in dropped else key, reason)
 
 
+# Edits of values.
+
+
+def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[str] = ()) -> Edit:
+    """Round the floats, or those of them that `only` selects and `except_` does not, to a dtype.
+
+    `dtype` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers and
+    what is no tensor stay as they are; tensors that share their storage still do. Raises
+    `EditError` for a dtype of anything else than real floats, and `NothingMatched` when made for
+    keys of which a pattern selects none.
+    """
+    target = _real_float(dtype)
+
+    def make(entries: Entries) -> Change:
+        keys = list(entries)
+        chosen = select(only, keys) if several(only) else set(keys)
+        chosen -= select(except_, keys) if several(except_) else set()
+        made: values.Made = {}
+
+        def change(key: str, value: Value) -> Iterable[tuple[str, Value]]:
+            if (
+                key not in chosen
+                or not isinstance(value, TensorInfo)
+                or value.dtype not in numbers.REAL_FLOATS - {target}
+            ):
+                return ((key, value),)
+            kernel = numbers.cast(value.dtype, target)
+            return ((key, values.elementwise(kernel, [value], target, made)),)
+
+        return change
+
+    return Edit(f"cast {target.label}", change=make)
+
+
+def _real_float(name: str) -> DType:
+    label = name.lower().replace("fp", "f")
+    found = dtypes.BY_SAFETENSORS_NAME.get(label.upper()) or dtypes.BY_TORCH_NAME.get(label)
+    if found not in numbers.ROUNDED:
+        known = ", ".join(dtype.label for dtype in DType if dtype in numbers.ROUNDED)
+        raise EditError(f"`{name}` is no dtype of floats", hint=f"known are {known}")
+    return found
+
+
 # The selection language.
 
 
@@ -338,27 +397,43 @@ def _examples(keys: Sequence[str]) -> list[str]:
 # Applying.
 
 
-def apply(steps: Sequence[Edit], keys: Sequence[str], source: str = "IN") -> tuple[KeyMap, KeyEdit]:
-    """Apply edits one after the other; give what they did, and all of them as one edit.
+def apply(
+    steps: Sequence[Edit], entries: Entries | Sequence[str], source: str = "IN"
+) -> tuple[KeyMap, KeyEdit]:
+    """Apply edits one after the other; return what they did, and all of them as one edit of keys.
 
     `source` is the input as a command names it. Raises what the edits
     raise, and `KeyCollision` where two keys would become one.
     """
-    now: list[str | None] = list(keys)
+    if not isinstance(entries, Mapping):
+        entries = dict.fromkeys(entries)
+    now = [(key, key, value) for key, value in entries.items()]  # the old key, the new, the value
     why: dict[str, tuple[str, str]] = {}
     made: list[KeyEdit] = []
     said: list[str] = []
     for step in steps:
-        before = [key for key in now if key is not None]
+        before = [key for _, key, _ in now]
         edit = step.make(before)
-        said += _said(step, before, [edit(key) for key in before])
+        after = [edit(key) for key in before]
+        said += _said(step, before, after)
         made.append(edit)
-        for index, key in enumerate(now):
-            if key is not None:
-                now[index] = edit(key)
-                if now[index] is None:
-                    why[keys[index]] = (key, step.reason)
-    pairs = tuple(zip(keys, now, strict=True))
+        if step.change is None:
+            moved = [
+                (old, new, value)
+                for (old, _, value), new in zip(now, after, strict=True)
+                if new is not None
+            ]
+        else:
+            change = step.change({key: value for _, key, value in now})
+            moved = [(old, *pair) for old, key, value in now for pair in change(key, value)]
+        if len(moved) < len(now) or step.change:
+            kept = {old for old, _, _ in moved}
+            why |= {old: (key, step.reason) for old, key, _ in now if old not in kept}
+        now = moved
+    written: dict[str, list[str | None]] = {}
+    for old, new, _ in now:
+        written.setdefault(old, []).append(new)
+    pairs = tuple((old, new) for old in entries for new in written.get(old, (None,)))
     _refuse_collision(pairs, source)
 
     def all_of(key: str) -> str | None:
@@ -369,7 +444,7 @@ def apply(steps: Sequence[Edit], keys: Sequence[str], source: str = "IN") -> tup
             result = edit(result)
         return result
 
-    return KeyMap(pairs, why, tuple(said)), all_of
+    return KeyMap(pairs, why, tuple(said), {new: value for _, new, value in now}), all_of
 
 
 def _said(step: Edit, before: Sequence[str], after: Sequence[str | None]) -> list[str]:

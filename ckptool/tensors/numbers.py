@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,6 +43,8 @@ _NOT_FINITE = {
 _INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
 ROOM, ROOM_OF_A_CORE = 64 << 20, 40 << 20  # what loading numpy takes of the address space
 FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
+REAL_FLOATS = FLOATS.difference(COMPLEX)
+ROUNDED = REAL_FLOATS - {DType.F8_E8M0}  # that has neither zero nor sign: it holds scales
 
 
 def load() -> None:
@@ -64,19 +67,75 @@ def _bits(block: Block, dtype: DType) -> Any:
     return np.frombuffer(block, f"<u{_PARTS.get(dtype, dtype).itemsize}")
 
 
-def _floats(bits: Any, dtype: DType) -> Any:
-    """Return the floats that bit patterns stand for, in double precision, which holds all."""
+def _kind(dtype: DType) -> Any:
+    """Return the dtype of numpy or ml_dtypes for a real float."""
+    if dtype in (DType.F64, DType.F32, DType.F16):
+        return f"<f{dtype.itemsize}"
+    import ml_dtypes
+
+    return getattr(ml_dtypes, dtype.torch_name)
+
+
+def _widened(bits: Any, dtype: DType) -> Any:
+    """Return the floats that bit patterns stand for: in double precision F64, in single others."""
     import numpy as np
 
     dtype = _PARTS.get(dtype, dtype)
-    if dtype in (DType.F64, DType.F32, DType.F16):
-        return bits.view(f"<f{dtype.itemsize}").astype("f8")
-    import ml_dtypes
+    kind = _kind(dtype)
+    if dtype.itemsize == 1:
+        return np.arange(256, dtype="u1").view(kind).astype("f4")[bits]
+    return bits.view(kind) if dtype is DType.F64 else bits.view(kind).astype("f4")
 
-    kind = getattr(ml_dtypes, dtype.torch_name)
-    if dtype.itemsize > 1:
-        return bits.view(kind).astype("f4").astype("f8")
-    return np.arange(256, dtype="u1").view(kind).astype("f8")[bits]
+
+def _floats(bits: Any, dtype: DType) -> Any:
+    """Return the floats that bit patterns stand for, in double precision, which holds all."""
+    return _widened(bits, dtype).astype("f8")
+
+
+def _rounded(floats: Any, dtype: DType) -> memoryview:
+    """Return floats as the bytes of a dtype, rounded to nearest even.
+
+    torch rounds a double to single precision first (torch/headeronly/util/Half.h and BFloat16.h
+    are made from a float), and what is beyond the largest F8_E4M3 to that, where older ones made
+    it NaN (torch/headeronly/util/Float8_e4m3fn.h).
+    """
+    if dtype.itemsize < 4:
+        floats = floats.astype("f4")
+    if dtype is DType.F8_E4M3:
+        floats = floats.clip(-448, 448)
+    return memoryview(floats.astype(_kind(dtype)).view("u1"))
+
+
+# Values made from others: kernels over blocks of as many elements.
+
+Kernel = Callable[..., memoryview]
+
+
+def cast(source: DType, target: DType) -> Kernel:
+    """Return the kernel that makes floats of one dtype those of another; both are real."""
+
+    def kernel(block: Block) -> memoryview:
+        import numpy as np
+
+        with np.errstate(all="ignore"):  # what is too large becomes infinite, as in torch
+            return _rounded(_widened(_bits(block, source), source), target)
+
+    return kernel
+
+
+def mean(dtype: DType, weights: Sequence[float]) -> Kernel:
+    """Return the kernel of a weighted mean of floats of one dtype, summed in double precision."""
+    total = sum(weights)
+
+    def kernel(*blocks: Block) -> memoryview:
+        import numpy as np
+
+        with np.errstate(all="ignore"):
+            pairs = zip(weights, blocks, strict=True)
+            summed = sum(weight * _floats(_bits(block, dtype), dtype) for weight, block in pairs)
+            return _rounded(summed / total, _PARTS.get(dtype, dtype))
+
+    return kernel
 
 
 # NaN and infinity.

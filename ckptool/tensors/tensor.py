@@ -5,7 +5,7 @@ Strides and offsets are counted in elements, as torch counts them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
@@ -23,6 +23,7 @@ class Packing(Enum):
     PLAIN = "plain"
     DEFLATED = "deflated"
     CHUNKED = "chunked"
+    COMPUTED = "computed"
 
 
 # Values, though not frozen: for each field of a frozen one, making it calls a function, and there
@@ -33,7 +34,8 @@ class Storage:
 
     `dtype` is that of torch's typed storage, None for an untyped one. `crc32` is what the file
     recorded for the unpacked bytes, None where it recorded nothing. A chunked storage is in
-    pieces, `chunked` says where; `path` and `key` then name the whole.
+    pieces, `chunked` says where; `path` and `key` then name the whole. A computed storage is in no
+    file: `computed` says what its elements are made of, and is its identity.
     """
 
     path: str
@@ -47,6 +49,7 @@ class Storage:
     packing: Packing = Packing.PLAIN
     packed_nbytes: int = 0
     chunked: Chunked | None = field(default=None, compare=False, repr=False)
+    computed: Computed | None = field(default=None, repr=False)
 
     def __hash__(self) -> int:
         return hash((self.path, self.key, self.start))
@@ -59,6 +62,18 @@ class Chunked:
     shape: tuple[int, ...]
     itemsize: int
     chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """Elements made one by one from those of other tensors, all of one shape.
+
+    `kernel` takes a block of as many elements of each and returns their bytes in the new dtype.
+    """
+
+    kernel: Callable[..., bytes | memoryview]
+    args: tuple[TensorInfo, ...]
+    itemsize: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

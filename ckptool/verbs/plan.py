@@ -109,7 +109,7 @@ def make_plan(
         )
     if state is not None and state.module and not bare:
         _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
-    keys = list(state.entries) if state else _all_keys(checkpoint)
+    keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
     key_map, edit = edits.apply(steps, keys, argument(checkpoint, options))
     plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
     if options.tensors_only and not bare:
@@ -180,7 +180,7 @@ def _edit_state(
     plan: Plan, state: StateDict, edit: edits.KeyEdit, *, bare: bool, changed: bool
 ) -> None:
     """Put the edited state_dict where the old one was, or alone."""
-    entries = {new: state.entries[old] for old, new in plan.key_map.pairs if new is not None}
+    entries = dict(plan.key_map.entries)
     for old in plan.key_map.dropped:
         value = state.entries[old]
         shape = value.shape if isinstance(value, TENSORS) else None
@@ -296,7 +296,7 @@ def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
 def _drop(plan: Plan, new: str, reason: str) -> None:
     """Count an entry as dropped after all; `new` is the name it would have had."""
     old = next(old for old, here in plan.key_map.pairs if here == new)
-    pairs = tuple((key, None if key == old else here) for key, here in plan.key_map.pairs)
+    pairs = tuple((key, None if here == new else here) for key, here in plan.key_map.pairs)
     plan.key_map = replace(plan.key_map, pairs=pairs)
     value = plan.state.entries.get(new) if plan.state else None
     shape = value.shape if isinstance(value, TENSORS) else None

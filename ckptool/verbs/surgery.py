@@ -22,7 +22,7 @@ from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
-from ckptool.tensors import numbers
+from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
 from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
@@ -173,7 +173,7 @@ def rewrite(
     publish.refuse_full(place, laid.output.nbytes)
     if options.dry_run:
         return result
-    if any(isinstance(job, Compute) for job in laid.output.jobs):
+    if any(isinstance(job, Compute) or job.storage.computed for job in laid.output.jobs):
         numbers.load()
     check = partial(_check, plan, place, laid)
     late = publish.publish(place, laid.output, progress(laid.output.job_nbytes), check)
@@ -392,8 +392,9 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     if options.allow_expand:
         return
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
-    packed = (job.storage for job in output.jobs if job.storage.packing is not Packing.PLAIN)
-    inflated, available = sum(storage.nbytes for storage in packed), readable(checkpoint.nbytes)
+    read = (each for job in output.jobs for each in values.stored(job.storage))
+    inflated = sum(each.nbytes for each in read if each.packing is not Packing.PLAIN)
+    available = readable(checkpoint.nbytes)
     if inflated > MAX_INFLATION * limit:
         message = f"{readable(inflated)} would be inflated from {available}"
     elif output.nbytes > limit:

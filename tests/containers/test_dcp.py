@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIXTURES, Outcome
+from conftest import FIXTURES, Outcome, write_anew
 
 from ckptool import containers
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
@@ -450,7 +450,7 @@ def test_changed_bytes_of_the_index_raise_nothing_else(folder: Path, position: i
     for value in (0x00, 0x28, 0x2E, 0x52, 0x7D, 0x94, 0xFF):
         changed = data[:]
         changed[position % len(data)] = value
-        (folder / ".metadata").write_bytes(changed)
+        write_anew(folder / ".metadata", bytes(changed))
         try:
             containers.read(folder)
         except FormatError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, listing, sampled
+from conftest import Outcome, listing, sampled, write_anew
 
 from ckptool import containers
 from ckptool.errors import CkptoolError, Malformed
@@ -259,7 +259,7 @@ def test_every_truncation_of_an_index_is_one_clear_error(good: Path, here: Path)
     index = index_of(Path("set"))
     content = index.read_bytes()
     for size in sampled(range(len(content)), 3):
-        index.write_bytes(content[:size])
+        write_anew(index, content[:size])
         with pytest.raises(CkptoolError):
             containers.read("set")
 
@@ -271,7 +271,7 @@ def test_every_changed_byte_of_an_index_is_read_or_refused(good: Path, here: Pat
     fine = {"model"}
     for at in sampled(range(len(content)), 5):
         for value in (0, ord('"'), ord("a"), 0xFF):
-            index.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+            write_anew(index, content[:at] + bytes([value]) + content[at + 1 :])
             try:
                 containers.read("set")
             except CkptoolError:

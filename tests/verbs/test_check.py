@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIXTURES, Outcome, environment
+from conftest import FIXTURES, Outcome, environment, write_anew
 
 import ckptool
 from ckptool import containers
@@ -448,7 +448,7 @@ def test_any_byte_may_be_another(here: Path, good: Path, name: str) -> None:
     for index in range(len(content)):
         value = VALUES[index % len(VALUES)]
         changed = content[:index] + bytes([value]) + content[index + 1 :]
-        path.write_bytes(changed)
+        write_anew(path, changed)
         found = checking.check(path)
         assert found.detail
         if found.status is Status.OK and found.container == "torch-zip":
@@ -469,7 +469,7 @@ def test_any_byte_of_a_pickle_may_be_anything(here: Path) -> None:
     statuses = set()
     for index in range(start, content.index(b"u.") + 2):
         for value in {*VALUES, content[index] ^ 1} - {content[index]}:
-            path.write_bytes(content[:index] + bytes([value]) + content[index + 1 :])
+            write_anew(path, content[:index] + bytes([value]) + content[index + 1 :])
             statuses.add(checking.check(path).status)
     assert statuses <= {Status.OK, Status.DAMAGED, Status.UNSUPPORTED, Status.UNSAFE}
     assert {Status.OK, Status.DAMAGED} <= statuses

@@ -1,0 +1,149 @@
+"""The file of a folder that is read for it, or what the folder is: what wrote it, what is in it.
+
+A folder is read from an index, or from the one checkpoint under a usual name: those of
+transformers, diffusers and peft (transformers/utils/__init__.py, `WEIGHTS_NAME` and its like), and
+Lightning's suffix.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from ckptool.containers import _registry
+from ckptool.containers._others import STEMS
+from ckptool.errors import AmbiguousStateDict, CkptoolError, Malformed, NoSuchFile, NotACheckpoint
+from ckptool.files.fileio import reason
+from ckptool.text import counted, quoted, readable, table
+
+MAX_NAMES = 10_000
+MAX_SHOWN = 12
+MAX_CHECKPOINTS = 20  # that are named where one must be chosen
+_USUAL = re.compile(rf"({'|'.join(STEMS)})(\.\w+)?\.(safetensors|bin)|.+\.ckpt")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)")
+# Of training, not of a model.
+_STATES = ("optim", "sched", "rng", "random_states", "training_args", "scaler")
+# Names that must all be there -> what a folder looks like.
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("model_index.json", "a pipeline of diffusers; its models are in the folders inside"),
+    ("trainer_state.json", "a checkpoint of transformers' Trainer"),
+    ("adapter_config.json", "an adapter of PEFT"),
+    ("modules.json config_sentence_transformers.json", "a model of sentence-transformers"),
+    ("random_states_0.pkl", "a checkpoint of accelerate"),
+    ("latest zero_to_fp32.py", "a checkpoint of DeepSpeed; zero_to_fp32.py joins its parts"),
+    ("mp_rank_00_model_states.pt", "a part of a checkpoint of DeepSpeed"),
+    ("latest_checkpointed_iteration.txt", "checkpoints of Megatron-LM"),
+    ("saved_model.pb", "a TensorFlow SavedModel"),
+    ("checkpoint model.ckpt.index", "a TensorFlow checkpoint"),
+    ("hparams.yaml checkpoints", "a log folder of Lightning; see checkpoints/ inside"),
+    ("config.json weights.th vocabulary", "an unpacked model of AllenNLP"),
+    ("data.pkl", "an unpacked torch file; zip it again, or get the file itself"),
+)
+
+
+def checkpoint_in(folder: str) -> str:
+    """Return the file that a folder is read from.
+
+    Raises `AmbiguousStateDict` where there are several, `Malformed` for shards without their
+    index, `NotACheckpoint` for any other folder and `NoSuchFile` for one that cannot be listed.
+    """
+    entries = _scanned(folder)
+    files = _file_names(entries)
+    checkpoints = _checkpoints(files)
+    if len(checkpoints) > 1:
+        raise AmbiguousStateDict(
+            f"{folder} is a folder of {len(checkpoints)} checkpoints",
+            evidence=checkpoints[:MAX_CHECKPOINTS],
+            hint="name one of them",
+        )
+    if not checkpoints:
+        _refuse_shards(folder, files)
+        raise _refusal(folder, entries[:MAX_NAMES])
+    return os.path.join(folder, checkpoints[0])
+
+
+def lacks_index(folder: str) -> bool:
+    """Check for shards of a checkpoint in a folder without the index that joins them."""
+    try:
+        files = _file_names(_scanned(folder))
+    except CkptoolError:
+        return False
+    return not _checkpoints(files) and any(map(shard_of, files))
+
+
+def shard_of(name: str) -> tuple[str, int, int] | None:
+    """Split `model-00001-of-00002.safetensors` into `model.safetensors`, 1 and 2."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return None
+    return match["stem"] + match["suffix"], int(match["number"]), int(match["count"])
+
+
+def shard_notes(path: str) -> list[str]:
+    """Note that a file is one shard of a set; nothing of any other."""
+    folder, name = os.path.split(path)
+    shard = shard_of(name)
+    if shard is None:
+        return []
+    whole, number, count = shard
+    index = f"{whole}.index.json"
+    has_index = os.path.isfile(os.path.join(folder, index))
+    more = f"; {index} beside it stands for all" if has_index else ""
+    return [f"this is shard {number} of {count}{more}"]
+
+
+def _scanned(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise NoSuchFile(f"{folder} cannot be opened: {reason(error)}", path=folder) from None
+
+
+def _file_names(entries: Sequence[os.DirEntry[str]]) -> list[str]:
+    return [entry.name for entry in entries if entry.is_file()]
+
+
+def _checkpoints(names: Sequence[str]) -> list[str]:
+    return [name for name in names if _registry.is_index(name) or _USUAL.fullmatch(name)]
+
+
+def _refuse_shards(folder: str, names: Sequence[str]) -> None:
+    sets = Counter((shard[0], shard[2]) for name in names if (shard := shard_of(name)))
+    if sets:
+        (whole, count), present = next(iter(sets.items()))
+        raise Malformed(
+            f"{folder} is a folder with {present} of {count} shards of {whole}, "
+            f"without their index {whole}.index.json",
+            path=folder,
+            hint="get it from where the shards came; a shard can also be named alone",
+        )
+
+
+def _refusal(folder: str, entries: Sequence[os.DirEntry[str]]) -> NotACheckpoint:
+    """Return the error for a folder: what it looks like, its files, the one to look at."""
+    from ckptool.files import archives
+
+    try:
+        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except OSError:  # a folder that may be listed, and not entered
+        return NotACheckpoint(f"{folder} is a folder", path=folder)
+    names = {entry.name for entry in entries}
+    kind = next((f", {what}" for needed, what in _KINDS if names.issuperset(needed.split())), "")
+    endings = (*_registry.suffixes(), *archives.SUFFIXES, ".model", ".index.json")
+    weights = [name for name in sizes if name.endswith(endings)]
+    weights.sort(key=lambda name: (-sizes[name], name))
+    likely = sorted(weights, key=lambda name: name.startswith(_STATES))
+    return NotACheckpoint(
+        f"{folder} is a folder{kind} ({_counts(len(sizes), len(entries) - len(sizes))})",
+        path=folder,
+        evidence=table([(name, readable(sizes[name])) for name in weights[:MAX_SHOWN]], (1,)),
+        hint=f"ckptool info {quoted(os.path.join(folder, likely[0]))}" if likely else "",
+    )
+
+
+def _counts(files: int, folders: int) -> str:
+    parts = [counted(n, noun) for n, noun in ((files, "file"), (folders, "folder")) if n]
+    return ", ".join(parts) or "empty"

@@ -1,0 +1,80 @@
+"""The edits that commands have options for; `--help` reads this, and none of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptool.errors import EditError
+
+if TYPE_CHECKING:
+    from ckptool.state.edits import Edit
+
+
+@dataclass(frozen=True, slots=True)
+class EditSpec:
+    """An edit as an option; `parse` takes the texts that were given.
+
+    With `selects`, those are patterns, and a text `@file` is replaced by the patterns in it. With
+    `together`, options that follow each other make one edit.
+    """
+
+    option: str
+    metavar: str
+    help: str
+    parse: Callable[[Sequence[str]], Edit]
+    selects: bool = False
+    together: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name it as a keyword."""
+        return self.option.removeprefix("--").replace("-", "_")
+
+
+def renaming(text: str, option: str = "--rename") -> tuple[str, str]:
+    """Read `OLD=NEW`."""
+    old, sign, new = text.partition("=")
+    if not sign or not old:
+        raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
+    return old, new
+
+
+def _strip_prefix(texts: Sequence[str]) -> Edit:
+    from ckptool.state import edits
+
+    return edits.strip_wrappers() if texts[0] == "auto" else edits.strip_prefix(texts[0])
+
+
+def _add_prefix(texts: Sequence[str]) -> Edit:
+    from ckptool.state import edits
+
+    return edits.add_prefix(texts[0])
+
+
+def _rename(texts: Sequence[str]) -> Edit:
+    from ckptool.state import edits
+
+    return edits.rename(*renaming(texts[0]))
+
+
+def _drop(texts: Sequence[str]) -> Edit:
+    from ckptool.state import edits
+
+    return edits.drop(texts)
+
+
+def _keep(texts: Sequence[str]) -> Edit:
+    from ckptool.state import edits
+
+    return edits.keep(texts)
+
+
+EDITS = (
+    EditSpec("--strip-prefix", "P", "Take a prefix off keys, or auto.", _strip_prefix),
+    EditSpec("--add-prefix", "P", "Put a prefix before keys.", _add_prefix),
+    EditSpec("--rename", "OLD=NEW", "Move a dotted prefix.", _rename),
+    EditSpec("--drop", "PATTERN", "Leave keys out.", _drop, selects=True),
+    EditSpec("--keep", "PATTERN", "Leave all other keys out.", _keep, selects=True, together=True),
+)
