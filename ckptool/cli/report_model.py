@@ -1,4 +1,4 @@
-"""What `verify` found -> text or JSON; returns strings, prints and opens nothing."""
+"""A `Verification` -> lines of text; returns strings, prints and opens nothing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ ITSELF = "(the model itself)"
 _HEAD = ("DEVICE", "RESULT", "MAX DIFF", "ULP", "FIRST DIFFERENCE")
 
 
-def run_rows(found: Verification) -> list[str]:
+def run_rows(verification: Verification) -> list[str]:
     """List the devices for programs, with tabs between."""
-    return ["\t".join(_cells(run)) for run in found.runs]
+    return ["\t".join(_cells(run)) for run in verification.runs]
 
 
-def run_table(found: Verification) -> list[str]:
+def run_table(verification: Verification) -> list[str]:
     """List the devices for people."""
-    return table([_HEAD, *(_cells(run) for run in found.runs)])
+    return table([_HEAD, *(_cells(run) for run in verification.runs)])
 
 
 def _cells(run: Run) -> tuple[str, ...]:
@@ -48,18 +48,15 @@ def _module(name: str | None) -> str:
     return "" if name is None else visible(name) or ITSELF
 
 
-def verification_lines(found: Verification) -> list[str]:
-    """Return what was compared, and on each device what came of it."""
-    lines = [
-        f"{visible(found.model)} on {visible(found.inputs)}, {found.dtype}; torch {found.torch}"
-    ]
-    lines += [visible(note) for note in found.notes]
-    if found.left_out:
-        names = listed(name or ITSELF for name in found.left_out)
-        lines.append(
-            f"left out, as not in both files: {names}; they got equal values on both sides"
-        )
-    for run in found.runs:
+def verification_lines(verification: Verification) -> list[str]:
+    """Return what was compared, and the result on each device."""
+    model, inputs = visible(verification.model), visible(verification.inputs)
+    lines = [f"{model} on {inputs}, {verification.dtype}; torch {verification.torch}"]
+    lines += map(visible, verification.notes)
+    if verification.left_out:
+        names = listed(name or ITSELF for name in verification.left_out)
+        lines += [f"left out, as not in both files: {names}; they got equal values on both sides"]
+    for run in verification.runs:
         lines += [f"{run.device} ({visible(run.device_name)}): {line}" for line in _run_lines(run)]
     return lines
 
@@ -78,7 +75,7 @@ def _run_lines(run: Run) -> list[str]:
     lines += _class_lines(run)
     times = [run.seconds_reference, run.seconds_candidate]
     if all(times):
-        one, other = (f"{1000 * median(each):.1f} ms" for each in times)
+        one, other = (f"{1000 * median(seconds):.1f} ms" for seconds in times)
         lines.append(f"a forward pass took {one} (reference) and {other} (candidate)")
     return [*lines, *map(visible, run.notes)]
 
@@ -104,16 +101,17 @@ def _difference_lines(run: Run) -> list[str]:
     lines = []
     if run.first_difference is not None:
         lines.append(f"the first module that differs is {_module(run.first_difference)}")
-    rows = [
-        f"{visible(each.path) or 'the output'}: {visible(each.what)}" for each in run.differences
+    lines += [
+        f"{visible(difference.path) or 'the output'}: {visible(difference.what)}"
+        for difference in run.differences[:3]
     ]
-    lines += [*rows[:3], *([f"and {len(rows) - 3} more outputs"] if len(rows) > 3 else [])]
+    if len(run.differences) > 3:
+        lines.append(f"and {len(run.differences) - 3} more outputs")
     if run.top1_agreement is not None:
         lines.append(f"the likeliest class agrees for {percent(run.top1_agreement)}")
     if run.parameters:
-        lines.append(
-            f"{counted(len(run.parameters), 'tensor')} with other bytes: {listed(run.parameters)}"
-        )
+        tensors = counted(len(run.parameters), "tensor")
+        lines.append(f"{tensors} with other bytes: {listed(run.parameters)}")
     elif not run.identical:
         lines.append("no tensor that both files have differs in its bytes")
     return lines
@@ -123,10 +121,14 @@ def _class_lines(run: Run) -> list[str]:
     if not run.top_reference:
         return []
     lines = [f"likeliest classes: {_classes(run.top_reference)}"]
-    if [each.index for each in run.top_candidate] != [each.index for each in run.top_reference]:
+    if _indices(run.top_candidate) != _indices(run.top_reference):
         lines.append(f"the candidate's: {_classes(run.top_candidate)}")
     return lines
 
 
-def _classes(found: Sequence[Class]) -> str:
-    return ", ".join(f"{visible(each.name)} {percent(each.probability)}" for each in found)
+def _indices(top: Sequence[Class]) -> list[int]:
+    return [likely.index for likely in top]
+
+
+def _classes(top: Sequence[Class]) -> str:
+    return ", ".join(f"{visible(likely.name)} {percent(likely.probability)}" for likely in top)

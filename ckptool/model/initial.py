@@ -15,9 +15,9 @@ Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
 
 
 def initial_values(spec: zoo.ModelLike, args: Mapping[str, Any], seed: int) -> Fill:
-    """Give a source of entries: keys of the model -> the values it starts with, seeded.
+    """Return a source of entries: keys of the model -> the values it starts with, seeded.
 
-    The entries lie in a temporary file and are there as long as the context lasts.
+    The entries are in a temporary file, which exists as long as the context lasts.
     """
 
     @contextmanager

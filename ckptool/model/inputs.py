@@ -49,7 +49,7 @@ class Batch:
 class Inputs:
     """Batches, what they are in words, and the names of classes where they are known.
 
-    `source` gives the batches anew each time; `kind` is `random`, `picture` or `folder`.
+    `source` returns the batches anew each time; `kind` is `random`, `picture` or `folder`.
     """
 
     kind: str
@@ -62,16 +62,15 @@ class Inputs:
         return iter(self.source())
 
     def first(self) -> Batch:
-        """Give the first batch."""
+        """Return the first batch."""
         return next(iter(self))
 
 
 def make(spec: ModelLike, options: Options) -> Inputs:
-    """Make what was asked for; raises `BadInput` for what cannot be."""
+    """Make the inputs that the options describe; raises `BadInput` for what cannot be made."""
     if options.batch_size is not None and options.batch_size < 1:
         raise BadInput("a batch has at least one element")
-    chosen = [bool(options.shapes), options.picture is not None, options.folder is not None]
-    if sum(chosen) > 1:
+    if sum((bool(options.shapes), options.picture is not None, options.folder is not None)) > 1:
         raise BadInput("--input-shape, --input and --data exclude each other")
     if options.picture is not None:
         return _picture(spec, options.picture, options.batch_size or 1)
@@ -81,7 +80,7 @@ def make(spec: ModelLike, options: Options) -> Inputs:
 
 
 def dtype(name: str | None) -> Any:
-    """Give the torch dtype of a name, None for None."""
+    """Return the torch dtype of a name, None for None."""
     if name is None:
         return None
     if name not in DTYPES:
@@ -104,10 +103,10 @@ def _random(spec: ModelLike, options: Options) -> Inputs:
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], str]:
-    found = _SHAPE.fullmatch(text.replace(" ", ""))
-    if not found:
+    match = _SHAPE.fullmatch(text.replace(" ", ""))
+    if not match:
         raise BadInput(f"`{text}` is no shape", hint="--input-shape 1,3,224,224, or 1,16:int64")
-    return tuple(int(size) for size in re.split("[,x]", found[1])), found[2] or ""
+    return tuple(int(size) for size in re.split("[,x]", match[1])), match[2] or ""
 
 
 def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any:
@@ -124,15 +123,13 @@ def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any
 
 
 def default_shape(spec: ModelLike) -> tuple[int, ...]:
-    """Give the shape that a model was trained on, where torchvision's registry says it."""
+    """Return the shape that a model was trained on, where torchvision's registry has it."""
     crop = getattr(_transforms(spec), "crop_size", None)
     if not crop:
         return DEFAULT_SHAPE
-    size = (crop[0], crop[-1])
-    is_video = (
-        "video" in libraries.torchvision().models.get_model_builder(zoo.named(spec)).__module__
-    )
-    return (1, 3, 16, *size) if is_video else (1, 3, *size)
+    builder = libraries.torchvision().models.get_model_builder(zoo.named(spec))
+    frames = (16,) if "video" in builder.__module__ else ()
+    return (1, 3, *frames, crop[0], crop[-1])
 
 
 def _weights(spec: ModelLike) -> Any:
@@ -154,27 +151,20 @@ def _transforms(spec: ModelLike) -> Any:
 
 
 def _prepared(spec: ModelLike) -> Any:
-    """Give the transforms that make a model's input of a picture."""
-    from_weights = _transforms(spec)
-    if from_weights is not None:
-        return from_weights
+    """Return the transforms that make a model's input of a picture."""
+    of_weights = _transforms(spec)
+    if of_weights is not None:
+        return of_weights
     libraries.torchvision()
     from torchvision import transforms
 
-    return transforms.Compose(
-        [
-            transforms.Resize(256),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    resized = [transforms.Resize(256), transforms.CenterCrop(224)]
+    return transforms.Compose([*resized, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
 def _classes(spec: ModelLike) -> tuple[str, ...]:
-    weights = _weights(spec)
-    if weights is None:
-        weights = libraries.torchvision().models.ResNet18_Weights.IMAGENET1K_V1
+    imagenet = libraries.torchvision().models.ResNet18_Weights.IMAGENET1K_V1
+    weights = _weights(spec) or imagenet
     return tuple(weights.meta.get("categories") or ())
 
 
@@ -217,12 +207,11 @@ def _folder(spec: ModelLike, path: str, batch_size: int) -> Inputs:
 
 def _batches(pictures: Any, batch_size: int) -> Iterator[Batch]:
     torch = libraries.torch()
-    for start in range(0, len(pictures), batch_size):
-        rows = [pictures[index] for index in range(start, min(start + batch_size, len(pictures)))]
-        sizes = {tuple(picture.shape) for picture, _ in rows}
+    indices = range(len(pictures))
+    for start in indices[::batch_size]:
+        rows = (pictures[index] for index in indices[start : start + batch_size])
+        tensors, labels = zip(*rows, strict=True)
+        sizes = {tuple(tensor.shape) for tensor in tensors}
         if len(sizes) > 1:
             raise BadInput(f"the pictures have different sizes: {sorted(sizes)[:2]}")
-        yield Batch(
-            (torch.stack([picture for picture, _ in rows]),),
-            torch.tensor([label for _, label in rows]),
-        )
+        yield Batch((torch.stack(tensors),), torch.tensor(labels))

@@ -16,15 +16,14 @@ from ckptool.model import libraries
 
 MAX_DEPTH = 50
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_INTEGERS = {2: "int16", 4: "int32", 8: "int64"}  # as wide as a float, to count in ulp
 _LARGEST = (1 << 63) - 1
 
-Leaf = tuple[str, Any]  # where it stands in the output, and a tensor on the CPU or a plain value
+Leaf = tuple[str, Any]  # its path in the output, and a tensor on the CPU or a plain value
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far two tensors are apart: the numbers leave NaNs out, `nan` counts those that differ.
+    """How far two tensors are apart: the numbers leave NaNs out, `nan` counts NaNs that differ.
 
     `ulp` counts the floats that lie between two; None for what is not a float.
     """
@@ -38,9 +37,9 @@ class Difference:
 
 
 def leaves(output: Any, path: str = "", depth: int = 0) -> Iterator[Leaf]:
-    """Yield the tensors and plain values of an output with their places, tensors on the CPU.
+    """Yield the tensors and plain values of an output with their paths, tensors on the CPU.
 
-    Raises `BadInput` for an object that is none of the things a model may give.
+    Raises `BadInput` for an object that is no known kind of output.
     """
     if depth > MAX_DEPTH:
         raise BadInput(f"the model's output is nested more than {MAX_DEPTH} deep")
@@ -62,7 +61,7 @@ def _members(output: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(output, list | tuple):
         yield from ((f"[{index}]", value) for index, value in enumerate(output))
     elif is_dataclass(output) and not isinstance(output, type):
-        yield from ((f".{each.name}", getattr(output, each.name)) for each in fields(output))
+        yield from ((f".{field.name}", getattr(output, field.name)) for field in fields(output))
     elif hasattr(output, "__dict__") and not callable(output):
         yield from ((f".{name}", value) for name, value in vars(output).items())
     else:
@@ -70,7 +69,7 @@ def _members(output: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(tensor: Any) -> Any:
-    """Give a tensor's values as an ordinary strided tensor in memory that stays as it is."""
+    """Return a tensor's values as an ordinary strided tensor in memory that stays as it is."""
     tensor = tensor.detach()
     if tensor.is_quantized:
         tensor = tensor.int_repr()
@@ -92,14 +91,14 @@ def digest(output: Any) -> bytes:
 
 
 def as_bytes(tensor: Any) -> Any:
-    """Give the bytes of a tensor on the CPU, in order, as a flat tensor of uint8."""
+    """Return the bytes of a tensor on the CPU, in order, as a flat tensor of uint8."""
     flat = tensor.contiguous().reshape(-1)
     uint8 = libraries.torch().uint8
     return flat.view(uint8) if flat.numel() else flat.new_empty(0, dtype=uint8)
 
 
 def same_bytes(left: Any, right: Any) -> bool:
-    """Tell whether two tensors have equal dtypes, shapes and bytes."""
+    """Check whether two tensors have equal dtypes, shapes and bytes."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return bool(libraries.torch().equal(as_bytes(left), as_bytes(right)))
@@ -110,14 +109,14 @@ def differences(
 ) -> list[Difference]:
     """List what differs in its bytes; what is within the tolerance is not `beyond` it."""
     left, right = dict(reference), dict(candidate)
-    found = []
-    for path in left:
-        if path in right:
-            found += _difference(path, left[path], right[path], atol, rtol)
+    apart = []
+    for path in left | right:
+        if path not in left or path not in right:
+            side = "reference" if path in left else "candidate"
+            apart.append(Difference(path, f"only in the {side}'s output"))
         else:
-            found.append(Difference(path, "only in the reference's output"))
-    absent = [path for path in right if path not in left]
-    return found + [Difference(path, "only in the candidate's output") for path in absent]
+            apart += _difference(path, left[path], right[path], atol, rtol)
+    return apart
 
 
 def _difference(path: str, left: Any, right: Any, atol: float, rtol: float) -> list[Difference]:
@@ -148,7 +147,7 @@ def _close(left: Any, right: Any, atol: float, rtol: float) -> bool:
 
 
 def measure(path: str, left: Any, right: Any) -> Difference:
-    """Say how far two tensors of one dtype and shape are apart."""
+    """Return how far two tensors of one dtype and shape are apart."""
     torch = libraries.torch()
     if left.is_complex():
         left, right = torch.view_as_real(left), torch.view_as_real(right)
@@ -179,10 +178,11 @@ def _changed(left: Any, right: Any) -> Any:
 def _ulp(left: Any, right: Any) -> int | None:
     """Count the floats between two, at most: their bits, read as numbers that keep their order."""
     torch = libraries.torch()
-    name = _INTEGERS.get(left.element_size())
-    if name is None or not left.numel():
+    width = left.element_size()
+    if width == 1 or not left.numel():
         return None
-    one, other = (_ordered(each.contiguous().view(getattr(torch, name))) for each in (left, right))
+    integer = getattr(torch, f"int{8 * width}")
+    one, other = (_ordered(side.contiguous().view(integer)) for side in (left, right))
     gap = one - other  # may only overflow for float64, where the signs differ
     over = ((one < 0) != (other < 0)) & ((gap < 0) == (other < 0))
     return int(torch.where(over, torch.full_like(gap, _LARGEST), gap.abs()).max())
@@ -195,7 +195,7 @@ def _ordered(bits: Any) -> Any:
 
 
 def scores(output: Sequence[Leaf]) -> Any:
-    """Give the first output that looks like scores of classes, `[batch, classes]`, else None."""
+    """Return the first output that looks like scores of classes, `[batch, classes]`, else None."""
     for _, value in output:
         if isinstance(value, libraries.torch().Tensor) and value.is_floating_point():
             return value if value.dim() == 2 and value.shape[1] > 1 else None

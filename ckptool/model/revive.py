@@ -5,7 +5,7 @@ A file is mapped once, privately, and its storages are slices of that map, as
 writing to a tensor never reaches the file, and bytes are read when they are first used. What
 cannot be mapped is copied: deflated records, foreign byte orders, storages at odd offsets.
 
-Names are only ever compared with the tables here. What stands in none of them is not revived.
+Names are only ever compared with the tables here. What is in none of them is not revived.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ _PARAMETERS = {
 }
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _WITH_STATE = {_FROM_TYPE, Global(_UTILS, "_rebuild_parameter_with_state")}
-_ENCODE = Global("_codecs", "encode")  # how protocol 2 writes bytes
 _QTENSOR = Global(_UTILS, "_rebuild_qtensor")
 _SCHEMES = frozenset(
     "per_tensor_affine per_tensor_symmetric per_channel_affine per_channel_symmetric "
@@ -56,7 +55,7 @@ class Reviver:
         self._made: dict[int, tuple[Node, Any]] = {}
 
     def __call__(self, node: Node) -> Any:
-        """Give the value of a node.
+        """Return the value of a node.
 
         Raises `Unsupported` for what is neither a tensor nor plain, `Malformed` for what torch
         refuses to build.
@@ -72,14 +71,13 @@ class Reviver:
     def _value(self, node: Node) -> Any:
         if node is None or isinstance(node, bool | int | float | str | bytes):
             return node
-        if id(node) in self._made:
-            if self._made[id(node)][1] is _UNFINISHED:
-                raise Unsupported("a value that holds itself", path=self._path)
-            return self._made[id(node)][1]
-        self._made[id(node)] = (node, _UNFINISHED)
-        made = self._make(node)
-        self._made[id(node)] = (node, made)
-        return made
+        if id(node) not in self._made:
+            self._made[id(node)] = (node, _UNFINISHED)
+            self._made[id(node)] = (node, self._make(node))
+        value = self._made[id(node)][1]
+        if value is _UNFINISHED:
+            raise Unsupported("a value that holds itself", path=self._path)
+        return value
 
     def _make(self, node: Node) -> Any:
         match node:
@@ -93,14 +91,14 @@ class Reviver:
                 return tuple(self._value(item) for item in node)
             case Dict():
                 return self._filled({}, node)
-            case Set(items=inside, frozen=frozen):
-                return (frozenset if frozen else set)(_hashable(item) for item in inside)
-            case ByteArray(data=data):
-                return bytearray(data)
-            case OldString(data=data):
-                return data
-            case LongInteger(data=data):
-                return int.from_bytes(data, "little", signed=True)
+            case Set():
+                return (frozenset if node.frozen else set)(map(_hashable, node.items))
+            case ByteArray():
+                return bytearray(node.data)
+            case OldString():
+                return node.data
+            case LongInteger():
+                return int.from_bytes(node.data, "little", signed=True)
             case Global():
                 return self._named(node)
             case Object():
@@ -128,20 +126,16 @@ class Reviver:
                 return self._torch.Size(sizes)
             case "torch.device", _ if len(plain) == len(node.args):
                 return self._torch.device(*plain)
-            case "_codecs.encode", (str(text), "latin1" | "latin-1"):
+            case "_codecs.encode", (str(text), "latin1" | "latin-1"):  # bytes in protocol 2
                 return text.encode("latin-1")
-            case "builtins.set", (list() as inside,):
-                return {_hashable(item) for item in inside}
-            case "builtins.frozenset", (list() as inside,):
-                return frozenset(_hashable(item) for item in inside)
+            case "builtins.set" | "builtins.frozenset", (list() as inside,):
+                return (set if named == "builtins.set" else frozenset)(map(_hashable, inside))
             case "builtins.bytes", ():
                 return b""
             case "builtins.bytearray", ():
                 return bytearray()
-            case "builtins.bytearray", (Object() as data,) if data.callee == _ENCODE:
+            case "builtins.bytearray", (bytes() | Object() as data,) if _is_bytes(data):
                 return bytearray(self._value(data))
-            case "builtins.bytearray", (bytes(data),):
-                return bytearray(data)
             case "builtins.complex", (float(real), float(imaginary)):
                 return complex(real, imaginary)
         raise Unsupported(f"a {node.callee} is no plain value", path=self._path)
@@ -162,14 +156,11 @@ class Reviver:
             self._torch._utils.set_tensor_metadata(tensor, dict.fromkeys(info.lazy, True))
         if info.requires_grad and origin not in _PARAMETERS:
             tensor.requires_grad_(True)
-        attributes = self._attributes(info.origin)
-        if attributes:
-            tensor.__dict__.update(attributes)
+        tensor.__dict__.update(self._attributes(info.origin))
         return tensor
 
     def _dense(self, info: TensorInfo) -> Any:
-        dtype = self._dtype(info.dtype)
-        empty = self._torch.empty(0, dtype=dtype, device=self._device)
+        empty = self._torch.empty(0, dtype=self._dtype(info.dtype), device=self._device)
         storage = self._storage(info.storage, info.dtype)
         return empty.set_(storage, info.storage_offset, info.shape, info.stride)
 
@@ -205,9 +196,8 @@ class Reviver:
                 *parts, node.shape, check_invariants=True, is_coalesced=coalesced
             )
         if node.layout in _COMPRESSED:
-            layout = getattr(torch, node.layout)
             return torch.sparse_compressed_tensor(
-                *parts, node.shape, layout=layout, check_invariants=True
+                *parts, node.shape, layout=getattr(torch, node.layout), check_invariants=True
             )
         if node.layout == "meta":
             dtype = self._dtype(node.dtype)
@@ -215,42 +205,39 @@ class Reviver:
         raise Unsupported(f"a {node.layout} tensor is not rebuilt", path=self._path)
 
     def _attributes(self, origin: Node) -> dict[str, Any]:
-        """Give the Python attributes that a tensor carries, those that are plain."""
+        """Return the plain ones of the Python attributes that a tensor carries."""
         if not isinstance(origin, Object) or origin.callee not in _WITH_STATE:
             return {}
         state = origin.args[3] if len(origin.args) > 3 else None
         if isinstance(state, tuple) and state:  # (the instance's dict, its slots)
             state = state[0]
-        found = {}
+        attributes = {}
         for key, value in state.pairs if isinstance(state, Dict) else ():
             with suppress(Unsupported):
-                found[str(key)] = self._value(value)
-        return found
+                attributes[str(key)] = self._value(value)
+        return attributes
 
     def _dtype(self, dtype: DType) -> Any:
-        found = getattr(self._torch, dtype.torch_name, None) if dtype.torch_name else None
-        if found is None:
-            raise Unsupported(
-                f"torch {self._torch.__version__} has no dtype {dtype.label}", path=self._path
-            )
-        return found
+        known = getattr(self._torch, dtype.torch_name or "", None)
+        if known is None:
+            text = f"torch {self._torch.__version__} has no dtype {dtype.label}"
+            raise Unsupported(text, path=self._path)
+        return known
 
     # Storages.
 
     def _storage(self, storage: Storage, dtype: DType) -> Any:
         if storage not in self._storages:
             made = self._on_cpu(storage, dtype)
-            self._storages[storage] = made if self._is_cpu else made.to(device=self._device)
+            is_cpu = self._device.type == "cpu"
+            self._storages[storage] = made if is_cpu else made.to(device=self._device)
         return self._storages[storage]
 
-    @property
-    def _is_cpu(self) -> bool:
-        return bool(self._device.type == "cpu")
-
     def _on_cpu(self, storage: Storage, dtype: DType) -> Any:
-        if self._device.type == "meta" or not storage.nbytes:
-            kind = "meta" if self._device.type == "meta" else "cpu"
-            return self._torch.UntypedStorage(storage.nbytes, device=kind)
+        is_meta = self._device.type == "meta"
+        if is_meta or not storage.nbytes:
+            device = "meta" if is_meta else "cpu"
+            return self._torch.UntypedStorage(storage.nbytes, device=device)
         swapped = needs_swap(storage, dtype.swap)
         if storage.packing is Packing.PLAIN and not swapped and not storage.start % dtype.swap:
             return self._mapped(storage.path)[storage.start : storage.start + storage.nbytes]
@@ -273,13 +260,17 @@ class Reviver:
 
 
 def _quantizer(origin: Node) -> tuple[Node, ...] | None:
-    """Give the quantizer among the arguments that rebuild a tensor, None for a plain one."""
+    """Return the quantizer among the arguments that rebuild a tensor, None for a plain one."""
     if not isinstance(origin, Object):
         return None
     callee, args = origin.callee, origin.args
     if callee == _FROM_TYPE:
         callee, args = args[0], args[2]
     return args[4] if callee == _QTENSOR and isinstance(args[4], tuple) else None
+
+
+def _is_bytes(node: Node) -> bool:
+    return isinstance(node, bytes) or node.callee == Global("_codecs", "encode")
 
 
 def _hashable(key: Node) -> Any:

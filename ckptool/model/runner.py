@@ -1,4 +1,4 @@
-"""Forward passes: what comes out, how long they take, and what each module gives on the way."""
+"""Forward passes: what comes out, how long they take, and what each module returns on the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from traceback import walk_tb
 from typing import Any
 
 from ckptool.errors import BadInput, CkptoolError, NoDevice
@@ -30,11 +32,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one forward pass gave: all of it, or its digest where it was too much to keep."""
+    """The output of one forward pass: all of it, or its digest where it was too much to keep."""
 
     leaves: tuple[Leaf, ...] | None
     digest: bytes
-    predictions: Any
+    predictions: Any  # the likeliest class of each element of a batch, where there are classes
     seconds: float
 
 
@@ -47,32 +49,23 @@ class Kept:
 
     def add(self, leaves: Sequence[Leaf], seconds: float) -> None:
         """Keep an output, or its digest."""
-        self.nbytes += _nbytes(leaves)
+        tensor = libraries.torch().Tensor
+        self.nbytes += sum(value.nbytes for _, value in leaves if isinstance(value, tensor))
         keep = self.nbytes <= MAX_KEPT
         digest = b"" if keep else outputs.digest(dict(leaves))
-        kept = tuple(leaves) if keep else None
-        self.outputs.append(Output(kept, digest, predictions(leaves), seconds))
-
-
-def _nbytes(leaves: Sequence[Leaf]) -> int:
-    tensor = libraries.torch().Tensor
-    return sum(value.nbytes for _, value in leaves if isinstance(value, tensor))
-
-
-def predictions(leaves: Sequence[Leaf]) -> Any:
-    """Give the most likely class of each element of a batch, None where there are no classes."""
-    found = outputs.scores(leaves)
-    return None if found is None else found.argmax(1)
+        scores = outputs.scores(leaves)
+        predictions = None if scores is None else scores.argmax(1)
+        self.outputs.append(Output(tuple(leaves) if keep else None, digest, predictions, seconds))
 
 
 def forward(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], float]:
-    """Run a model once; give its outputs on the CPU, and the seconds that the pass took.
+    """Run a model once; return its outputs on the CPU, and the seconds that the pass took.
 
     Raises `BadInput` for an input that the model cannot take.
     """
     torch = libraries.torch()
     with torch.inference_mode(), _explained(subject, batch):
-        arguments = [_moved(torch, each, place) for each in batch.arguments]
+        arguments = [_moved(torch, argument, place) for argument in batch.arguments]
         devices.synchronize(place.device)
         started = time.perf_counter()
         output = subject.module(*arguments)
@@ -101,7 +94,7 @@ def _explained(subject: Subject, batch: Batch) -> Iterator[None]:
             raise
         if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
             raise NoDevice(f"the device failed: {last_line(error)}") from error
-        shapes = ", ".join(str(list(each.shape)) for each in batch.arguments)
+        shapes = ", ".join(str(list(argument.shape)) for argument in batch.arguments)
         raise BadInput(
             f"the model cannot run on an input of shape {shapes}: {last_line(error)}",
             evidence=_innermost(subject.bare, error),
@@ -112,26 +105,26 @@ def _explained(subject: Subject, batch: Batch) -> Iterator[None]:
 def _innermost(model: Any, error: BaseException) -> list[str]:
     """Name the innermost module that was running."""
     names = {id(module): name for name, module in model.named_modules()}
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        if id(module) in names and names[id(module)]:
-            found = f"in {names[id(module)]} ({type(module).__name__})"
-        trace = trace.tb_next
-    return [found] if found else []
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    running = [frame.f_locals.get("self") for frame in frames]
+    lines = [
+        f"in {names[id(owner)]} ({type(owner).__name__})"
+        for owner in running
+        if names.get(id(owner))
+    ]
+    return lines[-1:]
 
 
 def trace(subject: Subject, batch: Batch, place: Place) -> Trace:
-    """Run a model once and note what each of its modules gives."""
-    found: Trace = []
+    """Run a model once; return the digest of what each of its modules returns."""
+    digests: Trace = []
 
     def watch(name: str) -> Callable[[Any, Any, Any], None]:
         def note(module: Any, arguments: Any, output: Any) -> None:
             try:
-                found.append((name, outputs.digest(output)))
+                digests.append((name, outputs.digest(output)))
             except BadInput:  # an object of the model's own between its modules
-                found.append((name, b""))
+                digests.append((name, b""))
 
         return note
 
@@ -143,14 +136,10 @@ def trace(subject: Subject, batch: Batch, place: Place) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return digests
 
 
 def first_difference(reference: Trace, candidate: Trace) -> str | None:
     """Name the first module whose output differs; the model itself is an empty name."""
-    for (left, one), (right, other) in zip(reference, candidate, strict=False):
-        if (left, one) != (right, other):
-            return left
-    longer = max(reference, candidate, key=len)
-    shorter = min(len(reference), len(candidate))
-    return longer[shorter][0] if len(longer) > shorter else None
+    pairs = zip_longest(reference, candidate)
+    return next(((left or right)[0] for left, right in pairs if left != right), None)

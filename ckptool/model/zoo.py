@@ -6,7 +6,7 @@
     timm:NAME                 timm's registry, where timm is installed
 
 A model's file is the user's own code and is run; nothing out of a checkpoint ever is. torchvision's
-detection and segmentation builders download a backbone unless told `weights_backbone=None`.
+detection and segmentation builders download a backbone without `weights_backbone=None`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 TIMM = "timm:"
-ModelLike: TypeAlias = "str | nn.Module"  # a spec, or a model that is there already
+ModelLike: TypeAlias = "str | nn.Module"  # a spec, or a model in memory
 
 
 def arguments(given: Sequence[str]) -> dict[str, Any]:
-    """Read `name=value` texts; a value that is JSON becomes what it says, any other stays text."""
+    """Read `name=value` texts; a value that is JSON is decoded, any other stays text."""
     read = {}
     for text in given:
         name, sign, value = text.partition("=")
@@ -62,7 +62,7 @@ def named(spec: ModelLike) -> str:
 
 
 def build(spec: ModelLike, args: Mapping[str, Any] | None = None, device: str = "cpu") -> Any:
-    """Make a model on `cpu`, or on `meta`, where it takes no memory; copy one that is there.
+    """Make a model on `cpu`, or on `meta`, where it takes no memory; copy one that exists.
 
     Raises `NoSuchModel` for a spec that names nothing or no model, `BadInput` for a factory that
     fails, `MissingExtra` for a library that is not installed.
@@ -114,7 +114,7 @@ def registered(spec: ModelLike) -> str | None:
     return spec.lower() if spec.lower() in libraries.torchvision().models.list_models() else None
 
 
-_Factory = tuple[Any, dict[str, Any]]  # a callable or a model, and arguments it is always given
+_Factory = tuple[Any, dict[str, Any]]  # a callable or a model, and its fixed arguments
 
 
 def _factory(spec: str) -> _Factory:
@@ -148,8 +148,7 @@ def _torchvision(name: str) -> _Factory:
         )
     builder = models.get_model_builder(name)
     taken = inspect.signature(builder).parameters
-    fixed = {each: None for each in ("weights", "weights_backbone") if each in taken}
-    return builder, fixed
+    return builder, {name: None for name in ("weights", "weights_backbone") if name in taken}
 
 
 def _timm(name: str) -> _Factory:
@@ -193,11 +192,10 @@ def _file(path: str) -> ModuleType:
 
 
 def _module(name: str) -> ModuleType:
-    try:
-        found = importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
+    spec = None
+    with suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+    if spec is None:
         raise NoSuchModel(
             f"there is no module `{name}` to import",
             hint="a spec is package.module:FACTORY or FILE.py:FACTORY",
@@ -207,16 +205,16 @@ def _module(name: str) -> ModuleType:
 
 
 def _named(module: ModuleType, place: str, name: str) -> Any:
-    found: Any = module
+    factory: Any = module
     for step in name.split("."):
-        found = getattr(found, step, None)
-    if not callable(found):
+        factory = getattr(factory, step, None)
+    if not callable(factory):
         choices = _choices(module)
         raise NoSuchModel(
             f"{place} has no function or class `{name}`",
-            evidence=_close(name, [line.strip() for line in choices]) or choices[:8],
+            evidence=_close(name, choices) or choices[:8],
         )
-    return found
+    return factory
 
 
 def _choices(module: ModuleType) -> list[str]:
