@@ -7,7 +7,7 @@ import struct
 from collections.abc import Collection
 
 from ckptool.containers import _pickles, _texts
-from ckptool.files import zips
+from ckptool.files import tars, zips
 from ckptool.files.fileio import Reader
 from ckptool.text import listed, quoted, readable
 
@@ -63,7 +63,7 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str]:
     for signature, named, hint in _SIGNATURES:
         if head.startswith(signature):
             return f"{named} ({size})", hint
-    if head[257:262] == b"ustar":
+    if tars.is_tar(head):
         return f"a tar archive ({size})", _UNPACK
     if len(head) > 8 and head[4:8] == b"ftyp":
         return f"a film or picture ({size})", ""
