@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ckptool.containers import _pickles
-from ckptool.files import zips
+from ckptool.files import tars, zips
 from ckptool.files.fileio import Reader
 from ckptool.text import listed, quoted, readable
 
@@ -56,7 +56,6 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (rb"ftrt", "a TensorRT engine", ""),
     (rb"\x7fELF", "a program", ""),
     (rb"MZ", "a Windows program", ""),
-    (rb".{257}ustar", "a tar archive", _UNPACK),
     (rb".{4}ftyp.", "a film or picture", ""),
     (rb".{4}TFL3.", "a TensorFlow Lite model", ""),
 )
@@ -107,6 +106,8 @@ def describe(reader: Reader, head: bytes) -> Description:
     for signature, name, hint in _SIGNATURES:
         if re.match(signature, head, re.DOTALL):
             return f"{name} ({size})", hint
+    if tars.is_tar(head):
+        return f"a tar archive ({size})", _UNPACK
     return _pickles.describe(reader, head) or _text(reader, head)
 
 

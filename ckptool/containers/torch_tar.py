@@ -14,7 +14,7 @@ torch tries this container before the legacy one, and so does ckptool.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from ckptool.containers._container import Container
 from ckptool.errors import Malformed
@@ -22,7 +22,13 @@ from ckptool.files import tars
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.pickle_reader import Ended, Pickle, Vocabulary
-from ckptool.pickles.torch_objects import StorageView, TorchVocabulary, old_tensor, storage_dtype
+from ckptool.pickles.torch_objects import (
+    StorageId,
+    StorageView,
+    TorchVocabulary,
+    old_tensor,
+    storage_dtype,
+)
 from ckptool.pickles.tree import Global, Node, Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
@@ -32,7 +38,7 @@ _MEMBERS = ("sys_info", "pickle", "tensors", "storages")
 
 
 def sniff(head: bytes) -> bool:
-    """Tell whether a file starts as a tar."""
+    """Return whether a file starts as a tar."""
     return tars.is_tar(head)
 
 
@@ -48,13 +54,13 @@ def read(reader: Reader) -> Checkpoint | None:
             if member.kind != "file":
                 raise Malformed(f"the member {name} is a {member.kind}", offset=member.start)
             parts[name] = _Part(reader.part(member.start, member.nbytes, reader.path))
-    known = _Known()
+    known = _TarVocabulary()
     _storages(parts["storages"], known)
     if "tensors" in parts:
         _tensors(parts["tensors"], known)
     if "sys_info" in parts:
         parts["sys_info"].load()
-    parsed = parts["pickle"].load(_TarVocabulary(known))
+    parsed = parts["pickle"].load(known)
     seen = [pickle for part in parts.values() for pickle in part.pickles]
     return Checkpoint(
         reader.path,
@@ -70,16 +76,8 @@ def read(reader: Reader) -> Checkpoint | None:
     )
 
 
-@dataclass(slots=True)
-class _Known:
-    """Storages and tensors by the key that pickles name them by."""
-
-    storages: dict[str, Storage | StorageView] = field(default_factory=dict)
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
-
-
 def _key(node: Node) -> str:
-    """Give a key as text: torch's are numbers, in memory or as decimal text."""
+    """Return a key as text: torch's are numbers, in memory or as decimal text."""
     if type(node) is int or isinstance(node, str):
         return str(node)
     raise Malformed("the key of a storage or tensor is neither a number nor text")
@@ -98,31 +96,30 @@ class _Part:
         left = self.reader.nbytes - self.position
         window = min(FIRST_WINDOW, left)
         while True:
+            data = self.reader.read(self.position, window)
             try:
-                data = self.reader.read(self.position, window)
-                parsed = pickle_reader.load(data, 0, vocabulary)
-                break
+                self.pickles.append(pickle_reader.load(data, 0, vocabulary))
             except Ended:
                 if window == left:
                     raise
                 window = min(4 * window, left)
-        self.position += parsed.end
-        self.pickles.append(parsed)
-        return parsed
+            else:
+                self.position += self.pickles[-1].end
+                return self.pickles[-1]
 
     def count(self) -> int:
         """Read a pickled count."""
-        found = self.load().tree
-        if type(found) is not int or found < 0:
+        count = self.load().tree
+        if type(count) is not int or count < 0:
             raise Malformed("the count of storages or tensors is no number")
-        return found
+        return count
 
     def row(self) -> tuple[Node, ...]:
         """Read a pickled tuple of three."""
-        found = self.load().tree
-        if not isinstance(found, tuple) or len(found) != 3:
+        row = self.load().tree
+        if not isinstance(row, tuple) or len(row) != 3:
             raise Malformed("the description of a storage or tensor is no tuple of three")
-        return found
+        return row
 
     def numbers(self, layout: str) -> tuple[int, ...]:
         """Read integers."""
@@ -131,30 +128,26 @@ class _Part:
         return struct.unpack(layout, data)
 
 
-def _storages(part: _Part, known: _Known) -> None:
+def _storages(part: _Part, known: _TarVocabulary) -> None:
     for _ in range(part.count()):
-        key, location, kind = part.row()
+        row_key, location, kind = part.row()
         if not isinstance(location, str) or not isinstance(kind, Global):
             raise Malformed("a storage without a class or location", offset=part.position)
         dtype = storage_dtype(kind, part.position)
         (count,) = part.numbers("<q")
-        nbytes = count * (dtype.itemsize if dtype else 1)
+        key, nbytes = _key(row_key), count * (dtype.itemsize if dtype else 1)
         if count < 0 or nbytes > part.reader.nbytes - part.position:
-            raise Malformed(
-                f"storage {_key(key)} says it has {count} elements", offset=part.position
-            )
+            raise Malformed(f"storage {key} says it has {count} elements", offset=part.position)
+        if key in known.storages:
+            raise Malformed(f"two storages are {key}", offset=part.position)
         start = part.reader.base + part.position
-        if _key(key) in known.storages:
-            raise Malformed(f"two storages are {_key(key)}", offset=part.position)
-        known.storages[_key(key)] = Storage(
-            part.reader.file, _key(key), start, nbytes, dtype, location
-        )
+        known.storages[key] = Storage(part.reader.file, key, start, nbytes, dtype, location)
         part.position += nbytes
     if part.position < part.reader.nbytes:  # what others wrote ends here
         _views(part, known)
 
 
-def _views(part: _Part, known: _Known) -> None:
+def _views(part: _Part, known: _TarVocabulary) -> None:
     views = part.load().tree
     for view in views if isinstance(views, list | tuple) else [None]:
         match view:
@@ -170,7 +163,7 @@ def _views(part: _Part, known: _Known) -> None:
                 raise Malformed("the list of views of storages is damaged", offset=part.position)
 
 
-def _tensors(part: _Part, known: _Known) -> None:
+def _tensors(part: _Part, known: _TarVocabulary) -> None:
     for _ in range(part.count()):
         key, stored, _ = part.row()
         storage = known.storages.get(_key(stored))
@@ -182,24 +175,23 @@ def _tensors(part: _Part, known: _Known) -> None:
         shape = part.numbers(f"<{dimensions}q")
         stride = part.numbers(f"<{dimensions}q")
         (offset,) = part.numbers("<q")
-        if (
-            not shape and isinstance(storage, Storage) and not storage.nbytes
-        ):  # torch 0.1 had no scalars: it is empty
-            shape, stride = (0,), (1,)
+        if not shape and isinstance(storage, Storage) and not storage.nbytes:
+            shape, stride = (0,), (1,)  # torch 0.1 had no scalars: it is empty
         known.tensors[_key(key)] = old_tensor(storage, offset, shape, stride, part.position)
 
 
 class _TarVocabulary(TorchVocabulary):
     """Resolve the keys that stand for tensors and storages, and what others wrote instead."""
 
-    def __init__(self, known: _Known) -> None:
-        super().__init__(lambda said: self._found(said.key, said.nbytes))
-        self._tar = known
+    def __init__(self) -> None:
+        super().__init__(self._described)
+        self.storages: dict[str, Storage | StorageView] = {}
+        self.tensors: dict[str, TensorInfo] = {}
 
-    def _found(self, key: str, nbytes: int) -> Storage:
-        storage = self._tar.storages.get(key)
-        if not isinstance(storage, Storage) or storage.nbytes != nbytes:
-            raise Malformed(f"there is no storage {key} of {nbytes} bytes")
+    def _described(self, described: StorageId) -> Storage:
+        storage = self.storages.get(described.key)
+        if not isinstance(storage, Storage) or storage.nbytes != described.nbytes:
+            raise Malformed(f"there is no storage {described.key} of {described.nbytes} bytes")
         return storage
 
     def persistent(self, value: Node, offset: int) -> Node:
@@ -210,10 +202,10 @@ class _TarVocabulary(TorchVocabulary):
             case tuple():
                 return super().persistent(value, offset)
         key = _key(value)
-        found = self._tar.tensors.get(key) or self._tar.storages.get(key)
-        if found is None:
+        value = self.tensors.get(key) or self.storages.get(key)
+        if value is None:
             raise Malformed(f"there is no tensor or storage {key}", offset=offset)
-        return found
+        return value
 
     def called(self, node: Object) -> Node:
         """Turn a call into a tensor, one whose storage is a plain tuple too."""

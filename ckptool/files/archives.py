@@ -149,10 +149,9 @@ def _unzipped(stack: ExitStack, reader: Reader, member: zips.Member, shown: str)
 def _missing(reader: Reader, name: str, members: list[ArchiveMember]) -> NoSuchFile:
     from difflib import get_close_matches
 
-    names = [each.name for each in members]
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = _PLACE if any(os.path.basename(each) == "data.pkl" for each in names) else ""
-    if close:
+    names = [member.name for member in members]
+    hint = _PLACE if any(os.path.basename(path) == "data.pkl" for path in names) else ""
+    if close := get_close_matches(name, names, n=1, cutoff=0.6):
         hint = f"did you mean {quoted(reader.path + MARK + close[0])}?"
     what = f"there is no {name} in {reader.path}"
     if not name:
@@ -163,8 +162,8 @@ def _missing(reader: Reader, name: str, members: list[ArchiveMember]) -> NoSuchF
 def lines(members: list[ArchiveMember]) -> list[str]:
     """Show members in a few lines, the rest as a count."""
     rows = [
-        (each.name, readable(each.nbytes) if each.kind == "file" else each.kind)
-        for each in members[:SHOWN]
+        (member.name, readable(member.nbytes) if member.kind == "file" else member.kind)
+        for member in members[:SHOWN]
     ]
     more = len(members) - SHOWN
     return table(rows) + ([f"and {counted(more, 'more file')}"] if more > 0 else [])
