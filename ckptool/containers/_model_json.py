@@ -1,23 +1,24 @@
-"""TorchScript archives of torch 1.0 to 1.2: modules and tensors stand in `model.json`.
+"""TorchScript archives of torch 1.0 to 1.2: modules and tensors are in `model.json`.
 
 The message `torch.ModelDef` (caffe2/proto/torch.proto of those years) as protobuf's JSON: numbers
 of 64 bits are text, names are in camel case, and what is missing has its default. `tensors` are
 strided views of the records that they name; `mainModule` holds modules in modules, each with
 parameters (buffers among them) that count into `tensors`. torch's own loader took parameters,
 buffers and submodules in the order of the file (torch/csrc/jit/import.cpp, `loadTensorTable` and
-`convertModule`). Attributes lie in `attributes.pkl` and are left there.
+`convertModule`). Attributes are in `attributes.pkl` and are left there.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptool.containers import _json
 from ckptool.containers._records import Records, budget
 from ckptool.errors import Malformed, Unsupported
 from ckptool.pickles.torch_objects import StorageId, quantized_call
+from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import DType
@@ -40,13 +41,15 @@ _QUANTIZED = {DType.I8: DType.QI8, DType.U8: DType.QU8, DType.I32: DType.QI32}
 _CAPITAL = re.compile(r"(?<!^)([A-Z])")
 _READ = ("model.json", "version")
 
+T = TypeVar("T")
+
 
 def read(records: Records) -> Checkpoint:
     """Read the tables of an archive; the storages stay where they are."""
-    said = _json.load(records.small("model.json"), "model.json")
-    tensors = _Tensors(records).read(_listed(said, "tensors"))
-    main = _field(said, "mainModule", {})
-    entries: dict[str, TensorInfo] = {}
+    model = _json.load(records.small("model.json"), "model.json")
+    tensors = _Tensors(records).read(_field(model, "tensors", []))
+    main: Any = _field(model, "mainModule", {})
+    entries: dict[str, Node] = {}
     names = budget(records.members["model.json"].nbytes)
     for key, index in _walk(main, ""):
         names.spend(key)
@@ -59,7 +62,7 @@ def read(records: Records) -> Checkpoint:
     return Checkpoint(
         records.reader.path,
         "torchscript",
-        make_state_dict(dict(entries), None),
+        make_state_dict(entries, None),
         records.reader.nbytes,
         pickle_name="attributes.pkl",
         generation="torch 1.0 to 1.2",
@@ -74,24 +77,19 @@ def _value(message: Any, name: str, default: Any) -> Any:
     """Read a field of a message by its name in JSON or, as protobuf allows, in the definition."""
     if not isinstance(message, dict):
         raise Malformed("model.json: a message that is no object")
-    plain = _CAPITAL.sub(lambda found: f"_{found[1].lower()}", name)
+    plain = _CAPITAL.sub(lambda capital: f"_{capital[1].lower()}", name)
     value = message.get(name, message.get(plain))
     return default if value is None else value
 
 
-def _field(message: Any, name: str, default: Any) -> Any:
+def _field(message: Any, name: str, default: T) -> T:
     """Read a field of the same type as its default."""
     value = _value(message, name, default)
     if isinstance(default, float) and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not type(default):
         raise Malformed(f"model.json: {name} is not what it should be")
     return value
-
-
-def _listed(message: Any, name: str) -> list[Any]:
-    values: list[Any] = _field(message, name, [])
-    return values
 
 
 def _number(value: Any) -> int:
@@ -109,18 +107,14 @@ def _integer(message: Any, name: str) -> int:
 
 def _walk(module: Any, path: str) -> Iterator[tuple[str, int]]:
     """Yield keys with their index: a module's parameters, its buffers, its submodules'."""
-    parameters = _listed(module, "parameters")
-    for wanted in (False, True):
-        for each in parameters:
-            if _field(each, "isBuffer", False) is wanted:
-                yield path + _name(each), _integer(each, "tensorId")
-    for each in _listed(module, "submodules"):
-        yield from _walk(each, f"{path}{_name(each)}.")
-
-
-def _name(message: Any) -> str:
-    name: str = _field(message, "name", "")
-    return name
+    parameters: list[Any] = _field(module, "parameters", [])
+    for is_buffer in (False, True):
+        for row in parameters:
+            if _field(row, "isBuffer", False) is is_buffer:
+                yield path + _field(row, "name", ""), _integer(row, "tensorId")
+    submodules: list[Any] = _field(module, "submodules", [])
+    for submodule in submodules:
+        yield from _walk(submodule, f"{path}{_field(submodule, 'name', '')}.")
 
 
 class _Tensors:
@@ -143,8 +137,8 @@ class _Tensors:
         if quantized and dtype not in _QUANTIZED:
             raise Malformed("model.json: a quantized tensor of floats")
         dtype = _QUANTIZED[dtype] if quantized else dtype
-        shape = tuple(map(_number, _listed(row, "dims")))
-        stride = tuple(map(_number, _listed(row, "strides")))
+        shape = tuple(map(_number, _field(row, "dims", [])))
+        stride = tuple(map(_number, _field(row, "strides", [])))
         place = self._storage(row, dtype), _integer(row, "offset")
         origin = None
         if quantized:
@@ -164,8 +158,8 @@ class _Tensors:
             count = member.nbytes // dtype.itemsize if member else 0
             if member is not None and member.nbytes % dtype.itemsize:
                 raise Malformed(f"{key} is no whole number of elements", offset=member.start)
-            said = StorageId(key, dtype, _field(row, "device", "cpu") or "cpu", count)
-            known = self._storages[key] = self._records.storage(said, key, "little")
+            storage_id = StorageId(key, dtype, _field(row, "device", "cpu") or "cpu", count)
+            known = self._storages[key] = self._records.storage(storage_id, key, "little")
         if known.dtype is not dtype:
             raise Malformed(f"storage {key} is described in two ways")
         return known

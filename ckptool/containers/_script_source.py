@@ -35,13 +35,13 @@ class ScriptClass:
 
 
 def parse(text: str) -> dict[str, ScriptClass]:
-    """Give the classes of one source file by name; the first of a name counts."""
+    """Return the classes of one source file by name; the first of a name counts."""
     heads = list(_CLASS.finditer(text))
     ends = [*(head.start() for head in heads[1:]), len(text)]
-    found: dict[str, ScriptClass] = {}
+    classes: dict[str, ScriptClass] = {}
     for head, end in zip(heads, ends, strict=False):
-        found.setdefault(head[1], _class(head[2] or "", text[head.end() : end]))
-    return found
+        classes.setdefault(head[1], _class(head[2] or "", text[head.end() : end]))
+    return classes
 
 
 def _class(base: str, body: str) -> ScriptClass:
@@ -67,7 +67,7 @@ def _texts(row: str) -> list[str]:
 
 def _unescaped(text: str) -> str:
     """Read the escapes that torch prints in a string (printQuotedString in string_literal.h)."""
-    return _ESCAPE.sub(lambda found: _character(found[1]), text)
+    return _ESCAPE.sub(lambda escape: _character(escape[1]), text)
 
 
 def _character(escape: str) -> str:

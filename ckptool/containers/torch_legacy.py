@@ -24,7 +24,7 @@ FIRST_WINDOW = 1 << 20
 
 
 def sniff(head: bytes) -> bool:
-    """Tell whether a file starts with the pickle of the magic number, of any protocol."""
+    """Check for the pickle of the magic number, of any protocol, at the start."""
     try:
         return _number(pickle_reader.load(head[:64]).tree) == MAGIC
     except CkptoolError:
@@ -43,25 +43,22 @@ def read(reader: Reader) -> Checkpoint:
     magic = window.load(0)
     version = window.load(magic.end)
     if version.tree != PROTOCOL_VERSION:
-        raise Malformed(
-            f"a legacy torch file of protocol version {version.tree!r}"[:100],
-            path=reader.path,
-            offset=magic.end,
-        )
+        what = f"a legacy torch file of protocol version {version.tree!r}"[:100]
+        raise Malformed(what, offset=magic.end)
     system = window.load(version.end)
     at = system.end
-    # The pickle says which storages there are, the list behind it where they lie: the first
+    # The pickle has the sizes of storages, the list after it their order in the file: the first
     # reading collects what the second needs.
-    said: dict[str, StorageId] = {}
+    named: dict[str, StorageId] = {}
 
     def note(storage: StorageId) -> Storage:
-        said[storage.key] = storage
+        named[storage.key] = storage
         return _storage(reader, storage, 0)
 
     first = window.load(at, TorchVocabulary(note))
     try:
         keys = window.load(first.end)
-        places, end = _places(reader, said, keys)
+        places, end = _places(reader, named, keys)
     except FormatError as error:
         error.named, error.calls = {**error.named, **first.globals}, first.calls + error.calls
         raise
@@ -86,39 +83,35 @@ def read(reader: Reader) -> Checkpoint:
     )
 
 
-def _storage(reader: Reader, said: StorageId, start: int) -> Storage:
+def _storage(reader: Reader, named: StorageId, start: int) -> Storage:
     start += reader.base
-    return Storage(reader.file, said.key, start, said.nbytes, said.dtype, said.location)
+    return Storage(reader.file, named.key, start, named.nbytes, named.dtype, named.location)
 
 
-def _places(reader: Reader, said: dict[str, StorageId], keys: Pickle) -> tuple[dict[str, int], int]:
-    """Find where each storage starts and where the last one ends; check every count."""
+def _places(
+    reader: Reader, named: dict[str, StorageId], keys: Pickle
+) -> tuple[dict[str, int], int]:
+    """Return where each storage starts and where the last one ends; check every count."""
     listed = keys.tree
     if not isinstance(listed, list) or not all(isinstance(key, str | int) for key in listed):
-        raise Malformed("the list of storage keys is damaged", path=reader.path)
+        raise Malformed("the list of storage keys is damaged")
     names = [str(key) for key in listed]
-    if len(set(names)) != len(names) or set(names) != set(said):
-        raise Malformed(
-            "the storages in the pickle and those behind it are not the same",
-            path=reader.path,
-            offset=keys.end,
-        )
+    if len(set(names)) != len(names) or set(names) != set(named):
+        what = "the storages in the pickle and those behind it are not the same"
+        raise Malformed(what, offset=keys.end)
     position = keys.end
     places = {}
     for name in names:
+        storage = named[name]
         count = int.from_bytes(reader.read(position, 8), "little", signed=True)
-        if count != said[name].numel:
-            raise Malformed(
-                f"storage {name} should have {said[name].numel} elements and has {count}",
-                path=reader.path,
-                offset=position,
-            )
+        if count != storage.numel:
+            what = f"storage {name} should have {storage.numel} elements and has {count}"
+            raise Malformed(what, offset=position)
         places[name] = position + 8
-        position += 8 + said[name].nbytes
+        position += 8 + storage.nbytes
     if position > reader.nbytes:
         raise Malformed(
             f"the file should have {position} bytes and has {reader.nbytes}",
-            path=reader.path,
             offset=reader.nbytes,
             hint="it is truncated; get it again from where it came",
         )

@@ -3,7 +3,7 @@
 A zip archive with `data.pkl` (the modules as objects of classes named `__torch__...`),
 `constants.pkl` (the tensors that the code holds), the source of the classes under `code/` and the
 storages under `data/` (torch/csrc/jit/serialization/export_module.cpp, pickler.cpp). Which
-attributes are parameters and buffers stands in that source alone; what `torch.jit.load` shows as
+attributes are parameters and buffers is in that source alone; what `torch.jit.load` shows as
 the state_dict are those whose type is Tensor (torch/csrc/jit/api/module.h, `ParameterPolicy` and
 `BufferPolicy`), a module's own before those of its submodules. Archives of torch 1.0 to 1.2 say
 all this in `model.json` instead: see `_model_json`.
@@ -13,6 +13,7 @@ Never written: the code cannot be taken along.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -36,7 +37,7 @@ _KNOWN = ("data.pkl", "byteorder", "version", ".data/serialization_id")
 
 
 def sniff(head: bytes) -> bool:
-    """Tell whether a file starts as a zip archive."""
+    """Check for the first bytes of a zip archive."""
     return head.startswith(b"PK\3\4")
 
 
@@ -89,42 +90,35 @@ def _read(records: Records) -> Checkpoint:
 
 
 def _own(node: Node) -> bool:
-    """Tell whether a name is that of a class of the archive, which nothing imports."""
+    """Check for the name of a class of the archive, which nothing imports."""
     return isinstance(node, Global) and (node.module + ".").startswith(f"{SPACE}.")
 
 
 def title(named: Global) -> str:
-    """Write the name of a class as its source had it, without what torch puts into it."""
-    steps = [
-        step
-        for step in f"{named}".split(".")
-        if step != SPACE and not step.startswith("___torch_mangle_")
-    ]
-    return ".".join(steps)
+    """Return the name of a class as its source had it, without what torch puts into it."""
+    steps = f"{named}".split(".")
+    return ".".join(s for s in steps if s != SPACE and not s.startswith("___torch_mangle_"))
 
 
 def _load(records: Records, name: str, folders: tuple[str, ...], byteorder: str) -> Pickle:
-    def find_storage(said: StorageId) -> Storage:
-        names = [f"{folder}/{said.key}" for folder in folders]
-        found = next((each for each in names if each in records.members), names[0])
-        return records.storage(said, found, byteorder)
+    def find_storage(storage: StorageId) -> Storage:
+        names = [f"{folder}/{storage.key}" for folder in folders]
+        record = next((name for name in names if name in records.members), names[0])
+        return records.storage(storage, record, byteorder)
 
     return records.load(name, find_storage)
 
 
 def _detached(info: Node) -> Node:
-    """Give a tensor as a state_dict holds it: without requires_grad."""
+    """Return a tensor as a state_dict has it: without requires_grad."""
     plain = isinstance(info, TensorInfo) and info.origin is None
     return replace(info, requires_grad=False) if plain else info
 
 
 def _unread(records: Records) -> tuple[str, ...]:
-    """Name what is in the archive beside the modules: folders as one."""
-    counts: dict[str, int] = {}
-    for name in records.members:
-        top, slash, _ = name.partition("/")
-        if name not in _KNOWN and top not in ("data", "tensors"):
-            counts[top + slash] = counts.get(top + slash, 0) + 1
+    """Name what else is in the archive: folders as one."""
+    tops = (name.partition("/") for name in records.members if name not in _KNOWN)
+    counts = Counter(top + slash for top, slash, _ in tops if top not in ("data", "tensors"))
     return tuple(
         f"{name} ({counted(count, 'record')})" if name.endswith("/") else name
         for name, count in counts.items()
@@ -143,7 +137,7 @@ def _notes(left: list[str], fixed: int) -> Iterator[str]:
 class _Modules:
     """A walk over the modules of an archive, in the order of torch's state_dict.
 
-    A module that stands in several places is walked in each. The names made that way are bounded
+    A module in several places is walked in each. The names made that way are bounded
     by the bytes of the pickle, so that modules which repeat each other end soon.
     """
 
@@ -178,7 +172,7 @@ class _Modules:
                 yield from self.walk(value, f"{path}{name}.", depth + 1)
 
     def notes(self) -> Iterator[str]:
-        """Say where the state_dict may not be what torch would give."""
+        """Note where the state_dict may differ from that of torch."""
         if self.without_source:
             yield (
                 f"no source says which attributes of {listed(self.without_source)} are parameters "
@@ -202,12 +196,12 @@ class _Modules:
         return []
 
     def _is_module(self, module: Object) -> bool:
-        """Tell modules from other objects, those of C++ classes (`torch.classes`) among them."""
+        """Distinguish modules from other objects, as those of C++ classes (`torch.classes`)."""
         declared = self._declared(module)
         return declared.is_module if declared else isinstance(module.state, Dict)
 
     def _declared(self, module: Object) -> ScriptClass | None:
-        """Find the declaration of a module's class in the source."""
+        """Return the declaration of a module's class in the source."""
         named = module.callee
         if named.module not in self._sources:
             self._sources[named.module] = self._source(named.module)
@@ -215,16 +209,14 @@ class _Modules:
 
     def _source(self, module: str) -> dict[str, ScriptClass]:
         path = module.replace(".", "/")
-        name = next((n for n in (f"code/{path}.py", f"libs/{path}.py") if self._has(n)), None)
+        names = (f"code/{path}.py", f"libs/{path}.py")
+        name = next((name for name in names if name in self.records.members), None)
         if name is None:
             return {}
         self._inflated += self.records.members[name].nbytes
         if self._inflated > max(MAX_METADATA, self.records.reader.nbytes):
             raise LimitExceeded(f"{self._inflated} bytes of source text")
         return parse(self.records.small(name).decode("utf-8", "replace"))
-
-    def _has(self, name: str) -> bool:
-        return name in self.records.members
 
 
 _Kind = Callable[[ScriptClass | None, str], bool]
@@ -235,7 +227,7 @@ def _is_parameter(declared: ScriptClass | None, name: str) -> bool:
 
 
 def _is_buffer(declared: ScriptClass | None, name: str) -> bool:
-    """Tell whether torch shows an attribute as a buffer: by its list and its declared type."""
+    """Check whether torch shows an attribute as a buffer: by its list and its declared type."""
     if declared is None:
         return False  # all tensors went before, as if they were parameters
     return name in declared.buffers and declared.types.get(name, "Tensor") == "Tensor"

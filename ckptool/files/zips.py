@@ -14,7 +14,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from zlib_ng.zlib_ng import crc32
 
@@ -28,8 +28,8 @@ STORED, DEFLATED = 0, 8
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
+_COMMON = struct.Struct("<5H3L2H")  # of a local header and an entry of the directory: `_Header`
+_LOCAL_NBYTES, _CENTRAL_NBYTES = 4 + _COMMON.size, 6 + _COMMON.size + 14
 _MAX_COMMENT = 0xFFFF
 _BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
@@ -53,6 +53,21 @@ class Member(NamedTuple):
     start: int
 
 
+class _Header(NamedTuple):
+    """What a local header and an entry of the directory both have."""
+
+    version: int
+    flags: int
+    method: int
+    time: int
+    date: int
+    crc32: int
+    packed: int
+    nbytes: int
+    name_size: int
+    extra_size: int
+
+
 class Directory(NamedTuple):
     """The records of an archive by name, and how many of its bytes belong to none of them."""
 
@@ -69,15 +84,11 @@ def read_directory(reader: Reader) -> Directory:
     if count > MAX_MEMBERS:
         raise LimitExceeded(f"an archive of {count} records", path=reader.path, offset=offset)
     data = reader.read(offset, nbytes)
-    found = list(_central_entries(reader, data, offset))
-    if len(found) != count:
-        raise Malformed(
-            f"the archive lists {len(found)} records and counts {count}",
-            path=reader.path,
-            offset=offset,
-        )
-    unlisted = _unlisted(reader, found, offset)
-    members = [member for member in found if not member.name.endswith("/")]
+    entries = list(_central_entries(reader, data, offset))
+    if len(entries) != count:
+        _fail(reader, f"the archive lists {len(entries)} records and counts {count}", offset)
+    unlisted = _unlisted(reader, entries, offset)
+    members = [member for member in entries if not member.name.endswith("/")]
     _refuse_odd_names(reader, members)
     return Directory({member.name: member for member in members}, unlisted)
 
@@ -101,29 +112,15 @@ def _find_directory(reader: Reader) -> tuple[int, int, int]:
 
 
 def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple[int, int, int]:
-    _, disk, directory_disk, here, count, nbytes, offset, _ = fields
-    stop = end_at
-    if end_at >= _LOCATOR.size + _END64.size:
-        locator = reader.read(end_at - _LOCATOR.size, _LOCATOR.size)
-        if locator[:4] == b"PK\6\7":
-            _, located_disk, stop, disks = _LOCATOR.unpack(locator)
-            if located_disk or disks > 1:
-                raise Unsupported(_VOLUMES, path=reader.path, offset=end_at - _LOCATOR.size)
-            if stop + _END64.size + _LOCATOR.size != end_at:
-                _refuse_shifted(reader, stop, end_at)
-            signature, _, _, _, disk, directory_disk, here, *large = _END64.unpack(
-                reader.read(stop, _END64.size)
-            )
-            if signature != b"PK\6\6":
-                _fail(reader, "the zip64 end record is damaged", stop)
-            small = (
-                (count, large[0], _BIG16),
-                (nbytes, large[1], _BIG32),
-                (offset, large[2], _BIG32),
-            )
-            if any(short not in (long, big) for short, long, big in small):
-                _fail(reader, "the two end records of the archive disagree", stop)
-            count, nbytes, offset = large
+    _, disk, directory_disk, here, *small, _ = fields
+    stop, wide = end_at, small
+    end64 = _zip64_end(reader, end_at)
+    if end64 is not None:
+        stop, disk, directory_disk, here, *wide = end64
+        pairs = zip(small, wide, (_BIG16, _BIG32, _BIG32), strict=True)
+        if any(short not in (long, unknown) for short, long, unknown in pairs):
+            _fail(reader, "the two end records of the archive disagree", stop)
+    count, nbytes, offset = wide
     if disk or directory_disk or here != count:
         raise Unsupported(_VOLUMES, path=reader.path, offset=end_at)
     if offset + nbytes != stop:
@@ -131,8 +128,25 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
     return offset, nbytes, count
 
 
-def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> None:
-    """Refuse an end record in the wrong place; say where archives lie one behind another."""
+def _zip64_end(reader: Reader, end_at: int) -> tuple[int, ...] | None:
+    """Return offset, disks, counts, size and offset of the zip64 end record; None without one."""
+    at = end_at - _LOCATOR.size
+    locator = reader.read(at, _LOCATOR.size) if at >= _END64.size else b""
+    if locator[:4] != b"PK\6\7":
+        return None
+    _, disk, stop, disks = _LOCATOR.unpack(locator)
+    if disk or disks > 1:
+        raise Unsupported(_VOLUMES, path=reader.path, offset=at)
+    if stop + _END64.size != at:
+        _refuse_shifted(reader, stop, end_at)
+    signature, _, _, _, *fields = _END64.unpack(reader.read(stop, _END64.size))
+    if signature != b"PK\6\6":
+        _fail(reader, "the zip64 end record is damaged", stop)
+    return (stop, *fields)
+
+
+def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> NoReturn:
+    """Refuse an end record in the wrong place, and several archives in a row by that name."""
     here = end_at - _LOCATOR.size - _END64.size
     moved = here - stop  # where the last of several archives starts
     if moved > 0 and reader.read(here, 4) == b"PK\6\6" and reader.read(moved, 4) == b"PK\3\4":
@@ -145,45 +159,38 @@ def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> None:
     _fail(reader, "the zip64 end record is not where it should be", end_at)
 
 
-def _fail(reader: Reader, what: str, offset: int) -> None:
+def _fail(reader: Reader, what: str, offset: int) -> NoReturn:
     raise Malformed(what, path=reader.path, offset=offset)
 
 
 def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]:
     position, local = 0, _LocalHeaders(reader)
     while position < len(data):
-        if len(data) - position < _CENTRAL.size:
+        if len(data) - position < _CENTRAL_NBYTES:
             _fail(reader, "the archive's directory is cut off", base + position)
-        signature, _, _, flags, method, _, _, *numbers = _CENTRAL.unpack_from(data, position)
-        (
-            checksum,
-            packed,
-            nbytes,
-            name_size,
-            extra_size,
-            comment_size,
-            disk,
-            _,
-            attributes,
-            header,
-        ) = numbers
-        name_at = position + _CENTRAL.size
-        extra_at = name_at + name_size
-        end = extra_at + extra_size + comment_size
-        if signature != b"PK\1\2" or end > len(data):
+        entry = _Header._make(_COMMON.unpack_from(data, position + 6))
+        comment_size, disk, _, attributes, header = struct.unpack_from(
+            "<3H2L", data, position + 6 + _COMMON.size
+        )
+        name_at = position + _CENTRAL_NBYTES
+        extra_at = name_at + entry.name_size
+        comment_at = extra_at + entry.extra_size
+        end = comment_at + comment_size
+        if data[position : position + 4] != b"PK\1\2" or end > len(data):
             _fail(reader, "an entry of the archive's directory is damaged", base + position)
+        nbytes, packed = entry.nbytes, entry.packed
         if _BIG32 in (packed, nbytes, header):
-            extra = data[extra_at : extra_at + extra_size]
+            extra = data[extra_at:comment_at]
             nbytes, packed, header = _wide(reader, extra, (nbytes, packed, header), base + position)
-        name = _text(data[name_at:extra_at])
+        raw_name = data[name_at:extra_at]
+        name = _text(raw_name)
         if disk > 1:  # torch takes 1 for 0 (miniz, `mz_zip_reader_read_central_dir`)
             _fail(reader, f"record {name} lies in another part of the archive", base + position)
         if attributes & _FOLDER and nbytes:
             _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
-        start = local.data_start(
-            data[name_at:extra_at], flags, method, (checksum, packed, nbytes), header
-        )
-        yield Member(name, method, checksum, packed, nbytes, header, start)
+        entry = entry._replace(nbytes=nbytes, packed=packed)
+        start = local.data_start(raw_name, entry, header)
+        yield Member(name, entry.method, entry.crc32, packed, nbytes, header, start)
         position = end
 
 
@@ -199,17 +206,14 @@ def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) ->
     position = 0
     while position + 4 <= len(extra):
         tag, size = struct.unpack_from("<HH", extra, position)
-        field_data = extra[position + 4 : position + 4 + size]
+        data = extra[position + 4 : position + 4 + size]
         if tag == 1:
-            wide = [
-                value
-                for (value,) in struct.iter_unpack("<Q", field_data[: len(field_data) // 8 * 8])
-            ]
+            wide = [value for (value,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8])]
             if len(wide) < values.count(_BIG32):
                 break
             return tuple(wide.pop(0) if value == _BIG32 else value for value in values)
         position += 4 + size
-    raise Malformed("a zip64 entry without its sizes", path=reader.path, offset=offset)
+    _fail(reader, "a zip64 entry without its sizes", offset)
 
 
 class _LocalHeaders:
@@ -229,57 +233,41 @@ class _LocalHeaders:
             self._start = start
         return start - self._start
 
-    def data_start(
-        self, name: bytes, flags: int, method: int, central: tuple[int, int, int], header: int
-    ) -> int:
-        """Check a local header against the directory, and return where the data starts."""
-        reader, name_end = self._reader, _LOCAL.size + len(name)
-        if flags & (_ENCRYPTED | _PATCHED):
+    def data_start(self, name: bytes, entry: _Header, header: int) -> int:
+        """Check a local header against its entry, and return where the data starts."""
+        reader, name_end = self._reader, _LOCAL_NBYTES + len(name)
+        if entry.flags & (_ENCRYPTED | _PATCHED):
             raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
-        if method not in (STORED, DEFLATED):
-            what = f"record {_text(name)} has compression method {method}"
+        if entry.method not in (STORED, DEFLATED):
+            what = f"record {_text(name)} has compression method {entry.method}"
             raise Unsupported(what, path=reader.path)
         if header + name_end > reader.nbytes:
             _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
         at = self._find(header, name_end)
-        (
-            signature,
-            _,
-            here_flags,
-            here_method,
-            _,
-            _,
-            checksum,
-            packed,
-            nbytes,
-            name_size,
-            extra_size,
-        ) = _LOCAL.unpack_from(self._data, at)
-        here = self._data[at + _LOCAL.size : at + name_end]
-        if signature != b"PK\3\4" or name_size != len(name) or here != name:
+        local = _Header._make(_COMMON.unpack_from(self._data, at + 4))
+        signature = self._data[at : at + 4]
+        local_name = self._data[at + _LOCAL_NBYTES : at + name_end]
+        if signature != b"PK\3\4" or local.name_size != len(name) or local_name != name:
             what = f"the header of record {_text(name)} is not where the directory says"
             _fail(reader, what, header)
-        deferred = bool(here_flags & _DESCRIPTOR)
-        if (
-            here_method != method
-            or here_flags & (_ENCRYPTED | _PATCHED)
-            or not _sizes_agree((checksum, packed, nbytes), central, deferred=deferred)
-        ):
+        odd = local.method != entry.method or local.flags & (_ENCRYPTED | _PATCHED)
+        if odd or not _sizes_agree(local, entry):
             _fail(reader, f"the two headers of record {_text(name)} disagree", header)
-        if method == STORED and central[1] != central[2]:
+        if entry.method == STORED and entry.packed != entry.nbytes:
             _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
-        return int(header + name_end + extra_size)
+        return header + name_end + local.extra_size
 
 
-def _sizes_agree(
-    local: tuple[int, int, int], central: tuple[int, int, int], *, deferred: bool
-) -> bool:
+def _sizes_agree(local: _Header, entry: _Header) -> bool:
     """Compare CRC and sizes; a local header may defer them, or leave sizes to its zip64 field."""
-    if local == central or (deferred and not any(local)):
-        return True
+    deferred = bool(local.flags & _DESCRIPTOR)
     return all(
         here in (there, unknown) or (here == 0 and deferred)
-        for here, there, unknown in zip(local, central, (0, _BIG32, _BIG32), strict=True)
+        for here, there, unknown in (
+            (local.crc32, entry.crc32, 0),
+            (local.packed, entry.packed, _BIG32),
+            (local.nbytes, entry.nbytes, _BIG32),
+        )
     )
 
 
@@ -305,7 +293,7 @@ def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
     for member in members:
         folded = member.name.casefold()
         if folded in seen:
-            first = next(each.name for each in members if each.name.casefold() == folded)
+            first = next(other.name for other in members if other.name.casefold() == folded)
             _fail(reader, f"two records are named {first} and {member.name}", member.header)
         seen.add(folded)
         if _ODD_NAME.search(member.name):
@@ -351,13 +339,13 @@ def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
             packing=Packing.DEFLATED,
             packed_nbytes=member.packed_nbytes,
         )
-        found = unpacked(packed, reader)
+        data = unpacked(packed, reader)
     else:
         end = member.start + member.nbytes
         starts = range(member.start, end, CHUNK)
-        found = (reader.read(start, min(CHUNK, end - start)) for start in starts)
+        data = (reader.read(start, min(CHUNK, end - start)) for start in starts)
     checksum = 0
-    for block in found:
+    for block in data:
         checksum = crc32(block, checksum)
         yield block
     if checksum != member.crc32 and member.crc32:
@@ -384,7 +372,7 @@ def _placed(records: Iterable[Record], alignment: int) -> Iterator[Record]:
     position = 0
     for record in records:
         record.header = position
-        fixed = position + _LOCAL.size + len(record.name.encode()) + len(_wide_extra(record)) + 4
+        fixed = position + _LOCAL_NBYTES + len(record.name.encode()) + len(_wide_extra(record)) + 4
         record.start = fixed + -fixed % alignment
         position = record.start + record.nbytes
         yield record
@@ -396,7 +384,7 @@ def lay_out(records: Iterable[Record], alignment: int) -> tuple[Sequence[int], i
     for record in _placed(records, alignment):
         starts.append(record.start)
         position = record.start + record.nbytes
-        size += _CENTRAL.size + len(record.name.encode()) + len(_central_extra(record))
+        size += _CENTRAL_NBYTES + len(record.name.encode()) + len(_central_extra(record))
     return starts, position + size
 
 
@@ -410,8 +398,14 @@ def headers(records: Iterable[Record], alignment: int) -> Iterator[tuple[int, by
     yield position, bytes(data) + _end_records(count, position, len(data))
 
 
-# "made by" 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
+# Version 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
 _VERSION, _UTF8, _NO_TIME, _FIRST_DAY = 45, 0x0800, 0, 0x21
+
+
+def _common(record: Record, name: bytes, extra: bytes) -> bytes:
+    size = min(record.nbytes, _BIG32)
+    facts = (_VERSION, _UTF8, STORED, _NO_TIME, _FIRST_DAY, record.crc32, size, size)
+    return _COMMON.pack(*facts, len(name), len(extra))
 
 
 def _wide_extra(record: Record) -> bytes:
@@ -422,23 +416,9 @@ def _wide_extra(record: Record) -> bytes:
 
 def _local_header(record: Record) -> bytes:
     name, wide = record.name.encode(), _wide_extra(record)
-    padding = record.start - record.header - _LOCAL.size - len(name) - len(wide) - 4
+    padding = record.start - record.header - _LOCAL_NBYTES - len(name) - len(wide) - 4
     extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    size = min(record.nbytes, _BIG32)
-    fixed = _LOCAL.pack(
-        b"PK\3\4",
-        _VERSION,
-        _UTF8,
-        STORED,
-        _NO_TIME,
-        _FIRST_DAY,
-        record.crc32,
-        size,
-        size,
-        len(name),
-        len(extra),
-    )
-    return fixed + name + extra
+    return b"PK\3\4" + _common(record, name, extra) + name + extra
 
 
 def _central_extra(record: Record) -> bytes:
@@ -450,27 +430,9 @@ def _central_extra(record: Record) -> bytes:
 
 def _central_header(record: Record) -> bytes:
     name, extra = record.name.encode(), _central_extra(record)
-    size = min(record.nbytes, _BIG32)
-    fixed = _CENTRAL.pack(
-        b"PK\1\2",
-        _VERSION,
-        _VERSION,
-        _UTF8,
-        STORED,
-        _NO_TIME,
-        _FIRST_DAY,
-        record.crc32,
-        size,
-        size,
-        len(name),
-        len(extra),
-        0,
-        0,
-        0,
-        0,
-        min(record.header, _BIG32),
-    )
-    return fixed + name + extra
+    made_by, header = struct.pack("<H", _VERSION), min(record.header, _BIG32)
+    rest = struct.pack("<3H2L", 0, 0, 0, 0, header)  # comment, disk, attributes
+    return b"PK\1\2" + made_by + _common(record, name, extra) + rest + name + extra
 
 
 def _end_records(count: int, offset: int, nbytes: int) -> bytes:
