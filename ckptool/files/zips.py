@@ -29,7 +29,8 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _COMMON = struct.Struct("<5H3L2H")  # of a local header and an entry of the directory: `_Header`
-_LOCAL_NBYTES, _CENTRAL_NBYTES = 4 + _COMMON.size, 6 + _COMMON.size + 14
+_REST = struct.Struct("<3H2L")  # of an entry: comment, disk, attributes, local header
+_LOCAL_NBYTES, _CENTRAL_NBYTES = 4 + _COMMON.size, 6 + _COMMON.size + _REST.size
 _MAX_COMMENT = 0xFFFF
 _BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
@@ -169,8 +170,8 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
         if len(data) - position < _CENTRAL_NBYTES:
             _fail(reader, "the archive's directory is cut off", base + position)
         entry = _Header._make(_COMMON.unpack_from(data, position + 6))
-        comment_size, disk, _, attributes, header = struct.unpack_from(
-            "<3H2L", data, position + 6 + _COMMON.size
+        comment_size, disk, _, attributes, header = _REST.unpack_from(
+            data, position + 6 + _COMMON.size
         )
         name_at = position + _CENTRAL_NBYTES
         extra_at = name_at + entry.name_size
@@ -178,19 +179,20 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
         end = comment_at + comment_size
         if data[position : position + 4] != b"PK\1\2" or end > len(data):
             _fail(reader, "an entry of the archive's directory is damaged", base + position)
-        nbytes, packed = entry.nbytes, entry.packed
-        if _BIG32 in (packed, nbytes, header):
+        if _BIG32 in (entry.packed, entry.nbytes, header):
+            small = (entry.nbytes, entry.packed, header)
             extra = data[extra_at:comment_at]
-            nbytes, packed, header = _wide(reader, extra, (nbytes, packed, header), base + position)
+            nbytes, packed, header = _wide(reader, extra, small, base + position)
+            entry = entry._replace(nbytes=nbytes, packed=packed)
         raw_name = data[name_at:extra_at]
         name = _text(raw_name)
         if disk > 1:  # torch takes 1 for 0 (miniz, `mz_zip_reader_read_central_dir`)
             _fail(reader, f"record {name} lies in another part of the archive", base + position)
-        if attributes & _FOLDER and nbytes:
+        if attributes & _FOLDER and entry.nbytes:
             _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
-        entry = entry._replace(nbytes=nbytes, packed=packed)
         start = local.data_start(raw_name, entry, header)
-        yield Member(name, entry.method, entry.crc32, packed, nbytes, header, start)
+        sizes = (entry.crc32, entry.packed, entry.nbytes)
+        yield Member(name, entry.method, *sizes, header, start)
         position = end
 
 
@@ -260,6 +262,8 @@ class _LocalHeaders:
 
 def _sizes_agree(local: _Header, entry: _Header) -> bool:
     """Compare CRC and sizes; a local header may defer them, or leave sizes to its zip64 field."""
+    if local[5:8] == entry[5:8]:
+        return True
     deferred = bool(local.flags & _DESCRIPTOR)
     return all(
         here in (there, unknown) or (here == 0 and deferred)
@@ -431,7 +435,7 @@ def _central_extra(record: Record) -> bytes:
 def _central_header(record: Record) -> bytes:
     name, extra = record.name.encode(), _central_extra(record)
     made_by, header = struct.pack("<H", _VERSION), min(record.header, _BIG32)
-    rest = struct.pack("<3H2L", 0, 0, 0, 0, header)  # comment, disk, attributes
+    rest = _REST.pack(0, 0, 0, 0, header)
     return b"PK\1\2" + made_by + _common(record, name, extra) + rest + name + extra
 
 
