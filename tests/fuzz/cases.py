@@ -336,8 +336,8 @@ def warm_up() -> None:
         name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
         if "model" not in path.parts or path.stem in ("zoo", "libraries", "__init__"):
             importlib.import_module(name.removesuffix(".__init__").removesuffix(".__main__"))
-    with contextlib.suppress(ImportError):  # diff decodes with it
-        importlib.import_module("numpy")
+    for name in ("numpy", "ml_dtypes"):  # what computes values loads them
+        importlib.import_module(name)
     for codec in ("unicode_escape", "raw_unicode_escape", "cp437", "latin-1", "utf-16", "ascii"):
         b"a".decode(codec, "replace")
         "a".encode(codec)
