@@ -235,9 +235,9 @@ def publish(
     """Write, check and publish an output; return warnings about what failed after that.
 
     `check` reads what was written by its `head`, and raises where it is not what was meant or not
-    what the jobs have moved.
-    Whatever fails, the target stays as it was and what is temporary is removed. Raises `NoSpace`,
-    `OutputExists` or `WriteError`; an interruption says where all was done already.
+    what the jobs have moved. Whatever fails, the target stays as it was and what is temporary is
+    removed. Raises `NoSpace`, `OutputExists` or `WriteError`; an interruption says where all was
+    done already.
     """
     temporary = beside(place)
     written = None

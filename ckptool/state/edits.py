@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.pickles.tree import Node
-from ckptool.tensors import dtype as dtypes, numbers, values
+from ckptool.tensors import dtype as dtypes
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, quoted, several
@@ -268,10 +268,14 @@ def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[
     """Round the floats, or those of them that `only` selects and `except_` does not, to a dtype.
 
     `dtype` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers and
-    what is no tensor stay as they are; tensors that share their storage still do. Raises
+    what is no tensor stay as they are; tensors that share their storage still do, and Parameters
+    stay Parameters; other attributes that Python keeps on a tensor are not carried. Raises
     `EditError` for a dtype of anything else than real floats, and `NothingMatched` when made for
     keys of which a pattern selects none.
     """
+    from ckptool.pickles.torch_objects import is_parameter
+    from ckptool.tensors import numbers, values
+
     target = _real_float(dtype)
 
     def make(entries: Entries) -> Change:
@@ -279,6 +283,7 @@ def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[
         chosen = select(only, keys) if several(only) else set(keys)
         chosen -= select(except_, keys) if several(except_) else set()
         made: values.Made = {}
+        known: dict[int, TensorInfo] = {}  # one tensor under two keys stays one
 
         def change(key: str, value: Value) -> Iterable[tuple[str, Value]]:
             if (
@@ -287,8 +292,12 @@ def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[
                 or value.dtype not in numbers.REAL_FLOATS - {target}
             ):
                 return ((key, value),)
-            kernel = numbers.cast(value.dtype, target)
-            return ((key, values.elementwise(kernel, [value], target, made)),)
+            if id(value) not in known:
+                kernel = numbers.cast(value.dtype, target)
+                rounded = values.elementwise(kernel, [value], target, made)
+                origin = value.origin if is_parameter(value) else None
+                known[id(value)] = replace(rounded, origin=origin)
+            return ((key, known[id(value)]),)
 
         return change
 
@@ -296,6 +305,8 @@ def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[
 
 
 def _real_float(name: str) -> DType:
+    from ckptool.tensors import numbers
+
     label = name.lower().replace("fp", "f")
     found = dtypes.BY_SAFETENSORS_NAME.get(label.upper()) or dtypes.BY_TORCH_NAME.get(label)
     if found not in numbers.ROUNDED:

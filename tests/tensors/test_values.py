@@ -385,3 +385,18 @@ def test_a_cast_takes_constant_memory(tmp_path: Path) -> None:
         line = [sys.executable, "-c", _PEAK, str(tmp_path / "in.pth"), str(tmp_path / name)]
         done = subprocess.run(line, capture_output=True, text=True, env=environment({}), check=True)
         assert int(done.stdout) < 40 << 10
+
+
+def test_a_parameter_that_is_cast_stays_one(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.arange(12.0).reshape(3, 4).t())
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    plain = torch.ones(3, requires_grad=True)
+    tensors = {"weight": weight, "tied": weight, "frozen": frozen, "plain": plain}
+    torch.save(tensors, tmp_path / "in.pth")
+    ckptool.convert(tmp_path / "in.pth", tmp_path / "out.pth", steps=[edits.cast("bf16")])
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    for key, value in tensors.items():
+        assert type(loaded[key]) is type(value)
+        assert loaded[key].requires_grad == value.requires_grad
+        assert torch.equal(loaded[key], value.to(torch.bfloat16))
+    assert loaded["tied"] is loaded["weight"]
