@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from ckptool.files import publish
-from ckptool.files.fileio import write_at
+from ckptool.files.fileio import reason, write_at
 from ckptool.files.publish import Target
 
 WINDOWS = os.name == "nt"
@@ -65,6 +65,7 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
     is held until the part is gone, so that nobody grows a file that is published already.
     Raises `NoSpace`, `OutputExists` or `WriteError`.
     """
+    published = False
     try:
         part = _open_alone(path)
         if part is None:
@@ -77,6 +78,7 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
             if WINDOWS:  # where an open file can be neither renamed nor removed
                 part.close()
             publish.move_file(path, target)
+            published = True
             part.warnings += publish.flushed(target)
         except OSError:  # a full disk is given back
             part.kept = False
@@ -85,10 +87,21 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
             if WINDOWS:
                 part.close()
             if not part.kept:
-                part.remove()
+                _remove(part, target, published=published)
             part.close()
     except OSError as error:
         raise publish.write_error(error, target) from error
+
+
+def _remove(part: Part, target: Target, *, published: bool) -> None:
+    """Remove a part; once its content is published, a failure is a warning alone."""
+    try:
+        part.remove()
+    except OSError as error:
+        if not published:
+            raise
+        left = f"{part.path} cannot be removed: {reason(error)}"
+        part.warnings.append(f"{target.path} was written, but {left}; remove it: the file stays")
 
 
 def _open_alone(path: str) -> Part | None:

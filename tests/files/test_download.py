@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -100,6 +101,23 @@ def test_the_flush_can_be_left_to_the_system(
     monkeypatch.setattr(fileio.os, "fsync", flushed.append)
     get(server.on("/f.pth", Reply(BODY)), tmp_path, sync=sync)
     assert len(flushed) == (2 if sync else 0)
+
+
+def test_what_fails_after_the_file_is_there_is_a_warning(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.unlink
+
+    def refuse(path: str) -> None:
+        if os.path.exists(tmp_path / "f.pth"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        real(path)
+
+    monkeypatch.setattr(fileio.os, "unlink", refuse)
+    done = get(server.on("/f.pth", Reply(BODY)), tmp_path)
+    assert (tmp_path / "f.pth").read_bytes() == BODY
+    assert len(done.warnings) == 1
+    assert "was written, but" in done.warnings[0]
 
 
 @pytest.mark.parametrize("more", [{"chunked": True}, {"silent": True}])
