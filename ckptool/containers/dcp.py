@@ -172,7 +172,7 @@ def _refuse_missing(
     missing = [name for name in sorted(wanted) if name not in beside]
     if not missing:
         return
-    keys = {entry.key for name in missing for _, entry in wanted[name]}
+    keys = list(dict.fromkeys(entry.key for name in missing for _, entry in wanted[name]))
     raise Malformed(
         f"{len(missing)} of its {counted(len(wanted), 'file')} are not in the folder: "
         f"{listed(missing)}",

@@ -392,6 +392,13 @@ def test_a_missing_shard_is_named(run: Run, folder: Path) -> None:
     assert "bring all files into one folder" in done.err
 
 
+def test_what_is_missing_is_named_in_the_order_of_the_index(spawn: Run, folder: Path) -> None:
+    for shard in folder.glob("*.distcp"):
+        shard.unlink()
+    seeds = [{"PYTHONHASHSEED": str(seed)} for seed in range(4)]
+    assert len({spawn("keys", folder, env=seed).err for seed in seeds}) == 1
+
+
 def test_a_truncated_shard_is_refused(run: Run, folder: Path) -> None:
     shard = folder / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-100])
