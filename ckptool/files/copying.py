@@ -14,8 +14,9 @@ from _thread import LockType, allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from mmap import mmap
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
 
@@ -27,6 +28,8 @@ from ckptool.tensors.tensor import Chunked, Packing, Storage, contiguous_stride
 FLUSH_EVERY = 32 << 20
 TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
 WORKERS = 2
+SMALL = CHUNK // 8  # copies up to this size are moved many at a time
+NEAR = 4096  # between two of them, where headers and padding are
 
 Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
@@ -84,6 +87,8 @@ class Done(NamedTuple):
 
     def followed_by(self, other: Done) -> Done:
         """Return the sum of these bytes and those that come next."""
+        if not self.nbytes:
+            return other
         joined = crc32_combine(self.crc32, other.crc32, other.nbytes)
         return Done(joined, self.nbytes + other.nbytes)
 
@@ -147,11 +152,22 @@ class _Task(NamedTuple):
     nbytes: int
 
 
+class _Batch(NamedTuple):
+    """Small copies that are close together and in order, both where they are read and written.
+
+    `first` is the number of the first of them.
+    """
+
+    first: int
+    jobs: list[Copy]
+
+
 def run_jobs(
     jobs: Sequence[Job], target: int | None, progress: Progress, *, sync: bool = False
 ) -> list[Done]:
     """Do all jobs on two threads and return what each has moved; the first error ends all.
 
+    Where their targets are in order, the small gaps between small jobs may be filled with zeros.
     With `sync` the output will be flushed: its write-back starts early.
     """
     run = _Run(jobs, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
@@ -224,12 +240,16 @@ class _Run:
                 self._error = self._error or error
 
     def _work(self) -> None:
-        buffer = memoryview(mmap(-1, CHUNK))  # of whole pages: the kernel copies them faster
+        # Of whole pages: the kernel copies them faster. The second half is for batches alone.
+        buffer = memoryview(mmap(-1, 2 * CHUNK))
         while self._error is None:
             with self._lock:
                 task = next(self._tasks, None)
             if task is None:
                 return
+            if isinstance(task, _Batch):
+                self._copy(task.jobs, task.first, buffer)
+                continue
             self._account(task, self._do(task, buffer))
             self._progress(task.nbytes)
             self._write_back.reached((task.job.target or 0) + task.start + task.nbytes)
@@ -242,6 +262,40 @@ class _Run:
             while following := self._ahead.pop((task.number, done.nbytes), None):
                 done = done.followed_by(following)
             self.done[task.number] = done
+
+    def _copy(self, jobs: list[Copy], first: int, buffer: memoryview[int]) -> None:
+        """Read and write a batch as a whole; each of its jobs answers for its own bytes."""
+        begin, place = _source(jobs[0]), jobs[0].target
+        source = buffer[: _source(jobs[-1]) + jobs[-1].nbytes - begin]
+        self.readers[jobs[0].storage.path].read_into(source, begin)
+        starts = [_source(job) - begin for job in jobs]
+        parts = [source[at : at + job.nbytes] for at, job in zip(starts, jobs, strict=True)]
+        done = [Done(crc32(part), len(part)) for part in parts]
+        if place is not None and self._target is not None:
+            self._write_batch(self._target, place, jobs, parts, done, buffer[CHUNK:])
+        self.done[first : first + len(jobs)] = done
+        self._progress(sum(map(len, parts)))
+        self._write_back.reached((place or 0) + len(source))
+
+    def _write_batch(
+        self,
+        target: int,
+        place: int,
+        jobs: list[Copy],
+        parts: list[memoryview[int]],
+        done: list[Done],
+        buffer: memoryview[int],
+    ) -> None:
+        """Write the parts with zeros between them; each of them is read back."""
+        ranges = [slice(start := (job.target or 0) - place, start + job.nbytes) for job in jobs]
+        written = buffer[: ranges[-1].stop]
+        written[:] = bytes(len(written))
+        for where, part in zip(ranges, parts, strict=True):
+            written[where] = part
+        write_at(target, written, place)
+        read_back(target, written, place)
+        if [crc32(written[where]) for where in ranges] != [each.crc32 for each in done]:
+            raise OSError(errno.EIO, _READS_OTHERWISE)
 
     def _do(self, task: _Task, buffer: memoryview[int]) -> Done:
         job = task.job
@@ -281,8 +335,11 @@ class _Run:
                     written = crc32(view, written)
             nbytes += len(data)
         if target is not None and written != checksum:
-            raise OSError(errno.EIO, "what was written reads back otherwise")
+            raise OSError(errno.EIO, _READS_OTHERWISE)
         return Done(checksum, nbytes)
+
+
+_READS_OTHERWISE = "what was written reads back otherwise"
 
 
 def _start(work: Callable[[LockType], None], lock: LockType) -> None:
@@ -292,13 +349,54 @@ def _start(work: Callable[[LockType], None], lock: LockType) -> None:
         raise MemoryError(str(error)) from error
 
 
-def _tasks(jobs: Sequence[Job]) -> Iterator[_Task]:
+def _tasks(jobs: Sequence[Job]) -> Iterator[_Task | _Batch]:
+    batches, batch = _are_in_order(jobs), list[Copy]()
     for index, job in enumerate(jobs):
-        if isinstance(job, Compute) or job.storage.packing is Packing.DEFLATED:
+        if batch and not _follows(job, batch):
+            yield _Batch(index - len(batch), batch)
+            batch = []
+        if batches and _is_small(job):
+            batch.append(job)
+        elif isinstance(job, Compute) or job.storage.packing is Packing.DEFLATED:
             yield _Task(index, job, 0, job.nbytes)
         else:
             for start, end in _cuts(job, 0, job.nbytes, TASK):
                 yield _Task(index, job, start, end - start)
+    if batch:
+        yield _Batch(len(jobs) - len(batch), batch)
+
+
+def _are_in_order(jobs: Sequence[Job]) -> bool:
+    """Return whether each job writes behind the one before: no third writes between the two."""
+    end = 0
+    for job in jobs:
+        if job.target is not None:
+            if job.target < end:
+                return False
+            end = job.target + job.nbytes
+    return True
+
+
+def _is_small(job: Job) -> TypeGuard[Copy]:
+    plain = isinstance(job, Copy) and job.storage.packing is Packing.PLAIN
+    return plain and 0 < job.nbytes <= SMALL
+
+
+def _source(job: Copy) -> int:
+    return job.storage.start + job.start
+
+
+def _follows(job: Job, batch: list[Copy]) -> bool:
+    """Return whether a job is close behind the last of a batch, which is not full with it."""
+    head, last = batch[0], batch[-1]
+    if not _is_small(job) or job.storage.path != head.storage.path:
+        return False
+    start, end = _source(job), _source(last) + last.nbytes
+    near = 0 <= start - end <= NEAR and start + job.nbytes - _source(head) <= CHUNK
+    if job.target is None or last.target is None or head.target is None:
+        return near and job.target is last.target
+    gap, whole = job.target - last.target - last.nbytes, job.target + job.nbytes - head.target
+    return near and gap <= NEAR and whole <= CHUNK
 
 
 def _cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
@@ -390,9 +488,7 @@ def write_file(
     """
     os.ftruncate(fd, planned.nbytes)
     _reserve(fd, planned.nbytes)
-    for offset, data in planned.literals:
-        write_at(fd, data, offset)
     done = run_jobs(planned.jobs, fd, progress, sync=sync)
-    for offset, data in planned.finish(done):
+    for offset, data in chain(planned.literals, planned.finish(done)):  # some are between jobs
         write_at(fd, data, offset)
     return done

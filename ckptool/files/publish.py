@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptool.errors import (
@@ -242,7 +242,7 @@ def publish(
     temporary = beside(place)
     written = None
     try:  # before anything is made: a signal may come right after
-        moved = _write(temporary, place, output, progress)
+        moved, output = _write(temporary, place, output, progress)
         check(os.path.join(temporary, output.head) if output.head else temporary, moved)
         written = os.stat(temporary)
         _move(temporary, place, output)
@@ -267,7 +267,13 @@ def beside(target: Target) -> str:
     return os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
 
 
-def _write(temporary: str, place: Target, output: Output, progress: Progress) -> Moved:
+def _write(
+    temporary: str, place: Target, output: Output, progress: Progress
+) -> tuple[Moved, Output]:
+    """Write all files; return what was moved, and the output without its jobs.
+
+    Those of many tensors take as much memory as reading the output back does.
+    """
     moved: Moved = {}
     if output.head:
         os.mkdir(temporary)
@@ -287,7 +293,8 @@ def _write(temporary: str, place: Target, output: Output, progress: Progress) ->
         }
     if output.head and place.sync:
         flush_folder(temporary)
-    return moved
+    files = tuple(PlannedFile(file.name, file.nbytes) for file in output.files)
+    return moved, replace(output, files=files)
 
 
 def finish(fd: int, replaced: Target | None, *, sync: bool) -> None:

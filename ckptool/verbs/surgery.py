@@ -175,8 +175,10 @@ def rewrite(
         return result
     if any(isinstance(job, Compute) or job.storage.computed for job in laid.output.jobs):
         numbers.load()
-    check = partial(_check, plan, place, laid)
-    late = publish.publish(place, laid.output, progress(laid.output.job_nbytes), check)
+    check = partial(_check, plan, place, laid.tensors, laid.output.nbytes)
+    begun, outputs = progress(laid.output.job_nbytes), [laid.output]
+    del laid
+    late = publish.publish(place, outputs.pop(), begun, check)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late))
 
 
@@ -280,12 +282,15 @@ def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
     return [] if chosen else [f"{what} does not say; --to chooses"]
 
 
+_Tensors = list[tuple[walk.Path, AnyTensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Laid:
     """An output, the tensors that it is to read back as, and what is in its shards."""
 
     output: Output
-    tensors: list[tuple[walk.Path, AnyTensor]]
+    tensors: _Tensors
     shards: tuple[Shard, ...] = ()
 
 
@@ -298,7 +303,7 @@ def _lay_out(plan: Plan, form: Form, options: Options) -> _Laid:
     return _Laid(Output((_file(plan, options),)), _tensors(plan))
 
 
-def _tensors(plan: Plan) -> list[tuple[walk.Path, AnyTensor]]:
+def _tensors(plan: Plan) -> _Tensors:
     """List the tensors of a file, or of all shards."""
     if plan.state is not None and not containers.by_name(plan.container).traits.around:
         return [((key,), value) for key, value in plan.state.entries.items()]
@@ -443,7 +448,9 @@ def _tied(plan: Plan) -> set[str]:
     return {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
 
 
-def _check(plan: Plan, place: Target, laid: _Laid, path: str, moved: Moved) -> None:
+def _check(
+    plan: Plan, place: Target, tensors: _Tensors, nbytes: int, path: str, moved: Moved
+) -> None:
     """Read the output with the strict reader and compare it with what was meant."""
     for source, stamp in plan.checkpoint.files:
         fileio.refuse_changed(source, stamp)
@@ -458,8 +465,8 @@ def _check(plan: Plan, place: Target, laid: _Laid, path: str, moved: Moved) -> N
         ) from error
     traits = containers.by_name(plan.container).traits
     strided = traits.strides and not traits.beside_files  # each entry there has its own storage
-    same = written.nbytes == laid.output.nbytes and (
-        [(way, _described(info, strided)) for way, info in laid.tensors]
+    same = written.nbytes == nbytes and (
+        [(way, _described(info, strided)) for way, info in tensors]
         == [(way, _described(info, strided)) for way, info in walk.tensors(written.tree)]
     )
     if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
