@@ -22,6 +22,7 @@ from ckptool.containers._registry import (
     is_index as is_index,
     plugins as plugins,
     suffixes as suffixes,
+    without_collection as without_collection,
 )
 from ckptool.files.fileio import MARK, Reader
 from ckptool.state.checkpoint import Checkpoint

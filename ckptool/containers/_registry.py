@@ -105,7 +105,7 @@ def _refusal(reader: Reader, head: bytes) -> NotACheckpoint:
 def _read(container: Container, reader: Reader) -> Checkpoint | None:
     """Read a file by one container, and name both in the errors that it raises without."""
     try:
-        with _without_collection():
+        with without_collection():
             checkpoint = container.read(reader)
             if checkpoint is None:
                 return None
@@ -120,7 +120,7 @@ def _read(container: Container, reader: Reader) -> Checkpoint | None:
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Collect no garbage while a tree grows: there is none in it, and the search takes long."""
     enabled = gc.isenabled()
     gc.disable()

@@ -125,7 +125,7 @@ def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Pla
     def records(checksums: Iterable[int]) -> Iterator[zips.Record]:
         yield from before
         for key, (storage, checksum) in enumerate(zip(storages, checksums, strict=False)):
-            yield zips.Record(f"{ROOT}/data/{key}", storage.nbytes, None, checksum)
+            yield zips.Record(f"{ROOT}/data/{key}".encode(), storage.nbytes, None, checksum)
         yield from after
 
     starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
@@ -142,7 +142,7 @@ def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Pla
 
 
 def _record(name: str, data: bytes) -> zips.Record:
-    return zips.Record(f"{ROOT}/{name}", len(data), data, crc32(data))
+    return zips.Record(f"{ROOT}/{name}".encode(), len(data), data, crc32(data))
 
 
 CONTAINERS = (

@@ -30,7 +30,9 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _COMMON = struct.Struct("<5H3L2H")  # of a local header and an entry of the directory: `_Header`
 _REST = struct.Struct("<3H2L")  # of an entry: comment, disk, attributes, local header
-_LOCAL_NBYTES, _CENTRAL_NBYTES = 4 + _COMMON.size, 6 + _COMMON.size + _REST.size
+_LOCAL = struct.Struct("<4s" + _COMMON.format[1:])
+_CENTRAL = struct.Struct("<4sH" + _COMMON.format[1:] + _REST.format[1:])
+_LOCAL_NBYTES, _CENTRAL_NBYTES = _LOCAL.size, _CENTRAL.size
 _MAX_COMMENT = 0xFFFF
 _BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
@@ -169,15 +171,15 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
     while position < len(data):
         if len(data) - position < _CENTRAL_NBYTES:
             _fail(reader, "the archive's directory is cut off", base + position)
-        entry = _Header._make(_COMMON.unpack_from(data, position + 6))
-        comment_size, disk, _, attributes, header = _REST.unpack_from(
-            data, position + 6 + _COMMON.size
+        signature, _, *common, comment_size, disk, _, attributes, header = _CENTRAL.unpack_from(
+            data, position
         )
+        entry = _Header._make(common)
         name_at = position + _CENTRAL_NBYTES
         extra_at = name_at + entry.name_size
         comment_at = extra_at + entry.extra_size
         end = comment_at + comment_size
-        if data[position : position + 4] != b"PK\1\2" or end > len(data):
+        if signature != b"PK\1\2" or end > len(data):
             _fail(reader, "an entry of the archive's directory is damaged", base + position)
         if _BIG32 in (entry.packed, entry.nbytes, header):
             small = (entry.nbytes, entry.packed, header)
@@ -246,8 +248,8 @@ class _LocalHeaders:
         if header + name_end > reader.nbytes:
             _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
         at = self._find(header, name_end)
-        local = _Header._make(_COMMON.unpack_from(self._data, at + 4))
-        signature = self._data[at : at + 4]
+        signature, *common = _LOCAL.unpack_from(self._data, at)
+        local = _Header._make(common)
         local_name = self._data[at + _LOCAL_NBYTES : at + name_end]
         if signature != b"PK\3\4" or local.name_size != len(name) or local_name != name:
             what = f"the header of record {_text(name)} is not where the directory says"
@@ -265,6 +267,8 @@ def _sizes_agree(local: _Header, entry: _Header) -> bool:
     if local[5:8] == entry[5:8]:
         return True
     deferred = bool(local.flags & _DESCRIPTOR)
+    if deferred and not any(local[5:8]):  # as torch writes all of them
+        return True
     return all(
         here in (there, unknown) or (here == 0 and deferred)
         for here, there, unknown in (
@@ -363,7 +367,7 @@ class Record:
     There may be many, so they are made when they are placed, and again for their headers.
     """
 
-    name: str
+    name: bytes
     nbytes: int
     data: bytes | None = None
     crc32: int = 0
@@ -376,7 +380,7 @@ def _placed(records: Iterable[Record], alignment: int) -> Iterator[Record]:
     position = 0
     for record in records:
         record.header = position
-        fixed = position + _LOCAL_NBYTES + len(record.name.encode()) + len(_wide_extra(record)) + 4
+        fixed = position + _LOCAL_NBYTES + len(record.name) + len(_wide_extra(record)) + 4
         record.start = fixed + -fixed % alignment
         position = record.start + record.nbytes
         yield record
@@ -388,7 +392,7 @@ def lay_out(records: Iterable[Record], alignment: int) -> tuple[Sequence[int], i
     for record in _placed(records, alignment):
         starts.append(record.start)
         position = record.start + record.nbytes
-        size += _CENTRAL_NBYTES + len(record.name.encode()) + len(_central_extra(record))
+        size += _CENTRAL_NBYTES + len(record.name) + len(_central_extra(record))
     return starts, position + size
 
 
@@ -404,12 +408,13 @@ def headers(records: Iterable[Record], alignment: int) -> Iterator[tuple[int, by
 
 # Version 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
 _VERSION, _UTF8, _NO_TIME, _FIRST_DAY = 45, 0x0800, 0, 0x21
+_CENTRAL_START = b"PK\1\2" + struct.pack("<H", _VERSION)  # by which it was made
 
 
-def _common(record: Record, name: bytes, extra: bytes) -> bytes:
+def _common(record: Record, extra: bytes) -> bytes:
     size = min(record.nbytes, _BIG32)
     facts = (_VERSION, _UTF8, STORED, _NO_TIME, _FIRST_DAY, record.crc32, size, size)
-    return _COMMON.pack(*facts, len(name), len(extra))
+    return _COMMON.pack(*facts, len(record.name), len(extra))
 
 
 def _wide_extra(record: Record) -> bytes:
@@ -419,10 +424,10 @@ def _wide_extra(record: Record) -> bytes:
 
 
 def _local_header(record: Record) -> bytes:
-    name, wide = record.name.encode(), _wide_extra(record)
+    name, wide = record.name, _wide_extra(record)
     padding = record.start - record.header - _LOCAL_NBYTES - len(name) - len(wide) - 4
     extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    return b"PK\3\4" + _common(record, name, extra) + name + extra
+    return b"PK\3\4" + _common(record, extra) + name + extra
 
 
 def _central_extra(record: Record) -> bytes:
@@ -433,10 +438,9 @@ def _central_extra(record: Record) -> bytes:
 
 
 def _central_header(record: Record) -> bytes:
-    name, extra = record.name.encode(), _central_extra(record)
-    made_by, header = struct.pack("<H", _VERSION), min(record.header, _BIG32)
-    rest = _REST.pack(0, 0, 0, 0, header)
-    return b"PK\1\2" + made_by + _common(record, name, extra) + rest + name + extra
+    extra = _central_extra(record)
+    rest = _REST.pack(0, 0, 0, 0, min(record.header, _BIG32))
+    return _CENTRAL_START + _common(record, extra) + rest + record.name + extra
 
 
 def _end_records(count: int, offset: int, nbytes: int) -> bytes:

@@ -60,7 +60,7 @@ class Memo(list[Node]):
     def __init__(self, data: bytes) -> None:
         super().__init__()
         self.others: dict[int, Node] = {}
-        self.spelled: dict[tuple[bytes, ...], Node] = {}
+        self.spelled: dict[tuple[bytes, ...], Any] = {}
         self.changed = False
         self.gaps = 0
         # Any `j` counts as a LONG_BINGET, and any `g` with digits as a GET, wherever it is.

@@ -143,7 +143,8 @@ class TorchVocabulary(Vocabulary):
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._find(said)
-            if _said_of(known) != said:
+            found = (known.key, known.dtype, known.location, known.nbytes)
+            if found != (key, said.dtype, said.location, said.nbytes):
                 self._said[key] = said
             return known
         before = self._said.get(key) or _said_of(known)
@@ -185,19 +186,17 @@ class TorchVocabulary(Vocabulary):
         ):
             return None
         spelling = (kind, place, view, stride, rest)
-        like = memo.spelled.get(spelling)
-        if like is None:  # the first of its kind: `called` learns what it is
+        known = memo.spelled.get(spelling)
+        if known is None:  # the first of its kind: `called` learns what it is
             self._spelling = memo, spelling
             return None
-        said = _said_of(like.storage)._replace(key=key.decode())
-        storage = self._place(said, call.end(6))
+        like, said, opcodes = known
+        storage = self._place(StorageId(key.decode(), *said), call.end(6))
         info = TensorInfo(
             like.dtype, like.shape, like.stride, storage, like.storage_offset, like.requires_grad
         )
         memo += _UNFETCHED
-        memo.put(number + _PUTS - 1, info)
-        dimensions = len(like.shape)
-        opcodes = 25 + 2 * dimensions + (2 if dimensions > 3 else 0)
+        memo.append(info if number + _PUTS - 1 in memo.fetched else None)
         return info, call.end(), opcodes
 
     def _learn(self, info: TensorInfo, memo: Memo, spelling: tuple[bytes, ...]) -> None:
@@ -205,7 +204,9 @@ class TorchVocabulary(Vocabulary):
         self._spelling = None
         key = info.storage.key
         if info.origin is None and key not in self._said and self._known.get(key) is info.storage:
-            memo.spelled[spelling] = info
+            dimensions = len(info.shape)
+            opcodes = 25 + 2 * dimensions + (2 if dimensions > 3 else 0)
+            memo.spelled[spelling] = info, _said_of(info.storage)[1:], opcodes
 
     def called(self, node: Object) -> Node:
         """Turn a call of one of torch's rebuild functions into a tensor."""

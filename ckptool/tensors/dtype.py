@@ -65,9 +65,11 @@ class DType(Enum):
     storage_class: str
     swap: int
     rank: int
+    itemsize: int  # the bytes of one unit of a torch storage of this dtype
 
     def __init__(self, bits: int, safetensors: str, torch: str, storage: str, swap: int) -> None:
         self.bits = bits
+        self.itemsize = max(1, bits // 8)
         self.safetensors_name = safetensors
         self.torch_name = torch
         self.storage_class = storage
@@ -78,11 +80,6 @@ class DType(Enum):
     def label(self) -> str:
         """Name it as reports do: safetensors' name, torch's where safetensors has none."""
         return self.safetensors_name or self.torch_name
-
-    @property
-    def itemsize(self) -> int:
-        """Return the bytes of one unit of a torch storage of this dtype."""
-        return max(1, self.bits // 8)
 
     @property
     def quantized(self) -> bool:

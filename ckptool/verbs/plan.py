@@ -83,6 +83,7 @@ class Plan:
     bare: bool = False
 
 
+@containers.without_collection()
 def make_plan(
     checkpoint: Checkpoint,
     steps: Sequence[Edit],

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import starmap, zip_longest
+from operator import eq
 from typing import TYPE_CHECKING
 
 from ckptool import containers
@@ -294,6 +296,7 @@ class _Laid:
     shards: tuple[Shard, ...] = ()
 
 
+@containers.without_collection()
 def _lay_out(plan: Plan, form: Form, options: Options) -> _Laid:
     """Plan the bytes of the output."""
     if form.distributed:
@@ -448,6 +451,7 @@ def _tied(plan: Plan) -> set[str]:
     return {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
 
 
+@containers.without_collection()
 def _check(
     plan: Plan, place: Target, tensors: _Tensors, nbytes: int, path: str, moved: Moved
 ) -> None:
@@ -465,10 +469,11 @@ def _check(
         ) from error
     traits = containers.by_name(plan.container).traits
     strided = traits.strides and not traits.beside_files  # each entry there has its own storage
-    same = written.nbytes == nbytes and (
-        [(way, _described(info, strided)) for way, info in tensors]
-        == [(way, _described(info, strided)) for way, info in walk.tensors(written.tree)]
+    meant, found = (
+        ((way, _described(info, strided)) for way, info in pairs)
+        for pairs in (tensors, walk.tensors(written.tree))
     )
+    same = written.nbytes == nbytes and all(starmap(eq, zip_longest(meant, found)))
     if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
         raise RuntimeError("the written file does not read back as it was meant")
 
