@@ -9,7 +9,7 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from mmap import mmap
 from pathlib import Path
@@ -315,6 +315,93 @@ def test_what_is_written_is_read_back(
     monkeypatch.setattr(copying, "write_at", wrong)
     with pytest.raises(OSError, match="what was written"):
         run_jobs([job or Copy(stored, 0)], output, quiet)
+
+
+# Small copies are moved many at a time.
+
+
+def small_copies(stored: Storage, count: int = 200) -> list[Copy]:
+    return [Copy(stored, 7 + index * 90, index * 100, 64) for index in range(count)]
+
+
+def small_parts(jobs: Sequence[Copy]) -> list[bytes]:
+    return [DATA[job.start : job.start + job.nbytes] for job in jobs]
+
+
+def test_small_copies_are_written_at_once(
+    tmp_path: Path, output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[int] = []
+    counted: list[int] = []
+    real = copying.write_at
+
+    def write(target: int, data: memoryview, position: int) -> None:
+        writes.append(position)
+        real(target, data, position)
+
+    monkeypatch.setattr(copying, "write_at", write)
+    jobs = small_copies(stored)
+    done = run_jobs(jobs, output, counted.append)
+    assert writes == [7]
+    assert done == [(zlib.crc32(part), 64) for part in small_parts(jobs)]
+    assert sum(counted) == 200 * 64
+    assert written(tmp_path) == bytes(7) + bytes(26).join(small_parts(jobs))
+
+
+def test_small_copies_leave_alone_what_others_write_between_them(
+    tmp_path: Path, output: int, stored: Storage
+) -> None:
+    jobs = small_copies(stored)
+    run_jobs([*jobs[::2], *jobs[1::2]], output, quiet)
+    assert written(tmp_path) == bytes(7) + bytes(26).join(small_parts(jobs))
+
+
+def test_what_is_known_beforehand_may_be_between_small_copies(
+    tmp_path: Path, output: int, stored: Storage
+) -> None:
+    jobs = small_copies(stored, 2)
+    write_file(output, PlannedFile("", 161, [(75, b"between")], jobs), quiet)
+    first, second = small_parts(jobs)
+    assert written(tmp_path) == bytes(7) + first + bytes(4) + b"between" + bytes(15) + second
+
+
+@pytest.mark.parametrize("fault", ["a bit", "all"])
+def test_each_small_copy_is_read_back(
+    output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def wrong(target: int, data: memoryview, position: int) -> None:
+        if fault == "all":
+            os.pwrite(target, bytes(len(data)), position)
+        else:
+            os.pwrite(target, data, position)
+            os.pwrite(target, bytes((data[9000] ^ 1,)), position + 9000)  # the first of a copy
+
+    monkeypatch.setattr(copying, "write_at", wrong)
+    with pytest.raises(OSError, match="what was written"):
+        run_jobs(small_copies(stored), output, quiet)
+
+
+@pytest.mark.parametrize("target", [True, False], ids=["copied", "checked"])
+def test_a_wrong_checksum_is_found_among_small_copies(
+    output: int, stored: Storage, target: bool
+) -> None:
+    places = [at * 64 if target else None for at in range(100)]
+    storages = [
+        replace(stored, key=str(at), start=6 + at * 64, nbytes=64, crc32=zlib.crc32(part))
+        for at, part in enumerate(small_parts([Copy(stored, 0, at * 64, 64) for at in range(100)]))
+    ]
+    run_jobs([*map(Copy, storages, places)], output, quiet)
+    storages[50] = replace(storages[50], crc32=1)
+    with pytest.raises(Malformed, match="storage 50 do not match their checksum"):
+        run_jobs([*map(Copy, storages, places)], output, quiet)
+
+
+def test_small_copies_that_nobody_moved_are_missed(
+    output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying._Run, "_copy", lambda *_: None)
+    with pytest.raises(RuntimeError, match="0 of 64 bytes"):
+        run_jobs(small_copies(stored), output, quiet)
 
 
 def joined(parts: Iterable[bytes]) -> Done:
