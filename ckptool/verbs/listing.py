@@ -17,6 +17,8 @@ Entry = tuple[str, AnyTensor]
 class Listing:
     """Tensors by key, or by path where `state` is None; `beside` names what is around them.
 
+    `at` is the place that was asked for.
+
     It reads like a dict: `len`, iteration over the keys, `key in listing`, `listing[key]`.
     """
 
@@ -24,6 +26,7 @@ class Listing:
     state: StateDict | None
     entries: list[Entry]
     beside: list[str]
+    at: str | None = None
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     beside = places.beside(checkpoint.tree, state.at)
-    return Listing(checkpoint, state=state, entries=tensors, beside=beside)
+    return Listing(checkpoint, state=state, entries=tensors, beside=beside, at=at)
 
 
 def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:
