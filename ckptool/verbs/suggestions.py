@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptool import containers
+from ckptool.files.fileio import MARK
 from ckptool.pickles.names import Level
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.edits import WRAPPERS
@@ -75,7 +76,7 @@ def _named_after(facts: Survey) -> str:
     path = facts.checkpoint.path
     archive = containers.member_of(path)
     if archive:
-        return os.path.join(os.path.dirname(archive), os.path.basename(path))
+        return os.path.join(os.path.dirname(archive), os.path.basename(path.rpartition(MARK)[2]))
     if not os.path.isdir(path):
         if len(facts.checkpoint.files) < 2:
             return path
