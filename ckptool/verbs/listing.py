@@ -109,11 +109,10 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
     elif not every:
         state = places.find_or_none(checkpoint, several=False)
     if state is None:
-        whole = walk.tensors(checkpoint.tree)
         return Listing(
             checkpoint,
             state=None,
-            entries=[(walk.dotted(path) or ".", info) for path, info in whole],
+            entries=list(walk.named(checkpoint.tree)),
             beside=[],
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]

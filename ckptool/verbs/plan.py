@@ -136,7 +136,7 @@ def argument(checkpoint: Checkpoint, options: Options) -> str:
 
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:
-    return list(dict.fromkeys(walk.dotted(path) for path, _ in walk.tensors(checkpoint.tree)))
+    return [name for name, _ in walk.named(checkpoint.tree)]
 
 
 def _refuse_attributes(
