@@ -17,7 +17,6 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -60,12 +59,14 @@ def fixtures() -> Iterator[Path]:
 
 def of_corpus() -> list[Path]:
     if not INDEX.exists():
-        return sorted(path for path in CORPUS.rglob("*") if path.is_file() and path.suffix != ".tsv")
+        return sorted(
+            path for path in CORPUS.rglob("*") if path.is_file() and path.suffix != ".tsv"
+        )
     return [CORPUS / row["path"] for row in json.loads(INDEX.read_text(encoding="utf-8"))]
 
 
 FILES = [*fixtures(), *of_corpus()]
-by_name = dict(ids=lambda path: path.name)
+by_name = {"ids": lambda path: path.name}
 
 
 def proposals(text: str) -> list[str]:
@@ -94,8 +95,12 @@ def words(command: str) -> list[str]:
 def refuse_unknown_options(asked: str, hint: str) -> None:
     """Fail for an option in a hint that neither the command asked nor one it names has."""
     context = click.Context(ckptool)
-    commands = [ckptool.get_command(context, n) for n in (asked, *re.findall(r"ckptool (\S+)", hint))]
-    known = {opt for each in commands if each for parameter in each.params for opt in parameter.opts}
+    commands = [
+        ckptool.get_command(context, n) for n in (asked, *re.findall(r"ckptool (\S+)", hint))
+    ]
+    known = {
+        opt for each in commands if each for parameter in each.params for opt in parameter.opts
+    }
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", hint))
     assert "git " in hint or options <= known, (asked, hint)
 
@@ -183,8 +188,10 @@ def questions_at(run: Run, name: str) -> Iterator[str]:
     for each in answer.document["candidates"][:4] if answer.code == 0 else []:
         at = ".".join(each["at"]) or "."
         if " " not in at and "{" not in at:
-            for question in ("info --json", "keys", "unwrap", "strip-prefix", "convert --untie"):
-                yield f"{question} --at {at} {{}}" + ("" if "k" in question[:3] or "i" == question[0] else " asked")
+            for question in ("info --json", "keys"):
+                yield f"{question} --at {at} {{}}"
+            for question in ("unwrap", "strip-prefix", "convert --untie"):
+                yield f"{question} --at {at} {{}} asked"
 
 
 def clear(folder: Path, keep: set[str]) -> None:
@@ -232,14 +239,25 @@ def slug_of(outcome: Outcome) -> str:
 
 
 # What questions about `nothing` and `nowhere`, or without the place of a state_dict, come to next.
-DESERVED = "edit-error nothing-matched no-such-key unsafe-pickle poor-fit key-collision not-representable".split()
+DESERVED = """
+    edit-error nothing-matched no-such-key unsafe-pickle poor-fit key-collision not-representable
+""".split()
 # Of records that are damaged, which only reading them shows.
-BAD_BYTES = ("does not match its checksum", "does not unpack", "ends too early", "is damaged", "longer than declared")
+BAD_BYTES = (
+    "does not match its checksum",
+    "does not unpack",
+    "ends too early",
+    "is damaged",
+    "longer than declared",
+)
 
 
 @pytest.mark.parametrize("path", sampled(FILES, 15), **by_name)
 def test_what_is_proposed_for_a_file_works(
-    run: Run, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
     name = placed(path, tmp_path)
@@ -263,12 +281,16 @@ def packed(path: Path, kind: str, folder: Path) -> str:
 
 
 KINDS = itertools.cycle(["gz", "zip", "tar.gz"])
-MEMBERS = [(path, kind) for path, kind in zip(FILES, KINDS) if path.is_file()]
+MEMBERS = [(path, kind) for path, kind in zip(FILES, KINDS, strict=False) if path.is_file()]
 
 
 @pytest.mark.parametrize(("path", "kind"), sampled(MEMBERS, 50), ids=str)
 def test_what_is_proposed_for_a_member_of_an_archive_works(
-    run: Run, path: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+    path: Path,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
     name = packed(path, kind, tmp_path)

@@ -102,7 +102,7 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
             lines.append(f"{others} more entries of the state_dict are not tensors")
         lines += map(visible, (*state.missing, *state.notes))
         verb = "transfer" if state.module else "strip-prefix"
-        hint = prefix_line(_retaken(found), list(state.entries), verb)
+        hint = prefix_line(found.checkpoint.path, list(state.entries), verb, _taken(found))
         lines += [hint] if hint else []
     return [*lines, *map(visible, found.checkpoint.notes)]
 
@@ -129,15 +129,17 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
     return [first, *(f"    {visible(line)}" for line in lines)]
 
 
-def _retaken(found: Listing) -> str:
-    """Write the input of a command that works on what was listed."""
+def _taken(found: Listing) -> str:
+    """Write the options with which a command takes what was listed."""
     options = "--tensors-only " if safety.judge(found.checkpoint.globals).dangerous else ""
     if found.state and found.at is not None:
         options += f"--at {quoted(found.at)} "
-    return options + argument(found.checkpoint.path)
+    return options
 
 
-def prefix_line(given: str, keys: Sequence[str], verb: str = "strip-prefix") -> str:
+def prefix_line(
+    path: str, keys: Sequence[str], verb: str = "strip-prefix", options: str = ""
+) -> str:
     """Describe the wrapper that all or some keys have, and what removes it; empty for none."""
     found = peeled(keys)
     if found:
@@ -145,7 +147,7 @@ def prefix_line(given: str, keys: Sequence[str], verb: str = "strip-prefix") -> 
         kinds = ", ".join(WRAPPERS[wrapper] for wrapper in found)
         return (
             f"every key starts with `{''.join(found)}` ({kinds}): "
-            f"ckptool {verb}{option} {visible(given)} OUT   removes it"
+            f"ckptool {verb}{option} {visible(options + argument(path))} OUT   removes it"
         )
     for wrapper in WRAPPERS:
         count = sum(key.startswith(wrapper) for key in keys)

@@ -326,7 +326,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Amb
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
             hint=f"ckptool keys --all {argument(checkpoint.path)}   shows where they are; "
-            f"{option} chooses a dict of them",
+            f"{option} NAME chooses a dict of them",
         )
     return AmbiguousStateDict(f"{checkpoint.path} holds no tensors")
 
@@ -352,7 +352,7 @@ def _named(checkpoint: Checkpoint, at: str, option: str) -> StateDict:
         raise NoSuchKey(
             f"`{at}` in {checkpoint.path} is no dict of tensors",
             evidence=_places(checkpoint),
-            hint=f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by their path",
+            hint=f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by path",
         )
     return state
 

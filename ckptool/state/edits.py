@@ -489,9 +489,9 @@ def _refuse_collision(pairs: Sequence[tuple[str, str | None]], source: str) -> N
         if new in taken:
             raise KeyCollision(
                 f"{taken[new]} and {old} would both become {new}",
-                hint=f"leave one out first: ckptool convert --drop {quoted(old)} {source} OUT"
+                hint=f"drop one first: ckptool convert --drop {quoted(old)} {source} OUT"
                 if source
-                else "",
+                else f"drop {old} first",
             )
         taken[new] = old
 

@@ -152,7 +152,11 @@ def number(node: Node, pairs: Pairs, numbers: Numbers) -> dict[int, str]:
             if key == "params" and isinstance(value, list)
             for each in value
         ]
-        numbers[id(state)] = {id(each): str(index) for index, each in enumerate(params)}
+        numbers[id(state)] = {
+            id(each): str(index)
+            for index, each in enumerate(params)
+            if not isinstance(each, str | int)  # a state_dict's own
+        }
     return numbers.get(id(node), {})
 
 

@@ -202,9 +202,7 @@ def _is_frozen(node: Node) -> bool:
 _Member = tuple[str | None, Node]  # the step of the path that leads there, if it has one
 
 
-def _paired(
-    path: Path, one: Node, other: Node, numbers: Numbers
-) -> list[tuple[Path, Node, Node]]:
+def _paired(path: Path, one: Node, other: Node, numbers: Numbers) -> list[tuple[Path, Node, Node]]:
     left, right = _members(one, numbers), _members(other, numbers)
     pairs = []
     for name in dict.fromkeys([*left, *right]):
@@ -239,11 +237,12 @@ def _keyed(node: Node, pairs: Pairs, numbers: Numbers) -> dict[str, _Member]:
     """
     members: dict[str, _Member] = {}
     parameters = number(node, pairs, numbers)
-    for (key, value), (step, _) in zip(pairs, labelled(pairs, parameters), strict=True):
+    for at, (step, value) in enumerate(labelled(pairs, parameters)):
+        key = pairs[at][0]
         tag = f"parameter {step}" if id(key) in parameters else _tag(key)
         if not tag:
-            members[f"key {step}"] = (step, key)
-        members[f"item {tag or step}"] = (step, value)
+            members[f"key ?{at}"] = (step, key)
+        members[f"item {tag or f'?{at}'}"] = (step, value)
     return members
 
 
