@@ -49,7 +49,7 @@ _everything = False
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite on two processes, where pytest-xdist is installed; `-n 0` turns it off."""
+    """Run the whole suite on two processes where pytest-xdist is installed, but for `-n 0`."""
     if "PYTEST_XDIST_WORKER" in os.environ:  # one of the two: it must not start others
         return
     options, whole = config.option, config.args_source is config.ArgsSource.TESTPATHS
