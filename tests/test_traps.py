@@ -30,7 +30,7 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.state import edits
-from ckptool.verbs import surgery
+from ckptool.verbs import checking, surgery
 from ckptool.verbs.surgery import Options, Rewrite
 
 torch = pytest.importorskip("torch")
@@ -139,6 +139,24 @@ def test_crc_zero_everywhere_means_not_computed(out: Path) -> None:
     assert judge.same(judge.load(GOOD / "no_crc.pth"), judge.load(out)) == []
     with zipfile.ZipFile(out) as opened:
         assert opened.testzip() is None
+
+
+def test_crc_zero_in_storages_alone_means_written_later(source: Path, out: Path) -> None:
+    """As `torch.serialization.skip_data` leaves them for GPUDirect Storage to fill in."""
+    members = [
+        Member(f"archive/{record}", data, crc=0 if record.startswith("data/") else None)
+        for record, data in records((GOOD / "plain.pth").read_bytes()).items()
+    ]
+    source.write_bytes(zip_bytes(members))
+    rewrite(source, out)
+    assert judge.same(judge.load(source), judge.load(out)) == []
+    found = checking.check(source)
+    assert found.status is checking.Status.OK
+    number = sum(record.startswith("data/") for record in records(source.read_bytes()))
+    assert f"no checksums recorded for {number} records" in found.not_checked[0]
+    changed = source.read_bytes().replace(b"OrderedDict", b"OrderedDicT")
+    source.write_bytes(changed)
+    assert checking.check(source).status is not checking.Status.OK
 
 
 def test_crc_zero_on_one_record_alone_is_damage(source: Path, out: Path) -> None:
