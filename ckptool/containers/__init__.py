@@ -67,7 +67,8 @@ def _read_member(path: str, plugins: bool) -> Checkpoint:
 
     with archives.opened(path, suffixes) as (reader, archive):
         checkpoint = _registry.read(reader, shard=True, use_plugins=plugins)
-    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=reader.held)
+    held = (*reader.held, *checkpoint.held)
+    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=held)
 
 
 def _file_in(folder: str) -> str:

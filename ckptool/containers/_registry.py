@@ -20,7 +20,9 @@ from ckptool.files.fileio import Reader
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.walk import refuse_deep
 
-MODULES = "torch_zip safetensors torch_tar torch_legacy torchscript dcp sharded".split()
+MODULES = (
+    "torch_zip safetensors torch_tar torch_legacy torchscript dcp sharded plain_pickle".split()
+)
 HEAD = 4096
 
 
