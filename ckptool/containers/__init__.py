@@ -15,6 +15,7 @@ from ckptool.containers._container import (
 )
 from ckptool.containers._registry import (
     HEAD as HEAD,
+    OTHER_FORMATS as OTHER_FORMATS,
     built_in as built_in,
     by_name as by_name,
     by_suffix as by_suffix,

@@ -37,20 +37,19 @@ def read(reader: Reader) -> Checkpoint | None:
     if reader.nbytes > MAX_READ:
         raise LimitExceeded(f"a plain pickle of more than {readable(MAX_READ)}")
     data = reader.read(0, reader.nbytes)
-    with ExitStack() as stack:
-        known = _Embedded(reader, data, stack)
-        try:
-            parsed = pickle_reader.load(data, 0, known)
-        except FormatError as error:
-            error.calls = known.left(error.calls)
-            error.named = known.followed(error.named, error.calls, None)
-            raise
+    known = _Embedded(reader, data)
+    try:
+        parsed = pickle_reader.load(data, 0, known)
+    except FormatError as error:
+        error.calls = known.left(error.calls)
+        error.named = known.followed(error.named, error.calls, None)
+        raise
     if not known.files:
         return None
     calls = known.left(parsed.calls)
     return Checkpoint(
         reader.path,
-        "pickle",
+        "plain-pickle",
         parsed.tree,
         reader.nbytes,
         globals=known.followed(parsed.globals, calls, parsed.tree),
@@ -59,7 +58,7 @@ def read(reader: Reader) -> Checkpoint | None:
         generation="pickle.dump or joblib, not torch.save",
         protocol=parsed.protocol,
         unlisted=reader.nbytes - parsed.end,
-        held=(known.spool,) if known.spool else (),
+        held=tuple(known.spools),
     )
 
 
@@ -75,15 +74,14 @@ def _mentions(reader: Reader, name: bytes) -> bool:
 class _Embedded(TorchVocabulary):
     """Read the torch files that are arguments of calls, and joblib's arrays."""
 
-    def __init__(self, reader: Reader, data: bytes, stack: ExitStack) -> None:
+    def __init__(self, reader: Reader, data: bytes) -> None:
         super().__init__(_no_storage)
         self.reader, self.data = reader, data
-        self.stack = stack
         self.files = 0
         self.globals: dict[Global, int] = {}
         self.calls: list[Object] = []
         self.arrays: list[Object] = []
-        self.spool: Spool | None = None
+        self.spools: list[Spool] = []
 
     def left(self, calls: list[Object]) -> list[Object]:
         """Return the calls of the file and of those in it, without those that were arrays."""
@@ -118,9 +116,9 @@ class _Embedded(TorchVocabulary):
         )
         if container is None:
             return node
-        part = self._part(content, node.offset)
         try:
-            inner = container.read(part)
+            with ExitStack() as stack:
+                inner = container.read(self._part(content, node.offset, stack))
         except FormatError as error:
             self.globals |= error.named
             self.calls += error.calls
@@ -132,17 +130,15 @@ class _Embedded(TorchVocabulary):
         self.calls += inner.calls
         return inner.tree
 
-    def _part(self, content: bytes, offset: int) -> Reader:
+    def _part(self, content: bytes, offset: int, stack: ExitStack) -> Reader:
         """Return a reader of bytes where they are in the file, or else of a copy."""
         before = max(0, offset - len(content) - _BETWEEN)
         start = self.data.find(content, before, offset)
         if start >= 0:
             return self.reader.part(start, len(content), self.reader.path)
-        if self.spool is None:
-            self.spool = Spool(())
-        start = self.spool.add(content)
-        copy = self.stack.enter_context(Reader(self.spool.path))
-        return copy.part(start, len(content), self.reader.path)
+        spool = Spool([content])
+        self.spools.append(spool)
+        return stack.enter_context(Reader(spool.path)).part(0, len(content), self.reader.path)
 
     def inline(self, node: Node, position: int) -> tuple[Node, int]:
         """Read an array of numpy that joblib wrote behind its description."""
@@ -168,4 +164,4 @@ def _content(node: Node) -> bytes | None:
     return None
 
 
-CONTAINERS = (Container("pickle", "plain pickle", "", (".joblib",), (), is_pickle, read),)
+CONTAINERS = (Container("plain-pickle", "plain pickle", "", (".joblib",), (), is_pickle, read),)

@@ -32,13 +32,6 @@ class Spool:
             remove()
             raise
 
-    def add(self, data: bytes) -> int:
-        """Append bytes, and return where they start."""
-        with open(self.path, "ab") as file:
-            start = file.tell()
-            file.write(data)
-        return start
-
 
 def _remove(path: str) -> None:
     with suppress(OSError):

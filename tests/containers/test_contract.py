@@ -25,7 +25,7 @@ SAMPLES = {
     "safetensors-sharded": ("sharded_safetensors/model.safetensors.index.json",),
     "torch-sharded": ("sharded_bin/pytorch_model.bin.index.json",),
 }
-MADE = {"pickle": lambda: embedded((GOOD / "plain_legacy.pth").read_bytes())}
+MADE = {"plain-pickle": lambda: embedded((GOOD / "plain_legacy.pth").read_bytes())}
 CONTAINERS = {container.name: container for container in containers.built_in()}
 PLAIN = CONTAINERS["safetensors"]
 

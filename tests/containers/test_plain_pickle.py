@@ -63,7 +63,7 @@ def test_every_protocol_is_read(run: Run, tmp_path: Path, protocol: int) -> None
     assert same(torch.load(out, weights_only=True)["state_dict"], wanted["state_dict"])
     assert same(ckptool.load_state_dict(source), wanted["state_dict"])
     document = run("info", source, "--json").document
-    assert (document["container"], document["safety"]) == ("pickle", "foreign")
+    assert (document["container"], document["safety"]) == ("plain-pickle", "foreign")
     assert document["foreign"] == ["torch.storage._load_from_bytes"]
     assert run("check", source).out.split("\t")[1] == "ok"
 
