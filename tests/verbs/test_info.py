@@ -566,3 +566,19 @@ def test_a_broken_index_is_no_hint_at_itself(run: Run, tmp_path: Path) -> None:
     path.write_text('{"other": {}}')
     done = run("info", path)
     assert (done.code, "hint:" in done.err) == (3, False)
+
+
+def test_text_of_python_2(run: Run, tmp_path: Path) -> None:
+    """`info` says what torch.load needs; `--tensors-only` gives what weights_only accepts."""
+    torch = pytest.importorskip("torch")
+    old = b"\x80\x02}(U\x04noteU\x04caf\xe9U\x04k\xe9y\x2eK\x01U\x01wK\x02u."
+    source, out = tmp_path / "old.pth", tmp_path / "out.pth"
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("a/data.pkl", old)
+        archive.writestr("a/version", "3\n")
+    with pytest.raises(UnicodeDecodeError):
+        torch.load(source, weights_only=False)
+    assert "encoding='latin1'" in run("info", source).out
+    assert run("convert", source, out, "--tensors-only").code == 0
+    assert torch.load(out, weights_only=True) == {"note": "caf\xe9", "k\xe9y.": 1, "w": 2}
+    assert "latin1" not in run("info", out).out
