@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zipfile
 from pathlib import Path
@@ -45,7 +46,20 @@ def unpacked(folder: Path) -> Path:
     return next(folder.glob("*/data.pkl"))
 
 
-MADE = {"plain-pickle": plain_pickle, "torch-folder": unpacked}
+def exported(folder: Path) -> Path:
+    size = [{"as_int": 2}, {"as_int": 3}]
+    meta = {"dtype": 7, "layout": 7, "sizes": size, "strides": [{"as_int": 3}, {"as_int": 1}]}
+    meta |= {"storage_offset": {"as_int": 0}, "device": {"type": "cpu", "index": None}}
+    row = {"path_name": "weight_0", "is_param": True, "use_pickle": False, "tensor_meta": meta}
+    with zipfile.ZipFile(folder / "a.pt2", "w") as archive:
+        archive.writestr("a/archive_format", "pt2")
+        archive.writestr("a/data/weights/weight_0", bytes(24))
+        config = json.dumps({"config": {"w": row}})
+        archive.writestr("a/data/weights/model_weights_config.json", config)
+    return folder / "a.pt2"
+
+
+MADE = {"torch-export": exported, "plain-pickle": plain_pickle, "torch-folder": unpacked}
 
 
 def files(name: str) -> list[Path]:
