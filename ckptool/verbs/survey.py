@@ -209,9 +209,7 @@ class Survey:
         return self.framework.prefix if self.framework else ""
 
 
-_LATIN_1 = (
-    "text of Python 2 in it: torch.load needs encoding='latin1', even with weights_only=False"
-)
+_LATIN_1 = "text of Python 2 in it: torch.load needs encoding='latin1'"
 
 
 def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
