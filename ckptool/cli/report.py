@@ -92,6 +92,7 @@ def container_title(name: str) -> str:
 def listing_lines(found: Listing, *, every: bool) -> list[str]:
     """Return what a listing shows, what is around it, and what would help."""
     lines = [_file_line(found)]
+    lines += [f"it is only {visible(found.part.text)}"] if found.part else []
     state = found.state
     if state is None:
         if found.entries and not every:

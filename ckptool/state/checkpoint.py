@@ -30,7 +30,7 @@ from ckptool.pickles.tree import (
     named_items as named_items,
     text_items as text_items,
 )
-from ckptool.state import modules
+from ckptool.state import modules, parts
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import INNER, Path, dotted, label, tensors
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Storage, TensorInfo
@@ -265,10 +265,35 @@ def find(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") ->
     `option` is what chooses on the command line. Raises `AmbiguousStateDict` where there is none or
     more than one, `NoSuchKey` where `at` names nothing that holds tensors.
     """
+    state = locate(checkpoint, at, option)
+    refuse_part(checkpoint, state)
+    return state
+
+
+def locate(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") -> StateDict:
+    """Return the one state_dict as `find` does, that of a part of a checkpoint too."""
     with _naming(checkpoint):
         if at is not None:
             return _named(checkpoint, at, option)
         return _only(checkpoint, candidates(checkpoint.tree), option)
+
+
+def part_of(checkpoint: Checkpoint, state: StateDict | None) -> parts.Part | None:
+    """Return what a file is a part of, judged by its state_dict, or by all that may be one."""
+    paths = [] if state else [each.at for each in candidates(checkpoint.tree)]
+    states = [state] if state else [state_dict_at(checkpoint, path) for path in paths]
+    said = checkpoint.path, checkpoint.tree, checkpoint.metadata
+    found = (
+        parts.recognise(*said, entries) for entries in [each.entries for each in states] or [{}]
+    )
+    return next((part for part in found if part), None)
+
+
+def refuse_part(checkpoint: Checkpoint, state: StateDict | None) -> None:
+    """Raise `PartialCheckpoint` for a file that is one part of several."""
+    part = part_of(checkpoint, state)
+    if part is not None:
+        raise parts.refuse(checkpoint.path, part)
 
 
 @contextmanager
@@ -318,6 +343,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Amb
             evidence=_table(found),
             option=f"{option} {quoted(dotted(likely.at) or '.')}",
         )
+    refuse_part(checkpoint, None)
     problem = _search(checkpoint.tree).problem
     if problem is not None:
         raise problem
@@ -415,8 +441,8 @@ def _flattened(node: Node) -> dict[str, Node]:
     flat: dict[str, Node] = {}
     for key, value in dict(pairs).items():
         inner = text_items(value) or []
-        parts = any(isinstance(item, TENSORS) for _, item in inner)
-        for name, item in dict(inner).items() if parts else [(None, value)]:
+        joins = any(isinstance(item, TENSORS) for _, item in inner)
+        for name, item in dict(inner).items() if joins else [(None, value)]:
             joined = key if name is None else f"{key}.{name}"
             if joined in flat:
                 raise KeyCollision(f"two tensors would both be {joined}, with their keys joined")

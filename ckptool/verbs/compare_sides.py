@@ -75,6 +75,9 @@ def state_dicts(
         return None, None
     one = _state_dict(left, left_at, left_option)
     other = _state_dict(right, right_at, right_option)
+    if (places.part_of(left, one) is None) != (places.part_of(right, other) is None):
+        places.refuse_part(left, one)
+        places.refuse_part(right, other)
     return (one, other) if one and other else (None, None)
 
 
@@ -85,7 +88,7 @@ def _several(checkpoint: Checkpoint) -> list[Path]:
 
 def _state_dict(checkpoint: Checkpoint, at: str | None, option: str) -> StateDict | None:
     if at is not None:
-        return places.find(checkpoint, at, option)
+        return places.locate(checkpoint, at, option)
     return places.find_or_none(checkpoint, several=False, option=option)
 
 

@@ -97,6 +97,7 @@ def make_plan(
     bare = bare or not containers.by_name(container).traits.around or bool(checkpoint.program)
     needed = bool(steps) or bare or options.at is not None
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
+    places.refuse_part(checkpoint, state)
     if checkpoint.program and options.in_place:
         raise EditError(
             f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",

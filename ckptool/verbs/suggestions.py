@@ -42,7 +42,7 @@ class Advice:
 def suggestions(facts: Survey) -> list[Suggestion]:
     """List what would help, the most useful first; each command works when pasted."""
     joined: dict[tuple[object, ...], list[Advice]] = {}
-    for rule in _RULES:
+    for rule in (_part,) if facts.part else _RULES:
         for advice in rule(facts):
             key = (advice.verb, advice.options, advice.suffix)
             joined.setdefault(key, []).append(advice)
@@ -329,6 +329,11 @@ def _newer(facts: Survey) -> Advised:
         reasons.append(f"torch.load(weights_only=True) reads protocol 2, this is {said}")
     for reason in reasons:
         yield Advice(reason, "convert", (), "new")
+
+
+def _part(facts: Survey) -> Advised:
+    if facts.total.count:
+        yield Advice("what is in this part: all tensors, by their path", "keys", ("--all",))
 
 
 def _nothing(facts: Survey) -> Advised:
