@@ -342,7 +342,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     """Note what is foreign, and refuse to carry on what is dangerous."""
     source = plan.checkpoint
     whole = safety.judge(source.globals)
-    carried = whole
+    carried = safety.judge({each: at for each, at in source.globals.items() if not each.followed})
     if bare or options.tensors_only:
         carried = safety.judge(safety.names_in(source.tree))
     if not containers.by_name(plan.container).traits.objects:

@@ -270,6 +270,12 @@ def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options
     named = containers.by_suffix(suffix(target))
     if named is not None and not options.in_place:
         return named.name
+    if suffix(target) in containers.OTHER_FORMATS and not options.in_place:
+        raise EditError(
+            f"{target} is the name of another format, which ckptool does not write",
+            option="--to safetensors",
+            hint="writes that under this name all the same",
+        )
     own = containers.by_name(checkpoint.container)
     return own.name if own.writer else own.written_as
 

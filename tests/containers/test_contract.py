@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ SAMPLES = {
     "safetensors-sharded": ("sharded_safetensors/model.safetensors.index.json",),
     "torch-sharded": ("sharded_bin/pytorch_model.bin.index.json",),
 }
+MADE = {"plain-pickle": lambda: embedded((GOOD / "plain_legacy.pth").read_bytes())}
 CONTAINERS = {container.name: container for container in containers.built_in()}
 PLAIN = CONTAINERS["safetensors"]
+
+
+def embedded(file: bytes) -> bytes:
+    """Pickle the call that gives what a torch file in memory holds."""
+    load = b"ctorch.storage\n_load_from_bytes\n"
+    return b"\x80\x03" + load + b"B" + struct.pack("<I", len(file)) + file + b"\x85R."
 
 
 def files(name: str) -> list[Path]:
@@ -33,7 +41,14 @@ def files(name: str) -> list[Path]:
 
 
 def test_every_container_has_samples() -> None:
-    assert SAMPLES.keys() == CONTAINERS.keys()
+    assert SAMPLES.keys() | MADE.keys() == CONTAINERS.keys()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_samples_keep_the_contract(name: str, tmp_path: Path) -> None:
+    sample = tmp_path / "sample"
+    sample.write_bytes(MADE[name]())
+    check_container(CONTAINERS[name], [sample], [GOOD / "plain.pth"])
 
 
 @pytest.mark.parametrize("name", SAMPLES)
