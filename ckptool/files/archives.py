@@ -17,7 +17,7 @@ from ckptool.errors import FormatError, LimitExceeded, NoSuchFile, Unsupported
 from ckptool.files import tars, zips
 from ckptool.files.fileio import MARK, Reader
 from ckptool.files.spool import Spool, gunzipped, limit
-from ckptool.text import counted, quoted, readable, table
+from ckptool.text import argument, counted, quoted, readable, table
 
 SHOWN = 8
 SUFFIXES = (".zip", ".nemo", ".tgz", ".gz")  # beside .tar, which checkpoints have too
@@ -183,4 +183,4 @@ def look(reader: Reader, suffixes: Suffixes) -> tuple[list[str], str]:
         members = inside.members(suffixes) if inside else []
     if not members or not members[0].likely:
         return [], ""
-    return lines(members), f"ckptool keys {quoted(reader.path + MARK + members[0].name)}"
+    return lines(members), f"ckptool info {argument(reader.path + MARK + members[0].name)}"

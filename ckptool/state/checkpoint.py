@@ -34,7 +34,7 @@ from ckptool.state import modules, parts
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import INNER, Path, dotted, label, tensors
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Storage, TensorInfo
-from ckptool.text import counted, quoted, readable, table, visible
+from ckptool.text import argument, counted, quoted, readable, table, visible
 
 MAX_CANDIDATE_DEPTH = 4
 MAX_LISTED = 100  # items of a list that are named one by one
@@ -351,7 +351,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Amb
     if count:
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
-            hint=f"ckptool keys --all {checkpoint.path}   shows where they are; "
+            hint=f"ckptool keys --all {argument(checkpoint.path)}   shows where they are; "
             f"{option} NAME chooses a dict of them",
         )
     return AmbiguousStateDict(f"{checkpoint.path} holds no tensors")
@@ -378,7 +378,7 @@ def _named(checkpoint: Checkpoint, at: str, option: str) -> StateDict:
         raise NoSuchKey(
             f"`{at}` in {checkpoint.path} is no dict of tensors",
             evidence=_places(checkpoint),
-            hint=f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path",
+            hint=f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by path",
         )
     return state
 
@@ -407,7 +407,7 @@ def _resolve(checkpoint: Checkpoint, at: str, option: str) -> Path:
         raise NoSuchKey(
             f"there is no `{at}` in {checkpoint.path}",
             evidence=_places(checkpoint),
-            hint=f"did you mean {option} {quoted(close[0])}?" if close else "",
+            option=f"{option} {quoted(close[0])}" if close else "",
         )
     return path
 

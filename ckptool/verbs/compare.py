@@ -446,8 +446,8 @@ def _tensors_at(place: Place) -> dict[str, str]:
         return {}
     node = place.right if place.what == "only-right" else place.left
     return {
-        walk.dotted((*place.path, *path)) or ".": shown(tensor)
-        for path, tensor in walk.tensors(node)
+        ".".join([*place.path, *([] if name == "." else [name])]) or ".": shown(tensor)
+        for name, tensor in walk.named(node)
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
-from ckptool import containers
+from ckptool import containers, text
 from ckptool.containers import Left
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.pickles import pruning, safety
@@ -107,7 +107,7 @@ def make_plan(
     if unwrap and alone:
         raise EditError(
             f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
-            hint="ckptool convert writes it again as it is",
+            hint="`ckptool convert` writes it again as it is",
         )
     if state is not None and state.module and not bare:
         _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
@@ -133,11 +133,11 @@ def make_plan(
 def argument(checkpoint: Checkpoint, options: Options) -> str:
     """Write the input as a command takes it, with the place that was chosen."""
     at = f"--at {quoted(options.at)} " if options.at is not None else ""
-    return f"{at}{quoted(checkpoint.path)}"
+    return f"{at}{text.argument(checkpoint.path)}"
 
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:
-    return list(dict.fromkeys(walk.dotted(path) for path, _ in walk.tensors(checkpoint.tree)))
+    return [name for name, _ in walk.named(checkpoint.tree)]
 
 
 def _refuse_attributes(
@@ -159,7 +159,7 @@ def _refuse_attributes(
             f"{checkpoint.path} holds {state.module}{at} inside a model: it can be taken out, "
             "not edited there",
             hint=f"ckptool convert --unwrap --at {quoted(walk.dotted(state.at))} "
-            f"{quoted(checkpoint.path)} OUT",
+            f"{text.argument(checkpoint.path)} OUT",
         )
 
 
@@ -217,7 +217,7 @@ def _edit_state(
         if plan.key_map.dropped and _has_optimizer(tree):
             plan.notes.append(
                 "the optimizer counts parameters by index: after dropping some, "
-                "its state no longer fits; ckptool unwrap leaves it behind"
+                "its state no longer fits; `ckptool unwrap` leaves it behind"
             )
     plan.state = replace(state, entries=entries, metadata=metadata)
 
@@ -292,7 +292,7 @@ def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
     for key, kept in left.ties.items():
         _drop(plan, key, f"tied to {kept}")
     if left.ties:
-        plan.notes.append("ties are noted in the file: ckptool convert brings them back")
+        plan.notes.append("ties are noted in the file: `ckptool convert` brings them back")
 
 
 def _drop(plan: Plan, new: str, reason: str) -> None:

@@ -278,7 +278,7 @@ def _paths(tree: Node) -> list[Path]:
 def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str, AnyTensor]]:
     """List the tensors of the state_dict by key, or those of the whole file by path."""
     if state is None:
-        return [(walk.dotted(path) or ".", i) for path, i in walk.tensors(checkpoint.tree)]
+        return list(walk.named(checkpoint.tree))
     return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
 
 

@@ -382,8 +382,8 @@ def test_off_a_terminal_lines_have_tabs_and_no_header(run: Run, good: Path) -> N
     assert done.err.splitlines() == [
         f"{good / 'model_best.pth.tar'}: torch zip, state_dict at `state_dict`, 8 tensors, 704 B; "
         "beside it: epoch, arch, best_acc1, optimizer",
-        "every key starts with `module.` (DataParallel); "
-        f"ckptool strip-prefix {good / 'model_best.pth.tar'} OUT removes it",
+        "every key starts with `module.` (DataParallel): "
+        f"ckptool strip-prefix {good / 'model_best.pth.tar'} OUT   removes it",
     ]
 
 
@@ -965,9 +965,9 @@ def test_hints_hold_what_was_asked(run: Run, good: Path, tmp_path: Path) -> None
     )
     collision = good / "collision.pth"
     told = hint("strip-prefix", collision, out)
-    assert told.startswith("leave one out first: ckptool convert --drop ")
+    assert told.startswith("drop one first: ckptool convert --drop ")
     assert told.endswith(f" {collision} OUT")
-    assert run(*told.split()[5:-1], tmp_path / "first.pth").code == 0
+    assert run(*told.split()[4:-1], tmp_path / "first.pth").code == 0
     assert run("strip-prefix", tmp_path / "first.pth", tmp_path / "second.pth").code == 0
     for target in (tmp_path, f"{tmp_path}/new/"):
         assert "--max-shard-size SIZE" in hint("convert", extra, target)
