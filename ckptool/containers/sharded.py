@@ -6,7 +6,8 @@ and shards must agree both ways, so that nothing is lost or taken from the wrong
 
 The order of the keys is that of the index, which huggingface_hub writes in the model's order.
 transformers sorts it by name: then it is that of the shards by their number, each in its own
-order. Where that would not give back what was meant, the index notes the order under `ckptool`.
+order. Where that would not give back what was meant, the index notes the order in its `metadata`
+under `ckptool`, and `_metadata` where the shards have no place for it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malfo
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.tree import Global, Node, Object
+from ckptool.state import module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict, beside, find, text_items
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.tensor import TENSORS, TensorInfo
@@ -66,14 +68,15 @@ def read(reader: Reader) -> Checkpoint:
         error.named = {**_globals(shards), **error.named}
         error.calls = [*_calls(shards), *error.calls]
         raise
-    entries, notes = restored(entries, note)
+    entries, versions, notes = restored(entries, note)
     texts, differing = _texts([shard.metadata for shard in shards.values()], metadata)
     pickle_name = _pickle_name(shards)
     sizes = _size_notes(metadata.get("total_size"), entries)
+    state_dict = make_state_dict(entries, versions or _module_metadata(parts.values()))
     return Checkpoint(
         reader.path,
         "torch-sharded" if pickle_name else "safetensors-sharded",
-        make_state_dict(entries, _module_metadata(parts.values())),
+        module_metadata.with_texts(state_dict, texts),
         reader.nbytes + sum(shard.nbytes for shard in shards.values()),
         globals=_globals(shards),
         calls=_calls(shards),
@@ -112,7 +115,7 @@ def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
         )
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise Malformed("the index is no map of keys to shards")
-    note = index.get(NOTE)
+    note = metadata.pop(NOTE, index.get(NOTE))  # beside it until ckptool 0.6
     return weight_map, metadata, note if isinstance(note, str) else None
 
 
