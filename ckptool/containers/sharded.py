@@ -27,7 +27,14 @@ from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.tree import Global, Node, Object
 from ckptool.state import module_metadata
-from ckptool.state.checkpoint import Checkpoint, StateDict, beside, find, text_items
+from ckptool.state.checkpoint import (
+    Checkpoint,
+    StateDict,
+    beside,
+    find,
+    state_dict_node,
+    text_items,
+)
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.tensor import TENSORS, TensorInfo
 from ckptool.text import counted, listed
@@ -69,7 +76,7 @@ def read(reader: Reader) -> Checkpoint:
         error.calls = [*_calls(shards), *error.calls]
         raise
     entries, versions, notes = restored(entries, note)
-    texts, differing = _texts([shard.metadata for shard in shards.values()], metadata)
+    texts, differing = _texts([_said(each, parts[name]) for name, each in shards.items()], metadata)
     pickle_name = _pickle_name(shards)
     sizes = _size_notes(metadata.get("total_size"), entries)
     state_dict = make_state_dict(entries, versions or _module_metadata(parts.values()))
@@ -263,6 +270,12 @@ def _module_metadata(parts: Iterable[StateDict]) -> Node:
         for path, entry in text_items(part.metadata) or []:
             joined.setdefault(path, entry)
     return make_state_dict(joined, None) if joined else None
+
+
+def _said(shard: Checkpoint, part: StateDict) -> dict[str, str]:
+    """Return the texts of a shard: of safetensors, or kept in a torch file."""
+    node = state_dict_node(shard.tree, part.at)
+    return {**shard.metadata, **module_metadata.own_texts(node)}
 
 
 def _texts(

@@ -163,7 +163,7 @@ CONTAINERS = (
         sniff,
         read,
         Writer(lay_out, ".pth", "pytorch_model", ".bin"),
-        Traits(memory_mapped=True),
+        Traits(records=True, memory_mapped=True),
         library="torch",
     ),
 )

@@ -23,7 +23,7 @@ from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike
 from ckptool.model.revive import Reviver
 from ckptool.pickles.tree import children
-from ckptool.state import checkpoint as places, edits, module_metadata
+from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.tensors.tensor import Storage
 from ckptool.text import percent
@@ -129,9 +129,6 @@ def revive(checkpoint: Checkpoint, state: StateDict, device: str = "cpu") -> Loa
                 left_out[key] = error.message
         if state.metadata is not None:
             values._metadata = make(state.metadata)  # type: ignore[attr-defined]
-        texts = module_metadata.own_texts(places.state_dict_node(checkpoint.tree, state.at))
-        if texts:
-            values._safetensors_metadata = texts  # type: ignore[attr-defined]
     return Loaded(values, state.at, left_out)
 
 

@@ -153,10 +153,10 @@ def _keep_records(plan: Plan, options: Options) -> None:
     """Keep further records of a torch zip if asked to; refuse to lose them in place."""
     source = plan.checkpoint
     found = [name for name in source.unread if not name.startswith("data/")]
-    if source.container != "torch-zip" or not found:
+    if not containers.by_name(source.container).traits.records or not found:
         return
     if options.keep_records:
-        if plan.container != "torch-zip":
+        if not containers.by_name(plan.container).traits.records:
             raise EditError(
                 "only a torch zip can hold further records",
                 evidence=found[:8],
