@@ -58,7 +58,8 @@ class Checkpoint:
     `program` names what the tree was taken out of and cannot be put back into (a TorchScript
     module); `unread` names records that nothing in the tree uses, of `unread_nbytes` in all;
     `records` are all parts of the container that may have a checksum, by name, whether the tree
-    uses them or not; `unlisted` counts the bytes that belong to nothing the container lists;
+    uses them or not, and `kept` those that are written although it does not; `unlisted` counts the
+    bytes that belong to nothing the container lists;
     `flaws` are what torch would not load it for; `files` are all that were read, with what tells
     whether each is still the same; `shards` are those of a set, each as it was read; `notes` are
     for the user; `held` lives as long as the bytes may be read (what an archive was unpacked to).
@@ -79,6 +80,7 @@ class Checkpoint:
     unread_nbytes: int = 0
     program: str = ""
     records: dict[str, Storage] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     unlisted: int = 0
     flaws: tuple[str, ...] = ()
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()

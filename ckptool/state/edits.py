@@ -259,9 +259,9 @@ def keep(patterns: str | Iterable[str]) -> Edit:
     return Edit("keep", make, "not among those to keep")
 
 
-def without(unwanted: Iterable[str], reason: str) -> Edit:
+def without(unwanted: str | Iterable[str], reason: str) -> Edit:
     """Drop exactly the keys given, for a reason that is reported."""
-    dropped = frozenset(unwanted)
+    dropped = frozenset(several(unwanted))
     return Edit("without", lambda keys: lambda key: None if key in dropped else key, reason)
 
 

@@ -405,12 +405,6 @@ def test_other_files_are_named_for_what_they_are(run: Run, tmp_path: Path, name:
     assert wanted in described(run, tmp_path / name)
 
 
-def test_pickled_tensors_without_torch_save_are_explained(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"fc.weight": torch.zeros(2)}))
-    assert "pickle.dump wrote tensors of torch" in described(run, path)
-
-
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
