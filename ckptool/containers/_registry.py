@@ -21,8 +21,9 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.walk import refuse_deep
 
 MODULES = (
-    "torch_zip safetensors torch_tar torch_legacy torchscript dcp sharded plain_pickle".split()
-)
+    "torch_zip safetensors torch_tar torch_legacy torchscript torch_export dcp sharded "
+    "torch_folder plain_pickle"
+).split()
 HEAD = 4096
 # Of formats that ckptool does not write, in names of outputs.
 OTHER_FORMATS = frozenset(

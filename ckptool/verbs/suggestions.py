@@ -320,7 +320,8 @@ def _newer(facts: Survey) -> Advised:
     container = containers.by_name(facts.checkpoint.container)
     if container.library != "torch":
         if not container.library and not facts.checkpoint.program:
-            yield Advice("one file, which torch.load reads", "convert", (), "one")
+            one = "one file" if container.traits.beside_files else "a torch zip"
+            yield Advice(f"{one}, which torch.load reads", "convert", (), "one")
         return
     reasons = []
     if not container.traits.memory_mapped:

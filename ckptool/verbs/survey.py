@@ -142,8 +142,10 @@ class Survey:
     def notes(self) -> list[str]:
         """List what the reader and the state_dict note."""
         framework = [self.framework.note] if self.framework and self.framework.note else []
+        safe = not self.verdict.dangerous
+        of_python_2 = [_LATIN_1] if safe and safety.has_old_text(self.checkpoint.tree) else []
         of_state = [*self.state.missing, *self.state.notes] if self.state else []
-        return [*framework, *self.checkpoint.notes, *of_state]
+        return [*framework, *self.checkpoint.notes, *of_python_2, *of_state]
 
     def to_dict(self) -> dict[str, object]:
         """Return the document `info/1`."""
@@ -209,6 +211,9 @@ class Survey:
     def framework_prefix(self) -> str:
         """Return the prefix under which a framework keeps the weights, if the keys have it."""
         return self.framework.prefix if self.framework else ""
+
+
+_LATIN_1 = "text of Python 2 in it: torch.load needs encoding='latin1'"
 
 
 def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:

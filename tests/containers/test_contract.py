@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,39 @@ SAMPLES = {
     "safetensors-sharded": ("sharded_safetensors/model.safetensors.index.json",),
     "torch-sharded": ("sharded_bin/pytorch_model.bin.index.json",),
 }
-MADE = {"plain-pickle": lambda: embedded((GOOD / "plain_legacy.pth").read_bytes())}
 CONTAINERS = {container.name: container for container in containers.built_in()}
 PLAIN = CONTAINERS["safetensors"]
 
 
-def embedded(file: bytes) -> bytes:
+def plain_pickle(folder: Path) -> Path:
     """Pickle the call that gives what a torch file in memory holds."""
+    file = (GOOD / "plain_legacy.pth").read_bytes()
     load = b"ctorch.storage\n_load_from_bytes\n"
-    return b"\x80\x03" + load + b"B" + struct.pack("<I", len(file)) + file + b"\x85R."
+    pickled = b"\x80\x03" + load + b"B" + struct.pack("<I", len(file)) + file + b"\x85R."
+    (folder / "sample").write_bytes(pickled)
+    return folder / "sample"
+
+
+def unpacked(folder: Path) -> Path:
+    with zipfile.ZipFile(GOOD / "plain.pth") as archive:
+        archive.extractall(folder)
+    return next(folder.glob("*/data.pkl"))
+
+
+def exported(folder: Path) -> Path:
+    size = [{"as_int": 2}, {"as_int": 3}]
+    meta = {"dtype": 7, "layout": 7, "sizes": size, "strides": [{"as_int": 3}, {"as_int": 1}]}
+    meta |= {"storage_offset": {"as_int": 0}, "device": {"type": "cpu", "index": None}}
+    row = {"path_name": "weight_0", "is_param": True, "use_pickle": False, "tensor_meta": meta}
+    with zipfile.ZipFile(folder / "a.pt2", "w") as archive:
+        archive.writestr("a/archive_format", "pt2")
+        archive.writestr("a/data/weights/weight_0", bytes(24))
+        config = json.dumps({"config": {"w": row}})
+        archive.writestr("a/data/weights/model_weights_config.json", config)
+    return folder / "a.pt2"
+
+
+MADE = {"torch-export": exported, "plain-pickle": plain_pickle, "torch-folder": unpacked}
 
 
 def files(name: str) -> list[Path]:
@@ -46,9 +72,7 @@ def test_every_container_has_samples() -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_made_samples_keep_the_contract(name: str, tmp_path: Path) -> None:
-    sample = tmp_path / "sample"
-    sample.write_bytes(MADE[name]())
-    check_container(CONTAINERS[name], [sample], [GOOD / "plain.pth"])
+    check_container(CONTAINERS[name], [MADE[name](tmp_path)], [GOOD / "plain.pth"])
 
 
 @pytest.mark.parametrize("name", SAMPLES)

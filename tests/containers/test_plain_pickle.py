@@ -7,6 +7,8 @@ import gzip
 import io
 import os
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -173,3 +175,29 @@ def joblib_dump(value: Any) -> bytes:
 
     Pickler(file, 2).dump(value)
     return file.getvalue()
+
+
+def test_a_snapshot_of_stylegan(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules are read by their attributes; the source text in them is never run."""
+    for name in ("torch_utils", "torch_utils.persistence"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    def _reconstruct_persistent_obj(meta: Any) -> None:
+        raise AssertionError
+
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    vars(sys.modules["torch_utils.persistence"]).update(locals())
+
+    class Net(torch.nn.Linear):  # type: ignore[misc,name-defined]
+        def __reduce__(self) -> Any:
+            meta = {"type": "class", "module_src": "raise Exception", "class_name": "Net"}
+            return _reconstruct_persistent_obj, ({**meta, "state": vars(self)},)
+
+    source, out = tmp_path / "network.pkl", tmp_path / "out.pth"
+    nets = {"G": Net(3, 2), "D": Net(2, 1), "G_ema": Net(3, 2)}
+    source.write_bytes(pickle.dumps(nets))
+    assert run("unwrap", source, out, "--at", "G_ema").code == 0
+    assert same(torch.load(out, weights_only=True), dict(nets["G_ema"].state_dict()))
+    assert checking.check(source).status is Status.UNSAFE
+    assert run("convert", source, out, "--force").code == 4
