@@ -200,6 +200,33 @@ def test_a_note_of_no_versions_is_ignored_and_reported(note: str) -> None:
     assert not hasattr(loaded("a.pth"), "_metadata")
 
 
+@pytest.mark.parametrize("name", ["mnasnet0_5", "mnasnet1_3"])
+def test_mnasnet_takes_its_weights_back(name: str) -> None:
+    zoo = pytest.importorskip("torchvision.models")
+    net = getattr(zoo, name)()
+    torch.save({"state_dict": torch.nn.DataParallel(net).state_dict(), "epoch": 1}, "a.pth")
+    ckptool.convert("a.pth", "a.safetensors", steps=[ckptool.edits.strip_wrappers()])
+    ckptool.convert("a.safetensors", "back.pth")
+    getattr(zoo, name)().load_state_dict(loaded("back.pth"), strict=True)
+    fresh = getattr(zoo, name)()
+    fresh.load_state_dict(ckptool.load_state_dict("a.safetensors"), strict=True)
+    assert ckptool.load_matching(getattr(zoo, name)(), "a.safetensors").filled == 1.0
+
+
+@pytest.mark.parametrize("edit", [None, ckptool.edits.add_prefix()])
+def test_a_distributed_checkpoint_says_what_it_has_no_place_for(edit: Any) -> None:
+    safetensors_torch.save_file({"a.b": torch.ones(2)}, "l.safetensors", TEXTS)
+    ckptool.convert("l.safetensors", "l.pth")
+    state = loaded("l.pth")
+    state._metadata = OrderedDict({"a": {"version": 2}})
+    for name, whole in (("bare", state), ("around", {"model": state, "epoch": 1})):
+        torch.save(whole, f"{name}.pth")
+        steps = [edit] if edit else []
+        said = "\n".join(ckptool.convert(f"{name}.pth", name, steps=steps, to="dcp").notes)
+        assert "no place for `_metadata`" in said
+        assert "no place for `_safetensors_metadata`" in said
+
+
 # `__metadata__`.
 
 TEXTS = {"ss_tag_frequency": '{"cat": 3}', "modelspec.title": "katze \u00fc", "format": "pt"}
@@ -446,6 +473,8 @@ def test_further_records_are_kept_on_request(method: int) -> None:
     assert "anemoi-metadata/m.json" in ckptool.strip_prefix("t.pth", "a.pth").not_carried
     with pytest.raises(EditError):
         ckptool.convert("t.pth", "a.safetensors", keep_records=True)
+    with pytest.raises(EditError):
+        ckptool.convert("t.pth", "s", max_shard_size=8, to="torch", keep_records=True)
     ckptool.strip_prefix("t.pth", in_place=True, keep_records=True)
     with zipfile.ZipFile("t.pth") as archive:
         assert archive.testzip() is None

@@ -65,7 +65,6 @@ def _checkpoint(inputs: Sequence[Checkpoint], tree: Node) -> Checkpoint:
         globals={name: offset for each in inputs for name, offset in each.globals.items()},
         calls=[call for each in inputs for call in each.calls],
         pickle_name=first.pickle_name,
-        metadata=first.metadata,
         files=tuple(dict.fromkeys(file for each in inputs for file in each.files)),
         held=tuple(held for each in inputs for held in each.held),
     )

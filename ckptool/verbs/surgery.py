@@ -365,6 +365,12 @@ def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
     from ckptool.containers import sharding
 
     assert plan.state is not None
+    if plan.checkpoint.kept:
+        raise EditError(
+            "shards have no place for further records",
+            evidence=plan.checkpoint.kept[:8],
+            hint="leave out --keep-records, or --max-shard-size",
+        )
     names, traits = _names(plan.container), containers.by_name(plan.container).traits
     if traits.objects:  # a shard has no place for other attributes of the state_dict
         plan.not_carried += module_metadata.left(plan.checkpoint.tree)
@@ -484,7 +490,8 @@ def _check(
         ((way, _described(info, strided)) for way, info in pairs)
         for pairs in (tensors, walk.tensors(written.tree))
     )
-    same = written.nbytes == nbytes and all(starmap(eq, zip_longest(meant, found)))
+    kept = plan.checkpoint.kept == (written.unread if plan.checkpoint.kept else ())
+    same = written.nbytes == nbytes and kept and all(starmap(eq, zip_longest(meant, found)))
     if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
         raise RuntimeError("the written file does not read back as it was meant")
 
