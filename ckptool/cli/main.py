@@ -259,15 +259,17 @@ def _retried(arguments: list[str], option: str) -> str:
     """Write the command that failed with an option, in the place of the same one if it had it."""
     name, _, value = option.partition(" ")
     name = _OWN_NAMES.get(name, {}).get(arguments[0], name)
+    same = f"{value.partition('=')[0]}=" if "=" in value else ""  # --model-arg NAME=VALUE
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == "--":  # no option stands behind it
             words = iter([word, *words])
             break
-        if value and word == name:
-            next(words, None)
-        elif word.partition("=")[0] != name:
+        given = [next(words, "")] if value and word == name else []
+        if given and not given[0].startswith(same):
+            kept += [word, *given]
+        elif not given and word.partition("=")[0] != name:
             kept.append(word)
     return " ".join(
         ["ckptool", *map(quoted, kept), f"{name} {value}".rstrip(), *map(quoted, words)]

@@ -84,6 +84,16 @@ def enter(stack: ExitStack, reader: Reader) -> Inside | None:
     return Inside(reader, {name: tars.TarMember(name, 0, reader.nbytes, "file")})
 
 
+def is_archive(path: str) -> bool:
+    """Check by its first bytes whether a file is an archive that could be looked into."""
+    try:
+        with Reader(path) as reader:
+            head = _head(reader)
+    except FormatError:
+        return False
+    return head.startswith((b"PK\3\4", _GZIP)) or tars.is_tar(head)
+
+
 def _head(reader: Reader) -> bytes:
     return reader.read(0, min(tars.BLOCK, reader.nbytes))
 

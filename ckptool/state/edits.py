@@ -362,6 +362,8 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
     """Return the error of a pattern that selects nothing, with example keys and close ones."""
     hint = _without_wrappers(pattern, keys)
     if not hint:
+        hint = _inside(pattern, keys)
+    if not hint:
         close = close_matches(pattern, keys)
         hint = f"did you mean `{close[0]}`?" if close else ""
     return NothingMatched(
@@ -369,6 +371,15 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
         evidence=[f"keys are like {key}" for key in _examples(keys)],
         hint=hint,
     )
+
+
+def _inside(pattern: str, keys: Sequence[str]) -> str:
+    """Offer a glob for a name that is inside keys, or at their end."""
+    for wider in (f"*.{pattern}.*", f"*.{pattern}"):
+        matches = matcher(wider)
+        if count := sum(matches(key) for key in keys):
+            return f"`{wider}` selects {counted(count, 'key')}"
+    return ""
 
 
 def _without_wrappers(pattern: str, keys: Sequence[str]) -> str:

@@ -336,7 +336,7 @@ def test_a_wrong_place_in_a_second_file_names_its_option(
     assert done.err.endswith(" --at model\n")
     with pytest.raises(NoSuchKey) as caught:
         ckptool.diff(dino, ema, left_at="teachr")
-    assert "--left-at" in caught.value.hint
+    assert "--left-at" in caught.value.option
 
 
 def test_tensors_without_a_state_dict_name_the_option_too(
