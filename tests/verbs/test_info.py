@@ -407,15 +407,12 @@ def test_other_files_are_named_for_what_they_are(run: Run, tmp_path: Path, name:
     assert wanted in described(run, tmp_path / name)
 
 
-<<<<<<< HEAD
-=======
 def test_pickled_tensors_without_torch_save_are_read(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps({"fc.weight": torch.zeros(2)}))
     assert "plain pickle, written by pickle.dump or joblib" in run("info", path).out
 
 
->>>>>>> 4c3f124
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
