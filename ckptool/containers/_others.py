@@ -15,7 +15,7 @@ from typing import Any
 from ckptool.containers import _pickles
 from ckptool.files import tars, zips
 from ckptool.files.fileio import Reader
-from ckptool.text import listed, quoted, readable
+from ckptool.text import argument, listed, quoted, readable
 
 Description = tuple[str, str]  # what a file is, and what helps
 
@@ -338,7 +338,7 @@ def _weights_beside(path: str) -> str:
     for name in _WEIGHTS:
         file = os.path.join(os.path.dirname(path), name)
         if os.path.isfile(file) and file != path:
-            return f"ckptool info {quoted(file)}   are the weights beside it"
+            return f"ckptool info {argument(file)}   are the weights beside it"
     return ""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptool import text
 from ckptool.errors import DoesNotLoad
 from ckptool.model import devices, libraries, live, loading, native, zoo
 from ckptool.model.loading import Fit, Mismatch
@@ -201,7 +202,7 @@ def _peeling(source: Source) -> str:
     if not outer and not any(key.startswith(edits.DEFAULT_PREFIX) for key in source.state.entries):
         return ""
     extra = " --prefix auto" if outer and outer != ("module.",) else ""
-    return f"ckptool strip-prefix {quoted(source.path)} OUT{extra}"
+    return f"ckptool strip-prefix {text.argument(source.path)} OUT{extra}"
 
 
 def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:
@@ -212,5 +213,5 @@ def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:
         return "with partial=True, what both have is compared"
     given = "".join(f" --model-arg {quoted(argument(*pair))}" for pair in recipe.args.items())
     model = f"--model {quoted(recipe.spec)}{given}"
-    mend = f"ckptool transfer {quoted(source.path)} OUT {model} --init-missing"
+    mend = f"ckptool transfer {text.argument(source.path)} OUT {model} --init-missing"
     return f"{mend}   (or verify with --partial, which compares what both have)"

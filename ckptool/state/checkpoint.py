@@ -30,11 +30,11 @@ from ckptool.pickles.tree import (
     named_items as named_items,
     text_items as text_items,
 )
-from ckptool.state import modules
+from ckptool.state import modules, parts
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import INNER, Path, dotted, label, tensors
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Storage, TensorInfo
-from ckptool.text import counted, quoted, readable, table, visible
+from ckptool.text import argument, counted, quoted, readable, table, visible
 
 MAX_CANDIDATE_DEPTH = 4
 MAX_LISTED = 100  # items of a list that are named one by one
@@ -58,7 +58,8 @@ class Checkpoint:
     `program` names what the tree was taken out of and cannot be put back into (a TorchScript
     module); `unread` names records that nothing in the tree uses, of `unread_nbytes` in all;
     `records` are all parts of the container that may have a checksum, by name, whether the tree
-    uses them or not; `unlisted` counts the bytes that belong to nothing the container lists;
+    uses them or not, and `kept` those that are written although it does not; `unlisted` counts the
+    bytes that belong to nothing the container lists;
     `flaws` are what torch would not load it for; `files` are all that were read, with what tells
     whether each is still the same; `shards` are those of a set, each as it was read; `notes` are
     for the user; `held` lives as long as the bytes may be read (what an archive was unpacked to).
@@ -79,6 +80,7 @@ class Checkpoint:
     unread_nbytes: int = 0
     program: str = ""
     records: dict[str, Storage] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     unlisted: int = 0
     flaws: tuple[str, ...] = ()
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
@@ -265,10 +267,35 @@ def find(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") ->
     `option` is what chooses on the command line. Raises `AmbiguousStateDict` where there is none or
     more than one, `NoSuchKey` where `at` names nothing that holds tensors.
     """
+    state = locate(checkpoint, at, option)
+    refuse_part(checkpoint, state)
+    return state
+
+
+def locate(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") -> StateDict:
+    """Return the one state_dict as `find` does, that of a part of a checkpoint too."""
     with _naming(checkpoint):
         if at is not None:
             return _named(checkpoint, at, option)
         return _only(checkpoint, candidates(checkpoint.tree), option)
+
+
+def part_of(checkpoint: Checkpoint, state: StateDict | None) -> parts.Part | None:
+    """Return what a file is a part of, judged by its state_dict, or by all that may be one."""
+    paths = [] if state else [each.at for each in candidates(checkpoint.tree)]
+    states = [state] if state else [state_dict_at(checkpoint, path) for path in paths]
+    said = checkpoint.path, checkpoint.tree, checkpoint.metadata
+    found = (
+        parts.recognise(*said, entries) for entries in [each.entries for each in states] or [{}]
+    )
+    return next((part for part in found if part), None)
+
+
+def refuse_part(checkpoint: Checkpoint, state: StateDict | None) -> None:
+    """Raise `PartialCheckpoint` for a file that is one part of several."""
+    part = part_of(checkpoint, state)
+    if part is not None:
+        raise parts.refuse(checkpoint.path, part)
 
 
 @contextmanager
@@ -318,6 +345,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Amb
             evidence=_table(found),
             option=f"{option} {quoted(dotted(likely.at) or '.')}",
         )
+    refuse_part(checkpoint, None)
     problem = _search(checkpoint.tree).problem
     if problem is not None:
         raise problem
@@ -325,7 +353,7 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Amb
     if count:
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
-            hint=f"ckptool keys --all {checkpoint.path}   shows where they are; "
+            hint=f"ckptool keys --all {argument(checkpoint.path)}   shows where they are; "
             f"{option} NAME chooses a dict of them",
         )
     return AmbiguousStateDict(f"{checkpoint.path} holds no tensors")
@@ -352,7 +380,7 @@ def _named(checkpoint: Checkpoint, at: str, option: str) -> StateDict:
         raise NoSuchKey(
             f"`{at}` in {checkpoint.path} is no dict of tensors",
             evidence=_places(checkpoint),
-            hint=f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path",
+            hint=f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by path",
         )
     return state
 
@@ -381,7 +409,7 @@ def _resolve(checkpoint: Checkpoint, at: str, option: str) -> Path:
         raise NoSuchKey(
             f"there is no `{at}` in {checkpoint.path}",
             evidence=_places(checkpoint),
-            hint=f"did you mean {option} {quoted(close[0])}?" if close else "",
+            option=f"{option} {quoted(close[0])}" if close else "",
         )
     return path
 
@@ -415,8 +443,8 @@ def _flattened(node: Node) -> dict[str, Node]:
     flat: dict[str, Node] = {}
     for key, value in dict(pairs).items():
         inner = text_items(value) or []
-        parts = any(isinstance(item, TENSORS) for _, item in inner)
-        for name, item in dict(inner).items() if parts else [(None, value)]:
+        joins = any(isinstance(item, TENSORS) for _, item in inner)
+        for name, item in dict(inner).items() if joins else [(None, value)]:
             joined = key if name is None else f"{key}.{name}"
             if joined in flat:
                 raise KeyCollision(f"two tensors would both be {joined}, with their keys joined")

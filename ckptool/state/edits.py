@@ -116,14 +116,14 @@ def strip_prefix(
             raise NothingMatched(
                 f"no key starts with `{wanted}`" if not anywhere else f"no key holds `{wanted}`",
                 evidence=[f"keys are like {key}" for key in _examples(keys)],
-                hint=_prefix_hint(keys, wanted),
+                **_prefix_remedy(keys, wanted, all if every else any),
             )
         if every and len(having) < len(keys):
             others = [key for key in keys if strip(key) == key]
             raise EditError(
                 f"{len(others)} of {len(keys)} keys do not start with `{wanted}`",
                 evidence=_examples(others),
-                hint="leave out --every to strip those that do",
+                hint="without --every, those that do are stripped",
             )
         return strip
 
@@ -142,16 +142,19 @@ def _without_components(key: str, wanted: str) -> str:
     return ".".join(steps)
 
 
-def _prefix_hint(keys: Sequence[str], wanted: str) -> str:
+def _prefix_remedy(
+    keys: Sequence[str], wanted: str, enough: Callable[[Iterable[bool]], bool]
+) -> dict[str, str]:
+    """Return the option that would help, and why, or a hint alone."""
     wrappers = peeled(keys)
     if wrappers:
-        prefix = "auto" if len(wrappers) > 1 else wrappers[0]
-        return f"every key starts with `{''.join(wrappers)}`: --prefix {prefix}"
-    if any(f".{wanted}" in key for key in keys):
-        return f"`{wanted}` stands inside keys: --anywhere"
+        prefix = "".join(wrappers)
+        return {"option": f"--prefix {prefix}", "hint": f"every key starts with `{prefix}`"}
+    if keys and enough(f".{wanted}" in key for key in keys):
+        return {"option": "--anywhere", "hint": f"`{wanted}` is inside keys"}
     close = [] if wanted in WRAPPERS else close_matches(wanted.rstrip("."), keys)
     if close:
-        return f"did you mean `{close[0]}`?"
+        return {"hint": f"did you mean `{close[0]}`?"}
     return _shared_by_most(keys)
 
 
@@ -182,7 +185,7 @@ def strip_wrappers(*, required: bool = True) -> Edit:
             raise NothingMatched(
                 "no known wrapper prefix that all keys share",
                 evidence=[f"keys are like {key}" for key in _examples(keys)],
-                hint=_shared_by_most(keys),
+                **_shared_by_most(keys),
             )
         return lambda key: unwrapped(key, wrappers)
 
@@ -196,12 +199,13 @@ def unwrapped(key: str, wrappers: Sequence[str]) -> str:
     return key
 
 
-def _shared_by_most(keys: Sequence[str]) -> str:
+def _shared_by_most(keys: Sequence[str]) -> dict[str, str]:
     for wrapper in WRAPPERS:
         count = sum(key.startswith(wrapper) for key in keys)
         if count:
-            return f"{count} of {len(keys)} keys start with `{wrapper}`: --prefix {wrapper}"
-    return "no known wrapper prefix on any key: nothing to strip" if keys else ""
+            why = f"{count} of {counted(len(keys), 'key')} start with `{wrapper}`"
+            return {"option": f"--prefix {wrapper}", "hint": why}
+    return {"hint": "no known wrapper prefix on any key: nothing to strip"} if keys else {}
 
 
 def add_prefix(prefix: str = DEFAULT_PREFIX) -> Edit:
@@ -255,9 +259,9 @@ def keep(patterns: str | Iterable[str]) -> Edit:
     return Edit("keep", make, "not among those to keep")
 
 
-def without(unwanted: Iterable[str], reason: str) -> Edit:
+def without(unwanted: str | Iterable[str], reason: str) -> Edit:
     """Drop exactly the keys given, for a reason that is reported."""
-    dropped = frozenset(unwanted)
+    dropped = frozenset(several(unwanted))
     return Edit("without", lambda keys: lambda key: None if key in dropped else key, reason)
 
 
@@ -358,6 +362,8 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
     """Return the error of a pattern that selects nothing, with example keys and close ones."""
     hint = _without_wrappers(pattern, keys)
     if not hint:
+        hint = _inside(pattern, keys)
+    if not hint:
         close = close_matches(pattern, keys)
         hint = f"did you mean `{close[0]}`?" if close else ""
     return NothingMatched(
@@ -365,6 +371,15 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
         evidence=[f"keys are like {key}" for key in _examples(keys)],
         hint=hint,
     )
+
+
+def _inside(pattern: str, keys: Sequence[str]) -> str:
+    """Offer a glob for a name that is inside keys, or at their end."""
+    for wider in (f"*.{pattern}.*", f"*.{pattern}"):
+        matches = matcher(wider)
+        if count := sum(matches(key) for key in keys):
+            return f"`{wider}` selects {counted(count, 'key')}"
+    return ""
 
 
 def _without_wrappers(pattern: str, keys: Sequence[str]) -> str:
@@ -409,7 +424,7 @@ def _examples(keys: Sequence[str]) -> list[str]:
 
 
 def apply(
-    steps: Sequence[Edit], entries: Entries | Sequence[str], source: str = "IN"
+    steps: Sequence[Edit], entries: Entries | Sequence[str], source: str = ""
 ) -> tuple[KeyMap, KeyEdit]:
     """Apply edits one after the other; return what they did, and all of them as one edit of keys.
 
@@ -485,7 +500,9 @@ def _refuse_collision(pairs: Sequence[tuple[str, str | None]], source: str) -> N
         if new in taken:
             raise KeyCollision(
                 f"{taken[new]} and {old} would both become {new}",
-                hint=f"leave one out first: ckptool convert --drop {quoted(old)} {source} OUT",
+                hint=f"drop one first: ckptool convert --drop {quoted(old)} {source} OUT"
+                if source
+                else f"drop {old} first",
             )
         taken[new] = old
 

@@ -338,9 +338,9 @@ def _model(
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
-    shapes = zoo.shapes(spec, args)
+    shapes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes), fill
+    return fitting.reference(zoo.named(spec), shapes, ties), fill
 
 
 def download(

@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
-from ckptool import containers
+from ckptool import containers, text
 from ckptool.containers import Left
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Node
-from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
+from ckptool.state import (
+    checkpoint as places,
+    edits,
+    module_metadata,
+    optimizers,
+    replacing,
+    surroundings,
+    tensor_facts,
+    walk,
+)
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
@@ -25,14 +34,18 @@ Container = Literal["torch", "safetensors", "dcp"]
 class WriteOptions(TypedDict, total=False):
     """The keywords of every verb that writes, as on the command line.
 
-    `at` chooses among several state_dicts, `to` the container; `force` replaces the target,
-    `in_place` the source; `dry_run` plans alone; `tensors_only` leaves behind what is neither a
-    tensor nor plain, `untie` writes tied tensors as copies, `allow_expand` allows an output of
-    more than 4 times the input; without `sync` the flush to disk is left to the system.
+    `at` chooses among several state_dicts, `to` the container; `drop_beside` (a pattern or
+    several) leaves out what is beside the state_dict, `keep_records` keeps further records of a
+    torch zip; `force` replaces the target, `in_place` the source; `dry_run` plans alone;
+    `tensors_only` leaves behind what is neither a tensor nor plain, `untie` writes tied tensors as
+    copies, `allow_expand` allows an output of more than 4 times the input; without `sync` the
+    flush to disk is left to the system.
     """
 
     at: str | None
     to: Container | None
+    drop_beside: str | Sequence[str]
+    keep_records: bool
     force: bool
     in_place: bool
     dry_run: bool
@@ -48,6 +61,8 @@ class Options:
 
     at: str | None = None
     to: Container | None = None
+    drop_beside: str | Sequence[str] = ()
+    keep_records: bool = False
     force: bool = False
     in_place: bool = False
     dry_run: bool = False
@@ -95,8 +110,9 @@ def make_plan(
 ) -> Plan:
     """Edit the tree in memory."""
     bare = bare or not containers.by_name(container).traits.around or bool(checkpoint.program)
-    needed = bool(steps) or bare or options.at is not None
+    needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
+    places.refuse_part(checkpoint, state)
     if checkpoint.program and options.in_place:
         raise EditError(
             f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
@@ -106,13 +122,18 @@ def make_plan(
     if unwrap and alone:
         raise EditError(
             f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
-            hint="ckptool convert writes it again as it is",
+            hint="`ckptool convert` writes it again as it is",
         )
     if state is not None and state.module and not bare:
         _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
     keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
     key_map, edit = edits.apply(steps, keys, argument(checkpoint, options))
     plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
+    _keep_records(plan, options)
+    if options.drop_beside:
+        assert state is not None
+        tree, gone = surroundings.without(checkpoint.tree, state.at, options.drop_beside)
+        plan.checkpoint, plan.not_carried = replace(plan.checkpoint, tree=tree), gone
     if options.tensors_only and not bare:
         _leave_classes(plan)
     if checkpoint.program:
@@ -129,14 +150,39 @@ def make_plan(
     return plan
 
 
+def _keep_records(plan: Plan, options: Options) -> None:
+    """Keep further records of a torch zip if asked to; refuse to lose them in place."""
+    source = plan.checkpoint
+    found = [name for name in source.unread if not name.startswith("data/")]
+    if not containers.by_name(source.container).traits.records or not found:
+        return
+    if options.keep_records:
+        if not containers.by_name(plan.container).traits.records:
+            raise EditError(
+                "only a torch zip can hold further records",
+                evidence=found[:8],
+                hint="leave out --keep-records, or write a torch file: --to torch",
+            )
+        unread = tuple(name for name in source.unread if name not in found)
+        plan.checkpoint = replace(source, unread=unread, kept=tuple(found))
+    elif options.in_place:
+        raise EditError(
+            f"{source.path} holds {counted(len(found), 'further record')} that --in-place would "
+            "lose",
+            evidence=found[:8],
+            option="--keep-records",
+            hint="keeps them",
+        )
+
+
 def argument(checkpoint: Checkpoint, options: Options) -> str:
     """Write the input as a command takes it, with the place that was chosen."""
     at = f"--at {quoted(options.at)} " if options.at is not None else ""
-    return f"{at}{quoted(checkpoint.path)}"
+    return f"{at}{text.argument(checkpoint.path)}"
 
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:
-    return list(dict.fromkeys(walk.dotted(path) for path, _ in walk.tensors(checkpoint.tree)))
+    return [name for name, _ in walk.named(checkpoint.tree)]
 
 
 def _refuse_attributes(
@@ -158,7 +204,7 @@ def _refuse_attributes(
             f"{checkpoint.path} holds {state.module}{at} inside a model: it can be taken out, "
             "not edited there",
             hint=f"ckptool convert --unwrap --at {quoted(walk.dotted(state.at))} "
-            f"{quoted(checkpoint.path)} OUT",
+            f"{text.argument(checkpoint.path)} OUT",
         )
 
 
@@ -186,7 +232,7 @@ def _edit_state(
         value = state.entries[old]
         shape = value.shape if isinstance(value, TENSORS) else None
         plan.dropped.append(Dropped(old, *plan.key_map.why[old], shape))
-    tree = plan.checkpoint.tree
+    tree, container = plan.checkpoint.tree, containers.by_name(plan.container)
     metadata = module_metadata.cleaned(state.metadata)
     if changed:
         metadata = module_metadata.rekeyed(metadata, plan.key_map, edit)
@@ -198,7 +244,9 @@ def _edit_state(
             plan.notes += _no_part(original, state)
         plan.not_carried += places.beside(tree, state.at)
         plan.checkpoint = replace(plan.checkpoint, tree=node)
-        container = containers.by_name(plan.container)
+        if not container.traits.objects:
+            plan.not_carried += module_metadata.left(node)
+            plan.notes += tensor_facts.lost(entries.items())
         if metadata is not None and not container.traits.module_metadata:
             what = f"{container.title} has no place for `_metadata` (versions of modules)"
             plan.notes.append(what)
@@ -213,11 +261,9 @@ def _edit_state(
                 f"the same state_dict also stands at `{walk.dotted(other)}`: that keeps its keys"
                 for other in places.also_at(tree, state.at)
             ]
-        if plan.key_map.dropped and _has_optimizer(tree):
-            plan.notes.append(
-                "the optimizer counts parameters by index: after dropping some, "
-                "its state no longer fits; ckptool unwrap leaves it behind"
-            )
+            moved, said = optimizers.followed(plan.checkpoint.tree, plan.key_map, node)
+            plan.checkpoint = replace(plan.checkpoint, tree=moved)
+            plan.notes += said
     plan.state = replace(state, entries=entries, metadata=metadata)
 
 
@@ -241,10 +287,6 @@ def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
     """Return whether entries are those of a node as they stand, none joined and none twice."""
     pairs = places.text_items(node) or []
     return len(pairs) == len(entries) and all(entries.get(key) is value for key, value in pairs)
-
-
-def _has_optimizer(tree: Node) -> bool:
-    return any(key.startswith("optimizer") for key, _ in places.text_items(tree) or [])
 
 
 def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
@@ -291,7 +333,7 @@ def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
     for key, kept in left.ties.items():
         _drop(plan, key, f"tied to {kept}")
     if left.ties:
-        plan.notes.append("ties are noted in the file: ckptool convert brings them back")
+        plan.notes.append("ties are noted in the file: `ckptool convert` brings them back")
 
 
 def _drop(plan: Plan, new: str, reason: str) -> None:
@@ -342,7 +384,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     source = plan.checkpoint
     whole = safety.judge(source.globals)
     carried = safety.judge({each: at for each, at in source.globals.items() if not each.followed})
-    if bare or options.tensors_only:
+    if bare or options.tensors_only or options.drop_beside:
         carried = safety.judge(safety.names_in(source.tree))
     if not containers.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})

@@ -18,6 +18,7 @@ from ckptool.pickles.tree import Global, Node, children
 from ckptool.state import checkpoint as places, edits, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
+from ckptool.state.parts import Part
 from ckptool.state.walk import Path
 from ckptool.tensors.tensor import (
     TENSORS,
@@ -106,6 +107,7 @@ class Survey:
     those of the whole file; `alone` says that nothing must choose it, `root` what the whole file
     is. `elsewhere` counts bytes of other tensors, `unused` those of storages that no tensor
     reaches, `rest` what is neither tensor data nor an unread record: the pickle, headers, padding.
+    `part` says of what the file is one of several parts.
     """
 
     checkpoint: Checkpoint
@@ -128,6 +130,7 @@ class Survey:
     framework: Framework | None
     alone: bool
     root: str
+    part: Part | None = None
     suggestions: tuple[Suggestion, ...] = ()
 
     def __repr__(self) -> str:
@@ -159,6 +162,7 @@ class Survey:
             "byteorder": checkpoint.byteorder,
             "file_nbytes": checkpoint.nbytes,
             "framework": self.framework.name if self.framework else None,
+            "part": self.part.to_dict() if self.part else None,
             "at": list(state.at) if state is not None else None,
             "candidates": [place.to_dict() for place in self.places],
             **asdict(self.total),
@@ -218,7 +222,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     Raises `NoSuchKey` for an `at` that names no dict of tensors.
     """
     tree = checkpoint.tree
-    state = places.find(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
+    state = places.locate(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
     paths = [state.at] if at is not None and state else _paths(tree)
     ledger = _Ledger()
     known: places.Steps = {}
@@ -256,6 +260,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
         framework=frameworks.recognise(checkpoint, _first_keys(found)),
         alone=single is not None and (at is None or len(_paths(tree)) == 1),
         root=naming.what(tree),
+        part=places.part_of(checkpoint, state),
     )
 
 
@@ -278,7 +283,7 @@ def _paths(tree: Node) -> list[Path]:
 def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str, AnyTensor]]:
     """List the tensors of the state_dict by key, or those of the whole file by path."""
     if state is None:
-        return [(walk.dotted(path) or ".", i) for path, i in walk.tensors(checkpoint.tree)]
+        return list(walk.named(checkpoint.tree))
     return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
 
 
