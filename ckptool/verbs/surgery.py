@@ -272,9 +272,8 @@ def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options
         return named.name
     if suffix(target) in containers.OTHER_FORMATS and not options.in_place:
         raise EditError(
-            f"{target} is the name of another format, which ckptool does not write",
-            option="--to safetensors",
-            hint="writes that under this name all the same",
+            f"{target} has the suffix of a format that cannot be written",
+            hint="name it .safetensors or .pth, or choose what is written with --to",
         )
     own = containers.by_name(checkpoint.container)
     return own.name if own.writer else own.written_as

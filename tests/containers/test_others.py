@@ -71,5 +71,5 @@ def test_names_of_other_formats_are_refused(
     out = tmp_path / f"out{suffix}"
     done = run("convert", good / "plain.pth", out)
     assert (done.code, out.exists()) == (2, False)
-    assert "--to safetensors" in done.err
+    assert "--to" in done.err
     assert run("convert", good / "plain.pth", out, "--to", "safetensors").code == 0
