@@ -15,7 +15,7 @@ from ckptool.model import devices, libraries, live, loading, native, zoo
 from ckptool.model.loading import Fit, Mismatch
 from ckptool.model.native import Source
 from ckptool.model.zoo import ModelLike, argument, named
-from ckptool.state import edits
+from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import StateDict
 from ckptool.state.walk import dotted
 from ckptool.state.wrappers import BOOKKEEPING, Peeling, peeling
@@ -204,7 +204,8 @@ def _peeling(source: Source) -> str:
     if not outer and not any(key.startswith(edits.DEFAULT_PREFIX) for key in source.state.entries):
         return ""
     extra = " --prefix auto" if outer and not outer.only_default else ""
-    at = f" --at {quoted(dotted(source.state.at))}" if source.state.at else ""
+    several = len(places.candidates(source.checkpoint.tree)) > 1
+    at = f" --at {quoted(dotted(source.state.at))}" if several else ""
     return f"ckptool strip-prefix {quoted(source.path)} OUT{extra}{at}"
 
 

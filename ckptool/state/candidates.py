@@ -198,9 +198,9 @@ class Search:
             self.inside(node, path, dicts=dicts, models=models)
 
     def inside(self, node: Node, path: Path, *, dicts: bool, models: bool) -> None:
-        """Look at what is inside a node; a long list, or one of mere numbers, is data."""
+        """Look at what is inside a node."""
         listed = isinstance(node, list | tuple)
-        dicts = dicts and (len(node) <= MAX_LISTED if listed else bool(items(node)))
+        dicts = dicts and (_lists_dicts(node) if listed else bool(items(node)))
         for key, value in ways(node, self.effort):
             if not isinstance(value, WAYS):
                 continue
@@ -232,6 +232,11 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
 def is_no_state_dict(name: str) -> bool:
     """Return whether what has this name holds tensors that are no weights."""
     return _matches(name, NOT_STATE_DICTS)
+
+
+def _lists_dicts(node: Sequence[Node]) -> bool:
+    """Check for a list that may hold state_dicts: a long one, or one of tensors too, is data."""
+    return len(node) <= MAX_LISTED and not any(isinstance(each, TENSORS) for each in node)
 
 
 def _only_numbers(node: Node) -> bool:
