@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+WORKERS = 2  # more would fit, but for the memory that some tests limit
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # What changes how ckptool talks; tests that want it say so.
 TALK = (
@@ -44,6 +45,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _everything = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite on two processes where pytest-xdist is installed, but for `-n 0`."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of the two: it must not start others
+        return
+    options, whole = config.option, config.args_source is config.ArgsSource.TESTPATHS
+    if whole and not options.usepdb and getattr(options, "numprocesses", 0) is None:
+        options.numprocesses, options.dist = WORKERS, "worksteal"
 
 
 def step(n: int) -> int:

@@ -30,7 +30,7 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.state import edits
-from ckptool.verbs import surgery
+from ckptool.verbs import checking, surgery
 from ckptool.verbs.surgery import Options, Rewrite
 
 torch = pytest.importorskip("torch")
@@ -139,6 +139,27 @@ def test_crc_zero_everywhere_means_not_computed(out: Path) -> None:
     assert judge.same(judge.load(GOOD / "no_crc.pth"), judge.load(out)) == []
     with zipfile.ZipFile(out) as opened:
         assert opened.testzip() is None
+
+
+def test_crc_zero_in_storages_alone_means_written_later(source: Path, out: Path) -> None:
+    """As `torch.serialization.skip_data` leaves them for GPUDirect Storage to fill in."""
+    found = records((GOOD / "plain.pth").read_bytes())
+    data = [record for record in found if record.startswith("data/")]
+    source.write_bytes(
+        zip_bytes(
+            [
+                Member(f"archive/{record}", content, crc=0 if record in data else None)
+                for record, content in found.items()
+            ]
+        )
+    )
+    rewrite(source, out)
+    assert judge.same(judge.load(source), judge.load(out)) == []
+    checked = checking.check(source)
+    assert checked.status is checking.Status.OK
+    assert f"no checksums recorded for {len(data)} records" in checked.not_checked[0]
+    source.write_bytes(source.read_bytes().replace(b"OrderedDict", b"OrderedDicT"))
+    assert checking.check(source).status is not checking.Status.OK
 
 
 def test_crc_zero_on_one_record_alone_is_damage(source: Path, out: Path) -> None:

@@ -214,7 +214,7 @@ def _parts(facts: Survey) -> list[tuple[str, int]]:
 def _safety(facts: Survey, style: _Style) -> list[Fact]:
     verdict, checkpoint = facts.verdict, facts.checkpoint
     if verdict.level is Level.PLAIN:
-        return [("safety", _plain(checkpoint))]
+        return [("safety", _plain(checkpoint, verdict.imports))]
     found: list[Fact] = []
     if verdict.dangerous:
         found.append(("safety", "dangerous: it would run code when loaded; nothing was executed"))
@@ -231,13 +231,14 @@ def _safety(facts: Survey, style: _Style) -> list[Fact]:
 _PROGRAM = "a TorchScript archive is a program, for torch.jit.load; its code was not judged"
 
 
-def _plain(checkpoint: Checkpoint) -> str:
+def _plain(checkpoint: Checkpoint, imports: Sequence[str]) -> str:
     """Return what it means that nothing but plain names was found."""
     if checkpoint.program:
         return f"plain in its names alone: {_PROGRAM}"
     if not checkpoint.pickle_name:
         return "plain: there is no pickle in it"
-    what = "plain: all that it names is what torch.load(weights_only=True) accepts"
+    after = "".join(f" after `import {module}`" for module in imports)
+    what = f"plain: all that it names is what torch.load(weights_only=True) accepts{after}"
     if checkpoint.protocol in (None, 2) or len(checkpoint.files) > 1:  # no file for torch.load
         return what
     return f"{what} in protocol 2; this is protocol {checkpoint.protocol or '0 or 1'}"

@@ -21,7 +21,7 @@ from ckptool.errors import KeyCollision, LimitExceeded
 from ckptool.files import planner
 from ckptool.files.copying import Copy, Done, PlannedFile
 from ckptool.pickles import pickle_writer
-from ckptool.pickles.names import Level, level, python3_name
+from ckptool.pickles.names import is_accepted, python3_name
 from ckptool.pickles.safety import names_in
 from ckptool.pickles.torch_objects import Lowering, StorageView
 from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, children, items
@@ -217,7 +217,7 @@ def _is_key(node: Node) -> bool:
 def _is_plain(named: Node) -> bool:
     if not isinstance(named, Global):
         return False
-    return level(named) is Level.PLAIN or python3_name(named) in _PLAIN
+    return is_accepted(named) or python3_name(named) in _PLAIN
 
 
 def _unfit(tensor: AnyTensor) -> str:

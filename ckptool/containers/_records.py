@@ -22,12 +22,15 @@ class Records:
     """What lies in the one folder of an archive, by name without that folder.
 
     A member that is asked for as a storage becomes one: of hundreds of thousands there are never
-    both. `recorded` tells whether there are checksums: all zero means that none were computed.
+    both. `recorded` says whether there are checksums, `data_recorded` whether storages have some:
+    all zero means that none were computed (of storages alone: `torch.serialization.skip_data`, and
+    what GPUDirect Storage fills in later).
     """
 
     reader: Reader
     members: dict[str, zips.Member | Storage]
     recorded: bool
+    data_recorded: bool
     unlisted: int
 
     def small(self, name: str) -> bytes:
@@ -77,7 +80,7 @@ class Records:
                 path=self.reader.path,
                 offset=member.start,
             )
-        storage = self.members[name] = self._storage(said, member, byteorder)
+        storage = self.members[name] = self._storage(said, name, member, byteorder)
         return storage
 
     def described(self) -> dict[str, Storage]:
@@ -85,13 +88,16 @@ class Records:
         for name, member in self.members.items():
             if not isinstance(member, Storage):
                 said = StorageId(name, None, "cpu", 0)
-                self.members[name] = self._storage(said, member, "little")
+                self.members[name] = self._storage(said, name, member, "little")
         return cast("dict[str, Storage]", self.members)
 
-    def _storage(self, said: StorageId, member: zips.Member | Storage, byteorder: str) -> Storage:
+    def _storage(
+        self, said: StorageId, name: str, member: zips.Member | Storage, byteorder: str
+    ) -> Storage:
         if isinstance(member, Storage):  # two pickles of an archive share it
             return replace(member, key=said.key, dtype=said.dtype, location=said.location)
         deflated = member.method == zips.DEFLATED
+        recorded = self.data_recorded if _is_data(name) else self.recorded
         return Storage(
             self.reader.file,
             said.key,
@@ -100,7 +106,7 @@ class Records:
             said.dtype,
             said.location,
             byteorder,
-            member.crc32 if self.recorded else None,
+            member.crc32 if recorded else None,
             Packing.DEFLATED if deflated else Packing.PLAIN,
             member.packed_nbytes if deflated else 0,
         )
@@ -152,5 +158,10 @@ def read_records(reader: Reader, wanted: str) -> Records | None:
     inside: dict[str, zips.Member | Storage] = {
         name.removeprefix(root): member for name, member in members.items()
     }
-    recorded = any(member.crc32 for member in members.values() if member.nbytes)
-    return Records(reader, inside, recorded, directory.unlisted)
+    summed = [name.removeprefix(root) for name, member in members.items() if member.crc32]
+    return Records(reader, inside, bool(summed), any(map(_is_data, summed)), directory.unlisted)
+
+
+def _is_data(name: str) -> bool:
+    """Check for the record of a storage."""
+    return name.startswith(("data/", "constants/", "tensors/"))

@@ -1,9 +1,9 @@
 """What importing a name would do: plain, foreign or dangerous, by tables of (module, name) pairs.
 
 *plain* is exactly what `torch.load(weights_only=True)` accepts (torch/_weights_only_unpickler.py,
-`_get_allowed_globals`). *foreign* is what is known to be inert, and any undotted name of a
-third-party package. *dangerous* is everything else: naming counts like calling, because loading
-imports what is named.
+`_get_allowed_globals`), some of it once a module of torch was imported. *foreign* is what is known
+to be inert, and any undotted name of a third-party package. *dangerous* is everything else: naming
+counts like calling, because loading imports what is named.
 """
 
 from __future__ import annotations
@@ -68,37 +68,83 @@ PLAIN = frozenset(
     )
 )
 
+_DISTRIBUTED = "torch.distributed"
+# What it accepts once a module is imported, which registers them (`add_safe_globals` in
+# torch/distributed/tensor/__init__.py and device_mesh.py).
+AFTER_IMPORT = dict.fromkeys(
+    _names(f"{_DISTRIBUTED}.tensor", "DTensor")
+    | _names(f"{_DISTRIBUTED}.tensor._dtensor_spec", "DTensorSpec ShardOrderEntry TensorMeta")
+    | _names(f"{_DISTRIBUTED}.tensor.placement_types", "Partial Replicate Shard _StridedShard")
+    | _names(f"{_DISTRIBUTED}.device_mesh", "DeviceMesh")
+    | _names(f"{_DISTRIBUTED}._mesh_layout", "_FlatLayout _MeshLayout"),
+    f"{_DISTRIBUTED}.tensor",
+)
+
 _PATHS = "Path PurePath PosixPath WindowsPath PurePosixPath PureWindowsPath"
-_NUMPY_SCALARS = (
+_NUMPY_TYPES = (
     "bool_ bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
-    "longdouble complex64 complex128 str_ bytes_ datetime64 timedelta64"
+    "longdouble complex64 complex128 str_ bytes_ datetime64 timedelta64 object_ void record "
+    "recarray matrix generic number integer signedinteger unsignedinteger inexact floating "
+    "complexfloating flexible character"
 )
 _GENERATORS = "MT19937 PCG64 PCG64DXSM Philox SFC64"
-_DISTRIBUTED = "torch.distributed"
+_EXCEPTIONS = (
+    "BaseException BaseExceptionGroup Exception ExceptionGroup ArithmeticError AssertionError "
+    "AttributeError BlockingIOError BrokenPipeError BufferError BytesWarning ChildProcessError "
+    "ConnectionAbortedError ConnectionError ConnectionRefusedError ConnectionResetError "
+    "DeprecationWarning EOFError EncodingWarning FileExistsError FileNotFoundError "
+    "FloatingPointError FutureWarning GeneratorExit IOError ImportError ImportWarning "
+    "IndentationError IndexError InterruptedError IsADirectoryError KeyError KeyboardInterrupt "
+    "LookupError MemoryError ModuleNotFoundError NameError NotADirectoryError "
+    "NotImplementedError OSError OverflowError PendingDeprecationWarning PermissionError "
+    "ProcessLookupError RecursionError ReferenceError ResourceWarning RuntimeError "
+    "RuntimeWarning StandardError StopAsyncIteration StopIteration SyntaxError SyntaxWarning "
+    "SystemError SystemExit TabError TimeoutError TypeError UnboundLocalError "
+    "UnicodeDecodeError UnicodeEncodeError UnicodeError UnicodeTranslateError UnicodeWarning "
+    "UserWarning ValueError Warning ZeroDivisionError"
+)
 # They give back what they are given (torch/jit/_pickle.py).
 _TYPE_TAGS = (
     "build_intlist build_tensorlist build_doublelist build_boollist build_tensor_from_id "
     "restore_type_tag"
 )
+_SHARDED = f"{_DISTRIBUTED}._shard"
+_OLD_DTENSOR = f"{_DISTRIBUTED}._tensor"  # where DTensor was up to torch 2.4
 
 FOREIGN = frozenset(
     _names("argparse", "Namespace")
+    | _names("array", "array _array_reconstructor")
     | _names("builtins", "object dict list tuple frozenset bytes int float str bool slice range")
-    | _names("collections", "defaultdict deque ChainMap UserDict UserList")
-    | _names("copyreg", "_reconstructor __newobj__")
+    | _names("builtins", "Ellipsis NotImplemented " + _EXCEPTIONS)
+    | _names("collections", "defaultdict deque ChainMap UserDict UserList UserString")
+    | _names("copyreg", "_reconstructor __newobj__ __newobj_ex__")
+    | _names("dataclasses", "_MISSING_TYPE _HAS_DEFAULT_FACTORY_CLASS")
     | _names("datetime", "date datetime time timedelta timezone")
-    | _names("decimal", "Decimal")
+    | _names("decimal", "Decimal DecimalTuple")
     | _names("fractions", "Fraction")
     | _names("functools", "partial")
+    | _names("http", "HTTPMethod HTTPStatus")
+    | _names("inspect", "Parameter Signature _ParameterKind _empty")
+    | _names("ipaddress", "IPv4Address IPv4Interface IPv4Network")
+    | _names("ipaddress", "IPv6Address IPv6Interface IPv6Network")
     | _names("_io", "BytesIO")  # a buffer in memory: `_extra_state` of Megatron core
     | _names("pathlib", _PATHS)
     | _names("pathlib._local", _PATHS)
-    | _names("re", "_compile")
-    | _names("types", "SimpleNamespace")
-    | _names("typing", "Any")  # in every DictConfig of OmegaConf
+    | _names("calendar", "Day Month")
+    | _names("platform", "uname_result")
+    | _names("re", "_compile RegexFlag")
+    | _names("signal", "Handlers Sigmasks Signals")
+    | _names("socket", "AddressFamily AddressInfo MsgFlag SocketKind")
+    | _names("statistics", "NormalDist")
+    | _names("string", "Template")
+    | _names("time", "struct_time")
+    | _names("types", "GenericAlias SimpleNamespace")
+    | _names("typing", "Any Callable Dict FrozenSet Iterable List Mapping")  # Any: in OmegaConf
+    | _names("typing", "Optional Sequence Set Tuple Type Union")
+    | _names("urllib.parse", "DefragResult ParseResult SplitResult")
     | _names("logging", "getLogger")
     | _names("random", "Random")
-    | _names("uuid", "UUID")
+    | _names("uuid", "UUID SafeUUID")
     | {
         (f"{base}.{module}", name)
         for base in ("numpy.core", "numpy._core")
@@ -108,7 +154,20 @@ FOREIGN = frozenset(
         )
         for name in names.split()
     }
-    | _names("numpy", "ndarray dtype " + _NUMPY_SCALARS)
+    | _names("numpy", "ndarray dtype " + _NUMPY_TYPES)
+    | {
+        (module, name)
+        for module in ("numpy.rec", "numpy.core.records", "numpy._core.records")
+        for name in ("recarray", "record")
+    }
+    | _names("numpy.matrixlib.defmatrix", "matrix")
+    | _names("numpy.ma", "MaskedArray")
+    | _names("numpy.ma.core", "MaskedArray MaskedConstant mvoid _mareconstruct")
+    | _names("numpy.random.bit_generator", "SeedSequence SeedlessSeedSequence")
+    | _names(
+        "numpy.random.bit_generator",
+        "__pyx_unpickle_SeedSequence __pyx_unpickle_SeedlessSeedSequence",
+    )
     | _names("numpy.random._pickle", "__randomstate_ctor __generator_ctor __bit_generator_ctor")
     | {(f"numpy.random._{name.lower()}", name) for name in _GENERATORS.split()}
     | _names("numpy.random", "__RandomState_ctor")  # before 1.17
@@ -118,12 +177,14 @@ FOREIGN = frozenset(
         for name in ("GradScaler", "OptState")
     }
     | _names("torch", "memory_format contiguous_format channels_last preserve_format strided")
+    | _names("torch", "ScriptObject Generator")  # of a class compiled into the process
+    | _names("torch._C", "ScriptObject Generator")
     | _names("torch._utils", "_rebuild_nested_tensor _rebuild_xla_tensor")
+    | _names("torch.nested._internal.nested_tensor", "NestedTensor _rebuild_njt")
+    | _names("torch.utils.hooks", "RemovableHandle")
     | _names("torch.autograd.variable", "Variable")
     | _names("torch.nn.backends.thnn", "_get_thnn_function_backend")  # models saved before 1.5
     | _names("torch.torch_version", "TorchVersion")
-    | _names("torch.jit._pickle", "build_intlist build_tensorlist build_doublelist build_boollist")
-    | _names("torch.jit._pickle", "build_tensor_from_id restore_type_tag")
     | _names(
         "torch.nn.functional",
         "relu gelu silu elu selu leaky_relu softmax log_softmax tanh "
@@ -131,10 +192,22 @@ FOREIGN = frozenset(
     )
     | _names("torch._C._nn", "gelu silu leaky_relu elu hardtanh log_sigmoid softplus relu6")
     | _names("torch.jit._pickle", _TYPE_TAGS)
-    | _names(f"{_DISTRIBUTED}.tensor", "DTensor")
-    | _names(f"{_DISTRIBUTED}.tensor._dtensor_spec", "DTensorSpec TensorMeta")
-    | _names(f"{_DISTRIBUTED}.tensor.placement_types", "Partial Replicate Shard")
-    | _names(f"{_DISTRIBUTED}.device_mesh", "DeviceMesh")
+    | _names(_OLD_DTENSOR, "DTensor DeviceMesh Partial Replicate Shard")
+    | _names(f"{_OLD_DTENSOR}.api", "DTensor")
+    | _names(f"{_OLD_DTENSOR}.device_mesh", "DeviceMesh")
+    | _names(f"{_OLD_DTENSOR}._dtensor_spec", "DTensorSpec TensorMeta")
+    | _names(
+        f"{_OLD_DTENSOR}.placement_types",
+        "DTensorSpec Partial Replicate Shard TensorMeta _Partial _StridedShard",
+    )
+    | _names(f"{_DISTRIBUTED}.tensor._api", "DTensor")
+    | _names(f"{_DISTRIBUTED}.remote_device", "_remote_device")
+    | _names(f"{_SHARDED}.metadata", "ShardMetadata")
+    | _names(f"{_SHARDED}.sharded_tensor.api", "ShardedTensor")
+    | _names(f"{_SHARDED}.sharded_tensor.shard", "Shard")
+    | _names(f"{_SHARDED}.sharded_tensor.metadata", "ShardedTensorMetadata")
+    | _names(f"{_SHARDED}.sharding_spec.api", "DevicePlacementSpec EnumerableShardingSpec")
+    | _names(f"{_SHARDED}.sharding_spec.chunk_sharding_spec", "ChunkShardingSpec")
     | _names(
         f"{_DISTRIBUTED}.checkpoint.metadata",
         "Metadata MetadataIndex TensorProperties "
@@ -142,12 +215,10 @@ FOREIGN = frozenset(
         "_MEM_FORMAT_ENCODING",
     )
     | _names(f"{_DISTRIBUTED}.checkpoint.filesystem", "_StorageInfo")
-    | _names(
-        f"{_DISTRIBUTED}._shard.sharded_tensor.metadata", "TensorProperties MEM_FORMAT_ENCODING"
-    )
+    | _names(f"{_SHARDED}.sharded_tensor.metadata", "TensorProperties MEM_FORMAT_ENCODING")
 )
 
-# Packages whose classes (undotted names that start with a capital) are inert.
+# Packages whose classes (undotted, a capital first but for `_`: `_WrappedHook`) are inert.
 _CLASS_PACKAGES = (
     "torch.nn.modules",
     "torch.nn.parallel",
@@ -222,6 +293,16 @@ def level(named: Global) -> Level:
     return _level(*renamed) if old_only else max(_level(*renamed), _level(named.module, named.name))
 
 
+def import_for(named: Global) -> str:
+    """Return the module that makes `torch.load(weights_only=True)` accept a name once imported."""
+    return AFTER_IMPORT.get((named.module, named.name), "")
+
+
+def is_accepted(named: Global) -> bool:
+    """Check whether `torch.load(weights_only=True)` accepts a name, with nothing imported."""
+    return level(named) is Level.PLAIN and not import_for(named)
+
+
 def python3_name(named: Global) -> tuple[str, str]:
     """Return what Python 3 imports for a name in a pickle of protocol 2 or less."""
     from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -231,7 +312,7 @@ def python3_name(named: Global) -> tuple[str, str]:
 
 
 def _level(module: str, name: str) -> Level:
-    if (module, name) in PLAIN:
+    if (module, name) in PLAIN or (module, name) in AFTER_IMPORT:
         return Level.PLAIN
     if (module, name) in FOREIGN:
         return Level.FOREIGN
@@ -249,4 +330,4 @@ def _is_known_class(module: str, name: str) -> bool:
     inside = any(
         module == package or module.startswith(package + ".") for package in _CLASS_PACKAGES
     )
-    return inside and name[:1].isupper() and not _RUNS_CODE.search(f"{module}.{name}")
+    return inside and name.lstrip("_")[:1].isupper() and not _RUNS_CODE.search(f"{module}.{name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ckptool.pickles.names import Level, level
+from ckptool.pickles.names import is_accepted
 from ckptool.pickles.tree import (
     ByteArray,
     Dict,
@@ -50,7 +50,7 @@ class _Pruner:
         if isinstance(node, _PLAIN_VALUES):
             return node
         if isinstance(node, Global):
-            return node if level(node) is Level.PLAIN else _LEFT
+            return node if is_accepted(node) else _LEFT
         if id(node) not in self.done:
             self.kept.append(node)
             self.done[id(node)] = _LEFT  # what contains itself is not plain

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ckptool.pickles.names import Level, level
+from ckptool.pickles.names import Level, import_for, level
 from ckptool.pickles.tree import Dict, Global, Node, Object, Pairs, children
 
 SHOWN = 8  # dangerous calls in a message
@@ -14,11 +14,19 @@ SHOWN = 8  # dangerous calls in a message
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a file names beyond the plain, each with the offset where it first stands."""
+    """What a file names beyond the plain, each with the offset where it is first.
+
+    `imports` are modules without which `torch.load(weights_only=True)` does not accept the rest.
+    """
 
     level: Level
     foreign: dict[Global, int]
     dangerous: dict[Global, int]
+    imports: tuple[str, ...] = ()
+
+    def word(self, program: str) -> str:
+        """Return what JSON calls it; a program is one whatever it names besides."""
+        return "program" if program else self.level.name.lower()
 
 
 def judge(named: Mapping[Global, int]) -> Verdict:
@@ -31,7 +39,8 @@ def judge(named: Mapping[Global, int]) -> Verdict:
         elif found is Level.FOREIGN:
             foreign[each] = offset
     worst = Level.DANGEROUS if dangerous else Level.FOREIGN if foreign else Level.PLAIN
-    return Verdict(worst, foreign, dangerous)
+    imports = dict.fromkeys(filter(None, map(import_for, named)))
+    return Verdict(worst, foreign, dangerous, tuple(imports))
 
 
 def names_in(tree: Node) -> dict[Global, int]:

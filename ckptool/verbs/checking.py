@@ -71,7 +71,8 @@ class Status(Enum):
 class Checked:
     """What was found in one file.
 
-    `safety` is empty where no name was read; `globals` are the names beyond the plain ones and
+    `safety` is empty where no name was read, `imports` what `torch.load(weights_only=True)` needs
+    before it accepts the file; `globals` are the names beyond the plain ones and
     `calls` the dangerous ones of them; `not_finite` are tensors with NaN or infinity, by path;
     `checked` and `not_checked` say in words what was looked at.
     """
@@ -81,6 +82,7 @@ class Checked:
     detail: str
     container: str = ""
     safety: str = ""
+    imports: tuple[str, ...] = ()
     globals: tuple[str, ...] = ()
     calls: tuple[Call, ...] = ()
     pickle_name: str = ""
@@ -111,6 +113,7 @@ def _fields(result: Checked) -> dict[str, object]:
         "detail": result.detail,
         "container": result.container or None,
         "safety": result.safety or None,
+        "imports": list(result.imports),
         "globals": list(result.globals),
         "calls": [
             {
@@ -227,6 +230,12 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
         found.checksums = "no checksums recorded"
         found.not_checked.append(f"{BYTES_UNSEEN} ({why})")
         return
+    silent = sum(s.crc32 is None and s.nbytes > 0 for s in checkpoint.records.values())
+    if silent:
+        why = (
+            f"no checksums recorded for {counted(silent, 'record')}: torch.serialization.skip_data"
+        )
+        found.not_checked.append(f"{BYTES_UNSEEN} ({why})")
     # Without their checksums, so that the first wrong one does not hide the others.
     jobs = [
         Copy(replace(storage, key=name, crc32=None), None) for name, storage in recorded.items()
@@ -325,7 +334,8 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
         status=status,
         detail="; ".join(filter(None, [*parts, found.asked_sha256])),
         container=checkpoint.container,
-        safety=verdict.level.name.lower(),
+        safety=verdict.word(checkpoint.program),
+        imports=verdict.imports,
         globals=_names(verdict),
         calls=tuple(calls),
         pickle_name=checkpoint.pickle_name,
@@ -358,7 +368,8 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
         file=path,
         status=status,
         detail=detail,
-        safety=verdict.level.name.lower() if named else "",
+        safety=verdict.word("") if named else "",
+        imports=verdict.imports,
         globals=_names(verdict),
         calls=tuple(calls),
         pickle_name="the pickle",

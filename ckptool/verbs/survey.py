@@ -190,7 +190,8 @@ class Survey:
             },
             "unread": list(unread),
             "metadata": checkpoint.metadata,
-            "safety": self.verdict.level.name.lower(),
+            "safety": self.verdict.word(checkpoint.program),
+            "imports": list(self.verdict.imports),
             "globals": [str(name) for name in checkpoint.globals],
             "foreign": [str(name) for name in self.verdict.foreign],
             "dangerous": [

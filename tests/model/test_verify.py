@@ -100,6 +100,30 @@ def flipped(weights: dict[str, Any], key: str, bit: int = 20) -> dict[str, Any]:
     return changed
 
 
+def largest_negated(weights: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the weights with the sign of the largest of a tensor flipped: float16 sees it too."""
+    changed = copy.deepcopy(weights)
+    flat = changed[key].view(-1)
+    flat[flat.abs().argmax()].neg_()
+    return changed
+
+
+def normalised(name: str) -> dict[str, Any]:
+    """Return seeded weights of a model of torchvision whose outputs depend on its inputs.
+
+    With BatchNorm as it is built, signals of MobileNet V2 fade: its output is constant in float16.
+    """
+    models = pytest.importorskip("torchvision").models
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the statistics of one batch, whole
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 96, 96))
+    return dict(model.state_dict())
+
+
 def check(reference: str, candidate: str, spec: str, options: Options = CPU, **args: Any) -> Any:
     return verify.verify(reference, candidate, spec, args, options)
 
@@ -808,8 +832,7 @@ def gpu() -> Iterator[str]:
 @pytest.mark.parametrize("reference", ["plain", "channels_last", "parallel"])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_the_matrix_on_cuda(gpu: str, name: str, reference: str, dtype: str, file: Files) -> None:
-    models = pytest.importorskip("torchvision").models
-    state = dict(models.get_model(name, weights=None, num_classes=10).state_dict())
+    state = normalised(name)
     changed = state
     if reference == "channels_last":
         changed = {
@@ -829,7 +852,7 @@ def test_the_matrix_on_cuda(gpu: str, name: str, reference: str, dtype: str, fil
     _print(name, reference, found)
     assert found.identical
     key = next(key for key in state if key.endswith("0.weight") and state[key].dim() == 4)
-    other = file("other.pth", flipped(state, key, bit=24))
+    other = file("other.pth", largest_negated(state, key))
     run = check(left, other, name, options, num_classes=10).runs[-1]
     assert (run.identical, run.first_difference) == (False, key.removesuffix(".weight"))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from ckptool import containers
 from ckptool.pickles import pickle_reader, safety
-from ckptool.pickles.names import FOREIGN, PLAIN, Level, level, python3_name
+from ckptool.pickles.names import AFTER_IMPORT, FOREIGN, PLAIN, Level, level, python3_name
 from ckptool.pickles.pruning import only_plain
 from ckptool.pickles.safety import judge
 from ckptool.pickles.tree import Dict, Global, Node, Object, Set
@@ -49,6 +51,32 @@ def test_plain_is_what_torch_accepts() -> None:
         assert level(Global(module, name)) is Level.FOREIGN
 
 
+def test_what_torch_accepts_after_an_import() -> None:
+    """Equal to what torch.distributed.tensor registers, in the versions since all of it exists."""
+    pytest.importorskip("torch")
+    script = (
+        "import torch; from torch import _weights_only_unpickler as u\n"
+        "import torch.distributed.tensor; print(*u._get_user_allowed_globals())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    allowed = {tuple(n.rsplit(".", 1)) for n in names if n.startswith("torch.distributed.")}
+    assert {pair for pair in AFTER_IMPORT if pair not in allowed} == set() or version() < (2, 14)
+    assert allowed <= AFTER_IMPORT.keys() or version() > TABLE_OF
+    assert set(AFTER_IMPORT.values()) == {"torch.distributed.tensor"}
+
+
+def test_what_is_foreign_of_the_standard_library_runs_nothing() -> None:
+    """Each name is a class, a constant, or one of the few functions that make a value again."""
+    functions = {"_reconstructor", "__newobj__", "__newobj_ex__", "_compile", "getLogger"}
+    for module, name in FOREIGN:
+        if module.partition(".")[0] in sys.stdlib_module_names:
+            found = getattr(import_module(module.removesuffix("._local")), name, None)
+            known = found in (None, ..., NotImplemented) or isinstance(found, type)
+            inert = known or module == "typing" or name in functions
+            assert inert or name == "_array_reconstructor", (module, name)
+
+
 def test_torch_blocks_nothing_that_is_plain_or_foreign() -> None:
     pytest.importorskip("torch")
     from torch import _weights_only_unpickler as unpickler
@@ -60,6 +88,7 @@ def test_torch_blocks_nothing_that_is_plain_or_foreign() -> None:
 
 def test_the_tables_do_not_overlap() -> None:
     assert not PLAIN & FOREIGN
+    assert not (PLAIN | FOREIGN) & AFTER_IMPORT.keys()
 
 
 LEVELS = {
@@ -69,6 +98,8 @@ LEVELS = {
         torch.BFloat16Storage torch.cuda.HalfStorage torch.storage.UntypedStorage torch.float32
         torch.Size torch.device torch.FloatTensor torch.cuda.FloatTensor _codecs.encode
         builtins.set builtins.bytearray builtins.complex __builtin__.set
+        torch.distributed.tensor.DTensor torch.distributed.tensor.placement_types.Shard
+        torch.distributed.device_mesh.DeviceMesh torch.distributed._mesh_layout._MeshLayout
     """,
     Level.FOREIGN: """
         argparse.Namespace pathlib.PosixPath pathlib._local.PosixPath functools.partial
@@ -81,7 +112,26 @@ LEVELS = {
         torch.nn.parallel.data_parallel.DataParallel torch.optim.adam.Adam
         torch.optim.lr_scheduler.StepLR torchvision.models.resnet.ResNet
         torchvision.transforms.transforms.Normalize torch.nn.functional.relu
-        torch.torch_version.TorchVersion torch.distributed.tensor.DTensor
+        torch.torch_version.TorchVersion torch.distributed._tensor.api.DTensor
+        signal.Signals socket.AddressFamily http.HTTPStatus re.RegexFlag uuid.SafeUUID
+        inspect._ParameterKind ipaddress.IPv4Address ipaddress.IPv6Network builtins.Ellipsis
+        __builtin__.Ellipsis builtins.NotImplemented builtins.ValueError exceptions.ValueError
+        time.struct_time urllib.parse.ParseResult urlparse.ParseResult array.array
+        UserString.UserString types.GenericAlias typing.Optional string.Template
+        torch.ScriptObject torch._C.ScriptObject torch._C.Generator
+        torch.nn.modules.module._WrappedHook torch.utils.hooks.RemovableHandle
+        torch.ao.quantization.observer._PartialWrapper
+        torch.nested._internal.nested_tensor.NestedTensor
+        torch.nested._internal.nested_tensor._rebuild_njt
+        torch.distributed._shard.sharded_tensor.api.ShardedTensor
+        torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata
+        torch.distributed._shard.metadata.ShardMetadata
+        torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec
+        torch.distributed.remote_device._remote_device
+        numpy.random.bit_generator.SeedSequence
+        numpy.random.bit_generator.__pyx_unpickle_SeedSequence
+        numpy.ma.core._mareconstruct numpy.ma.MaskedArray numpy.ma.core.MaskedConstant
+        numpy.rec.recarray numpy.core.records.recarray numpy.record numpy.void numpy.matrix
         transformers.training_args.TrainingArguments pytorch_lightning.callbacks.ModelCheckpoint
         omegaconf.dictconfig.DictConfig models.yolo.Model __main__.Config
         timm.models.vit.VisionTransformer
@@ -107,6 +157,18 @@ LEVELS = {
         distutils.spawn.spawn distutils.core.run_setup
         cloudpickle.loads dill.loads joblib.load jsonpickle.decode IPython.start_ipython six.exec_
         argparse.ArgumentParser argparse._sys numexpr.evaluate
+        signal.signal signal.raise_signal socket.create_connection http.client.HTTPConnection
+        re.sub inspect.getmodule ipaddress.ip_address builtins.type builtins.min
+        typing.get_type_hints types.MappingProxyType string.Formatter os.stat_result
+        numpy.memmap numpy._core._ufunc_reconstruct numpy.core._ufunc_reconstruct numpy.fromfile
+        numpy.ma.core.MaskedArray.tofile numpy.recfromtxt numpy.rec.fromfile
+        torch.storage._load_from_bytes torch._C._import torch._C.PyTorchFileReader
+        torch.fx.graph_module.reduce_graph_module torch.fx.graph_module.GraphModule
+        torch.nn.modules.module._addindent torch.nn.parallel.distributed.RRef
+        torch.distributed.tensor.distribute_tensor torch.distributed.rpc.rpc_sync
+        torch.distributed._shard.sharded_tensor.empty
+        torch.distributed.checkpoint.filesystem.FileSystemReader
+        torch.nested._internal.nested_tensor.nested_view_from_values_offsets
     """,
 }
 CASES = [(expected, name) for expected, names in LEVELS.items() for name in names.split()]

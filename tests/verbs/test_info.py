@@ -545,7 +545,7 @@ def test_safety_of_a_program_is_not_that_of_a_state_dict(run: Run, good: Path) -
     done = run("info", good / "script.pt")
     assert "accepts" not in done.out
     assert "a TorchScript archive is a program, for torch.jit.load" in done.out
-    assert run("info", "--json", good / "script.pt").document["safety"] == "plain"
+    assert run("info", "--json", good / "script.pt").document["safety"] == "program"
 
 
 def test_safety_names_the_protocol_that_torch_takes(run: Run, good: Path) -> None:
