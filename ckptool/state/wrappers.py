@@ -168,8 +168,9 @@ def submodules(entries: Entries) -> set[str]:
         for key, value in entries.items():
             at = key.find(f".{prefix}")
             other = entries.get(key[at + 1 :]) if at >= 0 else None
-            both = isinstance(value, TensorInfo) and isinstance(other, TensorInfo)
-            if both and value.storage == other.storage:
+            if not isinstance(value, TensorInfo) or not isinstance(other, TensorInfo):
+                continue
+            if value.storage == other.storage:
                 found.add(prefix)
                 break
     return found
