@@ -193,11 +193,12 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Edi
         f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
         evidence=_at_places(places),
         option=chosen,
-        hint=""
-        if chosen
-        else f"ckptool keys --all {quoted(checkpoint.path)}   shows where they are; "
-        f"{option} NAME chooses a dict of them",
+        hint="" if chosen else _where(checkpoint) + (f"; {option} chooses one" if places else ""),
     )
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    return f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path"
 
 
 def _parents(tree: Node) -> list[str]:
@@ -236,7 +237,7 @@ def _named(checkpoint: Checkpoint, at: str, option: str) -> StateDict:
         raise NoSuchKey(
             f"`{at}` in {checkpoint.path} is not a dict of tensors: {what}",
             evidence=_places(checkpoint),
-            hint=f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path",
+            hint=_where(checkpoint),
         )
     return state
 

@@ -397,7 +397,11 @@ def apply(
     said: list[str] = []
     for step in steps:
         before = [key for _, key, _ in now]
-        edit = step.make({key: value for _, key, value in now})
+        given = {key: value for _, key, value in now}
+        if step.name == "drop":  # what went with a wrapper may be named all the same
+            went = (name for name, reason in why.values() if reason == BOOKKEEPING)
+            given |= {name.rpartition(".")[2]: None for name in went}
+        edit = step.make(given)
         after = [edit(key) for key in before]
         said += edit.said(before) if isinstance(edit, Peeling) else _said(step, before, after)
         made.append(edit)

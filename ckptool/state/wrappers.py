@@ -190,6 +190,7 @@ def worn(entries: Entries) -> list[str]:
             continue
         begin = 0 if found.prefixes else sum(rest.startswith(prefix) for rest in rests)
         inside = sum(f".{prefix}" in (f".{rest}" if found.prefixes else rest) for rest in rests)
-        for count, how in ((begin, f"start with `{prefix}`"), (inside, f"hold `.{prefix}`")):
-            lines += [f"{count} of {len(entries)} keys {how} ({kind})"] if count else []
+        lines += [f"{begin} of {len(entries)} keys start with `{prefix}` ({kind})"] if begin else []
+        part = kind if prefix[0] == "_" else f"{kind} of a part, or a module of that name"
+        lines += [f"{inside} of {len(entries)} keys hold `.{prefix}` ({part})"] if inside else []
     return lines

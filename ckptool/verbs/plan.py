@@ -16,7 +16,7 @@ from ckptool.state import checkpoint as places, edits, module_metadata, replacin
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
-from ckptool.text import counted, quoted
+from ckptool.text import counted, listed, quoted
 
 MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
 Container = Literal["torch", "safetensors", "dcp"]
@@ -244,6 +244,9 @@ def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
     node = replacing.make_state_dict(state.entries, state.metadata, like)
     plan.checkpoint = replace(plan.checkpoint, tree=node)
     container = containers.by_name(plan.container)
+    odd = [key for key in state.entries if key not in dict(places.named_items(node))]
+    if odd and not container.traits.objects:
+        plan.notes.append(f"keys that are not text are written as text: {listed(odd)}")
     if state.metadata is not None and not container.traits.module_metadata:
         what = f"{container.title} has no place for `_metadata` (versions of modules)"
         plan.notes.append(what)

@@ -141,7 +141,12 @@ def _further(facts: Survey) -> Advised:
     if facts.place is None or not facts.place.at:
         return
     for each in facts.beside[:40]:
-        if each.weights and not places.is_no_state_dict(each.name) and "." not in each.name:
+        if (
+            each.weights
+            and each.tensors
+            and not places.is_no_state_dict(each.name)
+            and "." not in each.name
+        ):
             reason = f"`{each.name}` alone: {counted(each.tensors, 'tensor')}"
             yield Advice(reason, "unwrap", ("--at", each.name), _word(each.name))
 

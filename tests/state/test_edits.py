@@ -73,6 +73,7 @@ EDITS = [
     (strip_prefix(every=True), "n_averaged module.a", "- a"),
     (strip_prefix(keep_bookkeeping=True), "n_averaged module.a", "n_averaged a"),
     (rename("module", ""), "n_averaged module.a", "n_averaged a"),
+    ([strip_wrappers(), drop(["n_averaged"])], "n_averaged module.a", "- a"),
     (strip_wrappers(), "module.module.a module.b", "module.a b"),
     (strip_wrappers(required=False), "a b", "a b"),
     (strip_wrappers(required=False), "module.a b", "module.a b"),
