@@ -193,7 +193,9 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Edi
         f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
         evidence=_at_places(places),
         option=chosen,
-        hint="" if chosen else _where(checkpoint) + (f"; {option} chooses one" if places else ""),
+        hint=""
+        if chosen
+        else _where(checkpoint) + (f"; {option} NAME chooses one" if places else ""),
     )
 
 
