@@ -2,7 +2,7 @@
 
     CkptoolError                    what, where, and what to do
     |-- FormatError(path, offset)   NoSuchFile NotACheckpoint Malformed Unsupported      exit 3
-    |                               LimitExceeded PluginFailed
+    |                               LimitExceeded PluginFailed PartialCheckpoint
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
@@ -98,6 +98,10 @@ class LimitExceeded(FormatError):
 
 class PluginFailed(FormatError):
     """The code of a plugin cannot be imported, or fails."""
+
+
+class PartialCheckpoint(FormatError):
+    """The input is a part of a checkpoint: the weights are in several files together."""
 
 
 class UnsafePickle(FormatError):

@@ -88,6 +88,8 @@ def _facts(facts: Survey, style: _Style) -> list[Fact]:
     ]
     if facts.framework is not None:
         found.append(("looks like", _framework(facts.framework)))
+    if facts.part is not None:
+        found.append(("part", visible(facts.part.text)))
     if checkpoint.program:
         found.append(("program", visible(checkpoint.program)))
     found += _places(facts, style)

@@ -112,7 +112,8 @@ def peeling(
     found = Peeling(tuple(prefixes), tuple(kinds), (), frozenset(gone), keep)
     inner = replace(found, inside=_inside(entries, anywhere), start=int(not (prefixes or anywhere)))
     # Where two keys would become one, a component is no wrapper.
-    return inner if len({inner.name(key) for key in entries}) == len(entries) else found
+    distinct = (len(set(map(each.name, entries))) for each in (inner, found))
+    return inner if next(distinct) == next(distinct) else found
 
 
 def is_counter(name: str, value: Node) -> bool:

@@ -15,7 +15,7 @@ from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import BOOKKEEPING
 from ckptool.tensors.numbers import NO_TOLERANCE, Tolerance
-from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
+from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo, ties
 from ckptool.text import listed, several
 
 
@@ -76,6 +76,9 @@ def state_dicts(
         return None, None
     one = _state_dict(left, left_at, left_option)
     other = _state_dict(right, right_at, right_option)
+    if (places.part_of(left, one) is None) != (places.part_of(right, other) is None):
+        places.refuse_part(left, one)
+        places.refuse_part(right, other)
     return (one, other) if one and other else (None, None)
 
 
@@ -86,7 +89,7 @@ def _several(checkpoint: Checkpoint) -> list[Path]:
 
 def _state_dict(checkpoint: Checkpoint, at: str | None, option: str) -> StateDict | None:
     if at is not None:
-        return places.find(checkpoint, at, option)
+        return places.locate(checkpoint, at, option)
     return places.find_or_none(checkpoint, several=False, option=option)
 
 
@@ -163,19 +166,9 @@ _FACTS: dict[str, Callable[[AnyTensor], object]] = {
 def _tie_notes(
     left: Checkpoint, right: Checkpoint, one: StateDict, other: StateDict, chosen: set[str]
 ) -> Iterator[str]:
-    ties, others = _ties(one, chosen), _ties(other, chosen)
-    for checkpoint, own, foreign in ((left, ties, others), (right, others, ties)):
-        alone = [f"{key} = {first}" for key, first in own.items() if foreign.get(key) != first]
+    sides = ({k: v for k, v in side.entries.items() if k in chosen} for side in (one, other))
+    own, others = map(ties, sides)
+    for checkpoint, mine, foreign in ((left, own, others), (right, others, own)):
+        alone = [f"{key} = {first}" for key, first in mine.items() if foreign.get(key) != first]
         if alone:
             yield f"tied in {checkpoint.path} alone: {listed(alone)}"
-
-
-def _ties(state: StateDict, chosen: set[str]) -> dict[str, str]:
-    """Return which keys are exactly the tensor of a key before them."""
-    firsts: dict[tuple[object, ...], str] = {}
-    ties = {
-        key: firsts.setdefault(value.view, key)
-        for key, value in state.entries.items()
-        if key in chosen and isinstance(value, TensorInfo) and value.numel
-    }
-    return {key: first for key, first in ties.items() if key != first}

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptool import containers
+from ckptool.files.fileio import MARK
 from ckptool.pickles.names import Level
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without
-from ckptool.text import counted, listed, percent, quoted, readable
+from ckptool.text import argument, counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
 WORTH = 0.1  # share of the file from which what is beside the weights is worth leaving out
@@ -42,7 +43,7 @@ class Advice:
 def suggestions(facts: Survey) -> list[Suggestion]:
     """List what would help, the most useful first; each command works when pasted."""
     joined: dict[tuple[object, ...], list[Advice]] = {}
-    for rule in _RULES:
+    for rule in (_part,) if facts.part else _RULES:
         for advice in rule(facts):
             key = (advice.verb, advice.options, advice.suffix)
             joined.setdefault(key, []).append(advice)
@@ -57,23 +58,25 @@ def _command(facts: Survey, advice: Advice, taken: set[str]) -> str:
     words = ["ckptool", advice.verb, *map(quoted, advice.options)]
     path = facts.checkpoint.path
     if advice.verb == "keys":
-        return " ".join([*words, _argument(path)])
+        return " ".join([*words, argument(path)])
     if facts.verdict.dangerous and advice.suffix != ".safetensors":
         words += [] if "--tensors-only" in advice.options else ["--tensors-only"]
     writer = containers.by_name(facts.checkpoint.container).writer
     suffix = advice.suffix or (writer.default_suffix if writer else ".pth")
     target = _free(_named_after(facts), advice.tag, suffix, taken)
     taken.add(target)
-    return " ".join([*words, _argument(path), _argument(target)])
-
-
-def _argument(path: str) -> str:
-    return quoted(f".{os.sep}{path}" if path.startswith("-") else path)
+    return " ".join([*words, argument(path), argument(target)])
 
 
 def _named_after(facts: Survey) -> str:
-    """Return the path that an output is named after: for files of a set, that of their folder."""
+    """Return the path that an output is named after.
+
+    For files of a set it is that of their folder; a member of an archive is named beside that.
+    """
     path = facts.checkpoint.path
+    archive = containers.member_of(path)
+    if archive:
+        return os.path.join(os.path.dirname(archive), os.path.basename(path.rpartition(MARK)[2]))
     if not os.path.isdir(path):
         if len(facts.checkpoint.files) < 2:
             return path
@@ -306,7 +309,8 @@ def _newer(facts: Survey) -> Advised:
     container = containers.by_name(facts.checkpoint.container)
     if container.library != "torch":
         if not container.library and not facts.checkpoint.program:
-            yield Advice("one file, which torch.load reads", "convert", (), "one")
+            one = "one file" if container.traits.beside_files else "a torch zip"
+            yield Advice(f"{one}, which torch.load reads", "convert", (), "one")
         return
     reasons = []
     if not container.traits.memory_mapped:
@@ -318,6 +322,11 @@ def _newer(facts: Survey) -> Advised:
         reasons.append(f"torch.load(weights_only=True) reads protocol 2, this is {said}")
     for reason in reasons:
         yield Advice(reason, "convert", (), "new")
+
+
+def _part(facts: Survey) -> Advised:
+    if facts.total.count:
+        yield Advice("what is in this part: all tensors, by their path", "keys", ("--all",))
 
 
 def _nothing(facts: Survey) -> Advised:

@@ -18,6 +18,7 @@ from ckptool.pickles.tree import Global, Node, children
 from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
+from ckptool.state.parts import Part
 from ckptool.state.walk import Path, labelled
 from ckptool.state.wrappers import Peeling, peeling, worn
 from ckptool.tensors.tensor import (
@@ -110,6 +111,7 @@ class Survey:
     those of the whole file; `alone` says that nothing must choose it, `root` what the whole file
     is. `elsewhere` counts bytes of other tensors, `unused` those of storages that no tensor
     reaches, `rest` what is neither tensor data nor an unread record: the pickle, headers, padding.
+    `part` says of what the file is one of several parts.
     """
 
     checkpoint: Checkpoint
@@ -132,6 +134,7 @@ class Survey:
     framework: Framework | None
     alone: bool
     root: str
+    part: Part | None = None
     suggestions: tuple[Suggestion, ...] = ()
 
     def __repr__(self) -> str:
@@ -143,8 +146,10 @@ class Survey:
     def notes(self) -> list[str]:
         """List what the reader and the state_dict note."""
         framework = [self.framework.note] if self.framework and self.framework.note else []
+        safe = not self.verdict.dangerous
+        of_python_2 = [_LATIN_1] if safe and safety.has_old_text(self.checkpoint.tree) else []
         of_state = [*self.state.missing, *self.state.notes] if self.state else []
-        return [*framework, *self.checkpoint.notes, *of_state]
+        return [*framework, *self.checkpoint.notes, *of_python_2, *of_state]
 
     def to_dict(self) -> dict[str, object]:
         """Return the document `info/1`."""
@@ -161,6 +166,7 @@ class Survey:
             "byteorder": checkpoint.byteorder,
             "file_nbytes": checkpoint.nbytes,
             "framework": self.framework.name if self.framework else None,
+            "part": self.part.to_dict() if self.part else None,
             "at": list(state.at) if state is not None else None,
             "candidates": [place.to_dict() for place in self.places],
             **asdict(self.total),
@@ -211,13 +217,16 @@ class Survey:
         return self.framework.prefix if self.framework else ""
 
 
+_LATIN_1 = "text of Python 2 in it: torch.load needs encoding='latin1'"
+
+
 def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     """Collect the facts of a checkpoint; `at` chooses one of several state_dicts.
 
     Raises `NoSuchKey` for an `at` that names no dict of tensors.
     """
     tree = checkpoint.tree
-    state = places.find(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
+    state = places.locate(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
     paths = [state.at] if at is not None and state else _paths(tree)
     ledger = _Ledger()
     known: places.Steps = {}
@@ -255,6 +264,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
         framework=frameworks.recognise(checkpoint, _first_keys(found)),
         alone=single is not None and (at is None or len(_paths(tree)) == 1),
         root=naming.what(tree),
+        part=places.part_of(checkpoint, state),
     )
 
 
@@ -277,7 +287,7 @@ def _paths(tree: Node) -> list[Path]:
 def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str, AnyTensor]]:
     """List the tensors of the state_dict by key, or those of the whole file by path."""
     if state is None:
-        return [(walk.dotted(path) or ".", i) for path, i in walk.tensors(checkpoint.tree)]
+        return list(walk.named(checkpoint.tree))
     return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
 
 

@@ -204,7 +204,7 @@ def test_at_says_what_is_there(tmp_path: Path, run: Run) -> None:
         {"student": net().state_dict(), "teacher": prefixed("x.", {"w": torch.ones(1)})}, one
     )
     done = run("transfer", bare, tmp_path / "o.pth", "--like", one, "--like-at", "techer")
-    assert "did you mean --like-at teacher?" in done.err
+    assert "--like-at teacher" in done.err
 
 
 class Evil:
