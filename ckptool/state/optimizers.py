@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, items, named_items
-from ckptool.state import edits, replacing
+from ckptool.state import replacing
 from ckptool.state.edits import KeyMap
 from ckptool.state.walk import dotted
+from ckptool.state.wrappers import peeling
 from ckptool.text import listed
 
 MAX_DEPTH = 8
@@ -30,11 +31,8 @@ def followed(tree: Node, key_map: KeyMap, state_dict: Node) -> tuple[Node, list[
 def _moves(key_map: KeyMap) -> list[dict[str, str | None]]:
     """Map old names to new ones, None for dropped: as keys are, and without their wrappers."""
     whole = dict(key_map.pairs)
-    old_wrappers, new_wrappers = edits.peeled(list(whole)), edits.peeled(key_map.written)
-    bare = {
-        edits.unwrapped(old, old_wrappers): new and edits.unwrapped(new, new_wrappers)
-        for old, new in whole.items()
-    }
+    before, after = peeling(whole), peeling(key_map.written)
+    bare = {before.name(old): new and after.name(new) for old, new in whole.items()}
     return [whole, bare]
 
 
