@@ -260,7 +260,7 @@ def _edit_state(
                 f"the same state_dict also stands at `{walk.dotted(other)}`: that keeps its keys"
                 for other in places.also_at(tree, state.at)
             ]
-            moved, said = optimizers.followed(plan.checkpoint.tree, plan.key_map, node)
+            moved, said = optimizers.followed(plan.checkpoint.tree, state.at, plan.key_map)
             plan.checkpoint = replace(plan.checkpoint, tree=moved)
             plan.notes += said
     plan.state = replace(state, entries=entries, metadata=metadata)
