@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import shlex
 import shutil
 import zipfile
 from collections import OrderedDict
@@ -388,6 +389,25 @@ def test_param_names_follow_and_indexes_stay() -> None:
     assert list(back["state"]) == back["param_groups"][0]["params"] == [0, 1]
 
 
+def test_what_a_note_proposes_leaves_the_optimizer_out() -> None:
+    state, optimizer, _ = trained()
+    steps = [ckptool.edits.drop("module.bias")]
+    for whole, name in (
+        ({"state_dict": state, "optimizer_states": [optimizer]}, "optimizer_states"),
+        ({"state": {"model": state, "optim izers": {"A": optimizer}}}, "state.optim izers"),
+    ):
+        torch.save(whole, "a.pth")
+        said = "\n".join(ckptool.convert("a.pth", "o.pth", steps=steps, force=True).notes)
+        assert f"--drop-beside {shlex.quote(name)}" in said
+        done = ckptool.convert("a.pth", "o.pth", steps=steps, force=True, drop_beside=name)
+        assert done.not_carried == (name,)
+        assert not done.notes
+    torch.save((state, optimizer), "a.pth")
+    done = ckptool.convert("a.pth", "o.pth", steps=steps, force=True, at="0")
+    assert "by index" in done.notes[-1]
+    assert "--drop-beside" not in done.notes[-1]
+
+
 def test_after_a_drop_it_says_which_the_optimizer_is_by() -> None:
     state, optimizer, names = trained()
     steps = [ckptool.edits.drop("module.bias")]
@@ -399,6 +419,7 @@ def test_after_a_drop_it_says_which_the_optimizer_is_by() -> None:
         for name in ("index", "name", "none")
     }
     assert "by index" in said["index"]
+    assert "--drop-beside optimizer" in said["index"]
     assert "names its parameters" in said["name"]
     assert "module.bias" in said["name"]
     assert "index" not in said["name"]

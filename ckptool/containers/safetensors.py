@@ -11,7 +11,6 @@ Order, ties and `_metadata` have no place in the format: they are noted in `__me
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -73,15 +72,12 @@ def read(reader: Reader) -> Checkpoint:
     )
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 def _metadata(value: Any) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise Malformed("`__metadata__` is not a map of text", offset=8)
-    if any(_SURROGATE.search(text) for pair in value.items() for text in pair):
+    if not all(module_metadata.is_text(text) for pair in value.items() for text in pair):
         raise Malformed("`__metadata__` holds half a character", offset=8)
     return value
 

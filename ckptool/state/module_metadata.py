@@ -11,6 +11,7 @@ modules and hides a missing `num_batches_tracked` (torch/nn/modules/module.py,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,8 +44,10 @@ def cleaned(metadata: Node) -> Node:
 TEXTS = "_safetensors_metadata"
 ATTRIBUTES = ("_metadata", TEXTS)
 _FORMAT = {"format": "pt"}
-MAX_LETTERS = 64 << 20  # of `_metadata` as JSON: a pickle may name one text in many places
+MAX_LETTERS = 64 << 20  # of `_metadata` as JSON: a pickle may name one value in many places
+LETTERS = 64  # that a value counts for which is not text
 MAX_DEPTH = 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def with_texts(state_dict: Node, texts: Mapping[str, str]) -> Node:
@@ -66,7 +69,7 @@ def texts(state_dict: Node) -> dict[str, str]:
 def own_texts(state_dict: Node) -> dict[str, str]:
     """Return the texts of a safetensors file that a state_dict carries."""
     pairs = places.text_items(attribute(state_dict, TEXTS)) or []
-    return {key: text for key, text in pairs if _is_text(key) and _is_text(text)}
+    return {key: text for key, text in pairs if is_text(key) and is_text(text)}
 
 
 def carried(state_dict: Node) -> list[str]:
@@ -106,7 +109,7 @@ def as_json(metadata: Node) -> tuple[dict[str, Any], list[str]]:
 
 def _plain(node: Node, budget: list[int], depth: int = 0) -> Any:
     """Return a value as JSON gives it back; raises `ValueError` for one that it does not."""
-    budget[0] -= len(node) if isinstance(node, str) else 8
+    budget[0] -= len(node) if isinstance(node, str) else LETTERS
     if budget[0] < 0 or depth > MAX_DEPTH:
         raise ValueError
     match node:
@@ -116,7 +119,7 @@ def _plain(node: Node, budget: list[int], depth: int = 0) -> Any:
             return node
         case float() if math.isfinite(node):
             return node
-        case str() if _is_text(node):
+        case str() if is_text(node):
             return node
         case list():
             return [_plain(each, budget, depth + 1) for each in node]
@@ -126,8 +129,9 @@ def _plain(node: Node, budget: list[int], depth: int = 0) -> Any:
     raise ValueError
 
 
-def _is_text(node: Node) -> bool:
-    return isinstance(node, str) and not any("\ud800" <= letter <= "\udfff" for letter in node)
+def is_text(node: Node) -> bool:
+    """Return whether a value is text that JSON can hold: without half a character."""
+    return isinstance(node, str) and not _SURROGATE.search(node)
 
 
 def from_json(metadata: Mapping[str, Any]) -> Node:

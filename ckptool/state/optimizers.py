@@ -7,40 +7,53 @@ and distributed checkpoints name them instead, without the prefixes of wrappers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, items, named_items
-from ckptool.state import replacing
+from ckptool.state import checkpoint as places, replacing, surroundings
 from ckptool.state.edits import KeyMap
-from ckptool.state.walk import dotted
-from ckptool.state.wrappers import peeling
-from ckptool.text import listed
+from ckptool.state.walk import Path, dotted
+from ckptool.text import listed, quoted
 
 MAX_DEPTH = 8
+MAX_PREFIXES = 100  # that are tried
+Moves = Mapping[str, str | None]  # old names to new ones, None for dropped
 _NAMING = ("params", "param_names")
 _FLAT = ("state.", "param_groups.")
 
 
-def followed(tree: Node, key_map: KeyMap, state_dict: Node) -> tuple[Node, list[str]]:
-    """Rename the parameters that optimizers name, but in the state_dict; say what was done."""
-    follower = _Follower(_moves(key_map), {id(state_dict): state_dict})
+def followed(tree: Node, at: Path, key_map: KeyMap) -> tuple[Node, list[str]]:
+    """Rename the parameters that optimizers around a state_dict name; say what was done."""
+    state_dict = places.state_dict_node(tree, at)
+    beside = list(surroundings.named(tree, at))
+    follower = _Follower(dict(key_map.pairs), beside, {id(state_dict): state_dict})
     return follower.visit(tree, ()), list(dict.fromkeys(follower.notes))
 
 
-def _moves(key_map: KeyMap) -> list[dict[str, str | None]]:
-    """Map old names to new ones, None for dropped: as keys are, and without their wrappers."""
-    whole = dict(key_map.pairs)
-    before, after = peeling(whole), peeling(key_map.written)
-    bare = {before.name(old): new and after.name(new) for old, new in whole.items()}
-    return [whole, bare]
+def _known(names: Iterable[str], moves: Moves) -> Moves:
+    """Return what becomes of names: keys, or keys without one prefix that all of them lack.
+
+    Nothing where they are neither.
+    """
+    if not moves.keys().isdisjoint(names):
+        return moves
+    first, *_ = names
+    for key in islice((key for key in moves if key.endswith(f".{first}")), MAX_PREFIXES):
+        prefix = key.removesuffix(first)
+        if all(prefix + name in moves for name in names):
+            found = {name: moves[prefix + name] for name in names}
+            return {name: new and new.removeprefix(prefix) for name, new in found.items()}
+    return {}
 
 
 @dataclass(slots=True)
 class _Follower:
     """Walks dicts and lists; `done` maps nodes by their id to what they became."""
 
-    moves: list[dict[str, str | None]]
+    moves: Moves
+    beside: list[str]
     done: dict[int, Node]
     met: list[Node] = field(default_factory=list)  # which keeps ids apart
     notes: list[str] = field(default_factory=list)
@@ -84,23 +97,20 @@ class _Follower:
         every = [*keys, *(each for names in lists for each in names)]
         if any(isinstance(each, int) for each in every):
             self._by_index(path)
-        moved = self._renaming([each for each in every if isinstance(each, str)], path)
-        if moved is None:
+        moved = self._moved([each for each in every if isinstance(each, str)], path)
+        if not moved:
             return node
-        renamed = moved
 
         def group_pairs(pairs: Pairs) -> Pairs:
             return [
-                (key, [renamed(each) for each in value])
+                (key, [_looked_up(moved, each, each) for each in value])
                 if key in _NAMING and isinstance(value, list)
                 else (key, value)
                 for key, value in pairs
             ]
 
         new = {
-            "state": replacing.with_pairs(
-                state, lambda pairs: [(renamed(key), value) for key, value in pairs]
-            ),
+            "state": _with_keys(state, moved),
             "param_groups": [
                 group if items(group) is None else replacing.with_pairs(group, group_pairs)
                 for group in groups
@@ -110,54 +120,51 @@ class _Follower:
 
     def _flat(self, node: Node, path: tuple[str, ...], keys: list[str]) -> Node:
         names = {key: key.partition(".")[2].rpartition(".")[0] for key in keys}
-        moved = self._renaming(list(names.values()), path)
-        if moved is None:
-            return node
+        moved = self._moved(list(names.values()), path)
         new = {
-            key: f"{key.partition('.')[0]}.{moved(name)}.{key.rpartition('.')[2]}"
+            key: f"{key.partition('.')[0]}.{moved[name]}.{key.rpartition('.')[2]}"
             for key, name in names.items()
+            if name in moved
         }
-        return replacing.with_pairs(
-            node, lambda pairs: [(_looked_up(new, key, key), value) for key, value in pairs]
-        )
+        return _with_keys(node, new) if new else node
 
     def _by_index(self, path: tuple[str, ...]) -> None:
-        if None in self.moves[0].values():
-            self.notes.append(
-                f"the optimizer at `{dotted(path)}` counts parameters by index: after dropping "
-                f"some, its state no longer fits; --drop-beside {dotted(path)} leaves it out"
-            )
+        if None not in self.moves.values():
+            return
+        here = {dotted(path[:depth]) for depth in range(1, len(path) + 1)}
+        name = next((each for each in self.beside if each in here), None)
+        self.notes.append(
+            f"the optimizer at `{dotted(path)}` counts parameters by index: after dropping some, "
+            "its state no longer fits"
+            + (f"; --drop-beside {quoted(name)} leaves it out" if name else "")
+        )
 
-    def _renaming(self, names: list[str], path: tuple[str, ...]) -> Callable[[Node], Node] | None:
-        """Return what renames the parameters of an optimizer; None where all names stay."""
+    def _moved(self, names: list[str], path: tuple[str, ...]) -> dict[str, str]:
+        """Return the new names of the parameters of an optimizer, of those that get another."""
         distinct = dict.fromkeys(names)
-        known = next((each for each in self.moves if not each.keys().isdisjoint(distinct)), None)
-        if not distinct or known is None:
-            if distinct and any(new != old for old, new in self.moves[0].items()):
-                self.notes.append(
-                    f"the optimizer at `{dotted(path)}` names parameters otherwise than the keys "
-                    "of the state_dict: its names were left as they are"
-                )
-            return None
+        known = _known(distinct, self.moves) if distinct else {}
         what = f"the optimizer at `{dotted(path)}` names its parameters"
+        if distinct and not known and any(new != old for old, new in self.moves.items()):
+            self.notes.append(f"{what} otherwise than the state_dict: left as they are")
         if gone := [name for name in distinct if known.get(name, name) is None]:
             self.notes.append(
                 f"{what}: it still has the state of {len(gone)} "
                 f"that the state_dict no longer has: {listed(gone, 3)}"
             )
-        moved = _new_names(distinct, known)
-        if not moved:
-            return None
+        pairs = ((name, known.get(name)) for name in distinct)
+        moved = {name: new for name, new in pairs if new not in (None, name)}
         if len({moved.get(name, name) for name in distinct}) < len(distinct):
-            self.notes.append(f"{what}, and two would get one name: they were left as they are")
-            return None
-        self.notes.append(f"{what}: {len(moved)} of {len(distinct)} renamed with the keys")
-        return lambda name: _looked_up(moved, name, name)
+            self.notes.append(f"{what}, and two would get one name: left as they are")
+            return {}
+        if moved:
+            self.notes.append(f"{what}: {len(moved)} of {len(distinct)} renamed with the keys")
+        return moved
 
 
-def _new_names(names: Mapping[str, None], known: Mapping[str, str | None]) -> dict[str, str]:
-    pairs = ((name, known.get(name)) for name in names)
-    return {name: new for name, new in pairs if new is not None and new != name}
+def _with_keys(node: Node, new: Mapping[str, str]) -> Node:
+    return replacing.with_pairs(
+        node, lambda pairs: [(_looked_up(new, key, key), value) for key, value in pairs]
+    )
 
 
 def _with_values(node: Node, new: Mapping[str, Node]) -> Node:

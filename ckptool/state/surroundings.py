@@ -11,6 +11,16 @@ from ckptool.state.walk import Path, dotted, label
 from ckptool.text import listed, several
 
 
+def named(tree: Node, at: Path) -> dict[str, tuple[int, str]]:
+    """Map the dotted names of what dicts hold beside a place to their depth and last step."""
+    names: dict[str, tuple[int, str]] = {}
+    for depth, step in enumerate(at):
+        for key, _ in items(places.state_dict_node(tree, at[:depth])) or ():
+            if key != step:
+                names.setdefault(dotted((*at[:depth], label(key))), (depth, label(key)))
+    return names
+
+
 def without(tree: Node, at: Path, patterns: str | Sequence[str]) -> tuple[Node, list[str]]:
     """Return a tree without what patterns select beside the place `at`, and the names of that.
 
@@ -18,11 +28,7 @@ def without(tree: Node, at: Path, patterns: str | Sequence[str]) -> tuple[Node, 
     attributes of objects stay: others would move up, or code would miss them. Raises
     `NothingMatched` for a pattern that selects nothing.
     """
-    names: dict[str, tuple[int, str]] = {}
-    for depth, step in enumerate(at):
-        for key, _ in items(places.state_dict_node(tree, at[:depth])) or ():
-            if key != step:
-                names.setdefault(dotted((*at[:depth], label(key))), (depth, label(key)))
+    names = named(tree, at)
     chosen: dict[str, tuple[int, str]] = {}
     for pattern in several(patterns):
         matches = edits.matcher(pattern)

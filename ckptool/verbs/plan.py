@@ -273,8 +273,7 @@ def _edit_state(plan: Plan, state: StateDict, *, changed: bool) -> None:
         if changed:
             plan.notes += [f"`{walk.dotted(other)}` keeps its keys" for other in state.also]
             tree = plan.checkpoint.tree
-            node = places.state_dict_node(tree, state.at)
-            moved, said = optimizers.followed(tree, plan.key_map, node)
+            moved, said = optimizers.followed(tree, state.at, plan.key_map)
             plan.checkpoint = replace(plan.checkpoint, tree=moved)
             plan.notes += said
     plan.state = edited
