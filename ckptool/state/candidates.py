@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from ckptool.errors import FormatError, KeyCollision, LimitExceeded, Malformed
+from ckptool.pickles.subclasses import as_tensor
 from ckptool.pickles.tree import Dict, Node, Object, items
 from ckptool.state import modules
 from ckptool.state.walk import Path, dotted, labelled
@@ -95,7 +96,7 @@ def candidates(tree: Node) -> list[Candidate]:
 
     Those under known names hide all others but copies of themselves.
     """
-    found = _merged(search(tree))
+    found = _merged(search(tree)) or _merged(search(tree, arrays=True))
     known = [each for each in found if each.known]
     hiding = known or [each for each in found if each.module]
     inner = {path[:depth] for each in hiding for path in each.paths for depth in range(len(path))}
@@ -144,9 +145,9 @@ def whole_models(tree: Node) -> list[Path]:
     return [each.at for each in search(tree).found if each.module]
 
 
-def search(tree: Node) -> Search:
-    """Look through a tree for all that may be a state_dict."""
-    found = Search()
+def search(tree: Node, *, arrays: bool = False) -> Search:
+    """Look through a tree for all that may be a state_dict; for `arrays` only, if those count."""
+    found = Search(arrays=arrays)
     try:
         found.visit(tree, ())
     except LimitExceeded as error:
@@ -161,7 +162,8 @@ class Search:
     `nested` are dicts under known names that hold no tensor themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, arrays: bool = False) -> None:
+        self.arrays = arrays
         self.seen: set[tuple[int, bool, bool]] = set()
         self.effort = modules.Effort()
         self.by_node: dict[int, _Found] = {}
@@ -192,7 +194,7 @@ class Search:
         if pairs and {"state", "param_groups"} <= {key for key, _ in pairs if type(key) is str}:
             dicts = False  # an optimizer's, whatever its name
         texts = {key: value for key, value in pairs or () if isinstance(key, str)}
-        if dicts and _tensors_of(texts):
+        if dicts and (_tensors_of(with_arrays(texts)) if self.arrays else _tensors_of(texts)):
             self.add(node, path, dict(labelled(pairs or [])))
         elif dicts and pairs and _is_known(path):
             self.nested.append((path, node))
@@ -223,7 +225,7 @@ class Search:
 
     def add(self, node: Node, path: Path, entries: Mapping[str, Node], module: str = "") -> None:
         """Note what was found at a node, which may have been met under another name."""
-        new = _Found([], _tensors_of(entries), module)
+        new = _Found([], _tensors_of(with_arrays(entries)), module)
         self.by_node.setdefault(id(node), new).paths.append(path)
 
 
@@ -249,6 +251,11 @@ def _only_numbers(node: Node) -> bool:
 
 def _tensors_of(entries: Mapping[str, Node]) -> dict[str, AnyTensor]:
     return {key: value for key, value in entries.items() if isinstance(value, TENSORS)}
+
+
+def with_arrays(entries: Mapping[str, Node]) -> dict[str, Node]:
+    """Return entries with arrays of numpy as the tensors that they are in a state_dict."""
+    return {key: as_tensor(value) for key, value in entries.items()}
 
 
 WAYS = (Dict, Object, list, tuple)

@@ -41,6 +41,7 @@ from ckptool.state.candidates import (
     search,
     ways as ways,
     whole_models as whole_models,
+    with_arrays,
 )
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import INNER, Path, dotted, labelled, tensors
@@ -357,7 +358,8 @@ def state_dict_at(checkpoint: Checkpoint, path: Path, known: Steps | None = None
     notes = tuple(f"the key {key} is there twice, with equal values" for key in repeated)
     joined = Joined(node)
     metadata = _joined_metadata(node, joined.inner)
-    return StateDict(path, joined.entries, metadata, notes, inner=joined.inner)
+    entries = with_arrays(joined.entries)
+    return StateDict(path, entries, metadata, notes, inner=joined.inner)
 
 
 def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptool.errors import EditError, KeyCollision
+from ckptool.pickles.subclasses import as_pickled
 from ckptool.pickles.tree import (
     ORDERED_DICT,
     Dict,
@@ -78,10 +79,10 @@ def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None)
             raise EditError(
                 "a list has no place for names", hint="ckptool unwrap makes a dict of it"
             )
-        return type(like)(entries.values())
+        return type(like)(map(as_pickled, entries.values()))
     given = items(like) or []
     keys = {name: key for (key, _), (name, _) in zip(given, labelled(given), strict=True)}
-    pairs: Pairs = [(keys.get(name, name), value) for name, value in entries.items()]
+    pairs: Pairs = [(keys.get(name, name), as_pickled(each)) for name, each in entries.items()]
     if isinstance(like, Dict) and metadata is None:
         return Dict(pairs)
     steps: list[tuple[str, Any]] = [("setitem", pairs)] if pairs else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptool.errors import LimitExceeded
+from ckptool.pickles.subclasses import array
 from ckptool.pickles.tree import (
     MAX_NESTING,
     Dict,
@@ -50,6 +51,17 @@ def refuse_deep(tree: Node) -> None:
 
 def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
     """Yield every tensor of a tree with its path, each container once."""
+    return ((path, node) for path, node in _values(tree) if isinstance(node, TENSORS))
+
+
+def arrays(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
+    """Yield every array of numpy of a tree with its path, as the tensor it would be."""
+    found = ((path, array(node)) for path, node in _values(tree) if type(node) is Object)
+    return ((path, info) for path, info in found if info is not None)
+
+
+def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
+    """Yield the tensors and objects of a tree with their paths, each container once."""
     seen: set[int] = set()
     numbers: Numbers = {}
     stack: list[tuple[Path, Iterator[tuple[str | None, Node]]]] = [((), iter([(None, tree)]))]
@@ -61,6 +73,8 @@ def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
                 yield here, node
             elif isinstance(node, _CONTAINERS) and id(node) not in seen:
                 seen.add(id(node))
+                if type(node) is Object:
+                    yield here, node
                 stack.append((here, iter(list(_members(node, numbers)))))
                 break
         else:

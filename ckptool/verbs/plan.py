@@ -11,6 +11,7 @@ from ckptool.containers import Left
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
+from ckptool.pickles.subclasses import as_pickled, class_of, tensors_in
 from ckptool.pickles.tree import Node
 from ckptool.state import (
     checkpoint as places,
@@ -29,6 +30,7 @@ from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.text import counted, listed, quoted
 
 MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
+CONSTANTS = "constants of the code"  # where a frozen module has its weights
 Container = Literal["torch", "safetensors", "dcp"]
 
 
@@ -132,10 +134,11 @@ def make_plan(
         plan.notes += state.notes
         plan.warnings += state.missing
         if bare or not state.module or options.tensors_only:
-            _edit_state(plan, state, changed=bool(steps))
+            _edit_state(plan, state, changed=bool(steps), tensors_only=options.tensors_only)
     if plan.key_map.pairs and not plan.key_map.written:
         plan.warnings.append(f"nothing is left of {len(plan.key_map.pairs)} keys")
     _leave_behind(plan, bare=bare, options=options)
+    _refuse_empty(plan, checkpoint)
     _judge(plan, bare=bare, options=options)
     if plan.state is not None and not any(step.name.startswith("add ") for step in steps):
         worn = wrappers.worn(plan.state.entries)
@@ -157,8 +160,8 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
     checkpoint, bare = plan.checkpoint, plan.bare
     needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
-    plan.state = state
     places.refuse_part(checkpoint, state)
+    plan.state = state
     if checkpoint.program and options.in_place:
         raise EditError(
             f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
@@ -250,9 +253,12 @@ def _class_left(state: StateDict) -> str:
     return f"the class {state.module} and its attributes"
 
 
-def _edit_state(plan: Plan, state: StateDict, *, changed: bool) -> None:
+def _edit_state(plan: Plan, state: StateDict, *, changed: bool, tensors_only: bool) -> None:
     """Put the edited state_dict where the old one was, or alone."""
     entries = dict(plan.key_map.entries)
+    if tensors_only or not containers.by_name(plan.container).traits.objects:
+        arrays = {key for key, value in entries.items() if as_pickled(value) is not value}
+        entries |= {key: replace(entries[key], origin=None) for key in arrays}
     for old in plan.key_map.dropped:
         value = state.entries[old]
         shape = value.shape if isinstance(value, TENSORS) else None
@@ -333,7 +339,9 @@ def _no_part(model: Node, state: StateDict) -> list[str]:
 def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
     """Return whether entries are those of a node as they stand, none joined and none twice."""
     pairs = places.text_items(node) or []
-    return len(pairs) == len(entries) and all(entries.get(key) is value for key, value in pairs)
+    return len(pairs) == len(entries) and all(
+        as_pickled(entries.get(key)) is value for key, value in pairs
+    )
 
 
 def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
@@ -343,6 +351,9 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
         plan.checkpoint = replace(plan.checkpoint, tree=tree)
         if plan.state is None:
             plan.not_carried += left
+            here = set(_all_keys(plan.checkpoint))
+            for key in [key for key in plan.key_map.written if key not in here]:
+                _drop(plan, key, "needs what is not plain")
         else:
             _leave_entries(plan, left, bare=bare)
     container = containers.by_name(plan.container)
@@ -362,10 +373,35 @@ def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
         raise NothingMatched("--tensors-only would leave nothing of the state_dict") from None
     gone = [key for key in plan.state.entries if key not in kept]
     for key in gone:
-        _drop(plan, key, "neither a tensor nor a plain value")
+        _drop(plan, key, _why_left(plan.state.entries[key]))
     inside = {walk.dotted((*at, key)) for key in gone}
     plan.not_carried += [place for place in left if place not in inside]
     plan.state = replace(plan.state, entries=kept)
+
+
+def _refuse_empty(plan: Plan, source: Checkpoint) -> None:
+    """Raise `NothingMatched` where no tensor would be written, and none was dropped by an edit."""
+    state = plan.state
+    held = state.entries.values() if state else walk.tensors(plan.checkpoint.tree)
+    if any(not state or isinstance(value, TENSORS) for value in held) or plan.key_map.why:
+        return
+    lost = [f"{each.key}   {each.reason}" for each in plan.dropped]
+    fixed = [note for note in source.notes if note.endswith(CONSTANTS)]
+    why = [*(state.missing if state else ()), *lost, *fixed]
+    if not why and (state or not any(walk.tensors(source.tree))):
+        return
+    raise NothingMatched(
+        f"{source.path}: none of the weights would be written",
+        evidence=why[:8],
+        hint=f"ckptool keys --all {quoted(source.path)}   lists all tensors by their path",
+    )
+
+
+def _why_left(value: Node) -> str:
+    if isinstance(value, TENSORS):
+        return f"needs its class, {class_of(value) or 'that of its quantizer'}"
+    holds = any(tensors_in(value))
+    return "holds tensors in an object" if holds else "neither a tensor nor a plain value"
 
 
 def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
