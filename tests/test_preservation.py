@@ -32,6 +32,7 @@ from ckptool.errors import (
     CkptoolError,
     EditError,
     KeyCollision,
+    NoStateDict,
     NotACheckpoint,
     NothingMatched,
     NotRepresentable,
@@ -107,6 +108,7 @@ AT: dict[str, tuple[str, ...]] = {
     ),
 }
 # No state_dict, or several: nothing is guessed.
+SEVERAL = words("dino.pth ema.pth parts.pth")
 NO_STATE_DICT = words(
     "bare_tensor.pth dino.pth ema.pth empty_state_dict.pth list_of_tensors.pth "
     "no_tensors.pth optimizer.pth parts.pth"
@@ -362,7 +364,8 @@ def refusal(name: str, kind: str, container: str) -> type[CkptoolError] | None:
     """Say which error an edit of a fixture ends in, if any."""
     bare = KINDS[kind].bare or container == "safetensors"
     if name in NO_STATE_DICT:
-        return AmbiguousStateDict if kind != "no edit" or bare else None
+        several = AmbiguousStateDict if name in SEVERAL else NoStateDict
+        return several if kind != "no edit" or bare else None
     if name in WHOLE_MODELS and kind != "no edit" and not bare:
         return EditError
     if KINDS[kind].unwrap and name not in {*AT, *WHOLE_MODELS}:
@@ -895,6 +898,7 @@ THROUGH_THE_COMMAND_LINE = sorted(
 )
 EXIT_CODES: dict[type[CkptoolError], int] = {
     AmbiguousStateDict: 2,
+    NoStateDict: 2,
     EditError: 2,
     KeyCollision: 2,
     NothingMatched: 2,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.parts import Part
 from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor
 from ckptool.text import counted, html_table, readable, shape, visible
 
@@ -17,6 +18,8 @@ Entry = tuple[str, AnyTensor]
 class Listing:
     """Tensors by key, or by path where `state` is None; `beside` names what is around them.
 
+    `part` says of what the file is one of several parts, `at` is the place that was asked for.
+
     It reads like a dict: `len`, iteration over the keys, `key in listing`, `listing[key]`.
     """
 
@@ -24,6 +27,8 @@ class Listing:
     state: StateDict | None
     entries: list[Entry]
     beside: list[str]
+    part: Part | None = None
+    at: str | None = None
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,7 @@ class Listing:
             "nbytes": self.nbytes,
             "tensors": [_fields(key, info) for key, info in self.entries],
             "beside": self.beside,
+            "part": self.part.to_dict() if self.part else None,
         }
 
 
@@ -105,17 +111,18 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
         state = places.find(checkpoint, at)
     elif not every:
         state = places.find_or_none(checkpoint, several=False)
+        places.refuse_part(checkpoint, state)
     if state is None:
-        whole = walk.tensors(checkpoint.tree)
         return Listing(
             checkpoint,
             state=None,
-            entries=[(walk.dotted(path) or ".", info) for path, info in whole],
+            entries=list(walk.named(checkpoint.tree)),
             beside=[],
+            part=places.part_of(checkpoint, None),
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     beside = places.beside(checkpoint.tree, state.at)
-    return Listing(checkpoint, state=state, entries=tensors, beside=beside)
+    return Listing(checkpoint, state=state, entries=tensors, beside=beside, at=at)
 
 
 def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:

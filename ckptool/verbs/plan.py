@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
-from ckptool import containers
+from ckptool import containers, text
 from ckptool.containers import Left
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.pickles import pruning, safety
@@ -21,11 +21,12 @@ from ckptool.state import (
     surroundings,
     tensor_facts,
     walk,
+    wrappers,
 )
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
-from ckptool.text import counted, quoted
+from ckptool.text import counted, listed, quoted
 
 MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
 Container = Literal["torch", "safetensors", "dcp"]
@@ -96,6 +97,7 @@ class Plan:
     dropped: list[Dropped] = field(default_factory=list)
     added: int = 0
     bare: bool = False
+    edit: edits.KeyEdit = field(default=lambda key: key)
 
 
 @containers.without_collection()
@@ -110,24 +112,13 @@ def make_plan(
 ) -> Plan:
     """Edit the tree in memory."""
     bare = bare or not containers.by_name(container).traits.around or bool(checkpoint.program)
-    needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
-    state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
-    if checkpoint.program and options.in_place:
-        raise EditError(
-            f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
-            hint="name an output instead of --in-place",
-        )
-    alone = state is not None and not (state.at or state.module or checkpoint.program)
-    if unwrap and alone:
-        raise EditError(
-            f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
-            hint="ckptool convert writes it again as it is",
-        )
-    if state is not None and state.module and not bare:
-        _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
-    keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
-    key_map, edit = edits.apply(steps, keys, argument(checkpoint, options))
-    plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
+    plan = Plan(checkpoint, None, edits.KeyMap((), {}), container, bare=bare)
+    try:
+        _find_and_edit(plan, steps, unwrap=unwrap, options=options)
+    except EditError:
+        _refuse_unsafe(plan, options)
+        raise
+    state = plan.state
     _keep_records(plan, options)
     if options.drop_beside:
         assert state is not None
@@ -141,12 +132,49 @@ def make_plan(
         plan.notes += state.notes
         plan.warnings += state.missing
         if bare or not state.module or options.tensors_only:
-            _edit_state(plan, state, edit, bare=bare, changed=bool(steps))
-    if keys and not key_map.written:
-        plan.warnings.append(f"nothing is left of {len(keys)} keys")
+            _edit_state(plan, state, changed=bool(steps))
+    if plan.key_map.pairs and not plan.key_map.written:
+        plan.warnings.append(f"nothing is left of {len(plan.key_map.pairs)} keys")
     _leave_behind(plan, bare=bare, options=options)
     _judge(plan, bare=bare, options=options)
+    if plan.state is not None and not any(step.name.startswith("add ") for step in steps):
+        worn = wrappers.worn(plan.state.entries)
+        plan.notes += [f"in the output, {line}" for line in worn]
     return plan
+
+
+def _refuse_unsafe(plan: Plan, options: Options) -> None:
+    """Raise `UnsafePickle` where an output would run code, as far as it is known what it holds."""
+    if options.tensors_only or (plan.bare and plan.state is None):
+        return
+    if plan.bare and plan.state is not None:
+        plan.checkpoint = replace(plan.checkpoint, tree=list(plan.state.entries.values()))
+    _judge(plan, bare=plan.bare, options=options)
+
+
+def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: Options) -> None:
+    """Find the state_dict and edit its keys and values; nothing is put into the tree yet."""
+    checkpoint, bare = plan.checkpoint, plan.bare
+    needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
+    state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
+    plan.state = state
+    places.refuse_part(checkpoint, state)
+    if checkpoint.program and options.in_place:
+        raise EditError(
+            f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
+            hint="name an output instead of --in-place",
+        )
+    alone = state is not None and not (state.at or state.module or checkpoint.program)
+    if unwrap and alone and not (state and state.inner):
+        raise EditError(
+            f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
+            hint="`ckptool convert` writes it again as it is",
+        )
+    if state is not None and state.module and not bare:
+        _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
+    keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
+    plan.key_map, plan.edit = edits.apply(steps, keys, argument(checkpoint, options))
+    plan.notes = list(checkpoint.notes)
 
 
 def _keep_records(plan: Plan, options: Options) -> None:
@@ -177,11 +205,11 @@ def _keep_records(plan: Plan, options: Options) -> None:
 def argument(checkpoint: Checkpoint, options: Options) -> str:
     """Write the input as a command takes it, with the place that was chosen."""
     at = f"--at {quoted(options.at)} " if options.at is not None else ""
-    return f"{at}{quoted(checkpoint.path)}"
+    return f"{at}{text.argument(checkpoint.path)}"
 
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:
-    return list(dict.fromkeys(walk.dotted(path) for path, _ in walk.tensors(checkpoint.tree)))
+    return [name for name, _ in walk.named(checkpoint.tree)]
 
 
 def _refuse_attributes(
@@ -203,7 +231,7 @@ def _refuse_attributes(
             f"{checkpoint.path} holds {state.module}{at} inside a model: it can be taken out, "
             "not edited there",
             hint=f"ckptool convert --unwrap --at {quoted(walk.dotted(state.at))} "
-            f"{quoted(checkpoint.path)} OUT",
+            f"{text.argument(checkpoint.path)} OUT",
         )
 
 
@@ -222,48 +250,68 @@ def _class_left(state: StateDict) -> str:
     return f"the class {state.module} and its attributes"
 
 
-def _edit_state(
-    plan: Plan, state: StateDict, edit: edits.KeyEdit, *, bare: bool, changed: bool
-) -> None:
+def _edit_state(plan: Plan, state: StateDict, *, changed: bool) -> None:
     """Put the edited state_dict where the old one was, or alone."""
     entries = dict(plan.key_map.entries)
     for old in plan.key_map.dropped:
         value = state.entries[old]
         shape = value.shape if isinstance(value, TENSORS) else None
         plan.dropped.append(Dropped(old, *plan.key_map.why[old], shape))
-    tree, container = plan.checkpoint.tree, containers.by_name(plan.container)
+    tree = plan.checkpoint.tree
     metadata = module_metadata.cleaned(state.metadata)
     if changed:
-        metadata = module_metadata.rekeyed(metadata, plan.key_map, edit)
+        metadata = module_metadata.rekeyed(metadata, plan.key_map, plan.edit)
     original = places.state_dict_node(tree, state.at)
-    node = replacing.make_state_dict(entries, metadata, None if state.module else original)
-    if bare:
-        if state.module:
-            plan.not_carried.append(_class_left(state))
-            plan.notes += _no_part(original, state)
-        plan.not_carried += places.beside(tree, state.at)
-        plan.checkpoint = replace(plan.checkpoint, tree=node)
-        if not container.traits.objects:
-            plan.not_carried += module_metadata.left(node)
-            plan.notes += tensor_facts.lost(entries.items())
-        if metadata is not None and not container.traits.module_metadata:
-            what = f"{container.title} has no place for `_metadata` (versions of modules)"
-            plan.notes.append(what)
+    edited = replace(state, entries=entries, metadata=metadata)
+    if plan.bare:
+        _take_out(plan, edited, original)
     else:
-        # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
-        if changed or metadata is not state.metadata or not _is_whole(original, entries):
-            plan.checkpoint = replace(
-                plan.checkpoint, tree=replacing.replaced(tree, state.at, node)
-            )
+        # What nobody edits stays the very node: it may be, or refer to itself, elsewhere.
+        whole = state.inner or _is_whole(original, entries)
+        if changed or metadata is not state.metadata or not whole:
+            _put_in(plan, edited)
         if changed:
-            plan.notes += [
-                f"the same state_dict also stands at `{walk.dotted(other)}`: that keeps its keys"
-                for other in places.also_at(tree, state.at)
-            ]
-            moved, said = optimizers.followed(plan.checkpoint.tree, state.at, plan.key_map)
+            plan.notes += [f"`{walk.dotted(other)}` keeps its keys" for other in state.also]
+            tree = plan.checkpoint.tree
+            moved, said = optimizers.followed(tree, state.at, plan.key_map)
             plan.checkpoint = replace(plan.checkpoint, tree=moved)
             plan.notes += said
-    plan.state = replace(state, entries=entries, metadata=metadata)
+    plan.state = edited
+
+
+def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
+    """Make the edited state_dict the whole, and name what is not written."""
+    tree, container = plan.checkpoint.tree, containers.by_name(plan.container)
+    if state.module:
+        plan.not_carried.append(_class_left(state))
+        plan.notes += _no_part(original, state)
+    plan.not_carried += places.beside(tree, state.at)
+    like = None if state.module or isinstance(original, list | tuple) else original
+    node = replacing.make_state_dict(state.entries, state.metadata, like)
+    plan.checkpoint = replace(plan.checkpoint, tree=node)
+    if not container.traits.objects:
+        odd = [key for key in state.entries if key not in dict(places.named_items(node))]
+        if odd:
+            plan.notes.append(f"keys that are not text are written as text: {listed(odd)}")
+        plan.not_carried += module_metadata.left(node)
+        plan.notes += tensor_facts.lost(state.entries.items())
+    if state.metadata is not None and not container.traits.module_metadata:
+        what = f"{container.title} has no place for `_metadata` (versions of modules)"
+        plan.notes.append(what)
+
+
+def _put_in(plan: Plan, state: StateDict) -> None:
+    """Put the entries of a state_dict where it is in the tree of a plan, nested as they were."""
+    at = () if plan.bare else state.at
+    tree = plan.checkpoint.tree
+    original = places.state_dict_node(tree, at)
+    inner = places.state_dict_at(plan.checkpoint, at).inner
+    if inner and not plan.bare:
+        node = replacing.put_back(original, inner, state.entries, state.metadata)
+    else:
+        like = None if state.module else original
+        node = replacing.make_state_dict(state.entries, state.metadata, like)
+    plan.checkpoint = replace(plan.checkpoint, tree=replacing.replaced(tree, at, node))
 
 
 def _no_part(model: Node, state: StateDict) -> list[str]:
@@ -301,7 +349,7 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
     if plan.state is not None and container.writer and container.writer.unfit:
         _leave_unfit(plan, container.writer.unfit(plan.state.entries, options.untie), options)
     if options.untie and container.traits.ties:
-        _untie(plan, bare=bare)
+        _untie(plan)
 
 
 def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
@@ -309,10 +357,9 @@ def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
     assert plan.state is not None
     at = () if bare else plan.state.at
     try:
-        node = places.state_dict_node(plan.checkpoint.tree, at)
+        kept = places.state_dict_at(plan.checkpoint, at).entries
     except KeyError:
         raise NothingMatched("--tensors-only would leave nothing of the state_dict") from None
-    kept = dict(places.text_items(node) or [])
     gone = [key for key in plan.state.entries if key not in kept]
     for key in gone:
         _drop(plan, key, "neither a tensor nor a plain value")
@@ -332,7 +379,7 @@ def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
     for key, kept in left.ties.items():
         _drop(plan, key, f"tied to {kept}")
     if left.ties:
-        plan.notes.append("ties are noted in the file: ckptool convert brings them back")
+        plan.notes.append("ties are noted in the file: `ckptool convert` brings them back")
 
 
 def _drop(plan: Plan, new: str, reason: str) -> None:
@@ -345,9 +392,8 @@ def _drop(plan: Plan, new: str, reason: str) -> None:
     plan.dropped.append(Dropped(old, new, reason, shape))
 
 
-def _untie(plan: Plan, *, bare: bool) -> None:
+def _untie(plan: Plan) -> None:
     """Copy each tensor of the state_dict that shares its storage."""
-    assert plan.state is not None or not bare
     if plan.state is None:
         return
     taken = set()
@@ -360,12 +406,8 @@ def _untie(plan: Plan, *, bare: bool) -> None:
         entries[key] = value
     if all(entries[key] is value for key, value in plan.state.entries.items()):
         return  # nothing was tied: the very node stays, which may refer to itself
-    at = () if bare else plan.state.at
-    tree = plan.checkpoint.tree
-    like = places.state_dict_node(tree, at)
-    node = replacing.make_state_dict(entries, plan.state.metadata, like)
-    plan.checkpoint = replace(plan.checkpoint, tree=replacing.replaced(tree, at, node))
     plan.state = replace(plan.state, entries=entries)
+    _put_in(plan, plan.state)
 
 
 def _untied(info: TensorInfo, key: str) -> TensorInfo:
@@ -382,7 +424,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     """Note what is foreign, and refuse to carry on what is dangerous."""
     source = plan.checkpoint
     whole = safety.judge(source.globals)
-    carried = whole
+    carried = safety.judge({each: at for each, at in source.globals.items() if not each.followed})
     if bare or options.tensors_only or options.drop_beside:
         carried = safety.judge(safety.names_in(source.tree))
     if not containers.by_name(plan.container).traits.objects:

@@ -270,6 +270,11 @@ def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options
     named = containers.by_suffix(suffix(target))
     if named is not None and not options.in_place:
         return named.name
+    if suffix(target) in containers.OTHER_FORMATS and not options.in_place:
+        raise EditError(
+            f"{target} has the suffix of a format that cannot be written",
+            hint="name it .safetensors or .pth, or choose what is written with --to",
+        )
     own = containers.by_name(checkpoint.container)
     return own.name if own.writer else own.written_as
 
