@@ -181,6 +181,16 @@ def test_versions_that_json_cannot_hold_are_named_and_left(odd: Any) -> None:
     assert loaded("b.pth")._metadata == {"a": {"version": 1}}
 
 
+@pytest.mark.parametrize("odd", ["none", 3, {1: {"version": 1}}, [1]])
+def test_versions_that_are_no_dict_of_modules_are_named_and_left(odd: Any) -> None:
+    state: Any = OrderedDict(a=torch.ones(1))
+    state._metadata = odd
+    torch.save(state, "a.pth")
+    assert ckptool.convert("a.pth", "a.safetensors").not_carried == ("_metadata",)
+    ckptool.convert("a.safetensors", "b.pth")
+    assert not hasattr(loaded("b.pth"), "_metadata")
+
+
 def test_versions_that_repeat_without_end_are_left() -> None:
     deep: Any = {"x": 1}
     for _ in range(12):
@@ -285,8 +295,8 @@ def test_average_keeps_what_the_first_carries() -> None:
 # Tensors that are more than their data.
 
 
-class Marked(torch.nn.Parameter):
-    pass
+class Marked(torch.Tensor):  # type: ignore[misc]
+    """A subclass, which torch pickles by name."""
 
 
 def test_what_safetensors_leaves_of_tensors_is_named() -> None:
@@ -298,6 +308,7 @@ def test_what_safetensors_leaves_of_tensors_is_named() -> None:
         grad=torch.ones(2, requires_grad=True),
         tagged=marked,
         buffer=torch.ones(2),
+        odd=torch.ones(2).as_subclass(Marked),
     )
     state.owner = "me"
     torch.save(state, "a.pth")
@@ -306,6 +317,7 @@ def test_what_safetensors_leaves_of_tensors_is_named() -> None:
     assert "Parameters become plain tensors: p, frozen, tagged" in said
     assert "requires_grad of tensors: grad" in said
     assert "attributes of tensors: tagged" in said
+    assert f"class of tensors: odd ({__name__}.Marked)" in said
     assert "buffer" not in said
     assert done.not_carried == ("owner",)
     assert "requires_grad" in "\n".join(ckptool.convert("a.pth", "a_dcp", to="dcp").notes)
