@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ckptool import containers
 from ckptool.files.fileio import MARK
+from ckptool.pickles import pruning
 from ckptool.pickles.names import Level
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without
@@ -237,7 +238,7 @@ def _safety(facts: Survey) -> Advised:
     if facts.verdict.level is Level.DANGEROUS:
         if _fits_safetensors(facts):
             yield Advice("tensors in a container that cannot name code", *_SAFETENSORS)
-        elif facts.total.count:
+        elif any(walk.tensors(pruning.only_plain(facts.checkpoint.tree)[0])):
             reason = "the tensors and plain values, without what would run"
             yield Advice(reason, "convert", ("--tensors-only",), "tensors")
     elif facts.verdict.level is Level.FOREIGN and _holds_dicts(facts):
