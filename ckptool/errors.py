@@ -5,7 +5,7 @@
     |                               LimitExceeded PluginFailed PartialCheckpoint
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
-    |                               AmbiguousStateDict NoSuchCommand
+    |                               AmbiguousStateDict NoStateDict NoSuchCommand
     |-- PoorFit                                                                          exit 1
     |-- WriteError                  OutputExists SameFile NotRepresentable NoSpace       exit 5
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
@@ -129,7 +129,11 @@ class KeyCollision(EditError):
 
 
 class AmbiguousStateDict(EditError):
-    """No state_dict, or several, where one is needed."""
+    """Several state_dicts where one is needed."""
+
+
+class NoStateDict(EditError):
+    """No state_dict where one is needed."""
 
 
 class NoSuchCommand(EditError):

@@ -113,6 +113,16 @@ def edits(*options: str) -> Callable[[Function], Function]:
     return decorated
 
 
+def strips(function: Function) -> Function:
+    """Give a command the options of how prefixes are removed."""
+    for option in (
+        click.option("--keep-bookkeeping", is_flag=True, help="Keep a wrapper's own entries."),
+        click.option("--anywhere", is_flag=True, help="Also inside keys, as whole components."),
+    ):
+        function = option(function)
+    return function
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What was asked of a command that writes."""

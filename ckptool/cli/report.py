@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.pickles import safety
+from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import SHAPE_DIFFERS, WRAPPERS, peeled
+from ckptool.state.edits import SHAPE_DIFFERS
+from ckptool.state.wrappers import peeling, worn
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import counted, listed, percent, quoted, readable, shape, table, visible
 from ckptool.verbs.listing import Entry, Listing, rows
@@ -103,7 +105,7 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
             lines.append(f"{others} more entries of the state_dict are not tensors")
         lines += map(visible, (*state.missing, *state.notes))
         verb = "transfer" if state.module else "strip-prefix"
-        hint = prefix_line(found.checkpoint.path, list(state.entries), verb)
+        hint = prefix_line(found.checkpoint.path, state.entries, verb)
         lines += [hint] if hint else []
     return [*lines, *map(visible, found.checkpoint.notes)]
 
@@ -130,21 +132,13 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
     return [first, *(f"    {visible(line)}" for line in lines)]
 
 
-def prefix_line(path: str, keys: Sequence[str], verb: str = "strip-prefix") -> str:
-    """Describe the wrapper that all or some keys have, and what removes it; empty for none."""
-    found = peeled(keys)
+def prefix_line(path: str, entries: Mapping[str, Node], verb: str = "strip-prefix") -> str:
+    """Describe the wrappers that all or some keys have, and what removes them; empty for none."""
+    lines, found = worn(entries), peeling(entries)
     if found:
-        option = "" if found == ["module."] or verb == "transfer" else " --prefix auto"
-        kinds = ", ".join(WRAPPERS[wrapper] for wrapper in found)
-        return (
-            f"every key starts with `{''.join(found)}` ({kinds}); "
-            f"ckptool {verb}{option} {visible(quoted(path))} OUT removes it"
-        )
-    for wrapper in WRAPPERS:
-        count = sum(key.startswith(wrapper) for key in keys)
-        if count:
-            return f"{count} of {len(keys)} keys start with `{wrapper}` ({WRAPPERS[wrapper]})"
-    return ""
+        auto = "" if verb == "transfer" or found.only_default else " --prefix auto"
+        lines[-1] += f"; ckptool {verb}{auto} {quoted(path)} OUT removes it"
+    return visible("; ".join(lines))
 
 
 def counts_line(result: Rewrite) -> str:

@@ -20,6 +20,7 @@ from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
 from ckptool.files.fileio import Reader
+from ckptool.pickles.subclasses import class_of, tensors_in
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
@@ -143,9 +144,10 @@ def left_behind(entries: dict[str, Node], untie: bool) -> Left:
 
 def _unfit(key: str, value: Node) -> str:
     if isinstance(value, CompositeTensor):
-        return f"a {value.layout} tensor"
+        kind = class_of(value)
+        return f"needs its class, {kind}" if kind else f"a {value.layout} tensor"
     if not isinstance(value, TensorInfo):
-        return "not a tensor"
+        return "holds tensors, and is none" if any(tensors_in(value)) else "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
     if value.lazy and not can_resolve(value.dtype, value.lazy):
@@ -174,8 +176,7 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
         raise NotRepresentable(
             f"safetensors cannot hold {len(left.unfit)} of {len(entries)} entries",
             evidence=[f"{key}   {reason}" for key, reason in list(left.unfit.items())[:20]],
-            option="--tensors-only",
-            hint="leaves them behind",
+            **_advice(entries[key] for key in left.unfit),
         )
     kept = {key: info for key, info in entries.items() if key not in left.ties}
     ordered = sorted(kept.items(), key=lambda item: (item[1].dtype.rank, item[0].encode()))
@@ -190,6 +191,13 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
     jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
     literals = [(0, len(text).to_bytes(8, "little") + text)]
     return PlannedFile("", base + nbytes, literals, jobs)
+
+
+def _advice(unfit: Iterable[Node]) -> dict[str, str]:
+    """Return what helps: never to leave out what holds tensors without naming it."""
+    if any(any(tensors_in(value)) for value in unfit):
+        return {"hint": "a torch output (OUT.pth) keeps them; --drop leaves out what it names"}
+    return {"option": "--tensors-only", "hint": "leaves them behind"}
 
 
 def _places(ordered: list[tuple[str, TensorInfo]]) -> tuple[dict[str, int], int]:

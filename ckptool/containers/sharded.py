@@ -21,7 +21,14 @@ from ckptool.containers import _json, _registry
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
-from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malformed, NotACheckpoint
+from ckptool.errors import (
+    AmbiguousStateDict,
+    FormatError,
+    LimitExceeded,
+    Malformed,
+    NoStateDict,
+    NotACheckpoint,
+)
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.tree import Global, Node, Object
@@ -178,7 +185,7 @@ def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> Sta
         return find(shard, ".") if has_tensors else StateDict((), dict(top))
     try:
         return find(shard)
-    except AmbiguousStateDict as error:
+    except (AmbiguousStateDict, NoStateDict) as error:
         what = f"{name} holds none of the keys that the index puts there"
         raise Malformed(what, evidence=error.evidence) from None
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptool.pickles.names import is_accepted
+from ckptool.pickles.subclasses import number
 from ckptool.pickles.tree import (
     ByteArray,
     Dict,
@@ -58,6 +59,9 @@ class _Pruner:
         return self.done[id(node)]
 
     def composed(self, node: Node, path: str) -> Node | _Left:
+        plain = number(node)
+        if plain is not None:  # of numpy
+            return plain
         match node:
             case Dict():
                 return Dict(self.pairs(node.pairs, path))

@@ -10,6 +10,7 @@ storages are pickled as arrays, before torch 2.6, or as CPU tensors.
 from __future__ import annotations
 
 import struct
+from array import array as memory
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -136,7 +137,7 @@ def subclass(node: Object) -> AnyTensor | None:
     whole = held.whole if held else None
     if whole is not None and whole.dtype is dtype_of(args[1]):
         return replace(whole, requires_grad=args[-1] is True, origin=node)
-    inside = [piece.tensor for piece in held.pieces] if held else [*_tensors_in((args, state))]
+    inside = [piece.tensor for piece in held.pieces] if held else [*tensors_in((args, state))]
     parts = tuple({part.view: part for part in inside}.values())
     if function == Global(UTILS, "_rebuild_wrapper_subclass") and len(args) > 2:
         dtype, shape = dtype_of(args[1]), sizes_of(args[2])
@@ -149,7 +150,7 @@ def subclass(node: Object) -> AnyTensor | None:
     return CompositeTensor(kind.name, dtype, shape, parts, node)
 
 
-def _tensors_in(node: Node) -> Iterator[TensorInfo]:
+def tensors_in(node: Node) -> Iterator[TensorInfo]:
     """Yield the tensors in a node, those that composite ones are made of too."""
     seen: set[int] = set()
     stack = [node]
@@ -321,9 +322,22 @@ def array(node: Node) -> TensorInfo | None:
             stride = contiguous_stride(sizes)
             if fortran:
                 stride = contiguous_stride(sizes[::-1])[::-1]
-            info = values.literal(raw, dtype, sizes, f"array {node.offset}", order)
+            if order == "big":
+                raw = _swapped(raw, dtype.swap)
+            info = values.literal(raw, dtype, sizes, f"array {node.offset}")
             return replace(info, stride=stride, origin=node)
     return None
+
+
+def as_tensor(value: Node) -> Node:
+    """Return an array of numpy as a tensor, anything else as it is."""
+    return array(value) or value if type(value) is Object else value
+
+
+def as_pickled(value: Node) -> Node:
+    """Return the array of numpy that a tensor was read from, anything else as it is."""
+    origin = value.origin if type(value) is TensorInfo else None
+    return origin if origin is not None and is_array(origin) else value
 
 
 def number(node: Node) -> bool | int | float | None:
@@ -363,9 +377,18 @@ def _bytes(node: Node) -> bytes | None:
             return node.data
         case Object(callee=Global(module="_codecs", name="encode"), args=(str(text), *_)):
             return text.encode("latin-1", "replace")
+        case Object(callee=Global(name="bytes"), args=()):
+            return b""
         case str():
             return node.encode("utf-8", "replace")
     return None
+
+
+def _swapped(raw: bytes, width: int) -> bytes:
+    """Turn the bytes of each number around."""
+    numbers = memory({1: "B", 2: "H", 4: "I", 8: "Q"}[width], raw)
+    numbers.byteswap()
+    return numbers.tobytes()
 
 
 def _listed(node: Node, dtype: DType | None) -> TensorInfo | None:
@@ -383,4 +406,4 @@ def _listed(node: Node, dtype: DType | None) -> TensorInfo | None:
         raw = struct.pack(f"<{len(flat)}{_LETTERS[held]}", *flat)
     except struct.error:
         return None
-    return values.literal(raw, held, tuple(shape), f"list {id(node)}", "little")
+    return values.literal(raw, held, tuple(shape), f"list {id(node)}")

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptool.errors import LimitExceeded
+from ckptool.pickles.subclasses import array
 from ckptool.pickles.tree import (
     MAX_NESTING,
     Dict,
     Node,
     Object,
+    Pairs,
     PersistentId,
     Set,
     children,
+    items,
     python2_items,
 )
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
@@ -48,6 +51,17 @@ def refuse_deep(tree: Node) -> None:
 
 def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
     """Yield every tensor of a tree with its path, each container once."""
+    return ((path, node) for path, node in _values(tree) if isinstance(node, TENSORS))
+
+
+def arrays(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
+    """Yield every array of numpy of a tree with its path, as the tensor it would be."""
+    found = ((path, array(node)) for path, node in _values(tree) if type(node) is Object)
+    return ((path, info) for path, info in found if info is not None)
+
+
+def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
+    """Yield the tensors and objects of a tree with their paths, each container once."""
     seen: set[int] = set()
     stack: list[tuple[Path, Iterator[tuple[str | None, Node]]]] = [((), iter([(None, tree)]))]
     while stack:
@@ -58,6 +72,8 @@ def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
                 yield here, node
             elif isinstance(node, _CONTAINERS) and id(node) not in seen:
                 seen.add(id(node))
+                if type(node) is Object:
+                    yield here, node
                 stack.append((here, iter(list(_members(node)))))
                 break
         else:
@@ -72,8 +88,7 @@ def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
     """Yield what is inside a node with the name a user would write for it, None for no name."""
     match node:
         case Dict():
-            for key, value in node.pairs:
-                yield label(key), value
+            yield from labelled(node.pairs)
         case list() | tuple():
             for index, value in enumerate(node):
                 yield str(index), value
@@ -85,20 +100,49 @@ def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
 
 
 def _object_members(node: Object) -> Iterator[tuple[str | None, Node]]:
-    old = python2_items(node)
-    yield from ((label(key), value) for key, value in old)
-    if not old:
+    if not python2_items(node):
         yield None, node.args
     yield None, node.kwargs
+    yield from labelled(items(node) or [])
     for kind, payload in node.steps:
-        if kind == "setitem":
-            yield from ((label(key), value) for key, value in payload)
-        elif kind == "append":
+        if kind == "append":
             yield from ((str(index), value) for index, value in enumerate(payload))
-        else:
+        elif kind != "setitem":
             yield None, payload
 
 
 def label(key: Node) -> str:
-    """Write a key as `--at` and lists do; `?` for one that is neither text nor number."""
-    return key if isinstance(key, str) else str(key) if type(key) is int else "?"
+    """Write a key as `--at` and lists do; an object that holds one text is named by it.
+
+    Such are members of enums, and keys of classes of their own; `?` is any other.
+    """
+    match key:
+        case str():
+            return key
+        case int() | float() | None:
+            return str(key)
+        case tuple():
+            return f"({', '.join(map(label, key))})"
+        case Object():
+            state = key.state.pairs if isinstance(key.state, Dict) else []
+            texts = [each for each in (*key.args, *(value for _, value in state)) if each]
+            texts = [each for each in texts if isinstance(each, str)]
+            return texts[0] if len(texts) == 1 else "?"
+    return "?"
+
+
+def labelled(pairs: Pairs) -> list[tuple[str, Node]]:
+    """Name the values of a dict, no two with odd keys alike."""
+    if all(type(key) is str for key, _ in pairs):
+        return pairs
+    taken = {key for key, _ in pairs if isinstance(key, str)}
+    named = []
+    for key, value in pairs:
+        name = text = label(key)
+        number = 1
+        while not isinstance(key, str) and name in taken:
+            number += 1
+            name = f"{text}#{number}"
+        taken.add(name)
+        named.append((name, value))
+    return named

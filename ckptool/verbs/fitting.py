@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptool import containers
 from ckptool.errors import PoorFit
@@ -14,6 +14,7 @@ from ckptool.files.copying import Begin, no_progress
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
+from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import percent, visible
 from ckptool.verbs import surgery
@@ -85,21 +86,23 @@ class Transferred:
         }
 
 
-def reference(name: str, shapes: Mapping[str, Shape]) -> Reference:
+def reference(name: str, shapes: Mapping[str, Shape], *, anywhere: bool = False) -> Reference:
     """Make a reference of keys and shapes, wrapper prefixes peeled."""
-    wrappers = edits.peeled(list(shapes))
-    return Reference(
-        name, {edits.unwrapped(key, wrappers): tuple(shape) for key, shape in shapes.items()}
-    )
+    return Reference(name, {key: tuple(shape) for key, shape in _peeled(shapes, anywhere)})
 
 
-def reference_of(checkpoint: Checkpoint, at: str | None = None) -> Reference:
+def reference_of(
+    checkpoint: Checkpoint, at: str | None = None, *, anywhere: bool = False
+) -> Reference:
     """Take keys and shapes from another checkpoint."""
     state = places.find(checkpoint, at, "--like-at")
-    return reference(
-        checkpoint.path,
-        {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
-    )
+    tensors = [each for each in _peeled(state.entries, anywhere) if isinstance(each[1], TENSORS)]
+    return Reference(checkpoint.path, {key: value.shape for key, value in tensors})
+
+
+def _peeled(entries: Mapping[str, Any], anywhere: bool) -> Iterator[tuple[str, Any]]:
+    peel = peeling(entries, anywhere=anywhere)
+    return ((key, value) for old, value in entries.items() if (key := peel(old)) is not None)
 
 
 def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
@@ -127,10 +130,16 @@ def _elements(shapes: Iterable[Shape]) -> int:
 
 
 def first_steps(
-    renames: Sequence[Edit], drop: str | Sequence[str], keep: str | Sequence[str]
+    renames: Sequence[Edit],
+    drop: str | Sequence[str],
+    keep: str | Sequence[str],
+    *,
+    anywhere: bool = False,
+    keep_bookkeeping: bool = False,
 ) -> list[Edit]:
     """Return the edits that come before a comparison: peel, drop, keep, rename."""
-    steps = [edits.strip_wrappers(required=False)]
+    flags = {"anywhere": anywhere, "keep_bookkeeping": keep_bookkeeping}
+    steps = [edits.strip_wrappers(required=False, **flags)]
     if drop:
         steps.append(edits.drop(drop))
     if keep:
@@ -193,9 +202,9 @@ def _shapes_after(
 ) -> dict[str, Shape]:
     """Return which keys and shapes are there after the first edits."""
     state = places.find(checkpoint, options.at)
-    key_map, _ = edits.apply(steps, list(state.entries), argument(checkpoint, options))
-    values = {new: state.entries[old] for old, new in key_map.pairs if new is not None}
-    return {key: value.shape for key, value in values.items() if isinstance(value, TENSORS)}
+    key_map, _ = edits.apply(steps, state.entries, argument(checkpoint, options))
+    values = key_map.entries.items()
+    return {key: value.shape for key, value in values if isinstance(value, TENSORS)}
 
 
 def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference) -> PoorFit:

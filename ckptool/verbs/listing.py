@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptool.pickles.subclasses import class_of
 from ckptool.state import checkpoint as places, edits, walk
+from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.parts import Part
 from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor
@@ -18,7 +20,8 @@ Entry = tuple[str, AnyTensor]
 class Listing:
     """Tensors by key, or by path where `state` is None; `beside` names what is around them.
 
-    `part` says of what the file is one of several parts.
+    `part` says of what the file is one of several parts; `arrays` are those of numpy in it that
+    are not in the state_dict (random states).
 
     It reads like a dict: `len`, iteration over the keys, `key in listing`, `listing[key]`.
     """
@@ -28,6 +31,7 @@ class Listing:
     entries: list[Entry]
     beside: list[str]
     part: Part | None = None
+    arrays: Sequence[Entry] = ()
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,17 +74,20 @@ class Listing:
             "tensors": [_fields(key, info) for key, info in self.entries],
             "beside": self.beside,
             "part": self.part.to_dict() if self.part else None,
+            "arrays": [_fields(key, info) for key, info in self.arrays],
         }
 
 
 def _fields(key: str, info: AnyTensor) -> dict[str, object]:
     layout = {"layout": info.layout} if isinstance(info, CompositeTensor) else {}
+    kind = class_of(info)
     return {
         "key": key,
         "dtype": info.dtype.label,
         "shape": list(info.shape),
         "nbytes": info.nbytes,
         **layout,
+        **({"class": kind} if kind else {}),
     }
 
 
@@ -96,8 +103,8 @@ def rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, str]]:
 
 
 def _dtype(info: AnyTensor) -> str:
-    layout = f" {info.layout}" if isinstance(info, CompositeTensor) else ""
-    return f"{info.dtype.label}{layout}"
+    kind = info.layout if isinstance(info, CompositeTensor) else class_of(info).rpartition(".")[2]
+    return f"{info.dtype.label} {kind}".rstrip()
 
 
 def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = False) -> Listing:
@@ -113,16 +120,32 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
         places.refuse_part(checkpoint, state)
     if state is None:
         whole = walk.tensors(checkpoint.tree)
+        inside, arrays = _arrays(checkpoint, places.candidates(checkpoint.tree))
         return Listing(
             checkpoint,
             state=None,
-            entries=[(walk.dotted(path) or ".", info) for path, info in whole],
+            entries=[*((walk.dotted(path) or ".", info) for path, info in whole), *inside],
             beside=[],
+            arrays=arrays,
             part=places.part_of(checkpoint, None),
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     beside = places.beside(checkpoint.tree, state.at)
-    return Listing(checkpoint, state=state, entries=tensors, beside=beside)
+    _, arrays = _arrays(checkpoint, [state])
+    return Listing(checkpoint, state=state, entries=tensors, beside=beside, arrays=arrays)
+
+
+def _arrays(
+    checkpoint: Checkpoint, states: Sequence[StateDict | Candidate]
+) -> tuple[list[Entry], list[Entry]]:
+    """List the arrays of numpy by path: those in state_dicts, and the others."""
+    held = [(walk.dotted(path), info) for path, info in walk.arrays(checkpoint.tree)]
+    tops = [each.at for each in states]
+    pairs = ((at, places.state_dict_at(checkpoint, at).entries) for at in tops if held)
+    keys = {walk.dotted((*at, key)) for at, entries in pairs for key in entries}
+    return [each for each in held if each[0] in keys], [
+        each for each in held if each[0] not in keys
+    ]
 
 
 def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:

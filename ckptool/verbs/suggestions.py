@@ -7,13 +7,13 @@ end the same commands are joined, and each output gets a name beside the input t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ckptool import containers
 from ckptool.pickles.names import Level
 from ckptool.state import checkpoint as places, edits, walk
-from ckptool.state.edits import WRAPPERS
+from ckptool.state.wrappers import peeling, without
 from ckptool.text import counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
@@ -111,8 +111,11 @@ def _at(facts: Survey, place: Place) -> tuple[str, ...]:
     return ("--at", walk.dotted(place.at) or ".")
 
 
-def _kinds(wrappers: Sequence[str]) -> str:
-    return ", ".join(WRAPPERS[wrapper] for wrapper in wrappers)
+def _without(place: Place) -> str:
+    """Name what `auto` would remove of the keys of a place, an empty text for nothing."""
+    found = place.peeling
+    names = [f"`{name}`" for name in (found.prefix, *found.inside, *sorted(found.bookkeeping))]
+    return f"without {listed(names[not found.prefix :])}" if found else ""
 
 
 def _several(facts: Survey) -> Advised:
@@ -127,26 +130,10 @@ def _several(facts: Survey) -> Advised:
     ]
     for place in likely[:4]:
         name = walk.dotted(place.at) or "."
-        averaged = _averaged(facts, place)
-        if averaged is not None:
-            yield replace(averaged, tag=_word(name))
-            continue
-        peeled = f", without `{''.join(place.wrappers)}`" if place.wrappers else ""
-        verb = "transfer" if place.wrappers or not place.at else "unwrap"
+        peeled = f", {_without(place)}" if place.peeling else ""
+        verb = "transfer" if place.peeling or not place.at else "unwrap"
         reason = f"`{name}` alone: {counted(place.total.count, 'tensor')}{peeled}"
         yield Advice(reason, verb, _at(facts, place), _word(name))
-
-
-def _averaged(facts: Survey, place: Place) -> Advice | None:
-    """Offer the model inside torch's AveragedModel: `n_averaged` beside `module.`."""
-    wanted = edits.DEFAULT_PREFIX
-    others = [key for key in place.keys if not key.startswith(wanted)]
-    if others != ["n_averaged"] or len(place.keys) == 1:
-        return None
-    unwrap = ("--unwrap",) if place.at else ()
-    steps = ("--keep", wanted.rstrip("."), "--strip-prefix", wanted)
-    reason = f"the averaged model alone, without `n_averaged` and `{wanted}`"
-    return Advice(reason, "convert", (*unwrap, *steps, *_at(facts, place)), "averaged")
 
 
 def _further(facts: Survey) -> Advised:
@@ -168,25 +155,22 @@ def _prefixes(facts: Survey) -> Advised:
     place = facts.place
     if place is None or place.module:
         return
-    if not place.wrappers:
-        averaged = _averaged(facts, place)
-        yield from _prefix_inside(facts, place) if averaged is None else [averaged]
+    if not place.peeling:
+        yield from _prefix_inside(facts, place)
         return
-    auto = () if list(place.wrappers) == ["module."] else ("--prefix", "auto")
-    reason = f"every key starts with `{''.join(place.wrappers)}` ({_kinds(place.wrappers)})"
-    yield Advice(reason, "strip-prefix", (*auto, *_at(facts, place)), "stripped")
+    auto = () if place.peeling.only_default else ("--prefix", "auto")
+    yield Advice("; ".join(place.worn), "strip-prefix", (*auto, *_at(facts, place)), "stripped")
 
 
 def _prefix_inside(facts: Survey, place: Place) -> Advised:
     """Offer to take `module` out of the inside of keys, where that makes no two the same."""
     wanted = edits.DEFAULT_PREFIX
-    count = sum(f".{wanted}" in key for key in place.keys)
-    if not count:
+    inside = [line for line in place.worn if f".{wanted}`" in line]
+    if not inside:
         return
-    strip = edits.strip_prefix(anywhere=True).make(place.keys)
-    if len({strip(key) for key in place.keys}) == len(place.keys):
-        reason = f"{count} of {len(place.keys)} keys hold `.{wanted}` (a part was DataParallel)"
-        yield Advice(reason, "strip-prefix", ("--anywhere", *_at(facts, place)), "stripped")
+    bare = {without(key, [wanted], 0) for key in place.keys}
+    if len(bare) == len(place.keys):
+        yield Advice(inside[0], "strip-prefix", ("--anywhere", *_at(facts, place)), "stripped")
 
 
 def _weights(facts: Survey) -> Advised:
@@ -207,10 +191,10 @@ def _weights(facts: Survey) -> Advised:
         reason = f"{listed(each.name for each in heavy)} {takes} {share} of the file"
     else:
         reason = "the weights alone"
-    if heavy or not place.wrappers:
+    if heavy or not place.peeling:
         yield Advice(reason, "unwrap", _at(facts, place), "weights")
-    if place.wrappers and not facts.framework_prefix:
-        reason = f"the weights alone, without `{''.join(place.wrappers)}`"
+    if place.peeling and not facts.framework_prefix:
+        reason = f"the weights alone, {_without(place)}"
         yield Advice(reason, "transfer", _at(facts, place), "clean")
 
 
@@ -227,15 +211,15 @@ def _inner(facts: Survey) -> Advised:
     place, prefix = facts.place, facts.framework_prefix
     if place is None or not prefix or facts.framework is None:
         return
-    before = "".join(place.wrappers)
+    before = place.peeling.prefix
     inside = [key for key in place.keys if key.startswith(before + prefix)]
     options = ["--unwrap"] if place.at or place.module else []
     if len(inside) < len(place.keys):
         options += ["--keep", before + prefix.rstrip(".")]
-    if place.wrappers:
+    if before:
         options += ["--strip-prefix", "auto"]
     options += ["--strip-prefix", prefix]
-    if edits.peeled([key.removeprefix(before + prefix) for key in inside]):
+    if peeling([key.removeprefix(before + prefix) for key in inside]).prefixes:
         options += ["--strip-prefix", "auto"]
     reason = f"what stands under `{before + prefix}`, for the module itself"
     yield Advice(reason, "convert", (*options, *_at(facts, place)), "inner")

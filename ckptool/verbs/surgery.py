@@ -483,7 +483,10 @@ def _stored(tree: Node) -> Iterator[Storage]:
     for _, tensor in walk.tensors(tree):
         for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
             chunks = part.storage.chunked.chunks if part.storage.chunked else ()
-            yield from (chunk.source.storage for chunk in chunks) if chunks else (part.storage,)
+            if chunks:
+                yield from (chunk.source.storage for chunk in chunks)
+            else:
+                yield from values.stored(part.storage)
 
 
 def _is_moved(storage: Storage, moved: Moved) -> bool:

@@ -15,11 +15,12 @@ from ckptool.containers import safetensors
 from ckptool.pickles import safety
 from ckptool.pickles.safety import Verdict
 from ckptool.pickles.tree import Global, Node, children
-from ckptool.state import checkpoint as places, edits, naming, walk
+from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
 from ckptool.state.parts import Part
-from ckptool.state.walk import Path
+from ckptool.state.walk import Path, labelled
+from ckptool.state.wrappers import Peeling, peeling, worn
 from ckptool.tensors.tensor import (
     TENSORS,
     AnyTensor,
@@ -47,9 +48,9 @@ class Total:
 class Place:
     """A dict that may be the state_dict: `stored` counts the bytes of the file that only it needs.
 
-    `wrappers` are the known prefixes that all its keys share, `other` counts its entries that are
-    no tensors, `ties` map keys to those that are the same view, `unfit` says which entries
-    safetensors cannot hold and why.
+    `peeling` is what `auto` would remove, `worn` describes all wrappers seen in its keys, `other`
+    counts its entries that are no tensors, `ties` map keys to those that are the same view,
+    `unfit` says which entries safetensors cannot hold and why.
     """
 
     at: Path
@@ -57,7 +58,8 @@ class Place:
     total: Total
     stored: int
     prefix: str
-    wrappers: Sequence[str]
+    peeling: Peeling
+    worn: Sequence[str]
     other: int
     ties: dict[str, str]
     unfit: dict[str, str]
@@ -71,7 +73,9 @@ class Place:
             **asdict(self.total),
             "stored": self.stored,
             "prefix": self.prefix,
-            "wrappers": list(self.wrappers),
+            "wrappers": list(self.peeling.prefixes),
+            "inside": list(self.peeling.inside),
+            "bookkeeping": sorted(self.peeling.bookkeeping),
             "module": self.module,
             "classes": self.classes,
         }
@@ -165,7 +169,7 @@ class Survey:
             "candidates": [place.to_dict() for place in self.places],
             **asdict(self.total),
             "dtypes": {label: asdict(total) for label, total in self.dtypes.items()},
-            "wrappers": list(self.place.wrappers) if self.place else [],
+            "wrappers": list(self.place.peeling.prefixes) if self.place else [],
             "ties": self.ties,
             "views": list(self.views),
             "not_contiguous": list(self.strided),
@@ -268,7 +272,7 @@ def unused_nbytes(tree: Node) -> int:
 
 def _first_keys(found: Sequence[Place]) -> list[str]:
     """Return the keys of the first candidate, without wrapper prefixes they all share."""
-    return [edits.unwrapped(key, place.wrappers) for place in found[:1] for key in place.keys]
+    return [place.peeling.name(key) for place in found[:1] for key in place.keys]
 
 
 def _paths(tree: Node) -> list[Path]:
@@ -302,7 +306,8 @@ def _place(
         total=_total(tensors),
         stored=ledger.nbytes - before,
         prefix=places.common_prefix(keys),
-        wrappers=edits.peeled(keys),
+        peeling=peeling(state.entries),
+        worn=worn(state.entries),
         other=len(keys) - len(tensors),
         ties=left.ties,
         unfit=left.unfit,
@@ -354,7 +359,7 @@ def _named(node: Node) -> list[tuple[str, Node]]:
     pairs = places.items(node)
     if not pairs:
         return list(places.ways(node, Effort()))
-    return [(key if isinstance(key, str) else naming.plain(key), value) for key, value in pairs]
+    return labelled(pairs)
 
 
 def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
