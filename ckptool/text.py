@@ -37,6 +37,11 @@ def quoted(word: str) -> str:
     return "'" + word.replace("'", "'\"'\"'") + "'"
 
 
+def argument(path: str) -> str:
+    """Write a path as a command takes it: quoted, and no option."""
+    return quoted(f"./{path}" if path.startswith("-") else path)
+
+
 def _as_bytes(found: re.Match[str]) -> str:
     """Write a character as the bytes that it is in the name of a file."""
     escapes = "surrogateescape" if "\udc80" <= found[0] <= "\udcff" else "surrogatepass"

@@ -13,6 +13,7 @@ from ckptool.errors import is_out_of_memory
 from ckptool.text import visible
 
 if TYPE_CHECKING:
+    from ckptool.verbs.check_folders import Group
     from ckptool.verbs.checking import Checked
 
 
@@ -30,31 +31,34 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> in
     \b
     ckptool check model_best.pth.tar
     ckptool check --finite --sha256 *.safetensors
-    ckptool check downloads/                     (files with known suffixes)
+    ckptool check downloads/                     (every file, by its bytes)
     ckptool check --strict --json from_a_stranger.pth
 
     A line for each file: ok, damaged, unsafe, not-a-checkpoint or unsupported. Exit code 1 for
     damaged, 3 for no checkpoint, 4 for unsafe; over several files the highest.
     """
     from ckptool.cli import report, report_check
-    from ckptool.verbs import checking
+    from ckptool.verbs import check_folders, checking
 
-    paths = list(checking.expanded(files))
-    results = []
-    if not as_json and talk.on_terminal():
+    groups = check_folders.groups(files)
+    paths = [path for group in groups for path in group.files]
+    results: list[Checked] = []
+    others: list[Checked] = []
+    wide = talk.on_terminal()
+    if not as_json and wide:
         talk.put([report_check.aligned(None, paths, _paint)])
     bugs: list[Exception] = []
-    for found in _checked(paths, quiet, how, bugs):
-        results.append(found)
-        if not as_json:
-            wide = talk.on_terminal()
+    for found, listed in _checked(groups, quiet, how, bugs):
+        (results if listed else others).append(found)
+        if listed and not as_json:
             line = report_check.aligned(found, paths, _paint) if wide else report_check.row(found)
             talk.put([line])
+    unseen = {path: why for group in groups for path, why in group.unseen.items()}
     if as_json:
-        talk.put([report.document(checking.document(results))])
+        talk.put([report.document(checking.document(results, others, unseen))])
     for found in results:
         _tell(found, quiet)
-    talk.say(report_check.last_lines(results), quiet=quiet)
+    talk.say(report_check.last_lines(results, others, unseen), quiet=quiet)
     if bugs:
         raise bugs[0]
     return max((found.status.exit_code for found in results), default=0)
@@ -65,21 +69,36 @@ def _paint(text: str, colour: str) -> str:
 
 
 def _checked(
-    paths: Sequence[str], quiet: bool, how: dict[str, bool], bugs: list[Exception]
-) -> Iterator[Checked]:
-    """Check one file after the other; a defect of ours at one of them hides none of the others."""
+    groups: Sequence[Group], quiet: bool, how: dict[str, bool], bugs: list[Exception]
+) -> Iterator[tuple[Checked, bool]]:
+    """Check one file after the other, and say which get a line.
+
+    A folder without any gets one itself; a defect of ours at one file hides none of the others.
+    """
+    for group in groups:
+        lines = 0
+        for path in group.files:
+            for found in _one(path, quiet, how, bugs):
+                listed = group.lists(found)
+                lines += listed
+                if listed or group.other(found):
+                    yield found, listed
+        if not lines and group.folder:
+            yield from ((found, True) for found in _one(group.path, quiet, how, bugs))
+
+
+def _one(path: str, quiet: bool, how: dict[str, bool], bugs: list[Exception]) -> Iterator[Checked]:
     from ckptool.verbs import checking
 
-    for path in paths:
-        try:
-            with talk.Progress(path, quiet=quiet) as progress:
-                found = checking.check(path, progress=progress.begin, **how)
-        except Exception as error:
-            slug = "out-of-memory" if is_out_of_memory(error) else "bug"
-            talk.say([f"{visible(path)}: error[{slug}]: {type(error).__name__}: not checked"])
-            bugs.append(error)
-        else:
-            yield found
+    try:
+        with talk.Progress(path, quiet=quiet) as progress:
+            found = checking.check(path, progress=progress.begin, **how)
+    except Exception as error:
+        slug = "out-of-memory" if is_out_of_memory(error) else "bug"
+        talk.say([f"{visible(path)}: error[{slug}]: {type(error).__name__}: not checked"])
+        bugs.append(error)
+    else:
+        yield found
 
 
 def _tell(found: Checked, quiet: bool) -> None:

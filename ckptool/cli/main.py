@@ -243,10 +243,34 @@ def _usage(error: click.UsageError, arguments: list[str]) -> list[str]:
 def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
     """Write the command to paste, or name a file that is spelled like the missing one."""
     if error.option:
-        command = " ".join(["ckptool", *map(quoted, arguments), error.option])
-        error.hint = f"{command}   {error.hint}".rstrip()
+        error.hint = f"{_retried(arguments, error.option)}   {error.hint}".rstrip()
     if isinstance(error, NoSuchFile) and error.path and not error.hint:
         from ckptool.files.fileio import spelled_like
 
         error.hint = spelled_like(str(error.path))
     return error
+
+
+# Options of one meaning under other names: what errors call it -> command -> its own.
+_OWN_NAMES = {"--prefix": {"convert": "--strip-prefix", "diff": "--ignore-prefix"}}
+
+
+def _retried(arguments: list[str], option: str) -> str:
+    """Write the command that failed with an option, in the place of the same one if it had it."""
+    name, _, value = option.partition(" ")
+    name = _OWN_NAMES.get(name, {}).get(arguments[0], name)
+    same = f"{value.partition('=')[0]}=" if "=" in value else ""  # --model-arg NAME=VALUE
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":  # no option stands behind it
+            words = iter([word, *words])
+            break
+        given = [next(words, "")] if value and word == name else []
+        if given and not given[0].startswith(same):
+            kept += [word, *given]
+        elif not given and word.partition("=")[0] != name:
+            kept.append(word)
+    return " ".join(
+        ["ckptool", *map(quoted, kept), f"{name} {value}".rstrip(), *map(quoted, words)]
+    )

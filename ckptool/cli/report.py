@@ -17,7 +17,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import SHAPE_DIFFERS
 from ckptool.state.wrappers import peeling, worn
 from ckptool.tensors.tensor import TENSORS
-from ckptool.text import counted, listed, percent, quoted, readable, shape, table, visible
+from ckptool.text import argument, counted, listed, percent, quoted, readable, shape, table, visible
 from ckptool.verbs.listing import Entry, Listing, rows
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
@@ -105,7 +105,7 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
             lines.append(f"{others} more entries of the state_dict are not tensors")
         lines += map(visible, (*state.missing, *state.notes))
         verb = "transfer" if state.module else "strip-prefix"
-        hint = prefix_line(found.checkpoint.path, state.entries, verb)
+        hint = prefix_line(found.checkpoint.path, state.entries, verb, _taken(found))
         lines += [hint] if hint else []
     return [*lines, *map(visible, found.checkpoint.notes)]
 
@@ -132,12 +132,22 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
     return [first, *(f"    {visible(line)}" for line in lines)]
 
 
-def prefix_line(path: str, entries: Mapping[str, Node], verb: str = "strip-prefix") -> str:
+def _taken(found: Listing) -> str:
+    """Write the options with which a command takes what was listed."""
+    options = "--tensors-only " if safety.judge(found.checkpoint.globals).dangerous else ""
+    if found.state and found.at is not None:
+        options += f"--at {quoted(found.at)} "
+    return options
+
+
+def prefix_line(
+    path: str, entries: Mapping[str, Node], verb: str = "strip-prefix", options: str = ""
+) -> str:
     """Describe the wrappers that all or some keys have, and what removes them; empty for none."""
     lines, found = worn(entries), peeling(entries)
     if found:
         auto = "" if verb == "transfer" or found.only_default else " --prefix auto"
-        lines[-1] += f"; ckptool {verb}{auto} {quoted(path)} OUT removes it"
+        lines[-1] += f": ckptool {verb}{auto} {options}{argument(path)} OUT   removes it"
     return visible("; ".join(lines))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ckptool.pickles.safety import evidence_line
-from ckptool.text import counted, visible
+from ckptool.text import counted, listed, visible
 from ckptool.verbs.checking import BYTES_UNSEEN, Checked, Status
 
 HEAD = ("FILE", "STATUS", "DETAIL")
@@ -55,7 +55,9 @@ def note_lines(found: Checked) -> list[str]:
     return [f"{name}: {visible(line)}" for line in (*found.notes, *hint)]
 
 
-def last_lines(results: Sequence[Checked]) -> list[str]:
+def last_lines(
+    results: Sequence[Checked], others: Sequence[Checked] = (), skipped: Mapping[str, str] = {}
+) -> list[str]:
     """Count, where there are several, and say what nobody looked at."""
     counts = [
         f"{sum(found.status is status for found in results)} {status.value}"
@@ -63,6 +65,10 @@ def last_lines(results: Sequence[Checked]) -> list[str]:
         if any(found.status is status for found in results)
     ]
     lines = [f"{counted(len(results), 'file')}: {', '.join(counts)}"] if len(results) > 1 else []
+    if others:
+        named = listed(f"{each.file} ({each.detail})" for each in others)
+        lines.append(f"{counted(len(others), 'other file')}, not read as checkpoints: {named}")
+    lines += [f"not looked at: {visible(path)} ({visible(skipped[path])})" for path in skipped]
     if not any(found.checked or found.not_checked for found in results):
         return lines
     unseen = dict.fromkeys(line for found in results for line in found.not_checked)

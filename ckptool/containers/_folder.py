@@ -16,7 +16,7 @@ from ckptool.containers import _registry
 from ckptool.containers._others import STEMS
 from ckptool.errors import AmbiguousStateDict, CkptoolError, Malformed, NoSuchFile, NotACheckpoint
 from ckptool.files.fileio import reason
-from ckptool.text import counted, quoted, readable, table
+from ckptool.text import argument, counted, readable, table
 
 MAX_NAMES = 10_000
 MAX_SHOWN = 12
@@ -39,7 +39,6 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("checkpoint model.ckpt.index", "a TensorFlow checkpoint"),
     ("hparams.yaml checkpoints", "a log folder of Lightning; see checkpoints/ inside"),
     ("config.json weights.th vocabulary", "an unpacked model of AllenNLP"),
-    ("data.pkl", "an unpacked torch file; zip it again, or get the file itself"),
 )
 
 
@@ -140,7 +139,7 @@ def _refusal(folder: str, entries: Sequence[os.DirEntry[str]]) -> NotACheckpoint
         f"{folder} is a folder{kind} ({_counts(len(sizes), len(entries) - len(sizes))})",
         path=folder,
         evidence=table([(name, readable(sizes[name])) for name in weights[:MAX_SHOWN]], (1,)),
-        hint=f"ckptool info {quoted(os.path.join(folder, likely[0]))}" if likely else "",
+        hint=f"ckptool info {argument(os.path.join(folder, likely[0]))}" if likely else "",
     )
 
 

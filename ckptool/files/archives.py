@@ -17,7 +17,7 @@ from ckptool.errors import FormatError, LimitExceeded, NoSuchFile, Unsupported
 from ckptool.files import tars, zips
 from ckptool.files.fileio import MARK, Reader
 from ckptool.files.spool import Spool, gunzipped, limit
-from ckptool.text import counted, quoted, readable, table
+from ckptool.text import argument, counted, quoted, readable, table
 
 SHOWN = 8
 SUFFIXES = (".zip", ".nemo", ".tgz", ".gz")  # beside .tar, which checkpoints have too
@@ -82,6 +82,16 @@ def enter(stack: ExitStack, reader: Reader) -> Inside | None:
     name = os.path.basename(reader.path.rpartition(MARK)[2])
     name = name.removesuffix(".gz") or name
     return Inside(reader, {name: tars.TarMember(name, 0, reader.nbytes, "file")})
+
+
+def is_archive(path: str) -> bool:
+    """Check by its first bytes whether a file is an archive that could be looked into."""
+    try:
+        with Reader(path) as reader:
+            head = _head(reader)
+    except FormatError:
+        return False
+    return head.startswith((b"PK\3\4", _GZIP)) or tars.is_tar(head)
 
 
 def _head(reader: Reader) -> bytes:
@@ -183,4 +193,4 @@ def look(reader: Reader, suffixes: Suffixes) -> tuple[list[str], str]:
         members = inside.members(suffixes) if inside else []
     if not members or not members[0].likely:
         return [], ""
-    return lines(members), f"ckptool keys {quoted(reader.path + MARK + members[0].name)}"
+    return lines(members), f"ckptool info {argument(reader.path + MARK + members[0].name)}"

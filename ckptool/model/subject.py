@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptool import text
 from ckptool.errors import DoesNotLoad
 from ckptool.model import devices, libraries, live, loading, native, zoo
 from ckptool.model.loading import Fit, Mismatch
@@ -206,7 +207,7 @@ def _peeling(source: Source) -> str:
     extra = " --prefix auto" if outer and not outer.only_default else ""
     several = len(places.candidates(source.checkpoint.tree)) > 1
     at = f" --at {quoted(dotted(source.state.at))}" if several else ""
-    return f"ckptool strip-prefix {quoted(source.path)} OUT{extra}{at}"
+    return f"ckptool strip-prefix {text.argument(source.path)} OUT{extra}{at}"
 
 
 def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:
@@ -217,5 +218,5 @@ def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:
         return "with partial=True, what both have is compared"
     given = "".join(f" --model-arg {quoted(argument(*pair))}" for pair in recipe.args.items())
     model = f"--model {quoted(recipe.spec)}{given}"
-    mend = f"ckptool transfer {quoted(source.path)} OUT {model} --init-missing"
+    mend = f"ckptool transfer {text.argument(source.path)} OUT {model} --init-missing"
     return f"{mend}   (or verify with --partial, which compares what both have)"

@@ -90,8 +90,16 @@ def _copied(model: nn.Module, args: Mapping[str, Any] | None, device: str, spec:
     return copy.deepcopy(model).to(device)
 
 
-def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a model's state_dict, in order.
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> Shapes:
+    """Return the shapes of the tensors of a model's state_dict, in order."""
+    return layout(spec, args)[0]
+
+
+def layout(spec: ModelLike, args: Mapping[str, Any] | None = None) -> tuple[Shapes, dict[str, str]]:
+    """Return the shapes of the tensors of a model's state_dict, and which keys are tied to which.
 
     The model is made on the meta device, and on the CPU where its factory cannot do that.
     """
@@ -100,11 +108,14 @@ def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> dict[str, 
     except BadInput:
         model = build(spec, args, "cpu")
     tensor = libraries.torch().Tensor
-    return {
-        key: tuple(value.shape)
-        for key, value in model.state_dict().items()
+    tensors = {
+        key: value
+        for key, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, tensor)
     }
+    firsts: dict[int, str] = {}
+    ties = {key: firsts.setdefault(id(value), key) for key, value in tensors.items()}
+    return {key: tuple(value.shape) for key, value in tensors.items()}, ties
 
 
 def registered(spec: ModelLike) -> str | None:

@@ -180,8 +180,10 @@ class Search:
         if not isinstance(node, WAYS):
             return
         if (id(node), dicts, models) in self.seen:
-            if id(node) in self.by_node and (dicts or self.by_node[id(node)].module):
-                self.by_node[id(node)].paths.append(path)
+            found = self.by_node.get(id(node))
+            inside = found and any(path[: len(each)] == each for each in found.paths)
+            if found and not inside and (dicts or found.module):
+                found.paths.append(path)
             return
         self.seen.add((id(node), dicts, models))
         if isinstance(node, Object) and modules.is_module(node, self.effort):

@@ -46,7 +46,7 @@ from ckptool.state.candidates import (
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import INNER, Path, dotted, labelled, tensors
 from ckptool.tensors.tensor import TENSORS, Storage, TensorInfo
-from ckptool.text import counted, listed, quoted, readable, table, visible
+from ckptool.text import argument, counted, listed, quoted, readable, table, visible
 
 MAX_PLACES = 12  # named in an error
 
@@ -61,7 +61,8 @@ class Checkpoint:
     `program` names what the tree was taken out of and cannot be put back into (a TorchScript
     module); `unread` names records that nothing in the tree uses, of `unread_nbytes` in all;
     `records` are all parts of the container that may have a checksum, by name, whether the tree
-    uses them or not; `unlisted` counts the bytes that belong to nothing the container lists;
+    uses them or not, and `kept` those that are written although it does not; `unlisted` counts the
+    bytes that belong to nothing the container lists;
     `flaws` are what torch would not load it for; `files` are all that were read, with what tells
     whether each is still the same; `shards` are those of a set, each as it was read; `notes` are
     for the user; `held` lives as long as the bytes may be read (what an archive was unpacked to).
@@ -82,6 +83,7 @@ class Checkpoint:
     unread_nbytes: int = 0
     program: str = ""
     records: dict[str, Storage] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     unlisted: int = 0
     flaws: tuple[str, ...] = ()
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
@@ -214,21 +216,23 @@ def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> Edi
     count = sum(1 for _ in tensors(checkpoint.tree))
     if not count:
         return NoStateDict(f"{checkpoint.path} holds no tensors")
-    places = _parents(checkpoint.tree)
-    chosen = f"{option} {quoted(places[0])}" if len(places) == 1 else ""
+    found_at = _parents(checkpoint.tree)
+    chosen = f"{option} {quoted(found_at[0])}" if len(found_at) == 1 else ""
+    where = _where(checkpoint) + (f"; {option} NAME chooses one" if found_at else "")
     return NoStateDict(
         f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
-        evidence=_at_places(places),
+        evidence=_at_places(found_at),
         option=chosen,
-        hint=""
-        if chosen
-        else f"ckptool keys --all {quoted(checkpoint.path)}   shows where they are; "
-        f"{option} NAME chooses a dict of them",
+        hint="" if chosen else where,
     )
 
 
+def _where(checkpoint: Checkpoint) -> str:
+    return f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by path"
+
+
 def _parents(tree: Node) -> list[str]:
-    """List what holds tensors itself, and what `--at` finds there."""
+    """List what holds tensors itself, where `--at` finds it."""
     parents = dict.fromkeys(path[:-1] for path, _ in islice(tensors(tree), MAX_LISTED) if path)
     return [dotted(path) or "." for path in parents if _has_tensors(tree, path)]
 
@@ -263,7 +267,7 @@ def _named(checkpoint: Checkpoint, at: str, option: str) -> StateDict:
         raise NoSuchKey(
             f"`{at}` in {checkpoint.path} is not a dict of tensors: {what}",
             evidence=_places(checkpoint),
-            hint=f"ckptool keys --all {quoted(checkpoint.path)}   lists all tensors by their path",
+            hint=_where(checkpoint),
         )
     return state
 
@@ -289,11 +293,13 @@ def _resolve(checkpoint: Checkpoint, at: str, option: str) -> Path:
 
         known = [dotted(found.at) for found in candidates(checkpoint.tree)]
         close = get_close_matches(at, known, n=1, cutoff=0.6)
-        hint = f"did you mean {option} {quoted(close[0])}?" if close else ""
-        if known == [""]:
-            hint = f"{checkpoint.path} is a bare state_dict: leave out {option}"
+        bare = f"{checkpoint.path} is a bare state_dict: leave out {option}"
+        hint = bare if known == [""] else ""
         raise NoSuchKey(
-            f"there is no `{at}` in {checkpoint.path}", evidence=_places(checkpoint), hint=hint
+            f"there is no `{at}` in {checkpoint.path}",
+            evidence=_places(checkpoint),
+            option=f"{option} {quoted(close[0])}" if close and known != [""] else "",
+            hint=hint,
         )
     return path
 

@@ -38,9 +38,9 @@ class EditSpec:
 
 
 def renaming(text: str, option: str = "--rename") -> tuple[str, str]:
-    """Read `OLD=NEW`."""
+    """Read `OLD=NEW`; without OLD, NEW is put before all keys."""
     old, sign, new = text.partition("=")
-    if not sign or not old:
+    if not sign or old == new:
         raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
     return old, new
 

@@ -115,14 +115,14 @@ def strip_prefix(
             raise NothingMatched(
                 f"no key starts with `{wanted}`" if not anywhere else f"no key holds `{wanted}`",
                 evidence=[f"keys are like {key}" for key in _examples(entries)],
-                hint=_prefix_hint(entries, wanted),
+                **_prefix_remedy(entries, wanted, all if every else any),
             )
         counters = all(wrappers.is_counter(key, entries[key]) for key in others)
         if every and not counters:
             raise EditError(
                 f"{len(others)} of {len(entries)} keys do not start with `{wanted}`",
                 evidence=_examples(others),
-                hint="leave out --every to strip those that do",
+                hint="without --every, those that do are stripped",
             )
         gone = set(others) if counters and not keep_bookkeeping else set()
         return lambda key: None if key in gone else strip(key)
@@ -130,16 +130,19 @@ def strip_prefix(
     return Edit(f"strip {wanted}", make, BOOKKEEPING)
 
 
-def _prefix_hint(entries: Entries, wanted: str) -> str:
+def _prefix_remedy(
+    entries: Entries, wanted: str, enough: Callable[[Iterable[bool]], bool]
+) -> dict[str, str]:
+    """Return the option that would help, and why, or a hint alone."""
     found = wrappers.peeling(entries)
     if found.prefixes:
-        prefix = "auto" if len(found.prefixes) > 1 else found.prefix
-        return f"every key starts with `{found.prefix}`: --prefix {prefix}"
-    if any(f".{wanted}" in key for key in entries):
-        return f"`{wanted}` is inside keys: --anywhere"
+        why = f"every key starts with `{found.prefix}`"
+        return {"option": f"--prefix {found.prefix}", "hint": why}
+    if entries and enough(f".{wanted}" in key for key in entries):
+        return {"option": "--anywhere", "hint": f"`{wanted}` is inside keys"}
     close = [] if wanted in WRAPPERS else close_matches(wanted.rstrip("."), list(entries))
     if close:
-        return f"did you mean `{close[0]}`?"
+        return {"hint": f"did you mean `{close[0]}`?"}
     return _shared_by_most(entries)
 
 
@@ -159,22 +162,23 @@ def strip_wrappers(
             raise NothingMatched(
                 "no known wrapper prefix that all keys share",
                 evidence=[f"keys are like {key}" for key in _examples(entries)],
-                hint=_shared_by_most(entries),
+                **_shared_by_most(entries),
             )
         return found
 
     return Edit("strip wrappers", make, BOOKKEEPING)
 
 
-def _shared_by_most(entries: Entries) -> str:
+def _shared_by_most(entries: Entries) -> dict[str, str]:
     inside = any(f".{DEFAULT_PREFIX}" in key for key in entries)
     if inside and DEFAULT_PREFIX not in wrappers.submodules(entries):
-        return f"`{DEFAULT_PREFIX}` is inside keys: --anywhere"
+        return {"option": "--anywhere", "hint": f"`{DEFAULT_PREFIX}` is inside keys"}
     for prefix in WRAPPERS:
         count = sum(key.startswith(prefix) for key in entries)
         if count:
-            return f"{count} of {len(entries)} keys start with `{prefix}`: --prefix {prefix}"
-    return "no known wrapper prefix on any key: nothing to strip" if entries else ""
+            why = f"{count} of {counted(len(entries), 'key')} start with `{prefix}`"
+            return {"option": f"--prefix {prefix}", "hint": why}
+    return {"hint": "no known wrapper prefix on any key: nothing to strip"} if entries else {}
 
 
 def add_prefix(prefix: str = DEFAULT_PREFIX) -> Edit:
@@ -228,9 +232,9 @@ def keep(patterns: str | Iterable[str]) -> Edit:
     return Edit("keep", make, "not among those to keep")
 
 
-def without(unwanted: Iterable[str], reason: str) -> Edit:
+def without(unwanted: str | Iterable[str], reason: str) -> Edit:
     """Drop exactly the keys given, for a reason that is reported."""
-    dropped = frozenset(unwanted)
+    dropped = frozenset(several(unwanted))
     return Edit("without", lambda keys: lambda key: None if key in dropped else key, reason)
 
 
@@ -331,6 +335,8 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
     """Return the error of a pattern that selects nothing, with example keys and close ones."""
     hint = _without_wrappers(pattern, keys)
     if not hint:
+        hint = _inside(pattern, keys)
+    if not hint:
         close = close_matches(pattern, keys)
         hint = f"did you mean `{close[0]}`?" if close else ""
     return NothingMatched(
@@ -338,6 +344,15 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
         evidence=[f"keys are like {key}" for key in _examples(keys)],
         hint=hint,
     )
+
+
+def _inside(pattern: str, keys: Sequence[str]) -> str:
+    """Offer a glob for a name that is inside keys, or at their end."""
+    for wider in (f"*.{pattern}.*", f"*.{pattern}"):
+        matches = matcher(wider)
+        if count := sum(matches(key) for key in keys):
+            return f"`{wider}` selects {counted(count, 'key')}"
+    return ""
 
 
 def _without_wrappers(pattern: str, keys: Sequence[str]) -> str:
@@ -382,7 +397,7 @@ def _examples(given: Iterable[str]) -> list[str]:
 
 
 def apply(
-    steps: Sequence[Edit], entries: Entries | Sequence[str], source: str = "IN"
+    steps: Sequence[Edit], entries: Entries | Sequence[str], source: str = ""
 ) -> tuple[KeyMap, KeyEdit]:
     """Apply edits one after the other; return what they did, and all of them as one edit of keys.
 
@@ -397,7 +412,11 @@ def apply(
     said: list[str] = []
     for step in steps:
         before = [key for _, key, _ in now]
-        edit = step.make({key: value for _, key, value in now})
+        given = {key: value for _, key, value in now}
+        if step.name == "drop":  # what went with a wrapper may be named all the same
+            went = (name for name, reason in why.values() if reason == BOOKKEEPING)
+            given |= {name.rpartition(".")[2]: None for name in went}
+        edit = step.make(given)
         after = [edit(key) for key in before]
         said += edit.said(before) if isinstance(edit, Peeling) else _said(step, before, after)
         made.append(edit)
@@ -456,7 +475,9 @@ def _refuse_collision(pairs: Sequence[tuple[str, str | None]], source: str) -> N
         if new in taken:
             raise KeyCollision(
                 f"{taken[new]} and {old} would both become {new}",
-                hint=f"leave one out first: ckptool convert --drop {quoted(old)} {source} OUT",
+                hint=f"drop one first: ckptool convert --drop {quoted(old)} {source} OUT"
+                if source
+                else f"drop {old} first",
             )
         taken[new] = old
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,17 +42,20 @@ def replaced(tree: Node, at: Path, node: Node) -> Node:
             for key, here in pairs
         ]
 
-    if isinstance(tree, Dict):
-        return Dict(swap(tree.pairs))
-    if given is not None:
-        return _with_attributes(tree, Dict(swap(given)))
-    args, rows = tree.args, python2_items(tree)
+    return with_pairs(tree, swap) if given is None else _with_attributes(tree, Dict(swap(given)))
+
+
+def with_pairs(node: Dict | Object, change: Callable[[Pairs], Pairs]) -> Node:
+    """Return a dict, or an object that was filled like one, with its pairs changed."""
+    if isinstance(node, Dict):
+        return Dict(change(node.pairs))
+    args, rows = node.args, python2_items(node)
     if rows:
-        args = ([list(pair) for pair in swap(rows)],)
+        args = ([list(pair) for pair in change(rows)],)
     steps = [
-        (kind, swap(payload) if kind == "setitem" else payload) for kind, payload in tree.steps
+        (kind, change(payload) if kind == "setitem" else payload) for kind, payload in node.steps
     ]
-    return replace(tree, args=args, steps=steps)
+    return replace(node, args=args, steps=steps)
 
 
 def _is(key: Node, other: Node) -> bool:

@@ -63,6 +63,7 @@ def arrays(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
 def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
     """Yield the tensors and objects of a tree with their paths, each container once."""
     seen: set[int] = set()
+    numbers: Numbers = {}
     stack: list[tuple[Path, Iterator[tuple[str | None, Node]]]] = [((), iter([(None, tree)]))]
     while stack:
         path, level = stack[-1]
@@ -74,7 +75,7 @@ def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
                 seen.add(id(node))
                 if type(node) is Object:
                     yield here, node
-                stack.append((here, iter(list(_members(node)))))
+                stack.append((here, iter(list(_members(node, numbers)))))
                 break
         else:
             stack.pop()
@@ -84,11 +85,24 @@ _CONTAINERS = (Dict, Object, Set, list, tuple)
 INNER = (*_CONTAINERS, *TENSORS, PersistentId)
 
 
-def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
+def named(tree: Node) -> Iterator[tuple[str, AnyTensor]]:
+    """Yield every tensor of a tree by its path, dotted; no two have the same."""
+    taken: set[str] = set()
+    for path, tensor in tensors(tree):
+        name = text = dotted(path) or "."
+        count = 1
+        while name in taken:
+            count += 1
+            name = f"{text}#{count}"
+        taken.add(name)
+        yield name, tensor
+
+
+def _members(node: Node, numbers: Numbers) -> Iterator[tuple[str | None, Node]]:
     """Yield what is inside a node with the name a user would write for it, None for no name."""
     match node:
         case Dict():
-            yield from labelled(node.pairs)
+            yield from labelled(node.pairs, number(node, node.pairs, numbers))
         case list() | tuple():
             for index, value in enumerate(node):
                 yield str(index), value
@@ -96,14 +110,15 @@ def _members(node: Node) -> Iterator[tuple[str | None, Node]]:
             for index, value in enumerate(node.items):
                 yield str(index), value
         case Object():
-            yield from _object_members(node)
+            yield from _object_members(node, numbers)
 
 
-def _object_members(node: Object) -> Iterator[tuple[str | None, Node]]:
+def _object_members(node: Object, numbers: Numbers) -> Iterator[tuple[str | None, Node]]:
     if not python2_items(node):
         yield None, node.args
     yield None, node.kwargs
-    yield from labelled(items(node) or [])
+    pairs = items(node) or []
+    yield from labelled(pairs, number(node, pairs, numbers))
     for kind, payload in node.steps:
         if kind == "append":
             yield from ((str(index), value) for index, value in enumerate(payload))
@@ -131,18 +146,46 @@ def label(key: Node) -> str:
     return "?"
 
 
-def labelled(pairs: Pairs) -> list[tuple[str, Node]]:
+Numbers = dict[int, dict[int, str]]  # by the `id` of a dict, then of a key: the key's number
+
+
+def number(node: Node, pairs: Pairs, numbers: Numbers) -> dict[int, str]:
+    """Return the numbers of the parameters that are keys of a node, by their `id`.
+
+    The state of an optimizer that was pickled whole is keyed by Parameters; its `state_dict()`
+    has their numbers in `param_groups` instead (torch/optim/optimizer.py), and so have we.
+    `numbers` remembers what was met on the way to the node.
+    """
+    groups = next((value for key, value in pairs if key == "param_groups"), None)
+    if isinstance(groups, list):
+        state = next((value for key, value in pairs if key == "state"), None)
+        params = [
+            each
+            for group in groups
+            for key, value in items(group) or []
+            if key == "params" and isinstance(value, list)
+            for each in value
+        ]
+        numbers[id(state)] = {
+            id(each): str(index)
+            for index, each in enumerate(params)
+            if not isinstance(each, str | int)  # a state_dict's own
+        }
+    return numbers.get(id(node), {})
+
+
+def labelled(pairs: Pairs, numbers: dict[int, str] | None = None) -> list[tuple[str, Node]]:
     """Name the values of a dict, no two with odd keys alike."""
     if all(type(key) is str for key, _ in pairs):
         return pairs
     taken = {key for key, _ in pairs if isinstance(key, str)}
     named = []
     for key, value in pairs:
-        name = text = label(key)
-        number = 1
+        name = text = (numbers or {}).get(id(key)) or label(key)
+        count = 1
         while not isinstance(key, str) and name in taken:
-            number += 1
-            name = f"{text}#{number}"
+            count += 1
+            name = f"{text}#{count}"
         taken.add(name)
         named.append((name, value))
     return named

@@ -112,7 +112,8 @@ def peeling(
     found = Peeling(tuple(prefixes), tuple(kinds), (), frozenset(gone), keep)
     inner = replace(found, inside=_inside(entries, anywhere), start=int(not (prefixes or anywhere)))
     # Where two keys would become one, a component is no wrapper.
-    return inner if len({inner.name(key) for key in entries}) == len(entries) else found
+    distinct = (len(set(map(each.name, entries))) for each in (inner, found))
+    return inner if next(distinct) == next(distinct) else found
 
 
 def is_counter(name: str, value: Node) -> bool:
@@ -190,6 +191,7 @@ def worn(entries: Entries) -> list[str]:
             continue
         begin = 0 if found.prefixes else sum(rest.startswith(prefix) for rest in rests)
         inside = sum(f".{prefix}" in (f".{rest}" if found.prefixes else rest) for rest in rests)
-        for count, how in ((begin, f"start with `{prefix}`"), (inside, f"hold `.{prefix}`")):
-            lines += [f"{count} of {len(entries)} keys {how} ({kind})"] if count else []
+        lines += [f"{begin} of {len(entries)} keys start with `{prefix}` ({kind})"] if begin else []
+        part = kind if prefix[0] == "_" else f"{kind} of a part, or a module of that name"
+        lines += [f"{inside} of {len(entries)} keys hold `.{prefix}` ({part})"] if inside else []
     return lines

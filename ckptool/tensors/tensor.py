@@ -5,7 +5,7 @@ Strides and offsets are counted in elements, as torch counts them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
@@ -233,3 +233,14 @@ def coalesced(
 def needs_swap(storage: Storage, width: int) -> bool:
     """Return whether numbers of `width` bytes in this storage are not little-endian."""
     return width > 1 and storage.byteorder != "little"
+
+
+def ties(entries: Mapping[str, object]) -> dict[str, str]:
+    """Return which keys are exactly the tensor of a key before them."""
+    firsts: dict[tuple[object, ...], str] = {}
+    found = {
+        key: firsts.setdefault(value.view, key)
+        for key, value in entries.items()
+        if isinstance(value, TensorInfo) and value.numel
+    }
+    return {key: first for key, first in found.items() if key != first}

@@ -345,9 +345,9 @@ def _model(
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
-    shapes = zoo.shapes(spec, args)
+    shapes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes, anywhere=anywhere), fill
+    return fitting.reference(zoo.named(spec), shapes, ties, anywhere=anywhere), fill
 
 
 def download(

@@ -14,14 +14,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import (
-    CkptoolError,
     FormatError,
     Malformed,
     NoSuchFile,
@@ -103,9 +102,19 @@ class Checked:
         return document([self])
 
 
-def document(results: Sequence[Checked]) -> dict[str, object]:
-    """Return the document `check/1` of many files."""
-    return {"schema": "check/1", "files": [_fields(result) for result in results]}
+def document(
+    results: Sequence[Checked], others: Sequence[Checked] = (), unseen: Mapping[str, str] = {}
+) -> dict[str, object]:
+    """Return the document `check/1` of many files.
+
+    `others` are files of folders that are no checkpoints, `unseen` what was not looked at and why.
+    """
+    return {
+        "schema": "check/1",
+        "files": [_fields(result) for result in results],
+        "not_checkpoints": [{"file": each.file, "detail": each.detail} for each in others],
+        "not_looked_at": [{"file": path, "reason": why} for path, why in unseen.items()],
+    }
 
 
 def _fields(result: Checked) -> dict[str, object]:
@@ -363,8 +372,6 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
     calls = safety.evidence(verdict, called, None, MAX_CALLS)
     status = _STATUS.get(type(error), Status.DAMAGED)
     detail = _without_path(error, path)
-    if isinstance(error, NotACheckpoint) and os.path.isdir(path):
-        detail = f"a folder without files of a known suffix ({' '.join(_suffixes())})"
     if _unsafe(verdict, strict):
         detail = f"{_danger(verdict, calls)}; {status.value}: {detail}"
         status = Status.UNSAFE
@@ -453,48 +460,3 @@ def _without_path(error: FormatError, path: str) -> str:
     rest = message.removeprefix(path)
     place = re.match(r" \(([^)]*)\): ", rest)
     return f"{place[1]}: {rest[place.end() :]}" if place else re.sub("^(: | is | )", "", rest)
-
-
-# What to check.
-
-
-def expanded(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the files that paths stand for; a folder without any stands for itself."""
-    for path in paths:
-        inside = list(found_in(path)) if os.path.isdir(path) else []
-        yield from inside or [path]
-
-
-def found_in(folder: str) -> Iterator[str]:
-    """Yield the files in a folder, and in those in it, whose suffix is that of a checkpoint.
-
-    Sorted; hidden ones are left out, and links to folders are not followed. The index of a
-    checkpoint of many files stands for them all. A folder that cannot be listed stands for itself,
-    and so, beside the files in it, does one whose shards lack their index.
-    """
-    denied: list[OSError] = []
-    for here, folders, files in os.walk(folder, onerror=denied.append):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        indexes = [os.path.join(here, name) for name in sorted(files) if containers.is_index(name)]
-        yield from indexes
-        if containers.lacks_index(here):
-            yield here
-        known = {path for index in indexes for path in _files_of(index)}
-        for name in sorted(files):
-            path = os.path.join(here, name)
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in _suffixes() and not name.startswith(".") and path not in known:
-                yield path
-    yield from (str(error.filename) for error in denied)
-
-
-def _files_of(index: str) -> set[str]:
-    """Name the files that are checked with an index."""
-    try:
-        return {index, *(path for path, _ in containers.read(index, plugins=False).files)}
-    except CkptoolError:
-        return {index}
-
-
-def _suffixes() -> list[str]:
-    return sorted(containers.suffixes(written=True))

@@ -17,7 +17,7 @@ from ckptool.files import fileio
 from ckptool.files.copying import Begin, Copy, Job, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
-from ckptool.pickles.tree import Node
+from ckptool.pickles.tree import Dict, Node
 from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
@@ -238,6 +238,7 @@ class _Work:
         self.notes += notes(self.left, self.right, one, other, both)
         if not self.asked.select:
             self._compare_metadata(one, other)
+            self._compare_texts(left.at, right.at)
             self._compare_beside(left.at, right.at)
 
     def compare_trees(self) -> None:
@@ -278,6 +279,20 @@ class _Work:
                 modules = [name.removeprefix("_metadata.") or "the root" for name in names]
                 of = f" of {listed(modules, 3)}" if modules else ""
                 self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
+
+    def _compare_texts(self, left_at: Path, right_at: Path) -> None:
+        """Compare what safetensors files say in `__metadata__`, where both sides have it."""
+        sides = ((self.left, left_at), (self.right, right_at))
+        one, other = (
+            module_metadata.own_texts(places.state_dict_node(each.tree, at)) for each, at in sides
+        )
+        if one and other:
+            left, right = (Dict(list(texts.items())) for texts in (one, other))
+            for place in places_of(left, right, ("__metadata__",)):
+                self._take(self.beside, place)
+        elif one or other:
+            path = (self.left if one else self.right).path
+            self.notes.append(f"{path} alone has `__metadata__`: {listed(one or other, 4)}")
 
     def _compare_beside(self, left_at: Path, right_at: Path) -> None:
         if self.asked.chosen:
@@ -448,8 +463,8 @@ def _tensors_at(place: Place) -> dict[str, str]:
         return {}
     node = place.right if place.what == "only-right" else place.left
     return {
-        walk.dotted((*place.path, *path)) or ".": shown(tensor)
-        for path, tensor in walk.tensors(node)
+        ".".join([*place.path, *([] if name == "." else [name])]) or ".": shown(tensor)
+        for name, tensor in walk.named(node)
     }
 
 

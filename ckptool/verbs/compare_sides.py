@@ -15,7 +15,7 @@ from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import BOOKKEEPING
 from ckptool.tensors.numbers import NO_TOLERANCE, Tolerance
-from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
+from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo, ties
 from ckptool.text import listed, several
 
 
@@ -166,19 +166,9 @@ _FACTS: dict[str, Callable[[AnyTensor], object]] = {
 def _tie_notes(
     left: Checkpoint, right: Checkpoint, one: StateDict, other: StateDict, chosen: set[str]
 ) -> Iterator[str]:
-    ties, others = _ties(one, chosen), _ties(other, chosen)
-    for checkpoint, own, foreign in ((left, ties, others), (right, others, ties)):
-        alone = [f"{key} = {first}" for key, first in own.items() if foreign.get(key) != first]
+    sides = ({k: v for k, v in side.entries.items() if k in chosen} for side in (one, other))
+    own, others = map(ties, sides)
+    for checkpoint, mine, foreign in ((left, own, others), (right, others, own)):
+        alone = [f"{key} = {first}" for key, first in mine.items() if foreign.get(key) != first]
         if alone:
             yield f"tied in {checkpoint.path} alone: {listed(alone)}"
-
-
-def _ties(state: StateDict, chosen: set[str]) -> dict[str, str]:
-    """Return which keys are exactly the tensor of a key before them."""
-    firsts: dict[tuple[object, ...], str] = {}
-    ties = {
-        key: firsts.setdefault(value.view, key)
-        for key, value in state.entries.items()
-        if key in chosen and isinstance(value, TensorInfo) and value.numel
-    }
-    return {key: first for key, first in ties.items() if key != first}

@@ -29,7 +29,7 @@ from ckptool.pickles.tree import (
     Set,
 )
 from ckptool.state import checkpoint as places
-from ckptool.state.walk import Path
+from ckptool.state.walk import Numbers, Path, labelled, number
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import TENSORS, Storage, TensorInfo
 from ckptool.text import shape
@@ -67,6 +67,7 @@ def places_of(left: Node, right: Node, path: Path = ()) -> Iterator[Place]:
     Raises `LimitExceeded` where values refer to each other in rings that are longer than deep.
     """
     joined = _Joined()
+    numbers: Numbers = {}
     stack: list[tuple[Path, Node, Node]] = [(path, left, right)]
     while stack:
         path, one, other = stack.pop()
@@ -84,7 +85,7 @@ def places_of(left: Node, right: Node, path: Path = ()) -> Iterator[Place]:
         elif joined.anew(one, other):
             if len(path) > MAX_DEPTH:
                 raise LimitExceeded("values refer to each other too deeply to be compared")
-            stack += reversed(_paired(path, one, other))
+            stack += reversed(_paired(path, one, other, numbers))
 
 
 class _Joined:
@@ -201,8 +202,8 @@ def _is_frozen(node: Node) -> bool:
 _Member = tuple[str | None, Node]  # the step of the path that leads there, if it has one
 
 
-def _paired(path: Path, one: Node, other: Node) -> list[tuple[Path, Node, Node]]:
-    left, right = _members(one), _members(other)
+def _paired(path: Path, one: Node, other: Node, numbers: Numbers) -> list[tuple[Path, Node, Node]]:
+    left, right = _members(one, numbers), _members(other, numbers)
     pairs = []
     for name in dict.fromkeys([*left, *right]):
         step, a = left.get(name, (None, _ABSENT))
@@ -212,7 +213,7 @@ def _paired(path: Path, one: Node, other: Node) -> list[tuple[Path, Node, Node]]
     return pairs
 
 
-def _members(node: Node) -> dict[str, _Member]:
+def _members(node: Node, numbers: Numbers) -> dict[str, _Member]:
     """Name what is inside a node, so that two nodes of a kind name the same things alike."""
     items = _set_items(node)
     if items is not None:
@@ -221,27 +222,32 @@ def _members(node: Node) -> dict[str, _Member]:
         case list() | tuple():
             return {str(at): (str(at), item) for at, item in enumerate(node)}
         case Dict():
-            return _keyed(node.pairs)
+            return _keyed(node, node.pairs, numbers)
         case PersistentId():
             return {"": (None, node.value)}
         case Object():
-            return _inside(node)
+            return _inside(node, numbers)
     return {}
 
 
-def _keyed(pairs: Pairs) -> dict[str, _Member]:
-    """Name pairs by their keys; of a key that is there twice the last counts, as when loaded."""
+def _keyed(node: Node, pairs: Pairs, numbers: Numbers) -> dict[str, _Member]:
+    """Name pairs by their keys; of a key that is there twice the last counts, as when loaded.
+
+    Parameters that are keys have the numbers under which an optimizer holds them, too.
+    """
     members: dict[str, _Member] = {}
-    for at, (key, value) in enumerate(pairs):
-        tag = _tag(key)
+    parameters = number(node, pairs, numbers)
+    for at, (step, value) in enumerate(labelled(pairs, parameters)):
+        key = pairs[at][0]
+        tag = f"parameter {step}" if id(key) in parameters else _tag(key)
         if not tag:
-            members[f"key ?{at}"] = ("?", key)
-        members[f"item {tag or f'?{at}'}"] = (_step(key), value)
+            members[f"key ?{at}"] = (step, key)
+        members[f"item {tag or f'?{at}'}"] = (step, value)
     return members
 
 
-def _inside(node: Object) -> dict[str, _Member]:
-    members = _keyed(places.items(node) or [])
+def _inside(node: Object, numbers: Numbers) -> dict[str, _Member]:
+    members = _keyed(node, places.items(node) or [], numbers)
     if node.callee != ORDERED_DICT:
         members["class"] = ("(class)", node.callee)
         members["arguments"] = (None, node.args)
@@ -251,10 +257,6 @@ def _inside(node: Object) -> dict[str, _Member]:
         members["keywords"] = (None, node.kwargs)
     states = [payload for kind, payload in node.steps if kind == "build"]
     return members | {f"state {at}": (None, state) for at, state in enumerate(states)}
-
-
-def _step(key: Node) -> str:
-    return key if isinstance(key, str) else shown(key)
 
 
 def _tag(key: Node) -> str:

@@ -11,7 +11,6 @@ from ckptool.files.fileio import Readers
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.walk import Path
 from ckptool.tensors.numbers import FLOATS, Tally, tally
 from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo, without_repeats
 
@@ -31,9 +30,9 @@ class Floats:
     skipped: tuple[str, ...]
 
 
-def floating(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
+def floating(tree: Node) -> Iterator[tuple[str, TensorInfo]]:
     """Yield the tensors of a tree that can hold NaN or infinity, with their paths."""
-    for path, info in walk.tensors(tree):
+    for path, info in walk.named(tree):
         parts = info.parts if isinstance(info, CompositeTensor) else (info,)
         for part in parts:
             if part.dtype in FLOATS:
@@ -42,13 +41,13 @@ def floating(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
 
 def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Floats:
     """Count NaN and infinity in every tensor, those of one storage together; ties once."""
-    by_storage: dict[Storage, list[tuple[Path, TensorInfo]]] = {}
+    by_storage: dict[Storage, list[tuple[str, TensorInfo]]] = {}
     for path, info in floating(checkpoint.tree):
         by_storage.setdefault(info.storage, []).append((path, info))
     left = MAX_REPEATS * max(SMALL, sum(storage.nbytes for storage in by_storage))
     known: dict[tuple[object, ...], Tally] = {}
-    tallies: dict[Path, Tally] = {}
-    skipped: list[Path] = []
+    tallies: dict[str, Tally] = {}
+    skipped: list[str] = []
     with closing(Readers()) as readers:
         for path, info in (tensor for tensors in by_storage.values() for tensor in tensors):
             once, times = without_repeats(info)
@@ -62,9 +61,5 @@ def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Float
                 known[once.view] = sum(counts, start=Tally())
                 progress(once.nbytes)
             tallies[path] = tallies.get(path, Tally()) + known[once.view].times(times)
-    found = [(_name(path), here) for path, here in tallies.items() if here != Tally()]
-    return Floats(tuple(found), tuple(map(_name, skipped)))
-
-
-def _name(path: Path) -> str:
-    return walk.dotted(path) or "."
+    found = [(path, here) for path, here in tallies.items() if here != Tally()]
+    return Floats(tuple(found), tuple(skipped))

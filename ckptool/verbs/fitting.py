@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import PoorFit
@@ -15,8 +16,8 @@ from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.tensor import TENSORS
-from ckptool.text import percent, visible
+from ckptool.tensors.tensor import TENSORS, ties
+from ckptool.text import counted, percent, quoted, shape, visible
 from ckptool.verbs import surgery
 from ckptool.verbs.plan import MIN_MATCH, argument
 from ckptool.verbs.surgery import Options, Rewrite
@@ -31,10 +32,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The keys and shapes of a target, without wrapper prefixes; `name` is for reports."""
+    """The keys and shapes of a target, without wrapper prefixes; `name` is for reports.
+
+    `ties` map keys to those that are the same tensor.
+    """
 
     name: str
     shapes: dict[str, Shape]
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,10 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a checkpoint fits a target; `filled` is the share of the target's elements."""
+    """How a checkpoint fits a target; `filled` is the share of the target's elements.
+
+    A tensor that is tied counts once in it.
+    """
 
     target: str
     matched: tuple[str, ...]
@@ -86,9 +94,20 @@ class Transferred:
         }
 
 
-def reference(name: str, shapes: Mapping[str, Shape], *, anywhere: bool = False) -> Reference:
-    """Make a reference of keys and shapes, wrapper prefixes peeled."""
-    return Reference(name, {key: tuple(shape) for key, shape in _peeled(shapes, anywhere)})
+def reference(
+    name: str,
+    shapes: Mapping[str, Shape],
+    tied: Mapping[str, str] | None = None,
+    *,
+    anywhere: bool = False,
+) -> Reference:
+    """Make a reference of keys and shapes, wrappers peeled."""
+    peel = peeling(shapes, anywhere=anywhere)
+    return Reference(
+        name,
+        {new: tuple(sizes) for key, sizes in shapes.items() if (new := peel(key)) is not None},
+        {peel.name(key): peel.name(first) for key, first in (tied or {}).items()},
+    )
 
 
 def reference_of(
@@ -96,13 +115,12 @@ def reference_of(
 ) -> Reference:
     """Take keys and shapes from another checkpoint."""
     state = places.find(checkpoint, at, "--like-at")
-    tensors = [each for each in _peeled(state.entries, anywhere) if isinstance(each[1], TENSORS)]
-    return Reference(checkpoint.path, {key: value.shape for key, value in tensors})
-
-
-def _peeled(entries: Mapping[str, Any], anywhere: bool) -> Iterator[tuple[str, Any]]:
-    peel = peeling(entries, anywhere=anywhere)
-    return ((key, value) for old, value in entries.items() if (key := peel(old)) is not None)
+    return reference(
+        checkpoint.path,
+        {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
+        ties(state.entries),
+        anywhere=anywhere,
+    )
 
 
 def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
@@ -113,8 +131,8 @@ def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
         for key, shape in shapes.items()
         if key in target.shapes and target.shapes[key] != shape
     )
-    total = _elements(target.shapes.values())
-    filled = _elements(target.shapes[key] for key in matched)
+    total = _elements(target, target.shapes)
+    filled = _elements(target, matched)
     return Fit(
         target=target.name,
         matched=matched,
@@ -125,8 +143,9 @@ def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
     )
 
 
-def _elements(shapes: Iterable[Shape]) -> int:
-    return sum(prod(shape) for shape in shapes)
+def _elements(target: Reference, keys: Iterable[str]) -> int:
+    """Count the elements under keys, those of a tied tensor once."""
+    return sum(prod(target.shapes[key]) for key in {target.ties.get(key, key) for key in keys})
 
 
 def first_steps(
@@ -175,7 +194,7 @@ def transfer(
     shapes = _shapes_after(checkpoint, steps, options)
     found = fit(shapes, like)
     if found.filled < min_match:
-        raise _poor(found, shapes, like)
+        raise _poor(found, shapes, like, min_match)
     mismatched = [each.key for each in found.mismatched]
     further = [
         edits.without(mismatched, edits.SHAPE_DIFFERS),
@@ -207,50 +226,74 @@ def _shapes_after(
     return {key: value.shape for key, value in values if isinstance(value, TENSORS)}
 
 
-def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference) -> PoorFit:
+def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float) -> PoorFit:
     total = len(like.shapes)
-    lower = int(found.filled * 100) / 100
+    option, share = _mending(shapes, like, found.filled)
+    lower = int((share or found.filled) * 100) / 100
+    if lower and not (option and share >= min_match):
+        option = f"{option} --min-match {lower}".strip()
     return PoorFit(
         f"only {percent(found.filled)} of the parameters of {like.name} would be filled; "
         "nothing was written",
         evidence=[
-            f"{len(found.matched)} of {total} tensors match, {len(found.mismatched)} differ in "
-            f"shape, {len(found.missing)} are missing",
-            *_compared("here", list(shapes)),
-            *_compared("there", list(like.shapes)),
+            f"{len(found.matched)} of {counted(total, 'tensor')} match, "
+            f"{len(found.mismatched)} differ in shape, {len(found.missing)} missing",
+            *(f"{each.key}: {_both(each, like)}" for each in found.mismatched[:SHOWN]),
+            *([f"and {more} more of another shape"] if (more := _beyond(found)) else []),
+            *_compared("here", found.absent),
+            *_compared("there", found.missing),
         ],
-        hint=_mending_prefix(shapes, like, found.filled)
-        or (f"--min-match {lower} accepts it" if lower else ""),
+        option=option,
+        hint=f"would fill {percent(share)}" if share else "accepts that" if option else "",
     )
 
 
+SHOWN = 8  # keys in another shape
+
+
+def _beyond(found: Fit) -> int:
+    return max(0, len(found.mismatched) - SHOWN)
+
+
+def _both(each: Mismatch, like: Reference) -> str:
+    return f"{shape(each.here)} here, {shape(each.there)} in {like.name}"
+
+
 def _compared(side: str, keys: Sequence[str]) -> list[str]:
-    return [f"keys {side} are like {key}" for key in keys[:1]]
+    return [f"keys {side} alone are like {key}" for key in keys[:1]]
 
 
-def _mending_prefix(shapes: Mapping[str, Shape], like: Reference, filled: float) -> str:
-    """Find one prefix that, removed or added, would fill much more."""
-    best, hint = max(2 * filled, filled + 0.2), ""
-    for prefix in _first_components(shapes):
-        moved = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
+def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tuple[str, float]:
+    """Find the move of one prefix to another that would fill most, and much more; and how much."""
+    best, option = max(2 * filled, filled + 0.2), ""
+    for old, new in _moves(shapes, like.shapes):
+        move = edits.rename(old, new).make(shapes)
+        moved = {move(key) or key: sizes for key, sizes in shapes.items()}
         share = fit(moved, like).filled
-        if share > best:
-            best, hint = share, f"--rename {prefix[:-1]}=   would fill {percent(share)}"
-    for prefix in _first_components(like.shapes):
-        share = fit({prefix + key: shape for key, shape in shapes.items()}, like).filled
-        if share > best:
-            best, hint = (
-                share,
-                (f"ckptool add-prefix --prefix {prefix}   first would fill {percent(share)}"),
-            )
-    return hint
+        if share > best and len(moved) == len(shapes):
+            best, option = share, f"--rename {quoted(f'{old}={new}')}"
+    return option, best if option else 0.0
 
 
-def _first_components(keys: Iterable[str]) -> list[str]:
-    """List the one to three components that keys start with, each with its final dot."""
-    found: dict[str, None] = {}
-    for key in keys:
-        steps = key.split(".")
-        for depth in range(1, min(4, len(steps))):
-            found[".".join(steps[:depth]) + "."] = None
-    return list(found)[:64]
+def _moves(here: Mapping[str, Shape], there: Mapping[str, Shape]) -> list[tuple[str, str]]:
+    """List the moves of a prefix that would bring most elements to keys of their shape."""
+    wanted: dict[tuple[str, Shape], list[str]] = {}
+    for key, sizes in there.items():
+        for new, rest in _cut(key):
+            wanted.setdefault((rest, sizes), []).append(new)
+    found: Counter[tuple[str, str]] = Counter()
+    for key, sizes in here.items():
+        for old, rest in _cut(key):
+            for new in wanted.get((rest, sizes), ())[:MOVES]:
+                found[old, new] += prod(sizes) + 1
+    return [move for move, _ in found.most_common(MOVES) if move[0] != move[1]]
+
+
+MOVES = 32
+
+
+def _cut(key: str) -> Iterator[tuple[str, str]]:
+    """Yield the zero to three components that a key starts with, and the rest of it."""
+    steps = key.split(".")
+    for depth in range(min(4, len(steps))):
+        yield ".".join(steps[:depth]), ".".join(steps[depth:])

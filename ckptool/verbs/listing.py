@@ -20,8 +20,8 @@ Entry = tuple[str, AnyTensor]
 class Listing:
     """Tensors by key, or by path where `state` is None; `beside` names what is around them.
 
-    `part` says of what the file is one of several parts; `arrays` are those of numpy in it that
-    are not in the state_dict (random states).
+    `part` says of what the file is one of several parts, `at` is the place that was asked for;
+    `arrays` are those of numpy in it that are not in the state_dict (random states).
 
     It reads like a dict: `len`, iteration over the keys, `key in listing`, `listing[key]`.
     """
@@ -32,6 +32,7 @@ class Listing:
     beside: list[str]
     part: Part | None = None
     arrays: Sequence[Entry] = ()
+    at: str | None = None
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -119,12 +120,11 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
         state = places.find_or_none(checkpoint, several=False)
         places.refuse_part(checkpoint, state)
     if state is None:
-        whole = walk.tensors(checkpoint.tree)
         inside, arrays = _arrays(checkpoint, places.candidates(checkpoint.tree))
         return Listing(
             checkpoint,
             state=None,
-            entries=[*((walk.dotted(path) or ".", info) for path, info in whole), *inside],
+            entries=[*walk.named(checkpoint.tree), *inside],
             beside=[],
             arrays=arrays,
             part=places.part_of(checkpoint, None),
@@ -132,20 +132,20 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     beside = places.beside(checkpoint.tree, state.at)
     _, arrays = _arrays(checkpoint, [state])
-    return Listing(checkpoint, state=state, entries=tensors, beside=beside, arrays=arrays)
+    return Listing(checkpoint, state=state, entries=tensors, beside=beside, at=at, arrays=arrays)
 
 
 def _arrays(
     checkpoint: Checkpoint, states: Sequence[StateDict | Candidate]
 ) -> tuple[list[Entry], list[Entry]]:
     """List the arrays of numpy by path: those in state_dicts, and the others."""
-    held = [(walk.dotted(path), info) for path, info in walk.arrays(checkpoint.tree)]
+    found = walk.arrays(checkpoint.tree)
+    held: list[Entry] = [(walk.dotted(path), info) for path, info in found]
     tops = [each.at for each in states]
     pairs = ((at, places.state_dict_at(checkpoint, at).entries) for at in tops if held)
     keys = {walk.dotted((*at, key)) for at, entries in pairs for key in entries}
-    return [each for each in held if each[0] in keys], [
-        each for each in held if each[0] not in keys
-    ]
+    inside = [each for each in held if each[0] in keys]
+    return inside, [each for each in held if each[0] not in keys]
 
 
 def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:

@@ -6,18 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
-from ckptool import containers
+from ckptool import containers, text
 from ckptool.containers import Left
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.subclasses import as_pickled, class_of, tensors_in
 from ckptool.pickles.tree import Node
-from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk, wrappers
+from ckptool.state import (
+    checkpoint as places,
+    edits,
+    module_metadata,
+    optimizers,
+    replacing,
+    surroundings,
+    tensor_facts,
+    walk,
+    wrappers,
+)
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
-from ckptool.text import counted, quoted
+from ckptool.text import counted, listed, quoted
 
 MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
 CONSTANTS = "constants of the code"  # where a frozen module has its weights
@@ -27,14 +37,18 @@ Container = Literal["torch", "safetensors", "dcp"]
 class WriteOptions(TypedDict, total=False):
     """The keywords of every verb that writes, as on the command line.
 
-    `at` chooses among several state_dicts, `to` the container; `force` replaces the target,
-    `in_place` the source; `dry_run` plans alone; `tensors_only` leaves behind what is neither a
-    tensor nor plain, `untie` writes tied tensors as copies, `allow_expand` allows an output of
-    more than 4 times the input; without `sync` the flush to disk is left to the system.
+    `at` chooses among several state_dicts, `to` the container; `drop_beside` (a pattern or
+    several) leaves out what is beside the state_dict, `keep_records` keeps further records of a
+    torch zip; `force` replaces the target, `in_place` the source; `dry_run` plans alone;
+    `tensors_only` leaves behind what is neither a tensor nor plain, `untie` writes tied tensors as
+    copies, `allow_expand` allows an output of more than 4 times the input; without `sync` the
+    flush to disk is left to the system.
     """
 
     at: str | None
     to: Container | None
+    drop_beside: str | Sequence[str]
+    keep_records: bool
     force: bool
     in_place: bool
     dry_run: bool
@@ -50,6 +64,8 @@ class Options:
 
     at: str | None = None
     to: Container | None = None
+    drop_beside: str | Sequence[str] = ()
+    keep_records: bool = False
     force: bool = False
     in_place: bool = False
     dry_run: bool = False
@@ -105,6 +121,11 @@ def make_plan(
         _refuse_unsafe(plan, options)
         raise
     state = plan.state
+    _keep_records(plan, options)
+    if options.drop_beside:
+        assert state is not None
+        tree, gone = surroundings.without(checkpoint.tree, state.at, options.drop_beside)
+        plan.checkpoint, plan.not_carried = replace(plan.checkpoint, tree=tree), gone
     if options.tensors_only and not bare:
         _leave_classes(plan)
     if checkpoint.program:
@@ -137,7 +158,7 @@ def _refuse_unsafe(plan: Plan, options: Options) -> None:
 def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: Options) -> None:
     """Find the state_dict and edit its keys and values; nothing is put into the tree yet."""
     checkpoint, bare = plan.checkpoint, plan.bare
-    needed = bool(steps) or bare or options.at is not None
+    needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
     state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
     places.refuse_part(checkpoint, state)
     plan.state = state
@@ -150,7 +171,7 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
     if unwrap and alone and not (state and state.inner):
         raise EditError(
             f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
-            hint="ckptool convert writes it again as it is",
+            hint="`ckptool convert` writes it again as it is",
         )
     if state is not None and state.module and not bare:
         _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
@@ -159,14 +180,39 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
     plan.notes = list(checkpoint.notes)
 
 
+def _keep_records(plan: Plan, options: Options) -> None:
+    """Keep further records of a torch zip if asked to; refuse to lose them in place."""
+    source = plan.checkpoint
+    found = [name for name in source.unread if not name.startswith("data/")]
+    if not containers.by_name(source.container).traits.records or not found:
+        return
+    if options.keep_records:
+        if not containers.by_name(plan.container).traits.records:
+            raise EditError(
+                "only a torch zip can hold further records",
+                evidence=found[:8],
+                hint="leave out --keep-records, or write a torch file: --to torch",
+            )
+        unread = tuple(name for name in source.unread if name not in found)
+        plan.checkpoint = replace(source, unread=unread, kept=tuple(found))
+    elif options.in_place:
+        raise EditError(
+            f"{source.path} holds {counted(len(found), 'further record')} that --in-place would "
+            "lose",
+            evidence=found[:8],
+            option="--keep-records",
+            hint="keeps them",
+        )
+
+
 def argument(checkpoint: Checkpoint, options: Options) -> str:
     """Write the input as a command takes it, with the place that was chosen."""
     at = f"--at {quoted(options.at)} " if options.at is not None else ""
-    return f"{at}{quoted(checkpoint.path)}"
+    return f"{at}{text.argument(checkpoint.path)}"
 
 
 def _all_keys(checkpoint: Checkpoint) -> list[str]:
-    return list(dict.fromkeys(walk.dotted(path) for path, _ in walk.tensors(checkpoint.tree)))
+    return [name for name, _ in walk.named(checkpoint.tree)]
 
 
 def _refuse_attributes(
@@ -188,7 +234,7 @@ def _refuse_attributes(
             f"{checkpoint.path} holds {state.module}{at} inside a model: it can be taken out, "
             "not edited there",
             hint=f"ckptool convert --unwrap --at {quoted(walk.dotted(state.at))} "
-            f"{quoted(checkpoint.path)} OUT",
+            f"{text.argument(checkpoint.path)} OUT",
         )
 
 
@@ -232,17 +278,16 @@ def _edit_state(plan: Plan, state: StateDict, *, changed: bool, tensors_only: bo
             _put_in(plan, edited)
         if changed:
             plan.notes += [f"`{walk.dotted(other)}` keeps its keys" for other in state.also]
-        if plan.key_map.dropped and _has_optimizer(tree):
-            plan.notes.append(
-                "the optimizer counts parameters by index: after dropping some, "
-                "its state no longer fits; ckptool unwrap leaves it behind"
-            )
+            tree = plan.checkpoint.tree
+            moved, said = optimizers.followed(tree, state.at, plan.key_map)
+            plan.checkpoint = replace(plan.checkpoint, tree=moved)
+            plan.notes += said
     plan.state = edited
 
 
 def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
     """Make the edited state_dict the whole, and name what is not written."""
-    tree = plan.checkpoint.tree
+    tree, container = plan.checkpoint.tree, containers.by_name(plan.container)
     if state.module:
         plan.not_carried.append(_class_left(state))
         plan.notes += _no_part(original, state)
@@ -250,7 +295,12 @@ def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
     like = None if state.module or isinstance(original, list | tuple) else original
     node = replacing.make_state_dict(state.entries, state.metadata, like)
     plan.checkpoint = replace(plan.checkpoint, tree=node)
-    container = containers.by_name(plan.container)
+    if not container.traits.objects:
+        odd = [key for key in state.entries if key not in dict(places.named_items(node))]
+        if odd:
+            plan.notes.append(f"keys that are not text are written as text: {listed(odd)}")
+        plan.not_carried += module_metadata.left(node)
+        plan.notes += tensor_facts.lost(state.entries.items())
     if state.metadata is not None and not container.traits.module_metadata:
         what = f"{container.title} has no place for `_metadata` (versions of modules)"
         plan.notes.append(what)
@@ -292,10 +342,6 @@ def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
     return len(pairs) == len(entries) and all(
         as_pickled(entries.get(key)) is value for key, value in pairs
     )
-
-
-def _has_optimizer(tree: Node) -> bool:
-    return any(key.startswith("optimizer") for key, _ in places.text_items(tree) or [])
 
 
 def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
@@ -369,7 +415,7 @@ def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
     for key, kept in left.ties.items():
         _drop(plan, key, f"tied to {kept}")
     if left.ties:
-        plan.notes.append("ties are noted in the file: ckptool convert brings them back")
+        plan.notes.append("ties are noted in the file: `ckptool convert` brings them back")
 
 
 def _drop(plan: Plan, new: str, reason: str) -> None:
@@ -414,8 +460,8 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     """Note what is foreign, and refuse to carry on what is dangerous."""
     source = plan.checkpoint
     whole = safety.judge(source.globals)
-    carried = whole
-    if bare or options.tensors_only:
+    carried = safety.judge({each: at for each, at in source.globals.items() if not each.followed})
+    if bare or options.tensors_only or options.drop_beside:
         carried = safety.judge(safety.names_in(source.tree))
     if not containers.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})

@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptool import containers
+from ckptool.files.fileio import MARK
+from ckptool.pickles import pruning
 from ckptool.pickles.names import Level
+from ckptool.pickles.subclasses import as_pickled, class_of
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without
-from ckptool.text import counted, listed, percent, quoted, readable
+from ckptool.tensors.tensor import CompositeTensor
+from ckptool.text import argument, counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
 WORTH = 0.1  # share of the file from which what is beside the weights is worth leaving out
@@ -57,23 +61,25 @@ def _command(facts: Survey, advice: Advice, taken: set[str]) -> str:
     words = ["ckptool", advice.verb, *map(quoted, advice.options)]
     path = facts.checkpoint.path
     if advice.verb == "keys":
-        return " ".join([*words, _argument(path)])
+        return " ".join([*words, argument(path)])
     if facts.verdict.dangerous and advice.suffix != ".safetensors":
         words += [] if "--tensors-only" in advice.options else ["--tensors-only"]
     writer = containers.by_name(facts.checkpoint.container).writer
     suffix = advice.suffix or (writer.default_suffix if writer else ".pth")
     target = _free(_named_after(facts), advice.tag, suffix, taken)
     taken.add(target)
-    return " ".join([*words, _argument(path), _argument(target)])
-
-
-def _argument(path: str) -> str:
-    return quoted(f".{os.sep}{path}" if path.startswith("-") else path)
+    return " ".join([*words, argument(path), argument(target)])
 
 
 def _named_after(facts: Survey) -> str:
-    """Return the path that an output is named after: for files of a set, that of their folder."""
+    """Return the path that an output is named after.
+
+    For files of a set it is that of their folder; a member of an archive is named beside that.
+    """
     path = facts.checkpoint.path
+    archive = containers.member_of(path)
+    if archive:
+        return os.path.join(os.path.dirname(archive), os.path.basename(path.rpartition(MARK)[2]))
     if not os.path.isdir(path):
         if len(facts.checkpoint.files) < 2:
             return path
@@ -141,7 +147,12 @@ def _further(facts: Survey) -> Advised:
     if facts.place is None or not facts.place.at:
         return
     for each in facts.beside[:40]:
-        if each.weights and not places.is_no_state_dict(each.name) and "." not in each.name:
+        if (
+            each.weights
+            and each.tensors
+            and not places.is_no_state_dict(each.name)
+            and "." not in each.name
+        ):
             reason = f"`{each.name}` alone: {counted(each.tensors, 'tensor')}"
             yield Advice(reason, "unwrap", ("--at", each.name), _word(each.name))
 
@@ -229,13 +240,26 @@ def _safety(facts: Survey) -> Advised:
     if facts.verdict.level is Level.DANGEROUS:
         if _fits_safetensors(facts):
             yield Advice("tensors in a container that cannot name code", *_SAFETENSORS)
-        elif facts.total.count:
+        elif facts.total.count and _stays_without_objects(facts):
             reason = "the tensors and plain values, without what would run"
             yield Advice(reason, "convert", ("--tensors-only",), "tensors")
     elif facts.verdict.level is Level.FOREIGN and _holds_dicts(facts):
+        if not _stays_without_objects(facts):
+            return  # what holds weights is never to be left out
         names = listed((str(name) for name in facts.verdict.foreign), 2)
         reason = f"what torch.load(weights_only=True) accepts, without {names}"
         yield Advice(reason, "convert", ("--tensors-only",), "tensors")
+
+
+def _stays_without_objects(facts: Survey) -> bool:
+    """Check that --tensors-only leaves weights, and leaves out no tensor of the state_dict."""
+    entries = facts.state.entries.values() if facts.state else ()
+    if any(isinstance(each, CompositeTensor) and class_of(each) for each in entries):
+        return False
+    if any(place.module for place in facts.places):
+        return True
+    kept, _ = pruning.only_plain(facts.checkpoint.tree)
+    return any(walk.tensors(kept)) or any(as_pickled(each) is not each for each in entries)
 
 
 def _whole_model(facts: Survey) -> bool:
@@ -301,7 +325,8 @@ def _newer(facts: Survey) -> Advised:
     container = containers.by_name(facts.checkpoint.container)
     if container.library != "torch":
         if not container.library and not facts.checkpoint.program:
-            yield Advice("one file, which torch.load reads", "convert", (), "one")
+            one = "one file" if container.traits.beside_files else "a torch zip"
+            yield Advice(f"{one}, which torch.load reads", "convert", (), "one")
         return
     reasons = []
     if not container.traits.memory_mapped:

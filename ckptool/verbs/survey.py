@@ -146,8 +146,10 @@ class Survey:
     def notes(self) -> list[str]:
         """List what the reader and the state_dict note."""
         framework = [self.framework.note] if self.framework and self.framework.note else []
+        safe = not self.verdict.dangerous
+        of_python_2 = [_LATIN_1] if safe and safety.has_old_text(self.checkpoint.tree) else []
         of_state = [*self.state.missing, *self.state.notes] if self.state else []
-        return [*framework, *self.checkpoint.notes, *of_state]
+        return [*framework, *self.checkpoint.notes, *of_python_2, *of_state]
 
     def to_dict(self) -> dict[str, object]:
         """Return the document `info/1`."""
@@ -213,6 +215,9 @@ class Survey:
     def framework_prefix(self) -> str:
         """Return the prefix under which a framework keeps the weights, if the keys have it."""
         return self.framework.prefix if self.framework else ""
+
+
+_LATIN_1 = "text of Python 2 in it: torch.load needs encoding='latin1'"
 
 
 def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
@@ -282,7 +287,7 @@ def _paths(tree: Node) -> list[Path]:
 def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str, AnyTensor]]:
     """List the tensors of the state_dict by key, or those of the whole file by path."""
     if state is None:
-        return [(walk.dotted(path) or ".", i) for path, i in walk.tensors(checkpoint.tree)]
+        return list(walk.named(checkpoint.tree))
     return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
 
 

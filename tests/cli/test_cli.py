@@ -163,9 +163,9 @@ def test_error_of_every_class_has_the_code_of_its_branch() -> None:
     """The table of exit codes, as the classes of errors carry it."""
     codes = {
         "FormatError": 3, "NoSuchFile": 3, "NotACheckpoint": 3, "Malformed": 3, "Unsupported": 3,
-        "LimitExceeded": 3, "PluginFailed": 3, "UnsafePickle": 4, "EditError": 2, "NoSuchKey": 2,
-        "NothingMatched": 2, "KeyCollision": 2, "AmbiguousStateDict": 2, "NoStateDict": 2,
-        "NoSuchCommand": 2,
+        "PartialCheckpoint": 3, "LimitExceeded": 3, "PluginFailed": 3, "UnsafePickle": 4,
+        "EditError": 2, "NoSuchKey": 2, "NothingMatched": 2, "KeyCollision": 2,
+        "AmbiguousStateDict": 2, "NoStateDict": 2, "NoSuchCommand": 2,
         "PoorFit": 1, "WriteError": 5, "OutputExists": 5, "SameFile": 5, "NotRepresentable": 5,
         "NoSpace": 5, "DownloadError": 6, "DownloadFailed": 6, "HashMismatch": 6, "ModelError": 7,
         "MissingExtra": 7, "NoDevice": 7, "OutOfMemory": 7, "NoSuchModel": 2, "BadInput": 2,
@@ -383,8 +383,8 @@ def test_off_a_terminal_lines_have_tabs_and_no_header(run: Run, good: Path) -> N
     assert done.err.splitlines() == [
         f"{good / 'model_best.pth.tar'}: torch zip, state_dict at `state_dict`, 8 tensors, 704 B; "
         "beside it: epoch, arch, best_acc1, optimizer",
-        "every key starts with `module.` (DataParallel); "
-        f"ckptool strip-prefix {good / 'model_best.pth.tar'} OUT removes it",
+        "every key starts with `module.` (DataParallel): "
+        f"ckptool strip-prefix {good / 'model_best.pth.tar'} OUT   removes it",
     ]
 
 
@@ -966,9 +966,9 @@ def test_hints_hold_what_was_asked(run: Run, good: Path, tmp_path: Path) -> None
     )
     collision = good / "collision.pth"
     told = hint("strip-prefix", collision, out)
-    assert told.startswith("leave one out first: ckptool convert --drop ")
+    assert told.startswith("drop one first: ckptool convert --drop ")
     assert told.endswith(f" {collision} OUT")
-    assert run(*told.split()[5:-1], tmp_path / "first.pth").code == 0
+    assert run(*told.split()[4:-1], tmp_path / "first.pth").code == 0
     assert run("strip-prefix", tmp_path / "first.pth", tmp_path / "second.pth").code == 0
     for target in (tmp_path, f"{tmp_path}/new/"):
         assert "--max-shard-size SIZE" in hint("convert", extra, target)

@@ -158,7 +158,7 @@ WRAPPED = [
     (["module.a"], "every key starts with `module.` (DataParallel)", "strip-prefix f OUT"),
     (["_orig_mod.a"], "(torch.compile)", "strip-prefix --prefix auto f OUT"),
     (["module._orig_mod.a"], "(DataParallel, torch.compile)", "--prefix auto"),
-    (["_module.a"], "(Opacus)", "--prefix auto"),
+    (["_module.a"], "(Opacus, or a module of that name)", "--prefix auto"),
     (["module.a", "b", "c"], "1 of 3 keys start with `module.` (DataParallel)", ""),
     (["a"], "", ""),
     ([], "", ""),

@@ -124,8 +124,8 @@ def test_the_archive_itself_is_refused_and_shown(name: str, archives: Path, run:
         assert done.err.startswith("error[not-a-checkpoint]: ")
         assert f"    {step}" in done.err
         hint = done.err.splitlines()[-1]
-        assert hint.startswith("hint: ckptool keys ")
-        command = hint.removeprefix("hint: ckptool ").split()
+        assert hint.startswith("hint: ckptool info ")
+        command = ["keys", *hint.removeprefix("hint: ckptool info ").split()]
     assert command[-1].endswith(SHAPES[name][1])
     assert len(run(*command).out.splitlines()) == 8
 

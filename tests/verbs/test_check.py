@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -253,6 +254,9 @@ def test_the_exit_is_the_worst(run: Run, here: Path, good: Path, hostile: Path) 
         assert [row[0] for row in rows(done)] == [str(file) for file in files]
 
 
+EVIL = (FIXTURES / "hostile" / "os_system.pth").read_bytes()
+
+
 def test_a_missing_file_does_not_stop_the_others(run: Run, here: Path, good: Path) -> None:
     done = run("check", "missing.pth", good / "plain.pth")
     assert done.code == 3
@@ -261,7 +265,7 @@ def test_a_missing_file_does_not_stop_the_others(run: Run, here: Path, good: Pat
 
 
 def test_folders_give_their_files(run: Run, here: Path, good: Path) -> None:
-    """Known suffixes, sorted, nested; nothing hidden, and no loop through a link."""
+    """Every file by its bytes, sorted, nested; no hidden folder, and no loop through a link."""
     for name in ("b.pth", "sub/a.safetensors", ".hidden.pth", ".git/c.pth", "notes.txt", "A.PT"):
         place = here / "folder" / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -271,12 +275,43 @@ def test_folders_give_their_files(run: Run, here: Path, good: Path) -> None:
     done = run("check", "folder")
     assert done.code == 0
     names = [row[0] for row in rows(done)]
-    assert names == ["folder/A.PT", "folder/b.pth", "folder/sub/a.safetensors"]
+    wanted = ".hidden.pth A.PT b.pth notes.txt sub/a.safetensors"
+    assert names == [f"folder/{name}" for name in wanted.split()]
+    assert "not looked at: folder/.git (hidden)" in done.err
+    assert "not looked at: folder/sub/loop (a link to a folder)" in done.err
     (here / "empty").mkdir()
     done = run("check", "empty", "folder/b.pth")
     assert done.code == 3
     assert rows(done)[0][:2] == ["empty", "not-a-checkpoint"]
-    assert "without files of a known suffix" in rows(done)[0][2]
+    assert rows(done)[0][2] == "a folder (empty)"
+
+
+def test_a_folder_is_looked_at_whatever_names_are_in_it(run: Run, here: Path, good: Path) -> None:
+    """Hostile files under odd names have lines; the rest is named, in text and JSON."""
+    folder = here / "downloads"
+    folder.mkdir()
+    for name in ("mace.model", "policy.dat", "tetris", "weights.h5"):
+        (folder / name).write_bytes(EVIL)
+    (folder / "README.md").write_text("Download them all.")
+    shutil.copytree(good / "sharded_safetensors", folder / "set")
+    with tarfile.open(folder / "more.tar.gz", "w:gz") as tar:
+        tar.add(good / "plain.pth", "plain.pth")
+    os.mkfifo(folder / "pipe")
+    done = run("check", "downloads")
+    assert done.code == 4
+    assert [row[0].split("/")[1] for row in rows(done)] == [
+        "mace.model", "policy.dat", "tetris", "weights.h5", "set",
+    ]  # fmt: skip
+    assert [row[1] for row in rows(done)] == ["unsafe"] * 4 + ["ok"]
+    assert "1 other file, not read as checkpoints: downloads/README.md (a text " in done.err
+    assert "not looked at: downloads/pipe (not a regular file)" in done.err
+    assert "not looked at: downloads/more.tar.gz (a gzip archive " in done.err
+    document = run("check", "--json", "downloads").document
+    assert len(document["files"]) == 5
+    assert [each["file"] for each in document["not_checkpoints"]] == ["downloads/README.md"]
+    unseen = {each["file"] for each in document["not_looked_at"]}
+    assert unseen == {"downloads/pipe", "downloads/more.tar.gz"}
+    assert not (here / "ckptool-was-executed").exists()
 
 
 def test_quiet_leaves_data_and_warnings(run: Run, hostile: Path, good: Path) -> None:

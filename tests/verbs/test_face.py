@@ -327,16 +327,16 @@ def test_a_wrong_place_in_a_second_file_names_its_option(
     dino, ema = good / "dino.pth", good / "ema.pth"
     out = tmp_path / "out.pth"
     done = run("transfer", ema, out, "--at", "model", "--like", dino, "--like-at", "teachr")
-    assert done.err.endswith("hint: did you mean --like-at teacher?\n")
+    assert done.err.endswith(" --like-at teacher\n")
     done = run("diff", dino, ema, "--left-at", "teachr", "--right-at", "model")
-    assert done.err.endswith("hint: did you mean --left-at teacher?\n")
+    assert done.err.endswith(" --left-at teacher\n")
     done = run("diff", ema, dino, "--left-at", "model", "--right-at", "teachr")
-    assert done.err.endswith("hint: did you mean --right-at teacher?\n")
+    assert done.err.endswith(" --right-at teacher\n")
     done = run("diff", ema, dino, "--at", "modl")
-    assert done.err.endswith("hint: did you mean --at model?\n")
+    assert done.err.endswith(" --at model\n")
     with pytest.raises(NoSuchKey) as caught:
         ckptool.diff(dino, ema, left_at="teachr")
-    assert "--left-at" in caught.value.hint
+    assert "--left-at" in caught.value.option
 
 
 def test_tensors_without_a_state_dict_name_the_option_too(
@@ -353,7 +353,7 @@ def test_a_wrong_place_in_a_candidate_names_its_option(
     pytest.importorskip("torch")
     line = ["verify", "--model", "resnet18", "--device", "cpu", "--at", "model"]
     done = run(*line, good / "ema.pth", good / "dino.pth", "--candidate-at", "teachr")
-    assert done.err.endswith("hint: did you mean --candidate-at teacher?\n")
+    assert done.err.endswith(" --candidate-at teacher\n")
     done = run(*line, good / "ema.pth", good / "ema.pth")
     assert "--candidate-at" in done.err
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Outcome, listing
@@ -207,39 +207,27 @@ def test_a_poor_fit_says_how_poor_and_what_would_accept_it(
     assert "only 21.4 % of the parameters of like.safetensors would be filled" in first
     assert "nothing was written" in first
     assert evidence == [
-        "    1 of 3 tensors match, 0 differ in shape, 2 are missing",
-        "    keys here are like a",
-        "    keys there are like a",
+        "    1 of 3 tensors match, 0 differ in shape, 2 missing",
+        "    keys here alone are like x.y",
+        "    keys there alone are like b",
     ]
     assert listing(here) == before
     assert "--min-match 0.21" in hint
-    assert paste(run, hint, source, like).code == 0
+    assert paste(run, hint).code == 0
 
 
-def paste(run: Run, hint: str, source: str, like: str) -> Outcome:
-    """Do what a hint says, as a user would: the command in it, or its options added to ours."""
-    text = re.split(r"   | accepts", hint.removeprefix("hint: "))[0]
-    if not text.startswith("ckptool "):
-        text = f"ckptool transfer {source} out.pth --like {like} {text}"
-    words = shlex.split(text)[1:]
-    if words[0] == "add-prefix":
-        between = [word if word not in ("IN", "OUT") else None for word in words]
-        given = iter([source, "between.safetensors"])
-        options = [word if word is not None else next(given) for word in between]
-        if source not in options:
-            options += [source, "between.safetensors"]
-        done = run(*options)
-        assert done.code == 0, done.err
-        return run("transfer", "between.safetensors", "out.pth", "--like", like)
-    return run(*words)
+def paste(run: Run, hint: str) -> Outcome:
+    """Run the command in a hint."""
+    text = hint.removeprefix("hint: ").split("   ")[0]
+    return run(*shlex.split(text)[1:])
 
 
 PREFIXES = [
     ("backbone.", "", "backbone"),
     ("encoder.model.", "", "encoder.model"),
     ("module.backbone.", "", "backbone"),
-    ("", "backbone.", "backbone."),
-    ("", "module.net.body.", "net.body."),
+    ("", "backbone.", "=backbone"),
+    ("", "module.net.body.", "=net.body"),
 ]
 
 
@@ -254,7 +242,7 @@ def test_the_hint_names_the_prefix_and_works_when_pasted(
     hint = done.err.splitlines()[-1]
     assert named in hint
     assert "would fill 100.0 %" in hint
-    pasted = paste(run, hint, source, like)
+    pasted = paste(run, hint)
     assert pasted.code == 0, pasted.err
     assert "fills 5 of 5 tensors, 100.0 % of the parameters" in pasted.err
 
@@ -268,7 +256,41 @@ def test_the_hint_is_right_where_only_the_body_fits(
     hint = done.err.splitlines()[-1]
     assert "--rename student=" in hint
     assert "would fill 66.7 %" in hint
-    assert paste(run, hint, source, like).code == 0
+    assert paste(run, hint).code == 0
+
+
+def test_a_poor_fit_shows_both_shapes_and_the_move_that_fills_most(
+    run: Run, make: Callable[[str, Shapes], str]
+) -> None:
+    source = make("in.safetensors", {**prefixed("model.encoder.", BODY), "head.weight": (9, 9)})
+    like = make("like.safetensors", {**prefixed("net.trunk.", BODY), "head.weight": (5, 9)})
+    done = run("transfer", source, "out.pth", "--like", like)
+    assert "    head.weight: [9, 9] here, [5, 9] in like.safetensors" in done.err.splitlines()
+    hint = done.err.splitlines()[-1]
+    assert " --rename model.encoder=net.trunk --min-match 0." in hint  # not half of it, even so
+    assert paste(run, hint).code == 0
+
+
+@pytest.mark.parametrize("which", ["file", "model"])
+def test_a_tied_tensor_counts_once_in_the_share(run: Run, here: Path, which: str) -> None:
+    torch = pytest.importorskip("torch")
+    (here / "tied.py").write_text(
+        "from torch import nn\n"
+        "def net(rows=32):\n"
+        "    model = nn.Module()\n"
+        "    model.emb, model.body = nn.Embedding(rows, 10), nn.Linear(10, 40)\n"
+        "    model.lm_head = nn.Linear(10, rows, bias=False)\n"
+        "    model.lm_head.weight = model.emb.weight\n"
+        "    return model\n"
+    )
+    namespace: dict[str, Any] = {}
+    exec((here / "tied.py").read_text(), namespace)
+    torch.save(namespace["net"](31).state_dict(), "in.pth")
+    torch.save(namespace["net"]().state_dict(), "like.pth")
+    target = ["--like", "like.pth"] if which == "file" else ["--model", "tied.py:net"]
+    done = run("transfer", "in.pth", "out.pth", *target)
+    assert done.code == 0, done.err
+    assert "57.9 % of the parameters" in done.err  # 440 of 440 + 320
 
 
 def test_no_hint_where_nothing_helps(run: Run, make: Callable[[str, Shapes], str]) -> None:
