@@ -31,8 +31,8 @@ class Listing:
     entries: list[Entry]
     beside: list[str]
     part: Part | None = None
-    at: str | None = None
     arrays: Sequence[Entry] = ()
+    at: str | None = None
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -139,13 +139,13 @@ def _arrays(
     checkpoint: Checkpoint, states: Sequence[StateDict | Candidate]
 ) -> tuple[list[Entry], list[Entry]]:
     """List the arrays of numpy by path: those in state_dicts, and the others."""
-    held = [(walk.dotted(path), info) for path, info in walk.arrays(checkpoint.tree)]
+    found = walk.arrays(checkpoint.tree)
+    held: list[Entry] = [(walk.dotted(path), info) for path, info in found]
     tops = [each.at for each in states]
     pairs = ((at, places.state_dict_at(checkpoint, at).entries) for at in tops if held)
     keys = {walk.dotted((*at, key)) for at, entries in pairs for key in entries}
-    return [each for each in held if each[0] in keys], [
-        each for each in held if each[0] not in keys
-    ]
+    inside = [each for each in held if each[0] in keys]
+    return inside, [each for each in held if each[0] not in keys]
 
 
 def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:

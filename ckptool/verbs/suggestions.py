@@ -14,8 +14,10 @@ from ckptool import containers
 from ckptool.files.fileio import MARK
 from ckptool.pickles import pruning
 from ckptool.pickles.names import Level
+from ckptool.pickles.subclasses import as_pickled, class_of
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without
+from ckptool.tensors.tensor import CompositeTensor
 from ckptool.text import argument, counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
@@ -238,13 +240,26 @@ def _safety(facts: Survey) -> Advised:
     if facts.verdict.level is Level.DANGEROUS:
         if _fits_safetensors(facts):
             yield Advice("tensors in a container that cannot name code", *_SAFETENSORS)
-        elif any(walk.tensors(pruning.only_plain(facts.checkpoint.tree)[0])):
+        elif facts.total.count and _stays_without_objects(facts):
             reason = "the tensors and plain values, without what would run"
             yield Advice(reason, "convert", ("--tensors-only",), "tensors")
     elif facts.verdict.level is Level.FOREIGN and _holds_dicts(facts):
+        if not _stays_without_objects(facts):
+            return  # what holds weights is never to be left out
         names = listed((str(name) for name in facts.verdict.foreign), 2)
         reason = f"what torch.load(weights_only=True) accepts, without {names}"
         yield Advice(reason, "convert", ("--tensors-only",), "tensors")
+
+
+def _stays_without_objects(facts: Survey) -> bool:
+    """Check that --tensors-only leaves weights, and leaves out no tensor of the state_dict."""
+    entries = facts.state.entries.values() if facts.state else ()
+    if any(isinstance(each, CompositeTensor) and class_of(each) for each in entries):
+        return False
+    if any(place.module for place in facts.places):
+        return True
+    kept, _ = pruning.only_plain(facts.checkpoint.tree)
+    return any(walk.tensors(kept)) or any(as_pickled(each) is not each for each in entries)
 
 
 def _whole_model(facts: Survey) -> bool:
