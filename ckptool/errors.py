@@ -2,10 +2,10 @@
 
     CkptoolError                    what, where, and what to do
     |-- FormatError(path, offset)   NoSuchFile NotACheckpoint Malformed Unsupported      exit 3
-    |                               LimitExceeded PluginFailed
+    |                               LimitExceeded PluginFailed PartialCheckpoint
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
-    |                               AmbiguousStateDict NoSuchCommand
+    |                               AmbiguousStateDict NoStateDict NoSuchCommand
     |-- PoorFit                                                                          exit 1
     |-- WriteError                  OutputExists SameFile NotRepresentable NoSpace       exit 5
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
@@ -100,6 +100,10 @@ class PluginFailed(FormatError):
     """The code of a plugin cannot be imported, or fails."""
 
 
+class PartialCheckpoint(FormatError):
+    """The input is a part of a checkpoint: the weights are in several files together."""
+
+
 class UnsafePickle(FormatError):
     """The input would run code when loaded, and the output would carry that on."""
 
@@ -125,7 +129,11 @@ class KeyCollision(EditError):
 
 
 class AmbiguousStateDict(EditError):
-    """No state_dict, or several, where one is needed."""
+    """Several state_dicts where one is needed."""
+
+
+class NoStateDict(EditError):
+    """No state_dict where one is needed."""
 
 
 class NoSuchCommand(EditError):

@@ -225,11 +225,11 @@ def test_one_state_dict_under_two_names_is_told(tmp_path: Path, run: Run) -> Non
     target = tmp_path / "out.pth"
     done = run("add-prefix", source, target)
     assert done.code == 0, done.err
-    assert "the same state_dict also stands at `best`" in done.err
+    assert "the same state_dict is also at `best`" in done.err
     loaded = torch.load(target, weights_only=True)
     assert (list(loaded["state_dict"]), list(loaded["best"])) == (["module.w"], ["w"])
     alone = saved({"state_dict": state, "best": dict(state)}, tmp_path / "copy.pth")
-    assert "also stands" not in run("add-prefix", alone, tmp_path / "alone.pth").err
+    assert "is also at `best`" in run("add-prefix", alone, tmp_path / "alone.pth").err
 
 
 def test_views_that_inflate_without_end_are_refused(tmp_path: Path, run: Run) -> None:

@@ -32,6 +32,7 @@ from ckptool.errors import (
     CkptoolError,
     EditError,
     KeyCollision,
+    NoStateDict,
     NotACheckpoint,
     NothingMatched,
     NotRepresentable,
@@ -107,6 +108,7 @@ AT: dict[str, tuple[str, ...]] = {
     ),
 }
 # No state_dict, or several: nothing is guessed.
+SEVERAL = words("dino.pth ema.pth parts.pth")
 NO_STATE_DICT = words(
     "bare_tensor.pth dino.pth ema.pth empty_state_dict.pth list_of_tensors.pth "
     "no_tensors.pth optimizer.pth parts.pth"
@@ -177,7 +179,12 @@ def by_header(path: Path) -> OrderedDict[str, Any]:
     header, _ = header_of(path)
     tensors = safetensors_torch.load_file(path)
     assert tensors.keys() == header.keys() - {"__metadata__"}
-    return OrderedDict((key, tensors[key].clone()) for key in header if key != "__metadata__")
+    loaded: Any = OrderedDict((key, tensors[key].clone()) for key in header if key in tensors)
+    said = header.get("__metadata__", {}).items()
+    texts = {name: text for name, text in said if (name, text) != ("format", "pt")}
+    if texts:
+        loaded._safetensors_metadata = texts
+    return loaded
 
 
 def by_shards(folder: Path) -> OrderedDict[str, Any]:
@@ -357,7 +364,8 @@ def refusal(name: str, kind: str, container: str) -> type[CkptoolError] | None:
     """Say which error an edit of a fixture ends in, if any."""
     bare = KINDS[kind].bare or container == "safetensors"
     if name in NO_STATE_DICT:
-        return AmbiguousStateDict if kind != "no edit" or bare else None
+        several = AmbiguousStateDict if name in SEVERAL else NoStateDict
+        return several if kind != "no edit" or bare else None
     if name in WHOLE_MODELS and kind != "no edit" and not bare:
         return EditError
     if KINDS[kind].unwrap and name not in {*AT, *WHOLE_MODELS}:
@@ -408,6 +416,8 @@ def expected_state(name: str, kind: str) -> dict[str, Any]:
             made[new] = value
     if hasattr(state, "_metadata"):
         made._metadata = expected_metadata(name, kind)
+    if hasattr(state, "_safetensors_metadata"):
+        made._safetensors_metadata = state._safetensors_metadata
     return made
 
 
@@ -573,6 +583,12 @@ def test_safetensors_output_is_that_of_the_library(name: str, kind: str, tmp_pat
 
     surgery.rewrite(out, back, options=Options(sync=False))
     wanted = OrderedDict((key, meant[aliases.get(key, key)]) for key in meant)
+    state = expected_state(name, kind)
+    if hasattr(state, "_metadata"):
+        wanted._metadata = state._metadata  # type: ignore[attr-defined]
+    if hasattr(state, "_safetensors_metadata"):  # the file has them by name
+        texts = dict(sorted(state._safetensors_metadata.items()))
+        wanted._safetensors_metadata = texts  # type: ignore[attr-defined]
     assert_loads_as(back, wanted, name, bare=True, storage=False)
     assert_layout(back, restricted=True)
 
@@ -882,6 +898,7 @@ THROUGH_THE_COMMAND_LINE = sorted(
 )
 EXIT_CODES: dict[type[CkptoolError], int] = {
     AmbiguousStateDict: 2,
+    NoStateDict: 2,
     EditError: 2,
     KeyCollision: 2,
     NothingMatched: 2,

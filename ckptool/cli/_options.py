@@ -70,6 +70,13 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
         type=_Containers(["torch", "safetensors", "dcp"]),
         help="Output container, any suffix; dcp (a folder) in convert alone.",
     ),
+    click.option(
+        "--drop-beside",
+        multiple=True,
+        metavar="NAME",
+        help="Leave out what is beside the state_dict: optimizer, '*scheduler*'.",
+    ),
+    click.option("--keep-records", is_flag=True, help="Keep further records of a torch zip."),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT."),
     click.option("-n", "--dry-run", is_flag=True, help="Print the plan, write nothing."),
@@ -137,6 +144,16 @@ def edits(*options: str) -> Callable[[Function], Function]:
     return decorated
 
 
+def strips(function: Function) -> Function:
+    """Give a command the options of how prefixes are removed."""
+    for option in (
+        click.option("--keep-bookkeeping", is_flag=True, help="Keep a wrapper's own entries."),
+        click.option("--anywhere", is_flag=True, help="Also inside keys, as whole components."),
+    ):
+        function = option(function)
+    return function
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What was asked of a command that writes."""
@@ -148,7 +165,7 @@ class Request:
     quiet: bool
 
 
-_OPTIONS = "at to force in_place dry_run tensors_only untie allow_expand".split()
+_OPTIONS = "at to keep_records force in_place dry_run tensors_only untie allow_expand".split()
 
 
 def _request(given: dict[str, Any]) -> Request:
@@ -159,7 +176,11 @@ def _request(given: dict[str, Any]) -> Request:
     return Request(
         source=given.pop("source"),
         target=given.pop("target"),
-        options={**options, "sync": not given.pop("no_sync")},
+        options={
+            **options,
+            "drop_beside": patterns(given.pop("drop_beside")),
+            "sync": not given.pop("no_sync"),
+        },
         as_json=given.pop("as_json"),
         quiet=given.pop("quiet"),
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, Request, edits, patterns, run, writes
+from ckptool.cli._options import Command, Request, edits, patterns, run, strips, writes
 from ckptool.state.edit_options import EDITS
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class _InOrder(Command):
 @writes
 @click.option("--unwrap", is_flag=True, help="Write the state_dict alone.")
 @edits()
+@strips
 @click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
-def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any) -> None:
+def command(request: Request, unwrap: bool, max_shard_size: str | None, **given: Any) -> None:
     """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
 
     \b
@@ -53,19 +55,20 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **_: Any
     """
     from ckptool.verbs import api
 
-    steps = _steps(click.get_current_context().meta["ckptool.ordered"])
+    steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)
     result = run(request, api.convert, steps=steps, unwrap=unwrap, max_shard_size=max_shard_size)
     if unwrap and result.at == () and not result.not_carried:
         talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
 
 
-def _steps(ordered: list[tuple[str, str]]) -> list[Edit]:
+def _steps(ordered: list[tuple[str, str]], options: Mapping[str, Any]) -> list[Edit]:
     """Make the edits in order; several --keep in a row select together."""
     specs = {spec.name: spec for spec in EDITS}
     steps = []
     for name, group in groupby(ordered, key=lambda pair: pair[0]):
         if spec := specs.get(name):
             texts = [text for _, text in group]
+            flags = {flag: options[flag] for flag in spec.flags}
             for given in [texts] if spec.together else [[text] for text in texts]:
-                steps.append(spec.parse(patterns(given) if spec.selects else given))
+                steps.append(spec.parse(patterns(given) if spec.selects else given, **flags))
     return steps

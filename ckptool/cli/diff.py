@@ -25,7 +25,10 @@ DIFFERENT = 1
 @click.option("--structure", is_flag=True, help="Keys, dtypes and shapes; no values.")
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
 @click.option("--map", "moves", multiple=True, metavar="OLD=NEW", help="A's prefix OLD is B's NEW.")
-@click.option("--ignore-prefix", metavar="P", help="Compare without a prefix, or auto.")
+@click.option(
+    "--ignore-prefix", multiple=True, metavar="P", help="Compare without a prefix, or auto."
+)
+@click.option("--anywhere", is_flag=True, help="Ignore it inside keys too.")
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
 @click.option("--rtol", default=0.0, show_default=True, help="Allowed relative to A's value.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -40,7 +43,8 @@ def command(
     structure: bool,
     select: Sequence[str],
     moves: Sequence[str],
-    ignore_prefix: str | None,
+    ignore_prefix: Sequence[str],
+    anywhere: bool,
     atol: float,
     rtol: float,
     as_json: bool,
@@ -80,6 +84,7 @@ def command(
         select=patterns(select),
         rename=[renaming(move, "--map") for move in moves],
         ignore_prefix=ignore_prefix,
+        anywhere=anywhere,
     )
     progress = talk.Progress(right, quiet=quiet)
     with local(left, quiet=quiet) as one, local(right, quiet=quiet) as other, progress:

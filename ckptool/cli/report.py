@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.pickles import safety
+from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import SHAPE_DIFFERS, WRAPPERS, peeled
+from ckptool.state.edits import SHAPE_DIFFERS
+from ckptool.state.wrappers import peeling, worn
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import argument, counted, listed, percent, quoted, readable, shape, table, visible
 from ckptool.verbs.listing import Entry, Listing, rows
@@ -92,6 +94,7 @@ def container_title(name: str) -> str:
 def listing_lines(found: Listing, *, every: bool) -> list[str]:
     """Return what a listing shows, what is around it, and what would help."""
     lines = [_file_line(found)]
+    lines += [f"it is only {visible(found.part.text)}"] if found.part else []
     state = found.state
     if state is None:
         if found.entries and not every:
@@ -99,10 +102,15 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
     else:
         others = sum(1 for value in state.entries.values() if not isinstance(value, TENSORS))
         if others:
-            lines.append(f"{others} more entries of the state_dict are not tensors")
+            are = (
+                "entry of the state_dict is not a tensor"
+                if others == 1
+                else ("entries of the state_dict are not tensors")
+            )
+            lines.append(f"{others} more {are}")
         lines += map(visible, (*state.missing, *state.notes))
         verb = "transfer" if state.module else "strip-prefix"
-        hint = prefix_line(found.checkpoint.path, list(state.entries), verb, _taken(found))
+        hint = prefix_line(found.checkpoint.path, state.entries, verb, _taken(found))
         lines += [hint] if hint else []
     return [*lines, *map(visible, found.checkpoint.notes)]
 
@@ -138,22 +146,14 @@ def _taken(found: Listing) -> str:
 
 
 def prefix_line(
-    path: str, keys: Sequence[str], verb: str = "strip-prefix", options: str = ""
+    path: str, entries: Mapping[str, Node], verb: str = "strip-prefix", options: str = ""
 ) -> str:
-    """Describe the wrapper that all or some keys have, and what removes it; empty for none."""
-    found = peeled(keys)
+    """Describe the wrappers that all or some keys have, and what removes them; empty for none."""
+    lines, found = worn(entries), peeling(entries)
     if found:
-        option = "" if found == ["module."] or verb == "transfer" else " --prefix auto"
-        kinds = ", ".join(WRAPPERS[wrapper] for wrapper in found)
-        return (
-            f"every key starts with `{''.join(found)}` ({kinds}): "
-            f"ckptool {verb}{option} {visible(options + argument(path))} OUT   removes it"
-        )
-    for wrapper in WRAPPERS:
-        count = sum(key.startswith(wrapper) for key in keys)
-        if count:
-            return f"{count} of {len(keys)} keys start with `{wrapper}` ({WRAPPERS[wrapper]})"
-    return ""
+        auto = "" if verb == "transfer" or found.only_default else " --prefix auto"
+        lines[-1] += f": ckptool {verb}{auto} {options}{argument(path)} OUT   removes it"
+    return visible("; ".join(lines))
 
 
 def counts_line(result: Rewrite) -> str:

@@ -12,10 +12,9 @@ from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import WRAPPERS
 from ckptool.text import counted, listed, percent, readable, table, visible
 from ckptool.verbs.frameworks import Framework
-from ckptool.verbs.survey import Beside, Place, Survey, Total
+from ckptool.verbs.survey import Beside, Survey, Total
 
 MAX_BESIDE = 30  # rows for people
 MAX_PARTS = 8
@@ -89,6 +88,8 @@ def _facts(facts: Survey, style: _Style) -> list[Fact]:
     ]
     if facts.framework is not None:
         found.append(("looks like", _framework(facts.framework)))
+    if facts.part is not None:
+        found.append(("part", visible(facts.part.text)))
     if checkpoint.program:
         found.append(("program", visible(checkpoint.program)))
     found += _places(facts, style)
@@ -97,7 +98,7 @@ def _facts(facts: Survey, style: _Style) -> list[Fact]:
         for label, total in facts.dtypes.items()
     ]
     if facts.place is not None:
-        found += [("keys", line) for line in _keys(facts.place)]
+        found += [("keys", visible(line)) for line in facts.place.worn]
     found += [("layout", line) for line in _layout(facts, style)]
     about = "beside" if facts.places else "inside"
     found += style.first([_beside(about, each, style) for each in facts.beside], MAX_BESIDE)
@@ -149,28 +150,14 @@ def _places(facts: Survey, style: _Style) -> list[Fact]:
             rows.append(("whole model", f"modules: {style.names(kinds, MAX_NAMES)}"))
     others = sum(place.other for place in facts.places)
     if others and style.wide:
-        rows.append((rows[0][0], f"{others} more entries are not tensors"))
+        are = "entry is not a tensor" if others == 1 else "entries are not tensors"
+        rows.append((rows[0][0], f"{others} more {are}"))
     return rows
 
 
 def _totals(total: Total, style: _Style) -> tuple[str, str, str]:
     elements = f"{total.elements:,} elements" if style.wide else str(total.elements)
     return style.count(total.count, "tensor"), elements, style.size(total.nbytes)
-
-
-def _keys(place: Place) -> list[str]:
-    if place.wrappers:
-        kinds = ", ".join(WRAPPERS[wrapper] for wrapper in place.wrappers)
-        return [f"all start with `{''.join(place.wrappers)}` ({kinds})"]
-    lines = []
-    for wrapper, kind in WRAPPERS.items():
-        count = sum(key.startswith(wrapper) for key in place.keys)
-        inside = sum(f".{wrapper}" in key for key in place.keys)
-        if count:
-            lines.append(f"{count} of {len(place.keys)} start with `{wrapper}` ({kind})")
-        if inside:
-            lines.append(f"{inside} of {len(place.keys)} hold `.{wrapper}`")
-    return lines
 
 
 def _layout(facts: Survey, style: _Style) -> Iterator[str]:

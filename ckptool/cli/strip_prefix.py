@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
-from ckptool.cli._options import PREFIX, Command, Request, run, writes
+from ckptool.cli._options import PREFIX, Command, Request, run, strips, writes
 
 
 @click.command("strip-prefix", cls=Command)
 @writes
 @click.option(
     "--prefix",
-    default=PREFIX,
-    show_default=True,
-    help="What to take off; `auto` peels every known wrapper that all keys share.",
+    multiple=True,
+    default=[PREFIX],
+    show_default=PREFIX,
+    help="What to remove, in this order; `auto` is every known wrapper that all keys share.",
 )
 @click.option("--every", is_flag=True, help="Insist that every key has the prefix.")
-@click.option("--anywhere", is_flag=True, help="Also inside keys, as whole dotted components.")
-def command(request: Request, prefix: str, every: bool, anywhere: bool) -> None:
+@strips
+def command(
+    request: Request, prefix: Sequence[str], every: bool, anywhere: bool, keep_bookkeeping: bool
+) -> None:
     """Take the DataParallel prefix `module.` off keys.
 
     \b
@@ -25,8 +30,16 @@ def command(request: Request, prefix: str, every: bool, anywhere: bool) -> None:
     ckptool strip-prefix --prefix auto compiled.pth out.pth
     ckptool strip-prefix --prefix module --anywhere in.pth out.pth
 
-    The prefix is taken off the start of a key, once. The rest of the file stays as it is.
+    A prefix is removed from the start of a key, once. What a wrapper keeps for itself
+    (n_averaged, step, initted) goes with it. The rest of the file stays as it is.
     """
     from ckptool.verbs import api
 
-    run(request, api.strip_prefix, prefix=prefix, every=every, anywhere=anywhere)
+    run(
+        request,
+        api.strip_prefix,
+        prefix=prefix,
+        every=every,
+        anywhere=anywhere,
+        keep_bookkeeping=keep_bookkeeping,
+    )

@@ -9,13 +9,23 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._fetch import local
-from ckptool.cli._options import Command, Request, edits, patterns, refuse_idle, tell, writes
+from ckptool.cli._options import (
+    Command,
+    Request,
+    edits,
+    patterns,
+    refuse_idle,
+    strips,
+    tell,
+    writes,
+)
 from ckptool.state.edit_options import renaming
 
 
 @click.command("transfer", cls=Command)
 @writes
 @edits("--drop", "--keep", "--rename")
+@strips
 @click.option("--like", metavar="FILE", help="Keep what FILE has too, in the same shape.")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
 @click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
@@ -34,6 +44,8 @@ def command(
     drop: Sequence[str],
     keep: Sequence[str],
     rename: Sequence[str],
+    anywhere: bool,
+    keep_bookkeeping: bool,
     like: str | None,
     like_at: str | None,
     model: str | None,
@@ -73,6 +85,8 @@ def command(
             drop=patterns(drop),
             keep=patterns(keep),
             rename=dict(map(renaming, rename)),
+            anywhere=anywhere,
+            keep_bookkeeping=keep_bookkeeping,
             like=like,
             like_at=like_at,
             model=model,

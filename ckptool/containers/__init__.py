@@ -15,6 +15,7 @@ from ckptool.containers._container import (
 )
 from ckptool.containers._registry import (
     HEAD as HEAD,
+    OTHER_FORMATS as OTHER_FORMATS,
     built_in as built_in,
     by_name as by_name,
     by_suffix as by_suffix,
@@ -67,7 +68,8 @@ def _read_member(path: str, plugins: bool) -> Checkpoint:
 
     with archives.opened(path, suffixes) as (reader, archive):
         checkpoint = _registry.read(reader, shard=True, use_plugins=plugins)
-    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=reader.held)
+    held = (*reader.held, *checkpoint.held)
+    return replace(checkpoint, path=path, files=((archive.file, archive.stamp),), held=held)
 
 
 def _file_in(folder: str) -> str:

@@ -20,8 +20,8 @@ class Traits(NamedTuple):
 
     `around` is the dict around the state_dict, `strides` views of storages as they are, `ties`
     tensors that share one, `module_metadata` the versions of modules, `objects` what a pickle
-    names. With `beside_files` it is read from an index and the files that this names;
-    `memory_mapped` says whether `torch.load(mmap=True)` takes it.
+    names, `records` files of its own beside them. With `beside_files` it is read from an index and
+    the files that this names; `memory_mapped` says whether `torch.load(mmap=True)` takes it.
     """
 
     around: bool = True
@@ -29,6 +29,7 @@ class Traits(NamedTuple):
     ties: bool = True
     module_metadata: bool = True
     objects: bool = True
+    records: bool = False
     beside_files: bool = False
     memory_mapped: bool = False
 

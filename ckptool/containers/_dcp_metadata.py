@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
-from ckptool.pickles.torch_objects import dtype_of, sizes_of
+from ckptool.pickles.subclasses import dtype_of, sizes_of
 from ckptool.pickles.tree import MAX_NESTING, Global, Node, Object, Pairs
 from ckptool.state.checkpoint import attribute, items
 from ckptool.tensors.chunks import tiling_problem

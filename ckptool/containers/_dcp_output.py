@@ -25,7 +25,7 @@ from ckptool.pickles.names import is_accepted, python3_name
 from ckptool.pickles.safety import names_in
 from ckptool.pickles.torch_objects import Lowering, StorageView
 from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, children, items
-from ckptool.state import walk
+from ckptool.state import tensor_facts, walk
 from ckptool.state.walk import Path, label
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import can_resolve
@@ -75,7 +75,6 @@ class Flat:
     unfit: dict[str, str] = field(default_factory=dict)
     empty: list[str] = field(default_factory=list)
     numbered: list[str] = field(default_factory=list)
-    parameters: list[str] = field(default_factory=list)
 
     def tensors(self) -> Iterator[tuple[Path, AnyTensor]]:
         """Yield all tensors as they are read back, those inside pickled values too."""
@@ -89,8 +88,7 @@ class Flat:
             yield f"an empty dict leaves no trace in it: {listed(self.empty, 4)}"
         if self.numbered:
             yield f"keys that are no text become text: {listed(self.numbered, 4)}"
-        if self.parameters:
-            yield f"Parameters become plain tensors: {listed(self.parameters, 4)}"
+        yield from tensor_facts.lost((each.key, each.node) for each in self.entries)
         storages = [each.node.storage for each in self.entries if isinstance(each.node, TensorInfo)]
         shared = len(storages) - len(set(storages))
         if shared:
@@ -160,8 +158,6 @@ class _Flattener:
             self.flat.unfit[_dotted(path)] = reason
             return False
         self.flat.entries.append(Entry(path, node))
-        if isinstance(node, TensorInfo) and node.requires_grad:
-            self.flat.parameters.append(_dotted(path))
         return True
 
     def is_nested(self, node: Node) -> bool:

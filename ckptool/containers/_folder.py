@@ -39,7 +39,6 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("checkpoint model.ckpt.index", "a TensorFlow checkpoint"),
     ("hparams.yaml checkpoints", "a log folder of Lightning; see checkpoints/ inside"),
     ("config.json weights.th vocabulary", "an unpacked model of AllenNLP"),
-    ("data.pkl", "an unpacked torch file; zip it again, or get the file itself"),
 )
 
 

@@ -23,6 +23,8 @@ MAX_JSON = 16 << 20
 SHORT = 200  # bytes of a text that is shown whole
 _AGAIN = "get it again from where it came"
 _UNPACK = "unpack it, then look inside"
+_LUA = "torchfile reads it"
+_FLAX = "flax.serialization.msgpack_restore reads it"
 _TENSORFLOW = "tf.train.load_checkpoint reads it"
 # Patterns of the first bytes.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
@@ -45,20 +47,46 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (rb"GIF8", "a GIF picture", ""),
     (rb"%PDF", "a PDF document", ""),
     (rb"RIFF", "a RIFF file (sound, film or picture)", ""),
-    (rb"ggml|ggjt", "a GGML file (llama.cpp)", ""),
+    (rb"lmgg", "a model of whisper.cpp or another GGML program", "whisper.cpp reads it"),
+    (rb"tjgg|fmgg|ggml|ggjt", "a GGML file (llama.cpp)", ""),
     (rb"\x93NUMPY", "a numpy array (.npy)", "numpy.load reads it"),
     (rb"\x89HDF\r\n", "an HDF5 file (Keras, .h5)", "h5py reads it"),
     (rb"SQLite format 3\0", "an SQLite database", ""),
     (rb"PAR1", "a Parquet table", ""),
     (rb"ARROW1", "an Arrow table", ""),
     (rb"MATLAB 5\.0", "a MATLAB file (.mat)", "scipy.io.loadmat reads it"),
-    (rb"\x04\0{3}\x01\0{3}\x03\0{3}V 1", "an object of Lua Torch (.t7)", "torchfile reads it"),
+    (rb"\x04\0{3}\x01\0{3}\x03\0{3}V 1", "an object of Lua Torch (.t7)", _LUA),
+    (rb"4\n1\n3\nV 1\n", "an object of Lua Torch (.t7), as text", _LUA),
+    # A table: its type, its index, its size, then the type of its first key, a number or text.
+    (rb"\x03\0{3}\x01\0{3}.{3}\0[\x01\x02]\0{3}", "a table of Lua Torch (.t7)", _LUA),
+    (rb"3\n1\n\d+\n[12]\n", "a table of Lua Torch (.t7), as text", _LUA),
     (rb"ftrt", "a TensorRT engine", ""),
     (rb"\x7fELF", "a program", ""),
     (rb"MZ", "a Windows program", ""),
     (rb".{4}ftyp.", "a film or picture", ""),
     (rb".{4}TFL3.", "a TensorFlow Lite model", ""),
+    (rb".{4}ET\d\d", "a program of ExecuTorch (.pte)", "ExecuTorch runs it"),
+    (rb".{4}ORTM", "a model of onnxruntime (.ort)", "onnxruntime runs it"),
+    (rb"\x12\x01\0{6}", "parameters of MXNet (.params)", "mxnet.nd.load reads it"),
+    (rb"7767517\n", "the network of ncnn (.param); its weights are in the .bin", "ncnn reads it"),
+    # The tag of weights in half precision (ncnn/src/modelbin.cpp).
+    (rb"\x47\x6b\x30\x01", "weights of ncnn (.bin)", "ncnn reads it"),
+    # A map of names, msgpack's of few short texts, to maps or arrays (flax/serialization.py).
+    (
+        rb"[\x81-\x8f][\xa1-\xbf][\w./-]+[\x80-\x8f\xc7-\xc9\xde\xdf]",
+        "a Flax checkpoint (msgpack)",
+        _FLAX,
+    ),
 )
+# What torch.save writes last, or before all else (caffe2/serialize/inline_container.cc): without
+# a pickle, it failed.
+_LEFT_BY_A_FAILURE = {
+    "byteorder",
+    "version",
+    "serialization_id",
+    ".format_version",
+    ".storage_alignment",
+}
 # Ends of names in a zip archive.
 _ZIPS: tuple[tuple[str, str, str], ...] = (
     (".dist-info/WHEEL", "a Python package (wheel)", "pip install it"),
@@ -66,6 +94,9 @@ _ZIPS: tuple[tuple[str, str, str], ...] = (
     ("[Content_Types].xml", "an office document", ""),
     ("model.weights.h5", "a Keras model (.keras)", "keras.models.load_model reads it"),
     ("saved_model.pb", "a TensorFlow SavedModel", _UNPACK),
+    ("archive_format", "a program of torch.export (.pt2)", ""),
+    ("serialized_exported_program.json", "a program of torch.export (.pt2)", ""),
+    (".data/extern_modules", "a package of torch.package: pickles, and code that would run", ""),
 )
 # Keys of a JSON object.
 _OBJECTS: tuple[tuple[str, str], ...] = (
@@ -97,7 +128,7 @@ def describe(reader: Reader, head: bytes) -> Description:
         return "empty (0 bytes)", _AGAIN
     if not head.strip(b"\0"):
         return f"{size} of zeros", f"its data never arrived; {_AGAIN}"
-    for recognise in (_pointer, _gguf, _onnx, _tensorflow, _ctranslate):
+    for recognise in (_pointer, _gguf, _onnx, _tensorflow, _ctranslate, _protobuf, _mnn):
         description = recognise(reader, head)
         if description is not None:
             return description
@@ -213,7 +244,32 @@ def _ctranslate(reader: Reader, head: bytes) -> Description | None:
     return f"a CTranslate2 model, {spec} ({readable(reader.nbytes)})", "ctranslate2 reads it"
 
 
+# The first field of a message and what is in it: a node of a graph with its name and operation, or
+# a network's name and its layers (tensorflow/core/framework/graph.proto, caffe.proto).
+_NODE = re.compile(rb"\x0a[^\0]{1,2}\x0a.{1,200}?\x12.[A-Z][A-Za-z0-9_]{2,}", re.DOTALL)
+_CAFFE = re.compile(rb"\x0a.{1,80}?(?:\xa2\x06|\x12).{1,3}\x0a.[\w./-]+\x12.[A-Z]\w+", re.DOTALL)
+
+
+def _protobuf(reader: Reader, head: bytes) -> Description | None:
+    """Recognise a frozen graph of TensorFlow or a network of Caffe."""
+    size = readable(reader.nbytes)
+    if _NODE.match(head[:512]):
+        return f"a frozen TensorFlow graph ({size})", "tf.compat.v1.import_graph_def takes it"
+    if reader.path.endswith(".caffemodel") or _CAFFE.match(head[:512]):
+        return f"a network of Caffe ({size})", "cv2.dnn.readNetFromCaffe reads it"
+    return None
+
+
+def _mnn(reader: Reader, head: bytes) -> Description | None:
+    """Recognise MNN: a flatbuffer without a mark, by its name."""
+    if not reader.path.endswith(".mnn"):
+        return None
+    return f"a model of MNN ({readable(reader.nbytes)})", "MNN reads it"
+
+
 def _zip(names: Collection[str]) -> Description:
+    if names and all(name.rpartition("/")[2] in _LEFT_BY_A_FAILURE for name in names):
+        return "what a torch.save that failed left: there is no data.pkl in it", "save it again"
     for ending, what, hint in _ZIPS:
         if any(name.endswith(ending) for name in names):
             return what, hint

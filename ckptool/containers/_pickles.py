@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from ckptool.errors import CkptoolError, FormatError
+import re
+from collections.abc import Iterable, Mapping
+from math import prod
+
+from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
-from ckptool.pickles.pickle_reader import Ended, Pickle
-from ckptool.pickles.tree import Global, Node, Object
+from ckptool.pickles.pickle_reader import Ended, Vocabulary
+from ckptool.pickles.tree import Global, Node, Object, attribute
 from ckptool.state import naming
 from ckptool.state.checkpoint import named_items
 from ckptool.text import listed, readable
 
 SHORTEST = 16
+JOBLIB_ARRAY = Global("joblib.numpy_pickle", "NumpyArrayWrapper")
+_NDARRAY = Global("numpy", "ndarray")
+_RECONSTRUCT = Global("numpy.core.multiarray", "_reconstruct")
 MAX_READ = 64 << 20
 MAX_DESCRIBED = 8 << 20  # bytes of a pickle that are read to describe it
 # The top module of a name in the pickle -> the library that reads it.
@@ -37,19 +44,72 @@ _LIBRARIES = {
 
 def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     """Return what a pickle holds, and what helps; None for any other file."""
-    if not _is_pickle(head):
+    if not is_pickle(head):
         return None
     size = readable(reader.nbytes)
-    if b"joblib.numpy_pickle" in head:
-        return f"a plain pickle of joblib ({size}), with numpy arrays in it", "joblib.load reads it"
-    what = f"a plain pickle ({size}) that torch.save did not write"
+    data = reader.read(0, min(reader.nbytes, MAX_DESCRIBED))
+    by = "joblib" if b"joblib.numpy_pickle" in head else ""
+    what = f"a plain pickle{' of joblib' if by else ''} ({size})"
+    what += ", with numpy arrays in it" if by else " that torch.save did not write"
     try:
-        parsed = pickle_reader.load(reader.read(0, min(reader.nbytes, MAX_DESCRIBED)))
-    except CkptoolError:
-        return what, ""
-    dangerous = listed(map(str, safety.judge(parsed.globals).dangerous), 4)
-    danger = f"; it would run code when loaded: {dangerous}" if dangerous else ""
-    return f"{what}: {_content(parsed.tree)}{danger}", _hint(parsed, dangerous=bool(dangerous))
+        parsed = pickle_reader.load(data, 0, _Joblib(data))
+    except FormatError as error:
+        return what + _danger(error.named), ""
+    danger = _danger(parsed.globals)
+    if _is_paddle(parsed.tree):
+        what = f"a state_dict of PaddlePaddle ({size}), a plain pickle"
+    hint = "paddle.load reads it" if _is_paddle(parsed.tree) else _hint(parsed.globals)
+    hint = "" if danger else hint
+    return f"{what}: {_content(parsed.tree)}{danger}", hint
+
+
+def _danger(named: Mapping[Global, int]) -> str:
+    dangerous = listed(map(str, safety.judge(named).dangerous), 4)
+    return f"; it would run code when loaded: {dangerous}" if dangerous else ""
+
+
+class _Joblib(Vocabulary):
+    """Pass over the arrays between the opcodes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def inline(self, node: Node, position: int) -> tuple[Node, int]:
+        """Read an array of numpy that joblib wrote behind its description."""
+        return inline_array(node, self.data, position)
+
+
+def inline_array(node: Node, data: bytes, position: int) -> tuple[Node, int]:
+    """Read what joblib writes of a numpy array behind its description, and return where it ends.
+
+    Padding that its first byte counts, then the elements (joblib/numpy_pickle.py, `write_array`).
+    Any other node is returned as it is; raises `Malformed` where no size is known: Python objects
+    are another pickle.
+    """
+    if not isinstance(node, Object) or node.callee != JOBLIB_ARRAY:
+        return node, position
+    shape, dtype = attribute(node, "shape"), attribute(node, "dtype")
+    itemsize = _itemsize(dtype)
+    sized = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    if not sized or not itemsize:
+        raise Malformed("an array of joblib whose size is not known", offset=position)
+    if attribute(node, "numpy_array_alignment_bytes") is not None:
+        position += 1 + data[position]
+    end = position + prod(shape) * itemsize
+    if end > len(data):
+        raise Ended("an array of joblib goes on after the end", offset=position)
+    fortran = attribute(node, "order") == "F"
+    state = (1, shape, dtype, fortran, data[position:end])
+    return Object(_RECONSTRUCT, (_NDARRAY, (0,), b"b"), steps=[("build", state)]), end
+
+
+def _itemsize(dtype: Node) -> int:
+    """Return the bytes of an element of a numpy array, 0 where that is not known."""
+    match dtype:
+        case Object(Global("numpy", "dtype"), (str(kind), *_)):
+            found = re.fullmatch(r"[<>|=]?([?biufcSUmM])(\d{1,4})", kind, re.ASCII)
+            return int(found[2]) * (4 if found[1] == "U" else 1) if found else 0
+    return 0
 
 
 def pickled(reader: Reader, head: bytes) -> tuple[dict[Global, int], list[Object]]:
@@ -57,18 +117,18 @@ def pickled(reader: Reader, head: bytes) -> tuple[dict[Global, int], list[Object
 
     Of any other file the head alone is read.
     """
-    data = reader.read(0, min(reader.nbytes, MAX_READ)) if _is_pickle(head) else head
+    data = reader.read(0, min(reader.nbytes, MAX_READ)) if is_pickle(head) else head
     try:
-        parsed = pickle_reader.load(data)
+        parsed = pickle_reader.load(data, 0, _Joblib(data))
     except FormatError as error:
         return error.named, error.calls
     return parsed.globals, parsed.calls
 
 
-def _is_pickle(head: bytes) -> bool:
+def is_pickle(head: bytes) -> bool:
     """Check for the start of a pickle, and not by chance as a few letters of a text are one."""
     try:
-        pickle_reader.load(head)
+        pickle_reader.load(head, 0, _Joblib(head))
     except Ended as error:
         protocol = head[:1] == b"\x80" and len(head) > 1
         return protocol or (error.offset or 0) > SHORTEST
@@ -95,9 +155,12 @@ def _kind(node: Node) -> str:
     return type(node).__name__.lower().replace("nonetype", "None")
 
 
-def _hint(parsed: Pickle, *, dangerous: bool) -> str:
-    if Global("torch.storage", "_load_from_bytes") in parsed.globals:
-        return "pickle.dump wrote tensors of torch: load it in Python, and torch.save it"
-    tops = {name.module.partition(".")[0] for name in parsed.globals}
+def _is_paddle(tree: Node) -> bool:
+    """Check for the note that PaddlePaddle keeps in a state_dict (paddle/framework/io.py)."""
+    return any(name == "StructuredToParameterName@@" for name, _ in named_items(tree))
+
+
+def _hint(named: Iterable[Global]) -> str:
+    tops = {name.module.partition(".")[0] for name in named}
     library = next((library for top, library in _LIBRARIES.items() if top in tops), "")
-    return f"{library} reads it" if library and not dangerous else ""
+    return f"{library} reads it" if library else ""

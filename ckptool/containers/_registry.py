@@ -20,8 +20,16 @@ from ckptool.files.fileio import Reader
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.walk import refuse_deep
 
-MODULES = "torch_zip safetensors torch_tar torch_legacy torchscript dcp sharded".split()
+MODULES = (
+    "torch_zip safetensors torch_tar torch_legacy torchscript torch_export dcp sharded "
+    "torch_folder plain_pickle"
+).split()
 HEAD = 4096
+# Of formats that ckptool does not write, in names of outputs.
+OTHER_FORMATS = frozenset(
+    ".gguf .onnx .npz .npy .h5 .hdf5 .keras .tflite .mnn .pb .msgpack .mlmodel .pdparams "
+    ".caffemodel .pte .ort".split()
+)
 
 
 def built_in() -> Iterator[Container]:

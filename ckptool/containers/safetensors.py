@@ -4,14 +4,13 @@ Source: `safetensors/src/tensor.rs`. The reader is stricter than the library whe
 lenient (repeated keys, space before the header). In the writer's order, by dtype and then name,
 entries and data equal those of `safetensors.torch.save_file` byte for byte.
 
-Order and ties have no place in the format. Where they matter they are noted in `__metadata__`
-under `ckptool`.
+Order, ties and `_metadata` have no place in the format: they are noted in `__metadata__` under
+`ckptool`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,9 @@ from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
 from ckptool.files.fileio import Reader
-from ckptool.pickles.tree import Node
+from ckptool.pickles.subclasses import class_of, tensors_in
+from ckptool.pickles.tree import Node, attribute
+from ckptool.state import module_metadata
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
@@ -60,18 +61,16 @@ def read(reader: Reader) -> Checkpoint:
     base = reader.base + 8 + size
     entries = {key: _tensor(reader, key, entry, base) for key, entry in header.items()}
     _refuse_gaps(reader, entries.values(), base)
-    entries, notes = restored(entries, metadata.pop(NOTE, None))
+    entries, versions, notes = restored(entries, metadata.pop(NOTE, None))
+    state_dict = make_state_dict(dict(entries), versions)
     return Checkpoint(
         reader.path,
         "safetensors",
-        make_state_dict(dict(entries), None),
+        module_metadata.with_texts(state_dict, metadata),
         reader.nbytes,
         metadata=metadata,
         notes=notes,
     )
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _metadata(value: Any) -> dict[str, str]:
@@ -79,7 +78,7 @@ def _metadata(value: Any) -> dict[str, str]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise Malformed("`__metadata__` is not a map of text", offset=8)
-    if any(_SURROGATE.search(text) for pair in value.items() for text in pair):
+    if not all(module_metadata.is_text(text) for pair in value.items() for text in pair):
         raise Malformed("`__metadata__` holds half a character", offset=8)
     return value
 
@@ -143,9 +142,10 @@ def left_behind(entries: dict[str, Node], untie: bool) -> Left:
 
 def _unfit(key: str, value: Node) -> str:
     if isinstance(value, CompositeTensor):
-        return f"a {value.layout} tensor"
+        kind = class_of(value)
+        return f"needs its class, {kind}" if kind else f"a {value.layout} tensor"
     if not isinstance(value, TensorInfo):
-        return "not a tensor"
+        return "holds tensors, and is none" if any(tensors_in(value)) else "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
     if value.lazy and not can_resolve(value.dtype, value.lazy):
@@ -174,14 +174,13 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
         raise NotRepresentable(
             f"safetensors cannot hold {len(left.unfit)} of {len(entries)} entries",
             evidence=[f"{key}   {reason}" for key, reason in list(left.unfit.items())[:20]],
-            option="--tensors-only",
-            hint="leaves them behind",
+            **_advice(entries[key] for key in left.unfit),
         )
     kept = {key: info for key, info in entries.items() if key not in left.ties}
     ordered = sorted(kept.items(), key=lambda item: (item[1].dtype.rank, item[0].encode()))
-    metadata = {"format": "pt", **checkpoint.metadata}
-    if left.ties or [key for key, _ in ordered] != list(entries):
-        metadata[NOTE] = noted(list(entries), left.ties)
+    metadata = module_metadata.texts(checkpoint.tree)
+    held, versions = [key for key, _ in ordered], attribute(checkpoint.tree, "_metadata")
+    metadata |= noted(list(entries), left.ties, held, versions)
     places, nbytes = _places(ordered)
     text = _header(ordered, places, metadata)
     base = 8 + len(text)
@@ -190,6 +189,13 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
     jobs = planner.jobs((info, base + places[key]) for key, info in ordered)
     literals = [(0, len(text).to_bytes(8, "little") + text)]
     return PlannedFile("", base + nbytes, literals, jobs)
+
+
+def _advice(unfit: Iterable[Node]) -> dict[str, str]:
+    """Return what helps: never to leave out what holds tensors without naming it."""
+    if any(any(tensors_in(value)) for value in unfit):
+        return {"hint": "a torch output (OUT.pth) keeps them; --drop leaves out what it names"}
+    return {"option": "--tensors-only", "hint": "leaves them behind"}
 
 
 def _places(ordered: list[tuple[str, TensorInfo]]) -> tuple[dict[str, int], int]:
@@ -231,7 +237,7 @@ CONTAINERS = (
         sniff,
         read,
         Writer(lay_out, ".safetensors", "model", ".safetensors", left_behind),
-        Traits(around=False, strides=False, ties=False, module_metadata=False, objects=False),
+        Traits(around=False, strides=False, ties=False, objects=False),
         library="safetensors",
     ),
 )

@@ -6,7 +6,8 @@ and shards must agree both ways, so that nothing is lost or taken from the wrong
 
 The order of the keys is that of the index, which huggingface_hub writes in the model's order.
 transformers sorts it by name: then it is that of the shards by their number, each in its own
-order. Where that would not give back what was meant, the index notes the order under `ckptool`.
+order. Where that would not give back what was meant, the index notes the order in its `metadata`
+under `ckptool`, and `_metadata` where the shards have no place for it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,26 @@ from ckptool.containers import _json, _registry
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
-from ckptool.errors import AmbiguousStateDict, FormatError, LimitExceeded, Malformed, NotACheckpoint
+from ckptool.errors import (
+    AmbiguousStateDict,
+    FormatError,
+    LimitExceeded,
+    Malformed,
+    NoStateDict,
+    NotACheckpoint,
+)
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.tree import Global, Node, Object
-from ckptool.state.checkpoint import Checkpoint, StateDict, beside, find, text_items
+from ckptool.state import module_metadata
+from ckptool.state.checkpoint import (
+    Checkpoint,
+    StateDict,
+    beside,
+    find,
+    state_dict_node,
+    text_items,
+)
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.tensor import TENSORS, TensorInfo
 from ckptool.text import counted, listed
@@ -66,14 +82,15 @@ def read(reader: Reader) -> Checkpoint:
         error.named = {**_globals(shards), **error.named}
         error.calls = [*_calls(shards), *error.calls]
         raise
-    entries, notes = restored(entries, note)
-    texts, differing = _texts([shard.metadata for shard in shards.values()], metadata)
+    entries, versions, notes = restored(entries, note)
+    texts, differing = _texts([_said(each, parts[name]) for name, each in shards.items()], metadata)
     pickle_name = _pickle_name(shards)
     sizes = _size_notes(metadata.get("total_size"), entries)
+    state_dict = make_state_dict(entries, versions or _module_metadata(parts.values()))
     return Checkpoint(
         reader.path,
         "torch-sharded" if pickle_name else "safetensors-sharded",
-        make_state_dict(entries, _module_metadata(parts.values())),
+        module_metadata.with_texts(state_dict, texts),
         reader.nbytes + sum(shard.nbytes for shard in shards.values()),
         globals=_globals(shards),
         calls=_calls(shards),
@@ -112,7 +129,7 @@ def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
         )
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise Malformed("the index is no map of keys to shards")
-    note = index.get(NOTE)
+    note = metadata.pop(NOTE, index.get(NOTE))  # beside it until ckptool 0.6
     return weight_map, metadata, note if isinstance(note, str) else None
 
 
@@ -178,7 +195,7 @@ def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> Sta
         return find(shard, ".") if has_tensors else StateDict((), dict(top))
     try:
         return find(shard)
-    except AmbiguousStateDict as error:
+    except (AmbiguousStateDict, NoStateDict) as error:
         what = f"{name} holds none of the keys that the index puts there"
         raise Malformed(what, evidence=error.evidence) from None
 
@@ -260,6 +277,12 @@ def _module_metadata(parts: Iterable[StateDict]) -> Node:
         for path, entry in text_items(part.metadata) or []:
             joined.setdefault(path, entry)
     return make_state_dict(joined, None) if joined else None
+
+
+def _said(shard: Checkpoint, part: StateDict) -> dict[str, str]:
+    """Return the texts of a shard: of safetensors, or kept in a torch file."""
+    node = state_dict_node(shard.tree, part.at)
+    return {**shard.metadata, **module_metadata.own_texts(node)}
 
 
 def _texts(

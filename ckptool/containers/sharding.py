@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptool.containers._order import NOTE, noted
+from ckptool.containers._order import noted
 from ckptool.containers.sharded import ordered
 from ckptool.errors import EditError
 from ckptool.pickles.tree import Node
@@ -119,15 +119,16 @@ def index(
     shards: Mapping[str, Sequence[str]],
     left_out: Collection[str],
     total_nbytes: int,
+    versions: Node,
 ) -> bytes:
     """Write the index of shards: their keys by name, all of them in `order`.
 
-    Keys `left_out` of a shard, which it notes as tied, are not named.
+    Keys `left_out` of a shard, which it notes as tied, are not named. `versions` are the
+    `_metadata` that shards have no place for.
     """
     place = {key: name for name, keys in shards.items() for key in keys if key not in left_out}
     weight_map = {key: place[key] for key in order if key in place}
-    said: dict[str, object] = {"metadata": {"total_size": total_nbytes}, "weight_map": weight_map}
     held = [key for keys in shards.values() for key in keys]
-    if ordered(weight_map, held) != list(order):
-        said[NOTE] = noted(order, {})
-    return json.dumps(said, indent=2).encode()
+    note = noted(order, {}, ordered(weight_map, held), versions)
+    metadata = {"total_size": total_nbytes, **note}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2).encode()

@@ -130,8 +130,11 @@ class _Window:
         while True:
             try:
                 return pickle_reader.load(self._data, start, vocabulary)
-            except Ended:
+            except Ended as error:
                 if len(self._data) == self._reader.nbytes:
+                    error.hint = (
+                        "it is truncated, or what a torch.save that failed left; get it again"
+                    )
                     raise
                 wanted = min(4 * len(self._data), self._reader.nbytes)
                 self._data += self._reader.read(len(self._data), wanted - len(self._data))

@@ -11,7 +11,7 @@ compute offsets from the exact layout of torch's own writer (torch/serialization
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -100,11 +100,17 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
         for each in (entries or {}).values()
     ):
         raise NotRepresentable("torch has no dtype for six-bit floats")
-    return archive(checkpoint.tree)
+    return archive(
+        checkpoint.tree, further={name: checkpoint.records[name] for name in checkpoint.kept}
+    )
 
 
-def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> PlannedFile:
-    """Plan an archive that holds a tree and the storages that it uses.
+def archive(
+    tree: Node,
+    job: Callable[[Storage, int], Job] | None = None,
+    further: Mapping[str, Storage] | None = None,
+) -> PlannedFile:
+    """Plan an archive that holds a tree, the storages that it uses, and `further` records.
 
     `job` returns what writes the bytes of a storage to a place in the archive: a copy.
     """
@@ -120,12 +126,14 @@ def archive(tree: Node, job: Callable[[Storage, int], Job] | None = None) -> Pla
     byteorder = orders.pop() if orders else "little"
     before = [_record("data.pkl", pickled), _record("byteorder", byteorder.encode())]
     after = [_record("version", b"3\n")]
-    storages = tuple(lowering.storages)
+    held = {f"data/{key}": storage for key, storage in enumerate(lowering.storages)}
+    held |= further or {}
+    storages = tuple(held.values())
 
     def records(checksums: Iterable[int]) -> Iterator[zips.Record]:
         yield from before
-        for key, (storage, checksum) in enumerate(zip(storages, checksums, strict=False)):
-            yield zips.Record(f"{ROOT}/data/{key}".encode(), storage.nbytes, None, checksum)
+        for (name, storage), checksum in zip(held.items(), checksums, strict=False):
+            yield zips.Record(f"{ROOT}/{name}".encode(), storage.nbytes, None, checksum)
         yield from after
 
     starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
@@ -155,7 +163,7 @@ CONTAINERS = (
         sniff,
         read,
         Writer(lay_out, ".pth", "pytorch_model", ".bin"),
-        Traits(memory_mapped=True),
+        Traits(records=True, memory_mapped=True),
         library="torch",
     ),
 )

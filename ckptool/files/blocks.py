@@ -151,7 +151,7 @@ def _compute(view: memoryview, computed: Computed, start: int, readers: Readers)
         read_elements(value, first, block, _fetch(value.storage, readers))
         _settle(value, block)
         args.append(block)
-    view[:] = computed.kernel(*args)
+    view[:] = computed.kernel(*args or (start, start + len(view)))
 
 
 def _place(

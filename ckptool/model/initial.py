@@ -9,6 +9,7 @@ from typing import Any
 from ckptool.model import libraries, live, zoo
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places
+from ckptool.state.wrappers import peeling
 
 # Return the entries for keys that a source lacks, for as long as the context lasts.
 Fill = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, Node]]]
@@ -26,6 +27,9 @@ def initial_values(spec: zoo.ModelLike, args: Mapping[str, Any], seed: int) -> F
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             values = zoo.build(spec, args, "cpu").state_dict()
+        for anywhere in (False, True):  # keys are those of a model that is not wrapped
+            name = peeling(values, anywhere=anywhere).name
+            values |= {name(key): value for key, value in values.items()}
         with live.opened({key: values[key].contiguous() for key in keys}) as checkpoint:
             del values
             yield dict(places.text_items(checkpoint.tree) or [])

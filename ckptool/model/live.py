@@ -15,6 +15,7 @@ from ckptool import containers
 from ckptool.errors import BadInput
 from ckptool.model import libraries, zoo
 from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.module_metadata import ATTRIBUTES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,8 +50,9 @@ def _state_dict(given: nn.Module | Mapping[str, object]) -> tuple[str, Mapping[s
 
 
 def chosen(state_dict: Mapping[str, Any], keys: Iterable[str]) -> OrderedDict[str, Any]:
-    """Return some entries of a state_dict, with its `_metadata`: torch keeps that beside them."""
+    """Return some entries of a state_dict, with the attributes that are kept on it."""
     entries = OrderedDict((key, state_dict[key]) for key in keys)
-    if hasattr(state_dict, "_metadata"):
-        entries._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    for name in ATTRIBUTES:
+        if hasattr(state_dict, name):
+            setattr(entries, name, getattr(state_dict, name))
     return entries

@@ -25,6 +25,7 @@ from ckptool.model.revive import Reviver
 from ckptool.pickles.tree import children
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.wrappers import Peeling, peeling
 from ckptool.tensors.tensor import Storage
 from ckptool.text import percent
 
@@ -201,11 +202,13 @@ def load_matching(
     *,
     drop: str | Sequence[str] = (),
     at: str | None = None,
+    keep_bookkeeping: bool = False,
 ) -> Matching:
     """Load into a model all that fits it, and say what did and what did not.
 
-    `source` is a file, a state_dict or another model. Wrapper prefixes that all its keys share
-    (`module.`, `_orig_mod.` ...) are taken off; the model may be wrapped itself. `drop` takes a
+    `source` is a file, a state_dict or another model. Wrappers in its keys (`module.`,
+    `_orig_mod.` ...) are removed; the model may be wrapped itself. What a wrapper keeps for itself
+    (`n_averaged`) is in `dropped`, unless `keep_bookkeeping`. `drop` takes a
     pattern or several as `--drop` does, over the keys without prefix; `at` chooses among several
     state_dicts. Tensors of another shape are not loaded, they are listed. Raises what reading
     raises, `AmbiguousStateDict`, `NothingMatched` for a pattern, `BadInput` for a model on the
@@ -219,28 +222,35 @@ def load_matching(
     <Matching: 6 matched, 2 of another shape, 0 missing, 0 unexpected, 88.5 % filled>
     """
     with live.opened(source) as checkpoint:
-        return _load_matching(model, checkpoint, drop, at)
+        return _load_matching(model, checkpoint, drop, at, keep_bookkeeping)
 
 
 def _load_matching(
-    model: Any, checkpoint: Checkpoint, drop: str | Sequence[str], at: str | None
+    model: Any,
+    checkpoint: Checkpoint,
+    drop: str | Sequence[str],
+    at: str | None,
+    keep_bookkeeping: bool,
 ) -> Matching:
     _refuse_meta(model)
     loaded = load(checkpoint, "cpu", at)
-    outer = "".join(edits.peeled(list(model.state_dict())))
-    steps = [edits.strip_wrappers(required=False), *([edits.drop(drop)] if drop else [])]
-    state, key_map = rekeyed(loaded.state_dict, steps, outer)
+    own = peeling(model.state_dict())
+    steps = [
+        edits.strip_wrappers(required=False, keep_bookkeeping=keep_bookkeeping),
+        *([edits.drop(drop)] if drop else []),
+    ]
+    state, key_map = rekeyed(loaded.state_dict, steps, _as_in(model, own))
     fit = load_fitting(model, state)
     if not fit.matched:
         warnings.warn(f"{checkpoint.path}: nothing in it fits the model", stacklevel=3)
 
     def bare(keys: Iterable[str]) -> tuple[str, ...]:
-        return tuple(key.removeprefix(outer) for key in keys)
+        return tuple(map(own.name, keys))
 
     return Matching(
         matched=bare(fit.matched),
         mismatched=tuple(
-            replace(mismatch, key=mismatch.key.removeprefix(outer)) for mismatch in fit.mismatched
+            replace(mismatch, key=own.name(mismatch.key)) for mismatch in fit.mismatched
         ),
         missing=bare(fit.missing),
         unexpected=bare(fit.unexpected),
@@ -248,9 +258,23 @@ def _load_matching(
         tied=bare(fit.tied),
         filled=_filled(model, fit.matched),
         left_out=loaded.left_out,
-        wrappers=tuple(edits.peeled(list(loaded.state_dict))),
+        wrappers=peeling(loaded.state_dict).prefixes,
         at=loaded.at,
     )
+
+
+def _as_in(model: Any, own: Peeling) -> edits.Edit:
+    """Return the edit that names peeled keys as a model does, which may be wrapped, or a part."""
+    keys = model.state_dict()
+    modules = {own.name(key).rpartition(".")[0]: key.rpartition(".")[0] for key in keys}
+
+    def name(key: str) -> str:
+        path, _, last = key.rpartition(".")
+        if path not in modules:
+            return own.prefix + key
+        return f"{modules[path]}.{last}" if modules[path] else last
+
+    return edits.Edit("as in the model", lambda entries: name)
 
 
 def _refuse_meta(model: Any) -> None:
@@ -263,15 +287,14 @@ def _refuse_meta(model: Any) -> None:
 
 
 def rekeyed(
-    state_dict: Mapping[str, Any], steps: Sequence[edits.Edit], prefix: str = ""
+    state_dict: Mapping[str, Any], steps: Sequence[edits.Edit], last: edits.Edit | None = None
 ) -> tuple[OrderedDict[str, Any], edits.KeyMap]:
-    """Apply edits and then a prefix to the keys of a loaded state_dict and its `_metadata`.
+    """Apply edits to the keys of a loaded state_dict and its `_metadata`.
 
-    The prefix may be an empty text. The key map is that of the edits alone.
+    The key map is that of the edits without the last.
     """
-    keys = list(state_dict)
-    key_map, _ = edits.apply(steps, keys)
-    whole, edit = edits.apply([*steps, edits.add_prefix(prefix)] if prefix else steps, keys)
+    key_map, _ = edits.apply(steps, state_dict)
+    whole, edit = edits.apply([*steps, last] if last else steps, state_dict)
     moved = OrderedDict((new, state_dict[old]) for old, new in whole.pairs if new is not None)
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:

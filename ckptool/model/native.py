@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptool import containers
@@ -92,7 +91,7 @@ def _by_torch(source: Source) -> Native:
             whole = torch.load(
                 source.file, map_location="cpu", weights_only=True, mmap=_can_map(source)
             )
-        return Native(_taken_out(whole, source.state), "torch.load")
+        return Native(_taken_out(whole, source), "torch.load")
     except _Refused:
         raise
     except Exception as error:  # an unpickler may raise anything
@@ -118,15 +117,23 @@ def _can_map(source: Source) -> bool:
     )
 
 
-def _taken_out(whole: Any, state: StateDict) -> Mapping[str, Any]:
-    part = whole
+def _taken_out(whole: Any, source: Source) -> Mapping[str, Any]:
+    part, state = whole, source.state
     for step in state.at:
         part = part[step]
     if list(part) != list(state.entries):
-        part = _joined(part)
+        part = _with_versions(_joined(part), source)
     if not isinstance(part, Mapping) or set(part) != set(state.entries):
         raise _Refused("torch.load gives other keys")
     return part
+
+
+def _with_versions(entries: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
+    """Return entries with the `_metadata` that ckptool read: the library knows of none."""
+    versions = replace(source.state, entries={})
+    whole = loading.revive(source.checkpoint, versions).state_dict
+    whole.update(entries)
+    return whole
 
 
 def _joined(parts: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -154,7 +161,7 @@ def _by_safetensors(source: Source) -> Native:
             loaded[alias] = loaded[kept]
     if set(loaded) != set(source.state.entries):
         raise _Refused("safetensors gives other keys")
-    ordered = OrderedDict((key, loaded[key]) for key in source.state.entries)
+    ordered = _with_versions({key: loaded[key] for key in source.state.entries}, source)
     note = f"{source.path} ties {', '.join(list(ties)[:3])}: restored from ckptool's note in it"
     return Native(ordered, "safetensors", (note,) if ties else ())
 

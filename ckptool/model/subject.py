@@ -16,10 +16,12 @@ from ckptool.model import devices, libraries, live, loading, native, zoo
 from ckptool.model.loading import Fit, Mismatch
 from ckptool.model.native import Source
 from ckptool.model.zoo import ModelLike, argument, named
-from ckptool.state import edits
+from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import StateDict
+from ckptool.state.walk import dotted
+from ckptool.state.wrappers import BOOKKEEPING, Peeling, peeling
 from ckptool.tensors.tensor import TENSORS
-from ckptool.text import quoted
+from ckptool.text import listed, quoted
 
 SHOWN = 6
 
@@ -51,9 +53,9 @@ class Subject:
     notes: tuple[str, ...]
 
 
-def wrappers(source: Source) -> tuple[str, ...]:
-    """List the wrapper prefixes that all keys of a state_dict share."""
-    return tuple(edits.peeled(list(source.state.entries)))
+def wrapped(source: Source) -> Peeling:
+    """Find the wrappers that keys of a state_dict have."""
+    return peeling(source.state.entries)
 
 
 def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Subject:
@@ -62,11 +64,12 @@ def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Sub
     model = zoo.build(recipe.spec, recipe.args, "cpu").eval()
     loaded = native.load(source)
     notes = list(loaded.notes)
-    state, outer = loaded.state_dict, wrappers(source) if reference else ()
-    parallel = outer == ("module.",) and recipe.common is None
+    state, outer = loaded.state_dict, wrapped(source) if reference else Peeling()
+    parallel = outer.only_default and not outer.bookkeeping and recipe.common is None
     if outer and not parallel:
-        state, _ = loading.rekeyed(state, [edits.strip_wrappers()])
-        notes.append(f"took the prefix `{''.join(outer)}` off the reference's keys")
+        state, done = loading.rekeyed(state, [edits.strip_wrappers()])
+        notes += [f"{line} of the reference" for line in done.said]
+        notes += [f"not loaded ({BOOKKEEPING}): {listed(done.dropped)}"] if done.dropped else []
     if recipe.common is None:
         _strictly(_parallel(model) if parallel else model, state, recipe, source, reference)
     else:
@@ -125,8 +128,8 @@ def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozens
     Raises `DoesNotLoad` where there are none.
     """
     wanted = zoo.shapes(recipe.spec, recipe.args)
-    outer = wrappers(reference)
-    left = {edits.unwrapped(key, outer): sizes for key, sizes in _shapes(reference.state).items()}
+    outer = wrapped(reference)
+    left = {outer.name(key): sizes for key, sizes in _shapes(reference.state).items()}
     right = _shapes(candidate.state)
     common = frozenset(
         key for key, sizes in wanted.items() if left.get(key) == sizes == right.get(key)
@@ -198,11 +201,13 @@ def _own_classes(unfit: Sequence[Mismatch]) -> tuple[str, str]:
 
 
 def _peeling(source: Source) -> str:
-    outer = wrappers(source)
+    outer = wrapped(source)
     if not outer and not any(key.startswith(edits.DEFAULT_PREFIX) for key in source.state.entries):
         return ""
-    extra = " --prefix auto" if outer and outer != ("module.",) else ""
-    return f"ckptool strip-prefix {text.argument(source.path)} OUT{extra}"
+    extra = " --prefix auto" if outer and not outer.only_default else ""
+    several = len(places.candidates(source.checkpoint.tree)) > 1
+    at = f" --at {quoted(dotted(source.state.at))}" if several else ""
+    return f"ckptool strip-prefix {text.argument(source.path)} OUT{extra}{at}"
 
 
 def _mending(recipe: Recipe, source: Source, unfit: Sequence[Mismatch]) -> str:

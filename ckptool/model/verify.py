@@ -28,7 +28,6 @@ from ckptool.model.outputs import Difference
 from ckptool.model.runner import Kept, Place
 from ckptool.model.subject import Recipe
 from ckptool.model.zoo import ModelLike, named
-from ckptool.state import edits
 from ckptool.text import several, visible
 
 TOP = 5
@@ -398,11 +397,8 @@ def _accuracy(
 def _parameters(plan: _Plan) -> list[str]:
     """List the keys whose values differ in their bytes between the two files."""
     tensor = libraries.torch().Tensor
-    outer = subject.wrappers(plan.reference)
-    left = {
-        edits.unwrapped(key, outer): value
-        for key, value in native.load(plan.reference).state_dict.items()
-    }
+    outer = subject.wrapped(plan.reference)
+    left = {outer.name(key): value for key, value in native.load(plan.reference).state_dict.items()}
     right = native.load(plan.candidate).state_dict
     pairs = [(key, value, right.get(key)) for key, value in left.items()]
     return [

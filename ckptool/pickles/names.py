@@ -160,6 +160,7 @@ FOREIGN = frozenset(
         for module in ("numpy.rec", "numpy.core.records", "numpy._core.records")
         for name in ("recarray", "record")
     }
+    | _names("joblib.numpy_pickle", "NumpyArrayWrapper")
     | _names("numpy.matrixlib.defmatrix", "matrix")
     | _names("numpy.ma", "MaskedArray")
     | _names("numpy.ma.core", "MaskedArray MaskedConstant mvoid _mareconstruct")
@@ -258,7 +259,8 @@ _EXECUTORS = frozenset(
 _RUNNER_NAMES = (
     "eval exec execfile system popen Popen check_call check_output getoutput getstatusoutput "
     "import_module run_module run_path run_code parse_expr sympify read_pickle loads load_module "
-    "load_library __import__ __builtins__ __loader__ __spec__"
+    "load_library __import__ __builtins__ __loader__ __spec__ "
+    "_reconstruct_persistent_obj"  # of StyleGAN: it runs the source text in its arguments
 )
 _RUNNERS = frozenset(_RUNNER_NAMES.split())
 _PYTHON_2_MODULES = frozenset(["__builtin__", "copy_reg", "exceptions"])
@@ -286,6 +288,8 @@ def level(named: Global) -> Level:
 
     Where Python 2 had another name for a module, only the new one is known to the tables.
     """
+    if named.followed:
+        return Level.FOREIGN
     renamed = python3_name(named)
     if renamed == (named.module, named.name):
         return _level(*renamed)

@@ -138,6 +138,10 @@ class Vocabulary:
         node.steps.append(("build", state))
         return node
 
+    def inline(self, node: Node, position: int) -> tuple[Node, int]:
+        """Read what is no opcode behind the BUILD of a node; return what it became, and the end."""
+        return node, position
+
 
 class Ended(Malformed):
     """The bytes ended inside the pickle; with more of the file it may be whole."""
@@ -363,6 +367,7 @@ class _Machine:
         node = self.vocabulary.built(target, state)
         if node is None:
             self.fail(f"state for a {type(target).__name__}")
+        node, self.position = self.vocabulary.inline(node, self.position)
         if node is not target:
             self.stack[-1] = node
             self.memo.replace(target, node)

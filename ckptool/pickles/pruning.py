@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptool.pickles.names import is_accepted
+from ckptool.pickles.subclasses import number
 from ckptool.pickles.tree import (
     ByteArray,
     Dict,
@@ -26,7 +27,8 @@ class _Left:
 
 
 _LEFT = _Left()
-_PLAIN_VALUES = (str, int, float, bytes, type(None), ByteArray, LongInteger, OldString)
+_PLAIN_VALUES = (str, int, float, bytes, type(None), ByteArray, LongInteger)
+LONGEST = 255  # bytes of an integer; for more, pickle has an opcode that weights_only lacks
 
 
 def only_plain(tree: Node) -> tuple[Node, list[str]]:
@@ -47,6 +49,10 @@ class _Pruner:
         self.kept: list[Node] = []
 
     def node(self, node: Node, path: str) -> Node | _Left:
+        if isinstance(node, OldString):  # what torch.load makes of it with encoding="latin1"
+            return node.data.decode("latin-1")
+        if isinstance(node, LongInteger) and len(node.data) > LONGEST:
+            return _LEFT
         if isinstance(node, _PLAIN_VALUES):
             return node
         if isinstance(node, Global):
@@ -58,6 +64,9 @@ class _Pruner:
         return self.done[id(node)]
 
     def composed(self, node: Node, path: str) -> Node | _Left:
+        plain = number(node)
+        if plain is not None:  # of numpy
+            return plain
         match node:
             case Dict():
                 return Dict(self.pairs(node.pairs, path))
@@ -68,7 +77,7 @@ class _Pruner:
                 return type(node)(members)
             case Set():
                 members = [self.node(item, path) for item in node.items]
-                return _LEFT if _LEFT in members else Set(members, node.frozen)
+                return _LEFT if _LEFT in members or node.frozen else Set(members)
             case PersistentId():
                 return _LEFT
             case Object():

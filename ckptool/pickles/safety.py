@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ckptool.pickles.names import Level, import_for, level
-from ckptool.pickles.tree import Dict, Global, Node, Object, Pairs, children
+from ckptool.pickles.tree import Dict, Global, Node, Object, OldString, Pairs, children
 
 SHOWN = 8  # dangerous calls in a message
 
@@ -46,13 +46,19 @@ def judge(named: Mapping[Global, int]) -> Verdict:
 def names_in(tree: Node) -> dict[Global, int]:
     """Collect the names that a tree would carry on, each node visited once."""
     found: dict[Global, int] = {}
-    for node in _walk(tree):
+    for node in nodes(tree):
         if isinstance(node, Global):
             found.setdefault(node, 0)
     return found
 
 
-def _walk(tree: Node) -> Iterator[Node]:
+def has_old_text(tree: Node) -> bool:
+    """Check for text of Python 2 that is not UTF-8, which `torch.load` refuses by itself."""
+    return any(isinstance(node, OldString) for node in nodes(tree))
+
+
+def nodes(tree: Node) -> Iterator[Node]:
+    """Iterate over the nodes of a tree but for plain values, each once."""
     seen: set[int] = set()
     stack = [tree]
     while stack:

@@ -17,15 +17,16 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.errors import Malformed
+from ckptool.pickles import subclasses
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
+from ckptool.pickles.subclasses import FROM_TYPE, UTILS, dtype_of, sizes_of
 from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
-from ckptool.tensors.dtype import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+from ckptool.tensors.dtype import BY_STORAGE_CLASS, DType
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
 
 if TYPE_CHECKING:  # a listing writes nothing
     from ckptool.pickles.pickle_writer import Written
 
-_UTILS = "torch._utils"
 _UNTYPED = ("UntypedStorage", "_UntypedStorage")
 
 # Functions that rebuild a tensor from (storage, storage_offset, size, stride, ...): where
@@ -37,9 +38,9 @@ _PLAIN_REBUILDS = {
     "_rebuild_qtensor": (5, 6, None),
 }
 # Calls that wrap a finished tensor, their first argument.
-_WITH_STATE = Global(_UTILS, "_rebuild_parameter_with_state")
+_WITH_STATE = Global(UTILS, "_rebuild_parameter_with_state")
 _WRAPPERS = {
-    Global(_UTILS, "_rebuild_parameter"),
+    Global(UTILS, "_rebuild_parameter"),
     _WITH_STATE,
     Global("torch.nn.parameter", "Parameter"),
     Global("torch.autograd.variable", "Variable"),
@@ -47,8 +48,7 @@ _WRAPPERS = {
 # What protocols 0 and 1 call where 2 has the opcode NEWOBJ (CPython, Lib/copyreg.py).
 _NEW_OBJECT = {Global("copyreg", "__newobj__"), Global("copy_reg", "__newobj__")}
 NOT_LAZY: frozenset[str] = frozenset()
-_QUANTIZED = Global(_UTILS, "_rebuild_qtensor")
-_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_QUANTIZED = Global(UTILS, "_rebuild_qtensor")
 _TYPE_TAG = Global("torch.jit._pickle", "restore_type_tag")
 _PROTOCOL_0_ID = re.compile(
     r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
@@ -170,7 +170,7 @@ class TorchVocabulary(Vocabulary):
 
     def phrase(self, callee: Global, data: bytes, start: int, memo: Memo) -> Phrase | None:
         """Read a plain tensor at once; None where anything about it is out of the ordinary."""
-        if callee.name != "_rebuild_tensor_v2" or callee.module != _UTILS or memo.changed:
+        if callee.name != "_rebuild_tensor_v2" or callee.module != UTILS or memo.changed:
             return None
         call = _CALL.match(data, start - 1)
         if call is None:
@@ -213,7 +213,7 @@ class TorchVocabulary(Vocabulary):
         callee = node.callee
         if not isinstance(callee, Global):
             return node
-        if callee.module == _UTILS and callee.name in _PLAIN_REBUILDS:
+        if callee.module == UTILS and callee.name in _PLAIN_REBUILDS:
             info = _plain(callee.name, node.args, node, node.offset)
             if self._spelling is not None:
                 self._learn(info, *self._spelling)
@@ -223,10 +223,10 @@ class TorchVocabulary(Vocabulary):
             callee, node = kind, replace(node, callee=kind, args=node.args[1:], how="newobj")
         if callee in _WRAPPERS:
             return _wrapped(node)
-        if callee == _FROM_TYPE:
+        if callee == FROM_TYPE:
             return _from_type(node)
-        composite = _COMPOSITES.get(callee.name) if callee.module == _UTILS else None
-        return (composite(node) if composite else None) or node
+        rebuild = subclasses.REBUILDS.get(callee.name) if callee.module == UTILS else None
+        return (rebuild(node) if rebuild else None) or node
 
     def built(self, node: Node, state: Node) -> Node | None:
         """Apply its state to an object; a tensor of 2017 becomes whole by it."""
@@ -287,25 +287,6 @@ def _is_old_tensor(node: Node) -> bool:
         and node.callee.module in ("torch", "torch.cuda")
         and node.callee.name.endswith("Tensor")
     )
-
-
-def sizes_of(node: Node) -> tuple[int, ...] | None:
-    """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
-    if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
-        node = node.args[0]
-    if type(node) is not tuple and type(node) is not list:
-        return None
-    for number in node:
-        if type(number) is not int:
-            return None
-    return tuple(node)
-
-
-def dtype_of(node: Node) -> DType | None:
-    """Return the dtype that a name of torch means, None for any other node."""
-    if isinstance(node, Global) and node.module == "torch":
-        return BY_TORCH_NAME.get(node.name)
-    return None
 
 
 def _lazy(metadata: Node) -> frozenset[str]:
@@ -420,9 +401,12 @@ def _filled_variable(node: Object, state: Node) -> TensorInfo | None:
 def _from_type(node: Object) -> Node:
     """Read a tensor subclass or a tensor with attributes: (function, type, arguments, state)."""
     match node.args:
-        case (Global(module="torch._utils", name=name), _, tuple() as inner, _):
-            if name in _PLAIN_REBUILDS:
-                return replace(_plain(name, inner, node, node.offset), origin=node)
+        case (Global() as function, _, tuple() as inner, _):
+            if function.module == UTILS and function.name in _PLAIN_REBUILDS:
+                return replace(_plain(function.name, inner, node, node.offset), origin=node)
+            rebuild = subclasses.REBUILDS.get(function.name) if function.module == UTILS else None
+            made = rebuild(Object(function, inner)) if rebuild else None
+            return replace(made, origin=node) if made else subclasses.subclass(node) or node
     return node
 
 
@@ -437,7 +421,7 @@ def quantizer(info: TensorInfo) -> Node:
     if not isinstance(origin, Object):
         return None
     callee, args = origin.callee, origin.args
-    if callee == _FROM_TYPE:
+    if callee == FROM_TYPE:
         callee, _, args, *_ = args
     return args[4] if callee == _QUANTIZED and len(args) > 4 else None
 
@@ -445,7 +429,7 @@ def quantizer(info: TensorInfo) -> Node:
 def python_type(tensor: AnyTensor) -> Node:
     """Return the class of a tensor that is pickled with one, None of any other."""
     origin = _unwrapped(tensor.origin)
-    return origin.args[1] if isinstance(origin, Object) and origin.callee == _FROM_TYPE else None
+    return origin.args[1] if isinstance(origin, Object) and origin.callee == FROM_TYPE else None
 
 
 def attributes(tensor: AnyTensor) -> Node:
@@ -455,7 +439,7 @@ def attributes(tensor: AnyTensor) -> Node:
         state = origin.args[3]
     else:
         origin = _unwrapped(origin)
-        is_typed = isinstance(origin, Object) and origin.callee == _FROM_TYPE
+        is_typed = isinstance(origin, Object) and origin.callee == FROM_TYPE
         state = origin.args[3] if is_typed else None
     return None if isinstance(state, Dict) and not state.pairs else state
 
@@ -465,46 +449,6 @@ def _unwrapped(origin: Node) -> Node:
     while isinstance(origin, Object) and origin.callee in _WRAPPERS and origin.args:
         origin = getattr(origin.args[0], "origin", None)
     return origin
-
-
-def _layout(node: Node) -> str:
-    if isinstance(node, Object) and node.args and isinstance(node.args[0], str):
-        return node.args[0].removeprefix("torch.")
-    return node.name if isinstance(node, Global) else "sparse"
-
-
-def _sparse(node: Object) -> CompositeTensor | None:
-    match node.args:
-        case (layout, tuple() as data):
-            parts = tuple(part for part in data if isinstance(part, TensorInfo))
-            sizes = [size for part in data if (size := sizes_of(part)) is not None]
-            if len(parts) >= 2 and sizes:
-                values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
-                return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
-    return None
-
-
-def _nested(node: Object) -> CompositeTensor | None:
-    parts = tuple(part for part in node.args if isinstance(part, TensorInfo))
-    if not parts:
-        return None
-    return CompositeTensor("nested", parts[0].dtype, parts[0].shape, parts, node)
-
-
-def _meta(node: Object) -> CompositeTensor | None:
-    match node.args:
-        case (named, size, *_):
-            dtype, shape = dtype_of(named), sizes_of(size)
-            if dtype is not None and shape is not None:
-                return CompositeTensor("meta", dtype, shape, (), node)
-    return None
-
-
-_COMPOSITES: dict[str, Callable[[Object], CompositeTensor | None]] = {
-    "_rebuild_sparse_tensor": _sparse,
-    "_rebuild_nested_tensor": _nested,
-    "_rebuild_meta_tensor_no_storage": _meta,
-}
 
 
 class Lowering:
@@ -605,10 +549,14 @@ def _rebuild(info: TensorInfo) -> Object:
         if not origin.args:
             return replace(origin, steps=[("build", (moved, *origin.state[1:]))])
         return replace(origin, args=(moved, *origin.args[1:]))
-    if origin.callee == _FROM_TYPE:
-        function, kind, inner, *rest = origin.args
-        return replace(origin, args=(function, kind, _moved(inner, info), *rest))
-    return replace(origin, args=_moved(origin.args, info))
+    function = origin.args[0] if origin.callee == FROM_TYPE else origin.callee
+    if function.name not in _PLAIN_REBUILDS:  # its elements are further inside
+        inside = subclasses.within(origin)
+        return origin if inside is None or inside.view == info.view else _fresh(info)
+    if function is origin.callee:
+        return replace(origin, args=_moved(origin.args, info))
+    _, kind, inner, *rest = origin.args
+    return replace(origin, args=(function, kind, _moved(inner, info), *rest))
 
 
 def _moved(args: tuple[Node, ...], info: TensorInfo) -> tuple[Node, ...]:
@@ -622,9 +570,9 @@ def _fresh(info: TensorInfo) -> Object:
     shape, stride = (*info.shape, 0)[:-1], (*info.stride, 0)[:-1]
     args = (info.storage, info.storage_offset, shape, stride, info.requires_grad, hooks)
     if info.storage.dtype is info.dtype:
-        return Object(Global(_UTILS, "_rebuild_tensor_v2"), args)
+        return Object(Global(UTILS, "_rebuild_tensor_v2"), args)
     dtype = Global("torch", info.dtype.torch_name)
-    return Object(Global(_UTILS, "_rebuild_tensor_v3"), (*args, dtype))
+    return Object(Global(UTILS, "_rebuild_tensor_v3"), (*args, dtype))
 
 
 def quantized_call(
@@ -637,4 +585,4 @@ def quantized_call(
     """Make the call that rebuilds a tensor with one scale and zero point for all of it."""
     quantizer = (Global("torch", "per_tensor_affine"), scale, zero_point)
     args = (*place, shape, stride, quantizer, False, Object(ORDERED_DICT, ()))
-    return Object(Global(_UTILS, "_rebuild_qtensor"), args)
+    return Object(Global(UTILS, "_rebuild_qtensor"), args)

@@ -20,10 +20,14 @@ Pairs = list[tuple[Node, Node]]
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name in a module: what loading would import."""
+    """A name in a module: what loading would import.
+
+    With `followed` it is of a function, and all that its calls would load was read as data.
+    """
 
     module: str
     name: str
+    followed: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"

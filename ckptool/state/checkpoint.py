@@ -6,21 +6,20 @@ Nothing is guessed: with one candidate it is used, with several the caller must 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from ckptool.errors import (
     AmbiguousStateDict,
+    EditError,
     FormatError,
-    KeyCollision,
-    LimitExceeded,
     Malformed,
+    NoStateDict,
     NoSuchKey,
 )
 from ckptool.pickles.tree import (
-    Dict,
     Global,
     Node,
     Object,
@@ -30,22 +29,26 @@ from ckptool.pickles.tree import (
     named_items as named_items,
     text_items as text_items,
 )
-from ckptool.state import modules
-from ckptool.state.replacing import make_state_dict
-from ckptool.state.walk import INNER, Path, dotted, label, tensors
-from ckptool.tensors.tensor import TENSORS, AnyTensor, Storage, TensorInfo
-from ckptool.text import argument, counted, quoted, readable, table, visible
-
-MAX_CANDIDATE_DEPTH = 4
-MAX_LISTED = 100  # items of a list that are named one by one
-KNOWN_NAMES = frozenset(
-    (
-        "state_dict model_state_dict model net network params weights module generator "
-        "state_dict_ema model_ema ema ema_state_dict params_ema"
-    ).split()
+from ckptool.state import modules, naming, parts
+from ckptool.state.candidates import (
+    MAX_LISTED,
+    Candidate,
+    Joined,
+    candidates as candidates,
+    common_prefix as common_prefix,
+    is_no_state_dict as is_no_state_dict,
+    members,
+    search,
+    ways as ways,
+    whole_models as whole_models,
+    with_arrays,
 )
-NOT_STATE_DICTS = ("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler")
-NOT_MODELS = (*NOT_STATE_DICTS, "hyper_parameters", "hparams")  # copies of modules to be trained
+from ckptool.state.replacing import make_state_dict
+from ckptool.state.walk import INNER, Path, dotted, labelled, tensors
+from ckptool.tensors.tensor import TENSORS, Storage, TensorInfo
+from ckptool.text import argument, counted, listed, quoted, readable, table, visible
+
+MAX_PLACES = 12  # named in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ class Checkpoint:
     `program` names what the tree was taken out of and cannot be put back into (a TorchScript
     module); `unread` names records that nothing in the tree uses, of `unread_nbytes` in all;
     `records` are all parts of the container that may have a checksum, by name, whether the tree
-    uses them or not; `unlisted` counts the bytes that belong to nothing the container lists;
+    uses them or not, and `kept` those that are written although it does not; `unlisted` counts the
+    bytes that belong to nothing the container lists;
     `flaws` are what torch would not load it for; `files` are all that were read, with what tells
     whether each is still the same; `shards` are those of a set, each as it was read; `notes` are
     for the user; `held` lives as long as the bytes may be read (what an archive was unpacked to).
@@ -79,6 +83,7 @@ class Checkpoint:
     unread_nbytes: int = 0
     program: str = ""
     records: dict[str, Storage] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     unlisted: int = 0
     flaws: tuple[str, ...] = ()
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
@@ -95,7 +100,9 @@ class StateDict:
     """The state_dict of a checkpoint: where it sits, its entries in order, its `_metadata`.
 
     `module` names the class where a whole module sits there, `classes` counts the modules in it by
-    theirs; `missing` says which of its entries could not be told without its code.
+    theirs; `missing` says which of its entries could not be told without its code. `also` are the
+    other places of the same tensors under the same keys, `inner` the dicts that its keys were
+    joined of, by what begins these.
     """
 
     at: Path
@@ -105,170 +112,50 @@ class StateDict:
     module: str = ""
     missing: tuple[str, ...] = ()
     classes: dict[str, int] = field(default_factory=dict)
+    also: tuple[Path, ...] = ()
+    inner: dict[str, Node] = field(default_factory=dict, compare=False, repr=False)
 
     def __repr__(self) -> str:
         entries = "entry" if len(self.entries) == 1 else "entries"
         return f"<StateDict at `{visible(dotted(self.at)) or '.'}`: {len(self.entries)} {entries}>"
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A dict that may be the state_dict, or a module that has one; `module` names its class."""
-
-    at: Path
-    count: int
-    nbytes: int
-    prefix: str
-    module: str = ""
-
-
-def common_prefix(keys: Sequence[str]) -> str:
-    """Return the dotted prefix that all keys share, with its final dot; often empty."""
-    if not keys:
-        return ""
-    low, high = min(keys), max(keys)
-    size = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return low[: low.rfind(".", 0, size) + 1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A place that may be the state_dict, with its tensors."""
-
-    at: Path
-    tensors: dict[str, AnyTensor]
-    module: str = ""
-
-
-def candidates(tree: Node) -> list[Candidate]:
-    """Find the dicts and modules that may be the state_dict, those under known names alone."""
-    found = _search(tree).found
-    known = [each for each in found if each.at and each.at[-1] in KNOWN_NAMES]
-    hiding = known or [each for each in found if each.module]
-    inner = {each.at[:depth] for each in hiding for depth in range(len(each.at))}
-    return [
-        Candidate(
-            each.at,
-            len(each.tensors),
-            sum(info.nbytes for info in each.tensors.values()),
-            common_prefix(list(each.tensors)),
-            each.module,
-        )
-        for each in known or found
-        if each.at not in inner
-    ]
-
-
-def whole_models(tree: Node) -> list[Path]:
-    """List where modules stand that may be candidates, those under unknown names too."""
-    return [each.at for each in _search(tree).found if each.module]
-
-
-def _search(tree: Node) -> _Search:
-    search = _Search()
-    try:
-        for each in search.visit(tree, ()):
-            search.found.append(each)
-    except LimitExceeded as error:
-        search.problem = error
-    return search
-
-
-class _Search:
-    """Looks for dicts of tensors by the keys of dicts, for modules in lists and objects too.
-
-    `problem` says why a module has no state_dict: it contains itself, or repeats without end.
-    """
-
-    def __init__(self) -> None:
-        self.seen: set[tuple[int, bool, bool]] = set()
-        self.effort = modules.Effort()
-        self.found: list[_Found] = []
-        self.problem: FormatError | None = None
-
-    def visit(
-        self, node: Node, path: Path, *, dicts: bool = True, models: bool = True
-    ) -> Iterator[_Found]:
-        """Yield what is found in a node: dicts of tensors, modules, or both."""
-        if not isinstance(node, _WAYS) or (id(node), dicts, models) in self.seen:
-            return
-        self.seen.add((id(node), dicts, models))
-        if isinstance(node, Object) and modules.is_module(node, self.effort):
-            if models and not {(id(node), not dicts, True)} & self.seen:
-                yield from self.module(node, path)
-            return
-        named = named_items(node)
-        tensors = _tensors_of(dict(named)) if dicts else {}
-        if tensors and text_items(node) is not None:
-            yield _Found(path, tensors)
-        if len(path) < MAX_CANDIDATE_DEPTH:
-            for key, value in ways(node, self.effort):
-                if not isinstance(value, _WAYS):
-                    continue
-                deeper = dicts and bool(named) and not _matches(key, NOT_STATE_DICTS)
-                also = models and not _matches(key, NOT_MODELS)
-                if deeper or also:
-                    yield from self.visit(value, (*path, key), dicts=deeper, models=also)
-
-    def module(self, node: Object, path: Path) -> Iterator[_Found]:
-        try:
-            state = modules.state_of(node, self.effort)
-        except Malformed as error:
-            self.problem = error
-            return
-        tensors = _tensors_of(state.entries)
-        if tensors:
-            yield _Found(path, tensors, state.class_name)
-
-
-def _matches(key: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _tensors_of(entries: dict[str, Node]) -> dict[str, AnyTensor]:
-    return {key: value for key, value in entries.items() if isinstance(value, TENSORS)}
-
-
-_WAYS = (Dict, Object, list, tuple)
-
-
-def ways(node: Node, effort: modules.Effort) -> Iterator[tuple[str, Node]]:
-    """Yield the steps that a path may take from a node.
-
-    Keys of dicts, indexes of lists, modules in modules, attributes of other objects.
-    """
-    if isinstance(node, list | tuple):
-        yield from ((str(index), value) for index, value in enumerate(node))
-        return
-    named = named_items(node)
-    if named:
-        yield from named
-        return
-    held = modules.parts(node, effort)
-    if held is not None:
-        yield from held.modules
-        return
-    pairs = modules.attributes(node)
-    if pairs is not None:
-        effort.pay(pairs, len(pairs))
-        yield from ((key, value) for key, value in pairs if isinstance(key, str))
-
-
-def is_no_state_dict(name: str) -> bool:
-    """Return whether what has this name holds tensors that are no weights."""
-    return _matches(name, NOT_STATE_DICTS)
-
-
 def find(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") -> StateDict:
     """Return the one state_dict, or the one that `at` names (dotted; `.` is the whole file).
 
-    `option` is what chooses on the command line. Raises `AmbiguousStateDict` where there is none or
-    more than one, `NoSuchKey` where `at` names nothing that holds tensors.
+    `option` is what chooses on the command line. Raises `AmbiguousStateDict` where there is more
+    than one, `NoStateDict` where there is none, `NoSuchKey` where `at` names nothing that holds
+    tensors.
     """
+    state = locate(checkpoint, at, option)
+    refuse_part(checkpoint, state)
+    return state
+
+
+def locate(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") -> StateDict:
+    """Return the one state_dict as `find` does, that of a part of a checkpoint too."""
     with _naming(checkpoint):
         if at is not None:
             return _named(checkpoint, at, option)
         return _only(checkpoint, candidates(checkpoint.tree), option)
+
+
+def part_of(checkpoint: Checkpoint, state: StateDict | None) -> parts.Part | None:
+    """Return what a file is a part of, judged by its state_dict, or by all that may be one."""
+    paths = [] if state else [each.at for each in candidates(checkpoint.tree)]
+    states = [state] if state else [state_dict_at(checkpoint, path) for path in paths]
+    said = checkpoint.path, checkpoint.tree, checkpoint.metadata
+    found = (
+        parts.recognise(*said, entries) for entries in [each.entries for each in states] or [{}]
+    )
+    return next((part for part in found if part), None)
+
+
+def refuse_part(checkpoint: Checkpoint, state: StateDict | None) -> None:
+    """Raise `PartialCheckpoint` for a file that is one part of several."""
+    part = part_of(checkpoint, state)
+    if part is not None:
+        raise parts.refuse(checkpoint.path, part)
 
 
 @contextmanager
@@ -288,7 +175,11 @@ def _only(checkpoint: Checkpoint, found: list[Candidate], option: str) -> StateD
         return state_dict_at(checkpoint, ())
     if len(found) != 1:
         raise _not_one(checkpoint, found, option)
-    return state_dict_at(checkpoint, found[0].at)
+    state, also = state_dict_at(checkpoint, found[0].at), found[0].also
+    if not also:
+        return state
+    said = f"the same state_dict is also at {listed(f'`{dotted(path)}`' for path in also)}"
+    return replace(state, also=also, notes=(*state.notes, said))
 
 
 def _is_empty(tree: Node) -> bool:
@@ -309,26 +200,48 @@ def find_or_none(
         return _only(checkpoint, found, option)
 
 
-def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> AmbiguousStateDict:
+def _not_one(checkpoint: Checkpoint, found: list[Candidate], option: str) -> EditError:
     if found:
-        # The likely one: the largest, and of equals the last, where EMA copies and teachers stand.
+        # The likely one: the largest, and of equals the last, where EMA copies and teachers are.
         likely = max(reversed(found), key=lambda candidate: candidate.nbytes)
         return AmbiguousStateDict(
             f"{checkpoint.path} holds {len(found)} candidate state dicts",
             evidence=_table(found),
             option=f"{option} {quoted(dotted(likely.at) or '.')}",
         )
-    problem = _search(checkpoint.tree).problem
+    refuse_part(checkpoint, None)
+    problem = search(checkpoint.tree).problem
     if problem is not None:
         raise problem
     count = sum(1 for _ in tensors(checkpoint.tree))
-    if count:
-        return AmbiguousStateDict(
-            f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
-            hint=f"ckptool keys --all {argument(checkpoint.path)}   shows where they are; "
-            f"{option} NAME chooses a dict of them",
-        )
-    return AmbiguousStateDict(f"{checkpoint.path} holds no tensors")
+    if not count:
+        return NoStateDict(f"{checkpoint.path} holds no tensors")
+    found_at = _parents(checkpoint.tree)
+    chosen = f"{option} {quoted(found_at[0])}" if len(found_at) == 1 else ""
+    where = _where(checkpoint) + (f"; {option} NAME chooses one" if found_at else "")
+    return NoStateDict(
+        f"{checkpoint.path} holds {counted(count, 'tensor')} but no state_dict",
+        evidence=_at_places(found_at),
+        option=chosen,
+        hint="" if chosen else where,
+    )
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    return f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by path"
+
+
+def _parents(tree: Node) -> list[str]:
+    """List what holds tensors itself, where `--at` finds it."""
+    parents = dict.fromkeys(path[:-1] for path, _ in islice(tensors(tree), MAX_LISTED) if path)
+    return [dotted(path) or "." for path in parents if _has_tensors(tree, path)]
+
+
+def _has_tensors(tree: Node, path: Path) -> bool:
+    try:
+        return any(isinstance(value, TENSORS) for _, value in members(_node_at(tree, path)))
+    except (KeyError, IndexError, ValueError):  # inside an object, where no name leads
+        return False
 
 
 def _table(found: list[Candidate]) -> list[str]:
@@ -340,19 +253,21 @@ def _table(found: list[Candidate]) -> list[str]:
             f"prefix {candidate.prefix}" if candidate.prefix else "",
             f"module {candidate.module}" if candidate.module else "",
         )
-        for candidate in found
+        for candidate in found[:MAX_PLACES]
     ]
-    return table(rows)
+    more = len(found) - MAX_PLACES
+    return [*table(rows), *([f"{more} more"] if more > 0 else [])]
 
 
 def _named(checkpoint: Checkpoint, at: str, option: str) -> StateDict:
     path = () if at in ("", ".") else _resolve(checkpoint, at, option)
     state = state_dict_at(checkpoint, path)
     if not any(isinstance(value, TENSORS) for value in state.entries.values()):
+        what = naming.what(_node_at(checkpoint.tree, path))
         raise NoSuchKey(
-            f"`{at}` in {checkpoint.path} is no dict of tensors",
+            f"`{at}` in {checkpoint.path} is not a dict of tensors: {what}",
             evidence=_places(checkpoint),
-            hint=f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by path",
+            hint=_where(checkpoint),
         )
     return state
 
@@ -378,17 +293,26 @@ def _resolve(checkpoint: Checkpoint, at: str, option: str) -> Path:
 
         known = [dotted(found.at) for found in candidates(checkpoint.tree)]
         close = get_close_matches(at, known, n=1, cutoff=0.6)
+        bare = f"{checkpoint.path} is a bare state_dict: leave out {option}"
+        hint = bare if known == [""] else ""
         raise NoSuchKey(
             f"there is no `{at}` in {checkpoint.path}",
             evidence=_places(checkpoint),
-            option=f"{option} {quoted(close[0])}" if close else "",
+            option=f"{option} {quoted(close[0])}" if close and known != [""] else "",
+            hint=hint,
         )
     return path
 
 
 def _places(checkpoint: Checkpoint) -> list[str]:
-    found = candidates(checkpoint.tree)
-    return [f"tensors are at {dotted(candidate.at) or '.'}" for candidate in found[:8]]
+    found = [dotted(candidate.at) or "." for candidate in candidates(checkpoint.tree)]
+    return _at_places(found or _parents(checkpoint.tree))
+
+
+def _at_places(places: Sequence[str]) -> list[str]:
+    more = len(places) - MAX_PLACES
+    lines = [f"tensors are at {place}" for place in places[:MAX_PLACES]]
+    return [*lines, f"and {more} more places"] if more > 0 else lines
 
 
 Steps = dict[int, dict[str, Node]]  # of nodes by their `id`: what is known of the ways from them
@@ -407,33 +331,15 @@ def _node_at(tree: Node, path: Path, known: Steps | None = None) -> Node:
     return node
 
 
-def _flattened(node: Node) -> dict[str, Node]:
-    """Return a dict's entries; those of a dict of dicts of tensors with their keys joined."""
-    pairs = text_items(node) or []
-    if any(isinstance(value, TENSORS) for _, value in pairs):
-        return dict(pairs)
-    flat: dict[str, Node] = {}
-    for key, value in dict(pairs).items():
-        inner = text_items(value) or []
-        parts = any(isinstance(item, TENSORS) for _, item in inner)
-        for name, item in dict(inner).items() if parts else [(None, value)]:
-            joined = key if name is None else f"{key}.{name}"
-            if joined in flat:
-                raise KeyCollision(f"two tensors would both be {joined}, with their keys joined")
-            flat[joined] = item
-    return flat
-
-
-def _joined_metadata(node: Node) -> Node:
+def _joined_metadata(node: Node, inner: Mapping[str, Node]) -> Node:
     """Return the `_metadata` of a state_dict, or those of its parts under the joined paths."""
     own = attribute(node, "_metadata")
-    pairs = text_items(node) or []
-    if own is not None or any(isinstance(value, TENSORS) for _, value in pairs):
+    if own is not None:
         return own
     joined = {
-        f"{key}.{path}".rstrip("."): entry
-        for key, value in pairs
-        for path, entry in text_items(attribute(value, "_metadata")) or []
+        f"{name}.{path}".rstrip("."): entry
+        for name, part in inner.items()
+        for path, entry in text_items(attribute(part, "_metadata")) or []
     }
     return make_state_dict(joined, None) if joined else None
 
@@ -448,9 +354,12 @@ def state_dict_at(checkpoint: Checkpoint, path: Path, known: Steps | None = None
         held = modules.state_of(node)
         said = (held.notes, held.class_name, held.missing, held.classes)
         return StateDict(path, held.entries, None, *said)
-    repeated = _repeated(checkpoint, text_items(node) or [])
-    notes = tuple(f"the key {key} stands twice, with equal values" for key in repeated)
-    return StateDict(path, _flattened(node), _joined_metadata(node), notes)
+    repeated = _repeated(checkpoint, members(node))
+    notes = tuple(f"the key {key} is there twice, with equal values" for key in repeated)
+    joined = Joined(node)
+    metadata = _joined_metadata(node, joined.inner)
+    entries = with_arrays(joined.entries)
+    return StateDict(path, entries, metadata, notes, inner=joined.inner)
 
 
 def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str]:
@@ -461,7 +370,7 @@ def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str
         if key in seen:
             if not _same(seen[key], value):
                 raise Malformed(
-                    f"{checkpoint.path}: the key {key} stands twice in the state_dict, "
+                    f"{checkpoint.path}: the key {key} is there twice in the state_dict, "
                     "with different values",
                     path=checkpoint.path,
                 )
@@ -517,25 +426,7 @@ def _labels(node: Node) -> list[str]:
     held = modules.parts(node, modules.Effort())
     if held is not None:
         return [name for name, _ in (*held.tensors, *held.modules)]
-    return [label(key) for key, _ in items(node) or modules.attributes(node) or []]
-
-
-def also_at(tree: Node, at: Path) -> list[Path]:
-    """List the other places, as deep as candidates lie, where the very node at a place stands."""
-    node = _node_at(tree, at)
-    found: list[Path] = []
-    effort = modules.Effort()
-    seen: set[int] = set()
-    stack: list[tuple[Path, Node]] = [((), tree)]
-    while stack:
-        path, here = stack.pop()
-        if here is node:
-            found += [path] if path != at else []
-        elif id(here) not in seen and len(path) < MAX_CANDIDATE_DEPTH:
-            seen.add(id(here))
-            inside = ways(here, effort)
-            stack += [((*path, key), value) for key, value in inside if isinstance(value, _WAYS)]
-    return found
+    return [name for name, _ in labelled(items(node) or modules.attributes(node) or [])]
 
 
 def state_dict_node(tree: Node, at: Path, known: Steps | None = None) -> Node:

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from ckptool.state.edits import Edit
 
 
+AUTO = "auto"  # the prefix that is every known wrapper
+
+
 @dataclass(frozen=True, slots=True)
 class EditSpec:
-    """An edit as an option; `parse` takes the texts that were given.
+    """An edit as an option; `parse` takes the texts that were given, and `flags` as keywords.
 
     With `selects`, those are patterns, and a text `@file` is replaced by the patterns in it. With
     `together`, options that follow each other make one edit.
@@ -23,9 +26,10 @@ class EditSpec:
     option: str
     metavar: str
     help: str
-    parse: Callable[[Sequence[str]], Edit]
+    parse: Callable[..., Edit]
     selects: bool = False
     together: bool = False
+    flags: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -41,10 +45,15 @@ def renaming(text: str, option: str = "--rename") -> tuple[str, str]:
     return old, new
 
 
-def _strip_prefix(texts: Sequence[str]) -> Edit:
+def stripping(texts: Sequence[str], *, every: bool = False, **flags: bool) -> Edit:
+    """Make the edit of a prefix, or of `auto`."""
     from ckptool.state import edits
 
-    return edits.strip_wrappers() if texts[0] == "auto" else edits.strip_prefix(texts[0])
+    if texts[0] != AUTO:
+        return edits.strip_prefix(texts[0], every=every, **flags)
+    if every:
+        raise EditError("--prefix auto takes no --every: it removes what all keys share")
+    return edits.strip_wrappers(**flags)
 
 
 def _add_prefix(texts: Sequence[str]) -> Edit:
@@ -71,8 +80,11 @@ def _keep(texts: Sequence[str]) -> Edit:
     return edits.keep(texts)
 
 
+STRIP_FLAGS = ("anywhere", "keep_bookkeeping")
 EDITS = (
-    EditSpec("--strip-prefix", "P", "Take a prefix off keys, or auto.", _strip_prefix),
+    EditSpec(
+        "--strip-prefix", "P", "Take a prefix off keys, or auto.", stripping, flags=STRIP_FLAGS
+    ),
     EditSpec("--add-prefix", "P", "Put a prefix before keys.", _add_prefix),
     EditSpec("--rename", "OLD=NEW", "Move a dotted prefix.", _rename),
     EditSpec("--drop", "PATTERN", "Leave keys out.", _drop, selects=True),

@@ -15,28 +15,21 @@ from fnmatch import translate
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.pickles.tree import Node
+from ckptool.state import wrappers
+from ckptool.state.wrappers import BOOKKEEPING, WRAPPERS, Peeling
 from ckptool.tensors import dtype as dtypes
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, quoted, several
 
 KeyEdit = Callable[[str], str | None]
-Maker = Callable[[Sequence[str]], KeyEdit]  # all keys -> the edit of one
 Value = Node  # a tensor, or what else is in a state_dict
 Entries = Mapping[str, Value]
+Maker = Callable[[Entries], KeyEdit]  # all entries -> the edit of one key
 Change = Callable[[str, Value], Iterable[tuple[str, Value]]]
 
 DEFAULT_PREFIX = "module."
 SHAPE_DIFFERS = "shape differs"  # the reason that transfers give
-# The prefixes of known wrappers, and who puts them there.
-WRAPPERS = {
-    "module.": "DataParallel",
-    "_orig_mod.": "torch.compile",
-    "_fsdp_wrapped_module.": "FSDP",
-    "_checkpoint_wrapped_module.": "activation checkpointing",
-    "_forward_module.": "Lightning Fabric",
-    "_module.": "Opacus",
-}
 _SENTINEL = "\0some parameter\0"  # stands for "some parameter" where a module path is edited
 
 
@@ -96,116 +89,96 @@ def _some_prefix(prefix: str) -> str:
 
 
 def strip_prefix(
-    prefix: str = DEFAULT_PREFIX, *, every: bool = False, anywhere: bool = False
+    prefix: str = DEFAULT_PREFIX,
+    *,
+    every: bool = False,
+    anywhere: bool = False,
+    keep_bookkeeping: bool = False,
 ) -> Edit:
     """Take a prefix off the start of each key that has it, once.
 
     `every` insists that all keys have it; `anywhere` also takes it as whole dotted components
-    inside a key. Raises `NothingMatched` when made for keys of which none has it.
+    inside a key. Where all other keys have it, the entries that a wrapper keeps for itself
+    (`n_averaged`, `step`, `initted`) are dropped, unless `keep_bookkeeping`. Raises
+    `NothingMatched` when made for keys of which none has it.
     """
     wanted = _some_prefix(prefix)
 
     def strip(key: str) -> str:
         if key.startswith(wanted):
             key = key[len(wanted) :]
-        return _without_components(key, wanted) if anywhere else key
+        return wrappers.without(key, [wanted]) if anywhere else key
 
-    def make(keys: Sequence[str]) -> KeyEdit:
-        having = [key for key in keys if strip(key) != key]
-        if not having:
+    def make(entries: Entries) -> KeyEdit:
+        others = [key for key in entries if strip(key) == key]
+        if len(others) == len(entries):
             raise NothingMatched(
                 f"no key starts with `{wanted}`" if not anywhere else f"no key holds `{wanted}`",
-                evidence=[f"keys are like {key}" for key in _examples(keys)],
-                **_prefix_remedy(keys, wanted, all if every else any),
+                evidence=[f"keys are like {key}" for key in _examples(entries)],
+                **_prefix_remedy(entries, wanted, all if every else any),
             )
-        if every and len(having) < len(keys):
-            others = [key for key in keys if strip(key) == key]
+        counters = all(wrappers.is_counter(key, entries[key]) for key in others)
+        if every and not counters:
             raise EditError(
-                f"{len(others)} of {len(keys)} keys do not start with `{wanted}`",
+                f"{len(others)} of {len(entries)} keys do not start with `{wanted}`",
                 evidence=_examples(others),
                 hint="without --every, those that do are stripped",
             )
-        return strip
+        gone = set(others) if counters and not keep_bookkeeping else set()
+        return lambda key: None if key in gone else strip(key)
 
-    return Edit(f"strip {wanted}", make)
-
-
-def _without_components(key: str, wanted: str) -> str:
-    """Take whole dotted components out of the inside of a key."""
-    steps, middle = key.split("."), wanted[:-1].split(".")
-    at = 0
-    while at + len(middle) < len(steps):
-        if steps[at : at + len(middle)] == middle:
-            del steps[at : at + len(middle)]
-        else:
-            at += 1
-    return ".".join(steps)
+    return Edit(f"strip {wanted}", make, BOOKKEEPING)
 
 
 def _prefix_remedy(
-    keys: Sequence[str], wanted: str, enough: Callable[[Iterable[bool]], bool]
+    entries: Entries, wanted: str, enough: Callable[[Iterable[bool]], bool]
 ) -> dict[str, str]:
     """Return the option that would help, and why, or a hint alone."""
-    wrappers = peeled(keys)
-    if wrappers:
-        prefix = "".join(wrappers)
-        return {"option": f"--prefix {prefix}", "hint": f"every key starts with `{prefix}`"}
-    if keys and enough(f".{wanted}" in key for key in keys):
+    found = wrappers.peeling(entries)
+    if found.prefixes:
+        why = f"every key starts with `{found.prefix}`"
+        return {"option": f"--prefix {found.prefix}", "hint": why}
+    if entries and enough(f".{wanted}" in key for key in entries):
         return {"option": "--anywhere", "hint": f"`{wanted}` is inside keys"}
-    close = [] if wanted in WRAPPERS else close_matches(wanted.rstrip("."), keys)
+    close = [] if wanted in WRAPPERS else close_matches(wanted.rstrip("."), list(entries))
     if close:
         return {"hint": f"did you mean `{close[0]}`?"}
-    return _shared_by_most(keys)
+    return _shared_by_most(entries)
 
 
-def peeled(keys: Sequence[str]) -> list[str]:
-    """List the wrapper prefixes that all keys share, outermost first."""
-    found: list[str] = []
-    offset = 0
-    while keys:
-        wrapper = next(
-            (each for each in WRAPPERS if all(key.startswith(each, offset) for key in keys)), None
-        )
-        if wrapper is None or any(len(key) == offset + len(wrapper) for key in keys):
-            break
-        found.append(wrapper)
-        offset += len(wrapper)
-    return found
-
-
-def strip_wrappers(*, required: bool = True) -> Edit:
+def strip_wrappers(
+    *, required: bool = True, anywhere: bool = False, keep_bookkeeping: bool = False
+) -> Edit:
     """Peel every known wrapper that all keys share, in any order, repeatedly.
 
-    Raises `NothingMatched` when made for keys that share none, if that is `required`.
+    Those that begin with `_` come off inside keys too, and all of them with `anywhere`. What a
+    wrapper keeps for itself is dropped, unless `keep_bookkeeping`. Raises `NothingMatched` when
+    made for keys that have none, if that is `required`.
     """
 
-    def make(keys: Sequence[str]) -> KeyEdit:
-        wrappers = peeled(keys)
-        if not wrappers and required:
+    def make(entries: Entries) -> KeyEdit:
+        found = wrappers.peeling(entries, anywhere=anywhere, keep=keep_bookkeeping)
+        if not found and required:
             raise NothingMatched(
                 "no known wrapper prefix that all keys share",
-                evidence=[f"keys are like {key}" for key in _examples(keys)],
-                **_shared_by_most(keys),
+                evidence=[f"keys are like {key}" for key in _examples(entries)],
+                **_shared_by_most(entries),
             )
-        return lambda key: unwrapped(key, wrappers)
+        return found
 
-    return Edit("strip wrappers", make)
-
-
-def unwrapped(key: str, wrappers: Sequence[str]) -> str:
-    """Take wrapper prefixes off a key, one after the other."""
-    for wrapper in wrappers:
-        key = key.removeprefix(wrapper)
-    return key
+    return Edit("strip wrappers", make, BOOKKEEPING)
 
 
-def _shared_by_most(keys: Sequence[str]) -> dict[str, str]:
-    for wrapper in WRAPPERS:
-        count = sum(key.startswith(wrapper) for key in keys)
+def _shared_by_most(entries: Entries) -> dict[str, str]:
+    inside = any(f".{DEFAULT_PREFIX}" in key for key in entries)
+    if inside and DEFAULT_PREFIX not in wrappers.submodules(entries):
+        return {"option": "--anywhere", "hint": f"`{DEFAULT_PREFIX}` is inside keys"}
+    for prefix in WRAPPERS:
+        count = sum(key.startswith(prefix) for key in entries)
         if count:
-            why = f"{count} of {counted(len(keys), 'key')} start with `{wrapper}`"
-            return {"option": f"--prefix {wrapper}", "hint": why}
-    return {"hint": "no known wrapper prefix on any key: nothing to strip"} if keys else {}
+            why = f"{count} of {counted(len(entries), 'key')} start with `{prefix}`"
+            return {"option": f"--prefix {prefix}", "hint": why}
+    return {"hint": "no known wrapper prefix on any key: nothing to strip"} if entries else {}
 
 
 def add_prefix(prefix: str = DEFAULT_PREFIX) -> Edit:
@@ -229,9 +202,9 @@ def rename(old: str, new: str) -> Edit:
         rest = key[len(old) + 1 :] if old else key
         return f"{new}.{rest}" if new else rest
 
-    def make(keys: Sequence[str]) -> KeyEdit:
-        if all(move(key) == key for key in keys):
-            raise nothing_matched(old, keys)
+    def make(entries: Entries) -> KeyEdit:
+        if all(move(key) == key for key in entries):
+            raise nothing_matched(old, list(entries))
         return move
 
     return Edit(f"rename {old}={new}", make)
@@ -241,8 +214,8 @@ def drop(patterns: str | Iterable[str]) -> Edit:
     """Drop what a pattern or several select; each must select something."""
     wanted = several(patterns)
 
-    def make(keys: Sequence[str]) -> KeyEdit:
-        selected = select(wanted, keys)
+    def make(entries: Entries) -> KeyEdit:
+        selected = select(wanted, list(entries))
         return lambda key: None if key in selected else key
 
     return Edit("drop", make, "dropped as asked")
@@ -252,16 +225,16 @@ def keep(patterns: str | Iterable[str]) -> Edit:
     """Drop all but what a pattern or several select; each must select something."""
     wanted = several(patterns)
 
-    def make(keys: Sequence[str]) -> KeyEdit:
-        selected = select(wanted, keys)
+    def make(entries: Entries) -> KeyEdit:
+        selected = select(wanted, list(entries))
         return lambda key: key if key in selected or key.endswith(_SENTINEL) else None
 
     return Edit("keep", make, "not among those to keep")
 
 
-def without(unwanted: Iterable[str], reason: str) -> Edit:
+def without(unwanted: str | Iterable[str], reason: str) -> Edit:
     """Drop exactly the keys given, for a reason that is reported."""
-    dropped = frozenset(unwanted)
+    dropped = frozenset(several(unwanted))
     return Edit("without", lambda keys: lambda key: None if key in dropped else key, reason)
 
 
@@ -384,17 +357,16 @@ def _inside(pattern: str, keys: Sequence[str]) -> str:
 
 def _without_wrappers(pattern: str, keys: Sequence[str]) -> str:
     """Offer a pattern as it is after its wrapper prefixes have come off the keys."""
-    wrappers = peeled([pattern])
-    inner = unwrapped(pattern, wrappers)
-    if not wrappers:
+    found = wrappers.peeling([pattern])
+    inner = found.name(pattern)
+    if not found.prefixes:
         return ""
     matches = matcher(inner)
     count = sum(matches(key) for key in keys)
     if not count:
         return ""
-    prefix = "".join(wrappers)
-    found = f"`{inner}` selects {counted(count, 'key')}"
-    return f"{found}: here they have no `{prefix}` (transfer peels it first)"
+    selects = f"`{inner}` selects {counted(count, 'key')}"
+    return f"{selects}: here they have no `{found.prefix}` (transfer peels it first)"
 
 
 def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
@@ -413,10 +385,11 @@ def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
     return [named[name] for name in close]
 
 
-def _examples(keys: Sequence[str]) -> list[str]:
+def _examples(given: Iterable[str]) -> list[str]:
     """Pick keys that show what keys look like: first, middle, last."""
+    keys = list(given)
     if len(keys) <= 3:
-        return list(keys)
+        return keys
     return [keys[0], keys[len(keys) // 2], keys[-1]]
 
 
@@ -439,9 +412,13 @@ def apply(
     said: list[str] = []
     for step in steps:
         before = [key for _, key, _ in now]
-        edit = step.make(before)
+        given = {key: value for _, key, value in now}
+        if step.name == "drop":  # what went with a wrapper may be named all the same
+            went = (name for name, reason in why.values() if reason == BOOKKEEPING)
+            given |= {name.rpartition(".")[2]: None for name in went}
+        edit = step.make(given)
         after = [edit(key) for key in before]
-        said += _said(step, before, after)
+        said += edit.said(before) if isinstance(edit, Peeling) else _said(step, before, after)
         made.append(edit)
         if step.change is None:
             moved = [
@@ -485,9 +462,7 @@ def _said(step: Edit, before: Sequence[str], after: Sequence[str | None]) -> lis
         return [f"moved `{old}` to `{new}` in {count}"]
     if verb == "add":
         return [f"added `{what}` to {count}"]
-    lost = {old.removesuffix(new or "") if old.endswith(new or "") else what for old, new in moved}
-    prefix = lost.pop() if len(lost) == 1 else what
-    return [f"stripped `{prefix}` from {count}"]
+    return [f"stripped `{what}` from {count}"]
 
 
 def _refuse_collision(pairs: Sequence[tuple[str, str | None]], source: str) -> None:

@@ -24,6 +24,7 @@ from ckptool.pickles.tree import (
     Pairs,
     Set,
     items,
+    named_items,
     text_items,
 )
 from ckptool.tensors.tensor import TENSORS, TensorInfo
@@ -36,6 +37,8 @@ Entries = list[tuple[str, Node]]
 # Calls that make an object of a class, their first argument (CPython, Lib/copyreg.py).
 _MAKERS = ("_reconstructor", "__newobj__", "__newobj_ex__")
 # Modules that are rebuilt by a call: torch/fx/graph_module.py, torch/_dynamo/eval_frame.py.
+# StyleGAN's modules: one argument, a dict with their source text, class and `__dict__` as `state`.
+_PERSISTENT = Global("torch_utils.persistence", "_reconstruct_persistent_obj")
 _GRAPH_MODULE = Global("torch.fx.graph_module", "reduce_graph_module")
 _COMPILED = Global("torch._dynamo.eval_frame", "OptimizedModule")
 # Classes of torch with an own `_save_to_state_dict`, whose entries are packed or plain numbers.
@@ -156,6 +159,8 @@ def attributes(node: Node) -> Pairs | None:
     if not isinstance(node, Object):
         return None
     state = node.args[0] if node.callee == _GRAPH_MODULE and node.args else node.state
+    if node.callee == _PERSISTENT and node.args:
+        state = next((value for key, value in named_items(node.args[0]) if key == "state"), None)
     if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__
         state = state[0]
     return state.pairs if isinstance(state, Dict) else None

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from ckptool.pickles.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
-from ckptool.state import checkpoint as places
+from ckptool.pickles.tree import (
+    ByteArray,
+    Dict,
+    Global,
+    LongInteger,
+    Node,
+    Object,
+    OldString,
+    Set,
+    items,
+)
 from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo
 from ckptool.text import counted, shape
 
@@ -51,7 +60,7 @@ _NUMPY = {"_reconstruct": "numpy array", "_frombuffer": "numpy array", "scalar":
 
 
 def _object(node: Object) -> str:
-    pairs = places.items(node)
+    pairs = items(node)
     if not isinstance(node.callee, Global):
         said = "an object"
     elif node.callee.module in ("copyreg", "copy_reg") and isinstance(_first(node), Global):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from ckptool.errors import LimitExceeded
+from ckptool.pickles.subclasses import array
 from ckptool.pickles.tree import (
     MAX_NESTING,
     Dict,
@@ -50,6 +52,17 @@ def refuse_deep(tree: Node) -> None:
 
 def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
     """Yield every tensor of a tree with its path, each container once."""
+    return ((path, node) for path, node in _values(tree) if isinstance(node, TENSORS))
+
+
+def arrays(tree: Node) -> Iterator[tuple[Path, TensorInfo]]:
+    """Yield every array of numpy of a tree with its path, as the tensor it would be."""
+    found = ((path, array(node)) for path, node in _values(tree) if type(node) is Object)
+    return ((path, info) for path, info in found if info is not None)
+
+
+def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
+    """Yield the tensors and objects of a tree with their paths, each container once."""
     seen: set[int] = set()
     numbers: Numbers = {}
     stack: list[tuple[Path, Iterator[tuple[str | None, Node]]]] = [((), iter([(None, tree)]))]
@@ -61,6 +74,8 @@ def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
                 yield here, node
             elif isinstance(node, _CONTAINERS) and id(node) not in seen:
                 seen.add(id(node))
+                if type(node) is Object:
+                    yield here, node
                 stack.append((here, iter(list(_members(node, numbers)))))
                 break
         else:
@@ -73,15 +88,26 @@ INNER = (*_CONTAINERS, *TENSORS, PersistentId)
 
 def named(tree: Node) -> Iterator[tuple[str, AnyTensor]]:
     """Yield every tensor of a tree by its path, dotted; no two have the same."""
-    taken: set[str] = set()
+    names = _Names(set())
     for path, tensor in tensors(tree):
-        name = text = dotted(path) or "."
-        count = 1
-        while name in taken:
-            count += 1
-            name = f"{text}#{count}"
-        taken.add(name)
-        yield name, tensor
+        yield names.free(dotted(path) or "."), tensor
+
+
+@dataclass(slots=True)
+class _Names:
+    """Names that are taken, and how often a text was asked for."""
+
+    taken: set[str]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def free(self, text: str) -> str:
+        """Take a name that nothing has: the text, else `text#2` and so on."""
+        name = text
+        while name in self.taken:
+            self.counts[text] = self.counts.get(text, 1) + 1
+            name = f"{text}#{self.counts[text]}"
+        self.taken.add(name)
+        return name
 
 
 def _members(node: Node, numbers: Numbers) -> Iterator[tuple[str | None, Node]]:
@@ -164,14 +190,10 @@ def labelled(pairs: Pairs, numbers: dict[int, str] | None = None) -> list[tuple[
     """Name the values of a dict, no two with odd keys alike."""
     if all(type(key) is str for key, _ in pairs):
         return pairs
-    taken = {key for key, _ in pairs if isinstance(key, str)}
-    named = []
-    for key, value in pairs:
-        name = text = (numbers or {}).get(id(key)) or label(key)
-        count = 1
-        while not isinstance(key, str) and name in taken:
-            count += 1
-            name = f"{text}#{count}"
-        taken.add(name)
-        named.append((name, value))
-    return named
+    names = _Names({key for key, _ in pairs if isinstance(key, str)})
+    return [
+        (key, value)
+        if isinstance(key, str)
+        else (names.free((numbers or {}).get(id(key)) or label(key)), value)
+        for key, value in pairs
+    ]

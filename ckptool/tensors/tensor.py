@@ -68,7 +68,8 @@ class Chunked:
 class Computed:
     """Elements made one by one from those of other tensors, all of one shape.
 
-    `kernel` takes a block of as many elements of each and returns their bytes in the new dtype.
+    `kernel` takes a block of as many elements of each and returns their bytes in the new dtype; of
+    none, those between two bytes of what it holds.
     """
 
     kernel: Callable[..., bytes | memoryview]

@@ -83,6 +83,15 @@ def computed(kernel: Kernel, args: Sequence[TensorInfo], dtype: DType) -> Tensor
     return TensorInfo(dtype, shape, contiguous_stride(shape), storage)
 
 
+def literal(data: bytes, dtype: DType, shape: Sequence[int], key: str) -> TensorInfo:
+    """Return a contiguous tensor of elements that are in memory."""
+    given = Computed(lambda start, stop: data[start:stop], (), 1)
+    typed = dtype if dtype.storage_class else None
+    storage = Storage("", key, 0, len(data), typed, computed=given)
+    storage.packing = Packing.COMPUTED
+    return TensorInfo(dtype, tuple(shape), contiguous_stride(shape), storage)
+
+
 Made = dict[tuple[object, ...], Storage]
 
 

@@ -20,7 +20,9 @@ from ckptool import containers
 from ckptool.errors import EditError
 from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
+from ckptool.state.edit_options import stripping
 from ckptool.state.edits import Edit
+from ckptool.text import several
 from ckptool.verbs import surgery
 from ckptool.verbs.plan import MIN_MATCH, Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
@@ -38,8 +40,6 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
     from ckptool.verbs.survey import Survey
-
-AUTO = "auto"
 
 
 def keys(
@@ -124,7 +124,8 @@ def diff(
     rtol: float = 0.0,
     select: str | Sequence[str] = (),
     map: Mapping[str, str] | None = None,
-    ignore_prefix: str | None = None,
+    ignore_prefix: str | Sequence[str] | None = None,
+    anywhere: bool = False,
     progress: Begin = no_progress,
 ) -> Difference:
     """Compare two checkpoints bit for bit, or within `atol + rtol * |left|`.
@@ -132,8 +133,9 @@ def diff(
     Each is a file, a state_dict or an `nn.Module`. `at` is where the state_dict sits on both
     sides, `left_at` and `right_at` on one; `all` compares all there is by path, `structure` reads
     no values; `map` gives dotted prefixes of the left their names on the right; `ignore_prefix`
-    is a prefix or `auto`. Raises what reading raises (`FormatError`), `AmbiguousStateDict`,
-    `NoSuchKey`, and `NothingMatched` for what no key has.
+    is a prefix or several, or `auto`, and `anywhere` ignores them inside keys too. Raises what
+    reading raises (`FormatError`), `AmbiguousStateDict`, `NoSuchKey`, and `NothingMatched` for
+    what no key has.
 
     >>> ckptool.diff("data_parallel.pth", "plain.pth", ignore_prefix="auto").equal
     True
@@ -153,7 +155,8 @@ def diff(
         tolerance=tolerance(atol, rtol),
         select=select,
         rename=tuple((map or {}).items()),
-        ignore_prefix=ignore_prefix,
+        ignore_prefix=ignore_prefix or (),
+        anywhere=anywhere,
     )
     with live.opened(left) as one, live.opened(right) as other:
         return compare.diff(one, other, asked, progress)
@@ -163,29 +166,26 @@ def strip_prefix(
     source: str | Path,
     target: str | Path | None = None,
     *,
-    prefix: str = edits.DEFAULT_PREFIX,
+    prefix: str | Sequence[str] = edits.DEFAULT_PREFIX,
     every: bool = False,
     anywhere: bool = False,
+    keep_bookkeeping: bool = False,
     progress: Begin = no_progress,
     **options: Unpack[WriteOptions],
 ) -> Rewrite:
-    """Take a prefix off keys; `auto` peels every known wrapper that all keys share.
+    """Take prefixes off keys, in this order; `auto` peels every known wrapper that all keys share.
 
-    `every` insists that all keys have it, `anywhere` takes it inside keys too. Raises
-    `NothingMatched`, `KeyCollision`, `FormatError` for the source and `WriteError` for the target.
+    `every` insists that all keys have it, `anywhere` takes it inside keys too; what a wrapper
+    keeps for itself (`n_averaged`) is dropped, unless `keep_bookkeeping`. Raises `NothingMatched`,
+    `KeyCollision`, `FormatError` for the source and `WriteError` for the target.
 
     >>> done = ckptool.strip_prefix("model_best.pth.tar", "clean.pth.tar")
     >>> done.renamed, done.map[0]
     (8, ('module.features.0.weight', 'features.0.weight'))
     """
-    if prefix == AUTO and (every or anywhere):
-        raise EditError("--prefix auto takes neither --every nor --anywhere")
-    step = (
-        edits.strip_wrappers()
-        if prefix == AUTO
-        else edits.strip_prefix(prefix, every=every, anywhere=anywhere)
-    )
-    return surgery.rewrite(source, target, [step], options=Options(**options), progress=progress)
+    flags = {"every": every, "anywhere": anywhere, "keep_bookkeeping": keep_bookkeeping}
+    steps = [stripping([each], **flags) for each in several(prefix)]
+    return surgery.rewrite(source, target, steps, options=Options(**options), progress=progress)
 
 
 def add_prefix(
@@ -267,6 +267,8 @@ def transfer(
     drop: str | Sequence[str] = (),
     keep: str | Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
+    anywhere: bool = False,
+    keep_bookkeeping: bool = False,
     like: CheckpointLike | None = None,
     like_at: str | None = None,
     model: ModelLike | None = None,
@@ -281,7 +283,9 @@ def transfer(
 
     `source` and `like` are files, state_dicts or modules; `model` is a spec (`resnet18`,
     `file.py:factory`) made with `model_args`, or an `nn.Module`. `drop` and `keep` take a pattern
-    or several, matched after wrapper prefixes came off; `rename` moves dotted prefixes.
+    or several, matched after wrapper prefixes came off, with `anywhere` every `module.` inside
+    keys too; what a wrapper keeps for itself goes with it, unless `keep_bookkeeping`; `rename`
+    moves dotted prefixes.
     `init_missing` writes what is not filled as the model has it. Raises `PoorFit` where less than
     `min_match` of the target's elements would be filled, `EditError`, `FormatError` and
     `WriteError`.
@@ -300,9 +304,10 @@ def transfer(
     reference: Reference | None = None
     fill: Fill | None = None
     if like is not None:
-        reference = _like(like, like_at)
+        reference = _like(like, like_at, anywhere)
     elif model is not None:
-        reference, fill = _model(model, model_args or {}, seed if init_missing else None)
+        given = model_args or {}
+        reference, fill = _model(model, given, seed if init_missing else None, anywhere)
     how = Options(**options)
     if how.in_place and not isinstance(source, str | PathLike):
         raise EditError("--in-place needs a file", hint="name an output")
@@ -313,7 +318,9 @@ def transfer(
             checkpoint.path,
             target,
             like=reference,
-            steps=fitting.first_steps(moves, drop, keep),
+            steps=fitting.first_steps(
+                moves, drop, keep, anywhere=anywhere, keep_bookkeeping=keep_bookkeeping
+            ),
             min_match=min_match,
             options=how,
             progress=progress,
@@ -322,25 +329,25 @@ def transfer(
         )
 
 
-def _like(given: CheckpointLike, at: str | None) -> Reference:
+def _like(given: CheckpointLike, at: str | None, anywhere: bool) -> Reference:
     from ckptool.model import live
     from ckptool.verbs import fitting
 
     if not isinstance(given, str | PathLike | Mapping):  # a model, which may have no values
-        return _model(given, {}, None)[0]
+        return _model(given, {}, None, anywhere)[0]
     with live.opened(given) as checkpoint:
-        return fitting.reference_of(checkpoint, at)
+        return fitting.reference_of(checkpoint, at, anywhere=anywhere)
 
 
 def _model(
-    spec: ModelLike, args: Mapping[str, object], seed: int | None
+    spec: ModelLike, args: Mapping[str, object], seed: int | None, anywhere: bool
 ) -> tuple[Reference, Fill | None]:
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
     shapes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes, ties), fill
+    return fitting.reference(zoo.named(spec), shapes, ties, anywhere=anywhere), fill
 
 
 def download(

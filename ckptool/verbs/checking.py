@@ -38,6 +38,7 @@ from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.parts import Part
 from ckptool.tensors.numbers import Tally
 from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs.finite import floating, not_finite
@@ -87,6 +88,7 @@ class Checked:
     pickle_name: str = ""
     sha256: str = ""
     not_finite: tuple[tuple[str, Tally], ...] = ()
+    part: Part | None = None
     hint: str = ""
     notes: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
@@ -135,6 +137,7 @@ def _fields(result: Checked) -> dict[str, object]:
             }
             for call in result.calls
         ],
+        "part": result.part.to_dict() if result.part else None,
         "sha256": result.sha256 or None,
         "not_finite": [
             {"key": key, "nan": tally.nan, "inf": tally.inf} for key, tally in result.not_finite
@@ -154,6 +157,7 @@ class _Findings:
     checked: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
     not_finite: tuple[tuple[str, Tally], ...] = ()
+    part: Part | None = None
     sha256: str = ""
     asked_sha256: str = ""
     checksums: str = ""
@@ -212,6 +216,7 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     try:
         places.candidates(checkpoint.tree)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
+        found.part = places.part_of(checkpoint, None)
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
@@ -327,16 +332,17 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     program = f"holds the code of a {checkpoint.program}" if checkpoint.program else ""
     if program:
         found.not_checked.append("what the code of a TorchScript module does")
+    part = f"only {found.part.text}" if found.part else ""
     problems = _some(found.problems)
     if _unsafe(verdict, strict) or (strict and program):
-        status, parts = Status.UNSAFE, [_danger(verdict, calls), program]
+        status, parts = Status.UNSAFE, [_danger(verdict, calls), program, part]
         parts += [f"damaged: {problems}"] if problems else []
     elif problems:
-        status, parts = Status.DAMAGED, [problems]
+        status, parts = Status.DAMAGED, [problems, part]
     else:
         status, parts = (
             Status.OK,
-            [_summary(checkpoint), found.checksums, program, _foreign(verdict)],
+            [part, _summary(checkpoint), found.checksums, program, _foreign(verdict)],
         )
     return Checked(
         file=path,
@@ -350,6 +356,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
         pickle_name=checkpoint.pickle_name,
         sha256=found.sha256,
         not_finite=found.not_finite,
+        part=found.part,
         notes=tuple(found.notes),
         checked=tuple(found.checked),
         not_checked=tuple(found.not_checked),

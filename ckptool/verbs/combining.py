@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from ckptool import containers
 from ckptool.errors import EditError
 from ckptool.files.copying import Begin, no_progress
 from ckptool.pickles.tree import Node
-from ckptool.state import checkpoint as places, replacing
+from ckptool.state import checkpoint as places, module_metadata, replacing
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TensorInfo
@@ -40,7 +41,9 @@ def combine(
     options = options or Options()
     inputs = [containers.read(source) for source in sources]
     states = [places.find(each, options.at) for each in inputs]
+    first = places.state_dict_node(inputs[0].tree, states[0].at)
     tree = replacing.make_state_dict(transform(states), states[0].metadata)
+    tree = module_metadata.with_texts(tree, module_metadata.texts(first))
     return surgery.rewrite(
         sources[0],
         target,
@@ -62,14 +65,13 @@ def _checkpoint(inputs: Sequence[Checkpoint], tree: Node) -> Checkpoint:
         globals={name: offset for each in inputs for name, offset in each.globals.items()},
         calls=[call for each in inputs for call in each.calls],
         pickle_name=first.pickle_name,
-        metadata=first.metadata,
         files=tuple(dict.fromkeys(file for each in inputs for file in each.files)),
         held=tuple(held for each in inputs for held in each.held),
     )
 
 
 def average(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     target: str | Path,
     *,
     weights: Sequence[float] = (),
@@ -81,6 +83,7 @@ def average(
     The sum is in double precision. Raises `EditError` where keys, shapes or dtypes differ, or
     where there is not one weight for each source.
     """
+    sources = [sources] if isinstance(sources, str | os.PathLike) else sources
     given = list(weights) or [1.0] * len(sources)
     if len(given) != len(sources) or not sum(given):
         raise EditError(f"{len(given)} weights for {len(sources)} checkpoints, of sum {sum(given)}")

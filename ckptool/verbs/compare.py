@@ -8,7 +8,7 @@ tags are told and decide nothing: containers differ in what they can say of them
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -17,10 +17,11 @@ from ckptool.files import fileio
 from ckptool.files.copying import Begin, Copy, Job, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
-from ckptool.pickles.tree import Node
+from ckptool.pickles.tree import Dict, Node
 from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
+from ckptool.state.wrappers import peeling
 from ckptool.tensors.numbers import Values
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape, visible
@@ -219,6 +220,7 @@ class _Work:
     def compare_states(self, left: StateDict, right: StateDict) -> None:
         """Compare two state_dicts, and what is beside them unless a part was chosen."""
         one, other = edited(self.asked, left, right)
+        self.notes += [*one.notes[len(left.notes) :], *other.notes[len(right.notes) :]]
         keys = list(dict.fromkeys([*one.entries, *other.entries]))
         if self.asked.select:
             selected = edits.select(self.asked.select, keys)
@@ -232,15 +234,16 @@ class _Work:
         for key in both:
             for place in places_of(one.entries[key], other.entries[key], (key,)):
                 self._take(self.state, place)
-        self._note_prefixes(list(one.entries), list(other.entries))
+        self._note_prefixes(one.entries, other.entries)
         self.notes += notes(self.left, self.right, one, other, both)
         if not self.asked.select:
             self._compare_metadata(one, other)
+            self._compare_texts(left.at, right.at)
             self._compare_beside(left.at, right.at)
 
     def compare_trees(self) -> None:
         """Compare all there is, tensors by their paths."""
-        if self.asked.rename or self.asked.ignore_prefix is not None:
+        if self.asked.rename or self.asked.ignore_prefix:
             raise EditError("--map and --ignore-prefix need a state_dict on both sides")
         found = list(places_of(self.left.tree, self.right.tree))
         selected = None
@@ -276,6 +279,20 @@ class _Work:
                 modules = [name.removeprefix("_metadata.") or "the root" for name in names]
                 of = f" of {listed(modules, 3)}" if modules else ""
                 self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
+
+    def _compare_texts(self, left_at: Path, right_at: Path) -> None:
+        """Compare what safetensors files say in `__metadata__`, where both sides have it."""
+        sides = ((self.left, left_at), (self.right, right_at))
+        one, other = (
+            module_metadata.own_texts(places.state_dict_node(each.tree, at)) for each, at in sides
+        )
+        if one and other:
+            left, right = (Dict(list(texts.items())) for texts in (one, other))
+            for place in places_of(left, right, ("__metadata__",)):
+                self._take(self.beside, place)
+        elif one or other:
+            path = (self.left if one else self.right).path
+            self.notes.append(f"{path} alone has `__metadata__`: {listed(one or other, 4)}")
 
     def _compare_beside(self, left_at: Path, right_at: Path) -> None:
         if self.asked.chosen:
@@ -357,17 +374,17 @@ class _Work:
                 error.message = f"{key}: {error.message}"
                 raise
 
-    def _note_prefixes(self, left: list[str], right: list[str]) -> None:
+    def _note_prefixes(self, left: Mapping[str, Node], right: Mapping[str, Node]) -> None:
         """Note where keys would pair but for wrapper prefixes."""
         if not self.state.only_left or not self.state.only_right:
             return
-        one, other = edits.peeled(left), edits.peeled(right)
-        bare = {edits.unwrapped(key, one) for key in left}
-        if one != other and bare & {edits.unwrapped(key, other) for key in right}:
-            prefix = "".join(one or other)
-            path = (self.left if one else self.right).path
+        one, other = peeling(left), peeling(right)
+        pairs = set(filter(None, map(one, left))) & set(filter(None, map(other, right)))
+        if pairs - (left.keys() & right.keys()):
+            side, found = (self.left, one) if one else (self.right, other)
+            what = f"starts with `{found.prefix}`" if found.prefix else "or some hold a wrapper"
             self.notes.append(
-                f"every key of {path} starts with `{prefix}`; --ignore-prefix auto looks past it"
+                f"every key of {side.path} {what}; --ignore-prefix auto looks past it"
             )
 
     # Values.

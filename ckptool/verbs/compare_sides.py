@@ -6,25 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptool import containers
-from ckptool.errors import EditError
+from ckptool.errors import EditError, NothingMatched
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.edit_options import AUTO, stripping
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
+from ckptool.state.wrappers import BOOKKEEPING
 from ckptool.tensors.numbers import NO_TOLERANCE, Tolerance
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo, ties
-from ckptool.text import listed
-
-AUTO = "auto"
+from ckptool.text import listed, several
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is to be compared, and how.
 
-    `ignore_prefix` is a prefix, or `auto` for the wrappers that all keys of a side share; `rename`
-    holds pairs of dotted prefixes, the left's and the right's.
+    `ignore_prefix` are prefixes, or `auto` for the wrappers that all keys of a side share, with
+    `anywhere` inside keys too; `rename` holds pairs of dotted prefixes, the left's and the right's.
     """
 
     at: str | None = None
@@ -35,7 +35,8 @@ class Asked:
     tolerance: Tolerance = NO_TOLERANCE
     select: str | Sequence[str] = ()
     rename: Sequence[tuple[str, str]] = ()
-    ignore_prefix: str | None = None
+    ignore_prefix: str | Sequence[str] = ()
+    anywhere: bool = False
 
     @property
     def sides(self) -> tuple[tuple[str | None, str], tuple[str | None, str]]:
@@ -75,6 +76,9 @@ def state_dicts(
         return None, None
     one = _state_dict(left, left_at, left_option)
     other = _state_dict(right, right_at, right_option)
+    if (places.part_of(left, one) is None) != (places.part_of(right, other) is None):
+        places.refuse_part(left, one)
+        places.refuse_part(right, other)
     return (one, other) if one and other else (None, None)
 
 
@@ -85,39 +89,42 @@ def _several(checkpoint: Checkpoint) -> list[Path]:
 
 def _state_dict(checkpoint: Checkpoint, at: str | None, option: str) -> StateDict | None:
     if at is not None:
-        return places.find(checkpoint, at, option)
+        return places.locate(checkpoint, at, option)
     return places.find_or_none(checkpoint, several=False, option=option)
 
 
 def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, StateDict]:
-    """Take the prefixes off that are to be ignored, and give the left's keys the right's names."""
+    """Remove the prefixes that are to be ignored, and give the left's keys the right's names.
+
+    A side may lack a prefix, or not both. What a wrapper keeps for itself is not compared, which
+    a note says.
+    """
+    sides = left, right
+    for prefix in several(asked.ignore_prefix):
+        step = stripping([prefix], anywhere=asked.anywhere)
+        done, missing = [], []
+        for state in sides:
+            try:
+                done.append(_rekeyed(state, [step]))
+            except NothingMatched as error:
+                done.append(state)
+                missing.append(error)
+        if len(missing) == len(sides) and prefix != AUTO:
+            raise missing[0]
+        sides = done[0], done[1]
     moves = [edits.rename(old, new) for old, new in asked.rename]
-    prefix = asked.ignore_prefix
-    if prefix is None:
-        return _rekeyed(left, moves), right
-    if prefix == AUTO:
-        step = edits.strip_wrappers(required=False)
-        return _rekeyed(left, [step, *moves]), _rekeyed(right, [step])
-    step = edits.strip_prefix(prefix)
-    has_left, has_right = (
-        any(key.startswith(edits.with_dot(prefix)) for key in state.entries)
-        for state in (left, right)
-    )
-    if not has_left and not has_right:
-        step.make([*left.entries, *right.entries])  # which refuses
-    return (
-        _rekeyed(left, [*([step] if has_left else []), *moves]),
-        _rekeyed(right, [step] if has_right else []),
-    )
+    return _rekeyed(sides[0], moves), sides[1]
 
 
 def _rekeyed(state: StateDict, steps: Sequence[Edit]) -> StateDict:
     if not steps:
         return state
-    key_map, edit = edits.apply(steps, list(state.entries))
-    entries = {new: state.entries[old] for old, new in key_map.pairs if new is not None}
+    key_map, edit = edits.apply(steps, state.entries)
     metadata = module_metadata.rekeyed(state.metadata, key_map, edit)
-    return replace(state, entries=entries, metadata=metadata)
+    gone = key_map.dropped
+    said = (f"not compared ({BOOKKEEPING}): {listed(gone)}",) if gone else ()
+    notes = (*state.notes, *said)
+    return replace(state, entries=key_map.entries, metadata=metadata, notes=notes)
 
 
 # What is told and decides nothing.

@@ -15,6 +15,7 @@ from ckptool.files.copying import Begin, no_progress
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
+from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
 from ckptool.text import counted, percent, quoted, shape, visible
 from ckptool.verbs import surgery
@@ -94,28 +95,31 @@ class Transferred:
 
 
 def reference(
-    name: str, shapes: Mapping[str, Shape], tied: Mapping[str, str] | None = None
+    name: str,
+    shapes: Mapping[str, Shape],
+    tied: Mapping[str, str] | None = None,
+    *,
+    anywhere: bool = False,
 ) -> Reference:
-    """Make a reference of keys and shapes, wrapper prefixes peeled."""
-    wrappers = edits.peeled(list(shapes))
-
-    def bare(key: str) -> str:
-        return edits.unwrapped(key, wrappers)
-
+    """Make a reference of keys and shapes, wrappers peeled."""
+    peel = peeling(shapes, anywhere=anywhere)
     return Reference(
         name,
-        {bare(key): tuple(sizes) for key, sizes in shapes.items()},
-        {bare(key): bare(first) for key, first in (tied or {}).items()},
+        {new: tuple(sizes) for key, sizes in shapes.items() if (new := peel(key)) is not None},
+        {peel.name(key): peel.name(first) for key, first in (tied or {}).items()},
     )
 
 
-def reference_of(checkpoint: Checkpoint, at: str | None = None) -> Reference:
+def reference_of(
+    checkpoint: Checkpoint, at: str | None = None, *, anywhere: bool = False
+) -> Reference:
     """Take keys and shapes from another checkpoint."""
     state = places.find(checkpoint, at, "--like-at")
     return reference(
         checkpoint.path,
         {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
         ties(state.entries),
+        anywhere=anywhere,
     )
 
 
@@ -145,10 +149,16 @@ def _elements(target: Reference, keys: Iterable[str]) -> int:
 
 
 def first_steps(
-    renames: Sequence[Edit], drop: str | Sequence[str], keep: str | Sequence[str]
+    renames: Sequence[Edit],
+    drop: str | Sequence[str],
+    keep: str | Sequence[str],
+    *,
+    anywhere: bool = False,
+    keep_bookkeeping: bool = False,
 ) -> list[Edit]:
     """Return the edits that come before a comparison: peel, drop, keep, rename."""
-    steps = [edits.strip_wrappers(required=False)]
+    flags = {"anywhere": anywhere, "keep_bookkeeping": keep_bookkeeping}
+    steps = [edits.strip_wrappers(required=False, **flags)]
     if drop:
         steps.append(edits.drop(drop))
     if keep:
@@ -211,9 +221,9 @@ def _shapes_after(
 ) -> dict[str, Shape]:
     """Return which keys and shapes are there after the first edits."""
     state = places.find(checkpoint, options.at)
-    key_map, _ = edits.apply(steps, list(state.entries), argument(checkpoint, options))
-    values = {new: state.entries[old] for old, new in key_map.pairs if new is not None}
-    return {key: value.shape for key, value in values.items() if isinstance(value, TENSORS)}
+    key_map, _ = edits.apply(steps, state.entries, argument(checkpoint, options))
+    values = key_map.entries.items()
+    return {key: value.shape for key, value in values if isinstance(value, TENSORS)}
 
 
 def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float) -> PoorFit:
@@ -257,7 +267,7 @@ def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tup
     """Find the move of one prefix to another that would fill most, and much more; and how much."""
     best, option = max(2 * filled, filled + 0.2), ""
     for old, new in _moves(shapes, like.shapes):
-        move = edits.rename(old, new).make(list(shapes))
+        move = edits.rename(old, new).make(shapes)
         moved = {move(key) or key: sizes for key, sizes in shapes.items()}
         share = fit(moved, like).filled
         if share > best and len(moved) == len(shapes):

@@ -67,8 +67,8 @@ def _keyed(*wanted: str) -> Test:
 
 
 def _rooted(*wanted: str) -> Test:
-    """Make a test for the class of the object that the file is."""
-    return lambda shape: shape.root in wanted
+    """Make a test for the class of the object that the file is, or the start of its name."""
+    return lambda shape: shape.root.startswith(wanted)
 
 
 def _version(name: str, value: Node) -> Test:
@@ -114,6 +114,21 @@ _ROWS = (
     _Row("the ImageNet example of PyTorch", "epoch arch state_dict best_acc1|best_prec1"),
     _Row("a training script of torchvision", "model optimizer lr_scheduler epoch args"),
     _Row("fastai", "model opt", lambda shape: len(shape.top) == 2),
+    _Row("fastai, an exported Learner", also=_rooted("fastai.learner.", "fastai.basic_train.")),
+    _Row("metatrain", "architecture_name model_state_dict|model_ckpt_version"),
+    _Row("MACE", also=_rooted("mace.modules.")),
+    _Row("DeePMD-kit", "model", _keyed(".atomic_model.", "_extra_state")),
+    _Row("AllenNLP", also=_keyed("text_field_embedder")),
+    _Row(
+        "AllenNLP, the state of training",
+        "batch_num_total metric_tracker|val_metric_per_epoch|optimizer",
+        note="it holds no weights; those are in another file",
+    ),
+    _Row(
+        "a graph of PyTorch Geometric",
+        also=_rooted("torch_geometric.data."),
+        note="it holds data, not the weights of a model",
+    ),
     _Row("a LoRA of kohya's sd-scripts", also=_said("ss_network_", "ss_base_model_")),
     _Row("a LoRA of kohya's sd-scripts", also=_keyed("lora_down.weight", "lora_up.weight")),
     _Row(
@@ -136,6 +151,11 @@ _ROWS = (
         "a random state of transformers' Trainer",
         "python numpy cpu",
         note="it holds no weights",
+    ),
+    _Row(
+        "the state of a scheduler alone (scheduler.pt of transformers' Trainer)",
+        "base_lrs last_epoch",
+        note="it holds no weights; those are in another file",
     ),
     _Row(
         "the state of an optimizer alone",

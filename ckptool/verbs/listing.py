@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptool.pickles.subclasses import class_of
 from ckptool.state import checkpoint as places, edits, walk
+from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.parts import Part
 from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor
 from ckptool.text import counted, html_table, readable, shape, visible
 
@@ -17,7 +20,8 @@ Entry = tuple[str, AnyTensor]
 class Listing:
     """Tensors by key, or by path where `state` is None; `beside` names what is around them.
 
-    `at` is the place that was asked for.
+    `part` says of what the file is one of several parts, `at` is the place that was asked for;
+    `arrays` are those of numpy in it that are not in the state_dict (random states).
 
     It reads like a dict: `len`, iteration over the keys, `key in listing`, `listing[key]`.
     """
@@ -26,6 +30,8 @@ class Listing:
     state: StateDict | None
     entries: list[Entry]
     beside: list[str]
+    part: Part | None = None
+    arrays: Sequence[Entry] = ()
     at: str | None = None
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
@@ -68,17 +74,21 @@ class Listing:
             "nbytes": self.nbytes,
             "tensors": [_fields(key, info) for key, info in self.entries],
             "beside": self.beside,
+            "part": self.part.to_dict() if self.part else None,
+            "arrays": [_fields(key, info) for key, info in self.arrays],
         }
 
 
 def _fields(key: str, info: AnyTensor) -> dict[str, object]:
     layout = {"layout": info.layout} if isinstance(info, CompositeTensor) else {}
+    kind = class_of(info)
     return {
         "key": key,
         "dtype": info.dtype.label,
         "shape": list(info.shape),
         "nbytes": info.nbytes,
         **layout,
+        **({"class": kind} if kind else {}),
     }
 
 
@@ -94,8 +104,8 @@ def rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, str]]:
 
 
 def _dtype(info: AnyTensor) -> str:
-    layout = f" {info.layout}" if isinstance(info, CompositeTensor) else ""
-    return f"{info.dtype.label}{layout}"
+    kind = info.layout if isinstance(info, CompositeTensor) else class_of(info).rpartition(".")[2]
+    return f"{info.dtype.label} {kind}".rstrip()
 
 
 def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = False) -> Listing:
@@ -108,16 +118,34 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
         state = places.find(checkpoint, at)
     elif not every:
         state = places.find_or_none(checkpoint, several=False)
+        places.refuse_part(checkpoint, state)
     if state is None:
+        inside, arrays = _arrays(checkpoint, places.candidates(checkpoint.tree))
         return Listing(
             checkpoint,
             state=None,
-            entries=list(walk.named(checkpoint.tree)),
+            entries=[*walk.named(checkpoint.tree), *inside],
             beside=[],
+            arrays=arrays,
+            part=places.part_of(checkpoint, None),
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     beside = places.beside(checkpoint.tree, state.at)
-    return Listing(checkpoint, state=state, entries=tensors, beside=beside, at=at)
+    _, arrays = _arrays(checkpoint, [state])
+    return Listing(checkpoint, state=state, entries=tensors, beside=beside, at=at, arrays=arrays)
+
+
+def _arrays(
+    checkpoint: Checkpoint, states: Sequence[StateDict | Candidate]
+) -> tuple[list[Entry], list[Entry]]:
+    """List the arrays of numpy by path: those in state_dicts, and the others."""
+    found = walk.arrays(checkpoint.tree)
+    held: list[Entry] = [(walk.dotted(path), info) for path, info in found]
+    tops = [each.at for each in states]
+    pairs = ((at, places.state_dict_at(checkpoint, at).entries) for at in tops if held)
+    keys = {walk.dotted((*at, key)) for at, entries in pairs for key in entries}
+    inside = [each for each in held if each[0] in keys]
+    return inside, [each for each in held if each[0] not in keys]
 
 
 def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:

@@ -11,28 +11,44 @@ from ckptool.containers import Left
 from ckptool.errors import EditError, NothingMatched, UnsafePickle
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
+from ckptool.pickles.subclasses import as_pickled, class_of, tensors_in
 from ckptool.pickles.tree import Node
-from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
+from ckptool.state import (
+    checkpoint as places,
+    edits,
+    module_metadata,
+    optimizers,
+    replacing,
+    surroundings,
+    tensor_facts,
+    walk,
+    wrappers,
+)
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
-from ckptool.text import counted, quoted
+from ckptool.text import counted, listed, quoted
 
 MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
+CONSTANTS = "constants of the code"  # where a frozen module has its weights
 Container = Literal["torch", "safetensors", "dcp"]
 
 
 class WriteOptions(TypedDict, total=False):
     """The keywords of every verb that writes, as on the command line.
 
-    `at` chooses among several state_dicts, `to` the container; `force` replaces the target,
-    `in_place` the source; `dry_run` plans alone; `tensors_only` leaves behind what is neither a
-    tensor nor plain, `untie` writes tied tensors as copies, `allow_expand` allows an output of
-    more than 4 times the input; without `sync` the flush to disk is left to the system.
+    `at` chooses among several state_dicts, `to` the container; `drop_beside` (a pattern or
+    several) leaves out what is beside the state_dict, `keep_records` keeps further records of a
+    torch zip; `force` replaces the target, `in_place` the source; `dry_run` plans alone;
+    `tensors_only` leaves behind what is neither a tensor nor plain, `untie` writes tied tensors as
+    copies, `allow_expand` allows an output of more than 4 times the input; without `sync` the
+    flush to disk is left to the system.
     """
 
     at: str | None
     to: Container | None
+    drop_beside: str | Sequence[str]
+    keep_records: bool
     force: bool
     in_place: bool
     dry_run: bool
@@ -48,6 +64,8 @@ class Options:
 
     at: str | None = None
     to: Container | None = None
+    drop_beside: str | Sequence[str] = ()
+    keep_records: bool = False
     force: bool = False
     in_place: bool = False
     dry_run: bool = False
@@ -81,6 +99,7 @@ class Plan:
     dropped: list[Dropped] = field(default_factory=list)
     added: int = 0
     bare: bool = False
+    edit: edits.KeyEdit = field(default=lambda key: key)
 
 
 @containers.without_collection()
@@ -95,24 +114,18 @@ def make_plan(
 ) -> Plan:
     """Edit the tree in memory."""
     bare = bare or not containers.by_name(container).traits.around or bool(checkpoint.program)
-    needed = bool(steps) or bare or options.at is not None
-    state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
-    if checkpoint.program and options.in_place:
-        raise EditError(
-            f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
-            hint="name an output instead of --in-place",
-        )
-    alone = state is not None and not (state.at or state.module or checkpoint.program)
-    if unwrap and alone:
-        raise EditError(
-            f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
-            hint="`ckptool convert` writes it again as it is",
-        )
-    if state is not None and state.module and not bare:
-        _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
-    keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
-    key_map, edit = edits.apply(steps, keys, argument(checkpoint, options))
-    plan = Plan(checkpoint, state, key_map, container, notes=list(checkpoint.notes), bare=bare)
+    plan = Plan(checkpoint, None, edits.KeyMap((), {}), container, bare=bare)
+    try:
+        _find_and_edit(plan, steps, unwrap=unwrap, options=options)
+    except EditError:
+        _refuse_unsafe(plan, options)
+        raise
+    state = plan.state
+    _keep_records(plan, options)
+    if options.drop_beside:
+        assert state is not None
+        tree, gone = surroundings.without(checkpoint.tree, state.at, options.drop_beside)
+        plan.checkpoint, plan.not_carried = replace(plan.checkpoint, tree=tree), gone
     if options.tensors_only and not bare:
         _leave_classes(plan)
     if checkpoint.program:
@@ -121,12 +134,75 @@ def make_plan(
         plan.notes += state.notes
         plan.warnings += state.missing
         if bare or not state.module or options.tensors_only:
-            _edit_state(plan, state, edit, bare=bare, changed=bool(steps))
-    if keys and not key_map.written:
-        plan.warnings.append(f"nothing is left of {len(keys)} keys")
+            _edit_state(plan, state, changed=bool(steps), tensors_only=options.tensors_only)
+    if plan.key_map.pairs and not plan.key_map.written:
+        plan.warnings.append(f"nothing is left of {len(plan.key_map.pairs)} keys")
     _leave_behind(plan, bare=bare, options=options)
+    _refuse_empty(plan, checkpoint)
     _judge(plan, bare=bare, options=options)
+    if plan.state is not None and not any(step.name.startswith("add ") for step in steps):
+        worn = wrappers.worn(plan.state.entries)
+        plan.notes += [f"in the output, {line}" for line in worn]
     return plan
+
+
+def _refuse_unsafe(plan: Plan, options: Options) -> None:
+    """Raise `UnsafePickle` where an output would run code, as far as it is known what it holds."""
+    if options.tensors_only or (plan.bare and plan.state is None):
+        return
+    if plan.bare and plan.state is not None:
+        plan.checkpoint = replace(plan.checkpoint, tree=list(plan.state.entries.values()))
+    _judge(plan, bare=plan.bare, options=options)
+
+
+def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: Options) -> None:
+    """Find the state_dict and edit its keys and values; nothing is put into the tree yet."""
+    checkpoint, bare = plan.checkpoint, plan.bare
+    needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
+    state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
+    places.refuse_part(checkpoint, state)
+    plan.state = state
+    if checkpoint.program and options.in_place:
+        raise EditError(
+            f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
+            hint="name an output instead of --in-place",
+        )
+    alone = state is not None and not (state.at or state.module or checkpoint.program)
+    if unwrap and alone and not (state and state.inner):
+        raise EditError(
+            f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
+            hint="`ckptool convert` writes it again as it is",
+        )
+    if state is not None and state.module and not bare:
+        _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
+    keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
+    plan.key_map, plan.edit = edits.apply(steps, keys, argument(checkpoint, options))
+    plan.notes = list(checkpoint.notes)
+
+
+def _keep_records(plan: Plan, options: Options) -> None:
+    """Keep further records of a torch zip if asked to; refuse to lose them in place."""
+    source = plan.checkpoint
+    found = [name for name in source.unread if not name.startswith("data/")]
+    if not containers.by_name(source.container).traits.records or not found:
+        return
+    if options.keep_records:
+        if not containers.by_name(plan.container).traits.records:
+            raise EditError(
+                "only a torch zip can hold further records",
+                evidence=found[:8],
+                hint="leave out --keep-records, or write a torch file: --to torch",
+            )
+        unread = tuple(name for name in source.unread if name not in found)
+        plan.checkpoint = replace(source, unread=unread, kept=tuple(found))
+    elif options.in_place:
+        raise EditError(
+            f"{source.path} holds {counted(len(found), 'further record')} that --in-place would "
+            "lose",
+            evidence=found[:8],
+            option="--keep-records",
+            hint="keeps them",
+        )
 
 
 def argument(checkpoint: Checkpoint, options: Options) -> str:
@@ -177,11 +253,12 @@ def _class_left(state: StateDict) -> str:
     return f"the class {state.module} and its attributes"
 
 
-def _edit_state(
-    plan: Plan, state: StateDict, edit: edits.KeyEdit, *, bare: bool, changed: bool
-) -> None:
+def _edit_state(plan: Plan, state: StateDict, *, changed: bool, tensors_only: bool) -> None:
     """Put the edited state_dict where the old one was, or alone."""
     entries = dict(plan.key_map.entries)
+    if tensors_only or not containers.by_name(plan.container).traits.objects:
+        arrays = {key for key, value in entries.items() if as_pickled(value) is not value}
+        entries |= {key: replace(entries[key], origin=None) for key in arrays}
     for old in plan.key_map.dropped:
         value = state.entries[old]
         shape = value.shape if isinstance(value, TENSORS) else None
@@ -189,36 +266,58 @@ def _edit_state(
     tree = plan.checkpoint.tree
     metadata = module_metadata.cleaned(state.metadata)
     if changed:
-        metadata = module_metadata.rekeyed(metadata, plan.key_map, edit)
+        metadata = module_metadata.rekeyed(metadata, plan.key_map, plan.edit)
     original = places.state_dict_node(tree, state.at)
-    node = replacing.make_state_dict(entries, metadata, None if state.module else original)
-    if bare:
-        if state.module:
-            plan.not_carried.append(_class_left(state))
-            plan.notes += _no_part(original, state)
-        plan.not_carried += places.beside(tree, state.at)
-        plan.checkpoint = replace(plan.checkpoint, tree=node)
-        container = containers.by_name(plan.container)
-        if metadata is not None and not container.traits.module_metadata:
-            what = f"{container.title} has no place for `_metadata` (versions of modules)"
-            plan.notes.append(what)
+    edited = replace(state, entries=entries, metadata=metadata)
+    if plan.bare:
+        _take_out(plan, edited, original)
     else:
-        # What nobody edits stays the very node: it may stand, or refer to itself, elsewhere.
-        if changed or metadata is not state.metadata or not _is_whole(original, entries):
-            plan.checkpoint = replace(
-                plan.checkpoint, tree=replacing.replaced(tree, state.at, node)
-            )
+        # What nobody edits stays the very node: it may be, or refer to itself, elsewhere.
+        whole = state.inner or _is_whole(original, entries)
+        if changed or metadata is not state.metadata or not whole:
+            _put_in(plan, edited)
         if changed:
-            plan.notes += [
-                f"the same state_dict also stands at `{walk.dotted(other)}`: that keeps its keys"
-                for other in places.also_at(tree, state.at)
-            ]
-        if plan.key_map.dropped and _has_optimizer(tree):
-            plan.notes.append(
-                "the optimizer counts parameters by index: after dropping some, "
-                "its state no longer fits; `ckptool unwrap` leaves it behind"
-            )
-    plan.state = replace(state, entries=entries, metadata=metadata)
+            plan.notes += [f"`{walk.dotted(other)}` keeps its keys" for other in state.also]
+            tree = plan.checkpoint.tree
+            moved, said = optimizers.followed(tree, state.at, plan.key_map)
+            plan.checkpoint = replace(plan.checkpoint, tree=moved)
+            plan.notes += said
+    plan.state = edited
+
+
+def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
+    """Make the edited state_dict the whole, and name what is not written."""
+    tree, container = plan.checkpoint.tree, containers.by_name(plan.container)
+    if state.module:
+        plan.not_carried.append(_class_left(state))
+        plan.notes += _no_part(original, state)
+    plan.not_carried += places.beside(tree, state.at)
+    like = None if state.module or isinstance(original, list | tuple) else original
+    node = replacing.make_state_dict(state.entries, state.metadata, like)
+    plan.checkpoint = replace(plan.checkpoint, tree=node)
+    if not container.traits.objects:
+        odd = [key for key in state.entries if key not in dict(places.named_items(node))]
+        if odd:
+            plan.notes.append(f"keys that are not text are written as text: {listed(odd)}")
+        plan.not_carried += module_metadata.left(node)
+        plan.notes += tensor_facts.lost(state.entries.items())
+    if state.metadata is not None and not container.traits.module_metadata:
+        what = f"{container.title} has no place for `_metadata` (versions of modules)"
+        plan.notes.append(what)
+
+
+def _put_in(plan: Plan, state: StateDict) -> None:
+    """Put the entries of a state_dict where it is in the tree of a plan, nested as they were."""
+    at = () if plan.bare else state.at
+    tree = plan.checkpoint.tree
+    original = places.state_dict_node(tree, at)
+    inner = places.state_dict_at(plan.checkpoint, at).inner
+    if inner and not plan.bare:
+        node = replacing.put_back(original, inner, state.entries, state.metadata)
+    else:
+        like = None if state.module else original
+        node = replacing.make_state_dict(state.entries, state.metadata, like)
+    plan.checkpoint = replace(plan.checkpoint, tree=replacing.replaced(tree, at, node))
 
 
 def _no_part(model: Node, state: StateDict) -> list[str]:
@@ -240,11 +339,9 @@ def _no_part(model: Node, state: StateDict) -> list[str]:
 def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
     """Return whether entries are those of a node as they stand, none joined and none twice."""
     pairs = places.text_items(node) or []
-    return len(pairs) == len(entries) and all(entries.get(key) is value for key, value in pairs)
-
-
-def _has_optimizer(tree: Node) -> bool:
-    return any(key.startswith("optimizer") for key, _ in places.text_items(tree) or [])
+    return len(pairs) == len(entries) and all(
+        as_pickled(entries.get(key)) is value for key, value in pairs
+    )
 
 
 def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
@@ -254,13 +351,16 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
         plan.checkpoint = replace(plan.checkpoint, tree=tree)
         if plan.state is None:
             plan.not_carried += left
+            here = set(_all_keys(plan.checkpoint))
+            for key in [key for key in plan.key_map.written if key not in here]:
+                _drop(plan, key, "needs what is not plain")
         else:
             _leave_entries(plan, left, bare=bare)
     container = containers.by_name(plan.container)
     if plan.state is not None and container.writer and container.writer.unfit:
         _leave_unfit(plan, container.writer.unfit(plan.state.entries, options.untie), options)
     if options.untie and container.traits.ties:
-        _untie(plan, bare=bare)
+        _untie(plan)
 
 
 def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
@@ -268,16 +368,40 @@ def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
     assert plan.state is not None
     at = () if bare else plan.state.at
     try:
-        node = places.state_dict_node(plan.checkpoint.tree, at)
+        kept = places.state_dict_at(plan.checkpoint, at).entries
     except KeyError:
         raise NothingMatched("--tensors-only would leave nothing of the state_dict") from None
-    kept = dict(places.text_items(node) or [])
     gone = [key for key in plan.state.entries if key not in kept]
     for key in gone:
-        _drop(plan, key, "neither a tensor nor a plain value")
+        _drop(plan, key, _why_left(plan.state.entries[key]))
     inside = {walk.dotted((*at, key)) for key in gone}
     plan.not_carried += [place for place in left if place not in inside]
     plan.state = replace(plan.state, entries=kept)
+
+
+def _refuse_empty(plan: Plan, source: Checkpoint) -> None:
+    """Raise `NothingMatched` where no tensor would be written, and none was dropped by an edit."""
+    state = plan.state
+    held = state.entries.values() if state else walk.tensors(plan.checkpoint.tree)
+    if any(not state or isinstance(value, TENSORS) for value in held) or plan.key_map.why:
+        return
+    lost = [f"{each.key}   {each.reason}" for each in plan.dropped]
+    fixed = [note for note in source.notes if note.endswith(CONSTANTS)]
+    why = [*(state.missing if state else ()), *lost, *fixed]
+    if not why and (state or not any(walk.tensors(source.tree))):
+        return
+    raise NothingMatched(
+        f"{source.path}: none of the weights would be written",
+        evidence=why[:8],
+        hint=f"ckptool keys --all {quoted(source.path)}   lists all tensors by their path",
+    )
+
+
+def _why_left(value: Node) -> str:
+    if isinstance(value, TENSORS):
+        return f"needs its class, {class_of(value) or 'that of its quantizer'}"
+    holds = any(tensors_in(value))
+    return "holds tensors in an object" if holds else "neither a tensor nor a plain value"
 
 
 def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
@@ -304,9 +428,8 @@ def _drop(plan: Plan, new: str, reason: str) -> None:
     plan.dropped.append(Dropped(old, new, reason, shape))
 
 
-def _untie(plan: Plan, *, bare: bool) -> None:
+def _untie(plan: Plan) -> None:
     """Copy each tensor of the state_dict that shares its storage."""
-    assert plan.state is not None or not bare
     if plan.state is None:
         return
     taken = set()
@@ -319,12 +442,8 @@ def _untie(plan: Plan, *, bare: bool) -> None:
         entries[key] = value
     if all(entries[key] is value for key, value in plan.state.entries.items()):
         return  # nothing was tied: the very node stays, which may refer to itself
-    at = () if bare else plan.state.at
-    tree = plan.checkpoint.tree
-    like = places.state_dict_node(tree, at)
-    node = replacing.make_state_dict(entries, plan.state.metadata, like)
-    plan.checkpoint = replace(plan.checkpoint, tree=replacing.replaced(tree, at, node))
     plan.state = replace(plan.state, entries=entries)
+    _put_in(plan, plan.state)
 
 
 def _untied(info: TensorInfo, key: str) -> TensorInfo:
@@ -341,8 +460,8 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     """Note what is foreign, and refuse to carry on what is dangerous."""
     source = plan.checkpoint
     whole = safety.judge(source.globals)
-    carried = whole
-    if bare or options.tensors_only:
+    carried = safety.judge({each: at for each, at in source.globals.items() if not each.followed})
+    if bare or options.tensors_only or options.drop_beside:
         carried = safety.judge(safety.names_in(source.tree))
     if not containers.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})

@@ -7,14 +7,17 @@ end the same commands are joined, and each output gets a name beside the input t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ckptool import containers
 from ckptool.files.fileio import MARK
+from ckptool.pickles import pruning
 from ckptool.pickles.names import Level
+from ckptool.pickles.subclasses import as_pickled, class_of
 from ckptool.state import checkpoint as places, edits, walk
-from ckptool.state.edits import WRAPPERS
+from ckptool.state.wrappers import peeling, without
+from ckptool.tensors.tensor import CompositeTensor
 from ckptool.text import argument, counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
@@ -43,7 +46,7 @@ class Advice:
 def suggestions(facts: Survey) -> list[Suggestion]:
     """List what would help, the most useful first; each command works when pasted."""
     joined: dict[tuple[object, ...], list[Advice]] = {}
-    for rule in _RULES:
+    for rule in (_part,) if facts.part else _RULES:
         for advice in rule(facts):
             key = (advice.verb, advice.options, advice.suffix)
             joined.setdefault(key, []).append(advice)
@@ -114,8 +117,11 @@ def _at(facts: Survey, place: Place) -> tuple[str, ...]:
     return ("--at", walk.dotted(place.at) or ".")
 
 
-def _kinds(wrappers: Sequence[str]) -> str:
-    return ", ".join(WRAPPERS[wrapper] for wrapper in wrappers)
+def _without(place: Place) -> str:
+    """Name what `auto` would remove of the keys of a place, an empty text for nothing."""
+    found = place.peeling
+    names = [f"`{name}`" for name in (found.prefix, *found.inside, *sorted(found.bookkeeping))]
+    return f"without {listed(names[not found.prefix :])}" if found else ""
 
 
 def _several(facts: Survey) -> Advised:
@@ -130,26 +136,10 @@ def _several(facts: Survey) -> Advised:
     ]
     for place in likely[:4]:
         name = walk.dotted(place.at) or "."
-        averaged = _averaged(facts, place)
-        if averaged is not None:
-            yield replace(averaged, tag=_word(name))
-            continue
-        peeled = f", without `{''.join(place.wrappers)}`" if place.wrappers else ""
-        verb = "transfer" if place.wrappers or not place.at else "unwrap"
+        peeled = f", {_without(place)}" if place.peeling else ""
+        verb = "transfer" if place.peeling or not place.at else "unwrap"
         reason = f"`{name}` alone: {counted(place.total.count, 'tensor')}{peeled}"
         yield Advice(reason, verb, _at(facts, place), _word(name))
-
-
-def _averaged(facts: Survey, place: Place) -> Advice | None:
-    """Offer the model inside torch's AveragedModel: `n_averaged` beside `module.`."""
-    wanted = edits.DEFAULT_PREFIX
-    others = [key for key in place.keys if not key.startswith(wanted)]
-    if others != ["n_averaged"] or len(place.keys) == 1:
-        return None
-    unwrap = ("--unwrap",) if place.at else ()
-    steps = ("--keep", wanted.rstrip("."), "--strip-prefix", wanted)
-    reason = f"the averaged model alone, without `n_averaged` and `{wanted}`"
-    return Advice(reason, "convert", (*unwrap, *steps, *_at(facts, place)), "averaged")
 
 
 def _further(facts: Survey) -> Advised:
@@ -157,7 +147,12 @@ def _further(facts: Survey) -> Advised:
     if facts.place is None or not facts.place.at:
         return
     for each in facts.beside[:40]:
-        if each.weights and not places.is_no_state_dict(each.name) and "." not in each.name:
+        if (
+            each.weights
+            and each.tensors
+            and not places.is_no_state_dict(each.name)
+            and "." not in each.name
+        ):
             reason = f"`{each.name}` alone: {counted(each.tensors, 'tensor')}"
             yield Advice(reason, "unwrap", ("--at", each.name), _word(each.name))
 
@@ -171,25 +166,22 @@ def _prefixes(facts: Survey) -> Advised:
     place = facts.place
     if place is None or place.module:
         return
-    if not place.wrappers:
-        averaged = _averaged(facts, place)
-        yield from _prefix_inside(facts, place) if averaged is None else [averaged]
+    if not place.peeling:
+        yield from _prefix_inside(facts, place)
         return
-    auto = () if list(place.wrappers) == ["module."] else ("--prefix", "auto")
-    reason = f"every key starts with `{''.join(place.wrappers)}` ({_kinds(place.wrappers)})"
-    yield Advice(reason, "strip-prefix", (*auto, *_at(facts, place)), "stripped")
+    auto = () if place.peeling.only_default else ("--prefix", "auto")
+    yield Advice("; ".join(place.worn), "strip-prefix", (*auto, *_at(facts, place)), "stripped")
 
 
 def _prefix_inside(facts: Survey, place: Place) -> Advised:
     """Offer to take `module` out of the inside of keys, where that makes no two the same."""
     wanted = edits.DEFAULT_PREFIX
-    count = sum(f".{wanted}" in key for key in place.keys)
-    if not count:
+    inside = [line for line in place.worn if f".{wanted}`" in line]
+    if not inside:
         return
-    strip = edits.strip_prefix(anywhere=True).make(place.keys)
-    if len({strip(key) for key in place.keys}) == len(place.keys):
-        reason = f"{count} of {len(place.keys)} keys hold `.{wanted}` (a part was DataParallel)"
-        yield Advice(reason, "strip-prefix", ("--anywhere", *_at(facts, place)), "stripped")
+    bare = {without(key, [wanted], 0) for key in place.keys}
+    if len(bare) == len(place.keys):
+        yield Advice(inside[0], "strip-prefix", ("--anywhere", *_at(facts, place)), "stripped")
 
 
 def _weights(facts: Survey) -> Advised:
@@ -210,10 +202,10 @@ def _weights(facts: Survey) -> Advised:
         reason = f"{listed(each.name for each in heavy)} {takes} {share} of the file"
     else:
         reason = "the weights alone"
-    if heavy or not place.wrappers:
+    if heavy or not place.peeling:
         yield Advice(reason, "unwrap", _at(facts, place), "weights")
-    if place.wrappers and not facts.framework_prefix:
-        reason = f"the weights alone, without `{''.join(place.wrappers)}`"
+    if place.peeling and not facts.framework_prefix:
+        reason = f"the weights alone, {_without(place)}"
         yield Advice(reason, "transfer", _at(facts, place), "clean")
 
 
@@ -230,15 +222,15 @@ def _inner(facts: Survey) -> Advised:
     place, prefix = facts.place, facts.framework_prefix
     if place is None or not prefix or facts.framework is None:
         return
-    before = "".join(place.wrappers)
+    before = place.peeling.prefix
     inside = [key for key in place.keys if key.startswith(before + prefix)]
     options = ["--unwrap"] if place.at or place.module else []
     if len(inside) < len(place.keys):
         options += ["--keep", before + prefix.rstrip(".")]
-    if place.wrappers:
+    if before:
         options += ["--strip-prefix", "auto"]
     options += ["--strip-prefix", prefix]
-    if edits.peeled([key.removeprefix(before + prefix) for key in inside]):
+    if peeling([key.removeprefix(before + prefix) for key in inside]).prefixes:
         options += ["--strip-prefix", "auto"]
     reason = f"what stands under `{before + prefix}`, for the module itself"
     yield Advice(reason, "convert", (*options, *_at(facts, place)), "inner")
@@ -248,13 +240,26 @@ def _safety(facts: Survey) -> Advised:
     if facts.verdict.level is Level.DANGEROUS:
         if _fits_safetensors(facts):
             yield Advice("tensors in a container that cannot name code", *_SAFETENSORS)
-        elif facts.total.count:
+        elif facts.total.count and _stays_without_objects(facts):
             reason = "the tensors and plain values, without what would run"
             yield Advice(reason, "convert", ("--tensors-only",), "tensors")
     elif facts.verdict.level is Level.FOREIGN and _holds_dicts(facts):
+        if not _stays_without_objects(facts):
+            return  # what holds weights is never to be left out
         names = listed((str(name) for name in facts.verdict.foreign), 2)
         reason = f"what torch.load(weights_only=True) accepts, without {names}"
         yield Advice(reason, "convert", ("--tensors-only",), "tensors")
+
+
+def _stays_without_objects(facts: Survey) -> bool:
+    """Check that --tensors-only leaves weights, and leaves out no tensor of the state_dict."""
+    entries = facts.state.entries.values() if facts.state else ()
+    if any(isinstance(each, CompositeTensor) and class_of(each) for each in entries):
+        return False
+    if any(place.module for place in facts.places):
+        return True
+    kept, _ = pruning.only_plain(facts.checkpoint.tree)
+    return any(walk.tensors(kept)) or any(as_pickled(each) is not each for each in entries)
 
 
 def _whole_model(facts: Survey) -> bool:
@@ -320,7 +325,8 @@ def _newer(facts: Survey) -> Advised:
     container = containers.by_name(facts.checkpoint.container)
     if container.library != "torch":
         if not container.library and not facts.checkpoint.program:
-            yield Advice("one file, which torch.load reads", "convert", (), "one")
+            one = "one file" if container.traits.beside_files else "a torch zip"
+            yield Advice(f"{one}, which torch.load reads", "convert", (), "one")
         return
     reasons = []
     if not container.traits.memory_mapped:
@@ -332,6 +338,11 @@ def _newer(facts: Survey) -> Advised:
         reasons.append(f"torch.load(weights_only=True) reads protocol 2, this is {said}")
     for reason in reasons:
         yield Advice(reason, "convert", (), "new")
+
+
+def _part(facts: Survey) -> Advised:
+    if facts.total.count:
+        yield Advice("what is in this part: all tensors, by their path", "keys", ("--all",))
 
 
 def _nothing(facts: Survey) -> Advised:

@@ -21,7 +21,7 @@ from ckptool.files import fileio, publish
 from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
-from ckptool.state import checkpoint as places, replacing, walk
+from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
 from ckptool.tensors import numbers, values
@@ -271,6 +271,11 @@ def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options
     named = containers.by_suffix(suffix(target))
     if named is not None and not options.in_place:
         return named.name
+    if suffix(target) in containers.OTHER_FORMATS and not options.in_place:
+        raise EditError(
+            f"{target} has the suffix of a format that cannot be written",
+            hint="name it .safetensors or .pth, or choose what is written with --to",
+        )
     own = containers.by_name(checkpoint.container)
     return own.name if own.writer else own.written_as
 
@@ -345,10 +350,11 @@ def _distributed(plan: Plan, options: Options) -> _Laid:
             hint="leaves them behind",
         )
     plan.not_carried += flat.unfit
-    if plan.state is not None and plan.state.metadata is not None:
-        plan.notes.append(
-            "a distributed checkpoint has no place for `_metadata` (versions of modules)"
-        )
+    if plan.state is not None:
+        at = () if plan.bare else plan.state.at
+        for name in module_metadata.carried(places.state_dict_node(plan.checkpoint.tree, at)):
+            words = " (versions of modules)" if name == "_metadata" else ""
+            plan.notes.append(f"a distributed checkpoint has no place for `{name}`{words}")
     plan.notes += flat.notes()
     output = Output(_dcp_output.lay_out(flat.entries), _dcp_output.INDEX, _dcp_output.owns)
     return _Laid(output, list(flat.tensors()))
@@ -359,13 +365,20 @@ def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
     from ckptool.containers import sharding
 
     assert plan.state is not None
-    # A shard has no place for the attributes of the state_dict but `_metadata`.
-    state = getattr(plan.checkpoint.tree, "state", None)
-    plan.not_carried += [name for name, _ in places.named_items(state) if name != "_metadata"]
-    plan.checkpoint = _part(plan, plan.state.entries).checkpoint
+    if plan.checkpoint.kept:
+        raise EditError(
+            "shards have no place for further records",
+            evidence=plan.checkpoint.kept[:8],
+            hint="leave out --keep-records, or --max-shard-size",
+        )
     names, traits = _names(plan.container), containers.by_name(plan.container).traits
+    if traits.objects:  # a shard has no place for other attributes of the state_dict
+        plan.not_carried += module_metadata.left(plan.checkpoint.tree)
+    whole = plan.checkpoint = _part(plan, plan.state.entries).checkpoint
     split = sharding.split(plan.state.entries, limit, storages=traits.strides)
     shards = dict(zip(names.shards(len(split.shards)), split.shards, strict=True))
+    if len(shards) > 1 and not traits.objects:  # the index holds it
+        plan.state = replace(plan.state, metadata=None)
     files = [replace(_file(_part(plan, keys), options), name=name) for name, keys in shards.items()]
     large = sum(file.job_nbytes > limit for file in files)
     if large and len(files) > 1:
@@ -379,16 +392,19 @@ def _shards(plan: Plan, limit: int, options: Options) -> _Laid:
     )
     if len(files) > 1:
         left_out = () if traits.ties else _tied(plan)
-        data = sharding.index(list(plan.state.entries), shards, left_out, split.total_nbytes)
+        versions = None if traits.objects else places.attribute(whole.tree, "_metadata")
+        order = list(plan.state.entries)
+        data = sharding.index(order, shards, left_out, split.total_nbytes, versions)
         files.append(PlannedFile(names.index, len(data), [(0, data)]))
     return _Laid(Output(tuple(files), names.index, names.owns), _tensors(plan), listed)
 
 
 def _part(plan: Plan, keys: Iterable[str]) -> Plan:
-    """Return the plan of a file with some of the entries, and the versions of all modules."""
+    """Return the plan of a file with some of the entries, and what the state_dict carries."""
     assert plan.state is not None
     entries = {key: plan.state.entries[key] for key in keys}
     tree = replacing.make_state_dict(entries, plan.state.metadata)
+    tree = module_metadata.with_texts(tree, module_metadata.texts(plan.checkpoint.tree))
     return replace(
         plan,
         checkpoint=replace(plan.checkpoint, tree=tree),
@@ -474,7 +490,8 @@ def _check(
         ((way, _described(info, strided)) for way, info in pairs)
         for pairs in (tensors, walk.tensors(written.tree))
     )
-    same = written.nbytes == nbytes and all(starmap(eq, zip_longest(meant, found)))
+    kept = plan.checkpoint.kept == (written.unread if plan.checkpoint.kept else ())
+    same = written.nbytes == nbytes and kept and all(starmap(eq, zip_longest(meant, found)))
     if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
         raise RuntimeError("the written file does not read back as it was meant")
 
@@ -484,7 +501,10 @@ def _stored(tree: Node) -> Iterator[Storage]:
     for _, tensor in walk.tensors(tree):
         for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
             chunks = part.storage.chunked.chunks if part.storage.chunked else ()
-            yield from (chunk.source.storage for chunk in chunks) if chunks else (part.storage,)
+            if chunks:
+                yield from (chunk.source.storage for chunk in chunks)
+            else:
+                yield from values.stored(part.storage)
 
 
 def _is_moved(storage: Storage, moved: Moved) -> bool:

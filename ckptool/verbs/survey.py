@@ -15,10 +15,12 @@ from ckptool.containers import safetensors
 from ckptool.pickles import safety
 from ckptool.pickles.safety import Verdict
 from ckptool.pickles.tree import Global, Node, children
-from ckptool.state import checkpoint as places, edits, naming, walk
+from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
-from ckptool.state.walk import Path
+from ckptool.state.parts import Part
+from ckptool.state.walk import Path, labelled
+from ckptool.state.wrappers import Peeling, peeling, worn
 from ckptool.tensors.tensor import (
     TENSORS,
     AnyTensor,
@@ -46,9 +48,9 @@ class Total:
 class Place:
     """A dict that may be the state_dict: `stored` counts the bytes of the file that only it needs.
 
-    `wrappers` are the known prefixes that all its keys share, `other` counts its entries that are
-    no tensors, `ties` map keys to those that are the same view, `unfit` says which entries
-    safetensors cannot hold and why.
+    `peeling` is what `auto` would remove, `worn` describes all wrappers seen in its keys, `other`
+    counts its entries that are no tensors, `ties` map keys to those that are the same view,
+    `unfit` says which entries safetensors cannot hold and why.
     """
 
     at: Path
@@ -56,7 +58,8 @@ class Place:
     total: Total
     stored: int
     prefix: str
-    wrappers: Sequence[str]
+    peeling: Peeling
+    worn: Sequence[str]
     other: int
     ties: dict[str, str]
     unfit: dict[str, str]
@@ -70,7 +73,9 @@ class Place:
             **asdict(self.total),
             "stored": self.stored,
             "prefix": self.prefix,
-            "wrappers": list(self.wrappers),
+            "wrappers": list(self.peeling.prefixes),
+            "inside": list(self.peeling.inside),
+            "bookkeeping": sorted(self.peeling.bookkeeping),
             "module": self.module,
             "classes": self.classes,
         }
@@ -106,6 +111,7 @@ class Survey:
     those of the whole file; `alone` says that nothing must choose it, `root` what the whole file
     is. `elsewhere` counts bytes of other tensors, `unused` those of storages that no tensor
     reaches, `rest` what is neither tensor data nor an unread record: the pickle, headers, padding.
+    `part` says of what the file is one of several parts.
     """
 
     checkpoint: Checkpoint
@@ -128,6 +134,7 @@ class Survey:
     framework: Framework | None
     alone: bool
     root: str
+    part: Part | None = None
     suggestions: tuple[Suggestion, ...] = ()
 
     def __repr__(self) -> str:
@@ -139,8 +146,10 @@ class Survey:
     def notes(self) -> list[str]:
         """List what the reader and the state_dict note."""
         framework = [self.framework.note] if self.framework and self.framework.note else []
+        safe = not self.verdict.dangerous
+        of_python_2 = [_LATIN_1] if safe and safety.has_old_text(self.checkpoint.tree) else []
         of_state = [*self.state.missing, *self.state.notes] if self.state else []
-        return [*framework, *self.checkpoint.notes, *of_state]
+        return [*framework, *self.checkpoint.notes, *of_python_2, *of_state]
 
     def to_dict(self) -> dict[str, object]:
         """Return the document `info/1`."""
@@ -157,11 +166,12 @@ class Survey:
             "byteorder": checkpoint.byteorder,
             "file_nbytes": checkpoint.nbytes,
             "framework": self.framework.name if self.framework else None,
+            "part": self.part.to_dict() if self.part else None,
             "at": list(state.at) if state is not None else None,
             "candidates": [place.to_dict() for place in self.places],
             **asdict(self.total),
             "dtypes": {label: asdict(total) for label, total in self.dtypes.items()},
-            "wrappers": list(self.place.wrappers) if self.place else [],
+            "wrappers": list(self.place.peeling.prefixes) if self.place else [],
             "ties": self.ties,
             "views": list(self.views),
             "not_contiguous": list(self.strided),
@@ -207,13 +217,16 @@ class Survey:
         return self.framework.prefix if self.framework else ""
 
 
+_LATIN_1 = "text of Python 2 in it: torch.load needs encoding='latin1'"
+
+
 def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     """Collect the facts of a checkpoint; `at` chooses one of several state_dicts.
 
     Raises `NoSuchKey` for an `at` that names no dict of tensors.
     """
     tree = checkpoint.tree
-    state = places.find(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
+    state = places.locate(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
     paths = [state.at] if at is not None and state else _paths(tree)
     ledger = _Ledger()
     known: places.Steps = {}
@@ -251,6 +264,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
         framework=frameworks.recognise(checkpoint, _first_keys(found)),
         alone=single is not None and (at is None or len(_paths(tree)) == 1),
         root=naming.what(tree),
+        part=places.part_of(checkpoint, state),
     )
 
 
@@ -263,7 +277,7 @@ def unused_nbytes(tree: Node) -> int:
 
 def _first_keys(found: Sequence[Place]) -> list[str]:
     """Return the keys of the first candidate, without wrapper prefixes they all share."""
-    return [edits.unwrapped(key, place.wrappers) for place in found[:1] for key in place.keys]
+    return [place.peeling.name(key) for place in found[:1] for key in place.keys]
 
 
 def _paths(tree: Node) -> list[Path]:
@@ -297,7 +311,8 @@ def _place(
         total=_total(tensors),
         stored=ledger.nbytes - before,
         prefix=places.common_prefix(keys),
-        wrappers=edits.peeled(keys),
+        peeling=peeling(state.entries),
+        worn=worn(state.entries),
         other=len(keys) - len(tensors),
         ties=left.ties,
         unfit=left.unfit,
@@ -349,7 +364,7 @@ def _named(node: Node) -> list[tuple[str, Node]]:
     pairs = places.items(node)
     if not pairs:
         return list(places.ways(node, Effort()))
-    return [(key if isinstance(key, str) else naming.plain(key), value) for key, value in pairs]
+    return labelled(pairs)
 
 
 def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, bool]]) -> Beside:

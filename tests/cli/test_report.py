@@ -158,7 +158,7 @@ WRAPPED = [
     (["module.a"], "every key starts with `module.` (DataParallel)", "strip-prefix f OUT"),
     (["_orig_mod.a"], "(torch.compile)", "strip-prefix --prefix auto f OUT"),
     (["module._orig_mod.a"], "(DataParallel, torch.compile)", "--prefix auto"),
-    (["_module.a"], "(Opacus)", "--prefix auto"),
+    (["_module.a"], "(Opacus, or a module of that name)", "--prefix auto"),
     (["module.a", "b", "c"], "1 of 3 keys start with `module.` (DataParallel)", ""),
     (["a"], "", ""),
     ([], "", ""),
@@ -169,14 +169,14 @@ WRAPPED = [
 def test_wrappers_are_named_with_what_removes_them(
     keys: list[str], said: str, command: str
 ) -> None:
-    line = report.prefix_line("f", keys)
+    line = report.prefix_line("f", dict.fromkeys(keys))
     assert said in line
     assert command in line
     assert bool(line) is bool(said)
 
 
 def test_commands_in_hints_can_be_pasted() -> None:
-    line = report.prefix_line("my file.pth", ["module.a"])
+    line = report.prefix_line("my file.pth", {"module.a": 1})
     assert "ckptool strip-prefix 'my file.pth' OUT" in line
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,48 @@ CONTAINERS = {container.name: container for container in containers.built_in()}
 PLAIN = CONTAINERS["safetensors"]
 
 
+def plain_pickle(folder: Path) -> Path:
+    """Pickle the call that gives what a torch file in memory holds."""
+    file = (GOOD / "plain_legacy.pth").read_bytes()
+    load = b"ctorch.storage\n_load_from_bytes\n"
+    pickled = b"\x80\x03" + load + b"B" + struct.pack("<I", len(file)) + file + b"\x85R."
+    (folder / "sample").write_bytes(pickled)
+    return folder / "sample"
+
+
+def unpacked(folder: Path) -> Path:
+    with zipfile.ZipFile(GOOD / "plain.pth") as archive:
+        archive.extractall(folder)
+    return next(folder.glob("*/data.pkl"))
+
+
+def exported(folder: Path) -> Path:
+    size = [{"as_int": 2}, {"as_int": 3}]
+    meta = {"dtype": 7, "layout": 7, "sizes": size, "strides": [{"as_int": 3}, {"as_int": 1}]}
+    meta |= {"storage_offset": {"as_int": 0}, "device": {"type": "cpu", "index": None}}
+    row = {"path_name": "weight_0", "is_param": True, "use_pickle": False, "tensor_meta": meta}
+    with zipfile.ZipFile(folder / "a.pt2", "w") as archive:
+        archive.writestr("a/archive_format", "pt2")
+        archive.writestr("a/data/weights/weight_0", bytes(24))
+        config = json.dumps({"config": {"w": row}})
+        archive.writestr("a/data/weights/model_weights_config.json", config)
+    return folder / "a.pt2"
+
+
+MADE = {"torch-export": exported, "plain-pickle": plain_pickle, "torch-folder": unpacked}
+
+
 def files(name: str) -> list[Path]:
     return [GOOD / sample for sample in SAMPLES[name]]
 
 
 def test_every_container_has_samples() -> None:
-    assert SAMPLES.keys() == CONTAINERS.keys()
+    assert SAMPLES.keys() | MADE.keys() == CONTAINERS.keys()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_samples_keep_the_contract(name: str, tmp_path: Path) -> None:
+    check_container(CONTAINERS[name], [MADE[name](tmp_path)], [GOOD / "plain.pth"])
 
 
 @pytest.mark.parametrize("name", SAMPLES)

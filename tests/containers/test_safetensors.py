@@ -284,7 +284,7 @@ def test_format_is_said_and_nothing_else_where_nothing_else_is_needed(tmp_path: 
 def test_order_is_noted_where_it_differs(tmp_path: Path) -> None:
     out = saved({"b": torch.ones(1), "a": torch.ones(1)}, tmp_path)
     note = json.loads(header_of(out)["__metadata__"]["ckptool"])
-    assert note == {"v": 1, "order": ["b", "a"], "ties": {}}
+    assert note == {"v": 1, "order": ["b", "a"]}
     assert list(safetensors_torch.load_file(out)) == ["a", "b"]
     assert list(entries(formats.read(out))) == ["b", "a"]
 

@@ -8,19 +8,18 @@ from hypothesis import given, strategies as st
 from ckptool.errors import CkptoolError, EditError, KeyCollision, NothingMatched
 from ckptool.state import edits
 from ckptool.state.edits import (
-    WRAPPERS,
     Edit,
     add_prefix,
     apply,
     drop,
     keep,
-    peeled,
     rename,
     select,
     strip_prefix,
     strip_wrappers,
     without,
 )
+from ckptool.state.wrappers import WRAPPERS, peeling
 
 
 def done(steps: list[Edit] | Edit, keys: str) -> str:
@@ -55,7 +54,27 @@ EDITS = [
     (strip_wrappers(), "module._orig_mod.a module._orig_mod.b", "a b"),
     (strip_wrappers(), "module.module._module.a", "a"),
     (strip_wrappers(), "_forward_module._fsdp_wrapped_module._checkpoint_wrapped_module.a", "a"),
-    (strip_wrappers(), "module.a module._orig_mod.b", "a _orig_mod.b"),
+    (strip_wrappers(), "module.a module._orig_mod.b", "a b"),
+    # inside keys those that begin with `_`, others on request; not where two would become one
+    (strip_wrappers(), "a._orig_mod.b c._fsdp_wrapped_module._fpw_module.d", "a.b c.d"),
+    (strip_wrappers(), "a.module.b._checkpoint_wrapped_module.c", "a.module.b.c"),
+    (strip_wrappers(anywhere=True), "a.module.b._orig_mod.c module.d", "a.b.c d"),
+    (strip_wrappers(), "module.a.b module.a._module.b", "a.b a._module.b"),
+    (strip_wrappers(), "_orig_mod.a_orig_mod.b _orig_mod.c._orig_mod", "a_orig_mod.b c._orig_mod"),
+    # what a wrapper keeps for itself, at its own level, and only beside a prefix of all others
+    (strip_wrappers(), "n_averaged module.a", "- a"),
+    (strip_wrappers(), "_orig_mod.n_averaged _orig_mod.module.module.a", "- a"),
+    (strip_wrappers(), "step module.step module.module.a._orig_mod.b", "- - a.b"),
+    (strip_wrappers(), "initted step ema_model.a _metadata", "- - a -"),
+    (strip_wrappers(keep_bookkeeping=True), "step module.a", "step a"),
+    (strip_wrappers(required=False), "n_averaged a", "n_averaged a"),
+    (strip_wrappers(required=False), "step ema_model.a b", "step ema_model.a b"),
+    (strip_prefix("net"), "step net.a", "- a"),
+    (strip_prefix("net"), "step net.a b", "step a b"),
+    (strip_prefix(every=True), "n_averaged module.a", "- a"),
+    (strip_prefix(keep_bookkeeping=True), "n_averaged module.a", "n_averaged a"),
+    (rename("module", ""), "n_averaged module.a", "n_averaged a"),
+    ([strip_wrappers(), drop(["n_averaged"])], "n_averaged module.a", "- a"),
     (strip_wrappers(), "module.module.a module.b", "module.a b"),
     (strip_wrappers(required=False), "a b", "a b"),
     (strip_wrappers(required=False), "module.a b", "module.a b"),
@@ -163,13 +182,16 @@ PEELED = [
     ("module.module.module.a", ["module."] * 3),
     ("modules.a", []),
     ("_module.a", ["_module."]),
-    *((f"{wrapper}a {wrapper}b", [wrapper]) for wrapper in WRAPPERS),
+    ("ema_model.a", []),
+    ("ema_model.a initted step", ["ema_model."]),
+    ("_fsdp_wrapped_module._fpw_module.a", ["_fsdp_wrapped_module.", "_fpw_module."]),
+    *((f"{wrapper}a {wrapper}b step", [wrapper]) for wrapper in WRAPPERS),
 ]
 
 
 @pytest.mark.parametrize(("keys", "wrappers"), PEELED)
 def test_peeled(keys: str, wrappers: list[str]) -> None:
-    assert peeled(keys.split()) == wrappers
+    assert list(peeling(keys.split()).prefixes) == wrappers
 
 
 # The selection language.
@@ -268,7 +290,7 @@ def test_strip_after_add_is_the_identity(keys: list[str], prefix: str) -> None:
 def test_peeling_leaves_no_wrapper_and_loses_no_key(keys: list[str]) -> None:
     key_map, _ = apply([strip_wrappers(required=False)], keys)
     assert len(set(key_map.written)) == len(keys)
-    assert peeled(key_map.written) == []
+    assert not peeling(key_map.written)
 
 
 @given(key_lists, st.sampled_from([strip_prefix(), strip_prefix(anywhere=True), rename("a", "b")]))

@@ -8,6 +8,8 @@ import pickle
 import shlex
 import shutil
 import struct
+import sys
+import types
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -405,10 +407,10 @@ def test_other_files_are_named_for_what_they_are(run: Run, tmp_path: Path, name:
     assert wanted in described(run, tmp_path / name)
 
 
-def test_pickled_tensors_without_torch_save_are_explained(run: Run, tmp_path: Path) -> None:
+def test_pickled_tensors_without_torch_save_are_read(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps({"fc.weight": torch.zeros(2)}))
-    assert "pickle.dump wrote tensors of torch" in described(run, path)
+    assert "plain pickle, written by pickle.dump or joblib" in run("info", path).out
 
 
 @pytest.mark.parametrize(
@@ -455,7 +457,6 @@ def test_a_git_lfs_pointer_brings_the_command_that_fetches_it(run: Run, tmp_path
             "a checkpoint of accelerate",
             "pytorch_model_1.bin",
         ),
-        (["data.pkl", "version"], "an unpacked torch file", "data.pkl"),
     ],
 )
 def test_a_folder_is_named_for_what_is_in_it(
@@ -566,3 +567,56 @@ def test_a_broken_index_is_no_hint_at_itself(run: Run, tmp_path: Path) -> None:
     path.write_text('{"other": {}}')
     done = run("info", path)
     assert (done.code, "hint:" in done.err) == (3, False)
+
+
+def test_text_of_python_2(run: Run, tmp_path: Path) -> None:
+    """`info` says what torch.load needs; `--tensors-only` gives what weights_only accepts."""
+    torch = pytest.importorskip("torch")
+    old = b"\x80\x02}(U\x04noteU\x04caf\xe9U\x04k\xe9y\x2eK\x01U\x01wK\x02u."
+    source, out = tmp_path / "old.pth", tmp_path / "out.pth"
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("a/data.pkl", old)
+        archive.writestr("a/version", "3\n")
+    with pytest.raises(UnicodeDecodeError):
+        torch.load(source, weights_only=False)
+    assert "encoding='latin1'" in run("info", source).out
+    assert run("convert", source, out, "--tensors-only").code == 0
+    assert torch.load(out, weights_only=True) == {"note": "caf\xe9", "k\xe9y.": 1, "w": 2}
+    assert "latin1" not in run("info", out).out
+
+
+def saved_object(module: str, **state: Any) -> Any:
+    """Make an object of a class that no installed package needs to have."""
+    kind = type(module.rpartition(".")[2], (), {"__module__": module.rpartition(".")[0]})
+    made = kind()
+    vars(made).update(state)
+    return made
+
+
+W = torch.ones(2)
+WRITERS: dict[str, Callable[[], Any]] = {
+    "metatrain": lambda: {"architecture_name": "soap", "model_state_dict": {"w": W}},
+    "AllenNLP": lambda: {"_text_field_embedder.token_embedder_tokens.weight": W, "b": W},
+    "AllenNLP, the state of training": lambda: {"batch_num_total": 3, "optimizer": {"state": {}}},
+    "DeePMD-kit": lambda: {"model": {"model.Default.atomic_model.w": W, "model._extra_state": 1}},
+    "the state of a scheduler alone": lambda: {"base_lrs": [0.1], "last_epoch": 3},
+    "MACE": lambda: saved_object("mace.modules.models.MACE", w=W),
+    "a graph of PyTorch Geometric": lambda: saved_object("torch_geometric.data.data.Data", x=W),
+    "fastai, an exported Learner": lambda: saved_object("fastai.learner.Learner", model=1),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_writers_are_recognised(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    value, path = WRITERS[writer](), tmp_path / "saved.pt"
+    if not isinstance(value, dict):
+        kind = type(value)
+        steps = kind.__module__.split(".")
+        for name in (".".join(steps[:count]) for count in range(1, len(steps) + 1)):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        setattr(sys.modules[kind.__module__], kind.__name__, kind)
+    torch.save(value, path)
+    framework = run("info", path, "--json").document["framework"]
+    assert framework.partition(" (")[0] == writer

@@ -1,0 +1,167 @@
+"""Plain pickles of tensors: what `pickle.dump` and `joblib.dump` write, and StyleGAN's snapshots.
+
+A storage is a call of `torch.storage._load_from_bytes` on the bytes of a whole torch file, in the
+legacy container (torch/storage.py, `__reduce__`): each is read as such where it is, or, where
+protocol 2 or less has the bytes as text, from a temporary file. Read only: what is written is a
+torch zip.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+from ckptool.containers import torch_legacy, torch_zip
+from ckptool.containers._container import Container
+from ckptool.containers._pickles import JOBLIB_ARRAY, inline_array, is_pickle
+from ckptool.errors import FormatError, LimitExceeded, Malformed
+from ckptool.files.fileio import CHUNK, Reader
+from ckptool.files.spool import Spool
+from ckptool.pickles import pickle_reader
+from ckptool.pickles.safety import names_in
+from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
+from ckptool.pickles.tree import Global, Node, Object, OldString
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.tensor import Storage
+from ckptool.text import readable
+
+MAX_READ = 512 << 20  # such a file is read into memory
+_LOAD = Global("torch.storage", "_load_from_bytes")
+_BETWEEN = 16  # bytes at most from the end of its argument to a call: MEMOIZE, TUPLE1 ...
+
+
+def read(reader: Reader) -> Checkpoint | None:
+    """Read the pickle and the torch files in it; None for one without."""
+    if not _mentions(reader, _LOAD.name.encode()):
+        return None
+    if reader.nbytes > MAX_READ:
+        raise LimitExceeded(f"a plain pickle of more than {readable(MAX_READ)}")
+    data = reader.read(0, reader.nbytes)
+    known = _Embedded(reader, data)
+    try:
+        parsed = pickle_reader.load(data, 0, known)
+    except FormatError as error:
+        error.calls = known.left(error.calls)
+        error.named = known.followed(error.named, error.calls, None)
+        raise
+    if not known.files:
+        return None
+    calls = known.left(parsed.calls)
+    return Checkpoint(
+        reader.path,
+        "plain-pickle",
+        parsed.tree,
+        reader.nbytes,
+        globals=known.followed(parsed.globals, calls, parsed.tree),
+        calls=calls,
+        pickle_name="the pickle",
+        generation="pickle.dump or joblib, not torch.save",
+        protocol=parsed.protocol,
+        unlisted=reader.nbytes - parsed.end,
+        held=tuple(known.spools),
+    )
+
+
+def _mentions(reader: Reader, name: bytes) -> bool:
+    """Search a file for a name, a part at a time."""
+    step = CHUNK - len(name)
+    return any(
+        name in reader.read(start, min(CHUNK, reader.nbytes - start))
+        for start in range(0, reader.nbytes, step)
+    )
+
+
+class _Embedded(TorchVocabulary):
+    """Read the torch files that are arguments of calls, and joblib's arrays."""
+
+    def __init__(self, reader: Reader, data: bytes) -> None:
+        super().__init__(_no_storage)
+        self.reader, self.data = reader, data
+        self.files = 0
+        self.globals: dict[Global, int] = {}
+        self.calls: list[Object] = []
+        self.arrays: list[Object] = []
+        self.spools: list[Spool] = []
+
+    def left(self, calls: list[Object]) -> list[Object]:
+        """Return the calls of the file and of those in it, without those that were arrays."""
+        arrays = set(map(id, self.arrays))
+        return [*(call for call in calls if id(call) not in arrays), *self.calls]
+
+    def followed(
+        self, named: dict[Global, int], calls: list[Object], tree: Node
+    ) -> dict[Global, int]:
+        """Return the names of the file and of those in it, a function that was read marked."""
+        found = named | self.globals
+        left = names_in([tree, *calls])
+        for each in (_LOAD, JOBLIB_ARRAY):
+            if each in found and each not in left:
+                found[replace(each, followed=True)] = found.pop(each)
+        return found
+
+    def called(self, node: Object) -> Node:
+        """Turn a call into the bytes, the storage or the tensor that it stands for."""
+        match node.callee, node.args:
+            case Global("_codecs", "encode"), (str(text), "latin1" | "latin-1"):
+                return text.encode("latin-1")
+            case Global("torch.storage", "_load_from_bytes"), (argument,):
+                content = _content(argument)
+                return node if content is None else self._file(content, node)
+        return super().called(node)
+
+    def _file(self, content: bytes, node: Object) -> Node:
+        """Read a torch file that an argument is; a call of anything else stays one."""
+        container = next(
+            (each for each in (torch_legacy, torch_zip) if each.sniff(content[: 1 << 12])), None
+        )
+        if container is None:
+            return node
+        try:
+            with ExitStack() as stack:
+                inner = container.read(self._part(content, node.offset, stack))
+        except FormatError as error:
+            self.globals |= error.named
+            self.calls += error.calls
+            raise Malformed(f"a torch file in it: {error.message}", offset=node.offset) from error
+        if inner is None:
+            return node
+        self.files += 1
+        self.globals |= dict.fromkeys(inner.globals, node.offset)
+        self.calls += inner.calls
+        return inner.tree
+
+    def _part(self, content: bytes, offset: int, stack: ExitStack) -> Reader:
+        """Return a reader of bytes where they are in the file, or else of a copy."""
+        before = max(0, offset - len(content) - _BETWEEN)
+        start = self.data.find(content, before, offset)
+        if start >= 0:
+            return self.reader.part(start, len(content), self.reader.path)
+        spool = Spool([content])
+        self.spools.append(spool)
+        return stack.enter_context(Reader(spool.path)).part(0, len(content), self.reader.path)
+
+    def inline(self, node: Node, position: int) -> tuple[Node, int]:
+        """Read an array of numpy that joblib wrote behind its description."""
+        array, end = inline_array(node, self.data, position)
+        if array is not node:
+            self.arrays.append(node)
+        return array, end
+
+
+def _no_storage(storage: StorageId) -> Storage:
+    raise Malformed(f"a persistent id in a plain pickle: {storage.key}")
+
+
+def _content(node: Node) -> bytes | None:
+    """Return bytes as any protocol writes them, and Python 2."""
+    match node:
+        case bytes():
+            return node
+        case OldString():
+            return node.data
+        case str():
+            return node.encode("utf-8")
+    return None
+
+
+CONTAINERS = (Container("plain-pickle", "plain pickle", "", (".joblib",), (), is_pickle, read),)

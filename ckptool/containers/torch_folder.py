@@ -1,0 +1,94 @@
+"""An unpacked torch zip: a folder with `data.pkl`, `version` and the storages as files in `data/`.
+
+Read only: what is written is a torch zip.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ckptool.containers._container import Container, Traits
+from ckptool.containers._pickles import is_pickle
+from ckptool.errors import LimitExceeded, Malformed, NoSuchFile
+from ckptool.files.fileio import Reader
+from ckptool.pickles import pickle_reader
+from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.tensor import Storage
+from ckptool.text import readable
+
+MAX_PICKLE = 64 << 20
+PICKLE = "data.pkl"
+
+
+def read(reader: Reader) -> Checkpoint | None:
+    """Read the pickle; the storages stay where they are. None for a pickle of another folder."""
+    folder, name = os.path.split(reader.file)
+    is_unpacked = os.path.isfile(os.path.join(folder, "version"))
+    if name != PICKLE or not is_unpacked or os.path.exists(os.path.join(folder, "constants.pkl")):
+        return None
+    if reader.nbytes > MAX_PICKLE:
+        raise LimitExceeded(f"{PICKLE} has {readable(reader.nbytes)}")
+    files = {reader.file: reader.stamp}
+    byteorder = _byteorder(os.path.join(folder, "byteorder"))
+    total = reader.nbytes
+
+    def find_storage(said: StorageId) -> Storage:
+        nonlocal total
+        if not re.fullmatch(r"\w{1,40}", said.key, re.ASCII):
+            raise Malformed(f"a storage named {said.key!r}"[:100])
+        path = os.path.join(folder, "data", said.key)
+        try:
+            with Reader(path) as found:
+                nbytes, files[path] = found.nbytes, found.stamp
+        except NoSuchFile:
+            raise Malformed(f"there is no file of storage {said.key}") from None
+        if nbytes != said.nbytes:
+            what = f"storage {said.key} should have {said.nbytes} bytes and has {nbytes}"
+            raise Malformed(what)
+        total += nbytes
+        return Storage(path, said.key, 0, nbytes, said.dtype, said.location, byteorder)
+
+    parsed = pickle_reader.load(reader.read(0, reader.nbytes), 0, TorchVocabulary(find_storage))
+    if parsed.end != reader.nbytes:
+        error = Malformed(f"{PICKLE} goes on after its end", offset=parsed.end)
+        error.named, error.calls = parsed.globals, parsed.calls
+        raise error
+    return Checkpoint(
+        reader.path,
+        "torch-folder",
+        parsed.tree,
+        total,
+        globals=parsed.globals,
+        calls=parsed.calls,
+        pickle_name=PICKLE,
+        byteorder=byteorder,
+        protocol=parsed.protocol,
+        files=tuple(files.items()),
+    )
+
+
+def _byteorder(path: str) -> str:
+    try:
+        with Reader(path) as reader:
+            order = reader.read(0, min(16, reader.nbytes)).decode("latin-1")
+    except NoSuchFile:
+        return "little"
+    if order not in ("little", "big"):
+        raise Malformed(f"the byteorder record says {order!r}")
+    return order
+
+
+CONTAINERS = (
+    Container(
+        "torch-folder",
+        "unpacked torch zip",
+        "",
+        (),
+        (PICKLE,),
+        is_pickle,
+        read,
+        traits=Traits(beside_files=True),
+    ),
+)

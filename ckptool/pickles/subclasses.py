@@ -1,0 +1,409 @@
+"""Tensors in the guise of other objects: subclasses that hold tensors, arrays of numpy, XLA's.
+
+A wrapper subclass (`torch.Tensor._make_wrapper_subclass`) has a dtype and a shape and no bytes: its
+`__dict__` or slots hold the tensors that it is made of (torch/_tensor.py, `_reduce_ex_internal`).
+DTensor and ShardedTensor hold what one rank has of a tensor. An array of numpy has its bytes in
+the pickle (numpy/_core/src/multiarray/methods.c, `array_reduce`); tensors of devices without
+storages are pickled as arrays, before torch 2.6, or as CPU tensors.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array as memory
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from ckptool.pickles.tree import (
+    Dict,
+    Global,
+    Node,
+    Object,
+    OldString,
+    attribute,
+    children,
+    items,
+)
+from ckptool.tensors import numbers, values
+from ckptool.tensors.dtype import BY_TORCH_NAME, DType
+from ckptool.tensors.tensor import (
+    TENSORS,
+    AnyTensor,
+    CompositeTensor,
+    TensorInfo,
+    contiguous_stride,
+)
+
+UTILS = "torch._utils"
+FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_ORDINARY = ("Tensor", "Parameter")
+_DEVICE_REBUILDS = (
+    "_rebuild_device_tensor_from_numpy",
+    "_rebuild_device_tensor_from_cpu_tensor",
+    "_rebuild_xla_tensor",
+)
+
+
+def sizes_of(node: Node) -> tuple[int, ...] | None:
+    """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
+    if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
+        node = node.args[0]
+    if type(node) is not tuple and type(node) is not list:
+        return None
+    for number in node:
+        if type(number) is not int:
+            return None
+    return tuple(node)
+
+
+def dtype_of(node: Node) -> DType | None:
+    """Return the dtype that a name of torch means, None for any other node."""
+    if isinstance(node, Global) and node.module == "torch":
+        return BY_TORCH_NAME.get(node.name)
+    return None
+
+
+# What torch._utils rebuilds, by the name of the function.
+
+
+def _layout(node: Node) -> str:
+    if isinstance(node, Object) and node.args and isinstance(node.args[0], str):
+        return node.args[0].removeprefix("torch.")
+    return node.name if isinstance(node, Global) else "sparse"
+
+
+def _sparse(node: Object) -> CompositeTensor | None:
+    match node.args:
+        case (layout, tuple() as data):
+            parts = tuple(part for part in data if isinstance(part, TensorInfo))
+            sizes = [size for part in data if (size := sizes_of(part)) is not None]
+            if len(parts) >= 2 and sizes:
+                values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
+                return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
+    return None
+
+
+def _nested(node: Object) -> CompositeTensor | None:
+    parts = tuple(part for part in node.args if isinstance(part, TensorInfo))
+    if not parts:
+        return None
+    return CompositeTensor("nested", parts[0].dtype, parts[0].shape, parts, node)
+
+
+def _meta(node: Object) -> CompositeTensor | None:
+    match node.args:
+        case (named, size, *_):
+            dtype, shape = dtype_of(named), sizes_of(size)
+            if dtype is not None and shape is not None:
+                return CompositeTensor("meta", dtype, shape, (), node)
+    return None
+
+
+def _of_device(node: Object) -> TensorInfo | None:
+    """Read a tensor of a device without storages (XLA): its elements, dtype and device."""
+    match node.args:
+        case (data, named, str(device), grad, *_):
+            dtype = dtype_of(named)
+            info = data if isinstance(data, TensorInfo) else array(data) or _listed(data, dtype)
+            if info is not None and info is not data:
+                info = replace(info, storage=replace(info.storage, location=device))
+            if info is not None and dtype is not None and info.dtype is not dtype:
+                floats = {info.dtype, dtype} <= numbers.ROUNDED
+                kernel = numbers.cast(info.dtype, dtype)
+                info = values.computed(kernel, [info], dtype) if floats else None
+            if info is not None and dtype is not None:
+                return replace(info, requires_grad=grad is True, origin=node)
+    return None
+
+
+REBUILDS: dict[str, Callable[[Object], AnyTensor | None]] = {
+    "_rebuild_sparse_tensor": _sparse,
+    "_rebuild_nested_tensor": _nested,
+    "_rebuild_meta_tensor_no_storage": _meta,
+    **dict.fromkeys(_DEVICE_REBUILDS, _of_device),
+}
+
+
+# Subclasses: (function, type, its arguments, state).
+
+
+def subclass(node: Object) -> AnyTensor | None:
+    """Read a tensor of a class that holds tensors; the tensor inside where that is all of it."""
+    function, kind, args, state = node.args
+    if not isinstance(kind, Global):
+        return None
+    held = holding(node)
+    whole = held.whole if held else None
+    if whole is not None and whole.dtype is dtype_of(args[1]):
+        return replace(whole, requires_grad=args[-1] is True, origin=node)
+    inside = [piece.tensor for piece in held.pieces] if held else [*tensors_in((args, state))]
+    parts = tuple({part.view: part for part in inside}.values())
+    if function == Global(UTILS, "_rebuild_wrapper_subclass") and len(args) > 2:
+        dtype, shape = dtype_of(args[1]), sizes_of(args[2])
+    elif parts:  # jagged: torch/nested/_internal/nested_tensor.py, `_rebuild_njt`
+        dtype, shape = parts[0].dtype, parts[0].shape
+    else:
+        return None
+    if dtype is None or shape is None:
+        return None
+    return CompositeTensor(kind.name, dtype, shape, parts, node)
+
+
+def tensors_in(node: Node) -> Iterator[TensorInfo]:
+    """Yield the tensors in a node, those that composite ones are made of too."""
+    seen: set[int] = set()
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if isinstance(here, TensorInfo):
+            yield here
+        elif isinstance(here, CompositeTensor):
+            yield from here.parts
+        elif not isinstance(here, str | int | float | bytes | Global) and id(here) not in seen:
+            seen.add(id(here))
+            stack += reversed([*children(here)])
+
+
+def within(origin: Object) -> TensorInfo | None:
+    """Return the tensor in a call whose elements those of the result are; None where none is."""
+    held = holding(origin)
+    inside = held.whole if held else origin.args[0] if origin.args else None
+    return inside if isinstance(inside, TensorInfo) else None
+
+
+def class_of(tensor: AnyTensor) -> str:
+    """Name the class of a tensor that is neither a Tensor nor a Parameter; empty for these."""
+    origin = tensor.origin
+    while isinstance(origin, Object) and origin.args and isinstance(origin.args[0], TENSORS):
+        origin = origin.args[0].origin
+    if not isinstance(origin, Object):
+        return ""
+    if is_array(origin):
+        return "numpy.ndarray"
+    kind = origin.args[1] if origin.callee == FROM_TYPE and len(origin.args) > 1 else None
+    return str(kind) if isinstance(kind, Global) and kind.name not in _ORDINARY else ""
+
+
+# What one rank has of a tensor.
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor: where it begins in each dimension (None: not known), its elements."""
+
+    offsets: tuple[int, ...] | None
+    tensor: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a DTensor or ShardedTensor of a rank holds of a tensor of this shape.
+
+    `rank` and `world` are None where the file does not say. `placements` are those of a DTensor,
+    one for each dimension of its mesh: (class, dimension of the tensor or None).
+    """
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    rank: int | None
+    world: int | None
+    mesh: tuple[int, ...] = ()
+    placements: tuple[tuple[str, int | None], ...] = ()
+
+    @property
+    def whole(self) -> TensorInfo | None:
+        """Return the tensor itself where a piece is all of it, and no summand of it."""
+        summand = any("Partial" in name for name, _ in self.placements)
+        if summand or len(self.pieces) != 1 or self.pieces[0].tensor.shape != self.shape:
+            return None
+        return self.pieces[0].tensor
+
+
+def holding(origin: Node) -> Holding | None:
+    """Read what a rank holds of a tensor, None for a tensor of any other class."""
+    if not isinstance(origin, Object) or origin.callee != FROM_TYPE or len(origin.args) != 4:
+        return None
+    _, kind, args, state = origin.args
+    shape = sizes_of(args[2]) if isinstance(args, tuple) and len(args) > 2 else None
+    if not isinstance(kind, Global) or shape is None or not isinstance(state, tuple):
+        return None
+    if kind.name == "DTensor":
+        return _dtensor(shape, state)
+    return _sharded(shape, state) if kind.name == "ShardedTensor" else None
+
+
+def _dtensor(shape: tuple[int, ...], state: tuple[Node, ...]) -> Holding | None:
+    """Read a DTensor (torch/distributed/tensor/_api.py): (None, its slots)."""
+    slots = dict(pair for part in state for pair in items(part) or [] if type(pair[0]) is str)
+    local, spec = slots.get("_local_tensor"), slots.get("_spec")
+    placements, mesh = attribute(spec, "placements"), attribute(spec, "mesh")
+    if not isinstance(local, TensorInfo) or not isinstance(placements, tuple):
+        return None
+    names = tuple(
+        (each.callee.name, attribute(each, "dim"))
+        for each in placements
+        if isinstance(each, Object) and isinstance(each.callee, Global)
+    )
+    ranks = attribute(mesh, "_rank_map") or attribute(mesh, "mesh")
+    world = ranks.numel if isinstance(ranks, TensorInfo) else None
+    rank = attribute(mesh, "_rank")
+    sizes = ranks.shape if isinstance(ranks, TensorInfo) else ()
+    return Holding(shape, (Piece(None, local),), _number(rank), world, sizes, names)
+
+
+def _sharded(shape: tuple[int, ...], state: tuple[Node, ...]) -> Holding | None:
+    """Read a ShardedTensor (torch/distributed/_shard/sharded_tensor/api.py, `__getstate__`)."""
+    pieces = []
+    for shard in state[0] if state and isinstance(state[0], list) else ():
+        slots = _slots(shard)
+        tensor = slots.get("tensor")
+        if not isinstance(tensor, TensorInfo):
+            return None
+        pieces.append(Piece(sizes_of(_slots(slots.get("metadata")).get("shard_offsets")), tensor))
+    group = next((part for part in state if attribute(part, "global_world_size")), None)
+    rank, world = attribute(group, "global_rank"), attribute(group, "global_world_size")
+    return Holding(shape, tuple(pieces), _number(rank), _number(world))
+
+
+def _slots(node: Node) -> dict[str, Node]:
+    """Return the attributes of an object with `__slots__`, its state being (None, they)."""
+    state = node.state if isinstance(node, Object) else None
+    inside = state[1] if isinstance(state, tuple) and len(state) == 2 else state
+    return dict(inside.pairs) if isinstance(inside, Dict) else {}
+
+
+def _number(node: Node) -> int | None:
+    return node if type(node) is int else None
+
+
+# Arrays and numbers of numpy.
+
+_MAKERS = ("numpy.core", "numpy._core")
+_KINDS = {
+    "b1": (DType.BOOL, "?"),
+    "f2": (DType.F16, "e"),
+    "f4": (DType.F32, "f"),
+    "f8": (DType.F64, "d"),
+    "i1": (DType.I8, "b"),
+    "i2": (DType.I16, "h"),
+    "i4": (DType.I32, "i"),
+    "i8": (DType.I64, "q"),
+    "u1": (DType.U8, "B"),
+    "u2": (DType.U16, "H"),
+    "u4": (DType.U32, "I"),
+    "u8": (DType.U64, "Q"),
+    "c8": (DType.C64, ""),
+    "c16": (DType.C128, ""),
+}
+_LETTERS = dict(_KINDS.values())
+
+
+def is_array(node: Node) -> bool:
+    """Check for an array of numpy, whatever it holds."""
+    return _made_by(node, "_reconstruct") and node.args[:1] == (Global("numpy", "ndarray"),)
+
+
+def _made_by(node: Node, name: str) -> bool:
+    made = isinstance(node, Object) and isinstance(node.callee, Global)
+    return made and node.callee.name == name and node.callee.module.startswith(_MAKERS)
+
+
+def array(node: Node) -> TensorInfo | None:
+    """Read an array of numpy as a tensor, None for anything else and what no tensor holds."""
+    match node.state if is_array(node) else None:
+        case (_, shape, kind, fortran, data):
+            sizes, found, raw = sizes_of(shape), _dtype(kind), _bytes(data)
+            if sizes is None or found is None or raw is None:
+                return None
+            dtype, order = found
+            if min(sizes, default=0) < 0 or dtype.nbytes(prod(sizes)) != len(raw):
+                return None
+            stride = contiguous_stride(sizes)
+            if fortran:
+                stride = contiguous_stride(sizes[::-1])[::-1]
+            if order == "big":
+                raw = _swapped(raw, dtype.swap)
+            info = values.literal(raw, dtype, sizes, f"array {node.offset}")
+            return replace(info, stride=stride, origin=node)
+    return None
+
+
+def as_tensor(value: Node) -> Node:
+    """Return an array of numpy as a tensor, anything else as it is."""
+    return array(value) or value if type(value) is Object else value
+
+
+def as_pickled(value: Node) -> Node:
+    """Return the array of numpy that a tensor was read from, anything else as it is."""
+    origin = value.origin if type(value) is TensorInfo else None
+    return origin if origin is not None and is_array(origin) else value
+
+
+def number(node: Node) -> bool | int | float | None:
+    """Read a number of numpy, None for anything else."""
+    match node.args if _made_by(node, "scalar") else ():
+        case (kind, data):
+            found, raw = _dtype(kind), _bytes(data)
+            letter = _LETTERS[found[0]] if found else ""
+            if found and raw and letter and struct.calcsize(letter) == len(raw):
+                value: bool | int | float = struct.unpack(_ENDS[found[1]] + letter, raw)[0]
+                return value
+    return None
+
+
+_ENDS = {"little": "<", "big": ">"}
+
+
+def _dtype(node: Node) -> tuple[DType, str] | None:
+    """Read a numpy.dtype: its kind, and which end of a number comes first."""
+    if not isinstance(node, Object) or node.callee != Global("numpy", "dtype") or not node.args:
+        return None
+    kind, state = node.args[0], node.state
+    end = state[1] if isinstance(state, tuple) and len(state) > 1 else "<"
+    if isinstance(kind, Global):  # of ml_dtypes
+        dtype = BY_TORCH_NAME.get(kind.name)
+    else:
+        dtype = _KINDS[kind][0] if kind in _KINDS else None
+    return (dtype, "big" if end == ">" else "little") if dtype else None
+
+
+def _bytes(node: Node) -> bytes | None:
+    """Read bytes, which protocol 2 writes as text that is encoded, and Python 2 as a string."""
+    match node:
+        case bytes():
+            return node
+        case OldString():
+            return node.data
+        case Object(callee=Global(module="_codecs", name="encode"), args=(str(text), *_)):
+            return text.encode("latin-1", "replace")
+        case Object(callee=Global(name="bytes"), args=()):
+            return b""
+        case str():
+            return node.encode("utf-8", "replace")
+    return None
+
+
+def _swapped(raw: bytes, width: int) -> bytes:
+    """Turn the bytes of each number around."""
+    numbers = memory({1: "B", 2: "H", 4: "I", 8: "Q"}[width], raw)
+    numbers.byteswap()
+    return numbers.tobytes()
+
+
+def _listed(node: Node, dtype: DType | None) -> TensorInfo | None:
+    """Read lists of numbers within each other, as torch before 1.8 pickled tensors of XLA."""
+    shape, flat = [], [node]
+    while flat and all(isinstance(each, list) for each in flat):
+        shape.append(len(flat[0]))
+        if any(len(each) != shape[-1] for each in flat):
+            return None
+        flat = [inner for each in flat for inner in each]
+    if dtype is None or not all(isinstance(each, int | float) for each in flat):
+        return None
+    held = dtype if _LETTERS.get(dtype) else DType.F32
+    try:
+        raw = struct.pack(f"<{len(flat)}{_LETTERS[held]}", *flat)
+    except struct.error:
+        return None
+    return values.literal(raw, held, tuple(shape), f"list {id(node)}")

@@ -1,0 +1,265 @@
+"""Files that are parts of a checkpoint: what one rank wrote, which is never the weights.
+
+The content decides; the name of a file is asked for its rank alone, where the content does not say
+it. Each framework has a function here that looks at what it writes:
+
+- DeepSpeed ZeRO: `zero/stage_1_and_2.py` and `zero/stage3.py` (`state_dict` of the optimizers),
+  `engine.py` (`_save_checkpoint`, `_get_zero_param_shapes`); `zero_to_fp32.py` joins them
+- FSDP: `_flat_param` (torch/distributed/fsdp/_flat_param.py), fairscale's `flat_param_0`
+- DTensor, ShardedTensor: a piece of each tensor (`subclasses.holding`)
+- distributed checkpoints in safetensors: torch/distributed/checkpoint/_hf_utils.py
+- Megatron-LM, NeMo, fairseq: sizes of model parallelism among the arguments of the training
+- torch_xla's `xser`: each tensor in a file of its own
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ckptool.errors import PartialCheckpoint
+from ckptool.pickles.subclasses import holding, sizes_of
+from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
+from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
+from ckptool.text import counted, quoted, shape
+
+SHARDING_INFO = "DCP_SHARDING_INFO"
+_RANK = re.compile(r"rank_?(\d+)")
+_FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
+_XSER = Global("torch_xla.utils.serialization", "TensorReference")
+# How many ways a model was cut, where arguments of a training say so.
+_CUTS = {
+    "tensor_model_parallel_size": "tensor parallelism",
+    "pipeline_model_parallel_size": "pipeline parallelism",
+    "model_parallel_size": "model parallelism",
+    "mp_world_size": "tensor parallelism",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a file is a part of, and where the values are.
+
+    `rank` and `world` are None where nothing says which part it is, and of how many.
+    """
+
+    kind: str
+    where: str
+    rank: int | None = None
+    world: int | None = None
+
+    @property
+    def text(self) -> str:
+        """Describe it in a sentence without a subject."""
+        of = f" of {self.world}" if self.world else ""
+        which = f"rank {self.rank}{of} of " if self.rank is not None else "a part of "
+        if self.rank is None and self.world:
+            which = f"one of {self.world} parts of "
+        return f"{which}{self.kind}: {self.where}"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the field `part` of a document."""
+        return {"kind": self.kind, "where": self.where, "rank": self.rank, "world": self.world}
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """What the functions here look at: a file, and the entries of a state_dict in it or none."""
+
+    path: str
+    top: Mapping[str, Node]
+    entries: Mapping[str, Node]
+    metadata: Mapping[str, str]
+
+    def part(
+        self, kind: str, where: str, rank: int | None = None, world: int | None = None
+    ) -> Part:
+        """Make a part; its name tells the rank where its content does not."""
+        if rank is None and (named := _RANK.search(os.path.basename(self.path))):
+            rank = int(named[1])
+        return Part(kind, where, rank, world if world and world > (rank or 0) else None)
+
+
+def recognise(
+    path: str, tree: Node, metadata: Mapping[str, str], entries: Mapping[str, Node]
+) -> Part | None:
+    """Return what a file is a part of, judged by the entries that are to be its weights.
+
+    Without entries, the file holds no state_dict.
+    """
+    file = File(path, dict(named_items(tree)), entries, metadata)
+    return next((part for test in _TESTS if (part := test(file)) is not None), None)
+
+
+def refuse(path: str, part: Part) -> PartialCheckpoint:
+    """Return the error of a command that needs the weights."""
+    return PartialCheckpoint(
+        f"{path} is {part.text}",
+        path=path,
+        hint=f"ckptool keys --all {quoted(path)}   lists what is in this part",
+    )
+
+
+# What frameworks write.
+
+
+def _zero_optimizer(file: File) -> Part | None:
+    """Recognise the slices of float32 weights that each rank of ZeRO has."""
+    state = dict(named_items(file.top.get("optimizer_state_dict")))
+    flat = {"single_partition_of_fp32_groups", "fp32_flat_groups"} & set(state)
+    if not flat or file.entries:
+        return None
+    count = state.get("partition_count")
+    counts = count if isinstance(count, list) else [count]
+    world = max((each for each in counts if type(each) is int), default=None)
+    stage = state.get("zero_stage")
+    if isinstance(stage, Object) and stage.args:  # an enum member
+        stage = stage.args[0]
+    kind = f"DeepSpeed ZeRO{f' stage {stage}' if type(stage) is int else ''}"
+    where = "slices of the weights without names; all ranks and model_states.pt make them"
+    return file.part(kind, where, world=world)
+
+
+def _zero_model(file: File) -> Part | None:
+    """Recognise a model whose parameters are elsewhere: of other shapes than are noted beside."""
+    said: dict[str, tuple[int, ...] | None] = {}
+    for name in ("param_shapes", "frozen_param_shapes"):
+        groups = file.top.get(name)
+        for group in groups if isinstance(groups, list) else [groups]:
+            said |= {key: sizes_of(value) for key, value in named_items(group)}
+    weights = {key: each for key, each in file.entries.items() if isinstance(each, TENSORS)}
+    empty = [key for key, size in said.items() if key in weights and weights[key].shape != size]
+    if not empty:
+        return None
+    world = file.top.get("dp_world_size")
+    where = (
+        f"{len(empty)} of {counted(len(said), 'parameter')} are placeholders; "
+        "the values are in the optim_states.pt files of all ranks"
+    )
+    return file.part("DeepSpeed ZeRO stage 3", where, world=world if type(world) is int else None)
+
+
+def _placeholders(file: File) -> Part | None:
+    """Recognise what was saved under ZeRO stage 3 or FSDP and not gathered: empty weights."""
+    weights = [
+        value
+        for key, value in file.entries.items()
+        if isinstance(value, TensorInfo) and key.rpartition(".")[2] == "weight"
+    ]
+    empty = sum(each.shape == (0,) for each in weights)
+    if not empty or 2 * empty < len(weights):
+        return None
+    where = (
+        f"{empty} of {counted(len(weights), 'weight')} are placeholders of shape [0]; "
+        "the values were not gathered from the other ranks"
+    )
+    return file.part("a model that was sharded (ZeRO stage 3, FSDP)", where)
+
+
+def _pieces(file: File) -> Part | None:
+    """Recognise DTensors and ShardedTensors of which other ranks have the rest."""
+    cut = [(key, each) for key, each in file.entries.items() if isinstance(each, CompositeTensor)]
+    found = [(key, each, held) for key, each in cut if (held := holding(_call(each))) is not None]
+    if not found:
+        return None
+    key, first, held = found[0]
+    rank = next((each.rank for *_, each in found if each.rank is not None), None)
+    world = max((each.world for *_, each in found if each.world is not None), default=None)
+    sizes = ", ".join(shape(piece.tensor.shape) for piece in held.pieces) or "nothing"
+    where = (
+        f"{len(found)} of {len(file.entries)} entries are pieces "
+        f"({key}: {sizes} of {shape(first.shape)}); the values are in the files of all ranks"
+    )
+    return file.part(f"a model of {first.layout}s", where, rank, world)
+
+
+def _call(tensor: CompositeTensor) -> Node:
+    """Return the call that rebuilds a tensor, inside that of a Parameter."""
+    origin = tensor.origin
+    while origin.args and isinstance(origin.args[0], CompositeTensor):
+        origin = origin.args[0].origin
+    return origin
+
+
+def _flat(file: File) -> Part | None:
+    """Recognise parameters that FSDP made one, whose names and shapes are not in the file."""
+    flat = [key for key, value in file.entries.items() if isinstance(value, TENSORS)]
+    flat = [key for key in flat if "flat_param" in key and _FLAT.fullmatch(key)]
+    if not flat:
+        return None
+    where = f"{flat[0]} holds parameters in a row, their names and shapes are not in the file"
+    return file.part("a model flattened by FSDP", where)
+
+
+def _distributed(file: File) -> Part | None:
+    """Recognise a shard of a distributed checkpoint in safetensors: where its pieces begin."""
+    info: object = None
+    with suppress(ValueError, RecursionError):
+        info = json.loads(file.metadata.get(SHARDING_INFO, "null"))
+    if not isinstance(info, dict) or not file.entries:
+        return None
+    offsets = ((key, each.get("saved_offsets")) for key, each in info.items() if type(each) is dict)
+    key, begins = next(((k, o) for k, o in offsets if isinstance(o, list) and any(o)), ("", None))
+    begin = f"{key} begins at {begins} of the whole; " if begins else ""
+    where = f"{begin}the other pieces of its tensors are in the other shards"
+    return file.part("a distributed checkpoint in safetensors", where)
+
+
+def _parallel(file: File) -> Part | None:
+    """Recognise a model that was cut, by the arguments of its training."""
+    if not file.entries:
+        return None
+    cuts: dict[str, int] = {}
+    for name, value in _arguments(file.top):
+        if name in _CUTS and type(value) is int and value > 1:
+            cuts[_CUTS[name]] = value
+    if not cuts:
+        return None
+    world = 1
+    for count in cuts.values():
+        world *= count
+    how = " and ".join(f"{what} of {count}" for what, count in cuts.items())
+    where = f"trained with {how}; the other ranks have the rest of the weights"
+    return file.part("a model-parallel checkpoint", where, world=world)
+
+
+def _arguments(top: Mapping[str, Node]) -> Iterator[tuple[str, Node]]:
+    """Yield the arguments of a training, by name, and the sizes at the top."""
+    yield from top.items()
+    for name in ("args", "cfg", "hyper_parameters"):
+        node = top.get(name)
+        inside = named_items(node) or _attributes(node)
+        yield from inside
+        for _, each in inside:
+            if isinstance(each, Dict):
+                yield from named_items(each)
+
+
+def _attributes(node: Node) -> list[tuple[str, Node]]:
+    return named_items(node.state) if isinstance(node, Object) else []
+
+
+def _references(file: File) -> Part | None:
+    """Recognise entries that say in which file a tensor is."""
+    for each in file.top.values():
+        inside = [value for _, value in items(each) or []]
+        if any(isinstance(value, Object) and value.callee == _XSER for value in inside):
+            name = os.path.basename(file.path)
+            return Part("a checkpoint of torch_xla (xser)", f"the values are in {name}.tensors/")
+    return None
+
+
+_TESTS: tuple[Callable[[File], Part | None], ...] = (
+    _zero_optimizer,
+    _zero_model,
+    _pieces,
+    _flat,
+    _placeholders,
+    _distributed,
+    _parallel,
+    _references,
+)

@@ -1,0 +1,203 @@
+"""Plain pickles of tensors: read as data, judged by the `pickle` and the torch that made them."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import os
+import pickle
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+import ckptool
+from ckptool.verbs import checking
+from ckptool.verbs.checking import Status
+
+torch = pytest.importorskip("torch")
+Run = Callable[..., Any]
+
+
+def state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    return {**model.state_dict(), "h": torch.ones(3, dtype=torch.bfloat16)}
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return os.system, ("echo executed",)
+
+
+class Loads:
+    """A call of torch.storage._load_from_bytes on some bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __reduce__(self) -> Any:
+        return torch.storage._load_from_bytes, (self.content,)
+
+
+def saved(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return list(one) == list(other) and all(
+        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
+    )
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_protocol_is_read(run: Run, tmp_path: Path, protocol: int) -> None:
+    source, out = tmp_path / "in.pkl", tmp_path / "out.pth"
+    wanted = {"epoch": 3, "state_dict": state()}
+    source.write_bytes(pickle.dumps(wanted, protocol))
+    assert run("convert", source, out).code == 0
+    assert same(torch.load(out, weights_only=True)["state_dict"], wanted["state_dict"])
+    assert same(ckptool.load_state_dict(source), wanted["state_dict"])
+    document = run("info", source, "--json").document
+    assert (document["container"], document["safety"]) == ("plain-pickle", "foreign")
+    assert document["foreign"] == ["torch.storage._load_from_bytes"]
+    assert run("check", source).out.split("\t")[1] == "ok"
+
+
+def test_a_whole_model_and_a_packed_file(run: Run, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    packed, out = tmp_path / "model.pkl.gz", tmp_path / "out.pth"
+    packed.write_bytes(gzip.compress(pickle.dumps(model)))
+    assert "model.pkl.gz::model.pkl" in run("keys", packed).err
+    assert run("unwrap", f"{packed}::model.pkl", out).code == 0
+    assert same(torch.load(out, weights_only=True), model.state_dict())
+
+
+def test_ties_are_kept(tmp_path: Path, run: Run) -> None:
+    weight = torch.randn(3, 2)
+    source, out = tmp_path / "in.pkl", tmp_path / "out.pth"
+    source.write_bytes(pickle.dumps({"a": weight, "b": weight}))
+    assert run("convert", source, out).code == 0
+    loaded = torch.load(out, weights_only=True)
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+
+
+HOSTILE = {
+    "beside": lambda: Runs(),
+    "inside": lambda: Loads(saved(Runs())),
+    "inside the inside": lambda: Loads(saved(Loads(saved(Runs())))),
+    "not a torch file": lambda: Loads(b"cos\nsystem\n(S'echo executed'\ntR."),
+    "kept for later": lambda: functools.partial(torch.storage._load_from_bytes, saved(Runs())),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_would_run_is_unsafe(run: Run, tmp_path: Path, kind: str, protocol: int) -> None:
+    source, out = tmp_path / "in.pkl", tmp_path / "out.pth"
+    source.write_bytes(pickle.dumps({"w": torch.zeros(2), "hook": HOSTILE[kind]()}, protocol))
+    assert checking.check(source).status is Status.UNSAFE
+    assert run("convert", source, out).code == 4
+    assert run("convert", source, out, "--tensors-only").code == 0
+    assert list(torch.load(out, weights_only=True)) == ["w"]
+
+
+def test_no_advice_loads_what_would_run(run: Run, tmp_path: Path) -> None:
+    """Not of a pickle without tensors either, nor of one that is cut off after the call."""
+    source = tmp_path / "in.pkl"
+    for value in ({"hook": Runs()}, {"xgboost": Runs()}, {"a": 1, "joblib.numpy_pickle": Runs()}):
+        for content in (pickle.dumps(value), pickle.dumps(value, 2)[:-1] + b"\xff"):
+            source.write_bytes(content)
+            done = run("info", source)
+            assert done.code == 3
+            assert "load" not in done.err.partition("hint:")[2]
+            assert "reads it" not in done.err
+
+
+def test_arrays_that_joblib_writes_between_opcodes(run: Run, tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    arrays = {
+        "c": np.arange(6.0).reshape(2, 3),
+        "f": np.asfortranarray(np.arange(6, dtype="i2").reshape(2, 3)),
+        "text": np.array(["ab", "c"]),
+    }
+    source, out = tmp_path / "in.joblib", tmp_path / "out.pth"
+    source.write_bytes(joblib_dump({"w": torch.arange(4.0), **arrays, "end": 7}))
+    assert run("convert", source, out).code == 0
+    loaded = torch.load(out, weights_only=False)
+    assert loaded["w"].tolist() == [0, 1, 2, 3]
+    assert loaded["end"] == 7
+    for name, array in arrays.items():
+        assert loaded[name].dtype == array.dtype
+        assert np.array_equal(loaded[name], array)
+    source.write_bytes(joblib_dump(arrays))
+    assert "pickle of joblib" in run("info", source).err
+    source.write_bytes(joblib_dump({"w": torch.arange(4.0), "o": np.array([None])}))
+    assert checking.check(source).status is not Status.OK
+
+
+def joblib_dump(value: Any) -> bytes:
+    """Write as joblib/numpy_pickle.py does: the bytes of an array behind what describes it."""
+    np = pytest.importorskip("numpy")
+    names = b"joblib.numpy_pickle\nNumpyArrayWrapper\n"
+    file = io.BytesIO()
+
+    class Wrapper:
+        def __init__(self, array: Any) -> None:
+            fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+            self.__dict__ = {"subclass": np.ndarray, "shape": array.shape, "dtype": array.dtype}
+            self.__dict__ |= {"order": "F" if fortran else "C", "numpy_array_alignment_bytes": 16}
+
+    class Pickler(pickle._Pickler):  # type: ignore[misc,name-defined]
+        def save_global(self, obj: Any, name: Any = None) -> None:
+            if obj is Wrapper:
+                self.write(b"c" + names)
+            else:
+                super().save_global(obj, name)
+
+        dispatch: ClassVar[Any] = {**pickle._Pickler.dispatch, type: save_global}  # type: ignore[attr-defined]
+
+        def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+            if type(obj) is not np.ndarray:
+                super().save(obj, save_persistent_id)
+                return
+            wrapper = Wrapper(obj)
+            super().save(wrapper)
+            padding = 16 - (file.tell() + 1) % 16
+            order = wrapper.__dict__["order"]
+            file.write(bytes([padding]) + b"\xff" * padding + obj.tobytes(order))
+
+    Pickler(file, 2).dump(value)
+    return file.getvalue()
+
+
+def test_a_snapshot_of_stylegan(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules are read by their attributes; the source text in them is never run."""
+    for name in ("torch_utils", "torch_utils.persistence"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    def _reconstruct_persistent_obj(meta: Any) -> None:
+        raise AssertionError
+
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    vars(sys.modules["torch_utils.persistence"]).update(locals())
+
+    class Net(torch.nn.Linear):  # type: ignore[misc,name-defined]
+        def __reduce__(self) -> Any:
+            meta = {"type": "class", "module_src": "raise Exception", "class_name": "Net"}
+            return _reconstruct_persistent_obj, ({**meta, "state": vars(self)},)
+
+    source, out = tmp_path / "network.pkl", tmp_path / "out.pth"
+    nets = {"G": Net(3, 2), "D": Net(2, 1), "G_ema": Net(3, 2)}
+    source.write_bytes(pickle.dumps(nets))
+    assert run("unwrap", source, out, "--at", "G_ema").code == 0
+    assert same(torch.load(out, weights_only=True), dict(nets["G_ema"].state_dict()))
+    assert checking.check(source).status is Status.UNSAFE
+    assert run("convert", source, out, "--force").code == 4
