@@ -172,7 +172,8 @@ def strip_wrappers(
 def _shared_by_most(entries: Entries) -> dict[str, str]:
     inside = any(f".{DEFAULT_PREFIX}" in key for key in entries)
     if inside and DEFAULT_PREFIX not in wrappers.submodules(entries):
-        return {"option": "--anywhere", "hint": f"`{DEFAULT_PREFIX}` is inside keys"}
+        why = f"`{DEFAULT_PREFIX}` is inside keys"
+        return {"option": f"--prefix {DEFAULT_PREFIX} --anywhere", "hint": why}
     for prefix in WRAPPERS:
         count = sum(key.startswith(prefix) for key in entries)
         if count:
