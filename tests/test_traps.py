@@ -624,6 +624,7 @@ def test_exact_ties_are_written_once_and_come_back(out: Path) -> None:
         "v": 1,
         "order": ["wte.weight", "ln_f.weight", "ln_f.bias", "lm_head.weight"],
         "ties": {"lm_head.weight": "wte.weight"},
+        "metadata": state._metadata,
     }
     rewrite(ours, out)
     loaded = judge.load(out)

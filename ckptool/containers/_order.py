@@ -11,10 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from ckptool.pickles.tree import Node
+from ckptool.pickles.tree import Node, text_items
 from ckptool.state import module_metadata
-
-NOTE = "ckptool"
+from ckptool.state.module_metadata import NOTE as NOTE
 
 Entry = TypeVar("Entry")
 
@@ -26,11 +25,11 @@ def noted(
 
     What of `_metadata` JSON cannot hold is left out.
     """
-    versions = None if metadata is None else module_metadata.as_json(metadata)[0]
+    is_dict = text_items(metadata) is not None
     parts: dict[str, object] = {
         "order": list(order) if [*held, *ties] != list(order) else None,
         "ties": dict(ties) or None,
-        "metadata": versions,
+        "metadata": module_metadata.as_json(metadata)[0] if is_dict else None,
     }
     note = {name: part for name, part in parts.items() if part is not None}
     if not note:

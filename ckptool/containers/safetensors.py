@@ -180,7 +180,6 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
     ordered = sorted(kept.items(), key=lambda item: (item[1].dtype.rank, item[0].encode()))
     metadata = module_metadata.texts(checkpoint.tree)
     held, versions = [key for key, _ in ordered], attribute(checkpoint.tree, "_metadata")
-    metadata.pop(NOTE, None)  # a text of that name is not a note of ours
     metadata |= noted(list(entries), left.ties, held, versions)
     places, nbytes = _places(ordered)
     text = _header(ordered, places, metadata)

@@ -42,6 +42,7 @@ def cleaned(metadata: Node) -> Node:
 
 
 TEXTS = "_safetensors_metadata"
+NOTE = "ckptool"  # of the text in which ckptool notes what has no place
 ATTRIBUTES = ("_metadata", TEXTS)
 _FORMAT = {"format": "pt"}
 MAX_LETTERS = 64 << 20  # of `_metadata` as JSON: a pickle may name one value in many places
@@ -69,7 +70,7 @@ def texts(state_dict: Node) -> dict[str, str]:
 def own_texts(state_dict: Node) -> dict[str, str]:
     """Return the texts of a safetensors file that a state_dict carries."""
     pairs = places.text_items(attribute(state_dict, TEXTS)) or []
-    return {key: text for key, text in pairs if is_text(key) and is_text(text)}
+    return {key: text for key, text in pairs if is_text(key) and is_text(text) and key != NOTE}
 
 
 def carried(state_dict: Node) -> list[str]:
@@ -86,7 +87,9 @@ def left(state_dict: Node) -> list[str]:
     named = _attributes(state_dict)
     found = [name for name, _ in named if name not in ATTRIBUTES]
     for name, node in named:
-        if name == "_metadata":
+        if name == "_metadata" and places.text_items(node) is None:
+            found.append(name)
+        elif name == "_metadata":
             found += [f"_metadata of {path or 'the root'}" for path in as_json(node)[1]]
         elif name == TEXTS:
             kept = texts(state_dict)

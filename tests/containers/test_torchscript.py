@@ -34,6 +34,7 @@ INDEX = CORPUS / "index.json"
 ROWS = json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else []
 REAL = [CORPUS / row["path"] for row in ROWS if row["format"] == "torchscript"]
 FILES = [*(GOOD / name for name in WRITTEN), *REAL]
+FROZEN = "script_frozen.pt"  # its weights are constants of the code, its state_dict is empty
 LOOSELY = {"containers": False, "metadata": False, "identity": False, "storage": False}
 
 
@@ -44,7 +45,9 @@ def of_torch(path: Path) -> Any:
         return torch.jit.load(path, map_location="cpu").state_dict()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.name != FROZEN], ids=lambda path: path.name
+)
 def test_the_state_dict_is_that_of_torch(path: Path, tmp_path: Path) -> None:
     wanted = of_torch(path)
     for edit in ({"bare": True, "unwrap": True}, {}):
@@ -91,9 +94,17 @@ def test_what_is_left_behind_is_named(run: Run, tmp_path: Path) -> None:
 
 
 def test_constants_of_a_frozen_module_are_counted(run: Run) -> None:
-    done = run("keys", GOOD / "script_frozen.pt")
+    done = run("keys", GOOD / FROZEN)
     assert (done.code, done.out) == (0, "")
     assert "left out 4 tensors without a name, constants of the code" in done.err
+
+
+def test_a_frozen_module_is_not_written_without_its_weights(run: Run, tmp_path: Path) -> None:
+    assert not of_torch(GOOD / FROZEN)
+    done = run("convert", GOOD / FROZEN, tmp_path / "out.pth")
+    assert (done.code, done.out, [*tmp_path.iterdir()]) == (2, "", [])
+    assert "none of the weights would be written" in done.err
+    assert "constants of the code" in done.err
 
 
 def test_ties_stay_ties(tmp_path: Path) -> None:
