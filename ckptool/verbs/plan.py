@@ -393,7 +393,11 @@ def _refuse_empty(plan: Plan, source: Checkpoint) -> None:
     raise NothingMatched(
         f"{source.path}: none of the weights would be written",
         evidence=why[:8],
-        hint=f"ckptool keys --all {quoted(source.path)}   lists all tensors by their path",
+        hint=f"ckptool keys --all {quoted(source.path)}   lists all tensors by their path"
+        if any(walk.tensors(source.tree))
+        else ""
+        if not fixed
+        else "a module has them before torch.jit.freeze: save that",
     )
 
 
