@@ -106,12 +106,12 @@ def candidates(tree: Node) -> list[Candidate]:
         chosen = [each for each in chosen if each.known or each.shapes() in copied]
     return [
         Candidate(
-            each.at,
+            at := each.at,
             len(each.tensors),
             sum(info.nbytes for info in each.tensors.values()),
             common_prefix(list(each.tensors)),
             each.module,
-            tuple(path for path in each.paths if path != each.at),
+            tuple(path for path in each.paths if path != at),
         )
         for each in chosen
     ]
@@ -120,17 +120,23 @@ def candidates(tree: Node) -> list[Candidate]:
 def _merged(looked: Search) -> list[_Found]:
     """Join the parts of a dict under a known name, and places with the very same tensors."""
     found = looked.found
+    under: dict[Path, list[_Found]] = {}
+    for each in found if looked.nested else ():
+        for depth in range(1, len(each.at) + 1):
+            under.setdefault(each.at[:depth], []).append(each)
+    parts_of_others: set[int] = set()
     for path, node in looked.nested:
         try:
             joined = Joined(node)
         except (KeyCollision, LimitExceeded):
             continue
         parts = joined.parts()
-        below = [each for each in found if each.at[: len(path)] == path]
+        below = under.get(path, [])
         whole = not any(each.known or each.module for each in (*parts, *below))
         if whole and len({each.shapes() for each in parts}) == len(parts) > 1:
-            found = [each for each in found if each not in below]
+            parts_of_others.update(map(id, below))
             found.append(_Found([path], _tensors_of(joined.entries)))
+    found = [each for each in found if id(each) not in parts_of_others]
     if len(found) < 2:
         return found
     merged: dict[object, _Found] = {}

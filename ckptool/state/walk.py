@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from ckptool.errors import LimitExceeded
 from ckptool.pickles.subclasses import array
@@ -87,15 +88,26 @@ INNER = (*_CONTAINERS, *TENSORS, PersistentId)
 
 def named(tree: Node) -> Iterator[tuple[str, AnyTensor]]:
     """Yield every tensor of a tree by its path, dotted; no two have the same."""
-    taken: set[str] = set()
+    names = _Names(set())
     for path, tensor in tensors(tree):
-        name = text = dotted(path) or "."
-        count = 1
-        while name in taken:
-            count += 1
-            name = f"{text}#{count}"
-        taken.add(name)
-        yield name, tensor
+        yield names.free(dotted(path) or "."), tensor
+
+
+@dataclass(slots=True)
+class _Names:
+    """Names that are taken, and how often a text was asked for."""
+
+    taken: set[str]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def free(self, text: str) -> str:
+        """Take a name that nothing has: the text, else `text#2` and so on."""
+        name = text
+        while name in self.taken:
+            self.counts[text] = self.counts.get(text, 1) + 1
+            name = f"{text}#{self.counts[text]}"
+        self.taken.add(name)
+        return name
 
 
 def _members(node: Node, numbers: Numbers) -> Iterator[tuple[str | None, Node]]:
@@ -178,14 +190,10 @@ def labelled(pairs: Pairs, numbers: dict[int, str] | None = None) -> list[tuple[
     """Name the values of a dict, no two with odd keys alike."""
     if all(type(key) is str for key, _ in pairs):
         return pairs
-    taken = {key for key, _ in pairs if isinstance(key, str)}
-    named = []
-    for key, value in pairs:
-        name = text = (numbers or {}).get(id(key)) or label(key)
-        count = 1
-        while not isinstance(key, str) and name in taken:
-            count += 1
-            name = f"{text}#{count}"
-        taken.add(name)
-        named.append((name, value))
-    return named
+    names = _Names({key for key, _ in pairs if isinstance(key, str)})
+    return [
+        (key, value)
+        if isinstance(key, str)
+        else (names.free((numbers or {}).get(id(key)) or label(key)), value)
+        for key, value in pairs
+    ]
