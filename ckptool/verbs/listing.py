@@ -32,6 +32,7 @@ class Listing:
     beside: list[str]
     part: Part | None = None
     at: str | None = None
+    arrays: Sequence[Entry] = ()
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
