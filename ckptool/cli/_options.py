@@ -93,6 +93,30 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
 )
 
 
+def refuse_idle(needs: Mapping[str, str]) -> None:
+    """Raise a usage error for an option that was given and does nothing.
+
+    `needs` maps names of parameters to those of which one must be given too, or, after `not `,
+    must not.
+    """
+    context = click.get_current_context()
+    options = {each.name: each.opts[0] for each in context.command.params}
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is click.core.ParameterSource.COMMANDLINE
+
+    for name, others in needs.items():
+        if not given(name):
+            continue
+        unwanted = others.startswith("not ")
+        names = others.removeprefix("not ").split()
+        if any(map(given, names)) == unwanted:
+            verb = "has no effect with" if unwanted else "has no effect without"
+            what = " or ".join(options[each] for each in names)
+            raise click.UsageError(f"{options[name]} {verb} {what}", context)
+
+
 def writes(function: Function) -> Function:
     """Add IN, OUT and the shared options to a command, which gets them as one `Request`."""
 

@@ -9,7 +9,7 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._fetch import local
-from ckptool.cli._options import Command, patterns
+from ckptool.cli._options import Command, patterns, refuse_idle
 from ckptool.state.edit_options import renaming
 
 DIFFERENT = 1
@@ -66,6 +66,9 @@ def command(
     parts, a quantized one as its integer. Recorded checksums are not verified:
     ckptool check does that.
     """
+    refuse_idle({"atol": "not structure", "rtol": "not structure"})
+    if at is not None and left_at is not None and right_at is not None:
+        refuse_idle({"at": "not left_at"})
     from ckptool import containers
     from ckptool.cli import report, report_diff
     from ckptool.verbs import compare

@@ -10,7 +10,7 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._fetch import checked
-from ckptool.cli._options import Command
+from ckptool.cli._options import Command, refuse_idle
 from ckptool.text import readable, table, visible
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "target",
     default=".",
     metavar="DIR_OR_FILE",
-    help="Where to; a folder that is not there yet ends in a slash.  [default: this folder]",
+    help="Folder or file; a new folder ends in a slash.  [default: this folder]",
 )
 @click.option("--sha256", metavar="HEX", help="What the file must be.")
 @click.option("--force", is_flag=True, help="Replace a file that is another one.")
@@ -56,6 +56,7 @@ def command(
     file is checked against --sha256, or the hash in its name; one that is there already is
     checked and left alone.
     """
+    refuse_idle(dict.fromkeys(["target", "sha256", "force", "no_sync"], "not show"))
     if show:
         _list(what, as_json=as_json, quiet=quiet)
         return

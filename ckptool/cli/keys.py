@@ -9,7 +9,7 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._fetch import local
-from ckptool.cli._options import Command, patterns
+from ckptool.cli._options import Command, patterns, refuse_idle
 
 
 @click.command("keys", cls=Command)
@@ -55,8 +55,7 @@ def command(
     from ckptool.cli import report
     from ckptool.verbs import listing
 
-    if depth and not tree:
-        raise click.UsageError("--depth goes with --tree", click.get_current_context())
+    refuse_idle({"depth": "tree", "at": "not every", "sort": "not tree"})
     forms = {"--names": names, "--tree": tree, "--json": as_json}
     wanted = [option for option, given in forms.items() if given]
     if len(wanted) > 1:

@@ -102,7 +102,12 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
     else:
         others = sum(1 for value in state.entries.values() if not isinstance(value, TENSORS))
         if others:
-            lines.append(f"{others} more entries of the state_dict are not tensors")
+            are = (
+                "entry of the state_dict is not a tensor"
+                if others == 1
+                else ("entries of the state_dict are not tensors")
+            )
+            lines.append(f"{others} more {are}")
         lines += map(visible, (*state.missing, *state.notes))
         verb = "transfer" if state.module else "strip-prefix"
         hint = prefix_line(found.checkpoint.path, state.entries, verb, _taken(found))

@@ -150,7 +150,8 @@ def _places(facts: Survey, style: _Style) -> list[Fact]:
             rows.append(("whole model", f"modules: {style.names(kinds, MAX_NAMES)}"))
     others = sum(place.other for place in facts.places)
     if others and style.wide:
-        rows.append((rows[0][0], f"{others} more entries are not tensors"))
+        are = "entry is not a tensor" if others == 1 else "entries are not tensors"
+        rows.append((rows[0][0], f"{others} more {are}"))
     return rows
 
 

@@ -9,7 +9,16 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._fetch import local
-from ckptool.cli._options import Command, Request, edits, patterns, strips, tell, writes
+from ckptool.cli._options import (
+    Command,
+    Request,
+    edits,
+    patterns,
+    refuse_idle,
+    strips,
+    tell,
+    writes,
+)
 from ckptool.state.edit_options import renaming
 
 
@@ -56,6 +65,9 @@ def command(
     Takes the state_dict out, peels wrapper prefixes, drops what is not wanted. Patterns are
     matched against the peeled keys.
     """
+    refuse_idle(
+        {"like_at": "like", "seed": "init_missing", "min_match": "like model", "model_arg": "model"}
+    )
     from ckptool.cli import report
     from ckptool.model import zoo
     from ckptool.verbs import api

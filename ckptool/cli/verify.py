@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from ckptool.cli import talk
 from ckptool.cli._options import Command
+from ckptool.errors import CkptoolError
 
 DIFFERENT = 1
 
@@ -70,6 +72,8 @@ def command(
     The reference is loaded as its author would, the candidate must load strictly. Exit code 1
     where the outputs differ, or where the reference differs from itself.
     """
+    for path in (reference, candidate):
+        _warn(path)
     from ckptool.cli import report, report_model
     from ckptool.model import zoo
     from ckptool.verbs import api
@@ -97,3 +101,15 @@ def command(
         talk.put(rows(verification))
     talk.say(report_model.verification_lines(verification), quiet=quiet)
     return 0 if verification.identical else DIFFERENT
+
+
+def _warn(path: str) -> None:
+    """Warn of a file that would run code; one that cannot be read is refused later."""
+    from ckptool import containers
+    from ckptool.cli import report
+
+    with suppress(CkptoolError):
+        warning, *evidence = report.danger_lines(containers.read(path)) or [""]
+        if warning:
+            talk.warn([warning])
+            talk.say(evidence)

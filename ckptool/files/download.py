@@ -26,6 +26,7 @@ from ckptool.files import fileio, filename, http, parts, publish
 from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
+from ckptool.text import quoted
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -157,6 +158,12 @@ def _full_hash(text: str) -> str:
 def _folder(target: str | Path) -> Iterator[str]:
     """Yield the folder to download into, made where it ends in a slash; empty for a file."""
     text = os.fspath(target)
+    if not (os.path.lexists(text) or os.path.splitext(text)[1] or text.endswith(("/", os.sep))):
+        raise BadInput(
+            f"{text} is not there, and may be a folder or a file",
+            option=f"-o {quoted(text + '/')}",
+            hint=f"makes a folder; a file has a suffix: -o {quoted(text + '.pth')}",
+        )
     if os.path.isdir(text) or not text.endswith(("/", os.sep)):
         yield text if os.path.isdir(text) else ""
         return

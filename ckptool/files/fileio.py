@@ -146,7 +146,7 @@ def _open_regular(path: str) -> int:
         if path.lower().startswith(("http://", "https://")):
             hint = f"ckptool download {path}"
             raise NoSuchFile(f"{path} is a URL; a file is needed", hint=hint) from None
-        raise NoSuchFile(f"{path} does not exist", path=path) from None
+        raise NoSuchFile(f"{path or repr(path)} does not exist", path=path) from None
     except (OSError, ValueError) as error:
         if is_out_of_memory(error):
             raise

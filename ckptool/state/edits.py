@@ -340,7 +340,7 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
         close = close_matches(pattern, keys)
         hint = f"did you mean `{close[0]}`?" if close else ""
     return NothingMatched(
-        f"`{pattern}` selects none of {len(keys)} keys",
+        f"`{pattern}` selects none of {counted(len(keys), 'key')}",
         evidence=[f"keys are like {key}" for key in _examples(keys)],
         hint=hint,
     )

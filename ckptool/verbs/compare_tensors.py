@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ckptool.errors import LimitExceeded, Unsupported
 from ckptool.files.blocks import blocks, equal
 from ckptool.files.fileio import Readers
-from ckptool.tensors.numbers import Tolerance, Values, differences
+from ckptool.tensors.numbers import Tolerance, Values, differences, load
 from ckptool.tensors.tensor import TensorInfo, is_contiguous, needs_swap, span, without_repeats
 
 BLOCK = 1 << 19  # two of them and what is computed of them: a few times that in memory
@@ -88,6 +88,7 @@ def compare(
                 hint="compares no values",
             )
         for start, one, other in _differing(left, right, readers, progress):
+            load()
             for at in range(0, len(one), PART):
                 part = differences(dtype, one[at : at + PART], other[at : at + PART], tolerance)
                 total.add(part, (start + at) // dtype.itemsize)
@@ -100,6 +101,8 @@ def _differing(
 ) -> Iterator[tuple[int, memoryview, memoryview]]:
     """Iterate over the blocks that differ, and where they start."""
     contiguous = all(is_contiguous(each.shape, each.stride) for each in (left, right))
+    if not contiguous:
+        load()
     size = BLOCK if contiguous else GATHER_BLOCK
     start = 0
     sides = (blocks(each, readers, size) for each in (left, right))

@@ -11,7 +11,7 @@ from ckptool.files.fileio import Readers
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.numbers import FLOATS, Tally, tally
+from ckptool.tensors.numbers import FLOATS, Tally, load, tally
 from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo, without_repeats
 
 BLOCK = 1 << 19
@@ -48,6 +48,8 @@ def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Float
     known: dict[tuple[object, ...], Tally] = {}
     tallies: dict[str, Tally] = {}
     skipped: list[str] = []
+    if by_storage:
+        load()
     with closing(Readers()) as readers:
         for path, info in (tensor for tensors in by_storage.values() for tensor in tensors):
             once, times = without_repeats(info)

@@ -197,12 +197,13 @@ def _refuse_no_folder(target: str | Path | None, form: Form, options: Options) -
     if form.distributed:
         if target is None or options.in_place:
             raise EditError("a distributed checkpoint is a folder: name one as the output")
-        return
-    if options.in_place or target is None:
+    elif options.in_place or target is None:
         raise EditError("--max-shard-size writes a folder", hint="name it as the output")
-    if suffix(str(target)) in containers.suffixes(written=True):
+    there = form.distributed and os.path.lexists(str(target))  # which is refused as what it is
+    if suffix(str(target)) in containers.suffixes(written=True) and not there:
         raise EditError(
-            f"--max-shard-size writes a folder, and {target} is the name of a file",
+            f"{'--to dcp' if form.distributed else '--max-shard-size'} writes a folder, and "
+            f"{target} is the name of a file",
             hint="name a folder as the output",
         )
 

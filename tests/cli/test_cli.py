@@ -1234,3 +1234,40 @@ def test_a_suffix_that_says_another_container_is_noted(
         done = run("add-prefix", *options, source, target)
     assert done.code == 0
     assert f"{target} is a safetensors file: its suffix says torch\n" in done.err
+
+
+IDLE = """
+    transfer --like-at model {g}/plain.pth out.pth | transfer --seed 3 {g}/plain.pth out.pth
+    transfer --min-match 0.3 {g}/plain.pth out.pth | keys --all --at model {g}/ema.pth
+    keys --tree --sort size {g}/plain.pth | keys --depth 2 {g}/plain.pth
+    diff --structure --atol 1 {g}/plain.pth {g}/plain.pth | download --list --force
+    diff --at . --left-at . --right-at . {g}/plain.pth {g}/plain.pth
+"""
+
+
+@pytest.mark.parametrize(
+    "line", [each.strip() for each in IDLE.replace("\n", "|").split("|") if each.strip()]
+)
+def test_an_option_without_effect_is_a_usage_error(run: Run, good: Path, line: str) -> None:
+    done = run(*line.format(g=good).split())
+    assert (done.code, done.out) == (2, "")
+    assert "has no effect with" in done.err
+
+
+def test_a_new_folder_is_asked_for(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "weights"
+    done = run("download", "http://127.0.0.1:9/f.pth", "-o", target)
+    assert done.code == 2
+    assert f"-o {target}/   makes a folder; a file has a suffix: -o {target}.pth" in done.err
+    assert not target.exists()
+
+
+def test_a_distributed_checkpoint_is_not_named_like_a_file(
+    run: Run, good: Path, tmp_path: Path
+) -> None:
+    done = run("convert", "--to", "dcp", good / "plain.pth", tmp_path / "out.pth")
+    assert (done.code, list(tmp_path.iterdir())) == (2, [])
+
+
+def test_no_name_is_shown_as_such(run: Run) -> None:
+    assert "error[no-such-file]: '' does not exist" in run("keys", "").err

@@ -130,7 +130,7 @@ REFUSED = [
     (strip_prefix("a"), "a. b", EditError, "the key a. would have no name left", ""),
     (strip_wrappers(), "a b", NothingMatched, "no known wrapper prefix", ""),
     (strip_wrappers(), "module.a b", NothingMatched, "", "1 of 2 keys start with `module.`"),
-    (rename("x", "y"), "a.b", NothingMatched, "`x` selects none of 1 keys", ""),
+    (rename("x", "y"), "a.b", NothingMatched, "`x` selects none of 1 key", ""),
     (rename("clasifier", "y"), "classifier.w", NothingMatched, "", "did you mean `classifier`?"),
     (rename("a", "b"), "a.x b.x", KeyCollision, "a.x and b.x would both become b.x", ""),
     (rename("a", ""), "a", EditError, "no name left", ""),
@@ -141,7 +141,7 @@ REFUSED = [
     (drop(["module.*s"]), "as bs", NothingMatched, "selects none", "`*s` selects 2 keys"),
     (drop(["re:("]), "a", EditError, "`(` is not a regular expression", ""),
     ([strip_prefix(), strip_prefix()], "module.a", NothingMatched, "no key starts with", ""),
-    ([drop(["a"]), drop(["a"])], "a b", NothingMatched, "`a` selects none of 1 keys", ""),
+    ([drop(["a"]), drop(["a"])], "a b", NothingMatched, "`a` selects none of 1 key", ""),
 ]
 
 
