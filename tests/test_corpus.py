@@ -145,7 +145,10 @@ def original(row: dict[str, Any]) -> Any:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     tensors = safetensors_torch.load_file(path)
-    return OrderedDict((key, tensors[key].clone()) for key in header if key != "__metadata__")
+    state = OrderedDict((key, tensors[key].clone()) for key in header if key != "__metadata__")
+    if texts := {k: v for k, v in header.get("__metadata__", {}).items() if k != "format"}:
+        state._safetensors_metadata = texts
+    return state
 
 
 # Reading.
@@ -221,6 +224,7 @@ def test_there_and_back_through_safetensors(row: dict[str, Any], tmp_path: Path)
 
         surgery.rewrite(out, back, options=Options(sync=False))
         restored = OrderedDict((key, wanted[ties.get(key, key)]) for key in wanted)
+        vars(restored).update(vars(state))  # `_metadata`, and the texts of safetensors
         assert judge.same(restored, judge.load(back), storage=False) == []
 
 

@@ -395,7 +395,22 @@ def expected(name: str, kind: str, *, bare: bool) -> Loaded:
     if name in NO_STATE_DICT or (name in WHOLE_MODELS and not bare):
         return tree
     state = expected_state(name, kind)
-    return state if bare else put(tree, AT.get(name, ()), state)
+    if bare:
+        return state
+    tree = put(tree, AT.get(name, ()), state)
+    if name in NAMES_PARAMETERS:
+        tree["optim"] = renamed_optimizer(tree["optim"], moved(name, kind))
+    return tree
+
+
+def renamed_optimizer(optimizer: dict[str, Any], move: OldToNew) -> dict[str, Any]:
+    """Rename the parameters that an optimizer names; dropped ones stay."""
+    groups = [
+        {**group, "params": [move(each) or each for each in group["params"]]}
+        for group in optimizer["param_groups"]
+    ]
+    state = {move(each) or each: value for each, value in optimizer["state"].items()}
+    return {**optimizer, "state": state, "param_groups": groups}
 
 
 def put(tree: Loaded, at: tuple[str, ...], state: Loaded) -> Loaded:
@@ -529,6 +544,7 @@ def assert_refused(
         assert all(str(moved(name, kind)(key)) in shown for key in left)
 
 
+NAMES_PARAMETERS = {"dcp_two_ranks"}  # in its optimizer, where others count them by index
 WEIGHTS_ONLY_OPCODES = {
     getattr(pickle, name)
     for name in vars(torch._weights_only_unpickler)

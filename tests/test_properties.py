@@ -216,7 +216,10 @@ def test_torch_output_holds_the_same(given_: tuple[Any, dict[str, Any]]) -> None
 @given(saved())
 def test_strip_after_add_is_the_identity(given_: tuple[Any, dict[str, Any]]) -> None:
     tree, how = given_
-    assume("" not in state_of(tree))  # a key of which nothing would be left is refused
+    state = state_of(tree)
+    assume("" not in state)  # a key of which nothing would be left is refused
+    weights = [value for key, value in state.items() if key.rpartition(".")[2] == "weight"]
+    assume(sum(tuple(getattr(each, "shape", ())) == (0,) for each in weights) < 2)  # a part
     with folder() as at:
         torch.save(tree, at / "in.pth", **how)
         rewrite(at / "in.pth", at / "plain.pth")

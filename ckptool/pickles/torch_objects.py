@@ -440,7 +440,9 @@ def attributes(tensor: AnyTensor) -> Node:
     else:
         origin = _unwrapped(origin)
         is_typed = isinstance(origin, Object) and origin.callee == FROM_TYPE
-        state = origin.args[3] if is_typed else None
+        # Of a wrapper subclass that holds the whole, that is the tensor.
+        holds = is_typed and isinstance(tensor, TensorInfo) and subclasses.within(origin)
+        state = origin.args[3] if is_typed and not holds else None
     return None if isinstance(state, Dict) and not state.pairs else state
 
 

@@ -151,7 +151,7 @@ def _placeholders(file: File) -> Part | None:
         if isinstance(value, TensorInfo) and key.rpartition(".")[2] == "weight"
     ]
     empty = sum(each.shape == (0,) for each in weights)
-    if not empty or 2 * empty < len(weights):
+    if empty < 2 or 2 * empty < len(weights):
         return None
     where = (
         f"{empty} of {counted(len(weights), 'weight')} are placeholders of shape [0]; "

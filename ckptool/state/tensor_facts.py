@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.pickles.tree import Node
-from ckptool.tensors.tensor import TENSORS, TensorInfo
+from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import listed
 
 
@@ -14,12 +14,12 @@ def lost(entries: Iterable[tuple[str, Node]]) -> Iterator[str]:
     """Say which of the tensors lose their class, requires_grad or attributes."""
     parameters, trained, typed, extra = [], [], [], []
     for key, value in entries:
-        if not isinstance(value, TENSORS):
+        if not isinstance(value, TensorInfo):  # composite ones are not written at all
             continue
         named = python_type(value)
         if is_parameter(value):
             parameters.append(key)
-        elif isinstance(value, TensorInfo) and value.requires_grad:
+        elif value.requires_grad:
             trained.append(key)
         if named is not None:
             typed.append(f"{key} ({named})")

@@ -31,8 +31,8 @@ class Listing:
     entries: list[Entry]
     beside: list[str]
     part: Part | None = None
-    arrays: Sequence[Entry] = ()
     at: str | None = None
+    arrays: Sequence[Entry] = ()
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -393,7 +393,11 @@ def _refuse_empty(plan: Plan, source: Checkpoint) -> None:
     raise NothingMatched(
         f"{source.path}: none of the weights would be written",
         evidence=why[:8],
-        hint=f"ckptool keys --all {quoted(source.path)}   lists all tensors by their path",
+        hint=f"ckptool keys --all {quoted(source.path)}   lists all tensors by their path"
+        if any(walk.tensors(source.tree))
+        else ""
+        if not fixed
+        else "a module has them before torch.jit.freeze: save that",
     )
 
 
@@ -466,12 +470,13 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     if not containers.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})
     if carried.dangerous:
+        held = any(walk.tensors(source.tree))
         raise UnsafePickle(
             f"{source.path} would run code when loaded; nothing was executed or written",
             path=source.path,
             evidence=safety.evidence_of(carried, source),
-            option="--tensors-only",
-            hint="keeps the tensors and leaves the rest behind",
+            option="--tensors-only" if held else "",
+            hint="keeps the tensors and leaves the rest behind" if held else "",
         )
     if whole.dangerous:
         plan.warnings.append(

@@ -134,6 +134,7 @@ def test_a_wrapper_subclass_is_an_entry_with_its_class(run: Callable[..., Any]) 
     assert "--tensors-only" not in refused.err
     dropped = run("convert", "--tensors-only", "ao.pth", "b.pth", "--json").document
     assert [each["key"] for each in dropped["dropped"]] == ["module.w"]
+    assert not [note for note in dropped["notes"] if "attributes" in note]
     assert dropped["written"] == 1 == len(torch.load("b.pth", weights_only=True))
 
 
@@ -163,6 +164,7 @@ def test_none_of_the_weights_is_refused(run: Callable[..., Any]) -> None:
         refused = run(*line.split())
         assert (refused.code, refused.out) == (2, ""), (line, refused)
         assert "none of the weights would be written" in refused.err
+        assert ("torch.jit.freeze" in refused.err) == ("frozen" in line)
         assert not list(Path().glob("out*"))
     torch.jit.save(traced, "traced.pt")
     assert run("unwrap", "traced.pt", "out.pth").code == 0

@@ -206,7 +206,9 @@ def test_a_world_of_one_holds_the_tensor(
     )
     listed = run("keys", "one.pt", "--json").document["tensors"]
     assert [(each["shape"], each["nbytes"]) for each in listed] == [([7, 4], 112)] * 4
-    assert run("convert", "one.pt", "one.safetensors").code == 0
+    written = run("convert", "one.pt", "one.safetensors", "--json")
+    assert written.code == 0
+    assert not [note for note in written.document["notes"] if "attributes" in note]
     for value in load_file("one.safetensors").values():
         assert torch.equal(value, WEIGHT)
 
