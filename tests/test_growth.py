@@ -121,6 +121,22 @@ def test_calls_grow_with_the_file(tmp_path: Path, command: tuple[str, ...], shap
     assert large[1] < 4.4 * small[1], (small, large)
 
 
+@pytest.mark.parametrize("verb", ["convert", "transfer"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_calls_of_writers_grow_with_the_file(tmp_path: Path, verb: str, suffix: str) -> None:
+    def written(n: int) -> tuple[int, int]:
+        body = keys(n, lambda index: TENSOR.replace(text("0"), text(str(index))))
+        data = {str(index): FOUR["0"] for index in range(n)}
+        path = torch_file(tmp_path / f"{n}.pth", body, data)
+        out = tmp_path / f"{n}.out{suffix}"
+        return cost((verb, "--no-sync", str(path)), out)
+
+    written(10)
+    small, large = written(250), written(1000)
+    assert small[0] == large[0] == 0
+    assert large[1] < 4.6 * small[1], (small, large)
+
+
 def test_the_count_can_fail() -> None:
     """Work that grows as a square is seen."""
     counts = []

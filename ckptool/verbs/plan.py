@@ -296,7 +296,8 @@ def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
     node = replacing.make_state_dict(state.entries, state.metadata, like)
     plan.checkpoint = replace(plan.checkpoint, tree=node)
     if not container.traits.objects:
-        odd = [key for key in state.entries if key not in dict(places.named_items(node))]
+        text = dict(places.named_items(node))
+        odd = [key for key in state.entries if key not in text]
         if odd:
             plan.notes.append(f"keys that are not text are written as text: {listed(odd)}")
         plan.not_carried += module_metadata.left(node)
