@@ -240,7 +240,8 @@ def slug_of(outcome: Outcome) -> str:
 
 # What questions about `nothing` and `nowhere`, or without the place of a state_dict, come to next.
 DESERVED = """
-    edit-error nothing-matched no-such-key unsafe-pickle poor-fit key-collision not-representable
+    edit-error no-state-dict nothing-matched no-such-key
+    unsafe-pickle poor-fit key-collision not-representable
 """.split()
 # Of records that are damaged, which only reading them shows.
 BAD_BYTES = (

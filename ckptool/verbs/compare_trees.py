@@ -256,6 +256,10 @@ def _inside(node: Object, numbers: Numbers) -> dict[str, _Member]:
     if node.kwargs is not None:
         members["keywords"] = (None, node.kwargs)
     states = [payload for kind, payload in node.steps if kind == "build"]
+    if node.callee == ORDERED_DICT and all(isinstance(state, Dict) for state in states):
+        # Attributes of a state_dict, which one side may lack: each by its name.
+        named = [pair for state in states for pair in places.named_items(state)]
+        return members | {f"attribute {name}": (name, value) for name, value in named}
     return members | {f"state {at}": (None, state) for at, state in enumerate(states)}
 
 

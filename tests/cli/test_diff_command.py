@@ -544,3 +544,42 @@ def test_the_function_takes_what_the_command_does(tmp_path: Path, entries: dict[
     assert ckptool.diff(one, other, left_at="ema", map={"head": "x.head"}, select=["x.head"])
     with pytest.raises(CkptoolError):
         ckptool.diff(one, other, left_at="nothing")
+
+
+def test_parameters_that_are_keys_pair_by_their_number(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of an optimizer that was pickled whole, in another order on the right."""
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    torch.save({"optimizer": optimizer}, "left.pt")
+    parameter = list(model.parameters())[2]
+    moved = dict(reversed(list(optimizer.state.items())))
+    optimizer.state.clear()
+    optimizer.state.update(moved)
+    torch.save({"optimizer": optimizer}, "reordered.pt")
+    optimizer.state[parameter]["exp_avg"].add_(1)
+    torch.save({"optimizer": optimizer}, "right.pt")
+    assert run("diff", "--all", "left.pt", "reordered.pt").code == 0
+    done = run("diff", "--all", "left.pt", "right.pt")
+    assert [row.split("\t")[:2] for row in done.out.splitlines()] == [
+        ["values", "optimizer.state.2.exp_avg"]
+    ]
+    names = run("keys", "--all", "--names", "right.pt").out.splitlines()
+    assert len(set(names)) == len(names) == 24
+    assert "optimizer.state.5.step" in names
+
+
+def test_metadata_that_one_side_lacks_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state_dict = torch.nn.Linear(2, 2).state_dict()
+    torch.save({"state_dict": state_dict}, "left.pt")
+    del state_dict._metadata
+    torch.save({"state_dict": state_dict}, "right.pt")
+    done = run("diff", "--all", "left.pt", "right.pt")
+    assert done.out.splitlines() == ["beside-only-left\tstate_dict._metadata"]
