@@ -143,7 +143,7 @@ def _prefix_remedy(
     close = [] if wanted in WRAPPERS else close_matches(wanted.rstrip("."), list(entries))
     if close:
         return {"hint": f"did you mean `{close[0]}`?"}
-    return _shared_by_most(entries, f"--prefix {DEFAULT_PREFIX} --anywhere")
+    return _shared_by_most(entries)
 
 
 def strip_wrappers(
@@ -162,18 +162,19 @@ def strip_wrappers(
             raise NothingMatched(
                 "no known wrapper prefix that all keys share",
                 evidence=[f"keys are like {key}" for key in _examples(entries)],
-                **_shared_by_most(entries, "--anywhere"),
+                **_shared_by_most(entries),
             )
         return found
 
     return Edit("strip wrappers", make, BOOKKEEPING)
 
 
-def _shared_by_most(entries: Entries, anywhere: str) -> dict[str, str]:
-    """Return the remedy where some keys have a wrapper; `anywhere` is that for those inside."""
+def _shared_by_most(entries: Entries) -> dict[str, str]:
+    """Return the remedy where some keys have a wrapper, at their start or inside."""
     inside = any(f".{DEFAULT_PREFIX}" in key for key in entries)
     if inside and DEFAULT_PREFIX not in wrappers.submodules(entries):
-        return {"option": anywhere, "hint": f"`{DEFAULT_PREFIX}` is inside keys"}
+        why = f"`{DEFAULT_PREFIX}` is inside keys"
+        return {"option": f"--prefix {DEFAULT_PREFIX} --anywhere", "hint": why}
     for prefix in WRAPPERS:
         count = sum(key.startswith(prefix) for key in entries)
         if count:
