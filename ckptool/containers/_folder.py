@@ -14,7 +14,14 @@ from collections.abc import Sequence
 
 from ckptool.containers import _registry
 from ckptool.containers._others import STEMS
-from ckptool.errors import AmbiguousStateDict, CkptoolError, Malformed, NoSuchFile, NotACheckpoint
+from ckptool.errors import (
+    AmbiguousStateDict,
+    CkptoolError,
+    Malformed,
+    NoSuchFile,
+    NotACheckpoint,
+    PartialCheckpoint,
+)
 from ckptool.files.fileio import reason
 from ckptool.text import argument, counted, readable, table
 
@@ -23,6 +30,8 @@ MAX_SHOWN = 12
 MAX_CHECKPOINTS = 20  # that are named where one must be chosen
 _USUAL = re.compile(rf"({'|'.join(STEMS)})(\.\w+)?\.(safetensors|bin)|.+\.ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)")
+# Of one rank, with pieces of tensors (torch/distributed/checkpoint/_hf_utils.py, _gen_file_name).
+_OF_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # Of training, not of a model.
 _STATES = ("optim", "sched", "rng", "random_states", "training_args", "scaler")
 # Names that must all be there -> what a folder looks like.
@@ -75,7 +84,7 @@ def lacks_index(folder: str) -> bool:
 def shard_of(name: str) -> tuple[str, int, int] | None:
     """Split `model-00001-of-00002.safetensors` into `model.safetensors`, 1 and 2."""
     match = _SHARD.fullmatch(name)
-    if match is None:
+    if match is None or _OF_RANK.fullmatch(name):
         return None
     return match["stem"] + match["suffix"], int(match["number"]), int(match["count"])
 
@@ -110,6 +119,14 @@ def _checkpoints(names: Sequence[str]) -> list[str]:
 
 
 def _refuse_shards(folder: str, names: Sequence[str]) -> None:
+    of_ranks = [name for name in names if _OF_RANK.fullmatch(name)]
+    if of_ranks:
+        raise PartialCheckpoint(
+            f"{folder} is a distributed checkpoint in safetensors, of "
+            f"{counted(len(of_ranks), 'shard')} with pieces of tensors: ckptool joins none",
+            path=folder,
+            hint=f"ckptool info {argument(os.path.join(folder, of_ranks[0]))}",
+        )
     sets = Counter((shard[0], shard[2]) for name in names if (shard := shard_of(name)))
     if sets:
         (whole, count), present = next(iter(sets.items()))

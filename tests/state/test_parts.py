@@ -229,3 +229,20 @@ def test_a_rank_of_several_holds_pieces(
         _is_refused(run, "model_rank_0.pt", 0, 1)
         (listed, _) = run("keys", "--all", "model_rank_0.pt", "--json").document["tensors"]
         assert (listed["layout"], listed["shape"]) == ("DTensor", [7, 4])
+
+
+def test_a_folder_of_ranks_in_safetensors_is_neither_whole_nor_damaged(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for rank, (start, end) in enumerate(((0, 4), (4, 7)), 1):
+        about = {"DCP_SHARDING_INFO": json.dumps({"fc.weight": {"saved_offsets": [start, 0]}})}
+        name = f"shard-{rank:05d}-model-00001-of-00001.safetensors"
+        save_file({"fc.weight": WEIGHT[start:end].clone()}, folder / name, metadata=about)
+    for command in (("info", folder), ("convert", folder, tmp_path / "out.pth")):
+        done = run(*command)
+        assert (done.code, done.out) == (3, "")
+        assert done.err.startswith("error[partial-checkpoint]")
+    done = run("check", folder)
+    assert (done.code, done.out.count("only a part of")) == (0, 2)
