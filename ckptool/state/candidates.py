@@ -306,6 +306,7 @@ class Joined:
 
     def __post_init__(self) -> None:
         self._holds: dict[int, bool] = {}
+        self._around: set[int] = set()  # the dicts that are being joined
         self._effort = modules.Effort()
         self._join(self.node, ())
 
@@ -313,15 +314,17 @@ class Joined:
         pairs = dict(members(node))
         self._effort.pay(node, len(pairs) + 1)
         joins = not _tensors_of(pairs)
+        self._around.add(id(node))
         for key, value in pairs.items():
             name = dotted((*path, key))
-            if joins and self._joins(key, value):
+            if joins and id(value) not in self._around and self._joins(key, value):
                 self.inner[name] = value
                 self._join(value, (*path, key))
             elif name in self.entries:
                 raise KeyCollision(f"two tensors would both be {name}, with their keys joined")
             else:
                 self.entries[name] = value
+        self._around.discard(id(node))
 
     def parts(self) -> list[_Found]:
         """List the dicts inside that hold tensors themselves."""

@@ -233,3 +233,12 @@ def test_a_submodule_called_module_is_left_alone(tmp_path: Path, run: Run) -> No
     facts = json.loads(run("info", source, "--json").out)
     assert "DataParallel" not in run("info", source).out
     assert facts["suggestions"] == []
+
+
+def test_a_dict_inside_itself_is_joined_once(run: Callable[..., Any], tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"part": {"weight": torch.ones(2)}, "epoch": 1}
+    tree["again"] = {"whole": tree}
+    torch.save(tree, tmp_path / "in.pth")
+    done = run("keys", "--at", ".", "--json", tmp_path / "in.pth")
+    assert done.code == 0
+    assert [each["key"] for each in done.document["tensors"]] == ["part.weight"]
