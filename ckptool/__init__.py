@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from ckptool.verbs.compare import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
-    from ckptool.verbs.plan import Dropped as Dropped, WriteOptions as WriteOptions
+    from ckptool.verbs.options import WriteOptions as WriteOptions
+    from ckptool.verbs.plan import Dropped as Dropped
     from ckptool.verbs.surgery import Rewrite as Rewrite, Shard as Shard
     from ckptool.verbs.survey import Suggestion as Suggestion, Survey as Survey
 
@@ -65,7 +66,8 @@ _PUBLIC = {
         "ckptool.files.download": "Downloaded",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verify": "Run Verification",
-        "ckptool.verbs.plan": "Dropped WriteOptions",
+        "ckptool.verbs.options": "WriteOptions",
+        "ckptool.verbs.plan": "Dropped",
         "ckptool.verbs.surgery": "Rewrite Shard",
         "ckptool.verbs.survey": "Suggestion Survey",
         "ckptool.tensors.tensor": "TensorInfo",

@@ -69,6 +69,15 @@ TENSOR = b"".join([
 FOUR = {"0": struct.pack("<4f", 1, 2, 3, float("nan"))}
 
 
+def own_tensor(index: int) -> bytes:
+    """Return a tensor with a storage of its own."""
+    return TENSOR.replace(text("0"), text(str(index)))
+
+
+def fours(n: int) -> dict[str, bytes]:
+    return {str(index): FOUR["0"] for index in range(n)}
+
+
 def keys(n: int, value: Callable[[int], bytes], name: str = "layer.%d.weight") -> bytes:
     return dict_of([(text(name % index), value(index)) for index in range(n)])
 
@@ -84,6 +93,14 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
         [(number(index * (2**61 - 1)), b"N") for index in range(1, n)]
     ),
     "dicts of tensors": lambda n: keys(n, lambda index: dict_of([(text("w"), TENSOR)]), "m%d"),
+    "dicts of tensors of their own": lambda n: keys(
+        n, lambda index: dict_of([(text("w"), own_tensor(index))]), "m%d"
+    ),
+    "one dict under many names": lambda n: keys(
+        n,
+        lambda index: b"h\x01" if index else dict_of([(text("w"), TENSOR)]) + b"q\x01",
+        "m%d",
+    ),
     "known names": lambda n: keys(
         n, lambda index: dict_of([(text("state_dict"), dict_of([(text("w"), TENSOR)]))]), "m%d"
     ),
@@ -114,19 +131,25 @@ def cost(command: tuple[str, ...], path: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_calls_grow_with_the_file(tmp_path: Path, command: tuple[str, ...], shape: str) -> None:
-    cost(command, torch_file(tmp_path / "warm.pth", SHAPES[shape](10), FOUR))
-    small = cost(command, torch_file(tmp_path / "small.pth", SHAPES[shape](250), FOUR))
-    large = cost(command, torch_file(tmp_path / "large.pth", SHAPES[shape](1000), FOUR))
+    cost(command, torch_file(tmp_path / "warm.pth", SHAPES[shape](10), fours(10)))
+    small = cost(command, torch_file(tmp_path / "small.pth", SHAPES[shape](250), fours(250)))
+    large = cost(command, torch_file(tmp_path / "large.pth", SHAPES[shape](1000), fours(1000)))
     assert small[0] == large[0] != 70
     assert large[1] < 4.4 * small[1], (small, large)
 
 
 @pytest.mark.parametrize("verb", ["convert", "transfer"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_calls_of_writers_grow_with_the_file(tmp_path: Path, verb: str, suffix: str) -> None:
+@pytest.mark.parametrize("storages", ["one each", "one"])
+def test_calls_of_writers_grow_with_the_file(
+    tmp_path: Path, verb: str, suffix: str, storages: str
+) -> None:
+    """With one storage for all, each tensor is tied to the first."""
+
     def written(n: int) -> tuple[int, int]:
-        body = keys(n, lambda index: TENSOR.replace(text("0"), text(str(index))))
-        data = {str(index): FOUR["0"] for index in range(n)}
+        own = storages == "one each"
+        body = keys(n, own_tensor if own else lambda index: TENSOR)
+        data = fours(n) if own else FOUR
         path = torch_file(tmp_path / f"{n}.pth", body, data)
         out = tmp_path / f"{n}.out{suffix}"
         return cost((verb, "--no-sync", str(path)), out)

@@ -566,7 +566,7 @@ def test_every_keyword_that_takes_several_takes_one_text() -> None:
     functions = [each for each in functions if inspect.isfunction(each)]
     hints = [
         (name, str(hint))
-        for each in [*functions, combining.average, ckptool.verbs.plan.WriteOptions]
+        for each in [*functions, combining.average, ckptool.verbs.options.WriteOptions]
         for name, hint in each.__annotations__.items()
         if not name.startswith("_")
     ]

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from ckptool.errors import FormatError, KeyCollision, LimitExceeded, Malformed
 from ckptool.pickles.subclasses import as_tensor
-from ckptool.pickles.tree import Dict, Node, Object, items
+from ckptool.pickles.tree import Dict, Node, Object, Pairs, items
 from ckptool.state import modules
 from ckptool.state.walk import Path, dotted, labelled
 from ckptool.state.wrappers import peeling
@@ -58,9 +58,9 @@ def common_prefix(keys: Sequence[str]) -> str:
 
 @dataclass(slots=True)
 class _Found:
-    """A place that may be the state_dict, with its tensors; a known name comes first."""
+    """A node that may be the state_dict, with its tensors; `paths` are all that lead to it."""
 
-    paths: list[Path]
+    paths: dict[Path, None]
     tensors: dict[str, AnyTensor]
     module: str = ""
 
@@ -70,7 +70,7 @@ class _Found:
 
     @property
     def at(self) -> Path:
-        return next(filter(_is_known, self.paths), self.paths[0])
+        return next(filter(_is_known, self.paths), next(iter(self.paths)))
 
     def same(self) -> object:
         """Return what is equal for those with the very same tensors under the same keys."""
@@ -96,7 +96,8 @@ def candidates(tree: Node) -> list[Candidate]:
 
     Those under known names hide all others but copies of themselves.
     """
-    found = _merged(search(tree)) or _merged(search(tree, arrays=True))
+    looked = search(tree)
+    found = _merged(looked.found, looked.nested) or _merged(list(looked.of_arrays.values()), [])
     known = [each for each in found if each.known]
     hiding = known or [each for each in found if each.module]
     inner = {path[:depth] for each in hiding for path in each.paths for depth in range(len(path))}
@@ -117,15 +118,14 @@ def candidates(tree: Node) -> list[Candidate]:
     ]
 
 
-def _merged(looked: Search) -> list[_Found]:
+def _merged(found: list[_Found], nested: Sequence[tuple[Path, Node]]) -> list[_Found]:
     """Join the parts of a dict under a known name, and places with the very same tensors."""
-    found = looked.found
     under: dict[Path, list[_Found]] = {}
-    for each in found if looked.nested else ():
+    for each in found if nested else ():
         for depth in range(1, len(each.at) + 1):
             under.setdefault(each.at[:depth], []).append(each)
     parts_of_others: set[int] = set()
-    for path, node in looked.nested:
+    for path, node in nested:
         try:
             joined = Joined(node)
         except (KeyCollision, LimitExceeded):
@@ -135,14 +135,14 @@ def _merged(looked: Search) -> list[_Found]:
         whole = not any(each.known or each.module for each in (*parts, *below))
         if whole and len({each.shapes() for each in parts}) == len(parts) > 1:
             parts_of_others.update(map(id, below))
-            found.append(_Found([path], _tensors_of(joined.entries)))
+            found.append(_Found({path: None}, _tensors_of(joined.entries)))
     found = [each for each in found if id(each) not in parts_of_others]
     if len(found) < 2:
         return found
     merged: dict[object, _Found] = {}
     for each in found:
         first = merged.setdefault(each.same(), each)
-        first.paths += each.paths if first is not each else []
+        first.paths |= each.paths
     return list(merged.values())
 
 
@@ -151,9 +151,9 @@ def whole_models(tree: Node) -> list[Path]:
     return [each.at for each in search(tree).found if each.module]
 
 
-def search(tree: Node, *, arrays: bool = False) -> Search:
-    """Look through a tree for all that may be a state_dict; for `arrays` only, if those count."""
-    found = Search(arrays=arrays)
+def search(tree: Node) -> Search:
+    """Look through a tree for all that may be a state_dict."""
+    found = Search()
     try:
         found.visit(tree, ())
     except LimitExceeded as error:
@@ -165,14 +165,15 @@ class Search:
     """Looks for dicts of tensors by the keys of dicts, for modules in lists and objects too.
 
     `problem` says why a module has no state_dict: it contains itself, or repeats without end.
-    `nested` are dicts under known names that hold no tensor themselves.
+    `nested` are dicts under known names that hold no tensor themselves; `of_arrays` are dicts of
+    arrays of numpy alone, which count where nothing else is found.
     """
 
-    def __init__(self, *, arrays: bool = False) -> None:
-        self.arrays = arrays
+    def __init__(self) -> None:
         self.seen: set[tuple[int, bool, bool]] = set()
         self.effort = modules.Effort()
         self.by_node: dict[int, _Found] = {}
+        self.of_arrays: dict[int, _Found] = {}
         self.nested: list[tuple[Path, Node]] = []
         self.problem: FormatError | None = None
 
@@ -186,10 +187,10 @@ class Search:
         if not isinstance(node, WAYS):
             return
         if (id(node), dicts, models) in self.seen:
-            found = self.by_node.get(id(node))
-            inside = found and any(path[: len(each)] == each for each in found.paths)
-            if found and not inside and (dicts or found.module):
-                found.paths.append(path)
+            found = self.by_node.get(id(node)) or self.of_arrays.get(id(node))
+            if found and (dicts or found.module):
+                inside = any(path[:depth] in found.paths for depth in range(len(path) + 1))
+                found.paths |= {} if inside else {path: None}
             return
         self.seen.add((id(node), dicts, models))
         if isinstance(node, Object) and modules.is_module(node, self.effort):
@@ -199,13 +200,21 @@ class Search:
         pairs = items(node)
         if pairs and {"state", "param_groups"} <= {key for key, _ in pairs if type(key) is str}:
             dicts = False  # an optimizer's, whatever its name
-        texts = {key: value for key, value in pairs or () if isinstance(key, str)}
-        if dicts and (_tensors_of(with_arrays(texts)) if self.arrays else _tensors_of(texts)):
-            self.add(node, path, dict(labelled(pairs or [])))
-        elif dicts and pairs and _is_known(path):
-            self.nested.append((path, node))
+        if dicts and pairs:
+            self.dict_of(node, path, pairs)
         if len(path) < MAX_CANDIDATE_DEPTH:
             self.inside(node, path, dicts=dicts, models=models)
+
+    def dict_of(self, node: Node, path: Path, pairs: Pairs) -> None:
+        """Look at a dict that may be a state_dict."""
+        texts = {key: value for key, value in pairs if isinstance(key, str)}
+        if _tensors_of(texts):
+            self.add(self.by_node, node, path, dict(labelled(pairs)))
+            return
+        if _tensors_of(with_arrays(texts)):
+            self.add(self.of_arrays, node, path, dict(labelled(pairs)))
+        if _is_known(path):
+            self.nested.append((path, node))
 
     def inside(self, node: Node, path: Path, *, dicts: bool, models: bool) -> None:
         """Look at what is inside a node."""
@@ -227,12 +236,19 @@ class Search:
             self.problem = error
             return
         if _tensors_of(state.entries):
-            self.add(node, path, state.entries, state.class_name)
+            self.add(self.by_node, node, path, state.entries, state.class_name)
 
-    def add(self, node: Node, path: Path, entries: Mapping[str, Node], module: str = "") -> None:
+    def add(
+        self,
+        found: dict[int, _Found],
+        node: Node,
+        path: Path,
+        entries: Mapping[str, Node],
+        module: str = "",
+    ) -> None:
         """Note what was found at a node, which may have been met under another name."""
-        new = _Found([], _tensors_of(with_arrays(entries)), module)
-        self.by_node.setdefault(id(node), new).paths.append(path)
+        new = _Found({}, _tensors_of(with_arrays(entries)), module)
+        found.setdefault(id(node), new).paths[path] = None
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
@@ -329,7 +345,7 @@ class Joined:
     def parts(self) -> list[_Found]:
         """List the dicts inside that hold tensors themselves."""
         held = ((name, _tensors_of(dict(members(node)))) for name, node in self.inner.items())
-        return [_Found([tuple(name.split("."))], tensors) for name, tensors in held if tensors]
+        return [_Found({tuple(name.split(".")): None}, each) for name, each in held if each]
 
     def _joins(self, key: str, node: Node) -> bool:
         """Return whether a value is a dict with tensors in it, at any depth, but no optimizer."""

@@ -142,13 +142,11 @@ def locate(checkpoint: Checkpoint, at: str | None = None, option: str = "--at") 
 
 def part_of(checkpoint: Checkpoint, state: StateDict | None) -> parts.Part | None:
     """Return what a file is a part of, judged by its state_dict, or by all that may be one."""
+    known: Steps = {}
     paths = [] if state else [each.at for each in candidates(checkpoint.tree)]
-    states = [state] if state else [state_dict_at(checkpoint, path) for path in paths]
-    said = checkpoint.path, checkpoint.tree, checkpoint.metadata
-    found = (
-        parts.recognise(*said, entries) for entries in [each.entries for each in states] or [{}]
-    )
-    return next((part for part in found if part), None)
+    states = [state] if state else [state_dict_at(checkpoint, path, known) for path in paths]
+    entries = (each.entries for each in states)
+    return parts.recognise(checkpoint.path, checkpoint.tree, checkpoint.metadata, entries)
 
 
 def refuse_part(checkpoint: Checkpoint, state: StateDict | None) -> None:

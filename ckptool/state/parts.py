@@ -17,15 +17,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import prod
 
 from ckptool.errors import PartialCheckpoint
 from ckptool.pickles.subclasses import holding, sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
-from ckptool.text import counted, quoted, shape
+from ckptool.text import argument, counted, shape
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _RANK = re.compile(r"rank_?(\d+)")
@@ -68,12 +69,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """What the functions here look at: a file, and the entries of a state_dict in it or none."""
+    """What the functions here look at: a file, and the entries of a state_dict in it or none.
+
+    What is beside them is read once: the shapes that ZeRO notes of parameters, how many ways the
+    model was cut, whether tensors are in files of their own.
+    """
 
     path: str
     top: Mapping[str, Node]
-    entries: Mapping[str, Node]
     metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...] | None]
+    cuts: Mapping[str, int]
+    references: bool
+    entries: Mapping[str, Node] = field(default_factory=dict)
 
     def part(
         self, kind: str, where: str, rank: int | None = None, world: int | None = None
@@ -85,14 +93,17 @@ class File:
 
 
 def recognise(
-    path: str, tree: Node, metadata: Mapping[str, str], entries: Mapping[str, Node]
+    path: str, tree: Node, metadata: Mapping[str, str], states: Iterable[Mapping[str, Node]]
 ) -> Part | None:
-    """Return what a file is a part of, judged by the entries that are to be its weights.
+    """Return what a file is a part of, judged by what may be its weights: entries of each.
 
-    Without entries, the file holds no state_dict.
+    A file without a state_dict has none.
     """
-    file = File(path, dict(named_items(tree)), entries, metadata)
-    return next((part for test in _TESTS if (part := test(file)) is not None), None)
+    top = dict(named_items(tree))
+    file = File(path, top, metadata, _noted_shapes(top), _cuts(top), _refers(top))
+    files = [replace(file, entries=entries) for entries in states] or [file]
+    found = (test(each) for each in files for test in _TESTS)
+    return next((part for part in found if part is not None), None)
 
 
 def refuse(path: str, part: Part) -> PartialCheckpoint:
@@ -100,7 +111,7 @@ def refuse(path: str, part: Part) -> PartialCheckpoint:
     return PartialCheckpoint(
         f"{path} is {part.text}",
         path=path,
-        hint=f"ckptool keys --all {quoted(path)}   lists what is in this part",
+        hint=f"ckptool keys --all {argument(path)}   lists what is in this part",
     )
 
 
@@ -109,9 +120,8 @@ def refuse(path: str, part: Part) -> PartialCheckpoint:
 
 def _zero_optimizer(file: File) -> Part | None:
     """Recognise the slices of float32 weights that each rank of ZeRO has."""
-    state = dict(named_items(file.top.get("optimizer_state_dict")))
-    flat = {"single_partition_of_fp32_groups", "fp32_flat_groups"} & set(state)
-    if not flat or file.entries:
+    state = {} if file.entries else dict(named_items(file.top.get("optimizer_state_dict")))
+    if state.keys().isdisjoint(("single_partition_of_fp32_groups", "fp32_flat_groups")):
         return None
     count = state.get("partition_count")
     counts = count if isinstance(count, list) else [count]
@@ -126,21 +136,28 @@ def _zero_optimizer(file: File) -> Part | None:
 
 def _zero_model(file: File) -> Part | None:
     """Recognise a model whose parameters are elsewhere: of other shapes than are noted beside."""
-    said: dict[str, tuple[int, ...] | None] = {}
-    for name in ("param_shapes", "frozen_param_shapes"):
-        groups = file.top.get(name)
-        for group in groups if isinstance(groups, list) else [groups]:
-            said |= {key: sizes_of(value) for key, value in named_items(group)}
-    weights = {key: each for key, each in file.entries.items() if isinstance(each, TENSORS)}
-    empty = [key for key, size in said.items() if key in weights and weights[key].shape != size]
+    empty = [
+        key
+        for key, value in file.entries.items()
+        if key in file.shapes and isinstance(value, TENSORS) and value.shape != file.shapes[key]
+    ]
     if not empty:
         return None
     world = file.top.get("dp_world_size")
     where = (
-        f"{len(empty)} of {counted(len(said), 'parameter')} are placeholders; "
+        f"{len(empty)} of {counted(len(file.shapes), 'parameter')} are placeholders; "
         "the values are in the optim_states.pt files of all ranks"
     )
     return file.part("DeepSpeed ZeRO stage 3", where, world=world if type(world) is int else None)
+
+
+def _noted_shapes(top: Mapping[str, Node]) -> dict[str, tuple[int, ...] | None]:
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for name in ("param_shapes", "frozen_param_shapes"):
+        groups = top.get(name)
+        for group in groups if isinstance(groups, list) else [groups]:
+            shapes |= {key: sizes_of(value) for key, value in named_items(group)}
+    return shapes
 
 
 def _placeholders(file: File) -> Part | None:
@@ -211,20 +228,19 @@ def _distributed(file: File) -> Part | None:
 
 def _parallel(file: File) -> Part | None:
     """Recognise a model that was cut, by the arguments of its training."""
-    if not file.entries:
+    if not file.entries or not file.cuts:
         return None
-    cuts: dict[str, int] = {}
-    for name, value in _arguments(file.top):
-        if name in _CUTS and type(value) is int and value > 1:
-            cuts[_CUTS[name]] = value
-    if not cuts:
-        return None
-    world = 1
-    for count in cuts.values():
-        world *= count
-    how = " and ".join(f"{what} of {count}" for what, count in cuts.items())
+    how = " and ".join(f"{what} of {count}" for what, count in file.cuts.items())
     where = f"trained with {how}; the other ranks have the rest of the weights"
-    return file.part("a model-parallel checkpoint", where, world=world)
+    return file.part("a model-parallel checkpoint", where, world=prod(file.cuts.values()))
+
+
+def _cuts(top: Mapping[str, Node]) -> dict[str, int]:
+    return {
+        _CUTS[name]: value
+        for name, value in _arguments(top)
+        if name in _CUTS and type(value) is int and value > 1
+    }
 
 
 def _arguments(top: Mapping[str, Node]) -> Iterator[tuple[str, Node]]:
@@ -245,12 +261,15 @@ def _attributes(node: Node) -> list[tuple[str, Node]]:
 
 def _references(file: File) -> Part | None:
     """Recognise entries that say in which file a tensor is."""
-    for each in file.top.values():
-        inside = [value for _, value in items(each) or []]
-        if any(isinstance(value, Object) and value.callee == _XSER for value in inside):
-            name = os.path.basename(file.path)
-            return Part("a checkpoint of torch_xla (xser)", f"the values are in {name}.tensors/")
-    return None
+    if not file.references:
+        return None
+    where = f"the values are in {os.path.basename(file.path)}.tensors/"
+    return Part("a checkpoint of torch_xla (xser)", where)
+
+
+def _refers(top: Mapping[str, Node]) -> bool:
+    inside = (value for each in top.values() for _, value in items(each) or [])
+    return any(isinstance(value, Object) and value.callee == _XSER for value in inside)
 
 
 _TESTS: tuple[Callable[[File], Part | None], ...] = (

@@ -24,7 +24,7 @@ from ckptool.state.edit_options import stripping
 from ckptool.state.edits import Edit
 from ckptool.text import several
 from ckptool.verbs import surgery
-from ckptool.verbs.plan import MIN_MATCH, Options, WriteOptions
+from ckptool.verbs.options import MIN_MATCH, Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
 
 if TYPE_CHECKING:  # each verb loads what it alone needs

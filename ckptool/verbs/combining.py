@@ -17,7 +17,7 @@ from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TensorInfo
 from ckptool.verbs import surgery
-from ckptool.verbs.plan import Options
+from ckptool.verbs.options import Options
 from ckptool.verbs.surgery import Rewrite
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
 from ckptool.text import counted, percent, quoted, shape, visible
 from ckptool.verbs import surgery
-from ckptool.verbs.plan import MIN_MATCH, argument
+from ckptool.verbs.options import MIN_MATCH
+from ckptool.verbs.plan import argument
 from ckptool.verbs.surgery import Options, Rewrite
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine

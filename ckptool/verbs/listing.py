@@ -127,7 +127,7 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
             entries=[*walk.named(checkpoint.tree), *inside],
             beside=[],
             arrays=arrays,
-            part=places.part_of(checkpoint, None),
+            part=places.part_of(checkpoint, None) if every else None,
         )
     tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
     beside = places.beside(checkpoint.tree, state.at)
@@ -142,7 +142,8 @@ def _arrays(
     found = walk.arrays(checkpoint.tree)
     held: list[Entry] = [(walk.dotted(path), info) for path, info in found]
     tops = [each.at for each in states]
-    pairs = ((at, places.state_dict_at(checkpoint, at).entries) for at in tops if held)
+    known: places.Steps = {}
+    pairs = ((at, places.state_dict_at(checkpoint, at, known).entries) for at in tops if held)
     keys = {walk.dotted((*at, key)) for at, entries in pairs for key in entries}
     inside = [each for each in held if each[0] in keys]
     return inside, [each for each in held if each[0] not in keys]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict
 
 from ckptool import containers, text
 from ckptool.containers import Left
@@ -28,51 +27,9 @@ from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
 from ckptool.text import counted, listed, quoted
+from ckptool.verbs.options import Options
 
-MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
 CONSTANTS = "constants of the code"  # where a frozen module has its weights
-Container = Literal["torch", "safetensors", "dcp"]
-
-
-class WriteOptions(TypedDict, total=False):
-    """The keywords of every verb that writes, as on the command line.
-
-    `at` chooses among several state_dicts, `to` the container; `drop_beside` (a pattern or
-    several) leaves out what is beside the state_dict, `keep_records` keeps further records of a
-    torch zip; `force` replaces the target, `in_place` the source; `dry_run` plans alone;
-    `tensors_only` leaves behind what is neither a tensor nor plain, `untie` writes tied tensors as
-    copies, `allow_expand` allows an output of more than 4 times the input; without `sync` the
-    flush to disk is left to the system.
-    """
-
-    at: str | None
-    to: Container | None
-    drop_beside: str | Sequence[str]
-    keep_records: bool
-    force: bool
-    in_place: bool
-    dry_run: bool
-    tensors_only: bool
-    untie: bool
-    allow_expand: bool
-    sync: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The same, with what holds where nothing is said."""
-
-    at: str | None = None
-    to: Container | None = None
-    drop_beside: str | Sequence[str] = ()
-    keep_records: bool = False
-    force: bool = False
-    in_place: bool = False
-    dry_run: bool = False
-    tensors_only: bool = False
-    untie: bool = False
-    allow_expand: bool = False
-    sync: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +116,7 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
     """Find the state_dict and edit its keys and values; nothing is put into the tree yet."""
     checkpoint, bare = plan.checkpoint, plan.bare
     needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
-    state = places.find(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
+    state = places.locate(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
     places.refuse_part(checkpoint, state)
     plan.state = state
     if checkpoint.program and options.in_place:
@@ -296,8 +253,8 @@ def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
     node = replacing.make_state_dict(state.entries, state.metadata, like)
     plan.checkpoint = replace(plan.checkpoint, tree=node)
     if not container.traits.objects:
-        text = dict(places.named_items(node))
-        odd = [key for key in state.entries if key not in text]
+        named = dict(places.named_items(node))
+        odd = [key for key in state.entries if key not in named]
         if odd:
             plan.notes.append(f"keys that are not text are written as text: {listed(odd)}")
         plan.not_carried += module_metadata.left(node)
@@ -353,8 +310,8 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
         if plan.state is None:
             plan.not_carried += left
             here = set(_all_keys(plan.checkpoint))
-            for key in [key for key in plan.key_map.written if key not in here]:
-                _drop(plan, key, "needs what is not plain")
+            gone = [key for key in plan.key_map.written if key not in here]
+            _drop(plan, dict.fromkeys(gone, "needs what is not plain"))
         else:
             _leave_entries(plan, left, bare=bare)
     container = containers.by_name(plan.container)
@@ -372,9 +329,8 @@ def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
         kept = places.state_dict_at(plan.checkpoint, at).entries
     except KeyError:
         raise NothingMatched("--tensors-only would leave nothing of the state_dict") from None
-    gone = [key for key in plan.state.entries if key not in kept]
-    for key in gone:
-        _drop(plan, key, _why_left(plan.state.entries[key]))
+    gone = {key: _why_left(value) for key, value in plan.state.entries.items() if key not in kept}
+    _drop(plan, gone)
     inside = {walk.dotted((*at, key)) for key in gone}
     plan.not_carried += [place for place in left if place not in inside]
     plan.state = replace(plan.state, entries=kept)
@@ -391,14 +347,11 @@ def _refuse_empty(plan: Plan, source: Checkpoint) -> None:
     why = [*(state.missing if state else ()), *lost, *fixed]
     if not why and (state or not any(walk.tensors(source.tree))):
         return
+    hint = "a module has them before torch.jit.freeze: save that" if fixed else ""
+    if any(walk.tensors(source.tree)):
+        hint = f"ckptool keys --all {text.argument(source.path)}   lists all tensors by their path"
     raise NothingMatched(
-        f"{source.path}: none of the weights would be written",
-        evidence=why[:8],
-        hint=f"ckptool keys --all {quoted(source.path)}   lists all tensors by their path"
-        if any(walk.tensors(source.tree))
-        else ""
-        if not fixed
-        else "a module has them before torch.jit.freeze: save that",
+        f"{source.path}: none of the weights would be written", evidence=why[:8], hint=hint
     )
 
 
@@ -413,24 +366,23 @@ def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
     """Name what the container leaves out: ties always, what does not fit with --tensors-only."""
     assert plan.state is not None
     if options.tensors_only:
-        for key, reason in left.unfit.items():
-            _drop(plan, key, reason)
+        _drop(plan, left.unfit)
         entries = {key: value for key, value in plan.state.entries.items() if key not in left.unfit}
         plan.state = replace(plan.state, entries=entries)
-    for key, kept in left.ties.items():
-        _drop(plan, key, f"tied to {kept}")
+    _drop(plan, {key: f"tied to {kept}" for key, kept in left.ties.items()})
     if left.ties:
         plan.notes.append("ties are noted in the file: `ckptool convert` brings them back")
 
 
-def _drop(plan: Plan, new: str, reason: str) -> None:
-    """Count an entry as dropped after all; `new` is the name it would have had."""
-    old = next(old for old, here in plan.key_map.pairs if here == new)
-    pairs = tuple((key, None if here == new else here) for key, here in plan.key_map.pairs)
+def _drop(plan: Plan, reasons: Mapping[str, str]) -> None:
+    """Count entries as dropped after all; `reasons` are by the names that they would have had."""
+    old = {here: key for key, here in plan.key_map.pairs}
+    pairs = tuple((key, None if here in reasons else here) for key, here in plan.key_map.pairs)
     plan.key_map = replace(plan.key_map, pairs=pairs)
-    value = plan.state.entries.get(new) if plan.state else None
-    shape = value.shape if isinstance(value, TENSORS) else None
-    plan.dropped.append(Dropped(old, new, reason, shape))
+    for new, reason in reasons.items():
+        value = plan.state.entries.get(new) if plan.state else None
+        shape = value.shape if isinstance(value, TENSORS) else None
+        plan.dropped.append(Dropped(old[new], new, reason, shape))
 
 
 def _untie(plan: Plan) -> None:

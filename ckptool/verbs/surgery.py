@@ -27,7 +27,8 @@ from ckptool.state.edits import Edit
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
-from ckptool.verbs.plan import Dropped, Options, Plan, add_entries, make_plan
+from ckptool.verbs.options import Options
+from ckptool.verbs.plan import Dropped, Plan, add_entries, make_plan
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path

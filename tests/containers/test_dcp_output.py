@@ -17,7 +17,7 @@ from ckptool import containers
 from ckptool.errors import UnsafePickle
 from ckptool.state import walk
 from ckptool.verbs import api
-from ckptool.verbs.plan import WriteOptions
+from ckptool.verbs.options import WriteOptions
 
 torch = pytest.importorskip("torch")
 judge = pytest.importorskip("judge")

@@ -353,7 +353,7 @@ def test_no_input_of_several_is_overwritten(tmp_path: Path) -> None:
     for path in paths:
         torch.save({"w": torch.ones(3)}, path)
     before = paths[1].read_bytes()
-    from ckptool.verbs.plan import Options
+    from ckptool.verbs.options import Options
 
     with pytest.raises(WriteError):
         combining.average(paths, paths[1], options=Options(force=True))

@@ -20,7 +20,7 @@ from conftest import environment
 import ckptool
 from ckptool import errors
 from ckptool.errors import NoSuchKey, NothingMatched
-from ckptool.verbs import plan
+from ckptool.verbs import options
 
 RIGHT = """
 import ckptool
@@ -118,8 +118,8 @@ def test_no_public_function_takes_or_gives_anything(name: str) -> None:
 def test_keywords_of_writing_verbs_are_those_of_the_command_line() -> None:
     from ckptool.cli.unwrap import command
 
-    fields = [field.name for field in dataclasses.fields(plan.Options)]
-    assert list(plan.WriteOptions.__annotations__) == fields
+    fields = [field.name for field in dataclasses.fields(options.Options)]
+    assert list(options.WriteOptions.__annotations__) == fields
     flags = {parameter.name for parameter in command.params} - {
         "source", "target", "as_json", "quiet", "no_sync",
     }  # fmt: skip
