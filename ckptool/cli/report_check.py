@@ -67,7 +67,7 @@ def last_lines(
     lines = [f"{counted(len(results), 'file')}: {', '.join(counts)}"] if len(results) > 1 else []
     if others:
         named = listed(f"{each.file} ({each.detail})" for each in others)
-        lines.append(f"{counted(len(others), 'other file')}, not read as checkpoints: {named}")
+        lines.append(f"{counted(len(others), 'other file')}, not of a checkpoint: {named}")
     lines += [f"not looked at: {visible(path)} ({visible(skipped[path])})" for path in skipped]
     if not any(found.checked or found.not_checked for found in results):
         return lines

@@ -7,6 +7,7 @@ entries of the wrapper's own, which no model takes: `n_averaged` (torch/optim/sw
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,6 +26,7 @@ WRAPPERS = {
     "_module.": "Opacus, or a module of that name",
     "ema_model.": "EMA",
 }
+_HAS_WRAPPER = re.compile("|".join(map(re.escape, WRAPPERS)))
 COUNTERS = ("n_averaged", "step", "initted")
 BOOKKEEPING = "bookkeeping"  # the reason that reports state
 _ONLY_BESIDE = {"ema_model.": {"step", "initted"}}  # else it may be any module's name
@@ -165,8 +167,9 @@ def without(key: str, prefixes: Iterable[str], start: int = 1) -> str:
 def submodules(entries: Entries) -> set[str]:
     """Return which prefixes are names of submodules: `X.module.k` is the tensor of `module.k`."""
     found = set()
+    wrapped = [(key, value) for key, value in entries.items() if _HAS_WRAPPER.search(key)]
     for prefix in WRAPPERS:
-        for key, value in entries.items():
+        for key, value in wrapped:
             at = key.find(f".{prefix}")
             other = entries.get(key[at + 1 :]) if at >= 0 else None
             if not isinstance(value, TensorInfo) or not isinstance(other, TensorInfo):
@@ -185,7 +188,7 @@ def worn(entries: Entries) -> list[str]:
         but = f"all but {', '.join(sorted(found.bookkeeping))} start"
         every = but if found.bookkeeping else "every key starts"
         lines.append(f"{every} with `{found.prefix}` ({', '.join(found.kinds)})")
-    rests = [key.removeprefix(found.prefix) for key in entries]
+    rests = [key.removeprefix(found.prefix) for key in entries if _HAS_WRAPPER.search(key)]
     for prefix, kind in WRAPPERS.items():
         if prefix in names or prefix in _ONLY_BESIDE:
             continue

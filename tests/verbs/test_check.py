@@ -303,7 +303,7 @@ def test_a_folder_is_looked_at_whatever_names_are_in_it(run: Run, here: Path, go
         "mace.model", "policy.dat", "tetris", "weights.h5", "set",
     ]  # fmt: skip
     assert [row[1] for row in rows(done)] == ["unsafe"] * 4 + ["ok"]
-    assert "1 other file, not read as checkpoints: downloads/README.md (a text " in done.err
+    assert "1 other file, not of a checkpoint: downloads/README.md (a text " in done.err
     assert "not looked at: downloads/pipe (not a regular file)" in done.err
     assert "not looked at: downloads/more.tar.gz (a gzip archive " in done.err
     document = run("check", "--json", "downloads").document
