@@ -37,6 +37,7 @@ from ckptool.tensors.tensor import (
 
 UTILS = "torch._utils"
 FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+NDARRAY = Global("numpy", "ndarray")
 _ORDINARY = ("Tensor", "Parameter")
 _DEVICE_REBUILDS = (
     "_rebuild_device_tensor_from_numpy",
@@ -301,7 +302,7 @@ _LETTERS = dict(_KINDS.values())
 
 def is_array(node: Node) -> bool:
     """Check for an array of numpy, whatever it holds."""
-    return _made_by(node, "_reconstruct") and node.args[:1] == (Global("numpy", "ndarray"),)
+    return _made_by(node, "_reconstruct") and node.args[:1] == (NDARRAY,)
 
 
 def _made_by(node: Node, name: str) -> bool:

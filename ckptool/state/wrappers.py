@@ -167,7 +167,7 @@ def without(key: str, prefixes: Iterable[str], start: int = 1) -> str:
 def submodules(entries: Entries) -> set[str]:
     """Return which prefixes are names of submodules: `X.module.k` is the tensor of `module.k`."""
     found = set()
-    wrapped = [(key, value) for key, value in entries.items() if _HAS_WRAPPER.search(key)]
+    wrapped = [(key, value) for key, value in entries.items() if _HAS_WRAPPER.search(key, 1)]
     for prefix in WRAPPERS:
         for key, value in wrapped:
             at = key.find(f".{prefix}")
@@ -188,7 +188,8 @@ def worn(entries: Entries) -> list[str]:
         but = f"all but {', '.join(sorted(found.bookkeeping))} start"
         every = but if found.bookkeeping else "every key starts"
         lines.append(f"{every} with `{found.prefix}` ({', '.join(found.kinds)})")
-    rests = [key.removeprefix(found.prefix) for key in entries if _HAS_WRAPPER.search(key)]
+    unwrapped = (key.removeprefix(found.prefix) for key in entries)
+    rests = [rest for rest in unwrapped if _HAS_WRAPPER.search(rest)]
     for prefix, kind in WRAPPERS.items():
         if prefix in names or prefix in _ONLY_BESIDE:
             continue

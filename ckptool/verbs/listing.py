@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptool.pickles.subclasses import class_of
+from ckptool.pickles.subclasses import NDARRAY, class_of
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
@@ -139,6 +139,8 @@ def _arrays(
     checkpoint: Checkpoint, states: Sequence[StateDict | Candidate]
 ) -> tuple[list[Entry], list[Entry]]:
     """List the arrays of numpy by path: those in state_dicts, and the others."""
+    if NDARRAY not in checkpoint.globals:
+        return [], []
     found = walk.arrays(checkpoint.tree)
     held: list[Entry] = [(walk.dotted(path), info) for path, info in found]
     tops = [each.at for each in states]
