@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+# What computes is imported by functions: a listing of plain tensors needs none of it.
 from ckptool.pickles.tree import (
     Dict,
     Global,
@@ -25,7 +26,6 @@ from ckptool.pickles.tree import (
     children,
     items,
 )
-from ckptool.tensors import numbers, values
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import (
     TENSORS,
@@ -103,6 +103,8 @@ def _meta(node: Object) -> CompositeTensor | None:
 
 def _of_device(node: Object) -> TensorInfo | None:
     """Read a tensor of a device without storages (XLA): its elements, dtype and device."""
+    from ckptool.tensors import numbers, values
+
     match node.args:
         case (data, named, str(device), grad, *_):
             dtype = dtype_of(named)
@@ -312,7 +314,11 @@ def _made_by(node: Node, name: str) -> bool:
 
 def array(node: Node) -> TensorInfo | None:
     """Read an array of numpy as a tensor, None for anything else and what no tensor holds."""
-    match node.state if is_array(node) else None:
+    if not is_array(node):
+        return None
+    from ckptool.tensors import values
+
+    match node.state:
         case (_, shape, kind, fortran, data):
             sizes, found, raw = sizes_of(shape), _dtype(kind), _bytes(data)
             if sizes is None or found is None or raw is None:
@@ -402,6 +408,8 @@ def _listed(node: Node, dtype: DType | None) -> TensorInfo | None:
         flat = [inner for each in flat for inner in each]
     if dtype is None or not all(isinstance(each, int | float) for each in flat):
         return None
+    from ckptool.tensors import values
+
     held = dtype if _LETTERS.get(dtype) else DType.F32
     try:
         raw = struct.pack(f"<{len(flat)}{_LETTERS[held]}", *flat)

@@ -14,7 +14,6 @@ it. Each framework has a function here that looks at what it writes:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -214,9 +213,13 @@ def _flat(file: File) -> Part | None:
 
 def _distributed(file: File) -> Part | None:
     """Recognise a shard of a distributed checkpoint in safetensors: where its pieces begin."""
+    if SHARDING_INFO not in file.metadata:
+        return None
+    import json
+
     info: object = None
     with suppress(ValueError, RecursionError):
-        info = json.loads(file.metadata.get(SHARDING_INFO, "null"))
+        info = json.loads(file.metadata[SHARDING_INFO])
     if not isinstance(info, dict) or not file.entries:
         return None
     offsets = ((key, each.get("saved_offsets")) for key, each in info.items() if type(each) is dict)
