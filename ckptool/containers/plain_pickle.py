@@ -19,8 +19,9 @@ from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.spool import Spool
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.safety import names_in
+from ckptool.pickles.subclasses import bytes_of
 from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
-from ckptool.pickles.tree import Global, Node, Object, OldString
+from ckptool.pickles.tree import Global, Node, Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage
 from ckptool.text import readable
@@ -105,7 +106,7 @@ class _Embedded(TorchVocabulary):
             case Global("_codecs", "encode"), (str(text), "latin1" | "latin-1"):
                 return text.encode("latin-1")
             case Global("torch.storage", "_load_from_bytes"), (argument,):
-                content = _content(argument)
+                content = bytes_of(argument)
                 return node if content is None else self._file(content, node)
         return super().called(node)
 
@@ -150,18 +151,6 @@ class _Embedded(TorchVocabulary):
 
 def _no_storage(storage: StorageId) -> Storage:
     raise Malformed(f"a persistent id in a plain pickle: {storage.key}")
-
-
-def _content(node: Node) -> bytes | None:
-    """Return bytes as any protocol writes them, and Python 2."""
-    match node:
-        case bytes():
-            return node
-        case OldString():
-            return node.data
-        case str():
-            return node.encode("utf-8")
-    return None
 
 
 CONTAINERS = (Container("plain-pickle", "plain pickle", "", (".joblib",), (), is_pickle, read),)

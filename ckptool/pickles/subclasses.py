@@ -320,7 +320,7 @@ def array(node: Node) -> TensorInfo | None:
 
     match node.state:
         case (_, shape, kind, fortran, data):
-            sizes, found, raw = sizes_of(shape), _dtype(kind), _bytes(data)
+            sizes, found, raw = sizes_of(shape), _dtype(kind), bytes_of(data)
             if sizes is None or found is None or raw is None:
                 return None
             dtype, order = found
@@ -351,7 +351,7 @@ def number(node: Node) -> bool | int | float | None:
     """Read a number of numpy, None for anything else."""
     match node.args if _made_by(node, "scalar") else ():
         case (kind, data):
-            found, raw = _dtype(kind), _bytes(data)
+            found, raw = _dtype(kind), bytes_of(data)
             letter = _LETTERS[found[0]] if found else ""
             if found and raw and letter and struct.calcsize(letter) == len(raw):
                 value: bool | int | float = struct.unpack(_ENDS[found[1]] + letter, raw)[0]
@@ -375,20 +375,25 @@ def _dtype(node: Node) -> tuple[DType, str] | None:
     return (dtype, "big" if end == ">" else "little") if dtype else None
 
 
-def _bytes(node: Node) -> bytes | None:
+def bytes_of(node: Node) -> bytes | None:
     """Read bytes, which protocol 2 writes as text that is encoded, and Python 2 as a string."""
     match node:
         case bytes():
             return node
         case OldString():
             return node.data
-        case Object(callee=Global(module="_codecs", name="encode"), args=(str(text), *_)):
-            return text.encode("latin-1", "replace")
         case Object(callee=Global(name="bytes"), args=()):
             return b""
-        case str():
-            return node.encode("utf-8", "replace")
-    return None
+        case Object(callee=Global(module="_codecs", name="encode"), args=(str(text), *_)):
+            encoding = "latin-1"
+        case str(text):
+            encoding = "utf-8"
+        case _:
+            return None
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError:
+        return None
 
 
 def _swapped(raw: bytes, width: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -169,3 +170,21 @@ def test_none_of_the_weights_is_refused(run: Callable[..., Any]) -> None:
     torch.jit.save(traced, "traced.pt")
     assert run("unwrap", "traced.pt", "out.pth").code == 0
     assert torch.equal(torch.load("out.pth")["0.weight"], model[0].weight)
+
+
+def test_an_array_whose_text_is_not_bytes_is_none(run: Any, tmp_path: Path) -> None:
+    """Protocol 2 writes bytes as Latin-1 text; what numpy would refuse is not guessed."""
+    torch.save(
+        {"w": np.array([200, 1, 2, 3], dtype="u1"), "x": torch.ones(1)}, tmp_path / "good.pth"
+    )
+    found = run("keys", tmp_path / "good.pth", "--json").document["tensors"]
+    assert [each["key"] for each in found] == ["w", "x"]
+    with (
+        zipfile.ZipFile(tmp_path / "good.pth") as source,
+        zipfile.ZipFile(tmp_path / "odd.pth", "w") as made,
+    ):
+        for name in source.namelist():
+            old, new = "\xc8\1\2\3".encode(), "\u0100\1\2\3".encode()  # U+0100 is no byte
+            made.writestr(name, source.read(name).replace(old, new))
+    found = run("keys", tmp_path / "odd.pth", "--json").document["tensors"]
+    assert [each["key"] for each in found] == ["x"]
