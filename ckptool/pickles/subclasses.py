@@ -34,6 +34,7 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
+from ckptool.text import length
 
 UTILS = "torch._utils"
 FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
@@ -47,13 +48,13 @@ _DEVICE_REBUILDS = (
 
 
 def sizes_of(node: Node) -> tuple[int, ...] | None:
-    """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
+    """Read a size or stride: a tuple or list of lengths, or a call of torch.Size on one."""
     if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
         node = node.args[0]
     if type(node) is not tuple and type(node) is not list:
         return None
     for number in node:
-        if type(number) is not int:
+        if length(number) is None:
             return None
     return tuple(node)
 
@@ -277,7 +278,7 @@ def _slots(node: Node) -> dict[str, Node]:
 
 
 def _number(node: Node) -> int | None:
-    return node if type(node) is int else None
+    return length(node)
 
 
 # Arrays and numbers of numpy.
@@ -324,7 +325,7 @@ def array(node: Node) -> TensorInfo | None:
             if sizes is None or found is None or raw is None:
                 return None
             dtype, order = found
-            if min(sizes, default=0) < 0 or dtype.nbytes(prod(sizes)) != len(raw):
+            if dtype.nbytes(prod(sizes)) != len(raw):
                 return None
             stride = contiguous_stride(sizes)
             if fortran:

@@ -28,7 +28,7 @@ from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
 from ckptool.text import argument, counted, shape
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
-_RANK = re.compile(r"rank_?(\d+)")
+_RANK = re.compile(r"rank_?([0-9]+)")
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
 _XSER = Global("torch_xla.utils.serialization", "TensorReference")
 # How many ways a model was cut, where arguments of a training say so.
