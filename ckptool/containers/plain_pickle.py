@@ -30,14 +30,14 @@ from ckptool.tensors.tensor import Storage
 from ckptool.text import readable
 
 MAX_READ = 512 << 20  # such a file is read into memory
-_ARRAY_MODULE = b"multiarray"  # numpy.core's or numpy._core's, in every pickled array
+_ARRAYS = b"multiarray", b"_frombuffer"  # in what numpy pickles: module; function, of protocol 5
 _LOAD = Global("torch.storage", "_load_from_bytes")
 _BETWEEN = 16  # bytes at most from the end of its argument to a call: MEMOIZE, TUPLE1 ...
 
 
 def read(reader: Reader) -> Checkpoint | None:
     """Read the pickle and the torch files in it; None for one without."""
-    if not _mentions(reader, _LOAD.name.encode(), _ARRAY_MODULE):
+    if not _mentions(reader, _LOAD.name.encode(), *_ARRAYS):
         return None
     if reader.nbytes > MAX_READ:
         raise LimitExceeded(f"a plain pickle of more than {readable(MAX_READ)}")
