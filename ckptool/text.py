@@ -48,17 +48,15 @@ def _as_bytes(found: re.Match[str]) -> str:
     return "".join(f"\\{byte:03o}" for byte in found[0].encode("utf-8", escapes))
 
 
-def length(stated: object, base: int = 10) -> int | None:
-    """Return the length below 2^63 that a file or a server states; None for anything else.
+def length(stated: object, base: int = 0) -> int | None:
+    """Return the length below 2^63 that a file or a server states, None for anything else.
 
-    `int` also takes signs, spaces, `1_000` and the digits of all scripts, and True is an int.
+    With a base it is text: `int` also takes signs, spaces, `1_000` and the digits of all scripts.
     """
-    if isinstance(stated, bytes):
-        stated = stated.decode("latin-1")
-    if isinstance(stated, str):
-        digits = "0123456789abcdef"[:base]
-        valid = 0 < len(stated) < 100 and not stated.lower().strip(digits)
-        stated = int(stated, base) if valid else None
+    if base:
+        text = stated.decode("latin-1") if isinstance(stated, bytes) else str(stated)
+        known = 0 < len(text) < 100 and not text.lower().strip("0123456789abcdef"[:base])
+        stated = int(text, base) if known else None
     return stated if type(stated) is int and 0 <= stated < 1 << 63 else None
 
 

@@ -28,6 +28,7 @@ from ckptool.pickles.tree import (
     PersistentId,
     Set,
 )
+from ckptool.text import length
 
 MAX_OPCODES = 10_000_000
 MAX_STATE_MEMO = 1000
@@ -454,15 +455,16 @@ class _Machine:
             self.pop_level()
 
     def put(self, key: int) -> None:
-        if key < 0:
-            self.fail("a negative memo key")
         self.memo.put(key, self.stack[-1])
 
     def get(self) -> None:
-        key = self.line()
-        if not key.isdigit():  # as picklers write it, and `Memo` looks for it
-            self.fail("a memo key that is no number")
-        self.push(self.memo.get(self.decimal(key)))
+        self.push(self.memo.get(self.memo_key()))
+
+    def memo_key(self) -> int:
+        key = length(self.line(), 10)
+        if key is None:  # digits alone, as picklers write it, and `Memo` looks for it
+            self.fail("a memo key that is not a number")
+        return key
 
     def proto(self) -> None:
         self.protocol = self.take(1)[0]
@@ -529,7 +531,7 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x31: _Machine.pop_level,  # POP_MARK
     0x32: lambda m: m.push(m.stack[-1]),  # DUP
     0x67: _Machine.get,  # GET
-    0x70: lambda m: m.put(m.decimal(m.line())),  # PUT
+    0x70: lambda m: m.put(m.memo_key()),  # PUT
     0x94: lambda m: m.put(m.memo.entries),  # MEMOIZE
     0x63: lambda m: m.push(m.global_line()),  # GLOBAL
     0x93: _Machine.stack_global,  # STACK_GLOBAL

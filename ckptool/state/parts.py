@@ -32,7 +32,7 @@ from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
 from ckptool.text import argument, counted, listed, shape
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
-_RANK = re.compile(r"rank_?(\d+)")
+_RANK = re.compile(r"rank_?([0-9]+)")
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
 _OF_RANK = {  # the rank is the group; where it is empty, parts are numbered otherwise
     r"consolidated\.(\d+)\.pth": "a model-parallel checkpoint of Llama",
