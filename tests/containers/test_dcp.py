@@ -433,7 +433,7 @@ def test_what_would_run_is_named_and_not_carried(
     elif where == "popped":
         call = pickle.dumps(Call(), 4)[2:-1]
         data = (folder / ".metadata").read_bytes()
-        (folder / ".metadata").write_bytes(data[:-1] + call + b"0.")
+        (folder / ".metadata").write_bytes(data[:-1] + b"N0" + call + b"0.")  # its FRAME is full
     else:
         states = two_ranks()
         for state in states:
