@@ -48,6 +48,20 @@ def _as_bytes(found: re.Match[str]) -> str:
     return "".join(f"\\{byte:03o}" for byte in found[0].encode("utf-8", escapes))
 
 
+def length(stated: object, base: int = 10) -> int | None:
+    """Return the length below 2^63 that a file or a server states; None for anything else.
+
+    `int` also takes signs, spaces, `1_000` and the digits of all scripts, and True is an int.
+    """
+    if isinstance(stated, bytes):
+        stated = stated.decode("latin-1")
+    if isinstance(stated, str):
+        digits = "0123456789abcdef"[:base]
+        valid = 0 < len(stated) < 100 and not stated.lower().strip(digits)
+        stated = int(stated, base) if valid else None
+    return stated if type(stated) is int and 0 <= stated < 1 << 63 else None
+
+
 def counted(count: int, noun: str) -> str:
     """Write a count with its noun: `1 tensor`, `2 tensors`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -56,9 +56,9 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     except FormatError as error:
         return what + _danger(error.named), ""
     danger = _danger(parsed.globals)
-    if _is_paddle(parsed.tree):
+    if is_paddle(parsed.tree):
         what = f"a state_dict of PaddlePaddle ({size}), a plain pickle"
-    hint = "paddle.load reads it" if _is_paddle(parsed.tree) else _hint(parsed.globals)
+    hint = "paddle.load reads it" if is_paddle(parsed.tree) else _hint(parsed.globals)
     hint = "" if danger else hint
     return f"{what}: {_content(parsed.tree)}{danger}", hint
 
@@ -155,7 +155,7 @@ def _kind(node: Node) -> str:
     return type(node).__name__.lower().replace("nonetype", "None")
 
 
-def _is_paddle(tree: Node) -> bool:
+def is_paddle(tree: Node) -> bool:
     """Check for the note that PaddlePaddle keeps in a state_dict (paddle/framework/io.py)."""
     return any(name == "StructuredToParameterName@@" for name, _ in named_items(tree))
 

@@ -17,6 +17,7 @@ from math import prod
 
 # What computes is imported by functions: a listing of plain tensors needs none of it.
 from ckptool.pickles.tree import (
+    ByteArray,
     Dict,
     Global,
     Node,
@@ -303,8 +304,9 @@ _LETTERS = dict(_KINDS.values())
 
 
 def is_array(node: Node) -> bool:
-    """Check for an array of numpy, whatever it holds."""
-    return _made_by(node, "_reconstruct") and node.args[:1] == (NDARRAY,)
+    """Check for an array of numpy, whatever it holds; protocol 5 has a function for the plain."""
+    made = _made_by(node, "_reconstruct") and node.args[:1] == (NDARRAY,)
+    return made or _made_by(node, "_frombuffer")
 
 
 def _made_by(node: Node, name: str) -> bool:
@@ -318,22 +320,23 @@ def array(node: Node) -> TensorInfo | None:
         return None
     from ckptool.tensors import values
 
-    match node.state:
-        case (_, shape, kind, fortran, data):
+    match node.args if node.state is None else node.state:
+        case (_, shape, kind, fortran, data) | (data, kind, shape, "F" | "C" as fortran):
             sizes, found, raw = sizes_of(shape), _dtype(kind), bytes_of(data)
-            if sizes is None or found is None or raw is None:
-                return None
-            dtype, order = found
-            if min(sizes, default=0) < 0 or dtype.nbytes(prod(sizes)) != len(raw):
-                return None
-            stride = contiguous_stride(sizes)
-            if fortran:
-                stride = contiguous_stride(sizes[::-1])[::-1]
-            if order == "big":
-                raw = _swapped(raw, dtype.swap)
-            info = values.literal(raw, dtype, sizes, f"array {node.offset}")
-            return replace(info, stride=stride, origin=node)
-    return None
+        case _:
+            return None
+    if sizes is None or found is None or raw is None:
+        return None
+    dtype, order = found
+    if min(sizes, default=0) < 0 or dtype.nbytes(prod(sizes)) != len(raw):
+        return None
+    stride = contiguous_stride(sizes)
+    if fortran in (True, "F"):
+        stride = contiguous_stride(sizes[::-1])[::-1]
+    if order == "big":
+        raw = _swapped(raw, dtype.swap)
+    info = values.literal(raw, dtype, sizes, f"array {node.offset}")
+    return replace(info, stride=stride, origin=node)
 
 
 def as_tensor(value: Node) -> Node:
@@ -380,7 +383,7 @@ def bytes_of(node: Node) -> bytes | None:
     match node:
         case bytes():
             return node
-        case OldString():
+        case OldString() | ByteArray():
             return node.data
         case Object(callee=Global(name="bytes"), args=()):
             return b""
