@@ -352,6 +352,6 @@ CONTAINERS = (
         (".metadata", "__*.metadata"),
         sniff,
         read,
-        traits=Traits(beside_files=True),
+        traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from ckptool.containers import torch_legacy, torch_zip
-from ckptool.containers._container import Container
+from ckptool.containers._container import Container, Traits
 from ckptool.containers._pickles import JOBLIB_ARRAY, inline_array, is_paddle, is_pickle
 from ckptool.errors import FormatError, LimitExceeded, Malformed
 from ckptool.files.fileio import CHUNK, Reader
@@ -163,4 +163,15 @@ def _no_storage(storage: StorageId) -> Storage:
     raise Malformed(f"a persistent id in a plain pickle: {storage.key}")
 
 
-CONTAINERS = (Container("plain-pickle", "plain pickle", "", (".joblib",), (), is_pickle, read),)
+CONTAINERS = (
+    Container(
+        "plain-pickle",
+        "plain pickle",
+        "",
+        (".joblib",),
+        (),
+        is_pickle,
+        read,
+        traits=Traits(read_as=("pickle", "zip")),  # it may hold torch zips
+    ),
+)

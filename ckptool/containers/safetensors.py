@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
@@ -79,8 +81,6 @@ def _metadata(value: Any) -> dict[str, str]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise Malformed("`__metadata__` is not a map of text", offset=8)
-    if not all(module_metadata.is_text(text) for pair in value.items() for text in pair):
-        raise Malformed("`__metadata__` holds half a character", offset=8)
     return value
 
 
@@ -100,6 +100,8 @@ def _tensor(reader: Reader, key: str, entry: Any, base: int) -> TensorInfo:
         if not sizes or sizes[-1] % 2:
             raise Malformed(f"{key} ends in half a byte", offset=8)
         sizes[-1] //= 2
+    if any(count >= 1 << 64 for count in accumulate(sizes, mul)):  # though a zero may follow
+        raise Malformed(f"the shape of {key} has too many elements", offset=8)
     shape, start = tuple(sizes), base + begin
     known = dtype if dtype.storage_class else None
     storage = Storage(reader.file, key, start, end - begin, known)
