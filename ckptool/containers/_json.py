@@ -7,8 +7,10 @@ import re
 from typing import Any
 
 from ckptool.errors import LimitExceeded, Malformed
+from ckptool.files import budget
 
 MAX_DEPTH = 64
+_WIDEST = 4  # bytes of a letter in memory
 
 
 def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
@@ -16,8 +18,7 @@ def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
 
     Raises `LimitExceeded`, or `Malformed` with the `offset`.
     """
-    if _is_deep(data):
-        raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
+    _refuse_much(data, what)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -40,14 +41,26 @@ def _refuse(token: str) -> Any:
 
 
 # Possessive, so that a text without its closing quote is passed over once and not again and again.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_SIZES = (
+    (b"{", budget.NODE),
+    (b"[", budget.NODE),
+    (b":", budget.TEXT),
+    (b",", budget.NUMBER),
+    (b'"', budget.TEXT),
+)
+_BRACKET = re.compile(rb"[\[{]|[\]}]")
 
 
-def _is_deep(data: bytes) -> bool:
-    """Check how deep brackets nest outside of texts: what would make the JSON parser recurse."""
+def _refuse_much(data: bytes, what: str) -> None:
+    """Refuse, by what is outside of texts, depth and what would take too much memory."""
+    spending = budget.current()
+    spending.spend(0, brief=data.count(b'"') * budget.TEXT)
+    outside = _TEXT.sub(b'"', data)
     depth = 0
-    for token in _TOKEN.finditer(data):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+    for bracket in _BRACKET.finditer(outside):
+        depth += 1 if bracket[0] in b"[{" else -1
         if depth > MAX_DEPTH:
-            return True
-    return False
+            raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
+    letters = len(data) * (2 if data.isascii() else 2 * _WIDEST)
+    spending.spend(letters + sum(outside.count(sign) * size for sign, size in _SIZES))
