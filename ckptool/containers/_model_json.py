@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from ckptool.containers import _json
 from ckptool.containers._records import Budget, Records, budget
 from ckptool.errors import Malformed, Unsupported
+from ckptool.files import budget as costs
 from ckptool.pickles.pickle_reader import Pickle, Vocabulary
 from ckptool.pickles.torch_objects import StorageId, quantized_call
 from ckptool.pickles.tree import Global, Node, Object
@@ -203,6 +204,7 @@ class _Tensors:
 
     def read(self, table: list[Any]) -> list[TensorInfo]:
         """Read every row."""
+        costs.current().spend(len(table) * (costs.TENSOR + costs.CALL))
         return [self._tensor(row) for row in table]
 
     def _tensor(self, row: Any) -> TensorInfo:

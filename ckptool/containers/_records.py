@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from ckptool.errors import LimitExceeded, Malformed
-from ckptool.files import zips
+from ckptool.files import budget as costs, zips
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.pickle_reader import Pickle, Vocabulary
@@ -67,6 +67,7 @@ class Records:
             error = Malformed(what, path=self.reader.path, offset=parsed.end)
             error.named, error.calls = parsed.globals, parsed.calls
             raise error
+        costs.current().spend(-len(pickled))  # it has been read by now
         return parsed
 
     def storage(self, said: StorageId, name: str, byteorder: str) -> Storage:
@@ -129,6 +130,7 @@ class Budget:
 
         Raises `LimitExceeded` when there are too many.
         """
+        costs.current().spend(len(name) + costs.PAIR)
         self.letters -= len(name) + _BESIDE_A_NAME + looks
         if self.letters < 0:
             raise LimitExceeded("modules that repeat each other without end")

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 
 from ckptool.containers import _model_json
 from ckptool.containers._container import Container
-from ckptool.containers._records import MAX_METADATA, Budget, Records, budget, read_records
+from ckptool.containers._records import Budget, Records, budget, read_records
 from ckptool.containers._script_source import ScriptClass, parse
 from ckptool.errors import LimitExceeded, Malformed
+from ckptool.files import budget as costs
 from ckptool.files.fileio import Reader
 from ckptool.pickles.pickle_reader import Pickle
 from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
@@ -146,7 +147,6 @@ class _Modules:
     without_source: dict[str, None] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     _sources: dict[str, dict[str, ScriptClass]] = field(default_factory=dict)
-    _inflated: int = 0
     _budget: Budget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -213,10 +213,10 @@ class _Modules:
         name = next((name for name in names if name in self.records.members), None)
         if name is None:
             return {}
-        self._inflated += self.records.members[name].nbytes
-        if self._inflated > max(MAX_METADATA, self.records.reader.nbytes):
-            raise LimitExceeded(f"{self._inflated} bytes of source text")
-        return parse(self.records.small(name).decode("utf-8", "replace"))
+        source = self.records.small(name)
+        lines = source.count(b"\n") * costs.NAME
+        costs.current().spend(2 * len(source) + lines + source.count(b'"') * costs.TEXT)
+        return parse(source.decode("utf-8", "replace"))
 
 
 _Kind = Callable[[ScriptClass | None, str], bool]
