@@ -8,7 +8,7 @@ keys), then for each key an 8-byte element count and the raw bytes, little-endia
 
 from __future__ import annotations
 
-from ckptool.containers._container import Container
+from ckptool.containers._container import Container, Traits
 from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.files import budget
 from ckptool.files.fileio import Reader
@@ -152,4 +152,16 @@ class _Window:
                 self._grow(min(4 * len(self._data), self._reader.nbytes))
 
 
-CONTAINERS = (Container("torch-legacy", "legacy torch", "", (), (), sniff, read, library="torch"),)
+CONTAINERS = (
+    Container(
+        "torch-legacy",
+        "legacy torch",
+        "",
+        (),
+        (),
+        sniff,
+        read,
+        traits=Traits(read_as=("pickle",)),
+        library="torch",
+    ),
+)
