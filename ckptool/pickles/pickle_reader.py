@@ -127,7 +127,8 @@ _TEXT_GETS = re.compile(rb"g(?=(\d{1,%d})\n)" % MAX_DIGITS)
 
 
 def _key(found: re.Match[bytes]) -> int:
-    return int.from_bytes(found[1], "little") if found.re is _LONG_GETS else int(found[1])
+    is_text = found.re is _TEXT_GETS
+    return length(found[1], 10) or 0 if is_text else int.from_bytes(found[1], "little")
 
 
 Phrase = tuple[Node, int, int]  # what was read, where it ends, how many opcodes that was
