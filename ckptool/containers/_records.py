@@ -62,11 +62,10 @@ class Records:
         """Parse the pickle in a record, and make its tensors."""
         pickled = self.small(name)
         parsed = pickle_reader.load(pickled, 0, TorchVocabulary(find))
-        if parsed.end != len(pickled):
-            what = f"{name} goes on after its end"
-            error = Malformed(what, path=self.reader.path, offset=parsed.end)
-            error.named, error.calls = parsed.globals, parsed.calls
-            raise error
+        with pickle_reader.remembered([parsed]):
+            if parsed.end != len(pickled):
+                what = f"{name} goes on after its end"
+                raise Malformed(what, path=self.reader.path, offset=parsed.end)
         return parsed
 
     def storage(self, said: StorageId, name: str, byteorder: str) -> Storage:

@@ -9,7 +9,7 @@ keys), then for each key an 8-byte element count and the raw bytes, little-endia
 from __future__ import annotations
 
 from ckptool.containers._container import Container
-from ckptool.errors import CkptoolError, FormatError, Malformed
+from ckptool.errors import CkptoolError, Malformed
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.pickle_reader import Ended, Pickle, Vocabulary
@@ -40,6 +40,11 @@ def _number(node: object) -> object:
 def read(reader: Reader) -> Checkpoint:
     """Read the five pickles and the counts before the storages."""
     window = _Window(reader)
+    with pickle_reader.remembered(window.seen):
+        return _read(reader, window)
+
+
+def _read(reader: Reader, window: _Window) -> Checkpoint:
     magic = window.load(0)
     version = window.load(magic.end)
     if version.tree != PROTOCOL_VERSION:
@@ -55,13 +60,8 @@ def read(reader: Reader) -> Checkpoint:
         named[storage.key] = storage
         return _storage(reader, storage, 0)
 
-    first = window.load(at, TorchVocabulary(note))
-    try:
-        keys = window.load(first.end)
-        places, end = _places(reader, named, keys)
-    except FormatError as error:
-        error.named, error.calls = {**error.named, **first.globals}, first.calls + error.calls
-        raise
+    keys = window.load(window.load(at, TorchVocabulary(note)).end)
+    places, end = _places(reader, named, keys)
 
     def find_storage(storage: StorageId) -> Storage:
         return _storage(reader, storage, places[storage.key])
@@ -122,6 +122,7 @@ class _Window:
     """The front of a file, read further as the pickles in it turn out to be longer."""
 
     def __init__(self, reader: Reader) -> None:
+        self.seen: list[Pickle] = []
         self._reader = reader
         self._data = reader.read(0, min(FIRST_WINDOW, reader.nbytes))
 
@@ -129,7 +130,8 @@ class _Window:
         """Parse the pickle at `start`."""
         while True:
             try:
-                return pickle_reader.load(self._data, start, vocabulary)
+                self.seen.append(pickle_reader.load(self._data, start, vocabulary))
+                return self.seen[-1]
             except Ended as error:
                 if len(self._data) == self._reader.nbytes:
                     error.hint = (
