@@ -32,6 +32,7 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
+from ckptool.text import length
 
 if TYPE_CHECKING:  # a listing writes nothing
     from ckptool.files.copying import PlannedFile
@@ -93,7 +94,7 @@ def _tensor(reader: Reader, key: str, entry: Any, base: int) -> TensorInfo:
     if dtype is None:
         raise Unsupported(f"{key} has the unknown dtype {name}", offset=8)
     numbers = (*sizes, begin, end)
-    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
+    if any(length(number) is None for number in numbers):
         raise Malformed(f"the entry of {key} has an impossible number", offset=8)
     if dtype is DType.F4:  # torch counts pairs of four-bit floats in the last dimension
         if not sizes or sizes[-1] % 2:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ckptool.pickles import calls as shapes
 from ckptool.pickles.calls import innermost as innermost
-from ckptool.pickles.names import Level, import_for, level
+from ckptool.pickles.names import Level, import_for, level, torch_for
 from ckptool.pickles.tree import (
     ByteArray,
     Dict,
@@ -31,13 +31,14 @@ class Verdict:
 
     `calls` are the first that are dangerous by their shape, and `dangerous` has the names that they
     would call, too. `imports` are modules without which `torch.load(weights_only=True)` does not
-    accept the rest.
+    accept the rest; `versions` say which torch alone accepts one of the names.
     """
 
     level: Level
     foreign: dict[Global, int]
     dangerous: dict[Global, int]
     imports: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
     calls: tuple[Object, ...] = ()
 
     def word(self, program: str) -> str:
@@ -62,7 +63,9 @@ def judge(named: Mapping[Global, int], calls: Iterable[Object] = ()) -> Verdict:
     worst = Level.FOREIGN if foreign else Level.PLAIN
     worst = Level.DANGEROUS if dangerous or shaped else worst
     imports = dict.fromkeys(filter(None, map(import_for, named)))
-    return Verdict(worst, foreign, dangerous, tuple(imports), tuple(call for call, _ in shaped))
+    versions = tuple(f"only {torch_for(each)} accepts {each}" for each in named if torch_for(each))
+    held = tuple(call for call, _ in shaped)
+    return Verdict(worst, foreign, dangerous, tuple(imports), versions, held)
 
 
 def judge_file(checkpoint: Pickled) -> Verdict:

@@ -608,3 +608,13 @@ def test_shards_without_their_index_are_damaged(run: Run, here: Path, good: Path
     assert rows(done)[0][:2] == ["parts", "damaged"]
     assert {row[1] for row in rows(done)[1:]} == {"ok"}
     assert "without their index" in rows(done)[0][2]
+
+
+def test_a_verdict_that_depends_on_torch_says_on_which(run: Run) -> None:
+    said = "only torch newer than 2.6 accepts torch.float8_e8m0fnu"
+    path = FIXTURES / "good" / "every_dtype.pth"
+    assert said in run("check", path).out
+    assert said in run("info", path).out
+    for command in ("check", "info"):
+        document = run(command, path, "--json").document
+        assert document.get("files", [document])[0]["versions"] == [said]
