@@ -55,8 +55,8 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     try:
         parsed = pickle_reader.load(data, 0, _Joblib(data))
     except FormatError as error:
-        return what + _danger(error.named), ""
-    danger = _danger(parsed.globals)
+        return what + _danger(error.named, error.calls), ""
+    danger = _danger(parsed.globals, parsed.calls)
     if is_paddle(parsed.tree):
         what = f"a state_dict of PaddlePaddle ({size}), a plain pickle"
     hint = "paddle.load reads it" if is_paddle(parsed.tree) else _hint(parsed.globals)
@@ -64,8 +64,8 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     return f"{what}: {_content(parsed.tree)}{danger}", hint
 
 
-def _danger(named: Mapping[Global, int]) -> str:
-    dangerous = listed(map(str, safety.judge(named).dangerous), 4)
+def _danger(named: Mapping[Global, int], calls: Iterable[Object]) -> str:
+    dangerous = listed(map(str, safety.judge(named, calls).dangerous), 4)
     return f"; it would run code when loaded: {dangerous}" if dangerous else ""
 
 

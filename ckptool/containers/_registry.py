@@ -17,6 +17,7 @@ from importlib import import_module
 from ckptool.containers._container import Container
 from ckptool.errors import EditError, FormatError, NotACheckpoint
 from ckptool.files.fileio import Reader
+from ckptool.pickles.pickle_reader import remembered
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.walk import refuse_deep
 
@@ -117,14 +118,16 @@ def _as_others_read(
 
 
 def _refusal(reader: Reader, head: bytes) -> NotACheckpoint:
-    from ckptool.containers import _others
+    from ckptool.containers import _others, _pickles
     from ckptool.files import archives
 
     what, hint = _others.describe(reader, head)
     members, command = archives.look(reader, suffixes)
-    return NotACheckpoint(
+    error = NotACheckpoint(
         f"{reader.path} is {what}", path=reader.path, evidence=members, hint=command or hint
     )
+    error.named, error.calls = _pickles.pickled(reader, head)
+    return error
 
 
 def _read(container: Container, reader: Reader) -> Checkpoint | None:
@@ -134,7 +137,8 @@ def _read(container: Container, reader: Reader) -> Checkpoint | None:
             checkpoint = container.read(reader)
             if checkpoint is None:
                 return None
-            refuse_deep(checkpoint.tree)
+            with remembered([checkpoint]):
+                refuse_deep(checkpoint.tree)
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path

@@ -20,8 +20,8 @@ from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shap
 from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
 from ckptool.files import budget
 from ckptool.files.fileio import Reader, Stamp
-from ckptool.pickles import pickle_reader
-from ckptool.pickles.names import Level, level
+from ckptool.pickles import pickle_reader, safety
+from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Dict, Global, Node, Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import (
@@ -55,7 +55,7 @@ def read(reader: Reader) -> Checkpoint:
     parsed = pickle_reader.load(reader.read(0, reader.nbytes))
     seen = _Seen()
     seen.note(name, parsed.globals, parsed.calls, carried=False)
-    try:
+    with pickle_reader.remembered([seen]):
         if parsed.end != reader.nbytes:
             raise Malformed("the index goes on after its end", offset=parsed.end)
         index = _dcp_metadata.parse(parsed.tree)
@@ -63,9 +63,6 @@ def read(reader: Reader) -> Checkpoint:
         beside.pop(name, None)
         parts = _read_parts(folder, index, beside, seen)
         tree = _nested(index, parts, folder or ".")
-    except FormatError as error:
-        error.named, error.calls = {**seen.globals, **error.named}, [*seen.calls, *error.calls]
-        raise
     used = {each.file for each in parts}
     unread = {each: nbytes for each, nbytes in beside.items() if each not in used}
     return Checkpoint(
@@ -108,13 +105,13 @@ def _notes(folder: str, unread: Iterable[str]) -> Iterator[str]:
 class _Seen:
     """What was met on the way through a folder: see the fields of `Checkpoint`.
 
-    `dangerous` are the pickles that name something dangerous.
+    `dangerous` are the pickles that would run code, `plain` names that need no judgement again.
     """
 
     globals: dict[Global, int] = field(default_factory=dict)
     calls: list[Object] = field(default_factory=list)
     dangerous: dict[str, None] = field(default_factory=dict)
-    levels: dict[Global, Level] = field(default_factory=dict)
+    plain: set[Global] = field(default_factory=set)
     files: list[tuple[str, Stamp]] = field(default_factory=list)
     records: dict[str, Storage] = field(default_factory=dict)
     unlisted: int = 0
@@ -124,16 +121,15 @@ class _Seen:
         self, pickle: str, named: dict[Global, int], calls: list[Object], *, carried: bool
     ) -> None:
         """Add what one pickle names; of the index, which no output carries, what is dangerous."""
-        for each, offset in named.items():
-            if each not in self.levels:
-                self.levels[each] = level(each)
-            if self.levels[each] is Level.DANGEROUS:
+        if calls or not self.plain.issuperset(named):
+            verdict = safety.judge(named, calls)
+            self.plain |= named.keys() - verdict.foreign.keys() - verdict.dangerous.keys()
+            if verdict.level is Level.DANGEROUS:
                 self.dangerous[pickle] = None
-            elif not carried:
-                continue
+                self.calls += calls
+            named = named if carried else verdict.dangerous
+        for each, offset in named.items():
             self.globals.setdefault(each, offset)
-        if pickle in self.dangerous:
-            self.calls += calls
 
 
 # The saved objects.

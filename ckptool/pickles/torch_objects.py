@@ -233,7 +233,8 @@ class TorchVocabulary(Vocabulary):
     def built(self, node: Node, state: Node) -> Node | None:
         """Apply its state to an object; a tensor of 2017 becomes whole by it."""
         if isinstance(node, TensorInfo) and isinstance(node.origin, Object):
-            if node.origin.steps:  # no pickler gives a tensor its state twice
+            stateful = node.origin.callee in (FROM_TYPE, _WITH_STATE)
+            if node.origin.steps or stateful:  # no pickler gives a tensor its state twice
                 return None
             origin = replace(node.origin, steps=[*node.origin.steps, ("build", state)])
             grad = state[0] if isinstance(state, tuple) and state else node.requires_grad

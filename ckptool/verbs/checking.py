@@ -34,7 +34,7 @@ from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
 from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.filename import hash_in
 from ckptool.pickles import safety
-from ckptool.pickles.names import Level, level
+from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
 from ckptool.state import checkpoint as places, walk
@@ -329,7 +329,7 @@ def _unchanged(checkpoint: Checkpoint, found: _Findings) -> None:
 
 
 def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool) -> Checked:
-    verdict = safety.judge(checkpoint.globals)
+    verdict = safety.judge_file(checkpoint)
     calls = safety.evidence(verdict, checkpoint.calls, checkpoint.tree, MAX_CALLS)
     found.checked.append("names")
     if verdict.foreign:
@@ -373,9 +373,9 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
 def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool) -> Checked:
     """Judge what the reader gave up on by what it had read before."""
     named, called = error.named, error.calls
-    if isinstance(error, NotACheckpoint) and os.path.isfile(path):
-        named, called = _of_no_checkpoint(path)
-    verdict = safety.judge(named)
+    if isinstance(error, NotACheckpoint):
+        named, called = _of_no_checkpoint(error)
+    verdict = safety.judge(named, called)
     calls = safety.evidence(verdict, called, None, MAX_CALLS)
     status = _STATUS.get(type(error), Status.DAMAGED)
     detail = _without_path(error, path)
@@ -406,19 +406,15 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
     )
 
 
-def _of_no_checkpoint(path: str) -> tuple[dict[Global, int], list[Object]]:
-    """Return the dangerous names of a pickle in no container; a text may look like one."""
-    try:
-        named, calls = containers.pickled(path)
-    except FormatError:
-        return {}, []
-    wanted = {
-        name: offset
-        for name, offset in named.items()
-        if level(name) is Level.DANGEROUS
-        and all(step.isidentifier() for step in f"{name}".split("."))
-    }
-    return wanted, calls
+def _of_no_checkpoint(error: FormatError) -> tuple[dict[Global, int], list[Object]]:
+    """Return what is dangerous in a pickle of no container; a text may look like one."""
+    calls = [call for call in error.calls if _is_name(safety.innermost(call))]
+    dangerous = safety.judge(error.named, calls).dangerous
+    return {name: offset for name, offset in dangerous.items() if _is_name(name)}, calls
+
+
+def _is_name(named: Global | None) -> bool:
+    return named is not None and all(step.isidentifier() for step in f"{named}".split("."))
 
 
 _STATUS = {
