@@ -41,6 +41,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.numbers import Tally
 from ckptool.text import counted, listed, readable, visible
+from ckptool.verbs import indices
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -220,6 +221,8 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
         places.candidates(checkpoint.tree)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
         found.part = places.part_of(checkpoint, None)
+        if beyond := indices.outside(checkpoint):
+            found.problems.append(f"indices that lead out of sparse tensors: {listed(beyond)}")
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
