@@ -38,6 +38,7 @@ INDEX = ".metadata"
 SHARD = ".distcp"
 # An index names a class of this module near its start; torch 1.12 had it under _shard.
 _NAMED = re.compile(rb"torch\.distributed\.(_shard\.)?checkpoint\.metadata")
+_OWN = re.compile(r"torch\.distributed\.(checkpoint|_shard)(\.|$)")
 # Files of Megatron core beside the index that hold what is no tensor of the model.
 _COMMON = "common.pt"
 
@@ -121,13 +122,13 @@ class _Seen:
     def note(
         self, pickle: str, named: dict[Global, int], calls: list[Object], *, carried: bool
     ) -> None:
-        """Add what one pickle names; of the index, which no output carries, what is dangerous."""
+        """Add what one pickle names; of the index, which no output carries, not its own records."""
         for each, offset in named.items():
             if each not in self.levels:
                 self.levels[each] = level(each)
             if self.levels[each] is Level.DANGEROUS:
                 self.dangerous[pickle] = None
-            elif not carried:
+            elif not carried and (self.levels[each] is Level.PLAIN or _OWN.match(each.module)):
                 continue
             self.globals.setdefault(each, offset)
         if pickle in self.dangerous:
