@@ -30,7 +30,9 @@ MAX_SHOWN = 12
 MAX_FOLDERS = 100  # that are looked into
 MAX_CHECKPOINTS = 20  # that are named where one must be chosen
 _USUAL = re.compile(rf"({'|'.join(STEMS)})(\.\w+)?\.(safetensors|bin)|.+\.ckpt")
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)")
+_SHARD = re.compile(
+    r"(?P<stem>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)", re.ASCII
+)
 # Of one rank, with pieces of tensors (torch/distributed/checkpoint/_hf_utils.py, _gen_file_name).
 _OF_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # Of training, not of a model.

@@ -10,6 +10,7 @@ from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.pickle_reader import Ended, Vocabulary
+from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Global, Node, Object, attribute
 from ckptool.state import naming
 from ckptool.state.checkpoint import named_items
@@ -90,12 +91,12 @@ def inline_array(node: Node, data: bytes, position: int) -> tuple[Node, int]:
         return node, position
     shape, dtype = attribute(node, "shape"), attribute(node, "dtype")
     itemsize = _itemsize(dtype)
-    sized = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-    if not sized or not itemsize:
+    sizes = sizes_of(shape)
+    if sizes is None or not itemsize:
         raise Malformed("an array of joblib whose size is not known", offset=position)
     if attribute(node, "numpy_array_alignment_bytes") is not None:
         position += 1 + data[position]
-    end = position + prod(shape) * itemsize
+    end = position + prod(sizes) * itemsize
     if end > len(data):
         raise Ended("an array of joblib goes on after the end", offset=position)
     fortran = attribute(node, "order") == "F"

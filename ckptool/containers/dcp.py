@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from ckptool.containers import _dcp_metadata, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
-from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
+from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.names import Level, level
@@ -51,6 +52,7 @@ def sniff(head: bytes) -> bool:
 def read(reader: Reader) -> Checkpoint:
     """Read the index, and of every saved object the directory and the pickle."""
     folder, name = os.path.split(reader.file)
+    budget.current().read(reader.nbytes)
     parsed = pickle_reader.load(reader.read(0, reader.nbytes))
     seen = _Seen()
     seen.note(name, parsed.globals, parsed.calls, carried=False)
@@ -197,6 +199,8 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
     _refuse_other(inner, part, entry)
     try:
         found = torch_zip.read(inner)
+    except TooCostly:
+        raise
     except FormatError as error:
         kind = type(error) if isinstance(error, Unsupported | LimitExceeded) else Malformed
         at = part.offset + (error.offset or 0)
@@ -324,7 +328,7 @@ def _nested(index: Index, parts: dict[Part, Node], folder: str) -> Node:
 def _slot(here: _Branch, step: Step, entry: Entry, places: int) -> dict[Step, Node]:
     if isinstance(step, str) is not here.names:
         raise Malformed(f"{entry.key} lies in a list by name, or in a dict by number")
-    if isinstance(step, int) and not 0 <= step < places:
+    if isinstance(step, int) and step >= places:
         raise Malformed(f"{entry.key} is number {step} of a list")
     return here.members
 

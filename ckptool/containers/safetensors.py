@@ -20,6 +20,7 @@ from ckptool.containers import _json
 from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles.subclasses import class_of, tensors_in
 from ckptool.pickles.tree import Node, attribute
@@ -34,6 +35,7 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
+from ckptool.text import length
 
 if TYPE_CHECKING:  # a listing writes nothing
     from ckptool.files.copying import PlannedFile
@@ -58,9 +60,12 @@ def read(reader: Reader) -> Checkpoint:
             offset=8,
             hint="it is truncated; get it again from where it came",
         )
+    budget.current().read(size)
     header = _json.load(reader.read(8, size), "the header", 8)
     metadata = _metadata(header.pop("__metadata__", {}))
+    budget.current().spend(len(metadata) * budget.NAME)
     base = reader.base + 8 + size
+    budget.current().spend(len(header) * budget.TENSOR)
     entries = {key: _tensor(reader, key, entry, base) for key, entry in header.items()}
     _refuse_gaps(reader, entries.values(), base)
     entries, versions, notes = restored(entries, metadata.pop(NOTE, None))
@@ -93,7 +98,7 @@ def _tensor(reader: Reader, key: str, entry: Any, base: int) -> TensorInfo:
     if dtype is None:
         raise Unsupported(f"{key} has the unknown dtype {name}", offset=8)
     numbers = (*sizes, begin, end)
-    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
+    if any(length(number) is None for number in numbers):
         raise Malformed(f"the entry of {key} has an impossible number", offset=8)
     if dtype is DType.F4:  # torch counts pairs of four-bit floats in the last dimension
         if not sizes or sizes[-1] % 2:

@@ -26,7 +26,7 @@ from ckptool.files import fileio, filename, http, parts, publish
 from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
-from ckptool.text import quoted
+from ckptool.text import length, quoted
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -253,8 +253,10 @@ def _left(part: Part, url: str) -> _Partial:
         return _Partial()
     nbytes = os.fstat(part.fd).st_size
     match record:
-        case {"request": request, "validator": str(validator), "total": int(total)} if (
-            request == _digest(url) and _can_be_sent(validator) and 1 < nbytes <= total
+        case {"request": request, "validator": str(validator), "total": total} if (
+            request == _digest(url)
+            and _can_be_sent(validator)
+            and 1 < nbytes <= (length(total) or 0)
         ):
             nbytes = min(nbytes, total - 1)  # so that there is something to request
             os.ftruncate(part.fd, nbytes)

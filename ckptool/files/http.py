@@ -156,13 +156,13 @@ class Answer:
     @property
     def nbytes(self) -> int | None:
         """Return the length of the body as it was announced."""
-        stated = length(self.header("Content-Length"))
+        stated = length(self.header("Content-Length"), 10)
         return self.linked if stated is None and self.body.status == 200 else stated
 
     def chunks(self) -> Iterator[bytes]:
         """Iterate over the body as it comes; raises `DownloadFailed` where it breaks off."""
         reader = self.patience.reader
-        stated = length(self.header("Content-Length"))
+        stated = length(self.header("Content-Length"), 10)
         try:
             for size in self._sizes() if self._chunked else [1 << 63 if stated is None else stated]:
                 left = size
@@ -257,7 +257,7 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
     while True:
         response = _requested(url, headers, limits, patience, retries)
         retries = response.retries or retries
-        linked = linked or length(response.headers.get("X-Linked-Size"))
+        linked = linked or length(response.headers.get("X-Linked-Size"), 10)
         location = response.get_redirect_location()
         if location is False:
             return Answer(url, response, patience, linked)
@@ -434,7 +434,7 @@ def _refuse_framing(url: str, answer: Answer) -> None:
             what = f": the server packs the file ({encoding[:SHOWN]}), which was not asked for"
             raise failed(url, what, "look for another link")
     stated = answer.body.headers.get("Content-Length")
-    if stated is not None and length(stated.strip()) is None:
+    if stated is not None and length(stated.strip(), 10) is None:
         raise _no_length(url, "of the body", stated)
 
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Never
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import Reader, ReaderFile
+from ckptool.text import length
 
 if TYPE_CHECKING:
     from tarfile import TarInfo
@@ -110,7 +112,7 @@ def _fail(what: str, offset: int, hint: str = "") -> Never:
 
 def _starts(reader: Reader) -> Iterator[int]:
     """Walk the raw headers, and iterate over where the data of members start."""
-    position, count, about = 0, 0, b""
+    position, count, about, spending = 0, 0, b"", budget.current()
     records: dict[bytes, bytes] = {}
     everywhere: set[bytes] = set()
     while position < reader.nbytes:
@@ -128,7 +130,9 @@ def _starts(reader: Reader) -> Iterator[int]:
         if end > reader.nbytes:
             hint = "it is truncated; get it again from where it came"
             _fail("the tar archive ends inside a member", position, hint)
+        spending.stored += BLOCK
         if is_member:
+            spending.spend(budget.MEMBER)
             yield start
             count, about, records = count + 1, b"", {}
         else:
@@ -136,7 +140,9 @@ def _starts(reader: Reader) -> Iterator[int]:
         if about.removeprefix(b"g") not in _ABOUT_NEXT:
             _fail(f"a member after headers of the types {about.decode()}, which disagree", position)
         if header.type in b"xg":
+            spending.read(end - start)
             records = _pax(reader.read(start, end - start), nbytes, position)
+            spending.spend(len(records) * budget.MEMBER)
         if header.type == b"g":
             everywhere, records = everywhere | records.keys(), {}
         if count > MAX_MEMBERS:
@@ -153,7 +159,7 @@ def _header(block: bytes, offset: int) -> TarInfo:
         _fail("the size of a member is no octal number", offset)
     if header is None or not _OCTAL.fullmatch(block[148:156]):
         _fail("the header of a member does not match its checksum", offset)
-    if not 0 <= header.size < 1 << 63:
+    if length(header.size) is None:
         _fail("the size of a member is negative or beyond 2^63", offset)
     return header
 
@@ -165,11 +171,12 @@ def _data_size(header: TarInfo, records: dict[bytes, bytes], offset: int) -> int
     if header.type not in (*_FILES, *_OTHERS):
         kind = header.type.decode("latin-1")
         raise Unsupported(f"a member of the unknown type {kind!r}", offset=offset)
-    size = records.get(b"size", b"%d" % header.size)
-    if not size.isdigit() or len(size) > 19:
-        _fail("the size of a member is no number", offset)
+    stated = records.get(b"size")
+    size = header.size if stated is None else length(stated, 10)
+    if size is None:
+        _fail("the size of a member is not a number", offset)
     # Links, folders and devices have no data, whatever size they state.
-    return int(size) if header.type in _FILES else 0
+    return size if header.type in _FILES else 0
 
 
 def _pax(data: bytes, nbytes: int, offset: int) -> dict[bytes, bytes]:
@@ -180,9 +187,9 @@ def _pax(data: bytes, nbytes: int, offset: int) -> dict[bytes, bytes]:
     records: dict[bytes, bytes] = {}
     position = 0
     while position < len(data) and data[position]:
-        length, space, _ = data[position : position + 20].partition(b" ")
-        end = position + int(length) if space and length.isdigit() else 0
-        key, _, value = data[position + len(length) + 1 : end].partition(b"=")
+        stated, space, _ = data[position : position + 20].partition(b" ")
+        end = position + (length(stated, 10) or 0) if space else 0
+        key, _, value = data[position + len(stated) + 1 : end].partition(b"=")
         if end > nbytes or not key or key in records or not value.endswith(b"\n"):
             _fail("a record of a pax header is damaged", offset)
         records[key] = value[:-1]

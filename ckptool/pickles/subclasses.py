@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 # What computes is imported by functions: a listing of plain tensors needs none of it.
+from ckptool.errors import Malformed
 from ckptool.pickles.tree import (
     ByteArray,
     Dict,
@@ -35,6 +36,7 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
+from ckptool.text import length
 
 UTILS = "torch._utils"
 FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
@@ -48,13 +50,13 @@ _DEVICE_REBUILDS = (
 
 
 def sizes_of(node: Node) -> tuple[int, ...] | None:
-    """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
+    """Read a size or stride: a tuple or list of lengths, or a call of torch.Size on one."""
     if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
         node = node.args[0]
     if type(node) is not tuple and type(node) is not list:
         return None
     for number in node:
-        if type(number) is not int:
+        if length(number) is None:
             return None
     return tuple(node)
 
@@ -80,7 +82,9 @@ def _sparse(node: Object) -> CompositeTensor | None:
         case (layout, tuple() as data):
             parts = tuple(part for part in data if isinstance(part, TensorInfo))
             sizes = [size for part in data if (size := sizes_of(part)) is not None]
-            if len(parts) >= 2 and sizes:
+            if len(parts) >= 2 and not sizes:
+                raise Malformed("a sparse tensor whose size is not a tuple of lengths")
+            if len(parts) >= 2:
                 values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
                 return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
     return None
@@ -278,7 +282,7 @@ def _slots(node: Node) -> dict[str, Node]:
 
 
 def _number(node: Node) -> int | None:
-    return node if type(node) is int else None
+    return length(node)
 
 
 # Arrays and numbers of numpy.
@@ -328,7 +332,7 @@ def array(node: Node) -> TensorInfo | None:
     if sizes is None or found is None or raw is None:
         return None
     dtype, order = found
-    if min(sizes, default=0) < 0 or dtype.nbytes(prod(sizes)) != len(raw):
+    if dtype.nbytes(prod(sizes)) != len(raw):
         return None
     stride = contiguous_stride(sizes)
     if fortran in (True, "F"):
