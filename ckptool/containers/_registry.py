@@ -18,6 +18,7 @@ from ckptool.containers._container import Container
 from ckptool.errors import EditError, FormatError, NotACheckpoint
 from ckptool.files.fileio import Reader
 from ckptool.pickles.pickle_reader import remembered
+from ckptool.pickles.tree import Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.walk import refuse_deep
 
@@ -107,11 +108,19 @@ def _as_others_read(
     from ckptool.containers import _readings
 
     named, flaws = _readings.others(reader, head, container.traits.read_as)
-    if not flaws:
+    calls: list[Object] = []
+    if head.startswith(b"PK\3\4"):
+        try:
+            more, calls = _readings.unread(reader, checkpoint)
+            named |= more
+        except FormatError as error:
+            flaws.append(f"a record that nothing refers to: {error.message}")
+    if not (named or flaws):
         return checkpoint
     return replace(
         checkpoint,
         globals={**named, **checkpoint.globals},
+        calls=[*checkpoint.calls, *calls],
         pickle_name=checkpoint.pickle_name or "the file as a pickle",
         flaws=(*checkpoint.flaws, *flaws),
     )

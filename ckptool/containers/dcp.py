@@ -39,6 +39,7 @@ INDEX = ".metadata"
 SHARD = ".distcp"
 # An index names a class of this module near its start; torch 1.12 had it under _shard.
 _NAMED = re.compile(rb"torch\.distributed\.(_shard\.)?checkpoint\.metadata")
+_OWN = re.compile(r"torch\.distributed\.(checkpoint|_shard)(\.|$)")
 # Files of Megatron core beside the index that hold what is no tensor of the model.
 _COMMON = "common.pt"
 
@@ -120,14 +121,18 @@ class _Seen:
     def note(
         self, pickle: str, named: dict[Global, int], calls: list[Object], *, carried: bool
     ) -> None:
-        """Add what one pickle names; of the index, which no output carries, what is dangerous."""
+        """Add what one pickle names; of the index, which no output carries, not its own records."""
         if calls or not self.plain.issuperset(named):
             verdict = safety.judge(named, calls)
             self.plain |= named.keys() - verdict.foreign.keys() - verdict.dangerous.keys()
             if verdict.level is Level.DANGEROUS:
                 self.dangerous[pickle] = None
                 self.calls += calls
-            named = named if carried else verdict.dangerous
+            if not carried:
+                foreign = {each for each in verdict.foreign if not _OWN.match(each.module)}
+                named = {each: named[each] for each in named if each in foreign} | verdict.dangerous
+        elif not carried:
+            named = {}
         for each, offset in named.items():
             self.globals.setdefault(each, offset)
 

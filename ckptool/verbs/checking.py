@@ -42,6 +42,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.numbers import Tally
 from ckptool.text import argument, counted, listed, readable, visible
+from ckptool.verbs import indices
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -221,6 +222,8 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     try:
         part = places.part_of(checkpoint, None)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
+        if beyond := indices.outside(checkpoint):
+            found.problems.append(f"indices that lead out of sparse tensors: {listed(beyond)}")
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
