@@ -411,13 +411,12 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
 
 def _of_no_checkpoint(error: FormatError) -> tuple[dict[Global, int], list[Object]]:
     """Return what is dangerous in a pickle of no container; a text may look like one."""
-    calls = [call for call in error.calls if _is_name(safety.innermost(call))]
-    dangerous = safety.judge(error.named, calls).dangerous
-    return {name: offset for name, offset in dangerous.items() if _is_name(name)}, calls
-
-
-def _is_name(named: Global | None) -> bool:
-    return named is not None and all(step.isidentifier() for step in f"{named}".split("."))
+    wanted = {
+        name: offset
+        for name, offset in safety.judge(error.named, error.calls).dangerous.items()
+        if all(step.isidentifier() for step in f"{name}".split("."))
+    }
+    return wanted, error.calls if wanted else []
 
 
 _STATUS = {
