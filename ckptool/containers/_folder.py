@@ -18,11 +18,10 @@ from ckptool.errors import (
     AmbiguousStateDict,
     CkptoolError,
     Malformed,
-    NoSuchFile,
     NotACheckpoint,
     PartialCheckpoint,
+    of_system,
 )
-from ckptool.files.fileio import reason
 from ckptool.text import argument, counted, readable, table
 
 MAX_NAMES = 10_000
@@ -107,7 +106,7 @@ def _scanned(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise NoSuchFile(f"{folder} cannot be opened: {reason(error)}", path=folder) from None
+        raise of_system(error, folder, "opened") from None
 
 
 def _file_names(entries: Sequence[os.DirEntry[str]]) -> list[str]:

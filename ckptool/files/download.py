@@ -21,7 +21,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
+from ckptool.errors import (
+    BadInput,
+    DownloadFailed,
+    HashMismatch,
+    NoSpace,
+    OutputExists,
+    of_system,
+)
 from ckptool.files import fileio, filename, http, parts, publish
 from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
@@ -170,7 +177,7 @@ def _folder(target: str | Path) -> Iterator[str]:
     try:
         os.makedirs(text)
     except OSError as error:
-        raise WriteError(f"the folder {text} cannot be made: {fileio.reason(error)}") from error
+        raise of_system(error, f"the folder {text}", "written") from error
     try:
         yield text
     except BaseException:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from ckptool.errors import reason
 from ckptool.files import publish
-from ckptool.files.fileio import reason, write_at
+from ckptool.files.fileio import write_at
 from ckptool.files.publish import Target
 
 WINDOWS = os.name == "nt"

@@ -25,10 +25,11 @@ from ckptool.errors import (
     SameFile,
     WriteError,
     is_out_of_memory,
+    of_system,
     out_of_memory,
+    reason,
 )
 from ckptool.files.copying import Job, Moved, PlannedFile, Progress, write_file
-from ckptool.files.fileio import reason
 from ckptool.text import counted, listed, quoted, readable
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -189,7 +190,7 @@ def _names(target: Target) -> list[str]:
     try:
         return sorted(os.listdir(target.path))
     except OSError as error:
-        raise WriteError(f"{target.path} cannot be opened: {reason(error)}") from None
+        raise of_system(error, target.path, "written") from None
 
 
 def _index_first(names: Iterable[str]) -> list[str]:

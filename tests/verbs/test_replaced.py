@@ -1,0 +1,126 @@
+"""A file that is replaced by a rename while it is read: it is read to its end as it was.
+
+The rename comes at each call of `os.open` in turn, before it and after it, whatever it opens.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome
+from safetensors.torch import load_file, save_file
+
+from ckptool.cli import main as cli
+
+Run = Callable[..., Outcome]
+
+PLACES = ["in.pth", "in.safetensors", "in_legacy.pth", "in.tar.gz", "set", "dcp", "unpacked"]
+COMMANDS = [
+    "check --finite {s}", "keys {s}", "info {s}", "diff {s} {same}", "convert {s} out.pth",
+    "strip-prefix --prefix a. {s} out.safetensors",
+]  # fmt: skip
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {f"a.{name}": torch.full((40, 50), value) for name in "bcd"}
+
+
+def save(folder: Path, value: float) -> None:
+    """Write one model in every kind of file and folder."""
+    import torch.distributed.checkpoint as dcp
+
+    state = tensors(value)
+    folder.mkdir()
+    torch.save(state, folder / "in.pth")
+    torch.save(state, folder / "in_legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "in.safetensors")
+    shutil.make_archive(str(folder / "in"), "gztar", folder, "in.pth")
+    shutil.unpack_archive(folder / "in.pth", folder / "zip", "zip")
+    shutil.move(folder / "zip/in", folder / "unpacked")
+    assert cli.main(["convert", "-q", str(folder / "in.pth"), str(folder / "set/"),
+                     "--max-shard-size", "9KB"]) == 0  # fmt: skip
+    dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
+
+
+@pytest.fixture(scope="module", name="models")
+def models_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save(folder / "old", 1.0)
+    save(folder / "new", 2.0)
+    return folder
+
+
+def exchange(here: Path, models: Path, place: str) -> None:
+    """Put the new file, or the new files one after the other, the index last, where the old are."""
+    new = models / "new" / place
+    if new.is_file():
+        shutil.copy(new, here / "temporary")
+        os.replace(here / "temporary", here / place)
+        return
+    files = [path for path in new.rglob("*") if path.is_file()]
+    index = (".json", ".metadata", "data.pkl")
+    for path in sorted(files, key=lambda path: path.name.endswith(index)):
+        shutil.copy(path, here / "temporary")
+        os.replace(here / "temporary", here / place / path.relative_to(new))
+
+
+def value_of(here: Path) -> float | None:
+    """Return the one value that all tensors of the output have; None where there is none."""
+    if (here / "out.pth").exists():
+        state = torch.load(here / "out.pth", weights_only=True)
+    elif (here / "out.safetensors").exists():
+        state = load_file(here / "out.safetensors")
+    else:
+        return None
+    values = {float(value) for tensor in state.values() for value in tensor.flatten()}
+    assert len(values) == 1, values
+    return values.pop()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[line.split()[0] for line in COMMANDS])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_replaced_is_read_as_it_was(
+    run: Run, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, place: str,
+    command: str,
+) -> None:  # fmt: skip
+    source = "in.tar.gz::in.pth" if place == "in.tar.gz" else place
+    same = models / "old/in.pth"
+    opened = 0
+    for turn in range(1, 40):
+        here = tmp_path / str(turn)
+        here.mkdir()
+        old = models / "old" / place
+        shutil.copytree(old, here / place) if old.is_dir() else shutil.copy(old, here)
+        monkeypatch.chdir(here)
+        real, opened, at_end = os.open, 0, turn % 2
+
+        def counting(path: Any, *more: Any, **named: Any) -> int:
+            nonlocal opened
+            if place not in str(path):
+                return real(path, *more, **named)
+            opened += 1
+            due = opened == turn // 2
+            if due and not at_end:
+                exchange(here, models, place)
+            fd = real(path, *more, **named)
+            if due and at_end:
+                exchange(here, models, place)
+            return fd
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", counting)
+            done = run(*command.format(s=source, same=same).split())
+        assert done.code in ((0, 1) if "diff" in command else (0,)), (turn, done)
+        assert "damaged" not in done.out + done.err
+        assert value_of(here) in ((1.0, 2.0) if "out" in command else (None,))
+        if "diff" in command and done.code == 1:
+            assert done.out.count("values") >= 3, done  # all of the new one
+        if opened < turn // 2:
+            break
+    assert opened < turn // 2
