@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,44 +84,53 @@ def value_of(here: Path) -> float | None:
     return values.pop()
 
 
+def replacing(place: str, turn: int, after: bool, exchange: Callable[[], None]) -> Any:
+    """Return an `os.open` that calls `exchange` at its n-th call for a place, and its counter."""
+    real, calls = os.open, []
+
+    def counting(path: Any, *more: Any, **named: Any) -> int:
+        if place not in str(path):
+            return real(path, *more, **named)
+        calls.append(path)
+        due = len(calls) == turn
+        if due and not after:
+            exchange()
+        fd = real(path, *more, **named)
+        if due and after:
+            exchange()
+        return fd
+
+    return counting, calls
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=[line.split()[0] for line in COMMANDS])
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_replaced_is_read_as_it_was(
-    run: Run, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, place: str,
+    run: Run,
+    tmp_path: Path,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
     command: str,
-) -> None:  # fmt: skip
-    source = "in.tar.gz::in.pth" if place == "in.tar.gz" else place
-    same = models / "old/in.pth"
-    opened = 0
-    for turn in range(1, 40):
-        here = tmp_path / str(turn)
+) -> None:
+    words = command.format(
+        s="in.tar.gz::in.pth" if place == "in.tar.gz" else place, same=models / "old/in.pth"
+    ).split()
+    for turn in range(2, 40):
+        here, old = tmp_path / str(turn), models / "old" / place
         here.mkdir()
-        old = models / "old" / place
         shutil.copytree(old, here / place) if old.is_dir() else shutil.copy(old, here)
         monkeypatch.chdir(here)
-        real, opened, at_end = os.open, 0, turn % 2
-
-        def counting(path: Any, *more: Any, **named: Any) -> int:
-            nonlocal opened
-            if place not in str(path):
-                return real(path, *more, **named)
-            opened += 1
-            due = opened == turn // 2
-            if due and not at_end:
-                exchange(here, models, place)
-            fd = real(path, *more, **named)
-            if due and at_end:
-                exchange(here, models, place)
-            return fd
-
+        change = partial(exchange, here, models, place)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "open", counting)
-            done = run(*command.format(s=source, same=same).split())
-        assert done.code in ((0, 1) if "diff" in command else (0,)), (turn, done)
+            opened, calls = replacing(place, turn // 2, turn % 2 == 1, change)
+            patch.setattr(os, "open", opened)
+            done = run(*words)
+        assert done.code in ((0, 1) if "diff" in words else (0,)), (turn, done)
         assert "damaged" not in done.out + done.err
         assert value_of(here) in ((1.0, 2.0) if "out" in command else (None,))
-        if "diff" in command and done.code == 1:
+        if "diff" in words and done.code == 1:
             assert done.out.count("values") >= 3, done  # all of the new one
-        if opened < turn // 2:
-            break
-    assert opened < turn // 2
+        if len(calls) < turn // 2:
+            return
+    raise AssertionError(f"{len(calls)} files were opened")
