@@ -254,10 +254,16 @@ def of_system(
     That is `written` for output and temporary files, or else how an input was used.
     """
     written, code = what == "written", error.errno
-    message = f"{path} cannot be {what}: {reason(error)}"
+    place = error.filename if isinstance(error.filename, str) else path
+    where = "" if place == path or place.endswith(".tmp") else f"{place}: "
+    message = f"{path} cannot be {what}: {where}{reason(error)}"
     hint = _REMEDIES.get(code or 0, "")
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return NoSpace(message, hint=hint)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"no space left while writing {path}", hint=hint)
+    if code == errno.EFBIG:
+        return NoSpace(
+            f"{path} cannot be written: it is over a limit on the size of files", hint=hint
+        )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         if written:
             return OutputDenied(message, hint=hint or "name an output elsewhere")
@@ -285,6 +291,7 @@ _REMEDIES = {
     errno.EIO: "look whether the disk is sound (dmesg), or get the file from where it came",
     errno.ELOOP: "ls -l shows where the link leads",
     errno.ENAMETOOLONG: "a file system takes names of 255 bytes, and paths of 4096",
+    errno.EEXIST: "remove it, or name another output",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.ENOENT: "something on the path was removed meanwhile: run it again",
 }

@@ -255,9 +255,8 @@ def _grown(job: _Job, target: Target, part: Part) -> Downloaded:
 def _left(part: Part, url: str) -> _Partial:
     """Return what an earlier run left of the same file, without the last byte of a whole one."""
     try:
-        with open(part.record, encoding="utf-8") as file:
-            record = json.loads(file.read(1 << 16))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(part.noted())
+    except (ValueError, RecursionError):
         return _Partial()
     nbytes = os.fstat(part.fd).st_size
     match record:

@@ -250,14 +250,14 @@ def publish(
     except BaseException as error:
         done = written is not None and _is(place.path, written)
         with suppress(OSError):  # the first error is the one to report
-            _remove(temporary, replaced=done)
+            _remove(temporary, place, output, replaced=done)
         if done and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"{place.path} was written") from None
         if isinstance(error, OSError):
             raise write_error(error, place) from error
         raise
     try:
-        return [*_removed(temporary, place), *flushed(place)]
+        return [*_removed(temporary, place, output), *flushed(place)]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{place.path} was written") from None
 
@@ -276,15 +276,17 @@ def _write(
     Those of many tensors take as much memory as reading the output back does.
     """
     moved: Moved = {}
+    old = _old(place, output)
     if output.head:
         os.mkdir(temporary)
     for file in output.files:
         path = os.path.join(temporary, file.name) if file.name else temporary
+        like = file.name if file.name in old else (old or [file.name])[0]
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         fd = os.open(path, flags, 0o666)
         try:
             done = write_file(fd, file, progress, sync=place.sync)
-            finish(fd, place if not file.name else None, sync=place.sync)
+            finish(fd, os.path.join(place.path, like) if like else place.path, sync=place.sync)
         finally:
             os.close(fd)
         moved[os.path.basename(path)] = {
@@ -298,12 +300,27 @@ def _write(
     return moved, replace(output, files=files)
 
 
-def finish(fd: int, replaced: Target | None, *, sync: bool) -> None:
-    """Set on a written file the mode of the one it replaces, and flush it."""
-    if replaced and hasattr(os, "fchmod") and os.path.exists(replaced.path):
-        os.fchmod(fd, stat.S_IMODE(os.stat(replaced.path).st_mode))
+def finish(fd: int, replaced: str, *, sync: bool) -> None:
+    """Set on a written file owner, group and mode of the one it replaces, and flush it."""
+    if hasattr(os, "fchown") and os.path.exists(replaced):
+        _be_as(fd, os.stat(replaced))
     if sync:
         os.fsync(fd)
+
+
+def _be_as(made: int | str, old: os.stat_result) -> None:
+    """Set owner and group as far as this user may (root both, others a group of theirs), and mode.
+
+    Of a file by its descriptor, of a folder by its path.
+    """
+    found = os.stat(made)
+    for owner in (old.st_uid, -1):
+        if (found.st_uid, found.st_gid) == (old.st_uid, old.st_gid):
+            break
+        with suppress(OSError):  # and not every file system has owners
+            os.chown(made, owner, old.st_gid)
+            break
+    os.chmod(made, stat.S_IMODE(old.st_mode))  # which a change of the owner takes bits from
 
 
 def _move(temporary: str, place: Target, output: Output) -> None:
@@ -311,7 +328,8 @@ def _move(temporary: str, place: Target, output: Output) -> None:
     if not output.head:
         move_file(temporary, place)
     elif place.inside:
-        _exchange(temporary, place, output)
+        if not _old(place, output) or not _swapped(temporary, place, output):
+            _exchange(temporary, place, output)
     else:
         try:
             os.rename(temporary, place.path)
@@ -347,17 +365,80 @@ def _link(temporary: str, path: str) -> None:
         os.rename(temporary, path)
 
 
+def _old(place: Target, output: Output) -> list[str]:
+    """List the files of a folder that an output replaces, their index first."""
+    return _index_first(filter(output.owns, _names(place)))
+
+
+def _swapped(temporary: str, place: Target, output: Output) -> bool:
+    """Exchange a folder for the new one at once; return whether the system can, and did.
+
+    Files in it that are others' go with it, under a second name until the old folder is removed.
+    """
+    outside, here = _outside(temporary, place), os.path.basename(temporary)
+    others = [name for name in _names(place) if name != here and not output.owns(name)]
+    try:
+        if os.path.samefile(os.getcwd(), place.path):  # which a shell would stay in
+            return False
+        for name in others:  # not for a folder
+            source, path = os.path.join(place.path, name), os.path.join(temporary, name)
+            os.link(source, path, follow_symlinks=False)
+        _be_as(temporary, os.stat(place.path))
+        os.rename(temporary, outside)
+        if others and place.sync:
+            flush_folder(outside)
+        swap(outside, place.path)
+    except (OSError, NotImplementedError):
+        if os.path.lexists(outside):
+            os.rename(outside, temporary)
+        for name in others:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(temporary, name))
+        return False
+    return True
+
+
+def _outside(temporary: str, place: Target) -> str:
+    """Return the path of what is temporary, beside the folder instead of in it."""
+    return os.path.join(os.path.dirname(place.path), os.path.basename(temporary))
+
+
+def swap(one: str, other: str) -> None:
+    """Exchange two paths at once, on Linux (renameat2(2), 3.15); raises `OSError` elsewhere."""
+    import ctypes
+    import sys
+
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    rename = getattr(libc, "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), one, None, other)
+
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD (fcntl.h), RENAME_EXCHANGE (linux/fs.h)
+
+
 def _exchange(temporary: str, place: Target, output: Output) -> None:
-    """Move old files aside and new ones in; undo it all where a step fails."""
+    """Move old files aside and new ones in, one by one; undo it all where a step fails.
+
+    The old ones are all aside before the first is gone from its place, if there are hard links.
+    """
     new = sorted((file.name for file in output.files), key=lambda name: name == output.last)
     aside = os.path.join(temporary, ASIDE)
     os.mkdir(aside)
     undo: list[Callable[[], None]] = []
     try:
-        for name in _index_first(filter(output.owns, _names(place))):
-            old, away = os.path.join(place.path, name), os.path.join(aside, name)
-            undo.append(lambda old=old, away=away: os.rename(away, old))  # type: ignore[misc]
-            os.rename(old, away)
+        old = [
+            (os.path.join(place.path, name), os.path.join(aside, name))
+            for name in _old(place, output)
+        ]
+        for path, away in old:
+            undo.append(lambda path=path, away=away: _back(away, path))  # type: ignore[misc]
+            with suppress(OSError):
+                os.link(path, away, follow_symlinks=False)
+        for path, away in old:
+            os.rename(path, away) if not os.path.lexists(away) else os.unlink(path)
         for name in new:
             if place.sync and name in (new[0], output.last):
                 flush_folder(place.path)
@@ -370,6 +451,13 @@ def _exchange(temporary: str, place: Target, output: Output) -> None:
             with suppress(OSError):
                 step()
         raise
+
+
+def _back(away: str, path: str) -> None:
+    """Move a file back; `rename` of one name of a file to another leaves both."""
+    os.rename(away, path)
+    with suppress(FileNotFoundError):
+        os.unlink(away)
 
 
 def _unlink(path: str, made: os.stat_result) -> None:
@@ -388,55 +476,72 @@ def _is(path: str, made: os.stat_result) -> bool:
 # Tidying up.
 
 
-def _remove(temporary: str, *, replaced: bool) -> None:
+def _remove(temporary: str, place: Target, output: Output, *, replaced: bool) -> None:
     """Remove what is temporary; an interruption comes after that, not instead of it."""
     try:
-        _clear(temporary, replaced=replaced)
+        _clear(temporary, place, output, replaced=replaced)
     except (KeyboardInterrupt, SystemExit):
-        _clear(temporary, replaced=replaced)
+        _clear(temporary, place, output, replaced=replaced)
         raise
 
 
-def _clear(temporary: str, *, replaced: bool) -> None:
+def _clear(temporary: str, place: Target, output: Output, *, replaced: bool) -> None:
     """Remove a temporary file or folder, and with `replaced` the old files in it.
 
-    Those that could not be moved back stay. Raises the first error when all was tried.
+    Those that could not be moved back stay, and others' files go back. Raises the first error when
+    all was tried.
     """
-    folders = (os.path.join(temporary, ASIDE), temporary) if replaced else (temporary,)
-    paths = [
-        os.path.join(folder, name)
-        for folder in folders
-        if os.path.isdir(folder)
-        for name in os.listdir(folder)
-    ]
+    outside = _outside(temporary, place) if place.inside else temporary
     errors = []
-    for path in (*paths, temporary):
+    for folder in (*([os.path.join(temporary, ASIDE)] if replaced else []), temporary, outside):
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            try:
+                path, there = os.path.join(folder, name), os.path.join(place.path, name)
+                if folder != outside or outside == temporary or _is_old(output, path, there):
+                    _removed_one(path)
+                elif os.path.lexists(there):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+                else:  # made by someone else meanwhile
+                    os.rename(path, there)
+            except OSError as error:
+                errors.append(error)
         try:
-            os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
-        except FileNotFoundError:
-            pass
+            _removed_one(folder)
         except OSError as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-def _removed(temporary: str, place: Target) -> Iterator[str]:
+def _removed_one(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+
+
+def _is_old(output: Output, path: str, there: str) -> bool:
+    """Return whether a file of the old folder is replaced, or has its name in the new one."""
+    same = os.path.lexists(there) and os.path.samestat(os.lstat(path), os.lstat(there))
+    return same or output.owns(os.path.basename(path))
+
+
+def _removed(temporary: str, place: Target, output: Output) -> Iterator[str]:
     """Remove what is temporary after publishing; yield a warning where that fails."""
-    folder = os.path.isdir(temporary)
+    folder = bool(output.head)
     try:
-        _remove(temporary, replaced=True)
+        _remove(temporary, place, output, replaced=True)
     except OSError as error:
+        left = error.filename or temporary
         what = "what it replaced" if folder else f"its temporary name {temporary}"
-        where = f" ({temporary})" if folder else "; remove that name: the file stays"
+        where = f" ({left})" if folder else "; remove that name: the file stays"
         yield f"{place.path} was written, but {what} cannot be removed: {reason(error)}{where}"
 
 
 def flushed(place: Target) -> Iterator[str]:
     """Flush the folder of what has been published; yield a warning where that fails."""
     try:
-        if place.sync:
-            flush_folder(place.folder)
+        for folder in dict.fromkeys([place.folder, os.path.dirname(place.path)]):
+            if place.sync:
+                flush_folder(folder)
     except OSError as error:
         yield (
             f"{place.path} was written, but its folder could not be flushed: {reason(error)}; "
@@ -466,15 +571,6 @@ def write_error(error: OSError, target: Target) -> CkptoolError:
     """Return the error that says why output could not be written."""
     if is_out_of_memory(error):  # which is not the fault of the disk
         return out_of_memory()
-    if error.errno == errno.EFBIG:
-        return NoSpace(
-            f"{target.path} cannot be written: it is over a limit on the size of files; nothing "
-            "was kept",
-            hint="ulimit -f shows the limit of the shell; file systems have theirs",
-        )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(
-            f"no space left while writing {target.path}; nothing was kept",
-            hint="make room, or name an output on another file system",
-        )
-    return WriteError(f"{target.path} cannot be written: {reason(error)}; nothing was kept")
+    raised = of_system(error, target.path, "written")
+    raised.message += "; nothing was kept"
+    return raised
