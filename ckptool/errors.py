@@ -258,9 +258,9 @@ def of_system(
     where = "" if place == path or place.endswith(".tmp") else f"{place}: "
     message = f"{path} cannot be {what}: {where}{reason(error)}"
     hint = _REMEDIES.get(code or 0, "")
-    if code in (errno.ENOSPC, errno.EDQUOT):
+    if written and code in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(f"no space left while writing {path}", hint=hint)
-    if code == errno.EFBIG:
+    if written and code == errno.EFBIG:
         return NoSpace(
             f"{path} cannot be written: it is over a limit on the size of files", hint=hint
         )
@@ -288,7 +288,7 @@ _REMEDIES = {
     errno.EROFS: "name an output on a file system that is not read-only",
     errno.EMFILE: _LIMITED,
     errno.ENFILE: "too many files are open on this machine: run it again when there are fewer",
-    errno.EIO: "look whether the disk is sound (dmesg), or get the file from where it came",
+    errno.EIO: "look whether the disk is sound: dmesg says what it met",
     errno.ELOOP: "ls -l shows where the link leads",
     errno.ENAMETOOLONG: "a file system takes names of 255 bytes, and paths of 4096",
     errno.EEXIST: "remove it, or name another output",

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -27,12 +26,14 @@ from ckptool.errors import (
     HashMismatch,
     NoSpace,
     OutputExists,
+    WriteError,
     of_system,
 )
 from ckptool.files import fileio, filename, http, parts, publish
 from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
+from ckptool.files.temporary import ELSEWHERE, temporary_folder
 from ckptool.text import quoted
 
 if TYPE_CHECKING:
@@ -139,8 +140,15 @@ def temporary(
     url: str, *, progress: Progress | None = None, limits: Limits | None = None
 ) -> Iterator[Downloaded]:
     """Download to a temporary folder, gone when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
-        yield download(url, folder, sync=False, resumable=False, progress=progress, limits=limits)
+    with temporary_folder() as folder:
+        try:
+            done = download(
+                url, folder, sync=False, resumable=False, progress=progress, limits=limits
+            )
+        except WriteError as error:
+            error.hint = ELSEWHERE
+            raise
+        yield done
 
 
 def _hashes(name: str, sha256: str | None, registry: str | None) -> tuple[tuple[str, ...], str]:

@@ -363,7 +363,7 @@ class Readers:
 
 def _spooled(storage: Storage, packed: Reader) -> Reader:
     """Unpack a storage into a temporary file, which goes with its reader."""
-    from ckptool.files.spool import temporary_file
+    from ckptool.files.temporary import temporary_file
 
     with temporary_file() as file:
         for data in unpacked(storage, packed):

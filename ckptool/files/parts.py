@@ -86,9 +86,7 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
         try:
             yield part
             part.kept = False
-            if not WINDOWS:
-                os.fchmod(part.fd, 0o666 & ~_umask())
-            publish.finish(part.fd, target.path, sync=target.sync)
+            publish.finish(part.fd, target.path, sync=target.sync, private=True)
             if WINDOWS:  # where an open file can be neither renamed nor removed
                 part.close()
             publish.move_file(path, target)
@@ -149,12 +147,6 @@ def _flags(flags: int) -> int:
     for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK"):
         flags |= getattr(os, name, 0)
     return flags | os.O_CREAT
-
-
-def _umask() -> int:
-    umask = os.umask(0o077)  # there is no other way to ask for it
-    os.umask(umask)
-    return umask
 
 
 def _is_ours(found: os.stat_result) -> bool:

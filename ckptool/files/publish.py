@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
 
 ASIDE = "old"  # the folder for what is replaced, in the temporary one
+TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp", re.DOTALL)  # as `beside` names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ def refuse_folder(
     inside = _names(target)
     if inside and any(os.path.realpath(os.path.dirname(source)) == real for source in sources):
         raise SameFile(f"the input lies in {shown}", hint="name another folder as the output")
-    others = [name for name in inside if not owns(name)]
+    others = [name for name in inside if not owns(name) and not TEMPORARY.fullmatch(name)]
     if others:
         raise OutputExists(
             f"{shown} holds other files: {listed(others, 4)}",
@@ -198,12 +200,29 @@ def _index_first(names: Iterable[str]) -> list[str]:
 
 
 def _refuse_unwritable(shown: str, target: Target) -> None:
-    if not os.path.isdir(target.folder):
+    """Raise `WriteError` for a place where nothing can be made, before anything is."""
+    try:
+        if not stat.S_ISDIR(os.stat(target.folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(target.folder, os.W_OK):
+            code = errno.EROFS if _is_read_only(target.folder) else errno.EACCES
+            raise OSError(code, os.strerror(code))
+    except FileNotFoundError:
         raise WriteError(
             f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
-        )
-    if not os.access(target.folder, os.W_OK):
-        raise WriteError(f"the folder of {shown} cannot be written to")
+        ) from None
+    except OSError as error:
+        raise of_system(error, shown, "written") from None
+    try:
+        os.stat(target.path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a link to itself, a name too long
+        raise of_system(error, shown, "written") from None
+
+
+def _is_read_only(folder: str) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def free_space(target: Target) -> int | None:
@@ -300,12 +319,23 @@ def _write(
     return moved, replace(output, files=files)
 
 
-def finish(fd: int, replaced: str, *, sync: bool) -> None:
-    """Set on a written file owner, group and mode of the one it replaces, and flush it."""
+def finish(fd: int, replaced: str, *, sync: bool, private: bool = False) -> None:
+    """Set on a written file owner, group and mode of the one it replaces, and flush it.
+
+    A new one that was `private` until now gets the mode of the umask.
+    """
     if hasattr(os, "fchown") and os.path.exists(replaced):
         _be_as(fd, os.stat(replaced))
+    elif private and hasattr(os, "fchmod"):
+        os.chmod(fd, 0o666 & ~_umask())
     if sync:
         os.fsync(fd)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(umask)
+    return umask
 
 
 def _be_as(made: int | str, old: os.stat_result) -> None:
@@ -494,7 +524,7 @@ def _clear(temporary: str, place: Target, output: Output, *, replaced: bool) -> 
     outside = _outside(temporary, place) if place.inside else temporary
     errors = []
     for folder in (*([os.path.join(temporary, ASIDE)] if replaced else []), temporary, outside):
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        for name in _inside(folder):
             try:
                 path, there = os.path.join(folder, name), os.path.join(place.path, name)
                 if folder != outside or outside == temporary or _is_old(output, path, there):
@@ -514,8 +544,18 @@ def _clear(temporary: str, place: Target, output: Output, *, replaced: bool) -> 
 
 
 def _removed_one(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            os.unlink(path)
+        except (IsADirectoryError, PermissionError):  # the latter on macOS and Windows
+            os.rmdir(path)
+
+
+def _inside(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # a file, for one; what cannot be listed cannot be removed either
+        return []
 
 
 def _is_old(output: Output, path: str, there: str) -> bool:

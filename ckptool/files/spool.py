@@ -7,11 +7,11 @@ import os
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import IO
+from contextlib import suppress
 
-from ckptool.errors import LimitExceeded, Malformed, is_out_of_memory, of_system
+from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files.fileio import CHUNK, Reader, ReaderFile
+from ckptool.files.temporary import temporary
 from ckptool.text import readable
 
 EXPANSION = 16  # weights hardly shrink; what grows more than this is no archive of weights
@@ -33,43 +33,6 @@ class Spool:
             except BaseException:
                 remove()
                 raise
-
-
-@contextmanager
-def temporary() -> Iterator[None]:
-    """Name the folder of temporary files, and how to choose another, where one cannot be had.
-
-    Who reads a file says so itself: what the system refuses here, it refuses the temporary file.
-    """
-    try:
-        yield
-    except OSError as error:
-        import tempfile
-
-        if is_out_of_memory(error):
-            raise
-        folder = error.filename or tempfile.tempdir or "TMPDIR, TEMP and /tmp"
-        raised = of_system(error, f"a temporary file in {folder}", "written")
-        raised.hint = "TMPDIR=FOLDER before the command names a folder with room for them"
-        raise raised from error
-
-
-@contextmanager
-def temporary_file() -> Iterator[IO[bytes]]:
-    """Make a temporary file without a name."""
-    from tempfile import TemporaryFile
-
-    with temporary(), TemporaryFile() as file:
-        yield file
-
-
-@contextmanager
-def temporary_folder() -> Iterator[str]:
-    """Make a temporary folder, gone when the block ends."""
-    from tempfile import TemporaryDirectory
-
-    with temporary(), TemporaryDirectory(prefix="ckptool-") as folder:
-        yield folder
 
 
 def _remove(path: str) -> None:

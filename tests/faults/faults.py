@@ -284,6 +284,7 @@ def undisturbed(
     lay_out(folder, job)
     done = run(folder, job, Counter(0, ""), prepare)
     assert done.code == 0, done
+    assert "cannot be" not in done.said, done.said
     return content_of(folder / job.target), done.calls
 
 
