@@ -48,6 +48,18 @@ def _as_bytes(found: re.Match[str]) -> str:
     return "".join(f"\\{byte:03o}" for byte in found[0].encode("utf-8", escapes))
 
 
+def length(stated: object, base: int = 0) -> int | None:
+    """Return the length below 2^63 that a file or a server states, None for anything else.
+
+    With a base it is text: `int` also takes signs, spaces, `1_000` and the digits of all scripts.
+    """
+    if base:
+        text = stated.decode("latin-1") if isinstance(stated, bytes) else str(stated)
+        known = 0 < len(text) < 100 and not text.lower().strip("0123456789abcdef"[:base])
+        stated = int(text, base) if known else None
+    return stated if type(stated) is int and 0 <= stated < 1 << 63 else None
+
+
 def counted(count: int, noun: str) -> str:
     """Write a count with its noun: `1 tensor`, `2 tensors`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -18,7 +18,7 @@ from ckptool.files.http import Limits
 BODY = random.Random(1).randbytes(500_000)
 SHA = hashlib.sha256(BODY).hexdigest()
 OTHER = random.Random(2).randbytes(400_000)
-QUICK = Limits(connect=2, read=2, retries=2, backoff=0.01, longest_wait=0.05)
+QUICK = Limits(connect=2, timeout=2, retries=2, backoff=0.01, longest_wait=0.05)
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
 DATE = "Wed, 21 Oct 2015 07:28:00 GMT"

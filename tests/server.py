@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, cycle
 from pathlib import Path
 
 
@@ -34,7 +35,8 @@ class Reply:
     stop: float | None = None  # close the connection after this share of the body
     hold: float | None = None  # stop sending after this share until `go`
     wait: float = 0.0  # seconds before the first byte
-    endless: bool = False  # chunks that do not end
+    endless: bool = False  # chunks that do not end, or all of `raw` but its first piece
+    raw: tuple[bytes | float, ...] = ()  # all that is sent, and seconds of rest
     go: threading.Event = field(default_factory=threading.Event)
 
 
@@ -112,6 +114,16 @@ class Server:
 
 
 def _send(handler: BaseHTTPRequestHandler, reply: Reply, asked: dict[str, str]) -> None:
+    if reply.raw:
+        rest = cycle(reply.raw[1:]) if reply.endless else reply.raw[1:]
+        for piece in chain(reply.raw[:1], rest):
+            if reply.go.is_set():
+                break
+            if isinstance(piece, bytes):
+                handler.wfile.write(piece)
+            else:
+                reply.go.wait(piece)
+        return
     body, status, more = reply.body, reply.status, dict(reply.headers)
     start = _range_start(reply, asked)
     if start is not None and status == 200:

@@ -35,7 +35,7 @@ REFUSED = {
     "malformed": """
         absolute_name.pth bool_size.pth byteorder_empty.pth byteorder_unknown.pth bytes_1_tib.pth
         bytes_after.pth case_variant_names.pth crlf.pth dimensions_65.pth duplicate_keys_differ.pth
-        duplicate_names.pth false_end_record.pth float_size.pth forged_mark.pth
+        duplicate_names.pth false_end_record.pth float_size.pth forged_mark.pth frame_straddles.pth
         header_beyond_file.pth in_persistent_id.pth inflate_bomb.pth legacy_duplicate_key.pth
         legacy_extra_key.pth legacy_module_call.pth legacy_no_keys.pth legacy_protocol_1002.pth
         legacy_truncated.pth legacy_view_beyond.pth legacy_wrong_count.pth local_crc_differs.pth
@@ -153,7 +153,6 @@ HARMLESS = {
     "cyclic_state_dict.pth": ("ok", "ok", "not-representable", "ok"),
     "descriptor_absent.pth": ("ok", "ok", "ok", "ok"),
     "descriptor_wrong.pth": ("ok", "ok", "ok", "ok"),
-    "frame_straddles.pth": ("ok", "ok", "no-state-dict", "ok"),
     "inflate_garbage.pth": ("ok", "malformed", "malformed", "malformed"),
     "inflate_lies.pth": ("ok", "malformed", "malformed", "malformed"),
     "inflate_short.pth": ("ok", "malformed", "malformed", "malformed"),

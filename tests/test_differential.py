@@ -126,8 +126,7 @@ EXPLAINED: dict[str, dict[str, str]] = {
         "torch's restricted unpickler knows protocol 2 alone, and not every opcode of it": """
             protocol0.pth protocol0_legacy.pth protocol1.pth protocol3.pth protocol4.pth
             protocol4_legacy.pth protocol5.pth set_and_bytes_protocol4.pth python2_training.pth
-            billion_dups.pth billion_laughs.pth frame_straddles.pth long_many_digits.pth
-            .metadata
+            billion_dups.pth billion_laughs.pth long_many_digits.pth .metadata
         """,
         "torch.load leaves TorchScript to torch.jit.load, which runs it; ckptool reads it": """
             script*.pt script*.ptl joint_VAD_just_RU_jit_cut_q.pth.tar model_micro*.jit

@@ -8,7 +8,7 @@ from dataclasses import replace
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local
+from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command, patterns, refuse_idle
 from ckptool.state.edit_options import renaming
 
@@ -31,6 +31,7 @@ DIFFERENT = 1
 @click.option("--anywhere", is_flag=True, help="Ignore it inside keys too.")
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
 @click.option("--rtol", default=0.0, show_default=True, help="Allowed relative to A's value.")
+@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(

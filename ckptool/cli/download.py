@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import checked
+from ckptool.cli._fetch import checked, takes_urls, timeout
 from ckptool.cli._options import Command, refuse_idle
 from ckptool.text import readable, table, visible
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace a file that is another one.")
 @click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system.")
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
+@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -56,7 +57,7 @@ def command(
     file is checked against --sha256, or the hash in its name; one that is there already is
     checked and left alone.
     """
-    refuse_idle(dict.fromkeys(["target", "sha256", "force", "no_sync"], "not show"))
+    refuse_idle(dict.fromkeys(["target", "sha256", "force", "no_sync", "timeout"], "not show"))
     if show:
         _list(what, as_json=as_json, quiet=quiet)
         return
@@ -73,6 +74,7 @@ def command(
             sha256=sha256,
             force=force,
             sync=not no_sync,
+            timeout=timeout(),
             progress=progress.reached,
         )
     if as_json:

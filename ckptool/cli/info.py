@@ -7,13 +7,14 @@ from dataclasses import replace
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local
+from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command
 
 
 @click.command("info", cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
+@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:

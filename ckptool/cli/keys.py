@@ -8,7 +8,7 @@ from dataclasses import replace
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local
+from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command, patterns, refuse_idle
 
 
@@ -27,6 +27,7 @@ from ckptool.cli._options import Command, patterns, refuse_idle
     show_default=True,
     help="Order of the list.",
 )
+@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(

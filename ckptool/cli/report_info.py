@@ -10,6 +10,7 @@ from ckptool import containers
 from ckptool.cli.report import container_title
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
+from ckptool.pickles.safety import Verdict
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.text import counted, listed, percent, readable, table, visible
@@ -217,7 +218,7 @@ def _parts(facts: Survey) -> list[tuple[str, int]]:
 def _safety(facts: Survey, style: _Style) -> list[Fact]:
     verdict, checkpoint = facts.verdict, facts.checkpoint
     if verdict.level is Level.PLAIN:
-        return [("safety", _plain(checkpoint, verdict.imports))]
+        return [("safety", _plain(checkpoint, verdict)), *_versions(verdict, style)]
     found: list[Fact] = []
     if verdict.dangerous:
         found.append(("safety", "dangerous: it would run code when loaded; nothing was executed"))
@@ -228,19 +229,26 @@ def _safety(facts: Survey, style: _Style) -> list[Fact]:
         found.append(("safety", what))
         names: list[Fact] = [("safety", f"    {visible(str(name))}") for name in verdict.foreign]
         found += style.first(names, MAX_NAMES)
+    found += _versions(verdict, style)
     return [*found, ("safety", _PROGRAM)] if checkpoint.program else found
 
 
 _PROGRAM = "a TorchScript archive is a program, for torch.jit.load; its code was not judged"
 
 
-def _plain(checkpoint: Checkpoint, imports: Sequence[str]) -> str:
+def _versions(verdict: Verdict, style: _Style) -> list[Fact]:
+    """Say of which torch the verdict is, where they differ."""
+    lines: list[Fact] = [("safety", f"    {visible(line)}") for line in verdict.versions]
+    return style.first(lines, MAX_NAMES)
+
+
+def _plain(checkpoint: Checkpoint, verdict: Verdict) -> str:
     """Return what it means that nothing but plain names was found."""
     if checkpoint.program:
         return f"plain in its names alone: {_PROGRAM}"
     if not checkpoint.pickle_name:
         return "plain: there is no pickle in it"
-    after = "".join(f" after `import {module}`" for module in imports)
+    after = "".join(f" after `import {module}`" for module in verdict.imports)
     what = f"plain: all that it names is what torch.load(weights_only=True) accepts{after}"
     if checkpoint.protocol in (None, 2) or len(checkpoint.files) > 1:  # no file for torch.load
         return what

@@ -8,7 +8,7 @@ from dataclasses import replace
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local
+from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import (
     Command,
     Request,
@@ -39,6 +39,7 @@ from ckptool.state.edit_options import renaming
     show_default=True,
     help="Share of the target's parameters that must be filled.",
 )
+@takes_urls
 def command(
     request: Request,
     drop: Sequence[str],

@@ -19,7 +19,7 @@ from ckptool.state.checkpoint import attribute, items
 from ckptool.tensors.chunks import tiling_problem
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import MAX_COUNT, MAX_DIMENSIONS
-from ckptool.text import counted, listed
+from ckptool.text import counted, length, listed
 
 Step = str | int
 Sizes = tuple[int, ...]
@@ -143,7 +143,7 @@ def _part(key: str, info: Node) -> Part:
         raise Malformed(f"storage_data does not say where {key} lies")
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise Malformed(f"{key} lies in {name!r}, which is no name of a file in the folder")
-    if min(offset, nbytes) < 0 or max(offset, nbytes) > MAX_COUNT:
+    if length(offset) is None or length(nbytes) is None or max(offset, nbytes) > MAX_COUNT:
         raise Malformed(f"{key} lies at an impossible place, {nbytes} bytes from {offset}")
     transforms = attribute(info, "transform_descriptors")
     if transforms:
@@ -207,13 +207,12 @@ def _boxes(key: str, value: Node, shape: Sizes) -> Iterator[tuple[Sizes, Sizes]]
 
 def _checked(key: str, node: Node) -> Sizes:
     found = sizes_of(node)
-    if found is None or len(found) > MAX_DIMENSIONS:
-        raise Malformed(f"a size or offset of {key} is no tuple of numbers")
     count = 1
-    for size in found:
+    for size in found or ():
         count *= size or 1
-        if size < 0 or count > MAX_COUNT:
-            raise Malformed(f"a size or offset of {key} is negative or beyond 2^62")
+    if found is None or len(found) > MAX_DIMENSIONS or count > MAX_COUNT:
+        what = "is not a tuple of numbers, negative or beyond 2^62"
+        raise Malformed(f"a size or offset of {key} {what}")
     return found
 
 
@@ -241,7 +240,7 @@ def _paths(node: Node, known: set[str]) -> dict[str, tuple[Step, ...]]:
             raise Malformed("planner_data gives no path")
         if len(path) > MAX_NESTING:
             raise LimitExceeded(f"values nested more than {MAX_NESTING} deep")
-        if not all(isinstance(step, str) or type(step) is int for step in path):
+        if not all(isinstance(step, str) or length(step) is not None for step in path):
             raise Malformed("planner_data gives a path of other things than names and numbers")
         paths[key] = path
     return paths

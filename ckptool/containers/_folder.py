@@ -26,9 +26,12 @@ from ckptool.text import argument, counted, readable, table
 
 MAX_NAMES = 10_000
 MAX_SHOWN = 12
+MAX_FOLDERS = 100  # that are looked into
 MAX_CHECKPOINTS = 20  # that are named where one must be chosen
 _USUAL = re.compile(rf"({'|'.join(STEMS)})(\.\w+)?\.(safetensors|bin)|.+\.ckpt")
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)")
+_SHARD = re.compile(
+    r"(?P<stem>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)", re.ASCII
+)
 # Of one rank, with pieces of tensors (torch/distributed/checkpoint/_hf_utils.py, _gen_file_name).
 _OF_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # Of training, not of a model.
@@ -157,7 +160,7 @@ def _refuse_shards(folder: str, names: Sequence[str]) -> None:
 
 
 def _refusal(folder: str, entries: Sequence[os.DirEntry[str]]) -> NotACheckpoint:
-    """Return the error for a folder: what it looks like, its files, the one to look at."""
+    """Return the error for a folder: what it looks like, what may be read in it, the likeliest."""
     from ckptool.files import archives
 
     try:
@@ -169,13 +172,27 @@ def _refusal(folder: str, entries: Sequence[os.DirEntry[str]]) -> NotACheckpoint
     endings = (*_registry.suffixes(), *archives.SUFFIXES, ".model", ".index.json")
     weights = [name for name in sizes if name.endswith(endings)]
     weights.sort(key=lambda name: (-sizes[name], name))
-    likely = sorted(weights, key=lambda name: name.startswith(_STATES))
+    folders = [entry.name for entry in entries if entry.is_dir()][:MAX_FOLDERS]
+    inside = [name for name in folders if _is_checkpoint(os.path.join(folder, name))]
+    likely = sorted(weights + inside, key=lambda name: name.startswith(_STATES))
     return NotACheckpoint(
         f"{folder} is a folder{kind} ({_counts(len(sizes), len(entries) - len(sizes))})",
         path=folder,
-        evidence=table([(name, readable(sizes[name])) for name in weights[:MAX_SHOWN]], (1,)),
+        evidence=table(
+            [(name, readable(sizes[name])) for name in weights[:MAX_SHOWN]]
+            + [(f"{name}/", "a checkpoint") for name in inside[:MAX_SHOWN]],
+            (1,),
+        ),
         hint=f"ckptool info {argument(os.path.join(folder, likely[0]))}" if likely else "",
     )
+
+
+def _is_checkpoint(folder: str) -> bool:
+    """Check whether a folder has the files of one checkpoint, by their names alone."""
+    try:
+        return len(_checkpoints(_file_names(_scanned(folder)))) == 1
+    except CkptoolError:
+        return False
 
 
 def _counts(files: int, folders: int) -> str:

@@ -1,10 +1,15 @@
-"""JSON as data from anywhere: no repeated keys, no NaN, bounded in size and depth."""
+"""JSON as data from anywhere: no repeated keys, bounded in size and depth.
+
+Nothing that Python takes and others do not (serde_json, which safetensors is read by): NaN, numbers
+beyond the floats, `-0` for an integer, halves of characters.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from math import isfinite
+from typing import Any, Never
 
 from ckptool.errors import LimitExceeded, Malformed
 
@@ -19,7 +24,15 @@ def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
     if _is_deep(data):
         raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        if any(found[1] for found in _HALF.finditer(data)):
+            raise ValueError("it holds half a character")
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_integer if _ODD_INTEGER.search(data) else None,
+        )
     except (ValueError, RecursionError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise Malformed(f"{what} is damaged: {why}", offset=offset) from None
@@ -35,10 +48,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _refuse(token: str) -> Any:
+def _refuse(token: str) -> Never:
     raise ValueError(f"the token {token}")
 
 
+def _finite(token: str) -> float:
+    return float(token) if isfinite(float(token)) else _refuse(token)
+
+
+def _integer(token: str) -> int:
+    return int(token) if token != "-0" and isfinite(float(token)) else _refuse(token)
+
+
+_ODD_INTEGER = re.compile(rb"-0|\d{300}")  # all others are spared a call
+
+
+# An escaped backslash, a whole pair of surrogates, or one without the other.
+_HALF = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])", re.DOTALL)
 # Possessive, so that a text without its closing quote is passed over once and not again and again.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 

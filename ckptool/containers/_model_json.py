@@ -23,6 +23,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Storage, TensorInfo, problem
+from ckptool.text import length
 
 _DTYPES = {
     ("FLOAT", 1): DType.F32,
@@ -93,12 +94,11 @@ def _field(message: Any, name: str, default: T) -> T:
 
 
 def _number(value: Any) -> int:
-    """Read an integer, which protobuf writes as text where it may have 64 bits."""
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
-        return int(value)
-    if type(value) is not int:
-        raise Malformed("model.json: a number that is none")
-    return value
+    """Read a size, offset or index, which protobuf writes as text where it may have 64 bits."""
+    number = length(value, 10 if isinstance(value, str) else 0)
+    if number is None:
+        raise Malformed("model.json: a size, offset or index is not a number, or negative")
+    return number
 
 
 def _integer(message: Any, name: str) -> int:
@@ -142,7 +142,8 @@ class _Tensors:
         place = self._storage(row, dtype), _integer(row, "offset")
         origin = None
         if quantized:
-            scale, zero_point = _field(row, "scale", 0.0), _integer(row, "zeroPoint")
+            scale, stated = _field(row, "scale", 0.0), str(_value(row, "zeroPoint", 0))
+            zero_point = _number(stated.removeprefix("-")) * (-1 if stated.startswith("-") else 1)
             origin = quantized_call(place, shape, stride, scale, zero_point)
         info = TensorInfo(dtype, shape, stride, *place, origin=origin)
         wrong = problem(info)

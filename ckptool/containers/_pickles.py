@@ -10,6 +10,7 @@ from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.pickle_reader import Ended, Vocabulary
+from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Global, Node, Object, attribute
 from ckptool.state import naming
 from ckptool.state.checkpoint import named_items
@@ -56,9 +57,9 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     except FormatError as error:
         return what + _danger(error.named), ""
     danger = _danger(parsed.globals)
-    if _is_paddle(parsed.tree):
+    if is_paddle(parsed.tree):
         what = f"a state_dict of PaddlePaddle ({size}), a plain pickle"
-    hint = "paddle.load reads it" if _is_paddle(parsed.tree) else _hint(parsed.globals)
+    hint = "paddle.load reads it" if is_paddle(parsed.tree) else _hint(parsed.globals)
     hint = "" if danger else hint
     return f"{what}: {_content(parsed.tree)}{danger}", hint
 
@@ -90,12 +91,12 @@ def inline_array(node: Node, data: bytes, position: int) -> tuple[Node, int]:
         return node, position
     shape, dtype = attribute(node, "shape"), attribute(node, "dtype")
     itemsize = _itemsize(dtype)
-    sized = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-    if not sized or not itemsize:
+    sizes = sizes_of(shape)
+    if sizes is None or not itemsize:
         raise Malformed("an array of joblib whose size is not known", offset=position)
     if attribute(node, "numpy_array_alignment_bytes") is not None:
         position += 1 + data[position]
-    end = position + prod(shape) * itemsize
+    end = position + prod(sizes) * itemsize
     if end > len(data):
         raise Ended("an array of joblib goes on after the end", offset=position)
     fortran = attribute(node, "order") == "F"
@@ -155,7 +156,7 @@ def _kind(node: Node) -> str:
     return type(node).__name__.lower().replace("nonetype", "None")
 
 
-def _is_paddle(tree: Node) -> bool:
+def is_paddle(tree: Node) -> bool:
     """Check for the note that PaddlePaddle keeps in a state_dict (paddle/framework/io.py)."""
     return any(name == "StructuredToParameterName@@" for name, _ in named_items(tree))
 

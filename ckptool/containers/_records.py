@@ -152,8 +152,9 @@ def read_records(reader: Reader, wanted: str) -> Records | None:
     if len(found) > 1:
         raise Malformed(f"a zip archive with more than one {wanted}", path=reader.path)
     root = found[0].removesuffix(wanted)
-    outside = [name for name in members if not name.startswith(root)]
-    if outside:  # torch takes the first record's folder: nothing may shadow what lies in it
+    names = (*members, *directory.folders)
+    outside = [name for name in names if not name.startswith(root)]
+    if outside:  # torch takes the first entry's folder, and nothing may shadow what is in it
         raise Malformed(f"record {outside[0]} lies outside {root}", path=reader.path)
     inside: dict[str, zips.Member | Storage] = {
         name.removeprefix(root): member for name, member in members.items()

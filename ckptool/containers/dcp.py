@@ -328,7 +328,7 @@ def _nested(index: Index, parts: dict[Part, Node], folder: str) -> Node:
 def _slot(here: _Branch, step: Step, entry: Entry, places: int) -> dict[Step, Node]:
     if isinstance(step, str) is not here.names:
         raise Malformed(f"{entry.key} lies in a list by name, or in a dict by number")
-    if isinstance(step, int) and not 0 <= step < places:
+    if isinstance(step, int) and step >= places:
         raise Malformed(f"{entry.key} is number {step} of a list")
     return here.members
 
@@ -357,6 +357,6 @@ CONTAINERS = (
         (".metadata", "__*.metadata"),
         sniff,
         read,
-        traits=Traits(beside_files=True),
+        traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

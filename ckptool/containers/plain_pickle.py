@@ -1,5 +1,7 @@
 """Plain pickles of tensors: what `pickle.dump` and `joblib.dump` write, and StyleGAN's snapshots.
 
+A dict with dicts of numpy arrays counts (Detectron's model zoo), as it does in a torch file.
+
 A storage is a call of `torch.storage._load_from_bytes` on the bytes of a whole torch file, in the
 legacy container (torch/storage.py, `__reduce__`): each is read as such where it is, or, where
 protocol 2 or less has the bytes as text, from a temporary file. Read only: what is written is a
@@ -12,8 +14,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from ckptool.containers import torch_legacy, torch_zip
-from ckptool.containers._container import Container
-from ckptool.containers._pickles import JOBLIB_ARRAY, inline_array, is_pickle
+from ckptool.containers._container import Container, Traits
+from ckptool.containers._pickles import JOBLIB_ARRAY, inline_array, is_paddle, is_pickle
 from ckptool.errors import FormatError, LimitExceeded, Malformed
 from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.spool import Spool
@@ -21,19 +23,21 @@ from ckptool.pickles import pickle_reader
 from ckptool.pickles.safety import names_in
 from ckptool.pickles.subclasses import bytes_of
 from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
-from ckptool.pickles.tree import Global, Node, Object
+from ckptool.pickles.tree import Dict, Global, Node, Object
+from ckptool.state.candidates import candidates
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage
 from ckptool.text import readable
 
 MAX_READ = 512 << 20  # such a file is read into memory
+_ARRAYS = b"multiarray", b"_frombuffer"  # in what numpy pickles: module; function, of protocol 5
 _LOAD = Global("torch.storage", "_load_from_bytes")
 _BETWEEN = 16  # bytes at most from the end of its argument to a call: MEMOIZE, TUPLE1 ...
 
 
 def read(reader: Reader) -> Checkpoint | None:
     """Read the pickle and the torch files in it; None for one without."""
-    if not _mentions(reader, _LOAD.name.encode()):
+    if not _mentions(reader, _LOAD.name.encode(), *_ARRAYS):
         return None
     if reader.nbytes > MAX_READ:
         raise LimitExceeded(f"a plain pickle of more than {readable(MAX_READ)}")
@@ -45,7 +49,7 @@ def read(reader: Reader) -> Checkpoint | None:
         error.calls = known.left(error.calls)
         error.named = known.followed(error.named, error.calls, None)
         raise
-    if not known.files:
+    if not known.files and not _has_state_dict(parsed.tree):
         return None
     calls = known.left(parsed.calls)
     return Checkpoint(
@@ -63,13 +67,19 @@ def read(reader: Reader) -> Checkpoint | None:
     )
 
 
-def _mentions(reader: Reader, name: bytes) -> bool:
-    """Search a file for a name, a part at a time."""
-    step = CHUNK - len(name)
-    return any(
-        name in reader.read(start, min(CHUNK, reader.nbytes - start))
+def _mentions(reader: Reader, *names: bytes) -> bool:
+    """Search a file for names, a part at a time."""
+    step = CHUNK - max(map(len, names))
+    parts = (
+        reader.read(start, min(CHUNK, reader.nbytes - start))
         for start in range(0, reader.nbytes, step)
     )
+    return any(name in part for part in parts for name in names)
+
+
+def _has_state_dict(tree: Node) -> bool:
+    """Check whether arrays of numpy alone make a state_dict; those of other libraries have not."""
+    return type(tree) is Dict and not is_paddle(tree) and bool(candidates(tree))
 
 
 class _Embedded(TorchVocabulary):
@@ -153,4 +163,15 @@ def _no_storage(storage: StorageId) -> Storage:
     raise Malformed(f"a persistent id in a plain pickle: {storage.key}")
 
 
-CONTAINERS = (Container("plain-pickle", "plain pickle", "", (".joblib",), (), is_pickle, read),)
+CONTAINERS = (
+    Container(
+        "plain-pickle",
+        "plain pickle",
+        "",
+        (".joblib",),
+        (),
+        is_pickle,
+        read,
+        traits=Traits(read_as=("pickle", "zip")),  # it may hold torch zips
+    ),
+)

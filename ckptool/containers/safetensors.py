@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
@@ -32,6 +34,7 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
+from ckptool.text import length
 
 if TYPE_CHECKING:  # a listing writes nothing
     from ckptool.files.copying import PlannedFile
@@ -78,8 +81,6 @@ def _metadata(value: Any) -> dict[str, str]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise Malformed("`__metadata__` is not a map of text", offset=8)
-    if not all(module_metadata.is_text(text) for pair in value.items() for text in pair):
-        raise Malformed("`__metadata__` holds half a character", offset=8)
     return value
 
 
@@ -93,12 +94,14 @@ def _tensor(reader: Reader, key: str, entry: Any, base: int) -> TensorInfo:
     if dtype is None:
         raise Unsupported(f"{key} has the unknown dtype {name}", offset=8)
     numbers = (*sizes, begin, end)
-    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
+    if any(length(number) is None for number in numbers):
         raise Malformed(f"the entry of {key} has an impossible number", offset=8)
     if dtype is DType.F4:  # torch counts pairs of four-bit floats in the last dimension
         if not sizes or sizes[-1] % 2:
             raise Malformed(f"{key} ends in half a byte", offset=8)
         sizes[-1] //= 2
+    if any(count >= 1 << 64 for count in accumulate(sizes, mul)):  # though a zero may follow
+        raise Malformed(f"the shape of {key} has too many elements", offset=8)
     shape, start = tuple(sizes), base + begin
     known = dtype if dtype.storage_class else None
     storage = Storage(reader.file, key, start, end - begin, known)

@@ -24,6 +24,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import TensorInfo, problem
+from ckptool.text import length
 
 _DTYPES = {
     **dict(
@@ -122,9 +123,9 @@ def _list(said: dict[str, Any], name: str) -> list[Any]:
 
 
 def _integer(value: Any) -> int:
-    number = value.get("as_int") if isinstance(value, dict) else None
-    if type(number) is not int:
-        raise Malformed("a size of a tensor that is no number")
+    number = length(value.get("as_int")) if isinstance(value, dict) else None
+    if number is None:
+        raise Malformed("a size of a tensor is not a number, or negative")
     return number
 
 

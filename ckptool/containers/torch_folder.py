@@ -92,6 +92,6 @@ CONTAINERS = (
         (PICKLE,),
         is_pickle,
         read,
-        traits=Traits(beside_files=True),
+        traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

@@ -8,7 +8,7 @@ keys), then for each key an 8-byte element count and the raw bytes, little-endia
 
 from __future__ import annotations
 
-from ckptool.containers._container import Container
+from ckptool.containers._container import Container, Traits
 from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
@@ -140,4 +140,16 @@ class _Window:
                 self._data += self._reader.read(len(self._data), wanted - len(self._data))
 
 
-CONTAINERS = (Container("torch-legacy", "legacy torch", "", (), (), sniff, read, library="torch"),)
+CONTAINERS = (
+    Container(
+        "torch-legacy",
+        "legacy torch",
+        "",
+        (),
+        (),
+        sniff,
+        read,
+        traits=Traits(read_as=("pickle",)),
+        library="torch",
+    ),
+)

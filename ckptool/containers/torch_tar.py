@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
-from ckptool.containers._container import Container
+from ckptool.containers._container import Container, Traits
 from ckptool.errors import Malformed
 from ckptool.files import tars
 from ckptool.files.fileio import Reader
@@ -32,6 +32,7 @@ from ckptool.pickles.torch_objects import (
 from ckptool.pickles.tree import Global, Node, Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
+from ckptool.text import length
 
 FIRST_WINDOW = 1 << 12
 _MEMBERS = ("sys_info", "pickle", "tensors", "storages")
@@ -109,9 +110,9 @@ class _Part:
 
     def count(self) -> int:
         """Read a pickled count."""
-        count = self.load().tree
-        if type(count) is not int or count < 0:
-            raise Malformed("the count of storages or tensors is no number")
+        count = length(self.load().tree)
+        if count is None:
+            raise Malformed("the count of storages or tensors is not a number, or negative")
         return count
 
     def row(self) -> tuple[Node, ...]:
@@ -136,7 +137,7 @@ def _storages(part: _Part, known: _TarVocabulary) -> None:
         dtype = storage_dtype(kind, part.position)
         (count,) = part.numbers("<q")
         key, nbytes = _key(row_key), count * (dtype.itemsize if dtype else 1)
-        if count < 0 or nbytes > part.reader.nbytes - part.position:
+        if length(count) is None or nbytes > part.reader.nbytes - part.position:
             raise Malformed(f"storage {key} says it has {count} elements", offset=part.position)
         if key in known.storages:
             raise Malformed(f"two storages are {key}", offset=part.position)
@@ -156,7 +157,8 @@ def _views(part: _Part, known: _TarVocabulary) -> None:
                 if isinstance(storage, StorageView):
                     raise Malformed(f"storage {_key(key)} is a view of a view")
                 itemsize = storage.dtype.itemsize if storage.dtype else 1
-                if min(offset, count) < 0 or (offset + count) * itemsize > storage.nbytes:
+                unknown = length(offset) is None or length(count) is None
+                if unknown or (offset + count) * itemsize > storage.nbytes:
                     raise Malformed(f"a view of storage {_key(root)} beyond its end")
                 known.storages[_key(key)] = StorageView(storage, offset, count)
             case _:
@@ -216,4 +218,6 @@ class _TarVocabulary(TorchVocabulary):
         return super().called(node)
 
 
-CONTAINERS = (Container("torch-tar", "torch tar", "", (), (), sniff, read),)
+CONTAINERS = (
+    Container("torch-tar", "torch tar", "", (), (), sniff, read, traits=Traits(read_as=("tar",))),
+)

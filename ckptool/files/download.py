@@ -34,12 +34,11 @@ from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
 from ckptool.files.temporary import ELSEWHERE, temporary_folder
-from ckptool.text import quoted
+from ckptool.text import length, quoted
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-CHUNK = 1 << 17
 NOTHING = "nothing to check against"
 Progress = Callable[[int, int | None], None]  # bytes here so far, bytes in all
 
@@ -268,8 +267,10 @@ def _left(part: Part, url: str) -> _Partial:
         return _Partial()
     nbytes = os.fstat(part.fd).st_size
     match record:
-        case {"request": request, "validator": str(validator), "total": int(total)} if (
-            request == _digest(url) and _can_be_sent(validator) and 1 < nbytes <= total
+        case {"request": request, "validator": str(validator), "total": total} if (
+            request == _digest(url)
+            and _can_be_sent(validator)
+            and 1 < nbytes <= (length(total) or 0)
         ):
             nbytes = min(nbytes, total - 1)  # so that there is something to request
             os.ftruncate(part.fd, nbytes)
@@ -316,7 +317,7 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, partial: _Part
     """Write a body to the end of the part, and check the file that this makes."""
     done, digest = partial.nbytes, partial.sha256
     total = partial.total or answer.nbytes
-    stream = answer.body.stream(CHUNK, decode_content=False)
+    stream = answer.chunks()
     head = b""
     while len(head) < http.HEAD and (data := next(stream, b"")):
         head += data
@@ -355,9 +356,9 @@ def _checked(job: _Job, part: Part, nbytes: int, sha256: str, start: int) -> Dow
 
 
 def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
-    """Return how many bytes may come: those declared, or what the disk can well take."""
+    """Return how many bytes may come: those announced, or half of what the disk can take."""
     if total is not None:
         publish.refuse_full(target, total - start)
         return total
     free = publish.free_space(target)
-    return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 10 * 9)
+    return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 2)

@@ -2,27 +2,39 @@
 
 urllib3 speaks HTTP and TLS and retries. Redirects are followed here: urllib3 goes from https to
 http, keeps the proxy of the first host for all others, and reads a Location in UTF-8 as latin-1.
+Bodies are read here: a timeout of urllib3 is for one `recv`, so that a byte a minute never ends,
+and it takes chunks of -5 or 1_000 bytes (RFC 9112, 7.1, has hexadecimal digits alone).
 """
 
 from __future__ import annotations
 
+import io
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from ckptool.errors import DownloadFailed
+from ckptool.text import length, readable
 
 if TYPE_CHECKING:
+    from http.client import HTTPResponse
+    from socket import socket
+
     from urllib3 import BaseHTTPResponse, PoolManager, Retry
 
 AGAIN = (429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10
 SHOWN = 200  # characters of what a server says
 HEAD = 512  # bytes that show what a body is
+CHUNK = 1 << 17
+PACE = 1 << 10  # bytes of a file that a server must send in a second
+IDLE = 1 << 20  # bytes that it may send before the next byte of the file: headers, chunk sizes
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "ckptool"}
+_CHUNK = re.compile(rb"([^\s;]*)(?:[ \t]*;[^\n]*)?\r\n")  # white space is allowed before extensions
 _HINTS = {
     401: "the server wants a login; it goes before the host: https://USER:PASSWORD@HOST/...",
     403: "the link needs a login or a token, or has expired; get a new link",
@@ -34,22 +46,108 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long to wait in seconds, how often to retry, how much to take."""
+    """How long to wait in seconds, how often to retry, how much to take.
 
-    connect: float = 10.0
-    read: float = 30.0
+    `timeout` bounds how long a server may send less than `PACE`, over redirects and retries.
+    """
+
+    connect: float = 10.0  # to one address, and for TLS
+    timeout: float = 60.0
     retries: int = 3
     backoff: float = 0.5
     longest_wait: float = 30.0
     nbytes: int = 1 << 40  # of a body whose length the server does not say
 
 
+@dataclass(slots=True)
+class _Patience:
+    """How long a server has kept us waiting; `reader` has what it sends on the last connection.
+
+    Bytes of the file alone are progress: no `100 Continue`, header, chunk extension or trailer is.
+    """
+
+    url: str
+    timeout: float
+    waited: float = 0.0  # seconds for the bytes in `came`
+    came: int = 0
+    idle: int = 0  # bytes since the last one of the file
+    reader: io.BufferedReader = field(init=False)
+
+    def respond(self, sock: socket, *args: Any, **kwargs: Any) -> HTTPResponse:
+        """Return a response of `http.client` that reads from its socket under these rules."""
+        from http.client import HTTPResponse
+
+        class Final(HTTPResponse):
+            def begin(self) -> None:
+                super().begin()
+                while 101 < self.status < 200:  # `http.client` takes 100 alone for no answer yet
+                    self.headers = None  # type: ignore[assignment]  # so that it reads on
+                    super().begin()
+
+        response = Final(sock, *args, **kwargs)
+        self.reader = io.BufferedReader(_Received(response.fp.detach(), sock, self))
+        response.fp = self.reader
+        return response
+
+    def left(self) -> float:
+        """Return the seconds that are left; raises `DownloadFailed`."""
+        if self.idle > IDLE:
+            what = ": the server sends headers or padding without end"
+            raise failed(self.url, what, _HINTS[404])
+        if self.waited >= self.timeout:
+            pace = f"less than {readable(PACE)}/s for {self.timeout:g} seconds"
+            what = f": {parsed(self.url).hostname} stopped sending, or sent {pace}"
+            raise failed(self.url, what, "run it again; --timeout SECONDS waits longer")
+        return self.timeout - self.waited
+
+    def progress(self, nbytes: int) -> None:
+        """Count bytes of the file; as many as a whole timeout asks for begin another one."""
+        self.came, self.idle = self.came + nbytes, 0
+        if self.came >= PACE * self.timeout:
+            self.came, self.waited = 0, 0.0
+
+
+class _Received(io.RawIOBase):
+    """What a socket receives, as long as there is patience."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket, patience: _Patience) -> None:
+        self._raw, self._socket, self._patience = raw, sock, patience
+
+    def readable(self) -> bool:
+        """Return True: `BufferedReader` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes; raises `DownloadFailed`."""
+        patience = self._patience
+        self._socket.settimeout(patience.left())
+        began, nbytes = time.monotonic(), 0
+        try:
+            nbytes = self._raw.readinto(buffer) or 0
+        except TimeoutError:
+            patience.waited = patience.timeout
+            patience.left()
+        patience.waited += time.monotonic() - began
+        patience.idle += nbytes
+        return nbytes
+
+    def close(self) -> None:
+        """Close the socket too."""
+        self._raw.close()
+        super().close()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A server's answer with its body unread; `url` is where redirects ended."""
+    """A server's answer with its body unread; `url` is where redirects ended.
+
+    `linked` is the size that a model hub stated on the way there (X-Linked-Size).
+    """
 
     url: str
     body: BaseHTTPResponse
+    patience: _Patience
+    linked: int | None = None
 
     def header(self, name: str) -> str:
         """Return a header, an empty string for none."""
@@ -57,9 +155,43 @@ class Answer:
 
     @property
     def nbytes(self) -> int | None:
-        """Return the declared length of the body."""
-        text = self.header("Content-Length")
-        return int(text) if re.fullmatch(r"\d{1,18}", text) else None
+        """Return the length of the body as it was announced."""
+        stated = length(self.header("Content-Length"), 10)
+        return self.linked if stated is None and self.body.status == 200 else stated
+
+    def chunks(self) -> Iterator[bytes]:
+        """Iterate over the body as it comes; raises `DownloadFailed` where it breaks off."""
+        reader = self.patience.reader
+        stated = length(self.header("Content-Length"), 10)
+        try:
+            for size in self._sizes() if self._chunked else [1 << 63 if stated is None else stated]:
+                left = size
+                while left and (data := reader.read1(min(left, CHUNK))):
+                    self.patience.progress(len(data))
+                    left -= len(data)
+                    yield data
+                if self._chunked and left:
+                    raise ConnectionError("the body ended inside a chunk")
+                if self._chunked and reader.read(2) != b"\r\n":
+                    raise failed(self.url, ": a chunk is longer than the server states")
+        except OSError as error:
+            raise _failure(self.url, error) from error
+
+    @property
+    def _chunked(self) -> bool:
+        return self.header("Transfer-Encoding").lower() == "chunked"
+
+    def _sizes(self) -> Iterator[int]:
+        """Iterate over the sizes of chunks; what follows the last one is never read."""
+        while line := self.patience.reader.readline(IDLE):
+            found = _CHUNK.fullmatch(line)
+            size = length(found[1], 16) if found else None
+            if size is None:
+                raise _no_length(self.url, "of a chunk", line.decode("latin-1"))
+            if not size:
+                return
+            yield size
+        raise ConnectionError("the body ended before its last chunk")
 
 
 def shown(url: str) -> str:
@@ -119,13 +251,16 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
     parts = parsed(url)
     login = unquote(parts.netloc.rpartition("@")[0])
     headers = {**HEADERS, **headers, **make_headers(basic_auth=login or None)}
+    patience, retries = _Patience(url, limits.timeout), _retry(limits)
     url = _without_login(parts)
-    seen = [url]
+    seen, linked = [url], None
     while True:
-        response = _requested(url, headers, limits)
+        response = _requested(url, headers, limits, patience, retries)
+        retries = response.retries or retries
+        linked = linked or length(response.headers.get("X-Linked-Size"), 10)
         location = response.get_redirect_location()
         if location is False:
-            return Answer(url, response)
+            return Answer(url, response, patience, linked)
         response.close()
         target = redirected(url, (location or "").strip())
         if target in seen or len(seen) > MAX_REDIRECTS:
@@ -156,15 +291,18 @@ def redirected(url: str, location: str) -> str:
     return _without_login(parts)
 
 
-def _requested(url: str, headers: Mapping[str, str], limits: Limits) -> BaseHTTPResponse:
+def _requested(
+    url: str, headers: Mapping[str, str], limits: Limits, patience: _Patience, retries: Retry
+) -> BaseHTTPResponse:
     from urllib3 import Timeout
 
-    return _pool(url).urlopen(
+    connect = min(limits.connect, limits.timeout)
+    return _pool(url, patience).urlopen(
         "GET",
         url,
         headers=headers,
-        timeout=Timeout(connect=limits.connect, read=limits.read),
-        retries=_retry(limits),
+        timeout=Timeout(connect=connect, read=limits.timeout),
+        retries=retries,
         redirect=False,
         preload_content=False,
         decode_content=False,
@@ -200,8 +338,22 @@ def _retry(limits: Limits) -> Retry:
     )
 
 
-def _pool(url: str) -> PoolManager:
+def _pool(url: str, patience: _Patience) -> PoolManager:
     """Return connections by way of the proxy that the environment names for a URL, if any."""
+    manager = _proxied(url)
+    pool = manager.connection_from_url(url)
+    make: Any = pool.ConnectionCls
+
+    def connection(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        made.response_class = patience.respond  # what `http.client` makes of a connection
+        return made
+
+    pool.ConnectionCls = connection  # type: ignore[assignment]
+    return manager
+
+
+def _proxied(url: str) -> PoolManager:
     from urllib.request import getproxies, proxy_bypass
 
     from urllib3 import PoolManager, ProxyManager
@@ -220,6 +372,8 @@ def _pool(url: str) -> PoolManager:
 
 def _failure(url: str, error: Exception) -> DownloadFailed:
     """Return what urllib3 raised as an error for users."""
+    from http.client import HTTPException
+
     from urllib3 import exceptions as known
 
     host = parsed(url).hostname
@@ -236,8 +390,14 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
             what = f"the host {host} is not found"
         case known.ConnectTimeoutError():  # refused, too
             what = f"{host} does not answer"
-        case known.ReadTimeoutError():
+        case known.ReadTimeoutError():  # of TLS: of all else `_Patience` judges
             what, hint = f"{host} stopped sending", "run it again"
+        case known.InvalidHeader():
+            what = f"the headers of {host} contradict one another"
+        case known.ProtocolError(args=(_, HTTPException() as inner)) if (
+            not isinstance(inner, OSError)  # a server that hangs up is both
+        ):
+            what = f"the answer of {host} is not HTTP"
         case known.LocationValueError() | UnicodeError():
             what, hint = "this is not a URL", _HINTS[404]
         case _:
@@ -255,10 +415,8 @@ def _reason(error: Exception) -> str:
 def _refuse(url: str, answer: Answer, *, ranged: bool) -> None:
     """Raise `DownloadFailed` for an answer that holds no file, or packs it."""
     status = answer.body.status
-    encoding = answer.header("Content-Encoding").lower()
-    if status in (200, 206) and encoding not in ("", "identity"):
-        what = f": the server packs the file ({encoding[:SHOWN]}), which was not asked for"
-        raise failed(url, what, "look for another link")
+    if status in (200, 206):
+        _refuse_framing(url, answer)
     if status == 200 or (ranged and status in (206, 416)):
         return
     if status == 206:
@@ -266,6 +424,23 @@ def _refuse(url: str, answer: Answer, *, ranged: bool) -> None:
     reason = f" {answer.body.reason}"[:SHOWN] if answer.body.reason else ""
     hint = "the server is in trouble; run it again later" if status >= 500 else ""
     raise failed(url, f": the server says {status}{reason}", hint or _HINTS.get(status, ""))
+
+
+def _refuse_framing(url: str, answer: Answer) -> None:
+    """Raise `DownloadFailed` for a body that is packed, or whose length is stated as no number."""
+    for name, plain in (("Content-Encoding", ""), ("Transfer-Encoding", "chunked")):
+        encoding = answer.header(name).lower()
+        if encoding not in ("", "identity", plain):
+            what = f": the server packs the file ({encoding[:SHOWN]}), which was not asked for"
+            raise failed(url, what, "look for another link")
+    stated = answer.body.headers.get("Content-Length")
+    if stated is not None and length(stated.strip(), 10) is None:
+        raise _no_length(url, "of the body", stated)
+
+
+def _no_length(url: str, of: str, stated: str) -> DownloadFailed:
+    evidence = [f"the length {of} is {stated[:SHOWN].rstrip()!r}"]
+    return failed(url, ": the server states a length that is not a number", evidence=evidence)
 
 
 def refuse_page(url: str, answer: Answer, head: bytes) -> None:
@@ -288,3 +463,6 @@ def refuse_page(url: str, answer: Answer, head: bytes) -> None:
         )
     if not head and not answer.nbytes:
         raise failed(url, ": the server sends an empty file")
+    if answer.linked not in (None, answer.nbytes):
+        what = f": {answer.linked} bytes were announced, and {answer.nbytes} come"
+        raise failed(url, what, "look for another link")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Never
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files.fileio import Reader, ReaderFile
+from ckptool.text import length
 
 if TYPE_CHECKING:
     from tarfile import TarInfo
@@ -153,7 +154,7 @@ def _header(block: bytes, offset: int) -> TarInfo:
         _fail("the size of a member is no octal number", offset)
     if header is None or not _OCTAL.fullmatch(block[148:156]):
         _fail("the header of a member does not match its checksum", offset)
-    if not 0 <= header.size < 1 << 63:
+    if length(header.size) is None:
         _fail("the size of a member is negative or beyond 2^63", offset)
     return header
 
@@ -165,11 +166,12 @@ def _data_size(header: TarInfo, records: dict[bytes, bytes], offset: int) -> int
     if header.type not in (*_FILES, *_OTHERS):
         kind = header.type.decode("latin-1")
         raise Unsupported(f"a member of the unknown type {kind!r}", offset=offset)
-    size = records.get(b"size", b"%d" % header.size)
-    if not size.isdigit() or len(size) > 19:
-        _fail("the size of a member is no number", offset)
+    stated = records.get(b"size")
+    size = header.size if stated is None else length(stated, 10)
+    if size is None:
+        _fail("the size of a member is not a number", offset)
     # Links, folders and devices have no data, whatever size they state.
-    return int(size) if header.type in _FILES else 0
+    return size if header.type in _FILES else 0
 
 
 def _pax(data: bytes, nbytes: int, offset: int) -> dict[bytes, bytes]:
@@ -180,9 +182,9 @@ def _pax(data: bytes, nbytes: int, offset: int) -> dict[bytes, bytes]:
     records: dict[bytes, bytes] = {}
     position = 0
     while position < len(data) and data[position]:
-        length, space, _ = data[position : position + 20].partition(b" ")
-        end = position + int(length) if space and length.isdigit() else 0
-        key, _, value = data[position + len(length) + 1 : end].partition(b"=")
+        stated, space, _ = data[position : position + 20].partition(b" ")
+        end = position + (length(stated, 10) or 0) if space else 0
+        key, _, value = data[position + len(stated) + 1 : end].partition(b"=")
         if end > nbytes or not key or key in records or not value.endswith(b"\n"):
             _fail("a record of a pax header is damaged", offset)
         records[key] = value[:-1]

@@ -72,10 +72,11 @@ class _Header(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """The records of an archive by name, and how many of its bytes belong to none of them."""
+    """The records of an archive by name, how many bytes belong to none, and entries of folders."""
 
     members: dict[str, Member]
     unlisted: int
+    folders: list[str]
 
 
 def read_directory(reader: Reader) -> Directory:
@@ -93,25 +94,45 @@ def read_directory(reader: Reader) -> Directory:
     unlisted = _unlisted(reader, entries, offset)
     members = [member for member in entries if not member.name.endswith("/")]
     _refuse_odd_names(reader, members)
-    return Directory({member.name: member for member in members}, unlisted)
+    folders = [member.name for member in entries if member.name.endswith("/")]
+    return Directory({member.name: member for member in members}, unlisted, folders)
 
 
 def _find_directory(reader: Reader) -> tuple[int, int, int]:
     """Return offset, size and entry count of the central directory."""
-    tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
-    data = reader.read(reader.nbytes - tail, tail)
-    # The last one with room behind it, as miniz takes it: an earlier one must not be believed.
-    at = data.rfind(b"PK\5\6", 0, len(data) - _END.size + 4)
+    data, at = _end_record(reader)
     if at >= 0:
         fields = _END.unpack_from(data, at)
         if at + _END.size + fields[-1] == len(data):
-            return _directory_of(reader, fields, reader.nbytes - tail + at)
+            return _directory_of(reader, fields, reader.nbytes - len(data) + at)
     raise Malformed(
         "the zip archive has no end record; the file is truncated or not whole",
         path=reader.path,
         offset=reader.nbytes,
         hint="get the file again from where it came, and compare its size",
     )
+
+
+def _end_record(reader: Reader) -> tuple[bytes, int]:
+    """Return the end of a file, and where in it the end record of an archive is; -1 without one.
+
+    The last one with room behind it, as miniz takes it: an earlier one must not be believed.
+    """
+    tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
+    data = reader.read(reader.nbytes - tail, tail)
+    return data, data.rfind(b"PK\5\6", 0, max(0, len(data) - _END.size + 4))
+
+
+def at_end(reader: Reader) -> bool:
+    """Check for an archive behind other bytes, which lax readers find from its end."""
+    data, at = _end_record(reader)
+    if at < 0:
+        return False
+    *_, nbytes, offset, _ = _END.unpack_from(data, at)
+    end = reader.nbytes - len(data) + at
+    starts = (offset, end - nbytes)  # as the record says, and as Python's zipfile finds it
+    listed = any(0 <= at <= end - 4 and reader.read(at, 4) == b"PK\1\2" for at in starts)
+    return listed or data[max(0, at - _LOCATOR.size) :].startswith(b"PK\6\7")
 
 
 def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple[int, int, int]:

@@ -80,6 +80,26 @@ AFTER_IMPORT = dict.fromkeys(
     f"{_DISTRIBUTED}.tensor",
 )
 
+_NESTED = (
+    _names("torch._utils", "_rebuild_nested_tensor")
+    | _names("torch.nested._internal.nested_tensor", "NestedTensor _rebuild_njt")
+    | _names("torch._dynamo.decorators", "_DimRange")  # of the lengths in a jagged one
+)
+# Where it depends on torch's version: what 2.6 refuses and 2.14 accepts, and what 2.15 took away.
+_VERSIONS = {
+    **dict.fromkeys(
+        _names("torch", "float8_e8m0fnu float4_e2m1fn_x2 bcomplex32")
+        | _names(
+            "torch", " ".join(f"{kind}int{bits}" for kind in ("", "u") for bits in range(1, 8))
+        )
+        | _names(f"{_DISTRIBUTED}.tensor._dtensor_spec", "ShardOrderEntry")
+        | _names(f"{_DISTRIBUTED}.tensor.placement_types", "_StridedShard")
+        | _names(f"{_DISTRIBUTED}._mesh_layout", "_FlatLayout _MeshLayout"),
+        "torch newer than 2.6",
+    ),
+    **dict.fromkeys(_NESTED, "torch up to 2.14"),
+}
+
 _PATHS = "Path PurePath PosixPath WindowsPath PurePosixPath PureWindowsPath"
 _NUMPY_TYPES = (
     "bool_ bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
@@ -180,8 +200,8 @@ FOREIGN = frozenset(
     | _names("torch", "memory_format contiguous_format channels_last preserve_format strided")
     | _names("torch", "ScriptObject Generator")  # of a class compiled into the process
     | _names("torch._C", "ScriptObject Generator")
-    | _names("torch._utils", "_rebuild_nested_tensor _rebuild_xla_tensor")
-    | _names("torch.nested._internal.nested_tensor", "NestedTensor _rebuild_njt")
+    | _names("torch._utils", "_rebuild_xla_tensor")
+    | _NESTED
     | _names("torch.utils.hooks", "RemovableHandle")
     | _names("torch.autograd.variable", "Variable")
     | _names("torch.nn.backends.thnn", "_get_thnn_function_backend")  # models saved before 1.5
@@ -300,6 +320,11 @@ def level(named: Global) -> Level:
 def import_for(named: Global) -> str:
     """Return the module that makes `torch.load(weights_only=True)` accept a name once imported."""
     return AFTER_IMPORT.get((named.module, named.name), "")
+
+
+def torch_for(named: Global) -> str:
+    """Return which torch alone accepts a name so, "" where every one since 2.6 judges alike."""
+    return _VERSIONS.get((named.module, named.name), "")
 
 
 def is_accepted(named: Global) -> bool:

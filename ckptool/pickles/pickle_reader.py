@@ -5,8 +5,10 @@ The opcodes are those of CPython's `Lib/pickle.py` and `Lib/pickletools.py`.
 
 from __future__ import annotations
 
+import codecs
 import re
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from ckptool.pickles.tree import (
     PersistentId,
     Set,
 )
+from ckptool.text import length
 
 MAX_OPCODES = 10_000_000
 MAX_STATE_MEMO = 1000
@@ -200,6 +203,7 @@ class _Machine:
         self.protocol = 0
         self.stack: list[Node] = []
         self.levels: list[list[Node]] = []
+        self.frame_end = sys.maxsize  # outside of frames
         self.memo = Memo(data)
         self.globals: dict[Global, int] = {}
         self.calls: list[Object] = []
@@ -212,6 +216,8 @@ class _Machine:
         steps = iter(range(MAX_OPCODES))
         for _ in steps:
             self.opcode_at = position
+            if position >= self.frame_end:
+                self.leave_frame(position)
             op = data[position]
             position += 1
             if op == 0x72:  # LONG_BINPUT
@@ -238,7 +244,9 @@ class _Machine:
                 position = end
             elif op == 0x28:  # MARK
                 callee = stack[-1] if stack else None
-                whole = phrase(callee, data, position, memo) if type(callee) is Global else None
+                whole = None
+                if type(callee) is Global and self.frame_end == sys.maxsize:
+                    whole = phrase(callee, data, position, memo)  # no writer frames one
                 if whole is None:
                     levels.append(stack)
                     stack = self.stack = []
@@ -270,6 +278,8 @@ class _Machine:
                 stack.append(memo.get(_U32(data, position)[0]))
                 position += 4
             elif op == 0x2E:  # STOP
+                if position < self.frame_end < sys.maxsize:
+                    self.fail("the pickle ends inside a frame, what follows is read in two ways")
                 self.position = position
                 return self.finish()
             else:
@@ -367,7 +377,12 @@ class _Machine:
         node = self.vocabulary.built(target, state)
         if node is None:
             self.fail(f"state for a {type(target).__name__}")
-        node, self.position = self.vocabulary.inline(node, self.position)
+        if self.position == self.frame_end:
+            self.leave_frame(self.position)
+        node, end = self.vocabulary.inline(node, self.position)
+        if end != self.position and self.frame_end < sys.maxsize:
+            self.fail("what is no opcode, inside a frame")  # joblib reads it behind the frame
+        self.position = end
         if node is not target:
             self.stack[-1] = node
             self.memo.replace(target, node)
@@ -379,6 +394,8 @@ class _Machine:
 
     def integer_line(self) -> None:
         text = self.line()
+        if text.lstrip(b"-")[:1] == b"0" and text not in (b"0", b"00", b"01"):
+            self.fail("an integer that C unpicklers read as octal or hexadecimal")
         self.push(text == b"01" if text in (b"00", b"01") else self.decimal(text))
 
     def long(self, count: int) -> None:
@@ -397,7 +414,7 @@ class _Machine:
         text = self.line().strip()
         if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
             self.fail("a string without its quotes")
-        self.old_string(text[1:-1].decode("unicode_escape").encode("latin-1"))
+        self.old_string(codecs.escape_decode(text[1:-1])[0])
 
     def global_line(self) -> Global:
         module = self.line().decode("utf-8")
@@ -438,15 +455,16 @@ class _Machine:
             self.pop_level()
 
     def put(self, key: int) -> None:
-        if key < 0:
-            self.fail("a negative memo key")
         self.memo.put(key, self.stack[-1])
 
     def get(self) -> None:
-        key = self.line()
-        if not key.isdigit():  # as picklers write it, and `Memo` looks for it
-            self.fail("a memo key that is no number")
-        self.push(self.memo.get(self.decimal(key)))
+        self.push(self.memo.get(self.memo_key()))
+
+    def memo_key(self) -> int:
+        key = length(self.line(), 10)
+        if key is None:  # digits alone, as picklers write it, and `Memo` looks for it
+            self.fail("a memo key that is not a number")
+        return key
 
     def proto(self) -> None:
         self.protocol = self.take(1)[0]
@@ -454,8 +472,22 @@ class _Machine:
             self.refuse(f"protocol {self.protocol}")
 
     def frame(self) -> None:
-        if self.unsigned(8) > len(self.data) - self.position:
+        size = self.unsigned(8)
+        if size > len(self.data) - self.position:
             raise _Short
+        if self.frame_end not in (sys.maxsize, self.position):
+            self.fail("a frame inside a frame")
+        self.frame_end = self.position + size
+
+    def leave_frame(self, position: int) -> None:
+        """End a frame where an opcode does.
+
+        C unpicklers up to Python 3.13.14 and 3.14.6 read an argument that goes on behind its frame
+        from there alone (cpython#154848): they run what pickletools and others take for text.
+        """
+        if position != self.frame_end:
+            self.fail("a pickle opcode crosses the end of its frame, which is read in two ways")
+        self.frame_end = sys.maxsize
 
     def text(self, data: bytes) -> None:
         self.push(data.decode("utf-8", "surrogatepass"))
@@ -499,7 +531,7 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x31: _Machine.pop_level,  # POP_MARK
     0x32: lambda m: m.push(m.stack[-1]),  # DUP
     0x67: _Machine.get,  # GET
-    0x70: lambda m: m.put(m.decimal(m.line())),  # PUT
+    0x70: lambda m: m.put(m.memo_key()),  # PUT
     0x94: lambda m: m.put(m.memo.entries),  # MEMOIZE
     0x63: lambda m: m.push(m.global_line()),  # GLOBAL
     0x93: _Machine.stack_global,  # STACK_GLOBAL

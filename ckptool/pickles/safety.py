@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ckptool.pickles.names import Level, import_for, level
+from ckptool.pickles.names import Level, import_for, level, torch_for
 from ckptool.pickles.tree import Dict, Global, Node, Object, OldString, Pairs, children
 
 SHOWN = 8  # dangerous calls in a message
@@ -16,13 +16,15 @@ SHOWN = 8  # dangerous calls in a message
 class Verdict:
     """What a file names beyond the plain, each with the offset where it is first.
 
-    `imports` are modules without which `torch.load(weights_only=True)` does not accept the rest.
+    `imports` are modules without which `torch.load(weights_only=True)` does not accept the rest;
+    `versions` say which torch alone accepts one of the names.
     """
 
     level: Level
     foreign: dict[Global, int]
     dangerous: dict[Global, int]
     imports: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
 
     def word(self, program: str) -> str:
         """Return what JSON calls it; a program is one whatever it names besides."""
@@ -40,7 +42,8 @@ def judge(named: Mapping[Global, int]) -> Verdict:
             foreign[each] = offset
     worst = Level.DANGEROUS if dangerous else Level.FOREIGN if foreign else Level.PLAIN
     imports = dict.fromkeys(filter(None, map(import_for, named)))
-    return Verdict(worst, foreign, dangerous, tuple(imports))
+    versions = [f"only {torch_for(each)} accepts {each}" for each in named if torch_for(each)]
+    return Verdict(worst, foreign, dangerous, tuple(imports), tuple(versions))
 
 
 def names_in(tree: Node) -> dict[Global, int]:

@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from math import prod
 
 # What computes is imported by functions: a listing of plain tensors needs none of it.
+from ckptool.errors import Malformed
 from ckptool.pickles.tree import (
+    ByteArray,
     Dict,
     Global,
     Node,
@@ -34,6 +36,7 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
+from ckptool.text import length
 
 UTILS = "torch._utils"
 FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
@@ -47,13 +50,13 @@ _DEVICE_REBUILDS = (
 
 
 def sizes_of(node: Node) -> tuple[int, ...] | None:
-    """Read a size or stride: a tuple or list of numbers, or a call of torch.Size on one."""
+    """Read a size or stride: a tuple or list of lengths, or a call of torch.Size on one."""
     if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
         node = node.args[0]
     if type(node) is not tuple and type(node) is not list:
         return None
     for number in node:
-        if type(number) is not int:
+        if length(number) is None:
             return None
     return tuple(node)
 
@@ -79,7 +82,9 @@ def _sparse(node: Object) -> CompositeTensor | None:
         case (layout, tuple() as data):
             parts = tuple(part for part in data if isinstance(part, TensorInfo))
             sizes = [size for part in data if (size := sizes_of(part)) is not None]
-            if len(parts) >= 2 and sizes:
+            if len(parts) >= 2 and not sizes:
+                raise Malformed("a sparse tensor whose size is not a tuple of lengths")
+            if len(parts) >= 2:
                 values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
                 return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
     return None
@@ -277,7 +282,7 @@ def _slots(node: Node) -> dict[str, Node]:
 
 
 def _number(node: Node) -> int | None:
-    return node if type(node) is int else None
+    return length(node)
 
 
 # Arrays and numbers of numpy.
@@ -303,8 +308,9 @@ _LETTERS = dict(_KINDS.values())
 
 
 def is_array(node: Node) -> bool:
-    """Check for an array of numpy, whatever it holds."""
-    return _made_by(node, "_reconstruct") and node.args[:1] == (NDARRAY,)
+    """Check for an array of numpy, whatever it holds; protocol 5 has a function for the plain."""
+    made = _made_by(node, "_reconstruct") and node.args[:1] == (NDARRAY,)
+    return made or _made_by(node, "_frombuffer")
 
 
 def _made_by(node: Node, name: str) -> bool:
@@ -318,22 +324,23 @@ def array(node: Node) -> TensorInfo | None:
         return None
     from ckptool.tensors import values
 
-    match node.state:
-        case (_, shape, kind, fortran, data):
+    match node.args if node.state is None else node.state:
+        case (_, shape, kind, fortran, data) | (data, kind, shape, "F" | "C" as fortran):
             sizes, found, raw = sizes_of(shape), _dtype(kind), bytes_of(data)
-            if sizes is None or found is None or raw is None:
-                return None
-            dtype, order = found
-            if min(sizes, default=0) < 0 or dtype.nbytes(prod(sizes)) != len(raw):
-                return None
-            stride = contiguous_stride(sizes)
-            if fortran:
-                stride = contiguous_stride(sizes[::-1])[::-1]
-            if order == "big":
-                raw = _swapped(raw, dtype.swap)
-            info = values.literal(raw, dtype, sizes, f"array {node.offset}")
-            return replace(info, stride=stride, origin=node)
-    return None
+        case _:
+            return None
+    if sizes is None or found is None or raw is None:
+        return None
+    dtype, order = found
+    if dtype.nbytes(prod(sizes)) != len(raw):
+        return None
+    stride = contiguous_stride(sizes)
+    if fortran in (True, "F"):
+        stride = contiguous_stride(sizes[::-1])[::-1]
+    if order == "big":
+        raw = _swapped(raw, dtype.swap)
+    info = values.literal(raw, dtype, sizes, f"array {node.offset}")
+    return replace(info, stride=stride, origin=node)
 
 
 def as_tensor(value: Node) -> Node:
@@ -380,7 +387,7 @@ def bytes_of(node: Node) -> bytes | None:
     match node:
         case bytes():
             return node
-        case OldString():
+        case OldString() | ByteArray():
             return node.data
         case Object(callee=Global(name="bytes"), args=()):
             return b""

@@ -23,6 +23,7 @@ from ckptool.pickles.subclasses import FROM_TYPE, UTILS, dtype_of, sizes_of
 from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
 from ckptool.tensors.dtype import BY_STORAGE_CLASS, DType
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
+from ckptool.text import length
 
 if TYPE_CHECKING:  # a listing writes nothing
     from ckptool.pickles.pickle_writer import Written
@@ -123,17 +124,17 @@ class TorchVocabulary(Vocabulary):
         match value:
             case ("module", Global() as named, *_):
                 return named
-            case ("storage", Global() as kind, key, str(location), int(numel), *view):
+            case ("storage", Global() as kind, key, str(location), numel, *view):
                 found = self._storage(kind, key, location, numel, offset)
                 if view and view[0] is not None:
                     return self._view(found, view[0], offset)
                 return found
         raise Malformed("a persistent id that names no storage", offset=offset)
 
-    def _storage(self, kind: Global, key: Node, location: str, numel: int, offset: int) -> Storage:
+    def _storage(self, kind: Global, key: Node, location: str, numel: Node, offset: int) -> Storage:
         if type(key) is int:
             key = str(key)
-        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+        if not isinstance(key, str) or length(numel) is None:
             raise Malformed("a persistent id that names no storage", offset=offset)
         return self._place(StorageId(key, storage_dtype(kind, offset), location, numel), offset)
 
@@ -158,9 +159,10 @@ class TorchVocabulary(Vocabulary):
 
     def _view(self, storage: Storage, view: Node, offset: int) -> StorageView:
         match view:
-            case (key, int(start), int(numel)):
+            case (key, start, numel):
                 itemsize = storage.dtype.itemsize if storage.dtype else 1
-                if start < 0 or numel < 0 or (start + numel) * itemsize > storage.nbytes:
+                unknown = length(start) is None or length(numel) is None
+                if unknown or (start + numel) * itemsize > storage.nbytes:
                     raise Malformed(
                         f"a view of storage {storage.key} beyond its end", offset=offset
                     )
@@ -266,7 +268,7 @@ def _parsed(text: str) -> Node:
     if not found:
         return text
     module, name, key, location, numel, view = found.groups()
-    known = ("storage", Global(module, name), key, location, int(numel))
+    known = ("storage", Global(module, name), key, location, length(numel, 10))
     return known if view is None else (*known, None)
 
 
@@ -311,13 +313,15 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
     origin, args = _untagged(origin, args, metadata_at)
     storage, start = (*args[:2], None, None)[:2]
     view = storage if isinstance(storage, StorageView) else None
-    if view is not None and type(start) is int:
+    start = length(start)
+    if view is not None and start is not None:
         storage, start = view.storage, start + view.offset
     shape, stride = (sizes_of(args[2]), sizes_of(args[3])) if len(args) > 3 else (None, None)
-    if not isinstance(storage, Storage) or type(start) is not int:
+    if not isinstance(storage, Storage):
         raise Malformed("a tensor without a storage", offset=offset)
-    if shape is None or stride is None:
-        raise Malformed("a tensor whose size or stride is not a tuple of numbers", offset=offset)
+    if start is None or shape is None or stride is None:
+        what = "a size, stride or offset of a tensor is not a number, negative or beyond 2^63"
+        raise Malformed(what, offset=offset)
     dtype = storage.dtype
     if name == "_rebuild_tensor_v3":
         dtype = dtype_of(args[6]) if len(args) > 6 else None

@@ -1,7 +1,8 @@
 """Files that are parts of a checkpoint: what one rank wrote, which is never the weights.
 
 The content decides; the name of a file is asked for its rank alone, where the content does not say
-it. Each framework has a function here that looks at what it writes:
+it, and for a few names that always mean a part, if others of the kind are in the folder. Each
+framework has a function here that looks at what it writes:
 
 - DeepSpeed ZeRO: `zero/stage_1_and_2.py` and `zero/stage3.py` (`state_dict` of the optimizers),
   `engine.py` (`_save_checkpoint`, `_get_zero_param_shapes`); `zero_to_fp32.py` joins them
@@ -10,6 +11,9 @@ it. Each framework has a function here that looks at what it writes:
 - distributed checkpoints in safetensors: torch/distributed/checkpoint/_hf_utils.py
 - Megatron-LM, NeMo, fairseq: sizes of model parallelism among the arguments of the training
 - torch_xla's `xser`: each tensor in a file of its own
+- by name: Llama's `consolidated.00.pth` (llama/generation.py, a file for each model-parallel rank),
+  DeepSpeed's `layer_00-...` (pipe/module.py, `ckpt_layer_path`), vLLM's sharded state
+  (sharded_state_loader.py, DEFAULT_PATTERN), TensorRT-LLM's `rank0.safetensors`
 """
 
 from __future__ import annotations
@@ -25,11 +29,17 @@ from ckptool.errors import PartialCheckpoint
 from ckptool.pickles.subclasses import holding, sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
-from ckptool.text import argument, counted, shape
+from ckptool.text import argument, counted, length, listed, shape
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
-_RANK = re.compile(r"rank_?(\d+)")
+_RANK = re.compile(r"rank_?([0-9]+)")
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
+_OF_RANK = {  # the rank is the group; where it is empty, parts are numbered otherwise
+    r"consolidated\.(\d+)\.pth": "a model-parallel checkpoint of Llama",
+    r"()layer_\d+-model_\d+-model_states\.pt": "a pipeline-parallel checkpoint of DeepSpeed",
+    r"model-rank-(\d+)-part-\d+\.safetensors": "a sharded state of vLLM",
+    r"rank(\d+)\.safetensors": "a checkpoint of TensorRT-LLM",
+}
 _XSER = Global("torch_xla.utils.serialization", "TensorReference")
 # How many ways a model was cut, where arguments of a training say so.
 _CUTS = {
@@ -275,6 +285,24 @@ def _refers(top: Mapping[str, Node]) -> bool:
     return any(isinstance(value, Object) and value.callee == _XSER for value in inside)
 
 
+def _named(file: File) -> Part | None:
+    """Recognise a part by its name, where the folder has others."""
+    folder, name = os.path.split(file.path)
+    for pattern, kind in _OF_RANK.items() if file.entries else ():
+        match = re.fullmatch(pattern, name)
+        if match is None or not os.path.isdir(folder or "."):
+            continue
+        matches = filter(None, (re.fullmatch(pattern, each) for each in os.listdir(folder or ".")))
+        ranks = {each[0]: each[1] or each[0] for each in matches}
+        rank = match[1] or name
+        others = sorted(each for each in ranks if ranks[each] != rank)
+        if others:
+            where = f"the other tensors, or pieces of these, are in {listed(others, 3)}"
+            world = len(set(ranks.values()))
+            return Part(kind, where, length(match[1], 10), world)
+    return None
+
+
 _TESTS: tuple[Callable[[File], Part | None], ...] = (
     _zero_optimizer,
     _zero_model,
@@ -284,4 +312,5 @@ _TESTS: tuple[Callable[[File], Part | None], ...] = (
     _distributed,
     _parallel,
     _references,
+    _named,
 )

@@ -21,6 +21,7 @@ from ckptool.pickles.tree import (
 )
 from ckptool.state import modules
 from ckptool.state.walk import Path, labelled
+from ckptool.text import length
 
 
 def replaced(tree: Node, at: Path, node: Node) -> Node:
@@ -75,7 +76,7 @@ def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None)
     An entry that is named as an odd key of `like` gets that key.
     """
     if isinstance(like, list | tuple):
-        if any(not name.isdigit() for name in entries):
+        if any(length(name, 10) is None for name in entries):
             raise EditError(
                 "a list has no place for names", hint="ckptool unwrap makes a dict of it"
             )

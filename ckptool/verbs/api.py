@@ -357,17 +357,20 @@ def download(
     sha256: str | None = None,
     force: bool = False,
     sync: bool = True,
+    timeout: float = 60,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Downloaded:
     """Download a torchvision weight by name, or any URL, into a folder or to a file.
 
-    The file is checked against `sha256`, or the hash in its name. Raises `DownloadFailed`,
+    The file is checked against `sha256`, or the hash in its name. A server may send less than
+    1 KiB a second for `timeout` seconds. Raises `DownloadFailed`,
     `HashMismatch`, `OutputExists`, `WriteError`; for names `NoSuchModel` and `MissingExtra`.
 
     >>> ckptool.download("resnet18", "weights/").path  # doctest: +SKIP
     'weights/resnet18-f37072fd.pth'
     """
     from ckptool.files.download import download as fetch
+    from ckptool.files.http import Limits
     from ckptool.model import weights
 
     known = None if "://" in what else weights.resolve(what)
@@ -379,6 +382,7 @@ def download(
         force=force,
         sync=sync,
         progress=progress,
+        limits=Limits(timeout=timeout),
     )
     return replace(done, weights=known.member if known else None)
 

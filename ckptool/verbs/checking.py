@@ -75,8 +75,9 @@ class Checked:
     """What was found in one file.
 
     `safety` is empty where no name was read, `imports` what `torch.load(weights_only=True)` needs
-    before it accepts the file; `globals` are the names beyond the plain ones and
-    `calls` the dangerous ones of them; `not_finite` are tensors with NaN or infinity, by path;
+    before it accepts the file, `versions` where torch's versions differ; `globals` are the names
+    beyond the plain ones and `calls` the dangerous ones of them; `not_finite` are tensors with NaN
+    or infinity, by path;
     `checked` and `not_checked` say in words what was looked at.
     """
 
@@ -86,6 +87,7 @@ class Checked:
     container: str = ""
     safety: str = ""
     imports: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
     globals: tuple[str, ...] = ()
     calls: tuple[Call, ...] = ()
     pickle_name: str = ""
@@ -128,6 +130,7 @@ def _fields(result: Checked) -> dict[str, object]:
         "container": result.container or None,
         "safety": result.safety or None,
         "imports": list(result.imports),
+        "versions": list(result.versions),
         "globals": list(result.globals),
         "calls": [
             {
@@ -354,6 +357,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
             Status.OK,
             [part, _summary(checkpoint), found.checksums, program, _foreign(verdict)],
         )
+        parts.append(listed(verdict.versions, 2))
     return Checked(
         file=path,
         status=status,
@@ -361,6 +365,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
         container=checkpoint.container,
         safety=verdict.word(checkpoint.program),
         imports=verdict.imports,
+        versions=verdict.versions,
         globals=_names(verdict),
         calls=tuple(calls),
         pickle_name=checkpoint.pickle_name,
@@ -394,6 +399,7 @@ def _unreadable(file: str, error: FormatError, found: _Findings, *, strict: bool
         detail=detail,
         safety=verdict.word("") if named else "",
         imports=verdict.imports,
+        versions=verdict.versions,
         globals=_names(verdict),
         calls=tuple(calls),
         pickle_name="the pickle",

@@ -198,6 +198,7 @@ class Survey:
             "metadata": checkpoint.metadata,
             "safety": self.verdict.word(checkpoint.program),
             "imports": list(self.verdict.imports),
+            "versions": list(self.verdict.versions),
             "globals": [str(name) for name in checkpoint.globals],
             "foreign": [str(name) for name in self.verdict.foreign],
             "dangerous": [

@@ -70,6 +70,22 @@ def test_every_protocol_is_read(run: Run, tmp_path: Path, protocol: int) -> None
     assert run("check", source).out.split("\t")[1] == "ok"
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_numpy_alone_are_a_state_dict(run: Run, tmp_path: Path, protocol: int) -> None:
+    """As Detectron's model zoo has them; arrays that are in no dict are not."""
+    numpy = pytest.importorskip("numpy")
+    source, out = tmp_path / "model_final.pkl", tmp_path / "out.pth"
+    model = {key: value.numpy() for key, value in state().items() if key != "h"}
+    source.write_bytes(pickle.dumps({"model": model, "__author__": "Caffe2"}, protocol))
+    assert run("unwrap", "--tensors-only", source, out).code == 0
+    loaded = torch.load(out, weights_only=True)
+    assert list(loaded) == list(model)
+    assert all(numpy.array_equal(loaded[key].numpy(), model[key]) for key in model)
+    assert run("check", source).out.split("\t")[1] == "ok"
+    source.write_bytes(pickle.dumps([numpy.arange(3), 1], protocol))
+    assert "error[not-a-checkpoint]" in run("keys", source).err
+
+
 def test_a_whole_model_and_a_packed_file(run: Run, tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2))
     packed, out = tmp_path / "model.pkl.gz", tmp_path / "out.pth"

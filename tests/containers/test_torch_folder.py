@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import FIXTURES
 
 from ckptool.verbs import checking
 from ckptool.verbs.checking import Status
@@ -61,3 +62,14 @@ def test_a_program_or_another_pickle_is_not_taken_for_it(run: Run, folder: Path)
     (folder / "constants.pkl").unlink()
     (folder / "version").unlink()
     assert run("keys", folder).code == 3
+
+
+def test_a_folder_of_folders_names_those_that_are_checkpoints(run: Run, tmp_path: Path) -> None:
+    """As the Trainer writes with FSDP: weights, optimizer and other states in one folder."""
+    with zipfile.ZipFile(FIXTURES / "good" / "plain.pth") as archive:
+        archive.extractall(tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "plain", tmp_path / "run" / "optimizer_0")
+    shutil.copy(FIXTURES / "good" / "plain.pth", tmp_path / "run" / "rng_state.pth")
+    done = run("keys", tmp_path / "run")
+    assert f"hint: ckptool info {tmp_path / 'run' / 'plain'}\n" in done.err
+    assert "    optimizer_0/ " in done.err

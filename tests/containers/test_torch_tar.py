@@ -180,7 +180,7 @@ PADDED[512 + 15 :] = record("path", "pickled").ljust(497, b"\0")
 REFUSED = {
     "signed size": (header("a", at_124=b"-0000001000\0"), "no octal number"),
     "underscore in a size": (header("a", at_124=b"0000000_000\0"), "no octal number"),
-    "negative size of pax": (about(b"x", record("size", "-1000")), "is no number"),
+    "negative size of pax": (about(b"x", record("size", "-1000")), "is not a number"),
     "long name and pax": (about(b"L", b"b\0") + about(b"x", record("path", "c")), "types Lx"),
     "two long names": (about(b"L", b"b\0") + about(b"L", b"c\0"), "types LL"),
     "pax twice": (about(b"x", record("path", "b")) + about(b"x", record("path", "c")), "types xx"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
+import itertools
 import pickle
 import pickletools
 import random
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -244,6 +246,58 @@ def test_what_stands_behind_stop_is_not_read() -> None:
 
 
 # Nothing is imported, resolved or called.
+
+
+def framed(content: bytes, rest: bytes = b"", size: int | None = None) -> bytes:
+    return (
+        b"\x80\4\x95" + struct.pack("<Q", len(content) if size is None else size) + content + rest
+    )
+
+
+CROSSING = {
+    "an argument": framed(b"X\5\0\0\0ab", b"cde0N."),
+    "a length": framed(b"X\5\0", b"\0\0abcde0N."),
+    "an argument behind it alone": framed(b"X", b"\2\0\0\0ab0N."),
+    "a line": framed(b"cos\nsys", b"tem\n0N."),
+    "a short text": framed(b"\x8c\4a", b"bcd0N."),
+    "a number": framed(b"J\1", b"\0\0\0000N."),
+    "a memo key": framed(b"Nr\0", b"\0\0\0000N."),
+    "bytes": framed(b"\x8e\3" + b"\0" * 7, b"abc0N."),
+    "another frame": framed(framed(b"NNNNN")[2:-3], b"NNN."),
+    "a frame inside it": framed(b"\x95\1" + b"\0" * 7 + b"N0N."),
+    "the end of the pickle": framed(b"N.NN"),
+    "the end, and more frames": framed(b"N", b"0" + framed(b"N.N")[2:]),
+}
+
+
+@pytest.mark.parametrize("body", CROSSING.values(), ids=CROSSING)
+def test_what_crosses_the_end_of_a_frame_is_read_in_two_ways(body: bytes) -> None:
+    with pytest.raises(Malformed, match="frame"):
+        load(body)
+
+
+def test_frames_end_between_opcodes() -> None:
+    values = [[b"x" * 70_000, "y" * 70_000, *range(40_000)], "short", ()]
+    for value, protocol in itertools.product(values, (4, 5)):
+        for pickler in (pickle.dumps, pickle._dumps):  # type: ignore[attr-defined]
+            assert load(pickler(value, protocol)).tree == value
+    for one in range(2, 6):  # a frame of any size that ends with an opcode
+        assert load(framed(b"NNNN"[: one - 1], b"0" * (one - 2) + b".")).tree is None
+    assert load(framed(b"N", framed(b"0N", framed(b".")[2:])[2:])).tree is None
+
+
+@pytest.mark.parametrize("line", ["010", "0x10", "-010", "0o7", "0_1"])
+def test_integers_that_unpicklers_read_differently_are_refused(line: str) -> None:
+    with pytest.raises(Malformed):
+        load(f"I{line}\n.".encode())
+
+
+def test_escapes_of_old_strings_are_those_of_bytes() -> None:
+    for text in (r"'\x6fs'", r"'\u006fs'", r"'a\'b\n\101'", r"'\N{DASH}'"):
+        body = b"S" + text.encode() + b"\n."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert load(body).tree == pickle.loads(body)
 
 
 def test_nothing_is_imported(tmp_path: Path) -> None:

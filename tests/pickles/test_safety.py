@@ -11,7 +11,15 @@ import pytest
 
 from ckptool import containers
 from ckptool.pickles import pickle_reader, safety
-from ckptool.pickles.names import AFTER_IMPORT, FOREIGN, PLAIN, Level, level, python3_name
+from ckptool.pickles.names import (
+    AFTER_IMPORT,
+    FOREIGN,
+    PLAIN,
+    Level,
+    level,
+    python3_name,
+    torch_for,
+)
 from ckptool.pickles.pruning import only_plain
 from ckptool.pickles.safety import judge
 from ckptool.pickles.tree import Dict, Global, Node, Object, Set
@@ -49,6 +57,19 @@ def test_plain_is_what_torch_accepts() -> None:
         assert level(Global(module, name)) is Level.PLAIN
     for module, name in UP_TO_2_14:
         assert level(Global(module, name)) is Level.FOREIGN
+
+
+def test_a_verdict_that_depends_on_torch_says_on_which() -> None:
+    """The torch here accepts what is said of it, and refuses what others alone accept."""
+    allowed, here = allowed_by_torch(), version()
+    if (2, 6) < here < (2, 14):
+        pytest.skip("in which torch between the two a name came is not known")
+    words = {"torch newer than 2.6": here > (2, 6), "torch up to 2.14": here <= (2, 14)}
+    said = {pair for pair in PLAIN | UP_TO_2_14 if torch_for(Global(*pair))}
+    assert said > UP_TO_2_14
+    for pair in said:
+        assert (pair in allowed) is words[torch_for(Global(*pair))], pair
+    assert here > (2, 6) or said >= PLAIN - allowed
 
 
 def test_what_torch_accepts_after_an_import() -> None:

@@ -246,3 +246,30 @@ def test_a_folder_of_ranks_in_safetensors_is_neither_whole_nor_damaged(
         assert done.err.startswith("error[partial-checkpoint]")
     done = run("check", folder)
     assert (done.code, done.out.count("only a part of")) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "rank"),
+    [
+        (("consolidated.00.pth", "consolidated.01.pth"), 0),
+        (("layer_01-model_00-model_states.pt", "layer_02-model_00-model_states.pt"), None),
+        (("model-rank-1-part-0.safetensors", "model-rank-0-part-0.safetensors"), 1),
+        (("rank0.safetensors", "rank1.safetensors"), 0),
+    ],
+)
+def test_a_name_that_always_means_a_part(
+    run: Callable[..., Any],
+    names: tuple[str, str],
+    rank: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fc.weight": WEIGHT}, "whole.pth")
+    first, second = names
+    for name in names:
+        write = save_file if name.endswith(".safetensors") else torch.save
+        write({"w": WEIGHT, "b": WEIGHT[0].clone()}, name)
+    _is_refused(run, first, rank, 2)
+    Path(second).unlink()
+    assert run("convert", first, "out.pth").code == 0  # one alone is the whole of a smaller model

@@ -608,3 +608,24 @@ def test_shards_without_their_index_are_damaged(run: Run, here: Path, good: Path
     assert rows(done)[0][:2] == ["parts", "damaged"]
     assert {row[1] for row in rows(done)[1:]} == {"ok"}
     assert "without their index" in rows(done)[0][2]
+
+
+def test_a_verdict_that_depends_on_torch_says_on_which(run: Run) -> None:
+    said = "only torch newer than 2.6 accepts torch.float8_e8m0fnu"
+    path = FIXTURES / "good" / "every_dtype.pth"
+    assert said in run("check", path).out
+    assert said in run("info", path).out
+    for command in ("check", "info"):
+        document = run(command, path, "--json").document
+        assert document.get("files", [document])[0]["versions"] == [said]
+
+
+def test_a_jagged_tensor_is_foreign(run: Run, tmp_path: Path) -> None:
+    """Made of a list, it notes between which lengths it may vary."""
+    torch = pytest.importorskip("torch")
+    rows = [torch.ones(2), torch.ones(3)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    torch.save({"w": torch.ones(2), "rows": jagged}, tmp_path / "jagged.pth")
+    done = run("check", tmp_path / "jagged.pth")
+    assert (done.code, done.out.split("\t")[1]) == (0, "ok")
+    assert "only torch up to 2.14 accepts" in done.out
