@@ -26,7 +26,7 @@ from ckptool.containers._registry import (
     without_collection as without_collection,
 )
 from ckptool.errors import FormatError, Malformed
-from ckptool.files.fileio import MARK, OpenFile, Reader
+from ckptool.files.fileio import MARK, OpenFile, Reader, refuse_changed
 from ckptool.state.checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # a file that is read as it is needs none of it
@@ -69,6 +69,8 @@ def _read_whole(file: str | Path, plugins: bool) -> Checkpoint:
             checkpoint = _registry.read(reader, use_plugins=plugins)
             files = [file for file, _ in checkpoint.files if isinstance(file, OpenFile)]
             if len(files) < 2 or not any(file.replaced() for file in files):
+                for file in files:
+                    refuse_changed(file)
                 return checkpoint
         except FormatError:
             if not reader.file.replaced():

@@ -95,7 +95,9 @@ def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> C
             continue
         checkpoint = _read(container, reader)
         if checkpoint is not None:
-            return _as_others_read(checkpoint, reader, head, container)
+            checkpoint = _as_others_read(checkpoint, reader, head, container)
+            reader.refuse_change()
+            return checkpoint
     reader.refuse_change()
     raise _refusal(reader, head)
 
@@ -136,7 +138,6 @@ def _read(container: Container, reader: Reader) -> Checkpoint | None:
             if checkpoint is None:
                 return None
             refuse_deep(checkpoint.tree)
-        reader.refuse_change()
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path

@@ -140,9 +140,8 @@ class Reader:
         while done < len(view):
             count = self._read_once(view[done:], self.base + start + done)
             if count == 0:
-                raise Malformed(
-                    "the file became shorter while it was read", path=self.path, offset=start + done
-                )
+                what = f"{self.path} became shorter while it was read"
+                raise Malformed(what, path=self.path, offset=start + done)
             done += count
 
     def _read_once(self, view: memoryview[int], start: int) -> int:

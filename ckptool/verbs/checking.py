@@ -330,7 +330,8 @@ def _unchanged(checkpoint: Checkpoint, found: _Findings) -> None:
         for path, _ in checkpoint.files:
             fileio.refuse_changed(path)
     except Malformed as error:
-        found.problems.append(_without_path(error, checkpoint.path))
+        said = _without_path(error, checkpoint.path)
+        found.problems += [said] if said not in found.problems else []
 
 
 # What it comes to.

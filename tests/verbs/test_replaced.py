@@ -1,6 +1,7 @@
-"""A file that is replaced by a rename while it is read: it is read to its end as it was.
+"""A file that is replaced by a rename while it is read is read to its end as it was.
 
-The rename comes at each call of `os.open` in turn, before it and after it, whatever it opens.
+The rename comes at each call of `os.open` in turn, before it and after it. A file that is written
+to meanwhile is said to have changed, whatever it looks like then.
 """
 
 from __future__ import annotations
@@ -134,3 +135,45 @@ def test_what_is_replaced_is_read_as_it_was(
         if len(calls) < turn // 2:
             return
     raise AssertionError(f"{len(calls)} files were opened")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[line.split()[0] for line in COMMANDS])
+@pytest.mark.parametrize("place", ["in.pth", "in.safetensors", "set/model-00001-of-00003"])
+def test_what_is_written_to_is_said_to_have_changed(
+    run: Run,
+    tmp_path: Path,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    command: str,
+) -> None:
+    source = place.partition("/")[0]
+    named = "set/model.safetensors.index.json" if source == "set" else source
+    words = command.format(s=named, same=models / "old/in.pth").split()
+    place += ".safetensors" if "/" in place else ""
+    real = os.preadv
+    for turn in range(1, 60):
+        here, old = tmp_path / str(turn), models / "old" / source
+        here.mkdir()
+        shutil.copytree(old, here / source) if old.is_dir() else shutil.copy(old, here)
+        monkeypatch.chdir(here)
+        node, left = os.stat(place).st_ino, turn
+
+        def reading(fd: int, *more: Any, here: Path = here, node: int = node) -> int:
+            nonlocal left
+            left -= os.fstat(fd).st_ino == node
+            if not left:
+                content = (here / place).read_bytes()
+                (here / place).write_bytes(content[:100] + bytes(400) + content[500:])
+                os.utime(here / place, (0, 0))
+            return real(fd, *more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", reading)
+            done = run(*words)
+        if left > 0:
+            assert turn > 1
+            return
+        assert "was changed while it was read" in done.out + done.err, (turn, done)
+        assert done.code == (1 if "check" in words else 3)
+        assert not list(here.glob("out*"))
