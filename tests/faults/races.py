@@ -14,10 +14,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +26,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-CKPTOOL = (sys.executable, "-m", "ckptool")
 TARGETS = {
     "file": ("out.pth", ""),
     "set": ("set", "--max-shard-size 40KB"),
@@ -282,22 +279,22 @@ def replaced(here: Path, dice: random.Random, count: Count) -> None:
 @contextmanager
 def replacing(here: Path, name: str, option: str) -> Iterator[None]:
     """Replace a place again and again by another checkpoint, until the block ends."""
-    ended = threading.Event()
-    lines = [f"convert -q --force {source} {name} {option}" for source in ("one.pth", "two.pth")]
+    job, stop = os.fork(), here / "stop"
+    if not job:
+        from ckptool.cli import main as cli
 
-    def work() -> None:
-        turn = 0
-        while not ended.is_set():
+        os.chdir(here)
+        code = turn = 0
+        while not stop.exists() and not code:
             turn += 1
-            subprocess.run([*CKPTOOL, *lines[turn % 2].split()], cwd=here, check=True)
-
-    thread = threading.Thread(target=work)
-    thread.start()
+            source = ("one.pth", "two.pth")[turn % 2]
+            code = cli.main(f"convert -q --force {source} {name} {option}".split())
+        os._exit(code)
     try:
         yield
     finally:
-        ended.set()
-        thread.join()
+        stop.touch()
+        assert os.waitpid(job, 0)[1] == 0
 
 
 KINDS: dict[str, Callable[[Path, random.Random, Count], None]] = {
