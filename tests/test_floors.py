@@ -139,8 +139,7 @@ TEXT_NUMBERS = {
     "containers/_script_source.py": 1,  # an octal escape
     "containers/dcp.py": 1,  # a number already
     "containers/sharded.py": 1,  # of a file name, to sort by
-    "containers/sharding.py": 2,  # of an option
-    "pickles/pickle_reader.py": 1,  # a value, as CPython reads it
+    "pickles/pickle_reader.py": 2,  # a value, as CPython reads it; digits of a memo key
     "containers/_json.py": 1,  # a number of JSON as its grammar has it
 }
 

@@ -26,6 +26,7 @@ from ckptool.containers._registry import (
     without_collection as without_collection,
 )
 from ckptool.errors import FormatError, Malformed
+from ckptool.files import budget
 from ckptool.files.fileio import MARK, OpenFile, Reader, refuse_changed
 from ckptool.state.checkpoint import Checkpoint
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # a file that is read as it is needs none of it
 ATTEMPTS = 5
 
 
+@budget.run()
 def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
     """Read a checkpoint as data: its tree, and where its bytes lie.
 

@@ -12,8 +12,10 @@ from math import isfinite
 from typing import Any, Never
 
 from ckptool.errors import LimitExceeded, Malformed
+from ckptool.files import budget
 
 MAX_DEPTH = 64
+_WIDEST = 4  # bytes of a letter in memory
 
 
 def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
@@ -21,8 +23,7 @@ def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
 
     Raises `LimitExceeded`, or `Malformed` with the `offset`.
     """
-    if _is_deep(data):
-        raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
+    _refuse_much(data, what)
     try:
         if any(found[1] for found in _HALF.finditer(data)):
             raise ValueError("it holds half a character")
@@ -66,14 +67,26 @@ _ODD_INTEGER = re.compile(rb"-0|\d{300}")  # all others are spared a call
 # An escaped backslash, a whole pair of surrogates, or one without the other.
 _HALF = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])", re.DOTALL)
 # Possessive, so that a text without its closing quote is passed over once and not again and again.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_SIZES = (
+    (b"{", budget.NODE),
+    (b"[", budget.NODE),
+    (b":", budget.TEXT),
+    (b",", budget.NUMBER),
+    (b'"', budget.TEXT),
+)
+_BRACKET = re.compile(rb"[\[{]|[\]}]")
 
 
-def _is_deep(data: bytes) -> bool:
-    """Check how deep brackets nest outside of texts: what would make the JSON parser recurse."""
+def _refuse_much(data: bytes, what: str) -> None:
+    """Refuse, by what is outside of texts, depth and what would take too much memory."""
+    spending = budget.current()
+    spending.spend(0, brief=data.count(b'"') * budget.TEXT)
+    outside = _TEXT.sub(b'"', data)
     depth = 0
-    for token in _TOKEN.finditer(data):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+    for bracket in _BRACKET.finditer(outside):
+        depth += 1 if bracket[0] in b"[{" else -1
         if depth > MAX_DEPTH:
-            return True
-    return False
+            raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
+    letters = len(data) * (2 if data.isascii() else 2 * _WIDEST)
+    spending.spend(letters + sum(outside.count(sign) * size for sign, size in _SIZES))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import cast
 
 from ckptool.errors import LimitExceeded, Malformed
-from ckptool.files import zips
+from ckptool.files import budget as costs, zips
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
-from ckptool.pickles.pickle_reader import Pickle
-from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
+from ckptool.pickles.pickle_reader import Pickle, Vocabulary
+from ckptool.pickles.torch_objects import StorageId
 from ckptool.tensors.tensor import Packing, Storage
 
 MAX_METADATA = 64 << 20  # of inflated metadata, or as many bytes as the file has
@@ -58,15 +58,16 @@ class Records:
             raise Malformed(f"the byteorder record says {order!r}", path=self.reader.path)
         return order
 
-    def load(self, name: str, find: Callable[[StorageId], Storage]) -> Pickle:
-        """Parse the pickle in a record, and make its tensors."""
+    def load(self, name: str, vocabulary: Vocabulary) -> Pickle:
+        """Parse the pickle in a record."""
         pickled = self.small(name)
-        parsed = pickle_reader.load(pickled, 0, TorchVocabulary(find))
+        parsed = pickle_reader.load(pickled, 0, vocabulary)
         if parsed.end != len(pickled):
             what = f"{name} goes on after its end"
             error = Malformed(what, path=self.reader.path, offset=parsed.end)
             error.named, error.calls = parsed.globals, parsed.calls
             raise error
+        costs.current().spend(-len(pickled))  # it has been read by now
         return parsed
 
     def storage(self, said: StorageId, name: str, byteorder: str) -> Storage:
@@ -129,6 +130,7 @@ class Budget:
 
         Raises `LimitExceeded` when there are too many.
         """
+        costs.current().spend(len(name) + costs.PAIR)
         self.letters -= len(name) + _BESIDE_A_NAME + looks
         if self.letters < 0:
             raise LimitExceeded("modules that repeat each other without end")

@@ -17,6 +17,7 @@ from ckptool.containers import torch_legacy, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._pickles import JOBLIB_ARRAY, inline_array, is_paddle, is_pickle
 from ckptool.errors import FormatError, LimitExceeded, Malformed
+from ckptool.files import budget
 from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.spool import Spool
 from ckptool.pickles import pickle_reader
@@ -41,6 +42,7 @@ def read(reader: Reader) -> Checkpoint | None:
         return None
     if reader.nbytes > MAX_READ:
         raise LimitExceeded(f"a plain pickle of more than {readable(MAX_READ)}")
+    budget.current().read(reader.nbytes)
     data = reader.read(0, reader.nbytes)
     known = _Embedded(reader, data)
     try:

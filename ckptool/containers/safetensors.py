@@ -20,6 +20,7 @@ from ckptool.containers import _json
 from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles.subclasses import class_of, tensors_in
 from ckptool.pickles.tree import Node, attribute
@@ -59,9 +60,12 @@ def read(reader: Reader) -> Checkpoint:
             offset=8,
             hint="it is truncated; get it again from where it came",
         )
+    budget.current().read(size)
     header = _json.load(reader.read(8, size), "the header", 8)
     metadata = _metadata(header.pop("__metadata__", {}))
+    budget.current().spend(len(metadata) * budget.NAME)
     base = reader.base + 8 + size
+    budget.current().spend(len(header) * budget.TENSOR)
     entries = {key: _tensor(reader, key, entry, base) for key, entry in header.items()}
     _refuse_gaps(reader, entries.values(), base)
     entries, versions, notes = restored(entries, metadata.pop(NOTE, None))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ckptool.containers._container import Container, Traits
 from ckptool.errors import CkptoolError, FormatError, Malformed
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.pickle_reader import Ended, Pickle, Vocabulary
@@ -55,7 +56,10 @@ def read(reader: Reader) -> Checkpoint:
         named[storage.key] = storage
         return _storage(reader, storage, 0)
 
+    spending = budget.current()
+    spent = spending.spent
     first = window.load(at, TorchVocabulary(note))
+    first.tree, spending.spent = None, spent + len(named) * budget.NODE
     try:
         keys = window.load(first.end)
         places, end = _places(reader, named, keys)
@@ -123,11 +127,19 @@ class _Window:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._data = reader.read(0, min(FIRST_WINDOW, reader.nbytes))
+        self._data = b""
+        self._grow(min(FIRST_WINDOW, reader.nbytes))
+
+    def _grow(self, nbytes: int) -> None:
+        more = nbytes - len(self._data)
+        budget.current().read(more)
+        self._data += self._reader.read(len(self._data), more)
 
     def load(self, start: int, vocabulary: Vocabulary | None = None) -> Pickle:
         """Parse the pickle at `start`."""
+        spending = budget.current()
         while True:
+            spent = spending.spent
             try:
                 return pickle_reader.load(self._data, start, vocabulary)
             except Ended as error:
@@ -136,8 +148,8 @@ class _Window:
                         "it is truncated, or what a torch.save that failed left; get it again"
                     )
                     raise
-                wanted = min(4 * len(self._data), self._reader.nbytes)
-                self._data += self._reader.read(len(self._data), wanted - len(self._data))
+                spending.spent = spent  # what was made is gone
+                self._grow(min(4 * len(self._data), self._reader.nbytes))
 
 
 CONTAINERS = (

@@ -14,11 +14,13 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, NoReturn
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import CHUNK, Reader, unpacked
 from ckptool.tensors.tensor import Packing, Storage
 
@@ -87,10 +89,14 @@ def read_directory(reader: Reader) -> Directory:
     offset, nbytes, count = _find_directory(reader)
     if count > MAX_MEMBERS:
         raise LimitExceeded(f"an archive of {count} records", path=reader.path, offset=offset)
+    spending = budget.current()
+    spending.read(nbytes, 2 * nbytes)  # local headers say the same
+    spending.spend(min(count, nbytes // _CENTRAL_NBYTES) * budget.MEMBER)
     data = reader.read(offset, nbytes)
-    entries = list(_central_entries(reader, data, offset))
+    entries = list(islice(_central_entries(reader, data, offset), count + 1))
     if len(entries) != count:
         _fail(reader, f"the archive lists {len(entries)} records and counts {count}", offset)
+    spending.spend(-nbytes)  # of `data`, which has been read by now
     unlisted = _unlisted(reader, entries, offset)
     members = [member for member in entries if not member.name.endswith("/")]
     _refuse_odd_names(reader, members)
@@ -340,6 +346,7 @@ def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> b
             path=reader.path,
             offset=member.header,
         )
+    budget.current().read(member.nbytes, member.packed_nbytes)
     data = reader.read(member.start, member.packed_nbytes)
     if member.method == DEFLATED:
         inflater = zlib.decompressobj(-15)
