@@ -97,7 +97,10 @@ def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> C
             continue
         checkpoint = _read(container, reader)
         if checkpoint is not None:
-            return _as_others_read(checkpoint, reader, head, container)
+            checkpoint = _as_others_read(checkpoint, reader, head, container)
+            reader.refuse_change()
+            return checkpoint
+    reader.refuse_change()
     raise _refusal(reader, head)
 
 
@@ -151,6 +154,8 @@ def _read(container: Container, reader: Reader) -> Checkpoint | None:
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path
+        if reader.file.changed():  # which is why it makes no sense, then
+            error.message, error.hint = f"{reader.path} was changed while it was read", ""
         if type(error) is not NotACheckpoint and str(error.path) not in error.message:
             place = f", byte {error.offset}" if error.offset is not None else ""
             error.message = f"{error.path} ({container.title}{place}): {error.message}"

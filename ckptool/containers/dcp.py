@@ -17,8 +17,15 @@ from dataclasses import dataclass, field
 from ckptool.containers import _dcp_metadata, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
-from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
-from ckptool.files import budget
+from ckptool.errors import (
+    FormatError,
+    LimitExceeded,
+    Malformed,
+    TooCostly,
+    Unsupported,
+    of_system,
+)
+from ckptool.files import budget, fileio
 from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
@@ -88,8 +95,11 @@ def read(reader: Reader) -> Checkpoint:
 
 def _files(folder: str) -> dict[str, int]:
     """Give the files of a folder by name, with their sizes."""
-    with os.scandir(folder or ".") as found:
-        sizes = {each.name: each.stat().st_size for each in found if each.is_file()}
+    try:
+        with os.scandir(folder or ".") as found:
+            sizes = {each.name: each.stat().st_size for each in found if each.is_file()}
+    except OSError as error:
+        raise of_system(error, folder, "listed") from error
     return dict(sorted(sizes.items()))
 
 
@@ -166,6 +176,7 @@ def _read_parts(
                 end = part.offset + part.nbytes
                 parts[part] = _read_part(shard, box, entry, seen)
             seen.unlisted += shard.nbytes - end
+        fileio.spare(shard.file, len(seen.files))
     return parts
 
 
