@@ -14,6 +14,7 @@ from ckptool import errors
 if TYPE_CHECKING:
     from ckptool.containers import read as read
     from ckptool.errors import *  # noqa: F403  (mypy and pyright take a star for public)
+    from ckptool.files.budget import max_memory as max_memory
     from ckptool.files.download import Downloaded as Downloaded
     from ckptool.model.loading import (
         Matching as Matching,
@@ -62,6 +63,7 @@ _PUBLIC = {
         "ckptool.state.edits": "Edit edits",
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",
         "ckptool.containers": "read",
+        "ckptool.files.budget": "max_memory",
         "ckptool.verbs.listing": "Listing",
         "ckptool.files.download": "Downloaded",
         "ckptool.model.loading": "Matching load_matching load_state_dict",

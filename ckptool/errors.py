@@ -2,7 +2,8 @@
 
     CkptoolError                    what, where, and what to do
     |-- FormatError(path, offset)   NoSuchFile NotACheckpoint Malformed Unsupported      exit 3
-    |                               LimitExceeded PluginFailed PartialCheckpoint
+    |                               LimitExceeded TooCostly PluginFailed
+    |                               PartialCheckpoint
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
@@ -94,6 +95,10 @@ class Unsupported(FormatError):
 
 class LimitExceeded(FormatError):
     """The input is larger or deeper than any real checkpoint."""
+
+
+class TooCostly(FormatError):
+    """What the input says of itself takes more memory to read than the run may have."""
 
 
 class PluginFailed(FormatError):

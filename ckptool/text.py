@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from ckptool.errors import EditError
+
 _INVISIBLE = (  # compiled when it is met: most texts are plain ASCII
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -75,6 +77,18 @@ def readable(nbytes: int) -> str:
         if size < 1024:
             return f"{size:.1f} {unit}"
     return f"{size / 1024:.1f} TiB"
+
+
+def parse_size(text: str, option: str) -> int:
+    """Read `5GB` (10^9), `2GiB` (2^30) or plain bytes; `option` shows how it is written."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*", text, re.I | re.A)
+    nbytes = 0
+    if found and (found[2] or not found[3]):
+        unit = (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")
+        nbytes = int(found[1]) * unit if "." not in found[1] else int(float(found[1]) * unit)
+    if nbytes < 1:
+        raise EditError(f"`{text}` is not a size", hint=option)
+    return nbytes
 
 
 def percent(share: float) -> str:

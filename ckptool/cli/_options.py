@@ -16,7 +16,7 @@ import click
 
 from ckptool.cli import talk
 from ckptool.state.edit_options import EDITS
-from ckptool.text import visible
+from ckptool.text import parse_size, visible
 
 if TYPE_CHECKING:
     from ckptool.verbs.surgery import Rewrite
@@ -25,8 +25,27 @@ PREFIX = "module."  # the default of edits.strip_prefix, which --help does not l
 Function = Callable[..., Any]
 
 
+def _limit(context: click.Context, _: click.Parameter, size: str | None) -> None:
+    """Read what the command reads under one budget."""
+    from ckptool.files import budget
+
+    most = None if size is None else parse_size(size, "--max-memory 2GiB")
+    context.with_resource(budget.run(most, anew=True))
+
+
 class Command(click.Command):
-    """A command whose help starts with its examples: the second paragraph of its docstring."""
+    """A command whose help starts with its examples: the second paragraph of its docstring.
+
+    All commands have the option that lets them take more memory.
+    """
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        what = "That reading metadata may take.  [default: by its size, at most 256MiB]"
+        option = click.Option(
+            ["--max-memory"], metavar="SIZE", help=what, expose_value=False, callback=_limit
+        )
+        self.params.append(option)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write examples, usage, what the command does, options."""

@@ -107,8 +107,9 @@ def _warn(path: str) -> None:
     """Warn of a file that would run code; one that cannot be read is refused later."""
     from ckptool import containers
     from ckptool.cli import report
+    from ckptool.files import budget
 
-    with suppress(CkptoolError):
+    with suppress(CkptoolError), budget.run(anew=True):
         warning, *evidence = report.danger_lines(containers.read(path)) or [""]
         if warning:
             talk.warn([warning])

@@ -25,6 +25,7 @@ from ckptool.containers._registry import (
     suffixes as suffixes,
     without_collection as without_collection,
 )
+from ckptool.files import budget
 from ckptool.files.fileio import MARK, Reader
 from ckptool.state.checkpoint import Checkpoint
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # a file that is read as it is needs none of it
     from ckptool.files.archives import ArchiveMember
 
 
+@budget.run()
 def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
     """Read a checkpoint as data: its tree, and where its bytes lie.
 

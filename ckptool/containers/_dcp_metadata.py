@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.files import budget
 from ckptool.pickles.subclasses import dtype_of, sizes_of
 from ckptool.pickles.tree import MAX_NESTING, Global, Node, Object, Pairs
 from ckptool.state.checkpoint import attribute, items
@@ -75,6 +76,7 @@ def parse(tree: Node) -> Index:
     known = {key for key, _ in described if isinstance(key, str)}
     paths = _paths(attribute(tree, "planner_data"), known)
     entries: dict[str, Entry] = {}
+    budget.current().spend(len(described) * 2 * budget.NAME)
     for key, value in described:
         if not isinstance(key, str):
             raise Malformed("a key of the index is no text")
@@ -120,6 +122,7 @@ def _places(node: Node) -> dict[str, Part]:
     if pairs is None:
         raise Malformed("the index has no storage_data")
     places: dict[str, Part] = {}
+    budget.current().spend(len(pairs) * 2 * budget.NAME)
     for index, info in pairs:
         key, offset = attribute(index, "fqn"), attribute(index, "offset")
         offsets = None if offset is None else sizes_of(offset)

@@ -80,8 +80,12 @@ class Flat:
     def tensors(self) -> Iterator[tuple[Path, AnyTensor]]:
         """Yield all tensors as they are read back, those inside pickled values too."""
         for entry in self.entries:
+            path = tuple(map(str, entry.path))
+            if isinstance(entry.node, TENSORS):  # without its attributes
+                yield path, entry.node
+                continue
             for inside, tensor in walk.tensors(entry.node):
-                yield (*map(str, entry.path), *inside), tensor
+                yield (*path, *inside), tensor
 
     def notes(self) -> Iterator[str]:
         """Say what a distributed checkpoint has no place for."""

@@ -1,14 +1,21 @@
-"""JSON as data from anywhere: no repeated keys, no NaN, bounded in size and depth."""
+"""JSON as data from anywhere: no repeated keys, bounded in size and depth.
+
+Nothing that Python takes and others do not (serde_json, which safetensors is read by): NaN, numbers
+beyond the floats, `-0` for an integer, halves of characters.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from math import isfinite
+from typing import Any, Never
 
 from ckptool.errors import LimitExceeded, Malformed
+from ckptool.files import budget
 
 MAX_DEPTH = 64
+_WIDEST = 4  # bytes of a letter in memory
 
 
 def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
@@ -16,10 +23,17 @@ def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
 
     Raises `LimitExceeded`, or `Malformed` with the `offset`.
     """
-    if _is_deep(data):
-        raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
+    _refuse_much(data, what)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        if any(found[1] for found in _HALF.finditer(data)):
+            raise ValueError("it holds half a character")
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_integer if _ODD_INTEGER.search(data) else None,
+        )
     except (ValueError, RecursionError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise Malformed(f"{what} is damaged: {why}", offset=offset) from None
@@ -35,19 +49,44 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _refuse(token: str) -> Any:
+def _refuse(token: str) -> Never:
     raise ValueError(f"the token {token}")
 
 
+def _finite(token: str) -> float:
+    return float(token) if isfinite(float(token)) else _refuse(token)
+
+
+def _integer(token: str) -> int:
+    return int(token) if token != "-0" and isfinite(float(token)) else _refuse(token)
+
+
+_ODD_INTEGER = re.compile(rb"-0|\d{300}")  # all others are spared a call
+
+
+# An escaped backslash, a whole pair of surrogates, or one without the other.
+_HALF = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])", re.DOTALL)
 # Possessive, so that a text without its closing quote is passed over once and not again and again.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_SIZES = (
+    (b"{", budget.NODE),
+    (b"[", budget.NODE),
+    (b":", budget.TEXT),
+    (b",", budget.NUMBER),
+    (b'"', budget.TEXT),
+)
+_BRACKET = re.compile(rb"[\[{]|[\]}]")
 
 
-def _is_deep(data: bytes) -> bool:
-    """Check how deep brackets nest outside of texts: what would make the JSON parser recurse."""
+def _refuse_much(data: bytes, what: str) -> None:
+    """Refuse, by what is outside of texts, depth and what would take too much memory."""
+    spending = budget.current()
+    spending.spend(0, brief=data.count(b'"') * budget.TEXT)
+    outside = _TEXT.sub(b'"', data)
     depth = 0
-    for token in _TOKEN.finditer(data):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+    for bracket in _BRACKET.finditer(outside):
+        depth += 1 if bracket[0] in b"[{" else -1
         if depth > MAX_DEPTH:
-            return True
-    return False
+            raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
+    letters = len(data) * (2 if data.isascii() else 2 * _WIDEST)
+    spending.spend(letters + sum(outside.count(sign) * size for sign, size in _SIZES))

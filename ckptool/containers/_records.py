@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import cast
 
 from ckptool.errors import LimitExceeded, Malformed
-from ckptool.files import zips
+from ckptool.files import budget as costs, zips
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
-from ckptool.pickles.pickle_reader import Pickle
-from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
+from ckptool.pickles.pickle_reader import Pickle, Vocabulary
+from ckptool.pickles.torch_objects import StorageId
 from ckptool.tensors.tensor import Packing, Storage
 
 MAX_METADATA = 64 << 20  # of inflated metadata, or as many bytes as the file has
@@ -58,14 +58,15 @@ class Records:
             raise Malformed(f"the byteorder record says {order!r}", path=self.reader.path)
         return order
 
-    def load(self, name: str, find: Callable[[StorageId], Storage]) -> Pickle:
-        """Parse the pickle in a record, and make its tensors."""
+    def load(self, name: str, vocabulary: Vocabulary) -> Pickle:
+        """Parse the pickle in a record."""
         pickled = self.small(name)
-        parsed = pickle_reader.load(pickled, 0, TorchVocabulary(find))
+        parsed = pickle_reader.load(pickled, 0, vocabulary)
         with pickle_reader.remembered([parsed]):
             if parsed.end != len(pickled):
                 what = f"{name} goes on after its end"
                 raise Malformed(what, path=self.reader.path, offset=parsed.end)
+        costs.current().spend(-len(pickled))  # it has been read by now
         return parsed
 
     def storage(self, said: StorageId, name: str, byteorder: str) -> Storage:
@@ -128,6 +129,7 @@ class Budget:
 
         Raises `LimitExceeded` when there are too many.
         """
+        costs.current().spend(len(name) + costs.PAIR)
         self.letters -= len(name) + _BESIDE_A_NAME + looks
         if self.letters < 0:
             raise LimitExceeded("modules that repeat each other without end")
@@ -151,8 +153,9 @@ def read_records(reader: Reader, wanted: str) -> Records | None:
     if len(found) > 1:
         raise Malformed(f"a zip archive with more than one {wanted}", path=reader.path)
     root = found[0].removesuffix(wanted)
-    outside = [name for name in members if not name.startswith(root)]
-    if outside:  # torch takes the first record's folder: nothing may shadow what lies in it
+    names = (*members, *directory.folders)
+    outside = [name for name in names if not name.startswith(root)]
+    if outside:  # torch takes the first entry's folder, and nothing may shadow what is in it
         raise Malformed(f"record {outside[0]} lies outside {root}", path=reader.path)
     inside: dict[str, zips.Member | Storage] = {
         name.removeprefix(root): member for name, member in members.items()

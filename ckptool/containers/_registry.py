@@ -96,8 +96,25 @@ def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> C
             continue
         checkpoint = _read(container, reader)
         if checkpoint is not None:
-            return checkpoint
+            return _as_others_read(checkpoint, reader, head, container)
     raise _refusal(reader, head)
+
+
+def _as_others_read(
+    checkpoint: Checkpoint, reader: Reader, head: bytes, container: Container
+) -> Checkpoint:
+    """Add to a checkpoint what else its file is."""
+    from ckptool.containers import _readings
+
+    named, flaws = _readings.others(reader, head, container.traits.read_as)
+    if not flaws:
+        return checkpoint
+    return replace(
+        checkpoint,
+        globals={**named, **checkpoint.globals},
+        pickle_name=checkpoint.pickle_name or "the file as a pickle",
+        flaws=(*checkpoint.flaws, *flaws),
+    )
 
 
 def _refusal(reader: Reader, head: bytes) -> NotACheckpoint:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from ckptool.containers import _dcp_metadata, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
-from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
+from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
@@ -50,6 +51,7 @@ def sniff(head: bytes) -> bool:
 def read(reader: Reader) -> Checkpoint:
     """Read the index, and of every saved object the directory and the pickle."""
     folder, name = os.path.split(reader.file)
+    budget.current().read(reader.nbytes)
     parsed = pickle_reader.load(reader.read(0, reader.nbytes))
     seen = _Seen()
     seen.note(name, parsed.globals, parsed.calls, carried=False)
@@ -192,6 +194,8 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
     _refuse_other(inner, part, entry)
     try:
         found = torch_zip.read(inner)
+    except TooCostly:
+        raise
     except FormatError as error:
         kind = type(error) if isinstance(error, Unsupported | LimitExceeded) else Malformed
         at = part.offset + (error.offset or 0)
@@ -348,6 +352,6 @@ CONTAINERS = (
         (".metadata", "__*.metadata"),
         sniff,
         read,
-        traits=Traits(beside_files=True),
+        traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from ckptool.containers import torch_legacy, torch_zip
-from ckptool.containers._container import Container
+from ckptool.containers._container import Container, Traits
 from ckptool.containers._pickles import JOBLIB_ARRAY, inline_array, is_paddle, is_pickle
 from ckptool.errors import FormatError, LimitExceeded, Malformed
+from ckptool.files import budget
 from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.spool import Spool
 from ckptool.pickles import pickle_reader
@@ -41,6 +42,7 @@ def read(reader: Reader) -> Checkpoint | None:
         return None
     if reader.nbytes > MAX_READ:
         raise LimitExceeded(f"a plain pickle of more than {readable(MAX_READ)}")
+    budget.current().read(reader.nbytes)
     data = reader.read(0, reader.nbytes)
     known = _Embedded(reader, data)
     try:
@@ -164,4 +166,15 @@ def _no_storage(storage: StorageId) -> Storage:
     raise Malformed(f"a persistent id in a plain pickle: {storage.key}")
 
 
-CONTAINERS = (Container("plain-pickle", "plain pickle", "", (".joblib",), (), is_pickle, read),)
+CONTAINERS = (
+    Container(
+        "plain-pickle",
+        "plain pickle",
+        "",
+        (".joblib",),
+        (),
+        is_pickle,
+        read,
+        traits=Traits(read_as=("pickle", "zip")),  # it may hold torch zips
+    ),
+)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
 from ckptool.containers._container import Container, Left, Traits, Writer
 from ckptool.containers._order import NOTE, noted, restored
 from ckptool.errors import LimitExceeded, Malformed, NotRepresentable, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles.subclasses import class_of, tensors_in
 from ckptool.pickles.tree import Node, attribute
@@ -57,9 +60,12 @@ def read(reader: Reader) -> Checkpoint:
             offset=8,
             hint="it is truncated; get it again from where it came",
         )
+    budget.current().read(size)
     header = _json.load(reader.read(8, size), "the header", 8)
     metadata = _metadata(header.pop("__metadata__", {}))
+    budget.current().spend(len(metadata) * budget.NAME)
     base = reader.base + 8 + size
+    budget.current().spend(len(header) * budget.TENSOR)
     entries = {key: _tensor(reader, key, entry, base) for key, entry in header.items()}
     _refuse_gaps(reader, entries.values(), base)
     entries, versions, notes = restored(entries, metadata.pop(NOTE, None))
@@ -79,8 +85,6 @@ def _metadata(value: Any) -> dict[str, str]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise Malformed("`__metadata__` is not a map of text", offset=8)
-    if not all(module_metadata.is_text(text) for pair in value.items() for text in pair):
-        raise Malformed("`__metadata__` holds half a character", offset=8)
     return value
 
 
@@ -100,6 +104,8 @@ def _tensor(reader: Reader, key: str, entry: Any, base: int) -> TensorInfo:
         if not sizes or sizes[-1] % 2:
             raise Malformed(f"{key} ends in half a byte", offset=8)
         sizes[-1] //= 2
+    if any(count >= 1 << 64 for count in accumulate(sizes, mul)):  # though a zero may follow
+        raise Malformed(f"the shape of {key} has too many elements", offset=8)
     shape, start = tuple(sizes), base + begin
     known = dtype if dtype.storage_class else None
     storage = Storage(reader.file, key, start, end - begin, known)

@@ -29,6 +29,7 @@ from ckptool.errors import (
     NoStateDict,
     NotACheckpoint,
 )
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -72,10 +73,12 @@ def read(reader: Reader) -> Checkpoint:
     weight_map, metadata, note = _index(reader)
     folder = os.path.dirname(reader.file)
     names = _shard_names(weight_map)
+    budget.current().spend(len(weight_map) * budget.NODE + len(names) * budget.NAME)
     _refuse_absent(folder, names)
     shards: dict[str, Checkpoint] = {}
     with remembered(shards.values()):
-        for name in names:
+        for count, name in enumerate(names, 1):
+            budget.current().share = count / len(names)
             shards[name] = _read_shard(folder, name)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
@@ -118,6 +121,7 @@ def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
     """Return the weight map, the metadata and the note of an index."""
     if reader.nbytes > MAX_INDEX:
         raise LimitExceeded(f"an index of {reader.nbytes} bytes")
+    budget.current().read(reader.nbytes)
     index = _json.load(reader.read(0, reader.nbytes), "the index")
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if weight_map is None:

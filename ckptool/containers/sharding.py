@@ -14,26 +14,8 @@ from dataclasses import dataclass
 
 from ckptool.containers._order import noted
 from ckptool.containers.sharded import ordered
-from ckptool.errors import EditError
 from ckptool.pickles.tree import Node
 from ckptool.tensors.tensor import CompositeTensor, TensorInfo
-
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
-_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]*)\s*", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Read `5GB` (10^9), `2GiB` (2^30) or plain bytes."""
-    found = _SIZE.fullmatch(text)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    nbytes = int(float(found[1]) * unit) if found and unit else 0
-    if found and unit and "." not in found[1]:
-        nbytes = int(found[1]) * unit
-    if nbytes < 1:
-        raise EditError(f"`{text}` is no size of a shard", hint="--max-shard-size 5GB")
-    return nbytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,6 @@ CONTAINERS = (
         (PICKLE,),
         is_pickle,
         read,
-        traits=Traits(beside_files=True),
+        traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

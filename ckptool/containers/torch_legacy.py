@@ -8,8 +8,9 @@ keys), then for each key an 8-byte element count and the raw bytes, little-endia
 
 from __future__ import annotations
 
-from ckptool.containers._container import Container
+from ckptool.containers._container import Container, Traits
 from ckptool.errors import CkptoolError, Malformed
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.pickle_reader import Ended, Pickle, Vocabulary
@@ -60,7 +61,11 @@ def _read(reader: Reader, window: _Window) -> Checkpoint:
         named[storage.key] = storage
         return _storage(reader, storage, 0)
 
-    keys = window.load(window.load(at, TorchVocabulary(note)).end)
+    spending = budget.current()
+    spent = spending.spent
+    first = window.load(at, TorchVocabulary(note))
+    first.tree, spending.spent = None, spent + len(named) * budget.NODE
+    keys = window.load(first.end)
     places, end = _places(reader, named, keys)
 
     def find_storage(storage: StorageId) -> Storage:
@@ -124,11 +129,19 @@ class _Window:
     def __init__(self, reader: Reader) -> None:
         self.seen: list[Pickle] = []
         self._reader = reader
-        self._data = reader.read(0, min(FIRST_WINDOW, reader.nbytes))
+        self._data = b""
+        self._grow(min(FIRST_WINDOW, reader.nbytes))
+
+    def _grow(self, nbytes: int) -> None:
+        more = nbytes - len(self._data)
+        budget.current().read(more)
+        self._data += self._reader.read(len(self._data), more)
 
     def load(self, start: int, vocabulary: Vocabulary | None = None) -> Pickle:
         """Parse the pickle at `start`."""
+        spending = budget.current()
         while True:
+            spent = spending.spent
             try:
                 self.seen.append(pickle_reader.load(self._data, start, vocabulary))
                 return self.seen[-1]
@@ -138,8 +151,20 @@ class _Window:
                         "it is truncated, or what a torch.save that failed left; get it again"
                     )
                     raise
-                wanted = min(4 * len(self._data), self._reader.nbytes)
-                self._data += self._reader.read(len(self._data), wanted - len(self._data))
+                spending.spent = spent  # what was made is gone
+                self._grow(min(4 * len(self._data), self._reader.nbytes))
 
 
-CONTAINERS = (Container("torch-legacy", "legacy torch", "", (), (), sniff, read, library="torch"),)
+CONTAINERS = (
+    Container(
+        "torch-legacy",
+        "legacy torch",
+        "",
+        (),
+        (),
+        sniff,
+        read,
+        traits=Traits(read_as=("pickle",)),
+        library="torch",
+    ),
+)

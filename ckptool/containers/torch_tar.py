@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
-from ckptool.containers._container import Container
+from ckptool.containers._container import Container, Traits
 from ckptool.errors import Malformed
 from ckptool.files import tars
 from ckptool.files.fileio import Reader
@@ -220,4 +220,6 @@ class _TarVocabulary(TorchVocabulary):
         return super().called(node)
 
 
-CONTAINERS = (Container("torch-tar", "torch tar", "", (), (), sniff, read),)
+CONTAINERS = (
+    Container("torch-tar", "torch tar", "", (), (), sniff, read, traits=Traits(read_as=("tar",))),
+)

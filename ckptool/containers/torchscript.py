@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 
 from ckptool.containers import _model_json
 from ckptool.containers._container import Container
-from ckptool.containers._records import MAX_METADATA, Budget, Records, budget, read_records
+from ckptool.containers._records import Budget, Records, budget, read_records
 from ckptool.containers._script_source import ScriptClass, parse
 from ckptool.errors import LimitExceeded, Malformed
+from ckptool.files import budget as costs
 from ckptool.files.fileio import Reader
 from ckptool.pickles.pickle_reader import Pickle
-from ckptool.pickles.torch_objects import StorageId
+from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
 from ckptool.pickles.tree import MAX_NESTING, Dict, Global, Node, Object
 from ckptool.state.checkpoint import Checkpoint, items
 from ckptool.state.replacing import make_state_dict
@@ -49,8 +50,8 @@ def read(reader: Reader) -> Checkpoint | None:
     old = read_records(reader, "model.json")
     if old is None:
         return None
-    checkpoint = _model_json.read(old)
-    return replace(checkpoint, notes=(_PROGRAM,))
+    checkpoint, left = _model_json.read(old)
+    return replace(checkpoint, notes=(_PROGRAM, *_notes(left, 0)))
 
 
 _PROGRAM = "a TorchScript archive is a program; none of its code was run or judged"
@@ -106,7 +107,7 @@ def _load(records: Records, name: str, folders: tuple[str, ...], byteorder: str)
         record = next((name for name in names if name in records.members), names[0])
         return records.storage(storage, record, byteorder)
 
-    return records.load(name, find_storage)
+    return records.load(name, TorchVocabulary(find_storage))
 
 
 def _detached(info: Node) -> Node:
@@ -146,7 +147,6 @@ class _Modules:
     without_source: dict[str, None] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     _sources: dict[str, dict[str, ScriptClass]] = field(default_factory=dict)
-    _inflated: int = 0
     _budget: Budget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -213,10 +213,10 @@ class _Modules:
         name = next((name for name in names if name in self.records.members), None)
         if name is None:
             return {}
-        self._inflated += self.records.members[name].nbytes
-        if self._inflated > max(MAX_METADATA, self.records.reader.nbytes):
-            raise LimitExceeded(f"{self._inflated} bytes of source text")
-        return parse(self.records.small(name).decode("utf-8", "replace"))
+        source = self.records.small(name)
+        lines = source.count(b"\n") * costs.NAME
+        costs.current().spend(2 * len(source) + lines + source.count(b'"') * costs.TEXT)
+        return parse(source.decode("utf-8", "replace"))
 
 
 _Kind = Callable[[ScriptClass | None, str], bool]

@@ -312,11 +312,15 @@ def _requested(
 
 def _retry(limits: Limits) -> Retry:
     """Return urllib3's rules for retries, bounded against a server that never ends."""
-    from urllib3 import Retry
-    from urllib3.exceptions import InvalidHeader
+    from urllib3 import Retry, exceptions as known
 
     class Bounded(Retry):
         def increment(self, *args: Any, **kwargs: Any) -> Self:
+            error = kwargs.get("error")
+            if isinstance(error, known.TimeoutError) and not isinstance(
+                error, known.NewConnectionError
+            ):
+                raise error  # that was the time there is; a refusal comes at once
             if response := kwargs.get("response"):
                 response.close()  # urllib3 reads it to its end, which may never come
             return super().increment(*args, **kwargs)
@@ -324,7 +328,7 @@ def _retry(limits: Limits) -> Retry:
         def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
             try:
                 return min(super().get_retry_after(response) or 0.0, self.backoff_max)
-            except (InvalidHeader, ValueError, OverflowError):
+            except (known.InvalidHeader, ValueError, OverflowError):
                 return None
 
     return Bounded(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Never
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import Reader, ReaderFile
 from ckptool.text import length
 
@@ -111,7 +112,7 @@ def _fail(what: str, offset: int, hint: str = "") -> Never:
 
 def _starts(reader: Reader) -> Iterator[int]:
     """Walk the raw headers, and iterate over where the data of members start."""
-    position, count, about = 0, 0, b""
+    position, count, about, spending = 0, 0, b"", budget.current()
     records: dict[bytes, bytes] = {}
     everywhere: set[bytes] = set()
     while position < reader.nbytes:
@@ -129,7 +130,9 @@ def _starts(reader: Reader) -> Iterator[int]:
         if end > reader.nbytes:
             hint = "it is truncated; get it again from where it came"
             _fail("the tar archive ends inside a member", position, hint)
+        spending.stored += BLOCK
         if is_member:
+            spending.spend(budget.MEMBER)
             yield start
             count, about, records = count + 1, b"", {}
         else:
@@ -137,7 +140,9 @@ def _starts(reader: Reader) -> Iterator[int]:
         if about.removeprefix(b"g") not in _ABOUT_NEXT:
             _fail(f"a member after headers of the types {about.decode()}, which disagree", position)
         if header.type in b"xg":
+            spending.read(end - start)
             records = _pax(reader.read(start, end - start), nbytes, position)
+            spending.spend(len(records) * budget.MEMBER)
         if header.type == b"g":
             everywhere, records = everywhere | records.keys(), {}
         if count > MAX_MEMBERS:

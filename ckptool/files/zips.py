@@ -14,11 +14,13 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, NoReturn
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.files import budget
 from ckptool.files.fileio import CHUNK, Reader, unpacked
 from ckptool.tensors.tensor import Packing, Storage
 
@@ -72,10 +74,11 @@ class _Header(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """The records of an archive by name, and how many of its bytes belong to none of them."""
+    """The records of an archive by name, how many bytes belong to none, and entries of folders."""
 
     members: dict[str, Member]
     unlisted: int
+    folders: list[str]
 
 
 def read_directory(reader: Reader) -> Directory:
@@ -86,32 +89,56 @@ def read_directory(reader: Reader) -> Directory:
     offset, nbytes, count = _find_directory(reader)
     if count > MAX_MEMBERS:
         raise LimitExceeded(f"an archive of {count} records", path=reader.path, offset=offset)
+    spending = budget.current()
+    spending.read(nbytes, 2 * nbytes)  # local headers say the same
+    spending.spend(min(count, nbytes // _CENTRAL_NBYTES) * budget.MEMBER)
     data = reader.read(offset, nbytes)
-    entries = list(_central_entries(reader, data, offset))
+    entries = list(islice(_central_entries(reader, data, offset), count + 1))
     if len(entries) != count:
         _fail(reader, f"the archive lists {len(entries)} records and counts {count}", offset)
+    spending.spend(-nbytes)  # of `data`, which has been read by now
     unlisted = _unlisted(reader, entries, offset)
     members = [member for member in entries if not member.name.endswith("/")]
     _refuse_odd_names(reader, members)
-    return Directory({member.name: member for member in members}, unlisted)
+    folders = [member.name for member in entries if member.name.endswith("/")]
+    return Directory({member.name: member for member in members}, unlisted, folders)
 
 
 def _find_directory(reader: Reader) -> tuple[int, int, int]:
     """Return offset, size and entry count of the central directory."""
-    tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
-    data = reader.read(reader.nbytes - tail, tail)
-    # The last one with room behind it, as miniz takes it: an earlier one must not be believed.
-    at = data.rfind(b"PK\5\6", 0, len(data) - _END.size + 4)
+    data, at = _end_record(reader)
     if at >= 0:
         fields = _END.unpack_from(data, at)
         if at + _END.size + fields[-1] == len(data):
-            return _directory_of(reader, fields, reader.nbytes - tail + at)
+            return _directory_of(reader, fields, reader.nbytes - len(data) + at)
     raise Malformed(
         "the zip archive has no end record; the file is truncated or not whole",
         path=reader.path,
         offset=reader.nbytes,
         hint="get the file again from where it came, and compare its size",
     )
+
+
+def _end_record(reader: Reader) -> tuple[bytes, int]:
+    """Return the end of a file, and where in it the end record of an archive is; -1 without one.
+
+    The last one with room behind it, as miniz takes it: an earlier one must not be believed.
+    """
+    tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
+    data = reader.read(reader.nbytes - tail, tail)
+    return data, data.rfind(b"PK\5\6", 0, max(0, len(data) - _END.size + 4))
+
+
+def at_end(reader: Reader) -> bool:
+    """Check for an archive behind other bytes, which lax readers find from its end."""
+    data, at = _end_record(reader)
+    if at < 0:
+        return False
+    *_, nbytes, offset, _ = _END.unpack_from(data, at)
+    end = reader.nbytes - len(data) + at
+    starts = (offset, end - nbytes)  # as the record says, and as Python's zipfile finds it
+    listed = any(0 <= at <= end - 4 and reader.read(at, 4) == b"PK\1\2" for at in starts)
+    return listed or data[max(0, at - _LOCATOR.size) :].startswith(b"PK\6\7")
 
 
 def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple[int, int, int]:
@@ -319,6 +346,7 @@ def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> b
             path=reader.path,
             offset=member.header,
         )
+    budget.current().read(member.nbytes, member.packed_nbytes)
     data = reader.read(member.start, member.packed_nbytes)
     if member.method == DEFLATED:
         inflater = zlib.decompressobj(-15)

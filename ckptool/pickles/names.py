@@ -80,8 +80,10 @@ AFTER_IMPORT = dict.fromkeys(
     f"{_DISTRIBUTED}.tensor",
 )
 
-_NESTED = _names("torch._utils", "_rebuild_nested_tensor") | _names(
-    "torch.nested._internal.nested_tensor", "NestedTensor _rebuild_njt"
+_NESTED = (
+    _names("torch._utils", "_rebuild_nested_tensor")
+    | _names("torch.nested._internal.nested_tensor", "NestedTensor _rebuild_njt")
+    | _names("torch._dynamo.decorators", "_DimRange")  # of the lengths in a jagged one
 )
 # Where it depends on torch's version: what 2.6 refuses and 2.14 accepts, and what 2.15 took away.
 _VERSIONS = {

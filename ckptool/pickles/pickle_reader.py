@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NoReturn
+from itertools import chain, islice
+from typing import Any, NamedTuple, NoReturn
 
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
+from ckptool.files import budget
 from ckptool.pickles.calls import calls_argument
 from ckptool.pickles.tree import (
     ORDERED_DICT,
@@ -36,6 +37,9 @@ MAX_OPCODES = 10_000_000
 MAX_STATE_MEMO = 1000
 MAX_DIGITS = 4300  # CPython's own bound for int(str)
 HIGHEST_PROTOCOL = 5
+_BLOCK = 1 << 12  # opcodes whose memory is counted together
+_LONG = 1 << 16  # bytes of a text that is counted before it is made
+_WIDEST = 4  # bytes of a letter in memory
 
 
 @dataclass(slots=True)
@@ -70,9 +74,14 @@ class Memo(list[Node]):
         self.changed = False
         self.gaps = 0
         # Any `j` counts as a LONG_BINGET, and any `g` with digits as a GET, wherever it is.
-        self.fetched = {int.from_bytes(key, "little") for key in _LONG_GETS.findall(data)}
-        self.fetched.update(range(256))
-        self.fetched.update(map(int, _TEXT_GETS.findall(data)))
+        self.fetched = set(range(256))
+        for pattern in (_LONG_GETS, _TEXT_GETS):
+            keys = map(_key, pattern.finditer(data))
+            # Numbers of what is not numbered from zero on are in `others`.
+            while block := list(islice(keys, _BLOCK)):
+                count = len(self.fetched)
+                self.fetched.update(key for key in block if key < len(data))
+                budget.current().spend((len(self.fetched) - count) * budget.PAIR)
 
     @property
     def entries(self) -> int:
@@ -118,6 +127,12 @@ class Memo(list[Node]):
 _NEVER, _LARGEST_GAP = object(), 1
 _LONG_GETS = re.compile(rb"j(?=(.{4}))", re.DOTALL)
 _TEXT_GETS = re.compile(rb"g(?=(\d{1,%d})\n)" % MAX_DIGITS)
+
+
+def _key(found: re.Match[bytes]) -> int:
+    is_text = found.re is _TEXT_GETS
+    return length(found[1], 10) or 0 if is_text else int.from_bytes(found[1], "little")
+
 
 Phrase = tuple[Node, int, int]  # what was read, where it ends, how many opcodes that was
 
@@ -213,21 +228,38 @@ _I32 = struct.Struct("<i").unpack_from
 _U32 = struct.Struct("<I").unpack_from
 
 
+class _Level(NamedTuple):
+    """The stack below a mark, and what there was when it was made."""
+
+    stack: list[Node]
+    made: int
+    number: int
+    memo: int
+    changes: int
+
+
 class _Machine:
     """The pickle machine over inert values; marks are levels, not values, so none can be forged."""
 
     def __init__(self, data: bytes, start: int, vocabulary: Vocabulary) -> None:
         self.data = data
         self.position = start
-        self.opcode_at = start
+        self.opcode_at = self.start = start
         self.vocabulary = vocabulary
         self.protocol = 0
         self.stack: list[Node] = []
-        self.levels: list[list[Node]] = []
+        self.levels: list[_Level] = []
         self.frame_end = sys.maxsize  # outside of frames
         self.memo = Memo(data)
         self.globals: dict[Global, int] = {}
         self.calls: list[Object] = []
+        self.budget = budget.current()
+        self.made = self.lasting = 0  # bytes of memory, by estimates: of values, of what stays
+        self.passed = 0  # opcodes of which nothing is left
+        self.counted = 0  # bytes that the budget knows
+        self.changes = 0  # of what was there before, and calls that stay
+        self.items: tuple[Node, ...] = ()  # the last tuple from a mark, and that
+        self.closed = _Level([], 0, 0, 0, 0)
         self.odd: set[int] = set()  # ids of those OrderedDicts that are in `calls`
 
     def run(self) -> Node:
@@ -235,8 +267,8 @@ class _Machine:
         data, memo, levels, size = self.data, self.memo, self.levels, len(self.data)
         persistent, phrase = self.vocabulary.persistent, self.vocabulary.phrase
         stack, position, fetched = self.stack, self.position, self.memo.fetched
-        steps = iter(range(MAX_OPCODES))
-        for _ in steps:
+        steps = chain.from_iterable(self.blocks())
+        for number in steps:
             self.opcode_at = position
             if position >= self.frame_end:
                 self.leave_frame(position)
@@ -262,7 +294,11 @@ class _Machine:
                 end = position + 4 + _U32(data, position)[0]
                 if end > size:
                     raise _Short
-                stack.append(data[position + 4 : end].decode("utf-8", "surrogatepass"))
+                if end - position > _LONG:
+                    self.budget.spend(0, brief=_WIDEST * (end - position))
+                text = data[position + 4 : end].decode("utf-8", "surrogatepass")
+                self.made += text.__sizeof__()
+                stack.append(text)
                 position = end
             elif op == 0x28:  # MARK
                 callee = stack[-1] if stack else None
@@ -270,30 +306,41 @@ class _Machine:
                 if type(callee) is Global and self.frame_end == sys.maxsize:
                     whole = phrase(callee, data, position, memo)  # no writer frames one
                 if whole is None:
-                    levels.append(stack)
+                    levels.append(_Level(stack, self.made, number, len(memo), self.changes))
                     stack = self.stack = []
                 else:
                     stack[-1], position, count = whole
+                    self.lasting += budget.TENSOR
+                    self.passed += count
                     deque(islice(steps, count - 1), maxlen=0)
             elif op == 0x4D:  # BININT2
                 stack.append(_U16(data, position)[0])
                 position += 2
             elif op == 0x74:  # TUPLE
-                items = tuple(stack)
-                stack = self.stack = levels.pop()
+                self.made += budget.NODE
+                items = self.items = tuple(stack)
+                self.closed = levels.pop()
+                stack = self.stack = self.closed.stack
                 stack.append(items)
             elif op == 0x85:  # TUPLE1
+                self.made += budget.NODE
                 stack[-1] = (stack[-1],)
             elif op == 0x86:  # TUPLE2
+                self.made += budget.NODE
                 stack[-2:] = ((stack[-2], stack[-1]),)
             elif op == 0x87:  # TUPLE3
+                self.made += budget.NODE
                 stack[-3:] = ((stack[-3], stack[-2], stack[-1]),)
             elif op == 0x52:  # REDUCE
                 arguments = stack.pop()
                 self.call(stack.pop(), arguments)
+                if arguments is self.items and getattr(stack[-1], "origin", number) is None:
+                    self.forget(number)
             elif op == 0x51:  # BINPERSID
+                self.lasting += budget.TENSOR
                 stack.append(persistent(stack.pop(), self.opcode_at))
             elif op == 0x4A:  # BININT
+                self.made += budget.NUMBER
                 stack.append(_I32(data, position)[0])
                 position += 4
             elif op == 0x6A:  # LONG_BINGET
@@ -303,6 +350,7 @@ class _Machine:
                 if position < self.frame_end < sys.maxsize:
                     self.fail("the pickle ends inside a frame, what follows is read in two ways")
                 self.position = position
+                self.count(number)
                 return self.finish()
             else:
                 self.position = position
@@ -312,6 +360,31 @@ class _Machine:
                 handler(self)
                 position, stack = self.position, self.stack
         raise LimitExceeded(f"a pickle of more than {MAX_OPCODES} opcodes", offset=position)
+
+    def blocks(self) -> Iterator[range]:
+        """Yield numbers of opcodes in blocks, and count what was made of each."""
+        for first in range(0, MAX_OPCODES, _BLOCK):
+            yield range(first, min(first + _BLOCK, MAX_OPCODES))
+            self.count(first + _BLOCK)
+
+    def count(self, number: int) -> None:
+        """Count what was made, and guess at the rest by how much of the bytes that was."""
+        made = self.made + self.lasting + (number - self.passed) * budget.PLACE
+        made += len(self.memo.others) * budget.PAIR + len(self.globals) * budget.NAME
+        made += len(self.levels) * 2 * budget.NODE
+        done = 1 + self.opcode_at - self.start
+        left = len(self.data) - self.opcode_at
+        self.budget.spend(made - self.counted, further=made * left / done)
+        self.counted = made
+
+    def forget(self, number: int) -> None:
+        """Count no more what a tensor was made of, where nothing else can hold on to it."""
+        memo, level = self.memo, self.closed
+        if memo.changed or level.changes != self.changes:
+            return
+        if memo.fetched.isdisjoint(range(level.memo, len(memo))):
+            self.made = min(self.made, level.made)
+            self.passed += number - level.number
 
     def fail(self, what: str) -> NoReturn:
         raise Malformed(what, offset=self.opcode_at)
@@ -324,15 +397,25 @@ class _Machine:
             self.fail("the pickle ends with other than one value on its stack")
         return self.stack[0]
 
-    def push(self, node: Node) -> None:
+    def push(self, node: Node, nbytes: int = 0) -> None:
+        """Put a node on the stack, of so many bytes of memory."""
+        self.made += nbytes
         self.stack.append(node)
+
+    def push_inner(self, node: Node) -> None:
+        """Put a node on the stack that holds others."""
+        self.push(node, budget.NODE)
+
+    def push_text(self, node: str | bytes) -> None:
+        """Put a text on the stack, which may take four bytes a letter."""
+        self.push(node, node.__sizeof__())
 
     def pop_level(self) -> list[Node]:
         """Take everything above the topmost mark, and the mark."""
         if not self.levels:
             self.fail("no mark on the stack")
         items = self.stack
-        self.stack = self.levels.pop()
+        self.stack = self.levels.pop().stack
         return items
 
     def take(self, count: int) -> bytes:
@@ -341,6 +424,8 @@ class _Machine:
             self.fail("a negative length")
         if end > len(self.data):
             raise _Short
+        if count > _LONG:
+            self.budget.spend(0, brief=_WIDEST * count)
         taken = self.data[self.position : end]
         self.position = end
         return taken
@@ -359,20 +444,26 @@ class _Machine:
 
     def named(self, module: str, name: str) -> Global:
         found = Global(module, name)
+        self.made += budget.NODE
         self.globals.setdefault(found, self.opcode_at)
         return found
 
     def call(self, callee: Node, args: Node, how: str = "reduce", kwargs: Node = None) -> None:
         if type(args) is not tuple:
             self.fail("a call whose arguments are not a tuple")
+        self.made += budget.CALL
         made = Object(callee, args, how, kwargs, [], self.opcode_at)
         node = self.vocabulary.called(made)
+        if node is not made:
+            self.lasting += budget.TENSOR
         if callee != ORDERED_DICT and (isinstance(node, Object) or calls_argument(callee)):
+            self.changes += 1
             self.calls.append(node if isinstance(node, Object) else made)
         self.stack.append(node)
 
     def step(self, kind: str, items: list[Any]) -> None:
         """Add items to the object on top of the stack, joined to those of its last step."""
+        self.changes += 1
         match self.stack[-1]:
             case list() as target if kind == "append":
                 target.extend(items)
@@ -385,6 +476,7 @@ class _Machine:
                 if target.steps and target.steps[-1][0] == kind:
                     target.steps[-1][1].extend(items)
                 else:
+                    self.made += budget.NODE
                     target.steps.append((kind, items))
             case target:
                 self.note_odd(target, kind, items)
@@ -406,9 +498,12 @@ class _Machine:
     def pairs(self, items: list[Node]) -> list[tuple[Node, Node]]:
         if len(items) % 2:
             self.fail("a key without a value")
+        self.made += len(items) // 2 * budget.PAIR
         return list(zip(items[::2], items[1::2], strict=True))
 
     def build(self) -> None:
+        self.changes += 1
+        self.made += budget.NODE
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Object):
@@ -436,19 +531,21 @@ class _Machine:
         text = self.line()
         if text.lstrip(b"-")[:1] == b"0" and text not in (b"0", b"00", b"01"):
             self.fail("an integer that C unpicklers read as octal or hexadecimal")
-        self.push(text == b"01" if text in (b"00", b"01") else self.decimal(text))
+        boolean = text in (b"00", b"01")
+        self.push(text == b"01" if boolean else self.decimal(text), budget.NUMBER + len(text))
 
     def long(self, count: int) -> None:
         data = self.take(count)
         small = len(data) <= 8
-        self.push(int.from_bytes(data, "little", signed=True) if small else LongInteger(data))
+        number = int.from_bytes(data, "little", signed=True) if small else LongInteger(data)
+        self.push(number, budget.NUMBER if small else budget.NODE + len(data))
 
     def old_string(self, data: bytes) -> None:
         """Push a Python 2 string as `torch.load` would see it: text where it is UTF-8."""
         try:
-            self.push(data.decode("utf-8"))
+            self.push_text(data.decode("utf-8"))
         except UnicodeDecodeError:
-            self.push(OldString(data))
+            self.push(OldString(data), budget.NODE + len(data))
 
     def quoted_line(self) -> None:
         text = self.line().strip()
@@ -486,6 +583,7 @@ class _Machine:
 
     def set_one(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
+        self.made += budget.PAIR
         self.step("setitem", [(key, value)])
 
     def pop(self) -> None:
@@ -529,8 +627,11 @@ class _Machine:
             self.fail("a pickle opcode crosses the end of its frame, which is read in two ways")
         self.frame_end = sys.maxsize
 
+    def byte_array(self, data: bytes) -> None:
+        self.push(ByteArray(data), budget.NODE + len(data))
+
     def text(self, data: bytes) -> None:
-        self.push(data.decode("utf-8", "surrogatepass"))
+        self.push_text(data.decode("utf-8", "surrogatepass"))
 
 
 _OPCODES: dict[int, Callable[[_Machine], object]] = {
@@ -540,28 +641,28 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x88: lambda m: m.push(True),  # NEWTRUE
     0x89: lambda m: m.push(False),  # NEWFALSE
     0x49: _Machine.integer_line,  # INT
-    0x4C: lambda m: m.push(m.decimal(m.line().removesuffix(b"L"))),  # LONG
+    0x4C: lambda m: m.push(m.decimal(m.line().removesuffix(b"L")), budget.NUMBER),  # LONG
     0x8A: lambda m: m.long(m.unsigned(1)),  # LONG1
     0x8B: lambda m: m.long(m.signed(4)),  # LONG4
-    0x46: lambda m: m.push(float(m.line())),  # FLOAT
-    0x47: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),  # BINFLOAT
+    0x46: lambda m: m.push(float(m.line()), budget.NUMBER),  # FLOAT
+    0x47: lambda m: m.push(struct.unpack(">d", m.take(8))[0], budget.NUMBER),  # BINFLOAT
     0x53: _Machine.quoted_line,  # STRING
     0x54: lambda m: m.old_string(m.take(m.signed(4))),  # BINSTRING
     0x55: lambda m: m.old_string(m.take(m.unsigned(1))),  # SHORT_BINSTRING
-    0x56: lambda m: m.push(m.line().decode("raw_unicode_escape")),  # UNICODE
+    0x56: lambda m: m.push_text(m.line().decode("raw_unicode_escape")),  # UNICODE
     0x8C: lambda m: m.text(m.take(m.unsigned(1))),  # SHORT_BINUNICODE
     0x8D: lambda m: m.text(m.take(m.unsigned(8))),  # BINUNICODE8
-    0x42: lambda m: m.push(m.take(m.unsigned(4))),  # BINBYTES
-    0x43: lambda m: m.push(m.take(m.unsigned(1))),  # SHORT_BINBYTES
-    0x8E: lambda m: m.push(m.take(m.unsigned(8))),  # BINBYTES8
-    0x96: lambda m: m.push(ByteArray(m.take(m.unsigned(8)))),  # BYTEARRAY8
+    0x42: lambda m: m.push_text(m.take(m.unsigned(4))),  # BINBYTES
+    0x43: lambda m: m.push_text(m.take(m.unsigned(1))),  # SHORT_BINBYTES
+    0x8E: lambda m: m.push_text(m.take(m.unsigned(8))),  # BINBYTES8
+    0x96: lambda m: m.byte_array(m.take(m.unsigned(8))),  # BYTEARRAY8
     0x29: lambda m: m.push(()),  # EMPTY_TUPLE
-    0x5D: lambda m: m.push([]),  # EMPTY_LIST
-    0x7D: lambda m: m.push(Dict()),  # EMPTY_DICT
-    0x8F: lambda m: m.push(Set([])),  # EMPTY_SET
-    0x6C: lambda m: m.push(m.pop_level()),  # LIST
-    0x64: lambda m: m.push(Dict(m.pairs(m.pop_level()))),  # DICT
-    0x91: lambda m: m.push(Set(m.pop_level(), frozen=True)),  # FROZENSET
+    0x5D: lambda m: m.push_inner([]),  # EMPTY_LIST
+    0x7D: lambda m: m.push_inner(Dict()),  # EMPTY_DICT
+    0x8F: lambda m: m.push_inner(Set([])),  # EMPTY_SET
+    0x6C: lambda m: m.push_inner(m.pop_level()),  # LIST
+    0x64: lambda m: m.push_inner(Dict(m.pairs(m.pop_level()))),  # DICT
+    0x91: lambda m: m.push_inner(Set(m.pop_level(), frozen=True)),  # FROZENSET
     0x61: lambda m: m.step("append", [m.stack.pop()]),  # APPEND
     0x65: lambda m: m.step("append", m.pop_level()),  # APPENDS
     0x73: _Machine.set_one,  # SETITEM

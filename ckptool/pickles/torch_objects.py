@@ -451,6 +451,14 @@ def attributes(tensor: AnyTensor) -> Node:
     return None if isinstance(state, Dict) and not state.pairs else state
 
 
+def held(tensor: AnyTensor) -> Node:
+    """Return what holds further tensors on a tensor: its attributes, the gradient of 2017."""
+    match tensor.origin:
+        case Object(Global() as kind, state=(TensorInfo(), grad, _, _, _)) if kind in _WRAPPERS:
+            return Dict([("grad", grad)])
+    return attributes(tensor) if isinstance(tensor, TensorInfo) else None
+
+
 def _unwrapped(origin: Node) -> Node:
     """Return the call inside those of Parameters and Variables."""
     while isinstance(origin, Object) and origin.callee in _WRAPPERS and origin.args:

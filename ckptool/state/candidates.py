@@ -6,9 +6,10 @@ part), or where it is asked for: its keys are those of the parts, joined by dots
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from ckptool.errors import FormatError, KeyCollision, LimitExceeded, Malformed
 from ckptool.pickles.subclasses import as_tensor
@@ -27,7 +28,10 @@ KNOWN_NAMES = frozenset(
     ).split()
 )
 NOT_STATE_DICTS = ("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler")
-NOT_MODELS = (*NOT_STATE_DICTS, "hyper_parameters", "hparams")  # copies of modules to be trained
+_NOT_MODELS = (*NOT_STATE_DICTS, "hyper_parameters", "hparams")  # copies of modules to be trained
+_NO_STATE_DICT, _NO_MODEL = (
+    re.compile("|".join(map(translate, names))) for names in (NOT_STATE_DICTS, _NOT_MODELS)
+)
 # What a copy may lack: an average of the parameters leaves out the buffers of norms.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -170,7 +174,7 @@ class Search:
     """
 
     def __init__(self) -> None:
-        self.seen: set[tuple[int, bool, bool]] = set()
+        self.seen: set[int] = set()
         self.effort = modules.Effort()
         self.by_node: dict[int, _Found] = {}
         self.of_arrays: dict[int, _Found] = {}
@@ -186,15 +190,15 @@ class Search:
         """Look at a node: for dicts of tensors, for modules, or both."""
         if not isinstance(node, WAYS):
             return
-        if (id(node), dicts, models) in self.seen:
+        if _looked(node, dicts, models) in self.seen:
             found = self.by_node.get(id(node)) or self.of_arrays.get(id(node))
             if found and (dicts or found.module):
                 inside = any(path[:depth] in found.paths for depth in range(len(path) + 1))
                 found.paths |= {} if inside else {path: None}
             return
-        self.seen.add((id(node), dicts, models))
+        self.seen.add(_looked(node, dicts, models))
         if isinstance(node, Object) and modules.is_module(node, self.effort):
-            if models and not {(id(node), not dicts, True)} & self.seen:
+            if models and _looked(node, not dicts, True) not in self.seen:
                 self.module(node, path)
             return
         pairs = items(node)
@@ -221,10 +225,10 @@ class Search:
         listed = isinstance(node, list | tuple)
         dicts = dicts and (_lists_dicts(node) if listed else bool(items(node)))
         for key, value in ways(node, self.effort):
-            if not isinstance(value, WAYS):
+            if not _holds_any(value):
                 continue
-            deeper = dicts and not is_no_state_dict(key) and not (listed and _only_numbers(value))
-            also = models and not _matches(key, NOT_MODELS)
+            deeper = dicts and not (_only_numbers(value) if listed else is_no_state_dict(key))
+            also = models and (listed or not _NO_MODEL.match(key))
             if deeper or also:
                 self.visit(value, (*path, key), dicts=deeper, models=also)
 
@@ -251,13 +255,21 @@ class Search:
         found.setdefault(id(node), new).paths[path] = None
 
 
-def _matches(key: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
+def _looked(node: Node, dicts: bool, models: bool) -> int:
+    """Return one number for a node and what was looked for in it."""
+    return id(node) << 2 | dicts << 1 | models
+
+
+def _holds_any(node: Node) -> bool:
+    """Check for a node that others may be in: lists of a million empty ones cost nothing."""
+    if type(node) is Dict:
+        return bool(node.pairs)
+    return isinstance(node, WAYS) and node not in ([], ())
 
 
 def is_no_state_dict(name: str) -> bool:
     """Return whether what has this name holds tensors that are no weights."""
-    return _matches(name, NOT_STATE_DICTS)
+    return _NO_STATE_DICT.match(name) is not None
 
 
 def _lists_dicts(node: Sequence[Node]) -> bool:
@@ -288,6 +300,9 @@ def ways(node: Node, effort: modules.Effort) -> Iterator[tuple[str, Node]]:
 
     Keys of dicts, indexes of lists, modules in modules, attributes of other objects.
     """
+    if isinstance(node, list | tuple):
+        yield from ((str(index), value) for index, value in enumerate(node))
+        return
     pairs = members(node)
     if pairs:
         yield from pairs

@@ -387,7 +387,7 @@ def repeated_keys(checkpoint: Checkpoint) -> list[str]:
     stack = [checkpoint.tree]
     while stack:
         node = stack.pop()
-        if isinstance(node, INNER) and id(node) not in seen:
+        if id(node) not in seen:
             seen.add(id(node))
             pairs = named_items(node)
             if len({key for key, _ in pairs}) != len(pairs):
@@ -395,7 +395,7 @@ def repeated_keys(checkpoint: Checkpoint) -> list[str]:
                     _repeated(checkpoint, pairs)
                 counts = Counter(key for key, _ in pairs)
                 repeated |= dict.fromkeys(key for key, count in counts.items() if count > 1)
-            stack += children(node)
+            stack += (each for each in children(node) if isinstance(each, INNER))
     return list(repeated)
 
 

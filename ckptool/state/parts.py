@@ -29,7 +29,7 @@ from ckptool.errors import PartialCheckpoint
 from ckptool.pickles.subclasses import holding, sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
-from ckptool.text import argument, counted, listed, shape
+from ckptool.text import argument, counted, length, listed, shape
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _RANK = re.compile(r"rank_?([0-9]+)")
@@ -299,7 +299,7 @@ def _named(file: File) -> Part | None:
         if others:
             where = f"the other tensors, or pieces of these, are in {listed(others, 3)}"
             world = len(set(ranks.values()))
-            return Part(kind, where, int(rank) if match[1] else None, world)
+            return Part(kind, where, length(match[1], 10), world)
     return None
 
 

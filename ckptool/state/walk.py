@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptool.errors import LimitExceeded
+from ckptool.files import budget
 from ckptool.pickles.subclasses import array
+from ckptool.pickles.torch_objects import held
 from ckptool.pickles.tree import (
     MAX_NESTING,
     Dict,
@@ -35,6 +37,7 @@ def refuse_deep(tree: Node) -> None:
     Later rooms walk the tree by recursion, in this order and each node once, and rely on it.
     """
     seen: set[int] = set()
+    spending = budget.current()
     stack = [iter((tree,))]
     while stack:
         for node in stack[-1]:
@@ -42,6 +45,7 @@ def refuse_deep(tree: Node) -> None:
                 continue
             if isinstance(node, INNER) and id(node) not in seen:
                 seen.add(id(node))
+                spending.spend(budget.SEEN)
                 stack.append(children(node))
                 break
         else:
@@ -51,7 +55,10 @@ def refuse_deep(tree: Node) -> None:
 
 
 def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
-    """Yield every tensor of a tree with its path, each container once."""
+    """Yield every tensor of a tree with its path, each container once.
+
+    What a tensor has on it (an attribute, the gradient of a Variable of 2017) comes after it.
+    """
     return ((path, node) for path, node in _values(tree) if isinstance(node, TENSORS))
 
 
@@ -72,11 +79,16 @@ def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
             here = path if name is None else (*path, name)
             if isinstance(node, TENSORS):
                 yield here, node
+                if node.origin is not None and id(node.origin) not in seen:
+                    seen.add(id(node.origin))
+                    if inside := held(node):
+                        stack.append((here, iter(list(_members(inside, numbers)))))
+                        break
             elif isinstance(node, _CONTAINERS) and id(node) not in seen:
                 seen.add(id(node))
                 if type(node) is Object:
                     yield here, node
-                stack.append((here, iter(list(_members(node, numbers)))))
+                stack.append((here, _members(node, numbers)))
                 break
         else:
             stack.pop()
@@ -116,13 +128,16 @@ def _members(node: Node, numbers: Numbers) -> Iterator[tuple[str | None, Node]]:
         case Dict():
             yield from labelled(node.pairs, number(node, node.pairs, numbers))
         case list() | tuple():
-            for index, value in enumerate(node):
-                yield str(index), value
+            yield from _placed(node)
         case Set():
-            for index, value in enumerate(node.items):
-                yield str(index), value
+            yield from _placed(node.items)
         case Object():
             yield from _object_members(node, numbers)
+
+
+def _placed(values: Sequence[Node]) -> Iterator[tuple[str | None, Node]]:
+    """Name values by their place, but for those that hold nothing."""
+    return ((str(place), each) for place, each in enumerate(values) if isinstance(each, INNER))
 
 
 def _object_members(node: Object, numbers: Numbers) -> Iterator[tuple[str | None, Node]]:
@@ -133,7 +148,7 @@ def _object_members(node: Object, numbers: Numbers) -> Iterator[tuple[str | None
     yield from labelled(pairs, number(node, pairs, numbers))
     for kind, payload in node.steps:
         if kind == "append":
-            yield from ((str(index), value) for index, value in enumerate(payload))
+            yield from _placed(payload)
         elif kind != "setitem":
             yield None, payload
 

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from ckptool import containers
 from ckptool.errors import EditError
+from ckptool.files import budget
 from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
 from ckptool.state.edit_options import stripping
 from ckptool.state.edits import Edit
-from ckptool.text import several
+from ckptool.text import parse_size, several
 from ckptool.verbs import surgery
 from ckptool.verbs.options import MIN_MATCH, Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
@@ -111,6 +112,7 @@ def check(
     )
 
 
+@budget.run()
 def diff(
     left: CheckpointLike,
     right: CheckpointLike,
@@ -252,9 +254,7 @@ def convert(
             raise EditError("a distributed checkpoint is not cut by --max-shard-size")
         form = surgery.Form(distributed=True)
     elif max_shard_size is not None:
-        from ckptool.containers import sharding
-
-        form = surgery.Form(sharding.parse_size(str(max_shard_size)))
+        form = surgery.Form(parse_size(str(max_shard_size), "--max-shard-size 5GB"))
     return surgery.rewrite(
         source, target, steps, bare=unwrap, options=how, progress=progress, form=form
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ckptool import containers
 from ckptool.errors import CkptoolError
-from ckptool.files import archives
+from ckptool.files import archives, budget
 from ckptool.verbs.checking import Checked, Status
 
 
@@ -87,6 +87,7 @@ def _found_in(group: Group) -> Iterator[str]:
     yield from (str(error.filename) for error in denied)
 
 
+@budget.run(anew=True)
 def _files_of(index: str) -> list[str]:
     """Name the files that are checked with an index, or a folder; none if it cannot be read."""
     try:

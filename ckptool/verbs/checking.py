@@ -26,9 +26,10 @@ from ckptool.errors import (
     NoSuchFile,
     NotACheckpoint,
     PluginFailed,
+    TooCostly,
     Unsupported,
 )
-from ckptool.files import fileio
+from ckptool.files import budget, fileio
 from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
 from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.filename import hash_in
@@ -40,7 +41,7 @@ from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.numbers import Tally
-from ckptool.text import counted, listed, readable, visible
+from ckptool.text import argument, counted, listed, readable, visible
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -166,6 +167,7 @@ class _Findings:
     checksums: str = ""
 
 
+@budget.run(anew=True)
 def check(
     path: str | Path,
     *,
@@ -217,12 +219,12 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     found.notes += checkpoint.notes
     found.problems += checkpoint.flaws
     try:
-        places.candidates(checkpoint.tree)  # refuses modules without end
+        part = places.part_of(checkpoint, None)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
-        found.part = places.part_of(checkpoint, None)
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
+        found.part = part
         found.notes += [f"the key {key} stands twice; the last one counts" for key in repeated]
     if checkpoint.unread and not checkpoint.program:
         size = readable(checkpoint.unread_nbytes)
@@ -381,6 +383,7 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
         detail = f"{_danger(verdict, calls)}; {status.value}: {detail}"
         status = Status.UNSAFE
     found.notes += error.evidence
+    hint = f"ckptool check {error.option} {argument(path)}" if error.option else error.hint
     absent = isinstance(error, NoSuchFile) and not error.hint
     detail = "; ".join(filter(None, [detail, found.asked_sha256]))
     return Checked(
@@ -394,7 +397,7 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
         calls=tuple(calls),
         pickle_name="the pickle",
         sha256=found.sha256,
-        hint=fileio.spelled_like(path) if absent else error.hint,
+        hint=fileio.spelled_like(path) if absent else hint,
         notes=tuple(found.notes),
         checked=tuple(found.checked),
         not_checked=("what stands behind the fault",)
@@ -418,6 +421,7 @@ _STATUS = {
     NoSuchFile: Status.NOT_A_CHECKPOINT,
     Unsupported: Status.UNSUPPORTED,
     PluginFailed: Status.UNSUPPORTED,
+    TooCostly: Status.UNSUPPORTED,
 }
 
 

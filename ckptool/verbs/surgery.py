@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ckptool import containers
 from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
-from ckptool.files import fileio, publish
+from ckptool.files import budget, fileio, publish
 from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
@@ -477,7 +477,8 @@ def _check(
     for source, stamp in plan.checkpoint.files:
         fileio.refuse_changed(source, stamp)
     try:
-        written = containers.read(path)
+        with budget.run(budget.UNBOUNDED):  # the run has it in memory already
+            written = containers.read(path)
     except FormatError as error:
         raise WriteError(
             f"{place.path} cannot be written: what was written does not read back; nothing was "

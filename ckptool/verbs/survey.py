@@ -415,7 +415,7 @@ class _Ledger:
                 self._reach_of(here)
             count += isinstance(here, TENSORS) and not of_tensor
             inside = of_tensor or isinstance(here, TENSORS)
-            stack.extend((child, inside) for child in children(here))
+            stack.extend((each, inside) for each in children(here) if not isinstance(each, _LEAVES))
         return count
 
     def _reach_of(self, info: TensorInfo) -> None:

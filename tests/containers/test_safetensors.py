@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import ckptool
 from ckptool import containers as formats
 from ckptool.containers import safetensors as ours
 from ckptool.errors import (
@@ -25,6 +27,7 @@ from ckptool.errors import (
 from ckptool.state.checkpoint import Checkpoint, text_items
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import TensorInfo
+from ckptool.verbs.checking import Status
 from ckptool.verbs.surgery import Options, rewrite
 
 torch = pytest.importorskip("torch")
@@ -194,6 +197,63 @@ def test_broken_header(name: str, path: Path) -> None:
     assert type(caught.value) is error
     assert caught.value.path == str(path)
     assert taken(content) == (name in LENIENT)
+
+
+W = '{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+# What Python's JSON takes and serde_json does not, or the other way round.
+TEXTS = {
+    "minus zero": W.replace("[0,4]", "[-0,4]"),
+    "minus zero in a shape": W.replace("[1]", "[1,-0]"),
+    "minus zero as a float": W.replace("[0,4]", "[-0.0,4]"),
+    "an exponent": W.replace("[1]", "[1e0]"),
+    "a float": W.replace("[1]", "[1.0]"),
+    "a leading zero": W.replace("[1]", "[01]"),
+    "a plus": W.replace("[1]", "[+1]"),
+    "an underscore": W.replace("4]", "0_4]"),
+    "other digits": W.replace("[1]", "[\u0661]"),
+    "beyond 2^64": W.replace("[1]", f"[{1 << 64}]"),
+    "NaN": W.replace("[1]", "[NaN]"),
+    "infinity in what nobody reads": W.replace("[1]", '[1],"x":-Infinity'),
+    "beyond the floats in what nobody reads": W.replace("[1]", '[1],"x":1e999'),
+    "many digits in what nobody reads": W.replace("[1]", f'[1],"x":{"9" * 400}'),
+    "half a character as a key": W.replace('"w"', r'"\ud800"'),
+    "the other half": W.replace('"w"', r'"\uDFFFx"'),
+    "halves the wrong way round": W.replace('"w"', r'"\udc00\ud800"'),
+    "half before a whole": W.replace('"w"', r'"\ud800\ud83d\ude00"'),
+    "half behind a backslash": W.replace('"w"', r'"\\\ud800"'),
+    "half in the metadata": W.replace("{", r'{"__metadata__":{"a":"\ud800"},', 1),
+    "half in what nobody reads": W.replace("[1]", r'[1],"x":["\ud800"]'),
+    "half as raw bytes": W.replace('"w"', '"\ud800"'),
+    "a whole character": W.replace('"w"', r'"\ud83d\ude00"'),
+    "no escape": W.replace('"w"', r'"\\ud800"'),
+    "a control character": W.replace('"w"', '"a\tb"'),
+    "a trailing comma": W.replace("[1]", "[1,]"),
+    "a comment": W.replace("[1]", "[1]/**/"),
+    "single quotes": W.replace('"', "'"),
+    "an odd escape": W.replace('"w"', r'"\x41"'),
+    "a short escape": W.replace('"w"', r'"\u12"'),
+    "space of other kinds": W.replace("[1]", "\u00a0[1]"),
+    "a form feed": W.replace("[1]", "\f[1]"),
+    "zeros behind it": W + "\0",
+    "metadata of numbers": W.replace("{", '{"__metadata__":{"a":1},', 1),
+    "metadata of null": W.replace("{", '{"__metadata__":{"a":null},', 1),
+    "a shape that wraps": W.replace("[1]", f"[{1 << 62},{1 << 62},0]").replace("0,4", "0,0"),
+    "a dtype as an object": W.replace('"F32"', '{"F32":null}'),
+    "a tensor as a list": '{"w":["F32",[1],[0,4]]}',
+    "a null shape": W.replace("[1]", "null"),
+    "three offsets": W.replace("4]", "4,4]"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_what_the_library_refuses_is_not_ok(text: str, path: Path) -> None:
+    header = text.encode("utf-8", "surrogatepass")
+    data = b"" if '"data_offsets":[0,0]' in text else b"1234"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    with contextlib.suppress(library.SafetensorError):
+        safetensors_torch.load_file(path)
+        return
+    assert ckptool.check(path).status is Status.DAMAGED
 
 
 def test_brackets_inside_text_do_not_nest(path: Path) -> None:

@@ -618,3 +618,14 @@ def test_a_verdict_that_depends_on_torch_says_on_which(run: Run) -> None:
     for command in ("check", "info"):
         document = run(command, path, "--json").document
         assert document.get("files", [document])[0]["versions"] == [said]
+
+
+def test_a_jagged_tensor_is_foreign(run: Run, tmp_path: Path) -> None:
+    """Made of a list, it notes between which lengths it may vary."""
+    torch = pytest.importorskip("torch")
+    rows = [torch.ones(2), torch.ones(3)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    torch.save({"w": torch.ones(2), "rows": jagged}, tmp_path / "jagged.pth")
+    done = run("check", tmp_path / "jagged.pth")
+    assert (done.code, done.out.split("\t")[1]) == (0, "ok")
+    assert "only torch up to 2.14 accepts" in done.out
