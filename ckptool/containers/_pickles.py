@@ -9,6 +9,7 @@ from math import prod
 from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
+from ckptool.pickles.names import Level
 from ckptool.pickles.pickle_reader import Ended, Vocabulary
 from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Global, Node, Object, attribute
@@ -65,8 +66,11 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
 
 
 def _danger(named: Mapping[Global, int], calls: Iterable[Object]) -> str:
-    dangerous = listed(map(str, safety.judge(named, calls).dangerous), 4)
-    return f"; it would run code when loaded: {dangerous}" if dangerous else ""
+    verdict = safety.judge(named, calls)
+    if verdict.level is not Level.DANGEROUS:
+        return ""
+    dangerous = listed(map(str, verdict.dangerous), 4)
+    return f"; it would run code when loaded: {dangerous or 'what a call returned'}"
 
 
 class _Joblib(Vocabulary):

@@ -69,11 +69,14 @@ class Shapes:
     def called(self, call: Object) -> Node | None:
         """Return what a dangerous call would call, None for any other call."""
         callee, args = call.callee, call.args
-        if not isinstance(callee, Global) or call.how in METHODS or _goes_on(call):
+        if not isinstance(callee, Global) or call.how in METHODS:
             return callee
-        if call.steps and python3_name(callee) in _SHARED:
+        if call.steps and (_goes_on(call) or python3_name(callee) in _SHARED):
             return callee
-        for place in self._places(callee) or ():
+        places = self._places(callee)
+        if places is None:
+            return None
+        for place in places:
             if place < len(args) and isinstance(args[place], Object):
                 return args[place]
         call = self._bound(call) if callee == _PARTIAL else call

@@ -2,8 +2,8 @@
 
 *plain* is exactly what `torch.load(weights_only=True)` accepts (torch/_weights_only_unpickler.py,
 `_get_allowed_globals`), some of it once a module of torch was imported. *foreign* is what is known
-to be inert, and any undotted name of a third-party package. *dangerous* is everything else: naming
-counts like calling, because loading imports what is named.
+to be inert, and any undotted name of a third-party package, which `calls` judges once it is called.
+*dangerous* is everything else: naming counts like calling, because loading imports what is named.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ _EXECUTORS = frozenset(
     (
         "cloudpickle dill joblib jsonpickle IPython six fire numexpr yaml pytest _pytest py "
         "pexpect ptyprocess sh plumbum invoke fabric paramiko xonsh cffi multiprocess pathos "
-        "billiard loky requests httpx aiohttp urllib3"
+        "billiard loky requests httpx aiohttp urllib3 sympy"  # whose classes evaluate text
     ).split()
 )
 # Functions that do so in whatever package: their own, or the standard library's taken over

@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any, Protocol
 
 from ckptool.pickles import calls as shapes
-from ckptool.pickles.calls import innermost as innermost
 from ckptool.pickles.names import Level, import_for, level, torch_for
 from ckptool.pickles.tree import (
     ByteArray,
@@ -57,7 +56,7 @@ def judge(named: Mapping[Global, int], calls: Iterable[Object] = ()) -> Verdict:
             foreign[each] = offset
     shaped = list(islice(shapes.dangerous(calls), MAX_CALLS))
     for call, called in shaped:
-        name = innermost(called)
+        name = shapes.innermost(called)
         if name is not None and name not in dangerous:
             dangerous[name] = foreign.pop(name, call.offset)
     worst = Level.FOREIGN if foreign else Level.PLAIN
@@ -139,14 +138,14 @@ def evidence(
     for call in calls:
         a_name = isinstance(call.callee, Global) and call.callee in by_name
         if a_name or id(call) in shaped:
-            name = innermost(call.callee) or _NAMELESS
+            name = shapes.innermost(call.callee) or _NAMELESS
             named.add(name)
             if len(found) < limit:
                 text = _called(call, whole=id(call) in shaped)
                 found.append((call, name, _arguments(call), text, call.offset))
-    for name, offset in verdict.dangerous.items():
-        if name in by_name - named and len(found) < limit:
-            found.append((name, name, None, str(name), offset))
+    uncalled = [each for each in verdict.dangerous if each in by_name and each not in named]
+    for name in uncalled[: limit - len(found)]:
+        found.append((name, name, None, str(name), verdict.dangerous[name]))
     where = _where(tree, [node for node, *_ in found])
     return [
         Call(name, arguments, offset, where.get(id(node), ""), text)
