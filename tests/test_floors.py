@@ -100,6 +100,7 @@ OWNERS = {
         "files/http.py",
         "files/download.py",
         "files/filename.py",
+        "files/patience.py",
     ),
     r"click": ("cli/*.py",),
     r"tqdm": ("cli/*.py",),

@@ -8,22 +8,19 @@ and it takes chunks of -5 or 1_000 bytes (RFC 9112, 7.1, has hexadecimal digits 
 
 from __future__ import annotations
 
-import io
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from ckptool.errors import DownloadFailed
-from ckptool.text import length, readable
+from ckptool.files.patience import IDLE, Patience
+from ckptool.text import length
 
 if TYPE_CHECKING:
-    from http.client import HTTPResponse
-    from socket import socket
-
     from urllib3 import BaseHTTPResponse, PoolManager, Retry
 
 AGAIN = (429, 500, 502, 503, 504)
@@ -31,8 +28,6 @@ MAX_REDIRECTS = 10
 SHOWN = 200  # characters of what a server says
 HEAD = 512  # bytes that show what a body is
 CHUNK = 1 << 17
-PACE = 1 << 10  # bytes of a file that a server must send in a second
-IDLE = 1 << 20  # bytes that it may send before the next byte of the file: headers, chunk sizes
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "ckptool"}
 _CHUNK = re.compile(rb"([^\s;]*)(?:[ \t]*;[^\n]*)?\r\n")  # white space is allowed before extensions
 _HINTS = {
@@ -48,7 +43,7 @@ _HINTS = {
 class Limits:
     """How long to wait in seconds, how often to retry, how much to take.
 
-    `timeout` bounds how long a server may send less than `PACE`, over redirects and retries.
+    `timeout` bounds how long a server may send less than 1 KiB/s, over redirects and retries.
     """
 
     connect: float = 10.0  # to one address, and for TLS
@@ -57,84 +52,6 @@ class Limits:
     backoff: float = 0.5
     longest_wait: float = 30.0
     nbytes: int = 1 << 40  # of a body whose length the server does not say
-
-
-@dataclass(slots=True)
-class _Patience:
-    """How long a server has kept us waiting; `reader` has what it sends on the last connection.
-
-    Bytes of the file alone are progress: no `100 Continue`, header, chunk extension or trailer is.
-    """
-
-    url: str
-    timeout: float
-    waited: float = 0.0  # seconds for the bytes in `came`
-    came: int = 0
-    idle: int = 0  # bytes since the last one of the file
-    reader: io.BufferedReader = field(init=False)
-
-    def respond(self, sock: socket, *args: Any, **kwargs: Any) -> HTTPResponse:
-        """Return a response of `http.client` that reads from its socket under these rules."""
-        from http.client import HTTPResponse
-
-        class Final(HTTPResponse):
-            def begin(self) -> None:
-                super().begin()
-                while 101 < self.status < 200:  # `http.client` takes 100 alone for no answer yet
-                    self.headers = None  # type: ignore[assignment]  # so that it reads on
-                    super().begin()
-
-        response = Final(sock, *args, **kwargs)
-        self.reader = io.BufferedReader(_Received(response.fp.detach(), sock, self))
-        response.fp = self.reader
-        return response
-
-    def left(self) -> float:
-        """Return the seconds that are left; raises `DownloadFailed`."""
-        if self.idle > IDLE:
-            what = ": the server sends headers or padding without end"
-            raise failed(self.url, what, _HINTS[404])
-        if self.waited >= self.timeout:
-            pace = f"less than {readable(PACE)}/s for {self.timeout:g} s"
-            what = f": {parsed(self.url).hostname} stopped sending, or sent {pace}"
-            raise failed(self.url, what, "run it again; --timeout SECONDS waits longer")
-        return self.timeout - self.waited
-
-    def progress(self, nbytes: int) -> None:
-        """Count bytes of the file; as many as a whole timeout asks for begin another one."""
-        self.came, self.idle = self.came + nbytes, 0
-        if self.came >= PACE * self.timeout:
-            self.came, self.waited = 0, 0.0
-
-
-class _Received(io.RawIOBase):
-    """What a socket receives, as long as there is patience."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket, patience: _Patience) -> None:
-        self._raw, self._socket, self._patience = raw, sock, patience
-
-    def readable(self) -> bool:
-        """Return True: `BufferedReader` asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Wait for bytes; raises `DownloadFailed`."""
-        patience = self._patience
-        self._socket.settimeout(patience.left())
-        began, nbytes = time.monotonic(), 0
-        try:
-            nbytes = self._raw.readinto(buffer) or 0
-        except TimeoutError:
-            patience.waited = patience.timeout
-            patience.left()
-        patience.waited += time.monotonic() - began
-        patience.idle += nbytes
-        return nbytes
-
-    def close(self) -> None:
-        """Close the socket too."""
-        self._raw.close()
-        super().close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +63,7 @@ class Answer:
 
     url: str
     body: BaseHTTPResponse
-    patience: _Patience
+    patience: Patience
     linked: int | None = None
 
     def header(self, name: str) -> str:
@@ -252,7 +169,7 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
     parts = parsed(url)
     login = unquote(parts.netloc.rpartition("@")[0])
     headers = {**HEADERS, **headers, **make_headers(basic_auth=login or None)}
-    patience, retries = _Patience(url, limits.timeout), _retry(limits)
+    patience, retries = Patience(limits.timeout, partial(failed, url)), _retry(limits)
     url = _without_login(parts)
     seen, linked = [url], None
     while True:
@@ -293,7 +210,7 @@ def redirected(url: str, location: str) -> str:
 
 
 def _requested(
-    url: str, headers: Mapping[str, str], limits: Limits, patience: _Patience, retries: Retry
+    url: str, headers: Mapping[str, str], limits: Limits, patience: Patience, retries: Retry
 ) -> BaseHTTPResponse:
     from urllib3 import Timeout
 
@@ -343,7 +260,7 @@ def _retry(limits: Limits) -> Retry:
     )
 
 
-def _pool(url: str, patience: _Patience) -> PoolManager:
+def _pool(url: str, patience: Patience) -> PoolManager:
     """Return connections by way of the proxy that the environment names for a URL, if any."""
     manager = _proxied(url)
     pool = manager.connection_from_url(url)
@@ -395,7 +312,7 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
             what = f"the host {host} is not found"
         case known.ConnectTimeoutError():  # refused, too
             what = f"{host} does not answer"
-        case known.ReadTimeoutError():  # of TLS: of all else `_Patience` judges
+        case known.ReadTimeoutError():  # of TLS: of all else `Patience` judges
             what, hint = f"{host} stopped sending", "run it again"
         case known.InvalidHeader():
             what = f"the headers of {host} contradict one another"
