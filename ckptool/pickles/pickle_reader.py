@@ -36,7 +36,7 @@ MAX_STATE_MEMO = 1000
 MAX_DIGITS = 4300  # CPython's own bound for int(str)
 HIGHEST_PROTOCOL = 5
 _BLOCK = 1 << 12  # opcodes whose memory is counted together
-_LONG = 1 << 16  # bytes of a text that is counted before it is made
+_LONG = 1 << 16  # bytes of one thing that is counted before it is made
 _WIDEST = 4  # bytes of a letter in memory
 
 
@@ -422,7 +422,7 @@ class _Machine:
 
     def named(self, module: str, name: str) -> Global:
         found = Global(module, name)
-        self.made += budget.NODE
+        self.made += 3 * budget.TEXT
         self.globals.setdefault(found, self.opcode_at)
         return found
 
@@ -461,8 +461,12 @@ class _Machine:
     def pairs(self, items: list[Node]) -> list[tuple[Node, Node]]:
         if len(items) % 2:
             self.fail("a key without a value")
-        self.made += len(items) // 2 * budget.PAIR
-        return list(zip(items[::2], items[1::2], strict=True))
+        nbytes = len(items) // 2 * budget.PAIR
+        self.made += nbytes
+        if nbytes > _LONG:
+            self.budget.spend(0, brief=nbytes)
+        keys_and_values = iter(items)
+        return list(zip(keys_and_values, keys_and_values, strict=True))
 
     def build(self) -> None:
         self.changes += 1

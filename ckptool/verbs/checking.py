@@ -374,7 +374,10 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
     """Judge what the reader gave up on by what it had read before."""
     named, called = error.named, error.calls
     if isinstance(error, NotACheckpoint) and os.path.isfile(path):
-        named, called = _of_no_checkpoint(path)
+        try:
+            named, called = _of_no_checkpoint(path)
+        except TooCostly as costly:
+            error, named, called = costly, costly.named, costly.calls
     verdict = safety.judge(named)
     calls = safety.evidence(verdict, called, None, MAX_CALLS)
     status = _STATUS.get(type(error), Status.DAMAGED)
@@ -406,10 +409,13 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
     )
 
 
+@budget.run(anew=True)
 def _of_no_checkpoint(path: str) -> tuple[dict[Global, int], list[Object]]:
     """Return the dangerous names of a pickle in no container; a text may look like one."""
     try:
         named, calls = containers.pickled(path)
+    except TooCostly:
+        raise
     except FormatError:
         return {}, []
     wanted = {
