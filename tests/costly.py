@@ -22,9 +22,13 @@ Writer = Callable[[Path, int], object]
 ADDRESSES = 4 << 30
 
 
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
 def text(value: str) -> bytes:
-    data = value.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
+    data = value.encode("utf-8", "surrogatepass")
+    return b"X" + u32(len(data)) + data
 
 
 def archive(path: Path, records: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> None:
@@ -40,7 +44,7 @@ PICKLED: dict[str, Callable[[int], bytes]] = {
     "sets": lambda n: b"\x8f" * n,
     "tuples": lambda n: b"N\x85" * n,
     "nothing": lambda n: b"N" * n,
-    "numbers": lambda n: b"".join(b"J" + struct.pack("<I", 1000 + i) for i in range(n)),
+    "numbers": lambda n: b"".join(b"J" + u32(1000 + i) for i in range(n)),
     "floats": lambda n: (b"G" + b"\x40" * 8) * n,
     "long numbers": lambda n: (b"\x8a\x09" + b"\x7f" * 9) * n,
     "texts": lambda n: b"U\x02ab" * n,
@@ -52,8 +56,10 @@ PICKLED: dict[str, Callable[[int], bytes]] = {
     "names": lambda n: b"".join(b"cmine\nn%d\n" % i for i in range(n)),
     "one name": lambda n: b"cmine\nname\n" * n,
     "memoized": lambda n: b"N" + b"\x94" * n,
-    "memoized with gaps": lambda n: b"N" + b"".join(b"r%b" % struct.pack("<I", 3 * i) for i in range(n)),
-    "text like gets": lambda n: text("".join("j%c%c%cx" % (i & 127, i >> 7 & 127, i >> 14) for i in range(n))),
+    "memoized with gaps": lambda n: b"N" + b"".join(b"r" + u32(3 * i) for i in range(n)),
+    "text like gets": lambda n: text(
+        "".join(f"j{chr(i & 127)}{chr(i >> 7 & 127)}\0\0" for i in range(n))
+    ),
     "duplicates": lambda n: b"]" + b"2" * n,
     "marks": lambda n: b"(" * n + b"0" * n,
     "nested": lambda n: (b"]" * 100 + b"a" * 99) * (n // 100),

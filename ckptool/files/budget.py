@@ -66,7 +66,7 @@ class Budget:
 
     def _refusal(self, needed: float) -> TooCostly:
         asked = MOST
-        while asked < max(2 * self.limit, 1.5 * needed):
+        while asked < max(self.limit + 1, 2.5 * needed):
             asked *= 2
         stored = f" ({readable(self.stored)} as stored)" if self.stored else ""
         return TooCostly(
