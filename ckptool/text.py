@@ -81,7 +81,7 @@ def readable(nbytes: int) -> str:
 
 def parse_size(text: str, option: str) -> int:
     """Read `5GB` (10^9), `2GiB` (2^30) or plain bytes; `option` shows how it is written."""
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*", text, re.I | re.A)
     nbytes = 0
     if found and (found[2] or not found[3]):
         unit = (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")

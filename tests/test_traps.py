@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+import ckptool
 from ckptool.errors import (
     KeyCollision,
     Malformed,
@@ -40,8 +41,30 @@ judge = pytest.importorskip("judge")
 FOLDER = Path(__file__).parent.parent / "fixtures"
 sys.path.append(str(FOLDER))
 
-from containers import Member, records, torch_members, torch_zip, zip_bytes  # noqa: E402
-from opcodes import integer, name, ordered_dict, pickled, storage, tensor, text, tuple_  # noqa: E402
+from containers import (  # noqa: E402
+    Member,
+    legacy,
+    records,
+    torch_members,
+    torch_zip,
+    zip_bytes,
+)
+from good_by_hand import floats  # noqa: E402
+from opcodes import (  # noqa: E402
+    FALSE,
+    NONE,
+    TRUE,
+    build,
+    integer,
+    name,
+    new,
+    ordered_dict,
+    pickled,
+    storage,
+    tensor,
+    text,
+    tuple_,
+)
 
 GOOD, HOSTILE = FOLDER / "good", FOLDER / "hostile"
 STRIP = [edits.strip_prefix()]
@@ -963,3 +986,39 @@ def test_bytes_and_their_bare_storage_stay_one(tmp_path: Path, order: tuple[str,
     found = torch.load(tmp_path / "out.pth", weights_only=True)
     assert torch.equal(found["tensor"], tensor)
     assert found["tensor"].untyped_storage().data_ptr() == found["storage"].data_ptr()
+
+
+def test_gradients_of_2017_are_listed(out: Path, tmp_path: Path) -> None:
+    """A Parameter of torch 0.1 gets (data, grad, hooks, requires_grad, volatile) as its state."""
+
+    def variable(module: str, kind: str, data: bytes, grad: bytes = NONE) -> bytes:
+        state = tuple_(data, grad, ordered_dict(()), TRUE, FALSE)
+        return build(new(name(module, kind)), state)
+
+    def data(key: str) -> bytes:
+        return tensor(storage(text(key), 2, NONE), [2])
+
+    grad = variable("torch.autograd.variable", "Variable", data("502"))
+    weight = variable("torch.nn.parameter", "Parameter", data("501"), grad)
+    bias = variable("torch.nn.parameter", "Parameter", data("503"))
+    body = pickled(ordered_dict([(text("weight"), weight), (text("bias"), bias)]))
+    storages = [(key, 2, floats(at, at + 1)) for at, key in enumerate(("501", "502", "503"))]
+    path = tmp_path / "2017.pth"
+    path.write_bytes(legacy(body, storages))
+    assert list(ckptool.keys(path)) == ["weight", "bias"]
+    found = ckptool.keys(path, all=True)
+    assert list(found) == ["weight", "weight.grad", "bias"]
+    ckptool.add_prefix(path, out, prefix="module.", sync=False)
+    again = ckptool.keys(out, all=True)
+    assert list(again) == ["module.weight", "module.weight.grad", "module.bias"]
+
+
+def test_tensors_on_parameters_are_listed(out: Path, tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.scale = torch.ones(3)
+    weight.note = "w"
+    torch.save({"weight": weight, "bias": torch.zeros(1)}, tmp_path / "a.pth")
+    found = ckptool.keys(tmp_path / "a.pth", all=True)
+    assert list(found) == ["weight", "weight.scale", "bias"]
+    assert list(ckptool.keys(tmp_path / "a.pth")) == ["weight", "bias"]
+    assert "3 tensors" in ckptool.check(tmp_path / "a.pth", finite=True).detail

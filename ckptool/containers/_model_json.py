@@ -5,23 +5,29 @@ of 64 bits are text, names are in camel case, and what is missing has its defaul
 strided views of the records that they name; `mainModule` holds modules in modules, each with
 parameters (buffers among them) that count into `tensors`. torch's own loader took parameters,
 buffers and submodules in the order of the file (torch/csrc/jit/import.cpp, `loadTensorTable` and
-`convertModule`). Attributes are in `attributes.pkl` and are left there.
+`convertModule`). Attributes count into the tuple of `attributes.pkl`, where a tensor is a call on
+its place in `tensors` (torch/csrc/jit/pickler.cpp, `pushTensor`; in torch 1.1 by BUILD); those of
+the type Tensor are buffers to torch 1.2.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ckptool.containers import _json
-from ckptool.containers._records import Records, budget
+from ckptool.containers._records import Budget, Records, budget
 from ckptool.errors import Malformed, Unsupported
 from ckptool.files import budget as costs
+from ckptool.pickles.pickle_reader import Pickle, Vocabulary
 from ckptool.pickles.torch_objects import StorageId, quantized_call
-from ckptool.pickles.tree import Node
+from ckptool.pickles.tree import Global, Node, Object
+from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
+from ckptool.state.walk import dotted
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Storage, TensorInfo, problem
 from ckptool.text import length
@@ -41,31 +47,42 @@ _DTYPES = {
 _BY_NAME = {key: dtype for keys, dtype in _DTYPES.items() for key in keys}
 _QUANTIZED = {DType.I8: DType.QI8, DType.U8: DType.QU8, DType.I32: DType.QI32}
 _CAPITAL = re.compile(r"(?<!^)([A-Z])")
+_ATTRIBUTES = "attributes.pkl"
 _READ = ("model.json", "version")
+_NO_VALUE = "-1"  # of an attribute that the code of the module restores
 
 T = TypeVar("T")
 
 
-def read(records: Records) -> Checkpoint:
-    """Read the tables of an archive; the storages stay where they are."""
+def read(records: Records) -> tuple[Checkpoint, list[str]]:
+    """Read the tables of an archive, and name the tensors that no key of its state_dict has.
+
+    The storages stay where they are.
+    """
     model = _json.load(records.small("model.json"), "model.json")
     tensors = _Tensors(records).read(_field(model, "tensors", []))
     main: Any = _field(model, "mainModule", {})
+    attributes = _attributes(records, tensors)
+    modules = _Modules(tensors, attributes.tree, budget(records.members["model.json"].nbytes))
     entries: dict[str, Node] = {}
-    names = budget(records.members["model.json"].nbytes)
-    for key, index in _walk(main, ""):
-        names.spend(key)
+    for key, tensor in modules.walk(main, ""):
         if key in entries:
             raise Malformed(f"model.json: two parameters are {key}")
-        if not 0 <= index < len(tensors):
-            raise Malformed(f"model.json: {key} is tensor {index} of {len(tensors)}")
-        entries[key] = tensors[index]
+        entries[key] = tensor
+    taken = set(map(id, entries.values()))
+    left = [
+        dotted((modules.named.get(index, _ATTRIBUTES), *path))
+        for (index, *path), tensor in walk.tensors(attributes.tree)
+        if id(tensor) not in taken
+    ]
     name = _field(main, "name", "")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         records.reader.path,
         "torchscript",
         make_state_dict(entries, None),
         records.reader.nbytes,
+        globals=attributes.globals,
+        calls=attributes.calls,
         pickle_name="attributes.pkl",
         generation="torch 1.0 to 1.2",
         unread=records.unread(_READ),
@@ -73,6 +90,45 @@ def read(records: Records) -> Checkpoint:
         unlisted=records.unlisted,
         program=f"TorchScript module {name}".rstrip(),
     )
+    return checkpoint, left
+
+
+class _Table(Vocabulary):
+    """Resolve the calls that stand for tensors."""
+
+    def __init__(self, tensors: list[TensorInfo]) -> None:
+        self._tensors = tensors
+
+    def called(self, node: Object) -> Node:
+        """Turn `build_tensor_from_id(7)` into the tensor."""
+        match node:
+            case Object(Global(name="build_tensor_from_id"), (index,)):
+                return _counted(self._tensors, index, _ATTRIBUTES)
+        return node
+
+    def built(self, node: Node, state: Node) -> Node | None:
+        """Turn a `TensorID` with the state 7 into the tensor."""
+        match node:
+            case Object(Global(name="TensorID")):
+                return _counted(self._tensors, state, _ATTRIBUTES)
+        return super().built(node, state)
+
+
+def _attributes(records: Records, tensors: list[TensorInfo]) -> Pickle:
+    if _ATTRIBUTES not in records.members:
+        return Pickle((), 0, 0, {}, [])
+    parsed = records.load(_ATTRIBUTES, _Table(tensors))
+    if not isinstance(parsed.tree, tuple | list):
+        raise Malformed(f"{_ATTRIBUTES} holds no tuple of values")
+    return parsed
+
+
+def _counted(values: Sequence[T], index: Any, name: str) -> T:
+    """Return the value that is counted into a table."""
+    number = _number(index)
+    if number >= len(values):
+        raise Malformed(f"model.json: {name} is number {number} of {len(values)}")
+    return values[number]
 
 
 def _value(message: Any, name: str, default: Any) -> Any:
@@ -102,20 +158,41 @@ def _number(value: Any) -> int:
     return number
 
 
-def _integer(message: Any, name: str) -> int:
-    return _number(_value(message, name, 0))
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """A walk over modules; `named` are their attributes by place in the tuple of values."""
 
+    tensors: list[TensorInfo]
+    attributes: Node
+    names: Budget
+    named: dict[str, str] = field(default_factory=dict)
 
-def _walk(module: Any, path: str) -> Iterator[tuple[str, int]]:
-    """Yield keys with their index: a module's parameters, its buffers, its submodules'."""
-    parameters: list[Any] = _field(module, "parameters", [])
-    for is_buffer in (False, True):
-        for row in parameters:
-            if _field(row, "isBuffer", False) is is_buffer:
-                yield path + _field(row, "name", ""), _integer(row, "tensorId")
-    submodules: list[Any] = _field(module, "submodules", [])
-    for submodule in submodules:
-        yield from _walk(submodule, f"{path}{_field(submodule, 'name', '')}.")
+    def walk(self, module: Any, path: str) -> Iterator[tuple[str, TensorInfo]]:
+        """Yield keys with their tensors: parameters, buffers, attributes, those of submodules."""
+        parameters: list[Any] = _field(module, "parameters", [])
+        for is_buffer in (False, True):
+            for row in parameters:
+                if _field(row, "isBuffer", False) is is_buffer:
+                    key = self._key(row, path)
+                    yield key, _counted(self.tensors, _value(row, "tensorId", 0), key)
+        known = {_field(row, "name", "") for row in parameters}
+        attributes: list[Any] = _field(module, "attributes", [])
+        for row in attributes:
+            index = str(_value(row, "id", 0))
+            if _field(row, "name", "") in known or index == _NO_VALUE:  # buffers are listed twice
+                continue
+            key = self.named[index] = self._key(row, path)
+            value = _counted(self.attributes, index, key)
+            if isinstance(value, TensorInfo) and _field(row, "type", "Tensor") == "Tensor":
+                yield key, value
+        submodules: list[Any] = _field(module, "submodules", [])
+        for submodule in submodules:
+            yield from self.walk(submodule, f"{path}{_field(submodule, 'name', '')}.")
+
+    def _key(self, row: Any, path: str) -> str:
+        key = path + _field(row, "name", "")
+        self.names.spend(key)
+        return key
 
 
 class _Tensors:
@@ -141,7 +218,7 @@ class _Tensors:
         dtype = _QUANTIZED[dtype] if quantized else dtype
         shape = tuple(map(_number, _field(row, "dims", [])))
         stride = tuple(map(_number, _field(row, "strides", [])))
-        place = self._storage(row, dtype), _integer(row, "offset")
+        place = self._storage(row, dtype), _number(_value(row, "offset", 0))
         origin = None
         if quantized:
             scale, stated = _field(row, "scale", 0.0), str(_value(row, "zeroPoint", 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -10,8 +10,8 @@ from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files import budget as costs, zips
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
-from ckptool.pickles.pickle_reader import Pickle
-from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
+from ckptool.pickles.pickle_reader import Pickle, Vocabulary
+from ckptool.pickles.torch_objects import StorageId
 from ckptool.tensors.tensor import Packing, Storage
 
 MAX_METADATA = 64 << 20  # of inflated metadata, or as many bytes as the file has
@@ -58,15 +58,14 @@ class Records:
             raise Malformed(f"the byteorder record says {order!r}", path=self.reader.path)
         return order
 
-    def load(self, name: str, find: Callable[[StorageId], Storage]) -> Pickle:
-        """Parse the pickle in a record, and make its tensors."""
+    def load(self, name: str, vocabulary: Vocabulary) -> Pickle:
+        """Parse the pickle in a record."""
         pickled = self.small(name)
-        parsed = pickle_reader.load(pickled, 0, TorchVocabulary(find))
-        if parsed.end != len(pickled):
-            what = f"{name} goes on after its end"
-            error = Malformed(what, path=self.reader.path, offset=parsed.end)
-            error.named, error.calls = parsed.globals, parsed.calls
-            raise error
+        parsed = pickle_reader.load(pickled, 0, vocabulary)
+        with pickle_reader.remembered([parsed]):
+            if parsed.end != len(pickled):
+                what = f"{name} goes on after its end"
+                raise Malformed(what, path=self.reader.path, offset=parsed.end)
         costs.current().spend(-len(pickled))  # it has been read by now
         return parsed
 

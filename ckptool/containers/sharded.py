@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +25,16 @@ from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
 from ckptool.errors import (
     AmbiguousStateDict,
-    FormatError,
     LimitExceeded,
     Malformed,
     NoStateDict,
     NotACheckpoint,
 )
-from ckptool.files import budget
+from ckptool.files import budget, fileio
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Global, Node, Object
 from ckptool.state import module_metadata
 from ckptool.state.checkpoint import (
@@ -75,16 +77,12 @@ def read(reader: Reader) -> Checkpoint:
     budget.current().spend(len(weight_map) * budget.NODE + len(names) * budget.NAME)
     _refuse_absent(folder, names)
     shards: dict[str, Checkpoint] = {}
-    try:
+    with remembered(shards.values()):
         for count, name in enumerate(names, 1):
             budget.current().share = count / len(names)
-            shards[name] = _read_shard(folder, name)
+            shards[name] = _read_shard(folder, name, count)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
-    except FormatError as error:
-        error.named = {**_globals(shards), **error.named}
-        error.calls = [*_calls(shards), *error.calls]
-        raise
     entries, versions, notes = restored(entries, note)
     texts, differing = _texts([_said(each, parts[name]) for name, each in shards.items()], metadata)
     pickle_name = _pickle_name(shards)
@@ -172,10 +170,11 @@ def _refuse_absent(folder: str, names: Sequence[str]) -> None:
 def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
     """Note files in the folder that look like shards of this set, and that no key is in."""
     sets = {shard[0] for name in names if (shard := shard_of(name))}
+    beside: set[str] = set()
+    with suppress(OSError):  # a folder that may be entered, and not listed
+        beside.update(os.listdir(folder or "."))
     others = [
-        name
-        for name in sorted({*os.listdir(folder or ".")} - {*names})
-        if (shard := shard_of(name)) and shard[0] in sets
+        name for name in sorted(beside - {*names}) if (shard := shard_of(name)) and shard[0] in sets
     ]
     return [f"not named by the index, and not read: {listed(others)}"] if others else []
 
@@ -183,9 +182,10 @@ def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
 # The shards.
 
 
-def _read_shard(folder: str, name: str) -> Checkpoint:
+def _read_shard(folder: str, name: str, before: int) -> Checkpoint:
     with Reader(os.path.join(folder, name)) as reader:
         shard = _registry.read(reader, shard=True)
+    fileio.spare(reader.file, before)
     pickle_name = f"{name}: {shard.pickle_name}" if shard.pickle_name else ""
     notes = tuple(f"{name}: {note}" for note in shard.notes)
     return replace(shard, pickle_name=pickle_name, notes=notes)
@@ -270,7 +270,9 @@ def _calls(shards: Mapping[str, Checkpoint]) -> list[Object]:
 def _pickle_name(shards: Mapping[str, Checkpoint]) -> str:
     """Name the shards that would run code when loaded, or all, if there is a pickle in them."""
     pickles = [name for name, shard in shards.items() if shard.pickle_name]
-    dangerous = [name for name in pickles if safety.judge(shards[name].globals).dangerous]
+    dangerous = [
+        name for name in pickles if safety.judge_file(shards[name]).level is Level.DANGEROUS
+    ]
     return listed(dangerous or pickles, 3)
 
 

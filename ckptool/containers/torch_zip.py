@@ -22,7 +22,7 @@ from ckptool.containers._records import Records, read_records
 from ckptool.errors import NotRepresentable
 from ckptool.files import zips
 from ckptool.files.fileio import Reader
-from ckptool.pickles.torch_objects import Lowering, StorageId
+from ckptool.pickles.torch_objects import Lowering, StorageId, TorchVocabulary
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
@@ -52,7 +52,7 @@ def read(reader: Reader) -> Checkpoint | None:
     def find_storage(said: StorageId) -> Storage:
         return records.storage(said, f"data/{said.key}", byteorder)
 
-    parsed = records.load("data.pkl", find_storage)
+    parsed = records.load("data.pkl", TorchVocabulary(find_storage))
     members = records.members
     unread = records.unread(_CARRIED_ANEW)
     unread_nbytes = sum(member.packed_nbytes for member in map(members.__getitem__, unread))

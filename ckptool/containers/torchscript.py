@@ -25,7 +25,7 @@ from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files import budget as costs
 from ckptool.files.fileio import Reader
 from ckptool.pickles.pickle_reader import Pickle
-from ckptool.pickles.torch_objects import StorageId
+from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
 from ckptool.pickles.tree import MAX_NESTING, Dict, Global, Node, Object
 from ckptool.state.checkpoint import Checkpoint, items
 from ckptool.state.replacing import make_state_dict
@@ -50,8 +50,8 @@ def read(reader: Reader) -> Checkpoint | None:
     old = read_records(reader, "model.json")
     if old is None:
         return None
-    checkpoint = _model_json.read(old)
-    return replace(checkpoint, notes=(_PROGRAM,))
+    checkpoint, left = _model_json.read(old)
+    return replace(checkpoint, notes=(_PROGRAM, *_notes(left, 0)))
 
 
 _PROGRAM = "a TorchScript archive is a program; none of its code was run or judged"
@@ -107,7 +107,7 @@ def _load(records: Records, name: str, folders: tuple[str, ...], byteorder: str)
         record = next((name for name in names if name in records.members), names[0])
         return records.storage(storage, record, byteorder)
 
-    return records.load(name, find_storage)
+    return records.load(name, TorchVocabulary(find_storage))
 
 
 def _detached(info: Node) -> Node:

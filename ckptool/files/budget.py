@@ -98,6 +98,17 @@ def run(most: int | None = None, *, anew: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def brief() -> Iterator[None]:
+    """Count no longer than a block what nothing holds after it."""
+    budget = current()
+    spent = budget.spent
+    try:
+        yield
+    finally:
+        budget.spent = spent
+
+
+@contextmanager
 def max_memory(size: int | str) -> Iterator[None]:
     """Let what is read in a block take so much memory, bytes or text such as `2GiB`.
 

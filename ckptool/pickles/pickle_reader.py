@@ -10,13 +10,15 @@ import re
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn
 
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
+from ckptool.pickles.calls import calls_argument
 from ckptool.pickles.tree import (
     ORDERED_DICT,
     ByteArray,
@@ -45,8 +47,9 @@ class Pickle:
     """One parsed pickle: its tree, where it ended, and all that it named and called.
 
     `globals` maps each name to the offset where it first stood; `calls` holds every `Object`
-    made, those whose result was thrown away too, but none that the vocabulary understood and no
-    OrderedDict: two for each tensor of a file.
+    made, those whose result was thrown away too, but of those that the vocabulary understood only
+    the ones that call an argument, and of OrderedDicts, two for each tensor of a file, only those
+    that get more after their state.
     """
 
     tree: Node
@@ -181,6 +184,24 @@ def load(data: bytes, start: int = 0, vocabulary: Vocabulary | None = None) -> P
         raise
 
 
+@contextmanager
+def remembered(read: Iterable[Any]) -> Iterator[None]:
+    """Add what was `read` before a fault, by its `globals` and `calls`, to the error that it is.
+
+    More may be read inside: whatever loads the file elsewhere gets as far.
+    """
+    try:
+        yield
+    except FormatError as error:
+        named: dict[Global, int] = {}
+        calls: list[Object] = []
+        for each in read:
+            named |= each.globals
+            calls += each.calls
+        error.named, error.calls = named | error.named, calls + error.calls
+        raise
+
+
 def _loaded(machine: _Machine) -> Pickle:
     data = machine.data
     try:
@@ -239,6 +260,7 @@ class _Machine:
         self.changes = 0  # of what was there before, and calls that stay
         self.items: tuple[Node, ...] = ()  # the last tuple from a mark, and that
         self.closed = _Level([], 0, 0, 0, 0)
+        self.odd: set[int] = set()  # ids of those OrderedDicts that are in `calls`
 
     def run(self) -> Node:
         """Read opcodes up to STOP: the opcode loop, ordered by how often torch writes each."""
@@ -403,7 +425,7 @@ class _Machine:
         if end > len(self.data):
             raise _Short
         if count > _LONG:
-            self.budget.spend(0, brief=_WIDEST * count)
+            self.budget.spend(0, brief=count)
         taken = self.data[self.position : end]
         self.position = end
         return taken
@@ -434,9 +456,9 @@ class _Machine:
         node = self.vocabulary.called(made)
         if node is not made:
             self.lasting += budget.TENSOR
-        elif callee != ORDERED_DICT:
+        if callee != ORDERED_DICT and (isinstance(node, Object) or calls_argument(callee)):
             self.changes += 1
-            self.calls.append(made)
+            self.calls.append(node if isinstance(node, Object) else made)
         self.stack.append(node)
 
     def step(self, kind: str, items: list[Any]) -> None:
@@ -450,13 +472,28 @@ class _Machine:
             case Set(frozen=False) as target if kind == "additems":
                 target.items.extend(items)
             case Object() as target if kind != "additems":
+                self.note_step(target)
                 if target.steps and target.steps[-1][0] == kind:
                     target.steps[-1][1].extend(items)
                 else:
                     self.made += budget.NODE
                     target.steps.append((kind, items))
             case target:
+                self.note_odd(target, kind, items)
                 self.fail(f"{kind} on a {type(target).__name__}")
+
+    def note_step(self, target: Object) -> None:
+        """Keep an OrderedDict that gets more after its state."""
+        after = target.steps and target.steps[-1][0] == "build"
+        if after and target.callee == ORDERED_DICT and id(target) not in self.odd:
+            self.odd.add(id(target))
+            self.calls.append(target)
+
+    def note_odd(self, target: Node, kind: str, payload: Node) -> None:
+        """Keep what is done to a name, or to a tensor whose attributes may be methods."""
+        attributes = kind != "setitem" and getattr(target, "origin", None) is not None
+        if isinstance(target, Global) or attributes:
+            self.calls.append(Object(target, (payload,), kind, offset=self.opcode_at))
 
     def pairs(self, items: list[Node]) -> list[tuple[Node, Node]]:
         if len(items) % 2:
@@ -473,8 +510,11 @@ class _Machine:
         self.made += budget.NODE
         state = self.stack.pop()
         target = self.stack[-1]
+        if isinstance(target, Object):
+            self.note_step(target)
         node = self.vocabulary.built(target, state)
         if node is None:
+            self.note_odd(target, "build", state)
             self.fail(f"state for a {type(target).__name__}")
         if self.position == self.frame_end:
             self.leave_frame(self.position)
@@ -506,6 +546,7 @@ class _Machine:
 
     def old_string(self, data: bytes) -> None:
         """Push a Python 2 string as `torch.load` would see it: text where it is UTF-8."""
+        self.widen(data)
         try:
             self.push_text(data.decode("utf-8"))
         except UnicodeDecodeError:
@@ -595,7 +636,14 @@ class _Machine:
         self.push(ByteArray(data), budget.NODE + len(data))
 
     def text(self, data: bytes) -> None:
+        self.widen(data)
         self.push_text(data.decode("utf-8", "surrogatepass"))
+
+    def widen(self, data: bytes) -> bytes:
+        """Count a long text before it is made of bytes."""
+        if len(data) > _LONG:
+            self.budget.spend(0, brief=_WIDEST * len(data))
+        return data
 
 
 _OPCODES: dict[int, Callable[[_Machine], object]] = {
@@ -613,7 +661,7 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x53: _Machine.quoted_line,  # STRING
     0x54: lambda m: m.old_string(m.take(m.signed(4))),  # BINSTRING
     0x55: lambda m: m.old_string(m.take(m.unsigned(1))),  # SHORT_BINSTRING
-    0x56: lambda m: m.push_text(m.line().decode("raw_unicode_escape")),  # UNICODE
+    0x56: lambda m: m.push_text(m.widen(m.line()).decode("raw_unicode_escape")),  # UNICODE
     0x8C: lambda m: m.text(m.take(m.unsigned(1))),  # SHORT_BINUNICODE
     0x8D: lambda m: m.text(m.take(m.unsigned(8))),  # BINUNICODE8
     0x42: lambda m: m.push_text(m.take(m.unsigned(4))),  # BINBYTES

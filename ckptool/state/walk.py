@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ckptool.errors import LimitExceeded
 from ckptool.files import budget
 from ckptool.pickles.subclasses import array
+from ckptool.pickles.torch_objects import held
 from ckptool.pickles.tree import (
     MAX_NESTING,
     Dict,
@@ -54,7 +55,10 @@ def refuse_deep(tree: Node) -> None:
 
 
 def tensors(tree: Node) -> Iterator[tuple[Path, AnyTensor]]:
-    """Yield every tensor of a tree with its path, each container once."""
+    """Yield every tensor of a tree with its path, each container once.
+
+    What a tensor has on it (an attribute, the gradient of a Variable of 2017) comes after it.
+    """
     return ((path, node) for path, node in _values(tree) if isinstance(node, TENSORS))
 
 
@@ -75,6 +79,11 @@ def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
             here = path if name is None else (*path, name)
             if isinstance(node, TENSORS):
                 yield here, node
+                if node.origin is not None and id(node.origin) not in seen:
+                    seen.add(id(node.origin))
+                    if inside := held(node):
+                        stack.append((here, iter(list(_members(inside, numbers)))))
+                        break
             elif isinstance(node, _CONTAINERS) and id(node) not in seen:
                 seen.add(id(node))
                 if type(node) is Object:

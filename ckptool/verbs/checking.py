@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -25,16 +26,18 @@ from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
+    PermissionDenied,
     PluginFailed,
     TooCostly,
+    Unreadable,
     Unsupported,
 )
 from ckptool.files import budget, fileio
 from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
-from ckptool.files.fileio import CHUNK, Reader
+from ckptool.files.fileio import CHUNK, OpenFile, Reader
 from ckptool.files.filename import hash_in
 from ckptool.pickles import safety
-from ckptool.pickles.names import Level, level
+from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
 from ckptool.state import checkpoint as places, walk
@@ -42,6 +45,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.numbers import Tally
 from ckptool.text import argument, counted, listed, readable, visible
+from ckptool.verbs import indices
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -183,15 +187,17 @@ def check(
     calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
     container of ckptool is. A file that cannot be read is a result, not an error.
     """
-    path = str(path)
+    file = path = str(path)
     found = _Findings()
     said = hash_in(os.path.basename(path))
+    with suppress(FormatError):  # its reader says why
+        file = OpenFile(path)  # once for all that is asked of it
     try:
-        checkpoint = containers.read(path, plugins=plugins)
+        checkpoint = containers.read(file, plugins=plugins)
     except FormatError as error:
         if sha256 or said:
-            _hash(path, said, sha256, found, progress)
-        return _unreadable(path, error, found, strict=strict)
+            _hash(file, said, sha256, found, progress)
+        return _unreadable(file, error, found, strict=strict)
     hashed = bool(sha256 or said)
     step = progress(_work(checkpoint, finite=finite, hashed=hashed))
     _structure(checkpoint, found)
@@ -201,7 +207,7 @@ def check(
     else:
         found.not_checked.append("NaN and infinity (--finite looks for them)")
     if hashed:
-        _hash(path, said, sha256, found, lambda total: step)
+        _hash(file, said, sha256, found, lambda total: step)
     _unchanged(checkpoint, found)
     return _result(path, checkpoint, found, strict=strict)
 
@@ -221,6 +227,8 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     try:
         part = places.part_of(checkpoint, None)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
+        if beyond := indices.outside(checkpoint):
+            found.problems.append(f"indices that lead out of sparse tensors: {listed(beyond)}")
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
@@ -306,7 +314,12 @@ def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: 
                 data = reader.read(start, min(CHUNK, reader.nbytes - start))
                 digest.update(data)
                 step(len(data))
-    except (Malformed, NotACheckpoint, NoSuchFile):  # the reader of the format says so, too
+    except (
+        Malformed,
+        NotACheckpoint,
+        NoSuchFile,
+        PermissionDenied,
+    ):  # the reader of the format says so, too
         return
     found.sha256 = digest.hexdigest()
     found.asked_sha256 = f"sha256 {found.sha256}" if asked else ""
@@ -319,17 +332,18 @@ def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: 
 
 def _unchanged(checkpoint: Checkpoint, found: _Findings) -> None:
     try:
-        for path, stamp in checkpoint.files:
-            fileio.refuse_changed(path, stamp)
+        for path, _ in checkpoint.files:
+            fileio.refuse_changed(path)
     except Malformed as error:
-        found.problems.append(_without_path(error, checkpoint.path))
+        said = _without_path(error, checkpoint.path)
+        found.problems += [said] if said not in found.problems else []
 
 
 # What it comes to.
 
 
 def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool) -> Checked:
-    verdict = safety.judge(checkpoint.globals)
+    verdict = safety.judge_file(checkpoint)
     calls = safety.evidence(verdict, checkpoint.calls, checkpoint.tree, MAX_CALLS)
     found.checked.append("names")
     if verdict.foreign:
@@ -370,15 +384,12 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     )
 
 
-def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool) -> Checked:
+def _unreadable(file: str, error: FormatError, found: _Findings, *, strict: bool) -> Checked:
     """Judge what the reader gave up on by what it had read before."""
-    named, called = error.named, error.calls
-    if isinstance(error, NotACheckpoint) and os.path.isfile(path):
-        try:
-            named, called = _of_no_checkpoint(path)
-        except TooCostly as costly:
-            error, named, called = costly, costly.named, costly.calls
-    verdict = safety.judge(named)
+    path, named, called = str(file), error.named, error.calls
+    if isinstance(error, NotACheckpoint):
+        named, called = _of_no_checkpoint(error)
+    verdict = safety.judge(named, called)
     calls = safety.evidence(verdict, called, None, MAX_CALLS)
     status = _STATUS.get(type(error), Status.DAMAGED)
     detail = _without_path(error, path)
@@ -409,22 +420,14 @@ def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool
     )
 
 
-@budget.run(anew=True)
-def _of_no_checkpoint(path: str) -> tuple[dict[Global, int], list[Object]]:
-    """Return the dangerous names of a pickle in no container; a text may look like one."""
-    try:
-        named, calls = containers.pickled(path)
-    except TooCostly:
-        raise
-    except FormatError:
-        return {}, []
+def _of_no_checkpoint(error: FormatError) -> tuple[dict[Global, int], list[Object]]:
+    """Return what is dangerous in a pickle of no container; a text may look like one."""
     wanted = {
         name: offset
-        for name, offset in named.items()
-        if level(name) is Level.DANGEROUS
-        and all(step.isidentifier() for step in f"{name}".split("."))
+        for name, offset in safety.judge(error.named, error.calls).dangerous.items()
+        if all(step.isidentifier() for step in f"{name}".split("."))
     }
-    return wanted, calls
+    return wanted, error.calls if wanted else []
 
 
 _STATUS = {
@@ -432,7 +435,9 @@ _STATUS = {
     NoSuchFile: Status.NOT_A_CHECKPOINT,
     Unsupported: Status.UNSUPPORTED,
     PluginFailed: Status.UNSUPPORTED,
+    PermissionDenied: Status.UNSUPPORTED,
     TooCostly: Status.UNSUPPORTED,
+    Unreadable: Status.UNSUPPORTED,
 }
 
 

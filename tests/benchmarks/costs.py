@@ -38,7 +38,8 @@ def main() -> int:
                 over += found["peak"] > bound
                 refused = "refused" if "--max-memory" in found["said"] else f"exit {found['code']}"
                 print(
-                    f"{name:<38}{nbytes / 1e6:>8.2f} MB{found['peak'] >> 20:>6} of {bound >> 20} MiB"
+                    f"{name:<38}{nbytes / 1e6:>8.2f} MB"
+                    f"{found['peak'] >> 20:>6} of {bound >> 20} MiB"
                     f"{found['seconds']:>7.1f} s  {refused}{'  OVER' * (found['peak'] > bound)}",
                     flush=True,
                 )

@@ -193,3 +193,101 @@ def test_archives_of_2018_leave_out_what_has_a_default(run: Run, tmp_path: Path)
     assert run("convert", GOOD / "script_2018.pt", tmp_path / "out.safetensors").code == 0
     data = (tmp_path / "out.safetensors").read_bytes()
     assert data.endswith(struct.pack("<2f", 7, 8))
+
+
+def of_2019(path: Path, rows: list[dict[str, Any]], values: bytes, inner: list[Any]) -> Path:
+    """Write an archive whose modules have attributes; tensors are three floats each."""
+    import zipfile
+
+    table = [
+        {"dims": ["1"], "strides": ["1"], "dataType": "FLOAT", "data": {"key": f"tensors/{index}"}}
+        for index in range(4)
+    ]
+    weight = {"name": "weight", "tensorId": "0"}
+    counted = {"name": "counted", "tensorId": "1", "isBuffer": True}
+    main = {"name": "Net", "parameters": [weight, counted], "attributes": rows}
+    main["submodules"] = [{"name": "inner", "attributes": inner}]
+    said = {"protoVersion": "5", "mainModule": main, "tensors": table}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/version", b"1\n")
+        archive.writestr("net/model.json", json.dumps(said))
+        archive.writestr("net/attributes.pkl", values)
+        for index in range(4):
+            archive.writestr(f"net/tensors/{index}", struct.pack("<f", index))
+    return path
+
+
+def attribute(name: str, index: int, kind: str = "Tensor") -> dict[str, Any]:
+    return {"type": kind, "name": name, "id": str(index)}
+
+
+# What torch 1.2 writes (pickler.cpp): (tensor 1, 5, tensor 2, [tensor 3]), and torch 1.1 for one.
+BY_ID = b"ctorch.jit._pickle\nbuild_tensor_from_id\n"
+VALUES = (
+    b"\x80\x02(" + BY_ID + b"q\0(K\x01tRK\x05h\0(K\x02tR]q\x01(h\0(K\x03tRet."
+)  # fmt: skip
+OF_1_1 = b"\x80\x02(c__main__\nTensorID\nq\0)\x81K\x02bt."
+
+
+def test_attributes_of_2019_are_keys_where_they_are_tensors(run: Run, tmp_path: Path) -> None:
+    rows = [attribute("counted", 0), attribute("rate", 1, "int"), attribute("kept", -1, "int")]
+    inner = [attribute("value", 2), attribute("several", 3, "List[Tensor]")]
+    path = of_2019(tmp_path / "net.pt", rows, VALUES, inner)
+    done = run("keys", "--names", path)
+    assert done.out.split() == ["weight", "counted", "inner.value"]
+    assert run("keys", "--all", "--names", path).out.split()[-1].endswith("inner.value")
+    assert run("convert", path, tmp_path / "out.safetensors").code == 0
+    assert (tmp_path / "out.safetensors").read_bytes().endswith(struct.pack("<3f", 1, 2, 0))
+    info = run("info", path).out
+    assert "left out 1 tensor in other attributes" in info
+    assert "inner.several.0" in info
+
+
+def test_attributes_of_1_1_too(run: Run, tmp_path: Path) -> None:
+    path = of_2019(tmp_path / "net.pt", [attribute("value", 0)], OF_1_1, [])
+    assert run("keys", "--names", path).out.split() == ["weight", "counted", "value"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        b"\x80\x02(" + BY_ID + b"(K\x04tRt.",
+        b"\x80\x02(" + BY_ID + b"(J\xff\xff\xff\xfftRt.",
+        b"\x80\x02(" + BY_ID + b"(\x88tRt.",
+        b"\x80\x02}.",
+        b"\x80\x02).",
+    ],
+)
+def test_attributes_that_count_beyond_are_damaged(run: Run, tmp_path: Path, values: bytes) -> None:
+    path = of_2019(tmp_path / "net.pt", [attribute("value", 0)], values, [])
+    assert run("keys", path).code == 3
+
+
+def test_what_attributes_name_is_reported(run: Run, tmp_path: Path) -> None:
+    values = b"\x80\x02(cposix\nsystem\n(X\x02\0\0\0idtRt."
+    path = of_2019(tmp_path / "net.pt", [], values, [])
+    done = run("check", path)
+    assert done.code == 4
+    assert "posix.system" in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "+1", " 1", "1_0", "1.0", "\u0661", "", "one", 1.0, True, -1]
+)
+@pytest.mark.parametrize("field", ["dims", "strides", "offset", "tensorId", "id"])
+def test_numbers_of_2019_are_plain(run: Run, tmp_path: Path, field: str, text: object) -> None:
+    path = of_2019(tmp_path / "net.pt", [attribute("value", 2)], VALUES, [])
+    assert run("keys", path).code == 0
+    import zipfile
+
+    with zipfile.ZipFile(path) as old:
+        records = {name: old.read(name) for name in old.namelist()}
+    said = json.loads(records["net/model.json"])
+    main, row = said["mainModule"], said["tensors"][0]
+    place = {"tensorId": main["parameters"][0], "id": main["attributes"][0]}.get(field, row)
+    place[field] = [text] if field in ("dims", "strides") else text
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in {**records, "net/model.json": json.dumps(said).encode()}.items():
+            new.writestr(name, data)
+    kept = field == "id" and str(text) == "-1"  # an attribute without a value
+    assert run("keys", path).code == (0 if kept else 3)
