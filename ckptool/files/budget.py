@@ -101,11 +101,11 @@ def run(most: int | None = None, *, anew: bool = False) -> Iterator[None]:
 def brief() -> Iterator[None]:
     """Count no longer than a block what nothing holds after it."""
     budget = current()
-    spent = budget.spent
+    before = budget.spent, budget.stored
     try:
         yield
     finally:
-        budget.spent = spent
+        budget.spent, budget.stored = before
 
 
 @contextmanager
