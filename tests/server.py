@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -36,7 +37,7 @@ class Reply:
     hold: float | None = None  # stop sending after this share until `go`
     wait: float = 0.0  # seconds before the first byte
     endless: bool = False  # chunks that do not end, or all of `raw` but its first piece
-    raw: tuple[bytes | float, ...] = ()  # all that is sent, and seconds of rest
+    raw: tuple[bytes | float | None, ...] = ()  # all that is sent, seconds of rest; None resets
     go: threading.Event = field(default_factory=threading.Event)
 
 
@@ -119,7 +120,10 @@ def _send(handler: BaseHTTPRequestHandler, reply: Reply, asked: dict[str, str]) 
         for piece in chain(reply.raw[:1], rest):
             if reply.go.is_set():
                 break
-            if isinstance(piece, bytes):
+            if piece is None:
+                linger = struct.pack("ii", 1, 0)
+                handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            elif isinstance(piece, bytes):
                 handler.wfile.write(piece)
             else:
                 reply.go.wait(piece)

@@ -111,6 +111,9 @@ REFUSED = {
 DANGEROUS = {
     "build.pth": "ok",
     "build_on_call.pth": "ok",
+    "call_by_attribute.pth": "ok",
+    "call_of_function.pth": "ok",
+    "call_of_result.pth": "ok",
     "commands_getoutput.pth": "ok",
     "dangerous_getattr_dotted.pth": "ok",
     "dcp_index_os_system": "ok",

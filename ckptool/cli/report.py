@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.pickles import safety
+from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
@@ -129,8 +130,8 @@ def _file_line(found: Listing) -> str:
 
 def danger_lines(checkpoint: Checkpoint) -> list[str]:
     """Return what loading a file elsewhere would run; nothing where it would run nothing."""
-    verdict = safety.judge(checkpoint.globals)
-    if not verdict.dangerous:
+    verdict = safety.judge_file(checkpoint)
+    if verdict.level is not Level.DANGEROUS:
         return []
     first = f"{visible(checkpoint.path)} would run code when loaded; nothing was executed"
     lines = safety.evidence_of(verdict, checkpoint)
@@ -139,7 +140,9 @@ def danger_lines(checkpoint: Checkpoint) -> list[str]:
 
 def _taken(found: Listing) -> str:
     """Write the options with which a command takes what was listed."""
-    options = "--tensors-only " if safety.judge(found.checkpoint.globals).dangerous else ""
+    options = (
+        "--tensors-only " if safety.judge_file(found.checkpoint).level is Level.DANGEROUS else ""
+    )
     if found.state and found.at is not None:
         options += f"--at {quoted(found.at)} "
     return options

@@ -220,7 +220,7 @@ def _safety(facts: Survey, style: _Style) -> list[Fact]:
     if verdict.level is Level.PLAIN:
         return [("safety", _plain(checkpoint, verdict)), *_versions(verdict, style)]
     found: list[Fact] = []
-    if verdict.dangerous:
+    if verdict.level is Level.DANGEROUS:
         found.append(("safety", "dangerous: it would run code when loaded; nothing was executed"))
         lines = safety.evidence_of(verdict, checkpoint)
         found += [("safety", f"    {visible(line)}") for line in lines]

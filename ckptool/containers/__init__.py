@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # a file that is read as it is needs none of it
     from pathlib import Path
 
     from ckptool.files.archives import ArchiveMember
-    from ckptool.pickles.tree import Global, Object
 
 
 ATTEMPTS = 5
@@ -142,14 +141,6 @@ def member_of(path: str) -> str:
     """Return the archive that a path names a member of; an empty text for any other path."""
     file, names = _split(path)
     return file if names and os.path.isfile(file) else ""
-
-
-def pickled(path: str) -> tuple[dict[Global, int], list[Object]]:
-    """Return the names and calls of the pickle that a file is, or starts as, in no container."""
-    from ckptool.containers import _pickles
-
-    with Reader(path) as reader:
-        return _pickles.pickled(reader, _registry.head_of(reader))
 
 
 def lacks_index(folder: str) -> bool:

@@ -21,8 +21,9 @@ from ckptool.errors import KeyCollision, LimitExceeded
 from ckptool.files import planner
 from ckptool.files.copying import Copy, Done, PlannedFile
 from ckptool.pickles import pickle_writer
+from ckptool.pickles.calls import dangerous
 from ckptool.pickles.names import is_accepted, python3_name
-from ckptool.pickles.safety import names_in
+from ckptool.pickles.safety import nodes
 from ckptool.pickles.torch_objects import Lowering, StorageView
 from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, children, items
 from ckptool.state import tensor_facts, walk
@@ -195,14 +196,13 @@ class _Flattener:
     def unplain(self, node: Node) -> str:
         """Say why a value is not plain, with an empty text where it is."""
         if isinstance(node, Global):
-            return "" if _is_plain(node) else f"{node} is no plain value"
+            return _odd(node)
         if isinstance(node, TENSORS):
-            odd = next((each for each in names_in(node) if not _is_plain(each)), None)
-            return f"{odd} is no plain value" if odd else ""
+            return next(filter(None, map(_odd, nodes(node))), "")
         if isinstance(node, Storage | StorageView | PersistentId):
             return f"a {type(node).__name__.lower()} is no plain value"
-        if isinstance(node, Object) and not _is_plain(node.callee):
-            return f"a {node.callee} is no plain value"
+        if isinstance(node, Object) and _odd(node):
+            return _odd(node)
         if id(node) not in self.reasons:
             self.reasons[id(node)] = "a value that holds itself"
             reasons = (self.unplain(each) for each in children(node))
@@ -214,10 +214,16 @@ def _is_key(node: Node) -> bool:
     return isinstance(node, _KEYS) or (isinstance(node, tuple) and all(map(_is_key, node)))
 
 
-def _is_plain(named: Node) -> bool:
-    if not isinstance(named, Global):
-        return False
-    return is_accepted(named) or python3_name(named) in _PLAIN
+def _odd(node: Node) -> str:
+    """Say why a name or a call is not plain, with an empty text where it is, or is another node."""
+    if isinstance(node, Global):
+        plain = is_accepted(node) or python3_name(node) in _PLAIN
+        return "" if plain else f"{node} is no plain value"
+    if not isinstance(node, Object):
+        return ""
+    if _odd(node.callee):
+        return f"a {_odd(node.callee)}"
+    return "a call of what a call returned is no plain value" if any(dangerous([node])) else ""
 
 
 def _unfit(tensor: AnyTensor) -> str:

@@ -9,6 +9,7 @@ from math import prod
 from ckptool.errors import CkptoolError, FormatError, Malformed
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
+from ckptool.pickles.names import Level
 from ckptool.pickles.pickle_reader import Ended, Vocabulary
 from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Global, Node, Object, attribute
@@ -55,8 +56,8 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     try:
         parsed = pickle_reader.load(data, 0, _Joblib(data))
     except FormatError as error:
-        return what + _danger(error.named), ""
-    danger = _danger(parsed.globals)
+        return what + _danger(error.named, error.calls), ""
+    danger = _danger(parsed.globals, parsed.calls)
     if is_paddle(parsed.tree):
         what = f"a state_dict of PaddlePaddle ({size}), a plain pickle"
     hint = "paddle.load reads it" if is_paddle(parsed.tree) else _hint(parsed.globals)
@@ -64,9 +65,12 @@ def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     return f"{what}: {_content(parsed.tree)}{danger}", hint
 
 
-def _danger(named: Mapping[Global, int]) -> str:
-    dangerous = listed(map(str, safety.judge(named).dangerous), 4)
-    return f"; it would run code when loaded: {dangerous}" if dangerous else ""
+def _danger(named: Mapping[Global, int], calls: Iterable[Object]) -> str:
+    verdict = safety.judge(named, calls)
+    if verdict.level is not Level.DANGEROUS:
+        return ""
+    dangerous = listed(map(str, verdict.dangerous), 4)
+    return f"; it would run code when loaded: {dangerous or 'what a call returned'}"
 
 
 class _Joblib(Vocabulary):

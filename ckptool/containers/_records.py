@@ -62,11 +62,10 @@ class Records:
         """Parse the pickle in a record."""
         pickled = self.small(name)
         parsed = pickle_reader.load(pickled, 0, vocabulary)
-        if parsed.end != len(pickled):
-            what = f"{name} goes on after its end"
-            error = Malformed(what, path=self.reader.path, offset=parsed.end)
-            error.named, error.calls = parsed.globals, parsed.calls
-            raise error
+        with pickle_reader.remembered([parsed]):
+            if parsed.end != len(pickled):
+                what = f"{name} goes on after its end"
+                raise Malformed(what, path=self.reader.path, offset=parsed.end)
         costs.current().spend(-len(pickled))  # it has been read by now
         return parsed
 

@@ -17,6 +17,8 @@ from importlib import import_module
 from ckptool.containers._container import Container
 from ckptool.errors import EditError, FormatError, NotACheckpoint
 from ckptool.files.fileio import Reader
+from ckptool.pickles.pickle_reader import remembered
+from ckptool.pickles.tree import Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.walk import refuse_deep
 
@@ -108,26 +110,37 @@ def _as_others_read(
     """Add to a checkpoint what else its file is."""
     from ckptool.containers import _readings
 
-    named, flaws = _readings.others(reader, head, container.traits.read_as)
-    if not flaws:
+    kinds = container.traits.read_as
+    named, flaws = _readings.others(reader, head, kinds, checkpoint.unlisted)
+    calls: list[Object] = []
+    if head.startswith(b"PK\3\4"):
+        try:
+            more, calls = _readings.unread(reader, checkpoint)
+            named |= more
+        except FormatError as error:
+            flaws.append(f"a record that nothing refers to: {error.message}")
+    if not (named or flaws):
         return checkpoint
     return replace(
         checkpoint,
         globals={**named, **checkpoint.globals},
+        calls=[*checkpoint.calls, *calls],
         pickle_name=checkpoint.pickle_name or "the file as a pickle",
         flaws=(*checkpoint.flaws, *flaws),
     )
 
 
 def _refusal(reader: Reader, head: bytes) -> NotACheckpoint:
-    from ckptool.containers import _others
+    from ckptool.containers import _others, _pickles
     from ckptool.files import archives
 
     what, hint = _others.describe(reader, head)
     members, command = archives.look(reader, suffixes)
-    return NotACheckpoint(
+    error = NotACheckpoint(
         f"{reader.path} is {what}", path=reader.path, evidence=members, hint=command or hint
     )
+    error.named, error.calls = _pickles.pickled(reader, head)
+    return error
 
 
 def _read(container: Container, reader: Reader) -> Checkpoint | None:
@@ -137,7 +150,8 @@ def _read(container: Container, reader: Reader) -> Checkpoint | None:
             checkpoint = container.read(reader)
             if checkpoint is None:
                 return None
-            refuse_deep(checkpoint.tree)
+            with remembered([checkpoint]):
+                refuse_deep(checkpoint.tree)
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path

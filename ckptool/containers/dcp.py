@@ -27,8 +27,8 @@ from ckptool.errors import (
 )
 from ckptool.files import budget, fileio
 from ckptool.files.fileio import Reader, Stamp
-from ckptool.pickles import pickle_reader
-from ckptool.pickles.names import Level, level
+from ckptool.pickles import pickle_reader, safety
+from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Dict, Global, Node, Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import (
@@ -46,6 +46,7 @@ INDEX = ".metadata"
 SHARD = ".distcp"
 # An index names a class of this module near its start; torch 1.12 had it under _shard.
 _NAMED = re.compile(rb"torch\.distributed\.(_shard\.)?checkpoint\.metadata")
+_OWN = re.compile(r"torch\.distributed\.(checkpoint|_shard)(\.|$)")
 # Files of Megatron core beside the index that hold what is no tensor of the model.
 _COMMON = "common.pt"
 
@@ -62,7 +63,7 @@ def read(reader: Reader) -> Checkpoint:
     parsed = pickle_reader.load(reader.read(0, reader.nbytes))
     seen = _Seen()
     seen.note(name, parsed.globals, parsed.calls, carried=False)
-    try:
+    with pickle_reader.remembered([seen]):
         if parsed.end != reader.nbytes:
             raise Malformed("the index goes on after its end", offset=parsed.end)
         index = _dcp_metadata.parse(parsed.tree)
@@ -70,9 +71,6 @@ def read(reader: Reader) -> Checkpoint:
         beside.pop(name, None)
         parts = _read_parts(folder, index, beside, seen)
         tree = _nested(index, parts, folder or ".")
-    except FormatError as error:
-        error.named, error.calls = {**seen.globals, **error.named}, [*seen.calls, *error.calls]
-        raise
     used = {each.file for each in parts}
     unread = {each: nbytes for each, nbytes in beside.items() if each not in used}
     return Checkpoint(
@@ -118,13 +116,13 @@ def _notes(folder: str, unread: Iterable[str]) -> Iterator[str]:
 class _Seen:
     """What was met on the way through a folder: see the fields of `Checkpoint`.
 
-    `dangerous` are the pickles that name something dangerous.
+    `dangerous` are the pickles that would run code, `plain` names that need no judgement again.
     """
 
     globals: dict[Global, int] = field(default_factory=dict)
     calls: list[Object] = field(default_factory=list)
     dangerous: dict[str, None] = field(default_factory=dict)
-    levels: dict[Global, Level] = field(default_factory=dict)
+    plain: set[Global] = field(default_factory=set)
     files: list[tuple[str, Stamp]] = field(default_factory=list)
     records: dict[str, Storage] = field(default_factory=dict)
     unlisted: int = 0
@@ -133,17 +131,20 @@ class _Seen:
     def note(
         self, pickle: str, named: dict[Global, int], calls: list[Object], *, carried: bool
     ) -> None:
-        """Add what one pickle names; of the index, which no output carries, what is dangerous."""
-        for each, offset in named.items():
-            if each not in self.levels:
-                self.levels[each] = level(each)
-            if self.levels[each] is Level.DANGEROUS:
+        """Add what one pickle names; of the index, which no output carries, not its own records."""
+        if calls or not self.plain.issuperset(named):
+            verdict = safety.judge(named, calls)
+            self.plain |= named.keys() - verdict.foreign.keys() - verdict.dangerous.keys()
+            if verdict.level is Level.DANGEROUS:
                 self.dangerous[pickle] = None
-            elif not carried:
-                continue
+                self.calls += calls
+            if not carried:
+                foreign = {each for each in verdict.foreign if not _OWN.match(each.module)}
+                named = {each: named[each] for each in named if each in foreign} | verdict.dangerous
+        elif not carried:
+            named = {}
+        for each, offset in named.items():
             self.globals.setdefault(each, offset)
-        if pickle in self.dangerous:
-            self.calls += calls
 
 
 # The saved objects.

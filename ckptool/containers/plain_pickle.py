@@ -51,8 +51,9 @@ def read(reader: Reader) -> Checkpoint | None:
         error.calls = known.left(error.calls)
         error.named = known.followed(error.named, error.calls, None)
         raise
-    if not known.files and not _has_state_dict(parsed.tree):
-        return None
+    with pickle_reader.remembered([parsed]):
+        if not known.files and not _has_state_dict(parsed.tree):
+            return None
     calls = known.left(parsed.calls)
     return Checkpoint(
         reader.path,

@@ -25,7 +25,6 @@ from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
 from ckptool.errors import (
     AmbiguousStateDict,
-    FormatError,
     LimitExceeded,
     Malformed,
     NoStateDict,
@@ -34,6 +33,8 @@ from ckptool.errors import (
 from ckptool.files import budget, fileio
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Global, Node, Object
 from ckptool.state import module_metadata
 from ckptool.state.checkpoint import (
@@ -76,16 +77,12 @@ def read(reader: Reader) -> Checkpoint:
     budget.current().spend(len(weight_map) * budget.NODE + len(names) * budget.NAME)
     _refuse_absent(folder, names)
     shards: dict[str, Checkpoint] = {}
-    try:
+    with remembered(shards.values()):
         for count, name in enumerate(names, 1):
             budget.current().share = count / len(names)
             shards[name] = _read_shard(folder, name, count)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
-    except FormatError as error:
-        error.named = {**_globals(shards), **error.named}
-        error.calls = [*_calls(shards), *error.calls]
-        raise
     entries, versions, notes = restored(entries, note)
     texts, differing = _texts([_said(each, parts[name]) for name, each in shards.items()], metadata)
     pickle_name = _pickle_name(shards)
@@ -273,7 +270,9 @@ def _calls(shards: Mapping[str, Checkpoint]) -> list[Object]:
 def _pickle_name(shards: Mapping[str, Checkpoint]) -> str:
     """Name the shards that would run code when loaded, or all, if there is a pickle in them."""
     pickles = [name for name, shard in shards.items() if shard.pickle_name]
-    dangerous = [name for name in pickles if safety.judge(shards[name].globals).dangerous]
+    dangerous = [
+        name for name in pickles if safety.judge_file(shards[name]).level is Level.DANGEROUS
+    ]
     return listed(dangerous or pickles, 3)
 
 

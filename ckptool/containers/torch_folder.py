@@ -54,10 +54,9 @@ def read(reader: Reader) -> Checkpoint | None:
         return Storage(found.file, said.key, 0, nbytes, said.dtype, said.location, byteorder)
 
     parsed = pickle_reader.load(reader.read(0, reader.nbytes), 0, TorchVocabulary(find_storage))
-    if parsed.end != reader.nbytes:
-        error = Malformed(f"{PICKLE} goes on after its end", offset=parsed.end)
-        error.named, error.calls = parsed.globals, parsed.calls
-        raise error
+    with pickle_reader.remembered([parsed]):
+        if parsed.end != reader.nbytes:
+            raise Malformed(f"{PICKLE} goes on after its end", offset=parsed.end)
     return Checkpoint(
         reader.path,
         "torch-folder",

@@ -9,7 +9,7 @@ keys), then for each key an 8-byte element count and the raw bytes, little-endia
 from __future__ import annotations
 
 from ckptool.containers._container import Container, Traits
-from ckptool.errors import CkptoolError, FormatError, Malformed
+from ckptool.errors import CkptoolError, Malformed
 from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
@@ -41,6 +41,11 @@ def _number(node: object) -> object:
 def read(reader: Reader) -> Checkpoint:
     """Read the five pickles and the counts before the storages."""
     window = _Window(reader)
+    with pickle_reader.remembered(window.seen):
+        return _read(reader, window)
+
+
+def _read(reader: Reader, window: _Window) -> Checkpoint:
     magic = window.load(0)
     version = window.load(magic.end)
     if version.tree != PROTOCOL_VERSION:
@@ -60,12 +65,8 @@ def read(reader: Reader) -> Checkpoint:
     spent = spending.spent
     first = window.load(at, TorchVocabulary(note))
     first.tree, spending.spent = None, spent + len(named) * budget.NODE
-    try:
-        keys = window.load(first.end)
-        places, end = _places(reader, named, keys)
-    except FormatError as error:
-        error.named, error.calls = {**error.named, **first.globals}, first.calls + error.calls
-        raise
+    keys = window.load(first.end)
+    places, end = _places(reader, named, keys)
 
     def find_storage(storage: StorageId) -> Storage:
         return _storage(reader, storage, places[storage.key])
@@ -126,6 +127,7 @@ class _Window:
     """The front of a file, read further as the pickles in it turn out to be longer."""
 
     def __init__(self, reader: Reader) -> None:
+        self.seen: list[Pickle] = []
         self._reader = reader
         self._data = b""
         self._grow(min(FIRST_WINDOW, reader.nbytes))
@@ -141,7 +143,8 @@ class _Window:
         while True:
             spent = spending.spent
             try:
-                return pickle_reader.load(self._data, start, vocabulary)
+                self.seen.append(pickle_reader.load(self._data, start, vocabulary))
+                return self.seen[-1]
             except Ended as error:
                 if len(self._data) == self._reader.nbytes:
                     error.hint = (

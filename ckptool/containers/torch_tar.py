@@ -49,20 +49,22 @@ def read(reader: Reader) -> Checkpoint | None:
     if not {"pickle", "storages"} <= members.keys():
         return None
     parts = {}
+    seen: list[Pickle] = []
     for name in _MEMBERS:
         if name in members:
             member = members[name]
             if member.kind != "file":
                 raise Malformed(f"the member {name} is a {member.kind}", offset=member.start)
-            parts[name] = _Part(reader.part(member.start, member.nbytes, reader.path))
+            part = reader.part(member.start, member.nbytes, reader.path)
+            parts[name] = _Part(part, seen)
     known = _TarVocabulary()
-    _storages(parts["storages"], known)
-    if "tensors" in parts:
-        _tensors(parts["tensors"], known)
-    if "sys_info" in parts:
-        parts["sys_info"].load()
-    parsed = parts["pickle"].load(known)
-    seen = [pickle for part in parts.values() for pickle in part.pickles]
+    with pickle_reader.remembered(seen):
+        _storages(parts["storages"], known)
+        if "tensors" in parts:
+            _tensors(parts["tensors"], known)
+        if "sys_info" in parts:
+            parts["sys_info"].load()
+        parsed = parts["pickle"].load(known)
     return Checkpoint(
         reader.path,
         "torch-tar",
@@ -74,6 +76,11 @@ def read(reader: Reader) -> Checkpoint | None:
         generation="torch 0.1",
         protocol=parsed.protocol,
         unread=tuple(name for name in members if name not in _MEMBERS),
+        flaws=tuple(
+            f"torch.load finds no member {name}: it is named {members[name].name}"
+            for name in parts
+            if members[name].name != name
+        ),
     )
 
 
@@ -85,12 +92,12 @@ def _key(node: Node) -> str:
 
 
 class _Part:
-    """A member, read from its start: pickles, and bytes between them."""
+    """A member, read from its start: pickles, which are added to those `seen`, and bytes."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, seen: list[Pickle]) -> None:
         self.reader = reader
         self.position = 0
-        self.pickles: list[Pickle] = []
+        self.pickles = seen
 
     def load(self, vocabulary: Vocabulary | None = None) -> Pickle:
         """Parse the pickle that comes next, read further as it turns out to be longer."""

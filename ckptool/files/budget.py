@@ -21,14 +21,14 @@ EACH_BYTE = 64  # for each byte of metadata, as stored
 UNBOUNDED = 1 << 62
 PROCESS = 24 << 20  # the interpreter and the modules of a command that reads
 
-PLACE = 32  # on a stack, in a list, in a memo
+PLACE = 20  # on a stack, in a list, in a memo
 NUMBER = 32
 TEXT = 64  # beside its letters
 PAIR = 110
 NODE = 140  # a list, a dict, a tuple
 SEEN = 160  # in the sets of those that walks have met
-CALL = 250
-NAME = 400
+CALL = 200
+NAME = 300
 TENSOR = 400  # with its storage
 MEMBER = 450  # of an archive
 

@@ -34,7 +34,7 @@ from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
 from ckptool.files.temporary import ELSEWHERE, temporary_folder
-from ckptool.text import length, quoted
+from ckptool.text import length, quoted, readable
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -330,7 +330,11 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, partial: _Part
         if done + len(data) > limit:
             part.kept = False
             if total is None and limit < job.limits.nbytes:
-                raise NoSpace(f"{target.path} does not fit: {limit} bytes came, and more would")
+                what = f"the server states no length, and {readable(limit)} that came are half"
+                raise NoSpace(
+                    f"{shown(job.url)}: {what} of the free space of {os.path.dirname(target.path)}",
+                    hint="choose a folder with more room: -o DIR, or TMPDIR for what is only read",
+                )
             what = f": the body does not end after {limit} bytes; nothing was kept"
             raise http.failed(job.url, what, "look for another link")
         digest.update(data)

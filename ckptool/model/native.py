@@ -82,7 +82,7 @@ def load(source: Source) -> Native:
 
 
 def _by_torch(source: Source) -> Native:
-    verdict = safety.judge(source.checkpoint.globals)
+    verdict = safety.judge_file(source.checkpoint)
     if verdict.level is not Level.PLAIN:
         names = [*map(str, (*verdict.dangerous, *verdict.foreign))]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -2,8 +2,8 @@
 
 *plain* is exactly what `torch.load(weights_only=True)` accepts (torch/_weights_only_unpickler.py,
 `_get_allowed_globals`), some of it once a module of torch was imported. *foreign* is what is known
-to be inert, and any undotted name of a third-party package. *dangerous* is everything else: naming
-counts like calling, because loading imports what is named.
+to be inert, and any undotted name of a third-party package, which `calls` judges once it is called.
+*dangerous* is everything else: naming counts like calling, because loading imports what is named.
 """
 
 from __future__ import annotations
@@ -239,6 +239,41 @@ FOREIGN = frozenset(
     | _names(f"{_SHARDED}.sharded_tensor.metadata", "TensorProperties MEM_FORMAT_ENCODING")
 )
 
+# Functions that make a value again of what they are given, text too, and do no more; and at which
+# places they get what they call, or a class whose `__new__` they call: a name there is judged like
+# one that is called, and what a call returned may have `__new__` as an attribute.
+RECONSTRUCTORS = {
+    ("copyreg", "_reconstructor"): (0, 1),
+    ("copyreg", "__newobj__"): (0,),
+    ("copyreg", "__newobj_ex__"): (0,),
+    ("numpy.ma.core", "_mareconstruct"): (0,),
+    ("numpy.random._pickle", "__generator_ctor"): (1,),
+    ("numpy.random._pickle", "__randomstate_ctor"): (1,),
+    ("torch._tensor", "_rebuild_from_type_v2"): (0,),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): (0,),  # its method `to`
+    ("functools", "partial"): (),  # not before it is called itself
+    # As torch's own, of fastai's tensors.
+    ("fastai.torch_core", "_rebuild_from_type"): (0,),
+    ("jax._src.array", "_reconstruct_array"): (0,),  # numpy's function, which gets the bytes
+    # An index of the class, of its data and names.
+    ("pandas.core.indexes.base", "_new_Index"): (0,),
+    ("pandas.core.indexes.datetimes", "_new_DatetimeIndex"): (0,),
+    ("pandas.core.indexes.interval", "_new_IntervalIndex"): (0,),
+    ("pandas.core.indexes.period", "_new_PeriodIndex"): (0,),
+    # A block around an array, a moment, a span: of numbers, and the name of a time zone.
+    ("pandas._libs.internals", "_unpickle_block"): (),
+    ("pandas.core.internals.blocks", "new_block"): (),
+    ("pandas._libs.tslibs.timestamps", "_unpickle_timestamp"): (),
+    ("pandas._libs.tslibs.timedeltas", "_timedelta_unpickle"): (),
+    ("pytz", "_p"): (),  # one of pytz's own time zones
+    ("dateutil.tz._tzfile", "_unpickle"): (0,),  # a time zone of the rules that are given
+    # An empty object of the class, which BUILD fills.
+    ("sklearn.metrics._dist_metrics", "newObj"): (0,),
+    ("sklearn.neighbors._ball_tree", "newObj"): (0,),
+    ("sklearn.neighbors._dist_metrics", "newObj"): (0,),
+    ("sklearn.neighbors._kd_tree", "newObj"): (0,),
+}
+
 # Packages whose classes (undotted, a capital first but for `_`: `_WrappedHook`) are inert.
 _CLASS_PACKAGES = (
     "torch.nn.modules",
@@ -271,7 +306,7 @@ _EXECUTORS = frozenset(
     (
         "cloudpickle dill joblib jsonpickle IPython six fire numexpr yaml pytest _pytest py "
         "pexpect ptyprocess sh plumbum invoke fabric paramiko xonsh cffi multiprocess pathos "
-        "billiard loky requests httpx aiohttp urllib3"
+        "billiard loky requests httpx aiohttp urllib3 sympy"  # whose classes evaluate text
     ).split()
 )
 # Functions that do so in whatever package: their own, or the standard library's taken over
@@ -317,6 +352,12 @@ def level(named: Global) -> Level:
     return _level(*renamed) if old_only else max(_level(*renamed), _level(named.module, named.name))
 
 
+def is_listed(named: Global) -> bool:
+    """Check for a name of which a table here says what it does."""
+    pair = python3_name(named)
+    return pair in PLAIN or pair in FOREIGN or pair in AFTER_IMPORT
+
+
 def import_for(named: Global) -> str:
     """Return the module that makes `torch.load(weights_only=True)` accept a name once imported."""
     return AFTER_IMPORT.get((named.module, named.name), "")
@@ -350,9 +391,14 @@ def _level(module: str, name: str) -> Level:
         return Level.DANGEROUS
     if _is_known_class(module, name):
         return Level.FOREIGN
-    top = steps[0]
-    third_party = top not in _RESERVED | _EXECUTORS and top not in sys.stdlib_module_names
-    return Level.FOREIGN if third_party and name not in _RUNNERS else Level.DANGEROUS
+    inert = is_third_party(module) and name not in _RUNNERS
+    return Level.FOREIGN if inert else Level.DANGEROUS
+
+
+def is_third_party(module: str) -> bool:
+    """Check for a module of neither Python nor torch, nor of a package that runs what it gets."""
+    top = module.partition(".")[0]
+    return not (top in _RESERVED or top in _EXECUTORS or top in sys.stdlib_module_names)
 
 
 def _is_known_class(module: str, name: str) -> bool:

@@ -10,13 +10,15 @@ import re
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn
 
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
+from ckptool.pickles.calls import calls_argument
 from ckptool.pickles.tree import (
     ORDERED_DICT,
     ByteArray,
@@ -45,8 +47,9 @@ class Pickle:
     """One parsed pickle: its tree, where it ended, and all that it named and called.
 
     `globals` maps each name to the offset where it first stood; `calls` holds every `Object`
-    made, those whose result was thrown away too, but none that the vocabulary understood and no
-    OrderedDict: two for each tensor of a file.
+    made, those whose result was thrown away too, but of those that the vocabulary understood only
+    the ones that call an argument, and of OrderedDicts, two for each tensor of a file, only those
+    that get more after their state.
     """
 
     tree: Node
@@ -127,7 +130,8 @@ _TEXT_GETS = re.compile(rb"g(?=(\d{1,%d})\n)" % MAX_DIGITS)
 
 
 def _key(found: re.Match[bytes]) -> int:
-    return int.from_bytes(found[1], "little") if found.re is _LONG_GETS else int(found[1])
+    is_text = found.re is _TEXT_GETS
+    return length(found[1], 10) or 0 if is_text else int.from_bytes(found[1], "little")
 
 
 Phrase = tuple[Node, int, int]  # what was read, where it ends, how many opcodes that was
@@ -177,6 +181,24 @@ def load(data: bytes, start: int = 0, vocabulary: Vocabulary | None = None) -> P
         return _loaded(machine)
     except FormatError as error:
         error.named, error.calls = machine.globals, machine.calls
+        raise
+
+
+@contextmanager
+def remembered(read: Iterable[Any]) -> Iterator[None]:
+    """Add what was `read` before a fault, by its `globals` and `calls`, to the error that it is.
+
+    More may be read inside: whatever loads the file elsewhere gets as far.
+    """
+    try:
+        yield
+    except FormatError as error:
+        named: dict[Global, int] = {}
+        calls: list[Object] = []
+        for each in read:
+            named |= each.globals
+            calls += each.calls
+        error.named, error.calls = named | error.named, calls + error.calls
         raise
 
 
@@ -238,6 +260,7 @@ class _Machine:
         self.changes = 0  # of what was there before, and calls that stay
         self.items: tuple[Node, ...] = ()  # the last tuple from a mark, and that
         self.closed = _Level([], 0, 0, 0, 0)
+        self.odd: set[int] = set()  # ids of those OrderedDicts that are in `calls`
 
     def run(self) -> Node:
         """Read opcodes up to STOP: the opcode loop, ordered by how often torch writes each."""
@@ -433,9 +456,9 @@ class _Machine:
         node = self.vocabulary.called(made)
         if node is not made:
             self.lasting += budget.TENSOR
-        elif callee != ORDERED_DICT:
+        if callee != ORDERED_DICT and (isinstance(node, Object) or calls_argument(callee)):
             self.changes += 1
-            self.calls.append(made)
+            self.calls.append(node if isinstance(node, Object) else made)
         self.stack.append(node)
 
     def step(self, kind: str, items: list[Any]) -> None:
@@ -449,13 +472,28 @@ class _Machine:
             case Set(frozen=False) as target if kind == "additems":
                 target.items.extend(items)
             case Object() as target if kind != "additems":
+                self.note_step(target)
                 if target.steps and target.steps[-1][0] == kind:
                     target.steps[-1][1].extend(items)
                 else:
                     self.made += budget.NODE
                     target.steps.append((kind, items))
             case target:
+                self.note_odd(target, kind, items)
                 self.fail(f"{kind} on a {type(target).__name__}")
+
+    def note_step(self, target: Object) -> None:
+        """Keep an OrderedDict that gets more after its state."""
+        after = target.steps and target.steps[-1][0] == "build"
+        if after and target.callee == ORDERED_DICT and id(target) not in self.odd:
+            self.odd.add(id(target))
+            self.calls.append(target)
+
+    def note_odd(self, target: Node, kind: str, payload: Node) -> None:
+        """Keep what is done to a name, or to a tensor whose attributes may be methods."""
+        attributes = kind != "setitem" and getattr(target, "origin", None) is not None
+        if isinstance(target, Global) or attributes:
+            self.calls.append(Object(target, (payload,), kind, offset=self.opcode_at))
 
     def pairs(self, items: list[Node]) -> list[tuple[Node, Node]]:
         if len(items) % 2:
@@ -468,8 +506,11 @@ class _Machine:
         self.made += budget.NODE
         state = self.stack.pop()
         target = self.stack[-1]
+        if isinstance(target, Object):
+            self.note_step(target)
         node = self.vocabulary.built(target, state)
         if node is None:
+            self.note_odd(target, "build", state)
             self.fail(f"state for a {type(target).__name__}")
         if self.position == self.frame_end:
             self.leave_frame(self.position)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ckptool.pickles.calls import Shapes
 from ckptool.pickles.names import is_accepted
 from ckptool.pickles.subclasses import number
 from ckptool.pickles.tree import (
@@ -45,6 +46,7 @@ def only_plain(tree: Node) -> tuple[Node, list[str]]:
 class _Pruner:
     def __init__(self) -> None:
         self.left: list[str] = []
+        self.shapes = Shapes()
         self.done: dict[int, Any] = {}
         self.kept: list[Node] = []
 
@@ -104,7 +106,8 @@ class _Pruner:
         callee, args, kwargs = (
             self.node(part, path) for part in (node.callee, node.args, node.kwargs)
         )
-        if callee is _LEFT or isinstance(args, _Left) or kwargs is _LEFT:
+        dangerous = callee is _LEFT or self.shapes.called(node) is not None
+        if dangerous or isinstance(args, _Left) or kwargs is _LEFT:
             filled = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
             # A dict of a class that is not plain (defaultdict ...) is kept as a plain one.
             return Dict(self.pairs(filled, path)) if filled else _LEFT

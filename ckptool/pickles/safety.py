@@ -1,23 +1,36 @@
-"""What loading a file elsewhere would do, judged by the names in it: the worst of them counts."""
+"""What loading a file elsewhere would do, judged by its names and calls: the worst counts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
+from ckptool.pickles import calls as shapes
 from ckptool.pickles.names import Level, import_for, level, torch_for
-from ckptool.pickles.tree import Dict, Global, Node, Object, OldString, Pairs, children
+from ckptool.pickles.tree import (
+    ByteArray,
+    Dict,
+    Global,
+    Node,
+    Object,
+    OldString,
+    Pairs,
+    children,
+)
 
 SHOWN = 8  # dangerous calls in a message
+MAX_CALLS = 100  # that are looked for by their shape
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a file names beyond the plain, each with the offset where it is first.
 
-    `imports` are modules without which `torch.load(weights_only=True)` does not accept the rest;
-    `versions` say which torch alone accepts one of the names.
+    `calls` are the first that are dangerous by their shape, and `dangerous` has the names that they
+    would call, too. `imports` are modules without which `torch.load(weights_only=True)` does not
+    accept the rest; `versions` say which torch alone accepts one of the names.
     """
 
     level: Level
@@ -25,14 +38,15 @@ class Verdict:
     dangerous: dict[Global, int]
     imports: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
+    calls: tuple[Object, ...] = ()
 
     def word(self, program: str) -> str:
         """Return what JSON calls it; a program is one whatever it names besides."""
         return "program" if program else self.level.name.lower()
 
 
-def judge(named: Mapping[Global, int]) -> Verdict:
-    """Judge all names of a file."""
+def judge(named: Mapping[Global, int], calls: Iterable[Object] = ()) -> Verdict:
+    """Judge all names and calls of a file."""
     foreign, dangerous = {}, {}
     for each, offset in named.items():
         found = level(each)
@@ -40,10 +54,27 @@ def judge(named: Mapping[Global, int]) -> Verdict:
             dangerous[each] = offset
         elif found is Level.FOREIGN:
             foreign[each] = offset
-    worst = Level.DANGEROUS if dangerous else Level.FOREIGN if foreign else Level.PLAIN
+    shaped = list(islice(shapes.dangerous(calls), MAX_CALLS))
+    for call, called in shaped:
+        name = shapes.innermost(called)
+        if name is not None and name not in dangerous:
+            dangerous[name] = foreign.pop(name, call.offset)
+    worst = Level.FOREIGN if foreign else Level.PLAIN
+    worst = Level.DANGEROUS if dangerous or shaped else worst
     imports = dict.fromkeys(filter(None, map(import_for, named)))
-    versions = [f"only {torch_for(each)} accepts {each}" for each in named if torch_for(each)]
-    return Verdict(worst, foreign, dangerous, tuple(imports), tuple(versions))
+    versions = tuple(f"only {torch_for(each)} accepts {each}" for each in named if torch_for(each))
+    held = tuple(call for call, _ in shaped)
+    return Verdict(worst, foreign, dangerous, tuple(imports), versions, held)
+
+
+def judge_file(checkpoint: Pickled) -> Verdict:
+    """Judge all that a checkpoint names and calls, in its tree or not."""
+    return judge(checkpoint.globals, checkpoint.calls)
+
+
+def judge_tree(tree: Node) -> Verdict:
+    """Judge what a tree would carry on."""
+    return judge(names_in(tree), (node for node in nodes(tree) if isinstance(node, Object)))
 
 
 def names_in(tree: Node) -> dict[Global, int]:
@@ -86,43 +117,70 @@ _LONGEST_KEY = 200  # characters that are shown of one
 class Call:
     """A dangerous call, or a name that nothing calls (`arguments` None), as people read it.
 
-    At which byte of its pickle, and under which key if any.
+    At which byte of its pickle, and under which key if any; `text` is as Python would write it.
     """
 
     named: Global
     arguments: tuple[str, ...] | None
     offset: int
     where: str
-
-    @property
-    def text(self) -> str:
-        """Write it as Python would."""
-        if self.arguments is None:
-            return str(self.named)
-        return f"{self.named}({', '.join(self.arguments)})"
+    text: str
 
 
 def evidence(
     verdict: Verdict, calls: Iterable[Object], tree: Node, limit: int = SHOWN
 ) -> list[Call]:
     """List the dangerous calls with their arguments, then names that nothing calls."""
-    found: list[tuple[Node, Global, tuple[str, ...] | None, int]] = []
-    named: set[Global] = set()
+    shaped = set(map(id, verdict.calls))
+    by_name = {each for each in verdict.dangerous if level(each) is Level.DANGEROUS}
+    found: list[tuple[Node, Global, tuple[str, ...] | None, str, int]] = []
+    named: set[Node] = set()
     for call in calls:
-        callee = call.callee
-        if isinstance(callee, Global) and callee in verdict.dangerous:
-            named.add(callee)
+        a_name = isinstance(call.callee, Global) and call.callee in by_name
+        if a_name or id(call) in shaped:
+            name = shapes.innermost(call.callee) or _NAMELESS
+            named.add(name)
             if len(found) < limit:
-                arguments = tuple(_shown(argument) for argument in call.args)
-                found.append((call, callee, arguments, call.offset))
-    for name, offset in verdict.dangerous.items():
-        if name not in named and len(found) < limit:
-            found.append((name, name, None, offset))
+                text = _called(call, whole=id(call) in shaped)
+                found.append((call, name, _arguments(call), text, call.offset))
+    uncalled = [each for each in verdict.dangerous if each in by_name and each not in named]
+    for name in uncalled[: limit - len(found)]:
+        found.append((name, name, None, str(name), verdict.dangerous[name]))
     where = _where(tree, [node for node, *_ in found])
     return [
-        Call(callee, arguments, offset, where.get(id(node), ""))
-        for node, callee, arguments, offset in found
+        Call(name, arguments, offset, where.get(id(node), ""), text)
+        for node, name, arguments, text, offset in found
     ]
+
+
+_NAMELESS = Global("", "")  # what is called is no name, nor made by calling one
+_DEEPEST, _WIDEST, _LONGEST_CALL = 3, 8, 400  # levels, members of each, and letters shown
+
+
+def _called(call: Object, depth: int = _DEEPEST, *, whole: bool = False) -> str:
+    """Write a call as Python would; `whole`, with what is done to its result."""
+    method = f".{shapes.METHODS[call.how]}" if call.how in shapes.METHODS else ""
+    text = f"{_shown(call.callee, depth)}{method}({', '.join(_arguments(call, depth))})"
+    for kind, payload in call.steps[:_WIDEST] if whole else ():
+        text += f".{shapes.METHODS[kind]}({_shown(payload, depth)})"
+    return text if len(text) <= _LONGEST_CALL else f"{text[:_LONGEST_CALL]}..."
+
+
+def _arguments(call: Object, depth: int = _DEEPEST) -> tuple[str, ...]:
+    named = _pairs(call.kwargs, "=", depth) if isinstance(call.kwargs, Dict) else []
+    return (*_several(call.args, depth), *named)
+
+
+def _several(nodes: Sequence[Node], depth: int) -> list[str]:
+    more = ["..."] if len(nodes) > _WIDEST else []
+    return [_shown(each, depth) for each in nodes[:_WIDEST]] + more
+
+
+def _pairs(node: Dict, between: str, depth: int) -> list[str]:
+    more = ["..."] if len(node.pairs) > _WIDEST else []
+    rows = [(_shown(key, 0), _shown(value, depth)) for key, value in node.pairs[:_WIDEST]]
+    keys = (key.strip("'") if between == "=" else key for key, _ in rows)
+    return [f"{key}{between}{value}" for key, (_, value) in zip(keys, rows, strict=True)] + more
 
 
 def evidence_lines(
@@ -172,9 +230,11 @@ def evidence_of(verdict: Verdict, checkpoint: Pickled) -> list[str]:
     return lines[:SHOWN]
 
 
-def _shown(node: Node) -> str:
+def _shown(node: Node, depth: int = _DEEPEST) -> str:
     """Write an argument in a few characters."""
     match node:
+        case ByteArray() | OldString():
+            return _shown(node.data)
         case str() | bytes():
             text = repr(node[:60])
             return text if len(node) <= 60 else f"{text}..."
@@ -182,8 +242,17 @@ def _shown(node: Node) -> str:
             return str(node)[:40]
         case Global():
             return str(node)[:60]
+        case Object() if depth:
+            return _called(node, depth - 1)
+        case list() | tuple() if depth:
+            text = ", ".join(_several(node, depth - 1))
+            comma = "," if len(node) == 1 else ""
+            return f"[{text}]" if isinstance(node, list) else f"({text}{comma})"
+        case Dict() if depth:
+            return f"{{{', '.join(_pairs(node, ': ', depth - 1))}}}"
         case _:
-            return "..."
+            origin = getattr(node, "origin", None)  # of a tensor: the call that made it
+            return _called(origin, depth - 1) if depth and origin is not None else "..."
 
 
 _Way = tuple[Any, str] | None  # the way to the parent, and a key

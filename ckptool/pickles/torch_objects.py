@@ -233,7 +233,8 @@ class TorchVocabulary(Vocabulary):
     def built(self, node: Node, state: Node) -> Node | None:
         """Apply its state to an object; a tensor of 2017 becomes whole by it."""
         if isinstance(node, TensorInfo) and isinstance(node.origin, Object):
-            if node.origin.steps:  # no pickler gives a tensor its state twice
+            stateful = node.origin.callee in (FROM_TYPE, _WITH_STATE)
+            if node.origin.steps or stateful:  # no pickler gives a tensor its state twice
                 return None
             origin = replace(node.origin, steps=[*node.origin.steps, ("build", state)])
             grad = state[0] if isinstance(state, tuple) and state else node.requires_grad
@@ -320,7 +321,7 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
     if not isinstance(storage, Storage):
         raise Malformed("a tensor without a storage", offset=offset)
     if start is None or shape is None or stride is None:
-        what = "a size, stride or offset of a tensor is not a number, negative or beyond 2^63"
+        what = "a size, stride or offset of a tensor is not a number from 0 to 2^63"
         raise Malformed(what, offset=offset)
     dtype = storage.dtype
     if name == "_rebuild_tensor_v3":

@@ -37,7 +37,7 @@ from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
 from ckptool.files.fileio import CHUNK, OpenFile, Reader
 from ckptool.files.filename import hash_in
 from ckptool.pickles import safety
-from ckptool.pickles.names import Level, level
+from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
 from ckptool.state import checkpoint as places, walk
@@ -45,6 +45,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.numbers import Tally
 from ckptool.text import argument, counted, listed, readable, visible
+from ckptool.verbs import indices
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -226,6 +227,8 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     try:
         part = places.part_of(checkpoint, None)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
+        if beyond := indices.outside(checkpoint):
+            found.problems.append(f"indices that lead out of sparse tensors: {listed(beyond)}")
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
@@ -340,7 +343,7 @@ def _unchanged(checkpoint: Checkpoint, found: _Findings) -> None:
 
 
 def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool) -> Checked:
-    verdict = safety.judge(checkpoint.globals)
+    verdict = safety.judge_file(checkpoint)
     calls = safety.evidence(verdict, checkpoint.calls, checkpoint.tree, MAX_CALLS)
     found.checked.append("names")
     if verdict.foreign:
@@ -384,9 +387,9 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
 def _unreadable(file: str, error: FormatError, found: _Findings, *, strict: bool) -> Checked:
     """Judge what the reader gave up on by what it had read before."""
     path, named, called = str(file), error.named, error.calls
-    if isinstance(error, NotACheckpoint) and isinstance(file, OpenFile):
-        named, called = _of_no_checkpoint(file)
-    verdict = safety.judge(named)
+    if isinstance(error, NotACheckpoint):
+        named, called = _of_no_checkpoint(error)
+    verdict = safety.judge(named, called)
     calls = safety.evidence(verdict, called, None, MAX_CALLS)
     status = _STATUS.get(type(error), Status.DAMAGED)
     detail = _without_path(error, path)
@@ -417,19 +420,14 @@ def _unreadable(file: str, error: FormatError, found: _Findings, *, strict: bool
     )
 
 
-def _of_no_checkpoint(path: str) -> tuple[dict[Global, int], list[Object]]:
-    """Return the dangerous names of a pickle in no container; a text may look like one."""
-    try:
-        named, calls = containers.pickled(path)
-    except FormatError:
-        return {}, []
+def _of_no_checkpoint(error: FormatError) -> tuple[dict[Global, int], list[Object]]:
+    """Return what is dangerous in a pickle of no container; a text may look like one."""
     wanted = {
         name: offset
-        for name, offset in named.items()
-        if level(name) is Level.DANGEROUS
-        and all(step.isidentifier() for step in f"{name}".split("."))
+        for name, offset in safety.judge(error.named, error.calls).dangerous.items()
+        if all(step.isidentifier() for step in f"{name}".split("."))
     }
-    return wanted, calls
+    return wanted, error.calls if wanted else []
 
 
 _STATUS = {

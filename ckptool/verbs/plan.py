@@ -416,13 +416,14 @@ def _untied(info: TensorInfo, key: str) -> TensorInfo:
 def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     """Note what is foreign, and refuse to carry on what is dangerous."""
     source = plan.checkpoint
-    whole = safety.judge(source.globals)
-    carried = safety.judge({each: at for each, at in source.globals.items() if not each.followed})
+    whole = safety.judge_file(source)
+    named = {each: at for each, at in source.globals.items() if not each.followed}
+    carried = safety.judge(named, source.calls)
     if bare or options.tensors_only or options.drop_beside:
-        carried = safety.judge(safety.names_in(source.tree))
+        carried = safety.judge_tree(source.tree)
     if not containers.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})
-    if carried.dangerous:
+    if carried.level is Level.DANGEROUS:
         held = any(walk.tensors(source.tree))
         raise UnsafePickle(
             f"{source.path} would run code when loaded; nothing was executed or written",
@@ -431,7 +432,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
             option="--tensors-only" if held else "",
             hint="keeps the tensors and leaves the rest behind" if held else "",
         )
-    if whole.dangerous:
+    if whole.level is Level.DANGEROUS:
         plan.warnings.append(
             f"{source.path} would run code when loaded; the output does not carry it"
         )

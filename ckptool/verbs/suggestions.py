@@ -62,7 +62,7 @@ def _command(facts: Survey, advice: Advice, taken: set[str]) -> str:
     path = facts.checkpoint.path
     if advice.verb == "keys":
         return " ".join([*words, argument(path)])
-    if facts.verdict.dangerous and advice.suffix != ".safetensors":
+    if facts.verdict.level is Level.DANGEROUS and advice.suffix != ".safetensors":
         words += [] if "--tensors-only" in advice.options else ["--tensors-only"]
     writer = containers.by_name(facts.checkpoint.container).writer
     suffix = advice.suffix or (writer.default_suffix if writer else ".pth")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from ckptool import containers
 from ckptool.containers import safetensors
 from ckptool.pickles import safety
+from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
 from ckptool.pickles.tree import Global, Node, children
 from ckptool.state import checkpoint as places, naming, walk
@@ -146,7 +147,7 @@ class Survey:
     def notes(self) -> list[str]:
         """List what the reader and the state_dict note."""
         framework = [self.framework.note] if self.framework and self.framework.note else []
-        safe = not self.verdict.dangerous
+        safe = self.verdict.level is not Level.DANGEROUS
         of_python_2 = [_LATIN_1] if safe and safety.has_old_text(self.checkpoint.tree) else []
         of_state = [*self.state.missing, *self.state.notes] if self.state else []
         return [*framework, *self.checkpoint.notes, *of_python_2, *of_state]
@@ -261,7 +262,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
         elsewhere=ledger.nbytes - before,
         unused=ledger.unused(),
         rest=max(0, checkpoint.nbytes - data - checkpoint.unread_nbytes),
-        verdict=safety.judge(checkpoint.globals),
+        verdict=safety.judge_file(checkpoint),
         framework=frameworks.recognise(checkpoint, _first_keys(found)),
         alone=single is not None and (at is None or len(_paths(tree)) == 1),
         root=naming.what(tree),

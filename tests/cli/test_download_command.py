@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Outcome
-from downloads import BODY, OTHER, SHA, no_proxy_fixture, server_fixture  # noqa: F401  (fixtures)
+from conftest import FIXTURES, Outcome
+from downloads import BODY, OTHER, SHA, names, no_proxy_fixture, server_fixture  # noqa: F401  (fixtures)
 from server import Reply, Server
 
+from ckptool.files import http
+
 Run = Callable[..., Outcome]
+GOOD = FIXTURES / "good" / "plain.pth"
 
 
 @pytest.fixture
@@ -142,3 +147,55 @@ def test_the_registry_can_be_listed(run: Run) -> None:
     assert [each["model"] for each in found["weights"]] == ["vgg13", "vgg13_bn"]
     assert run("download", "--list", "zzz").code == 2
     assert len(run("download", "--list").out.splitlines()) > 100
+
+
+OF_A_URL = {
+    "download": ("download", "URL"),
+    "keys": ("keys", "URL"),
+    "info": ("info", "URL"),
+    "transfer": ("transfer", "URL", "out.pth"),
+    "diff, first": ("diff", "URL", "f.pth"),
+    "diff, second": ("diff", GOOD, "URL"),
+}
+
+
+@pytest.mark.parametrize("command", ["download", "keys"])
+def test_a_server_that_drips_is_given_up_in_time(
+    run: Run, server: Server, here: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(here))
+    began = time.monotonic()
+    drip = Reply(raw=(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.02), endless=True)
+    done = run(command, server.on("/f.pth", drip), "--timeout", "1")
+    assert 0.9 < time.monotonic() - began < 20  # under load; the default is 60
+    assert len(server.asked) == 1
+    assert (done.code, done.out, names(here)) == (6, "", [])
+    assert "less than 1.0 KiB/s for 1 s" in done.err
+    assert "--timeout SECONDS" in done.err
+
+
+@pytest.mark.parametrize("words", OF_A_URL.values(), ids=list(OF_A_URL))
+def test_every_command_that_takes_a_url_takes_a_timeout(
+    run: Run, server: Server, here: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    seen = []
+    real = http._requested
+
+    def asked(url: str, headers: Any, limits: http.Limits, *more: Any) -> Any:
+        seen.append(limits.timeout)
+        return real(url, headers, limits, *more)
+
+    monkeypatch.setattr(http, "_requested", asked)
+    (here / "f.pth").write_bytes(GOOD.read_bytes())
+    url = server.on("/g.pth", Reply(GOOD.read_bytes()))
+    arguments = [url if word == "URL" else word for word in words]
+    assert run(*arguments, "--timeout", "7").code == 0
+    assert run(*arguments, "--force" if "transfer" in words else "-q").code == 0
+    assert set(seen) == {7, 60}
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "soon", "1e9", "nan", ""])
+def test_a_timeout_is_seconds(run: Run, here: Path, seconds: str) -> None:
+    done = run("keys", "http://127.0.0.1:1/f.pth", f"--timeout={seconds}")
+    assert done.code == 2
+    assert "--timeout" in done.err

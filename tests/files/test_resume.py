@@ -113,6 +113,15 @@ def test_a_damaged_record_is_no_record(server: Server, tmp_path: Path, record: s
     assert names(tmp_path) == ["f.pth"]
 
 
+@pytest.mark.parametrize("total", [True, "500000", -500_000, 5e5, None, 1 << 63, [500_000]])
+def test_a_planted_total_is_no_length(server: Server, tmp_path: Path, total: object) -> None:
+    url = interrupted(server, tmp_path)
+    record = tmp_path / "f.pth.part.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "total": total}))
+    assert get(url, tmp_path).resumed_from == 0
+    assert (tmp_path / "f.pth").read_bytes() == BODY
+
+
 def test_a_part_of_another_url_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
     url = interrupted(server, tmp_path)
     server.on("/f.pth", Reply(BODY[::-1], etag='"v1"'))

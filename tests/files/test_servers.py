@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from downloads import (  # noqa: F401  (fixtures)
     get,
     names,
     no_proxy_fixture,
+    redirect,
     server_fixture,
 )
 from server import Reply, Server
 
 from ckptool.errors import CkptoolError, DownloadFailed, NoSpace
+from ckptool.files import publish
 from ckptool.files.http import Limits
 
 FILE = bytes(range(256)) * 8
@@ -42,7 +49,7 @@ def chunk(size: bytes) -> tuple[bytes]:
 
 
 # What a server sends, whether all after the first piece repeats, and the message; none for a file.
-BEHAVIOURS: dict[str, tuple[tuple[bytes | float, ...], bool, str]] = {
+BEHAVIOURS: dict[str, tuple[tuple[bytes | float | None, ...], bool, str]] = {
     # Slow: seconds are rests.
     "nothing": ((b"", 0.05), True, SLOW),
     "a status line in drips": ((b"HTTP/1.1 200", b" ", 0.02), True, SLOW),
@@ -150,6 +157,10 @@ BEHAVIOURS: dict[str, tuple[tuple[bytes | float, ...], bool, str]] = {
     "HTTP/9": ((b"HTTP/9.9 200 OK\r\n\r\n" + FILE,), False, NOT_HTTP),
     "early hints": ((b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\n" + SIZED + FILE,), False, ""),
     "nothing at all": ((b"",), False, LOST),
+    "a reset at once": ((b"", None), False, LOST),
+    "a reset in the headers": ((START, None), False, "empty file"),
+    "a reset in the body": ((SIZED + FILE[:1000], 0.05, None), False, f"{LOST}|ended after 1000"),
+    "a reset in a chunk": ((CHUNKED + b"800\r\n" + FILE[:1000], 0.05, None), False, LOST),
 }
 
 
@@ -170,3 +181,154 @@ def test_each_ends_with_a_message_and_nothing_wrong(
         assert (tmp_path / "f.pth").read_bytes() in (FILE, b"0123456789")
         assert names(tmp_path) == ["f.pth"]
     assert time.monotonic() - began < 3
+
+
+def ends(kind: type[CkptoolError], message: str, url: str, folder: Path, **more: Any) -> Any:
+    """Download what cannot be, in time; return the error."""
+    began = time.monotonic()
+    with pytest.raises(kind, match=message) as caught:
+        get(url, folder, **{"limits": SHORT, **more})
+    assert time.monotonic() - began < 3
+    return caught.value
+
+
+def test_redirects_share_the_time(server: Server, tmp_path: Path) -> None:
+    for step in range(9):
+        hop = b"HTTP/1.1 302 Found\r\nLocation: /%d\r\nContent-Length: 0\r\n\r\n" % (step + 1)
+        server.on(f"/{step}", Reply(raw=(b"", 0.1, hop)))
+    ends(DownloadFailed, SLOW, server.on("/f.pth", redirect("/0")), tmp_path)
+    assert 3 <= len(server.asked) <= 6
+
+
+def test_trouble_shares_the_time(server: Server, tmp_path: Path) -> None:
+    busy = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
+    limits = replace(SHORT, retries=9)
+    ends(
+        DownloadFailed,
+        SLOW,
+        server.on("/f.pth", Reply(raw=(b"", 0.1, busy))),
+        tmp_path,
+        limits=limits,
+    )
+    assert 3 <= len(server.asked) <= 6
+
+
+def test_retries_are_counted_over_redirects(server: Server, tmp_path: Path) -> None:
+    for step in range(9):
+        server.on(f"/{step}", Reply(status=503), redirect(f"/{step + 1}"))
+    ends(DownloadFailed, "503", server.root + "/0", tmp_path, limits=replace(SHORT, retries=2))
+    assert len(server.asked) == 5
+
+
+@pytest.mark.parametrize("drip", [b"", b"\x16\x03\x03"])
+def test_tls_that_never_begins_is_given_up(tmp_path: Path, drip: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stop = threading.Event()
+
+        def talk() -> None:
+            client, _ = listener.accept()
+            with client, suppress(OSError):
+                while not stop.wait(0.02):
+                    client.sendall(drip[:1])
+
+        threading.Thread(target=talk, daemon=True).start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/f.pth"
+        ends(DownloadFailed, "stopped sending|no trusted connection", url, tmp_path)
+        stop.set()
+
+
+def test_a_proxy_that_drips_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stop = threading.Event()
+
+        def talk() -> None:
+            client, _ = listener.accept()
+            with client, suppress(OSError):
+                client.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while not stop.wait(0.02):
+                    client.sendall(b"x")
+
+        threading.Thread(target=talk, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        ends(DownloadFailed, SLOW, "https://weights.invalid/f.pth", tmp_path)
+        stop.set()
+
+
+def test_a_hub_states_the_size_on_the_way(server: Server, tmp_path: Path) -> None:
+    hop = Reply(status=302, headers={"Location": "/blob", "X-Linked-Size": "2048"})
+    url = server.on("/f.pth", hop)
+    server.on("/blob", Reply(raw=(BARE + FILE,)))
+    assert get(url, tmp_path, limits=SHORT).nbytes == 2048
+    (tmp_path / "f.pth").unlink()
+    server.on("/blob", Reply(raw=(BARE, FILE), endless=True))
+    ends(
+        DownloadFailed,
+        "does not end after 2048",
+        url,
+        tmp_path,
+        limits=replace(SHORT, nbytes=1 << 40),
+    )
+    server.on("/blob", Reply(raw=(BARE + FILE[:2000],)))
+    ends(DownloadFailed, "ended after 2000 of 2048", url, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_half_the_free_space_is_left(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "free_space", lambda target: 5000)
+    url = server.on("/f.pth", Reply(raw=(BARE, FILE), endless=True))
+    error = ends(NoSpace, "no length, and 2.4 KiB", url, tmp_path)
+    assert str(tmp_path) in error.message
+    assert "TMPDIR" in error.hint
+    server.on("/f.pth", Reply(raw=(BARE + FILE,)))
+    assert get(url, tmp_path, limits=SHORT).nbytes == 2048
+
+
+HALF = START + b'Content-Length: 2048\r\nETag: "v1"\r\n\r\n' + FILE[:1000]
+REST = b"bytes 1000-2047/2048"
+
+
+def part(content_range: bytes, *lines: bytes, body: bytes = FILE[1000:]) -> bytes:
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: " + content_range
+    return b"\r\n".join([head, *lines, b"", body])
+
+
+# What a server sends for the rest of a file: pieces, whether the rest repeats, and the message.
+RESTS: dict[str, tuple[tuple[bytes | float, ...], bool, str]] = {
+    "the rest": ((part(REST, b"Content-Length: 1048"),), False, ""),
+    "the rest without a length": ((part(REST),), False, ""),
+    "the rest in drips": ((part(REST, body=b""), b"x", 0.02), True, SLOW),
+    "headers in drips": ((b"HTTP/1.1 206 P\r\nX: ", b"x", 0.02), True, SLOW),
+    "less than the rest": ((part(REST, body=FILE[1000:2000]),), False, "ended after 2000 of 2048"),
+    "more than the rest": ((part(REST), FILE), True, "does not end after 2048"),
+    "a negative length": ((part(REST, b"Content-Length: -5"),), False, NO_NUMBER),
+    "packed": ((part(REST, b"Content-Encoding: gzip"),), False, PACKED),
+    "another total": ((part(b"bytes 1000-2047/9999"),), False, "416"),
+    "a negative start": ((part(b"bytes -1000-2047/2048"),), False, "416"),
+    "a range that overlaps": ((part(b"bytes 999-2047/2048", body=FILE[999:]),), False, "416"),
+    "a range that leaves a gap": ((part(b"bytes 1001-2047/2048", body=FILE[1001:]),), False, "416"),
+    "a range with an underscore": ((part(b"bytes 1_000-2047/2048"),), False, "416"),
+    "no range": ((b"HTTP/1.1 206 P\r\nContent-Length: 1048\r\n\r\n" + FILE[1000:],), False, "416"),
+    "several ranges": ((part(REST + b", " + REST),), False, "416"),
+    "another ETag": ((part(REST, b'ETag: "v2"'),), False, "416"),
+}
+
+
+@pytest.mark.parametrize("name", RESTS)
+def test_the_rest_of_a_file_is_that_or_nothing(server: Server, tmp_path: Path, name: str) -> None:
+    raw, endless, message = RESTS[name]
+    rest, none = Reply(raw=raw, endless=endless), Reply(status=416)
+    url = server.on("/f.pth", Reply(raw=(HALF,)), rest, none)
+    ends(DownloadFailed, "ended after 1000 of 2048", url, tmp_path)
+    assert server.headers("Range") == [None]
+    if message:
+        ends(DownloadFailed, message, url, tmp_path)
+        kept = tmp_path / "f.pth.part"
+        assert not kept.exists() or FILE.startswith(kept.read_bytes().rstrip(b"x"))
+        assert not (tmp_path / "f.pth").exists()
+    else:
+        assert get(url, tmp_path, limits=SHORT).resumed_from == 1000
+        assert (tmp_path / "f.pth").read_bytes() == FILE

@@ -268,7 +268,7 @@ EVIDENCE = [
     ("in_state_dict.pth", "posix.system('echo > ckptool-was-executed')   at `fc.hook`"),
     ("popped_call.pth", "posix.system('echo > ckptool-was-executed')"),
     ("named_only.pth", "this.s   at `hook`"),
-    ("newobj.pth", "__builtin__.map(posix.system, ...)   at `hook`"),
+    ("newobj.pth", "__builtin__.map(posix.system, ['echo > ckptool-was-executed'])   at `hook`"),
     ("legacy_os_system.pth", "posix.system('echo > ckptool-was-executed')   at `x`"),
     ("legacy_keys_call.pth", "posix.system('echo > ckptool-was-executed')"),
 ]

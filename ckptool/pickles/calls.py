@@ -1,0 +1,165 @@
+"""Calls that are dangerous by their shape, whatever they name: names cannot be listed to the end.
+
+What is called is the result of a call; or a function of a third-party package is given text, which
+may be source, a path or a URL; or an object gets more after its state, with which pickles end:
+the state may have set the methods that are called then (CPython's Lib/pickle.py, `load_build` and
+`load_appends` look `__setstate__` and `extend` up on the object).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ckptool.pickles.names import RECONSTRUCTORS, is_listed, is_third_party, python3_name
+from ckptool.pickles.tree import (
+    ByteArray,
+    Dict,
+    Global,
+    Node,
+    Object,
+    OldString,
+    PersistentId,
+    children,
+)
+
+# Cython's `__pyx_unpickle_NAME` makes an object of the class that is given, which C checks to be
+# one, and sets its fields (Cython/Compiler/ParseTreeTransforms.py, `_inject_pickle_methods`).
+_OF_CYTHON = "__pyx_unpickle_"
+_PARTIAL = Global("functools", "partial")
+# They return what others use too: no pickler gives that a state.
+_SHARED = {("logging", "getLogger"), ("torch.nn.backends.thnn", "_get_thnn_function_backend")}
+_MADE_OF_NUMBERS = {("builtins", name) for name in ("bytes", "bytearray", "str")}
+# How an `Object` is made that is an instance and no result: its state is that of its class.
+_INSTANCES = ("newobj", "newobj_ex")
+# What no pickler does to a name or a tensor (`pickle_reader`): the method that would be called.
+METHODS = {"build": "__setstate__", "append": "extend", "setitem": "update", "additems": "update"}
+
+
+def dangerous(calls: Iterable[Object]) -> Iterator[tuple[Object, Node]]:
+    """Yield the calls that are dangerous by their shape, each with what it would call."""
+    shapes = Shapes()
+    for call in calls:
+        called = shapes.called(call)
+        if called is not None:
+            yield call, called
+
+
+def calls_argument(callee: Node) -> bool:
+    """Check for a name that calls one of its arguments."""
+    return isinstance(callee, Global) and (callee.module, callee.name) in RECONSTRUCTORS
+
+
+def innermost(node: Node) -> Global | None:
+    """Return the name at the start of calls of results of calls."""
+    while isinstance(node, Object):
+        node = node.callee
+    return node if isinstance(node, Global) else None
+
+
+class Shapes:
+    """What is known so far of names, and of nodes that hold no text: each is searched once."""
+
+    def __init__(self) -> None:
+        self.functions: dict[Global, bool] = {}
+        self.places: dict[Global, tuple[int, ...] | None] = {}
+        self.given: dict[int, Global | None] = {}
+        self.clear: set[int] = set()
+        self.kept: list[Object] = []  # what is known by its id must not be freed
+
+    def called(self, call: Object) -> Node | None:
+        """Return what a dangerous call would call, None for any other call."""
+        callee, args = call.callee, call.args
+        if not isinstance(callee, Global) or call.how in METHODS:
+            return callee
+        if call.steps and (_goes_on(call) or python3_name(callee) in _SHARED):
+            return callee
+        places = self._places(callee)
+        if places is None:
+            return None
+        for place in places:
+            if place < len(args) and isinstance(args[place], Object):
+                return args[place]
+        call = self._bound(call) if callee == _PARTIAL else call
+        function = self._function(call)
+        return function if function is not None and self._has_text(call) else None
+
+    def _places(self, callee: Global) -> tuple[int, ...] | None:
+        """Return which arguments a name would call; None for a name that calls none of them."""
+        if callee not in self.places:
+            unknown = None if is_listed(callee) else ()
+            self.places[callee] = RECONSTRUCTORS.get(python3_name(callee), unknown)
+        return self.places[callee]
+
+    def _bound(self, call: Object) -> Object:
+        """Return the call that a `functools.partial` stands for; its state is said at last."""
+        made = Object(call.args[0] if call.args else None, call.args[1:])
+        match call.state:
+            case (function, more, keywords, *_):
+                made = Object(function, (*made.args, more), "reduce", keywords)
+        self.kept.append(made)
+        return made
+
+    def _function(self, call: Object) -> Global | None:
+        """Return the function that a call would run: it is called, or given to what may call it."""
+        callee, args = call.callee, call.args
+        if self._is_function(callee):
+            return callee  # type: ignore[no-any-return]
+        if call.how in _INSTANCES or not isinstance(callee, Global) or self._places(callee) is None:
+            return None
+        if id(args) not in self.given:
+            self.given[id(args)] = next(filter(self._is_function, args), None)
+        return self.given[id(args)]
+
+    def _is_function(self, node: Node) -> bool:
+        if not isinstance(node, Global):
+            return False
+        if node not in self.functions:
+            self.functions[node] = _is_function(node)
+        return self.functions[node]
+
+    def _has_text(self, call: Object) -> bool:
+        """Search what a call is given; what a function returned may be text, too."""
+        seen: set[int] = set()
+        stack: list[Node] = [call.args]
+        keywords = call.kwargs
+        stack += (
+            [value for _, value in keywords.pairs] if isinstance(keywords, Dict) else [keywords]
+        )
+        callee = python3_name(call.callee)
+        if call.how not in _INSTANCES and callee[0] != "copyreg":
+            stack += [payload for _, payload in call.steps]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, str | bytes | ByteArray | OldString):
+                return True
+            if isinstance(node, _NO_TEXT) or id(node) in seen or id(node) in self.clear:
+                continue
+            if isinstance(node, Object) and self._may_be_text(node.callee):
+                return True
+            seen.add(id(node))
+            stack += children(node)
+        self.clear |= seen
+        return False
+
+    def _may_be_text(self, callee: Node) -> bool:
+        if not isinstance(callee, Global) or self._is_function(callee):
+            return True
+        return python3_name(callee) in _MADE_OF_NUMBERS
+
+
+_NO_TEXT = (int, float, type(None), Global, PersistentId)
+
+
+def _is_function(named: Global) -> bool:
+    """Check for a function of a third-party package, but for those that are known to be inert.
+
+    By custom, classes begin with a capital; what a name is, its code alone can tell.
+    """
+    inert = (named.module, named.name) in RECONSTRUCTORS or named.name.startswith(_OF_CYTHON)
+    a_class = named.name[:1].isupper()
+    return not (inert or a_class or named.followed) and is_third_party(named.module)
+
+
+def _goes_on(call: Object) -> bool:
+    """Check for anything after the state of an object."""
+    return any(kind == "build" for kind, _ in call.steps[:-1])
