@@ -1,14 +1,15 @@
 """Every way a run can be refused, as one tree of classes.
 
     CkptoolError                    what, where, and what to do
-    |-- FormatError(path, offset)   NoSuchFile NotACheckpoint Malformed Unsupported      exit 3
-    |                               LimitExceeded TooCostly PluginFailed
-    |                               PartialCheckpoint
+    |-- FormatError(path, offset)   NoSuchFile PermissionDenied NotACheckpoint Malformed exit 3
+    |                               Unreadable Unsupported LimitExceeded TooCostly
+    |                               PluginFailed PartialCheckpoint
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
     |-- PoorFit                                                                          exit 1
-    |-- WriteError                  OutputExists SameFile NotRepresentable NoSpace       exit 5
+    |-- WriteError                  OutputExists OutputDenied SameFile NotRepresentable  exit 5
+    |                               NoSpace
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
     `-- ModelError                  MissingExtra NoDevice OutOfMemory                    exit 7
                                     NoSuchModel BadInput                                 exit 2
@@ -81,12 +82,20 @@ class NoSuchFile(FormatError):
     """The input is not there, or is not a file that can be opened."""
 
 
+class PermissionDenied(FormatError):
+    """The system does not let this user read the input."""
+
+
 class NotACheckpoint(FormatError):
     """The input is something else; the message names what."""
 
 
 class Malformed(FormatError):
     """The input claims to be a checkpoint and breaks the rules of its format."""
+
+
+class Unreadable(Malformed):
+    """The system does not give the bytes of the input: a disk that fails, too many open files."""
 
 
 class Unsupported(FormatError):
@@ -155,6 +164,15 @@ class WriteError(CkptoolError):
     """The output cannot be written."""
 
     exit_code = 5
+
+
+class OutputDenied(WriteError):
+    """The system does not let this user write the output."""
+
+    @property
+    def slug(self) -> str:
+        """Name it as what it is for an input: `permission-denied`."""
+        return "permission-denied"
 
 
 class OutputExists(WriteError):
@@ -230,6 +248,57 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, ImportError):  # dlopen has words alone (glibc, elf/dl-load.c)
         return re.search("failed to map|cannot allocate|out of memory", str(error)) is not None
     return isinstance(error, MemoryError)
+
+
+def of_system(
+    error: OSError, path: str, what: str, offset: int | None = None
+) -> FormatError | WriteError:
+    """Return the error for what the system refused at a path: it was to be `what`.
+
+    That is `written` for output and temporary files, or else how an input was used.
+    """
+    written, code = what == "written", error.errno
+    place = error.filename if isinstance(error.filename, str) else path
+    where = "" if place == path or place.endswith(".tmp") else f"{place}: "
+    message = f"{path} cannot be {what}: {where}{reason(error)}"
+    hint = _REMEDIES.get(code or 0, "")
+    if written and code in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"no space left while writing {path}", hint=hint)
+    if written and code == errno.EFBIG:
+        return NoSpace(
+            f"{path} cannot be written: it is over a limit on the size of files", hint=hint
+        )
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if written:
+            return OutputDenied(message, hint=hint or "name an output elsewhere")
+        return PermissionDenied(message, path=path, hint=hint or "ls -ld shows who may read it")
+    if written:
+        return WriteError(message, hint=hint)
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        return NoSuchFile(message, path=path, hint=hint)
+    return Unreadable(message, path=path, hint=hint, offset=offset)
+
+
+def reason(error: Exception) -> str:
+    """Return the system's words for an error."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+_LIMITED = "ulimit -n 65536   lets it have all files of a checkpoint open"
+_REMEDIES = {
+    errno.ENOSPC: "make room, or name an output on another file system",
+    errno.EDQUOT: "make room within your quota, or name an output on another file system",
+    errno.EFBIG: "ulimit -f shows the limit of the shell; file systems have theirs",
+    errno.EROFS: "name an output on a file system that is not read-only",
+    errno.EMFILE: _LIMITED,
+    errno.ENFILE: "too many files are open on this machine: run it again when there are fewer",
+    errno.EIO: "look whether the disk is sound: dmesg says what it met",
+    errno.ELOOP: "ls -l shows where the link leads",
+    errno.ENAMETOOLONG: "a file system takes names of 255 bytes, and paths of 4096",
+    errno.EEXIST: "remove it, or name another output",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.ENOENT: "something on the path was removed meanwhile: run it again",
+}
 
 
 def out_of_memory() -> OutOfMemory:

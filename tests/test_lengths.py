@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,6 @@ class Pickler(pickle.Pickler):
 
 
 def torch_file(path: Path, node: Any, numel: Any = 4) -> Path:
-    import zipfile
-
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("archive/data.pkl", "w") as out:
             pickler = Pickler(out, 2)
@@ -154,3 +154,24 @@ def test_a_safetensors_file_of_impossible_numbers_is_damaged(
 def test_a_memo_key_is_digits(line: bytes) -> None:
     with pytest.raises(Malformed, match="memo key"):
         pickle_reader.load(b"\x80\x02}" + line + b".")
+
+
+@pytest.mark.parametrize("numel", ["-4", "+4", " 4", "4_0", "\u0664", "4.0", "", "9" * 5000])
+def test_a_storage_that_protocol_0_writes_counts_in_digits(tmp_path: Path, numel: str) -> None:
+    said = "('storage', <class 'torch.FloatStorage'>, '0', 'cpu', %s)"
+    head = b"\x80\x02}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n("
+    tail = b"QK\0K\2\x85K\1\x85\x89}tRs."
+
+    def file(count: str) -> Path:
+        text = (said % count).encode()
+        path = torch_file(tmp_path / "a.pth", None)
+        with zipfile.ZipFile(path, "w") as archive:
+            unicode = b"X" + struct.pack("<I", len(text)) + text
+            archive.writestr("archive/data.pkl", head + unicode + tail)
+            archive.writestr("archive/version", b"3\n")
+            archive.writestr("archive/data/0", bytes(16))
+        return path
+
+    assert list(ckptool.keys(file("4"))) == ["a"]
+    with pytest.raises(Malformed):
+        ckptool.keys(file(numel))

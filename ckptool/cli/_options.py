@@ -251,8 +251,7 @@ def patterns(given: Sequence[str]) -> list[str]:
             with open(text[1:], encoding="utf-8") as lines:
                 read = [line.strip() for line in lines]
         except (OSError, UnicodeDecodeError) as error:
-            from ckptool.errors import EditError
-            from ckptool.files.fileio import reason
+            from ckptool.errors import EditError, reason
 
             why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
             raise EditError(f"the pattern file {text[1:]} cannot be read: {why}") from None

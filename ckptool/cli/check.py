@@ -94,7 +94,9 @@ def _one(path: str, quiet: bool, how: dict[str, bool], bugs: list[Exception]) ->
         with talk.Progress(path, quiet=quiet) as progress:
             found = checking.check(path, progress=progress.begin, **how)
     except Exception as error:
-        slug = "out-of-memory" if is_out_of_memory(error) else "bug"
+        if isinstance(error, OSError) and not is_out_of_memory(error):
+            error = talk.refusal(error)
+        slug = "out-of-memory" if is_out_of_memory(error) else getattr(error, "slug", "bug")
         talk.say([f"{visible(path)}: error[{slug}]: {type(error).__name__}: not checked"])
         bugs.append(error)
     else:

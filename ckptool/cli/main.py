@@ -17,13 +17,13 @@ from typing import Any
 import click
 
 from ckptool import __version__
-from ckptool.cli.talk import complain, put, say, silence
+from ckptool.cli.talk import complain, put, refusal, say, silence
 from ckptool.errors import (
     CkptoolError,
+    MissingExtra,
     NoSuchCommand,
     NoSuchFile,
     OutOfMemory,
-    WriteError,
     is_out_of_memory,
     out_of_memory,
 )
@@ -176,10 +176,11 @@ def _run(arguments: list[str], debug: bool) -> int:
             complain(out_of_memory())
             _trace(error, debug)
             return OutOfMemory.exit_code
-        if isinstance(error, OSError):
-            complain(_of_system(error))
+        if isinstance(error, OSError | ImportError):
+            refused = refusal(error) if isinstance(error, OSError) else _not_loaded(error)
+            complain(refused)
             _trace(error, debug)
-            return WriteError.exit_code
+            return refused.exit_code
         say(
             [
                 f"error[bug]: {type(error).__name__}: {visible(str(error))}",
@@ -223,12 +224,11 @@ def _trace(error: BaseException, debug: bool) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _of_system(error: OSError) -> WriteError:
-    """Return the error for a refusal of the system; without a file it is stdout (`> /dev/full`)."""
-    if error.filename is None:
-        silence()
-    reason = (error.strerror or str(error)).lower()
-    return WriteError(f"{error.filename or 'the standard output'} cannot be written: {reason}")
+def _not_loaded(error: ImportError) -> MissingExtra:
+    return MissingExtra(
+        f"a library cannot be loaded: {error}",
+        hint="pip check says what is missing; its files may be unreadable, or too many open",
+    )
 
 
 def _usage(error: click.UsageError, arguments: list[str]) -> list[str]:

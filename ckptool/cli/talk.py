@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from ckptool.errors import CkptoolError
+from ckptool.errors import CkptoolError, WriteError, of_system, reason
 from ckptool.text import readable, visible
 
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
@@ -33,6 +34,18 @@ def put(lines: Sequence[str]) -> None:
     """Write lines of data to stdout."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
+
+
+def refusal(error: OSError) -> CkptoolError:
+    """Return the error for what the system refused; where stdout does again, it is that one."""
+    if error.filename is None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            silence()
+            return WriteError(f"the standard output cannot be written: {reason(error)}")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return of_system(error, str(error.filename or "a file"), "written" if full else "used")
 
 
 def silence() -> None:

@@ -25,14 +25,18 @@ from ckptool.containers._registry import (
     suffixes as suffixes,
     without_collection as without_collection,
 )
+from ckptool.errors import FormatError, Malformed
 from ckptool.files import budget
-from ckptool.files.fileio import MARK, Reader
+from ckptool.files.fileio import MARK, OpenFile, Reader, refuse_changed
 from ckptool.state.checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # a file that is read as it is needs none of it
     from pathlib import Path
 
     from ckptool.files.archives import ArchiveMember
+
+
+ATTEMPTS = 5
 
 
 @budget.run()
@@ -46,13 +50,34 @@ def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
     <Checkpoint model_best.pth.tar: torch-zip, 6.6 KiB>
     """
     shown = str(path)
-    if _split(shown)[1]:
+    if not isinstance(path, OpenFile) and _split(shown)[1]:
         return _read_member(shown, plugins)
-    file = _file_in(shown) if os.path.isdir(shown) else shown
-    with Reader(file) as reader:
-        checkpoint = _registry.read(reader, use_plugins=plugins)
+    file = _file_in(shown) if os.path.isdir(shown) else path
+    checkpoint = _read_whole(file, plugins)
+    file = str(file)
     notes = (*checkpoint.notes, *_notes(shown, file))
     return replace(checkpoint, path=shown, notes=notes)
+
+
+def _read_whole(file: str | Path, plugins: bool) -> Checkpoint:
+    """Read a file, or the files of a set, which are opened one after the other: all of one time.
+
+    Where its names are those of other files by then, the set was replaced, and is read anew.
+    """
+    for _ in range(ATTEMPTS):
+        reader = Reader(file)
+        try:
+            checkpoint = _registry.read(reader, use_plugins=plugins)
+            files = [file for file, _ in checkpoint.files if isinstance(file, OpenFile)]
+            if len(files) < 2 or not any(file.replaced() for file in files):
+                for file in files:
+                    refuse_changed(file)
+                return checkpoint
+        except FormatError:
+            if not reader.file.replaced():
+                raise
+        file = reader.path
+    raise Malformed(f"{file} was replaced each time while its files were read", path=file)
 
 
 def _split(path: str) -> tuple[str, list[str]]:

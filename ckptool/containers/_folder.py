@@ -18,11 +18,10 @@ from ckptool.errors import (
     AmbiguousStateDict,
     CkptoolError,
     Malformed,
-    NoSuchFile,
     NotACheckpoint,
     PartialCheckpoint,
+    of_system,
 )
-from ckptool.files.fileio import reason
 from ckptool.text import argument, counted, readable, table
 
 MAX_NAMES = 10_000
@@ -70,6 +69,7 @@ def checkpoint_in(folder: str) -> str:
             hint="name one of them",
         )
     if not checkpoints:
+        _refuse_interrupted(folder, entries)
         _refuse_shards(folder, files)
         raise _refusal(folder, entries[:MAX_NAMES])
     return os.path.join(folder, checkpoints[0])
@@ -110,7 +110,7 @@ def _scanned(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise NoSuchFile(f"{folder} cannot be opened: {reason(error)}", path=folder) from None
+        raise of_system(error, folder, "opened") from None
 
 
 def _file_names(entries: Sequence[os.DirEntry[str]]) -> list[str]:
@@ -119,6 +119,24 @@ def _file_names(entries: Sequence[os.DirEntry[str]]) -> list[str]:
 
 def _checkpoints(names: Sequence[str]) -> list[str]:
     return [name for name in names if _registry.is_index(name) or _USUAL.fullmatch(name)]
+
+
+def _refuse_interrupted(folder: str, entries: Sequence[os.DirEntry[str]]) -> None:
+    """Say where the files are that a killed run of ours had moved aside, to be replaced."""
+    temporary = [entry for entry in entries if entry.name.endswith(".tmp")]
+    if not temporary:
+        return
+    from ckptool.files.publish import ASIDE, TEMPORARY
+
+    for entry in temporary:
+        old = os.path.join(entry.path, ASIDE)
+        if TEMPORARY.fullmatch(entry.name) and os.path.isdir(old) and os.listdir(old):
+            raise Malformed(
+                f"{folder} was being replaced when ckptool was killed; what was in it before is in "
+                f"{old}",
+                path=folder,
+                hint=f"ckptool info {argument(old)}",
+            )
 
 
 def _refuse_shards(folder: str, names: Sequence[str]) -> None:

@@ -101,14 +101,16 @@ class _Table(Vocabulary):
 
     def called(self, node: Object) -> Node:
         """Turn `build_tensor_from_id(7)` into the tensor."""
-        is_tensor = isinstance(node.callee, Global) and node.callee.name == "build_tensor_from_id"
-        return _counted(self._tensors, node.args[0]) if is_tensor and node.args else node
+        match node:
+            case Object(Global(name="build_tensor_from_id"), (index,)):
+                return _counted(self._tensors, index, _ATTRIBUTES)
+        return node
 
     def built(self, node: Node, state: Node) -> Node | None:
         """Turn a `TensorID` with the state 7 into the tensor."""
-        callee = node.callee if isinstance(node, Object) else None
-        if isinstance(callee, Global) and callee.name == "TensorID":
-            return _counted(self._tensors, state)
+        match node:
+            case Object(Global(name="TensorID")):
+                return _counted(self._tensors, state, _ATTRIBUTES)
         return super().built(node, state)
 
 
@@ -121,11 +123,11 @@ def _attributes(records: Records, tensors: list[TensorInfo]) -> Pickle:
     return parsed
 
 
-def _counted(values: Sequence[T], index: Any) -> T:
+def _counted(values: Sequence[T], index: Any, name: str) -> T:
     """Return the value that is counted into a table."""
     number = _number(index)
     if number >= len(values):
-        raise Malformed(f"model.json: number {number} of a table of {len(values)}")
+        raise Malformed(f"model.json: {name} is number {number} of {len(values)}")
     return values[number]
 
 
@@ -171,15 +173,16 @@ class _Modules:
         for is_buffer in (False, True):
             for row in parameters:
                 if _field(row, "isBuffer", False) is is_buffer:
-                    yield self._key(row, path), _counted(self.tensors, _value(row, "tensorId", 0))
+                    key = self._key(row, path)
+                    yield key, _counted(self.tensors, _value(row, "tensorId", 0), key)
         known = {_field(row, "name", "") for row in parameters}
         attributes: list[Any] = _field(module, "attributes", [])
         for row in attributes:
             index = str(_value(row, "id", 0))
             if _field(row, "name", "") in known or index == _NO_VALUE:  # buffers are listed twice
                 continue
-            value = _counted(self.attributes, index)
             key = self.named[index] = self._key(row, path)
+            value = _counted(self.attributes, index, key)
             if isinstance(value, TensorInfo) and _field(row, "type", "Tensor") == "Tensor":
                 yield key, value
         submodules: list[Any] = _field(module, "submodules", [])

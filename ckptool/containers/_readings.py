@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from contextlib import closing
 
+from ckptool.containers import _pickles
 from ckptool.files import tars, zips
-from ckptool.files.fileio import Reader
-from ckptool.pickles.tree import Global
+from ckptool.files.fileio import Reader, Readers
+from ckptool.pickles.tree import Global, Object
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.tensor import Packing
 from ckptool.text import listed
 
 _WINDOW = 1 << 12
 _MAX_STEPS = 10_000  # arguments that are passed over: what starts as a pickle by chance has few
 _MAX_NAME = 1 << 16  # bytes of a name that could be one of a module
 _UNCLEAR = Global("", "")
+_PICKLE = re.compile(r"(?<!\Adata)(?<!\Aconstants)\.pkl\Z")  # what is no part of a checkpoint
+
+Pickles = tuple[dict[Global, int], list[Object]]  # what they name, and call
+
 # Opcodes that name nothing: without an argument, with one of fixed size, or with a line
 # (CPython's pickletools.py). What they do to the stack is not followed: unpicklers may go further
 # than ckptool's would.
@@ -32,19 +40,59 @@ _LENGTHS = {**_TEXTS, b"C": 1, b"B": 4, b"\x8e": 8, b"\x96": 8, b"\x8a": 1, b"\x
 
 
 def others(
-    reader: Reader, head: bytes, known: Collection[str]
+    reader: Reader, head: bytes, known: Collection[str], unlisted: int
 ) -> tuple[dict[Global, int], list[str]]:
-    """Return what a file names to readers of pickles, and what else it is than is `known`."""
+    """Return what a file names to readers of pickles, and what else it is than is `known`.
+
+    Of a pickle, that is what follows it in the last `unlisted` bytes.
+    """
     named, flaws = {}, []
-    if "pickle" not in known and (found := list(_names(reader))):
-        named = {name: offset for name, offset in found if name != _UNCLEAR}
+    start = reader.nbytes - unlisted if "pickle" in known else 0
+    part = reader.part(start, reader.nbytes - start, reader.path)
+    if found := list(_names(part)):
+        named = {name: start + offset for name, offset in found if name != _UNCLEAR}
         which = f", which names {listed(map(str, named), 4)}" if named else ""
-        flaws.append(f"its bytes are a pickle as well{which}")
+        what = "another pickle follows its own" if start else "its bytes are a pickle as well"
+        flaws.append(what + which)
     if "tar" not in known and tars.is_tar(head):
         flaws.append("its bytes are a tar archive as well, which torch.load tries first")
     if "zip" not in known and not head.startswith(b"PK\3\4") and zips.at_end(reader):
         flaws.append("its end is a zip archive as well")
     return named, flaws
+
+
+def unread(reader: Reader, checkpoint: Checkpoint) -> Pickles:
+    """Return what the pickles in a zip archive name and call that are no part of its checkpoint.
+
+    Some are torch's own (`traced_inputs.pkl` of TorchScript, samples of torch.export); some are
+    torch files themselves.
+    """
+    named: dict[Global, int] = {}
+    calls: list[Object] = []
+    unread = set(checkpoint.unread)
+    with closing(Readers()) as readers:
+        for name, storage in checkpoint.records.items():
+            if not storage.nbytes or not (name in unread or _PICKLE.search(name)):
+                continue
+            if storage.packing is Packing.DEFLATED:
+                part = readers.unpacked(storage)
+            else:
+                part = reader.part(storage.start - reader.base, storage.nbytes, reader.path)
+            for each in _pickles_in(part):
+                head = each.read(0, min(_WINDOW, each.nbytes))
+                more, called = _pickles.pickled(each, head)
+                named |= more
+                calls += called
+    return named, calls
+
+
+def _pickles_in(reader: Reader) -> Iterator[Reader]:
+    """Iterate over what may be a pickle: a record, or those of the torch zip that it is."""
+    yield reader
+    if reader.nbytes > 4 and reader.read(0, 4) == b"PK\3\4":
+        for name, member in zips.read_directory(reader).members.items():
+            if name.endswith(".pkl") and member.method == zips.STORED:
+                yield reader.part(member.start, member.nbytes, reader.path)
 
 
 def _names(reader: Reader) -> Iterator[tuple[Global, int]]:

@@ -18,6 +18,7 @@ from ckptool.containers._container import Container
 from ckptool.errors import EditError, FormatError, NotACheckpoint
 from ckptool.files.fileio import Reader
 from ckptool.pickles.pickle_reader import remembered
+from ckptool.pickles.tree import Object
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.walk import refuse_deep
 
@@ -96,7 +97,10 @@ def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> C
             continue
         checkpoint = _read(container, reader)
         if checkpoint is not None:
-            return _as_others_read(checkpoint, reader, head, container)
+            checkpoint = _as_others_read(checkpoint, reader, head, container)
+            reader.refuse_change()
+            return checkpoint
+    reader.refuse_change()
     raise _refusal(reader, head)
 
 
@@ -106,12 +110,21 @@ def _as_others_read(
     """Add to a checkpoint what else its file is."""
     from ckptool.containers import _readings
 
-    named, flaws = _readings.others(reader, head, container.traits.read_as)
-    if not flaws:
+    kinds = container.traits.read_as
+    named, flaws = _readings.others(reader, head, kinds, checkpoint.unlisted)
+    calls: list[Object] = []
+    if head.startswith(b"PK\3\4"):
+        try:
+            more, calls = _readings.unread(reader, checkpoint)
+            named |= more
+        except FormatError as error:
+            flaws.append(f"a record that nothing refers to: {error.message}")
+    if not (named or flaws):
         return checkpoint
     return replace(
         checkpoint,
         globals={**named, **checkpoint.globals},
+        calls=[*checkpoint.calls, *calls],
         pickle_name=checkpoint.pickle_name or "the file as a pickle",
         flaws=(*checkpoint.flaws, *flaws),
     )
@@ -142,6 +155,8 @@ def _read(container: Container, reader: Reader) -> Checkpoint | None:
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
         error.path = error.path or reader.path
+        if reader.file.changed():  # which is why it makes no sense, then
+            error.message, error.hint = f"{reader.path} was changed while it was read", ""
         if type(error) is not NotACheckpoint and str(error.path) not in error.message:
             place = f", byte {error.offset}" if error.offset is not None else ""
             error.message = f"{error.path} ({container.title}{place}): {error.message}"

@@ -17,8 +17,15 @@ from dataclasses import dataclass, field
 from ckptool.containers import _dcp_metadata, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
-from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
-from ckptool.files import budget
+from ckptool.errors import (
+    FormatError,
+    LimitExceeded,
+    Malformed,
+    TooCostly,
+    Unsupported,
+    of_system,
+)
+from ckptool.files import budget, fileio
 from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
@@ -39,6 +46,7 @@ INDEX = ".metadata"
 SHARD = ".distcp"
 # An index names a class of this module near its start; torch 1.12 had it under _shard.
 _NAMED = re.compile(rb"torch\.distributed\.(_shard\.)?checkpoint\.metadata")
+_OWN = re.compile(r"torch\.distributed\.(checkpoint|_shard)(\.|$)")
 # Files of Megatron core beside the index that hold what is no tensor of the model.
 _COMMON = "common.pt"
 
@@ -87,8 +95,11 @@ def read(reader: Reader) -> Checkpoint:
 
 def _files(folder: str) -> dict[str, int]:
     """Give the files of a folder by name, with their sizes."""
-    with os.scandir(folder or ".") as found:
-        sizes = {each.name: each.stat().st_size for each in found if each.is_file()}
+    try:
+        with os.scandir(folder or ".") as found:
+            sizes = {each.name: each.stat().st_size for each in found if each.is_file()}
+    except OSError as error:
+        raise of_system(error, folder, "listed") from error
     return dict(sorted(sizes.items()))
 
 
@@ -120,14 +131,18 @@ class _Seen:
     def note(
         self, pickle: str, named: dict[Global, int], calls: list[Object], *, carried: bool
     ) -> None:
-        """Add what one pickle names; of the index, which no output carries, what is dangerous."""
+        """Add what one pickle names; of the index, which no output carries, not its own records."""
         if calls or not self.plain.issuperset(named):
             verdict = safety.judge(named, calls)
             self.plain |= named.keys() - verdict.foreign.keys() - verdict.dangerous.keys()
             if verdict.level is Level.DANGEROUS:
                 self.dangerous[pickle] = None
                 self.calls += calls
-            named = named if carried else verdict.dangerous
+            if not carried:
+                foreign = {each for each in verdict.foreign if not _OWN.match(each.module)}
+                named = {each: named[each] for each in named if each in foreign} | verdict.dangerous
+        elif not carried:
+            named = {}
         for each, offset in named.items():
             self.globals.setdefault(each, offset)
 
@@ -161,6 +176,7 @@ def _read_parts(
                 end = part.offset + part.nbytes
                 parts[part] = _read_part(shard, box, entry, seen)
             seen.unlisted += shard.nbytes - end
+        fileio.spare(shard.file, len(seen.files))
     return parts
 
 

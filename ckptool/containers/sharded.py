@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from ckptool.errors import (
     NoStateDict,
     NotACheckpoint,
 )
-from ckptool.files import budget
+from ckptool.files import budget, fileio
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -79,7 +80,7 @@ def read(reader: Reader) -> Checkpoint:
     with remembered(shards.values()):
         for count, name in enumerate(names, 1):
             budget.current().share = count / len(names)
-            shards[name] = _read_shard(folder, name)
+            shards[name] = _read_shard(folder, name, count)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
     entries, versions, notes = restored(entries, note)
@@ -169,10 +170,11 @@ def _refuse_absent(folder: str, names: Sequence[str]) -> None:
 def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
     """Note files in the folder that look like shards of this set, and that no key is in."""
     sets = {shard[0] for name in names if (shard := shard_of(name))}
+    beside: set[str] = set()
+    with suppress(OSError):  # a folder that may be entered, and not listed
+        beside.update(os.listdir(folder or "."))
     others = [
-        name
-        for name in sorted({*os.listdir(folder or ".")} - {*names})
-        if (shard := shard_of(name)) and shard[0] in sets
+        name for name in sorted(beside - {*names}) if (shard := shard_of(name)) and shard[0] in sets
     ]
     return [f"not named by the index, and not read: {listed(others)}"] if others else []
 
@@ -180,9 +182,10 @@ def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
 # The shards.
 
 
-def _read_shard(folder: str, name: str) -> Checkpoint:
+def _read_shard(folder: str, name: str, before: int) -> Checkpoint:
     with Reader(os.path.join(folder, name)) as reader:
         shard = _registry.read(reader, shard=True)
+    fileio.spare(reader.file, before)
     pickle_name = f"{name}: {shard.pickle_name}" if shard.pickle_name else ""
     notes = tuple(f"{name}: {note}" for note in shard.notes)
     return replace(shard, pickle_name=pickle_name, notes=notes)

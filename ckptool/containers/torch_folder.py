@@ -11,6 +11,7 @@ import re
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._pickles import is_pickle
 from ckptool.errors import LimitExceeded, Malformed, NoSuchFile
+from ckptool.files import fileio
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
@@ -30,9 +31,10 @@ def read(reader: Reader) -> Checkpoint | None:
         return None
     if reader.nbytes > MAX_PICKLE:
         raise LimitExceeded(f"{PICKLE} has {readable(reader.nbytes)}")
-    files = {reader.file: reader.stamp}
+    files: dict[str, fileio.Stamp] = {reader.file: reader.stamp}
     byteorder = _byteorder(os.path.join(folder, "byteorder"))
     total = reader.nbytes
+    known: dict[str, Reader] = {}
 
     def find_storage(said: StorageId) -> Storage:
         nonlocal total
@@ -40,15 +42,16 @@ def read(reader: Reader) -> Checkpoint | None:
             raise Malformed(f"a storage named {said.key!r}"[:100])
         path = os.path.join(folder, "data", said.key)
         try:
-            with Reader(path) as found:
-                nbytes, files[path] = found.nbytes, found.stamp
+            found = known[path] = known.get(path) or Reader(path)
         except NoSuchFile:
             raise Malformed(f"there is no file of storage {said.key}") from None
+        nbytes, files[found.file] = found.nbytes, found.stamp
         if nbytes != said.nbytes:
             what = f"storage {said.key} should have {said.nbytes} bytes and has {nbytes}"
             raise Malformed(what)
         total += nbytes
-        return Storage(path, said.key, 0, nbytes, said.dtype, said.location, byteorder)
+        fileio.spare(found.file, len(files))
+        return Storage(found.file, said.key, 0, nbytes, said.dtype, said.location, byteorder)
 
     parsed = pickle_reader.load(reader.read(0, reader.nbytes), 0, TorchVocabulary(find_storage))
     with pickle_reader.remembered([parsed]):

@@ -76,6 +76,11 @@ def read(reader: Reader) -> Checkpoint | None:
         generation="torch 0.1",
         protocol=parsed.protocol,
         unread=tuple(name for name in members if name not in _MEMBERS),
+        flaws=tuple(
+            f"torch.load finds no member {name}: it is named {members[name].name}"
+            for name in parts
+            if members[name].name != name
+        ),
     )
 
 

@@ -48,11 +48,11 @@ class Inside:
         """List all members, those that look like checkpoints first, the largest first of all."""
         endings = (*suffixes(), *SUFFIXES)
         members = []
-        for entry in self.entries.values():
+        for name, entry in self.entries.items():
             kind = "file" if isinstance(entry, zips.Member) else entry.kind
-            likely = kind == "file" and entry.name.lower().endswith(endings)
+            likely = kind == "file" and name.lower().endswith(endings)
             if kind != "folder":
-                members.append(ArchiveMember(entry.name, entry.nbytes, kind, likely))
+                members.append(ArchiveMember(name, entry.nbytes, kind, likely))
         return sorted(members, key=lambda member: (not member.likely, -member.nbytes))
 
 

@@ -173,6 +173,9 @@ def run_jobs(
     run = _Run(jobs, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
     try:
         run.all()
+    except Malformed:
+        run.readers.close()  # raises where one was changed: that is why, then
+        raise
     except BaseException:
         with suppress(Malformed):
             run.readers.close()

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -21,11 +20,20 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckptool.errors import BadInput, DownloadFailed, HashMismatch, NoSpace, OutputExists, WriteError
+from ckptool.errors import (
+    BadInput,
+    DownloadFailed,
+    HashMismatch,
+    NoSpace,
+    OutputExists,
+    WriteError,
+    of_system,
+)
 from ckptool.files import fileio, filename, http, parts, publish
 from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
+from ckptool.files.temporary import ELSEWHERE, temporary_folder
 from ckptool.text import length, quoted, readable
 
 if TYPE_CHECKING:
@@ -131,8 +139,15 @@ def temporary(
     url: str, *, progress: Progress | None = None, limits: Limits | None = None
 ) -> Iterator[Downloaded]:
     """Download to a temporary folder, gone when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
-        yield download(url, folder, sync=False, resumable=False, progress=progress, limits=limits)
+    with temporary_folder() as folder:
+        try:
+            done = download(
+                url, folder, sync=False, resumable=False, progress=progress, limits=limits
+            )
+        except WriteError as error:
+            error.hint = ELSEWHERE
+            raise
+        yield done
 
 
 def _hashes(name: str, sha256: str | None, registry: str | None) -> tuple[tuple[str, ...], str]:
@@ -169,7 +184,7 @@ def _folder(target: str | Path) -> Iterator[str]:
     try:
         os.makedirs(text)
     except OSError as error:
-        raise WriteError(f"the folder {text} cannot be made: {fileio.reason(error)}") from error
+        raise of_system(error, f"the folder {text}", "written") from error
     try:
         yield text
     except BaseException:
@@ -247,9 +262,8 @@ def _grown(job: _Job, target: Target, part: Part) -> Downloaded:
 def _left(part: Part, url: str) -> _Partial:
     """Return what an earlier run left of the same file, without the last byte of a whole one."""
     try:
-        with open(part.record, encoding="utf-8") as file:
-            record = json.loads(file.read(1 << 16))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(part.noted())
+    except (ValueError, RecursionError):
         return _Partial()
     nbytes = os.fstat(part.fd).st_size
     match record:

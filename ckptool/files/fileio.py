@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from copy import copy
 from typing import TYPE_CHECKING
-from weakref import finalize
 
 from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
     is_out_of_memory,
+    of_system,
 )
 from ckptool.tensors.tensor import Storage
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from mmap import mmap
     from pathlib import Path
 
     from _typeshed import WriteableBuffer
@@ -33,18 +34,87 @@ MARK = "::"  # between an archive and the name of a member in it
 Stamp = tuple[int, int, int]  # which file it is, its size, and when it was written to
 
 
+class OpenFile(str):
+    """The path of a file that is open: who keeps it reads the file that the path named then.
+
+    A `Storage`, and the `files` of a `Checkpoint`, keep it: a file is opened once, and one that is
+    replaced by a rename meanwhile is read to its end as it was. The descriptor goes with the last
+    of them.
+    """
+
+    stamp: Stamp
+    _fd: int
+
+    def __new__(cls, path: str, fd: int = -1) -> OpenFile:
+        """Open a regular file, or take a descriptor; raises what says why it cannot be opened."""
+        self = super().__new__(cls, path)
+        self._fd = fd
+        self._fd = fd if fd >= 0 else _open_regular(path)
+        self.stamp = _stamp(os.fstat(self._fd))
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        same_file = not isinstance(other, OpenFile) or self.stamp == other.stamp
+        return str.__eq__(self, other) and same_file
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+    def read_into(self, view: memoryview[int], start: int) -> int:
+        """Fill a view from `start`, as far as one call does."""
+        return _read_at(self.fileno(), view, start)
+
+    def mapped(self) -> mmap:
+        """Map the file, privately: what is written to the map never reaches it."""
+        from mmap import ACCESS_COPY, mmap
+
+        return mmap(self.fileno(), 0, access=ACCESS_COPY)
+
+    def fileno(self) -> int:
+        """Return the descriptor, of the file opened anew where it was closed."""
+        with _lock:
+            if self._fd < 0:
+                again = OpenFile(str(self))
+                if again.stamp != self.stamp:
+                    raise Malformed(f"{self} was replaced while it was read", path=self)
+                self._fd, again._fd = again._fd, -1
+            return self._fd
+
+    def changed(self) -> bool:
+        """Return whether the file was written to since it was opened."""
+        return self._fd >= 0 and _stamp(os.fstat(self._fd)) != self.stamp
+
+    def replaced(self) -> bool:
+        """Return whether the path names another file now, or none."""
+        try:
+            return os.stat(self).st_ino != self.stamp[0]
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Give the descriptor back; the path is opened again where it still names the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # nothing can be lost by that, whatever the system says
+                os.close(fd)
+
+    __del__ = close
+
+
 class Reader:
     """A file open for positioned reads; safe to share between threads.
 
-    `path` is what it is called in messages and `file` what is opened. A part of a file has its
-    own `base` in it: positions count from there, those of a `Storage` from the file's start.
+    `path` is what it is called in messages and `file` what is open. A part of a file has its own
+    `base` in it: positions count from there, those of a `Storage` from the file's start.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = self.file = str(path)
+        self.path = str(path)
+        self.file = path if isinstance(path, OpenFile) else OpenFile(self.path)
         self.base = 0
-        self._fd = _open_regular(self.path)
-        self.stamp = _stamp(os.fstat(self._fd))
+        self.stamp = self.file.stamp
         self.nbytes = self.stamp[1]
         self.held: tuple[object, ...] = ()  # what must live as long as the bytes are read
 
@@ -70,35 +140,27 @@ class Reader:
         while done < len(view):
             count = self._read_once(view[done:], self.base + start + done)
             if count == 0:
-                raise Malformed(
-                    "the file became shorter while it was read", path=self.path, offset=start + done
-                )
+                what = f"{self.path} became shorter while it was read"
+                raise Malformed(what, path=self.path, offset=start + done)
             done += count
 
     def _read_once(self, view: memoryview[int], start: int) -> int:
         try:
-            return _read_at(self._fd, view, start)
+            return self.file.read_into(view, start)
         except OSError as error:
             if is_out_of_memory(error):
                 raise
-            what = f"{self.path} cannot be read: {reason(error)}"
-            raise Malformed(what, path=self.path, offset=start) from error
+            raise of_system(error, self.path, "read", offset=start) from error
 
     def refuse_change(self) -> None:
         """Raise `Malformed` if the file was written to since it was opened."""
-        if _stamp(os.fstat(self._fd)) != self.stamp:
-            raise Malformed(f"{self.path} was changed while it was read", path=self.path)
-
-    def close(self) -> None:
-        """Close the file; nothing can be lost by that, whatever the system says."""
-        with suppress(OSError):
-            os.close(self._fd)
+        refuse_changed(self.file)
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Leave the file to those who keep its path."""
 
 
 class ReaderFile(io.RawIOBase):
@@ -124,13 +186,22 @@ class ReaderFile(io.RawIOBase):
         return len(view)
 
 
-def refuse_changed(path: str, stamp: Stamp) -> None:
-    """Raise `Malformed` if there is another file now, or the file was written to."""
-    try:
-        changed = _stamp(os.stat(path)) != stamp
-    except OSError:
-        changed = True
-    if changed:
+def opened_again(path: str) -> str:
+    """Return the path by which another library opens the same file, where there is one."""
+    if isinstance(path, OpenFile) and os.path.isdir("/proc/self/fd"):
+        return f"/proc/self/fd/{path.fileno()}"
+    return path
+
+
+def close(path: str) -> None:
+    """Close a file, to be opened again if it is read again."""
+    if isinstance(path, OpenFile):
+        path.close()
+
+
+def refuse_changed(path: str) -> None:
+    """Raise `Malformed` if an open file was written to since it was opened."""
+    if isinstance(path, OpenFile) and path.changed():
         raise Malformed(f"{path} was changed while it was read", path=path)
 
 
@@ -138,34 +209,77 @@ def _stamp(found: os.stat_result) -> Stamp:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def spare(file: OpenFile, before: int) -> None:
+    """Close a file of a set, to be opened again, if so many before it are kept open."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:
+        limit = 512  # of the C library of Windows
+    if before > limit // 2:
+        file.close()
+
+
 def _open_regular(path: str) -> int:
     """Open a regular file; a pipe, a socket or a device would block or never end."""
     try:
-        mode = os.stat(path).st_mode
+        _refuse_irregular(path, os.stat(path).st_mode)
+        fd = _open(path)
     except FileNotFoundError:
         if path.lower().startswith(("http://", "https://")):
             hint = f"ckptool download {path}"
             raise NoSuchFile(f"{path} is a URL; a file is needed", hint=hint) from None
         raise NoSuchFile(f"{path or repr(path)} does not exist", path=path) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise NoSuchFile(f"{path} cannot be opened: {error}", path=path) from None
+    except OSError as error:
         if is_out_of_memory(error):
             raise
-        raise NoSuchFile(f"{path} cannot be opened: {reason(error)}", path=path) from None
+        raise of_system(error, path, "opened") from None
+    try:
+        _refuse_irregular(path, os.fstat(fd).st_mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_irregular(path: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise NotACheckpoint(f"{path} is a folder", path=path)
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
         kind = kinds.get(stat.S_IFMT(mode), "device")
         raise NotACheckpoint(f"{path} is a {kind}, not a file", path=path)
+
+
+def _open(path: str) -> int:
+    """Open a file for reading; more at once than the soft limit, which is for select(2) alone."""
+    flags = os.O_RDONLY
+    for name in ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK"):  # a pipe may take its place meanwhile
+        flags |= getattr(os, name, 0)
     try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return os.open(path, flags)
     except OSError as error:
-        if is_out_of_memory(error):
+        if error.errno != errno.EMFILE or not _raise_limit():
             raise
-        many = error.errno in (errno.EMFILE, errno.ENFILE)
-        hint = "ulimit -n 65536   lets it have all files of a checkpoint open" if many else ""
-        what = f"{path} cannot be opened: {reason(error)}"
-        raise NoSuchFile(what, path=path, hint=hint) from None
+    return os.open(path, flags)
+
+
+def _raise_limit() -> bool:
+    """Raise the limit of open files to the hard one; return whether there is room now."""
+    import gc
+
+    gc.collect()  # files of trees that hold themselves
+    try:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, OSError, ValueError):  # Windows; macOS where the hard one is infinite
+        return False
+    return True
 
 
 def spelled_like(path: str) -> str:
@@ -178,11 +292,6 @@ def spelled_like(path: str) -> str:
         if close and close[0] != name:
             return f"did you mean {os.path.join(folder, close[0])}?"
     return ""
-
-
-def reason(error: Exception) -> str:
-    """Return the system's words for an error."""
-    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 def unpacked(storage: Storage, reader: Reader) -> Iterator[bytes]:
@@ -219,7 +328,7 @@ KEPT_UNPACKED = 2  # the two sides of a comparison, or one for each worker of a 
 
 
 class Readers:
-    """The open files of a run, by path, and what of them was unpacked last."""
+    """The readers of a run, by path, and what of them was unpacked last."""
 
     def __init__(self) -> None:
         self._open: dict[str, Reader] = {}
@@ -243,29 +352,23 @@ class Readers:
         return reader
 
     def close(self) -> None:
-        """Close all files, after a last look whether one was changed meanwhile."""
-        try:
-            for reader in self._open.values():
-                reader.refuse_change()
-        finally:
-            self._unpacked.clear()
-            for reader in self._open.values():
-                reader.close()
+        """Let go of all files, after a last look whether one was changed meanwhile."""
+        readers = [*self._open.values()]
+        self._open.clear()
+        self._unpacked.clear()
+        for reader in readers:
+            reader.refuse_change()
 
 
 def _spooled(storage: Storage, packed: Reader) -> Reader:
     """Unpack a storage into a temporary file, which goes with its reader."""
-    from tempfile import TemporaryFile
+    from ckptool.files.temporary import temporary_file
 
-    reader = copy(packed)
-    with TemporaryFile() as file:
+    with temporary_file() as file:
         for data in unpacked(storage, packed):
             file.write(data)
         file.flush()
-        reader._fd = os.dup(file.fileno())
-    finalize(reader, os.close, reader._fd)
-    reader.base, reader.nbytes = 0, storage.nbytes
-    return reader
+        return Reader(OpenFile(packed.path, os.dup(file.fileno())))
 
 
 def write_at(target: int, data: bytes | bytearray | memoryview, position: int) -> None:
@@ -287,13 +390,13 @@ def read_back(target: int, view: memoryview[int], position: int) -> None:
         position += count
 
 
-_seek_lock = threading.Lock()  # Windows has no positioned reads and writes
+_lock = threading.Lock()  # Windows has no positioned reads and writes
 
 
 def _read_at(fd: int, view: memoryview[int], position: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(fd, [view], position)
-    with _seek_lock:
+    with _lock:
         os.lseek(fd, position, os.SEEK_SET)
         data = os.read(fd, len(view))
     view[: len(data)] = data
@@ -303,6 +406,6 @@ def _read_at(fd: int, view: memoryview[int], position: int) -> int:
 def _write_once(target: int, view: memoryview[int], position: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(target, view, position)
-    with _seek_lock:
+    with _lock:
         os.lseek(target, position, os.SEEK_SET)
         return os.write(target, view)

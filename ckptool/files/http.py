@@ -95,7 +95,7 @@ class _Patience:
             what = ": the server sends headers or padding without end"
             raise failed(self.url, what, _HINTS[404])
         if self.waited >= self.timeout:
-            pace = f"less than {readable(PACE)}/s for {self.timeout:g} seconds"
+            pace = f"less than {readable(PACE)}/s for {self.timeout:g} s"
             what = f": {parsed(self.url).hostname} stopped sending, or sent {pace}"
             raise failed(self.url, what, "run it again; --timeout SECONDS waits longer")
         return self.timeout - self.waited
@@ -173,7 +173,8 @@ class Answer:
                 if self._chunked and left:
                     raise ConnectionError("the body ended inside a chunk")
                 if self._chunked and reader.read(2) != b"\r\n":
-                    raise failed(self.url, ": a chunk is longer than the server states")
+                    what = ": a chunk is longer than the server states"
+                    raise failed(self.url, what, "look for another link")
         except OSError as error:
             raise _failure(self.url, error) from error
 
@@ -411,7 +412,8 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
 
 def _reason(error: Exception) -> str:
     """Return the innermost reason that urllib3 knows, without addresses of objects."""
-    inner = getattr(error, "original_error", None) or error
+    known = (getattr(error, "original_error", None), *error.args[1:])
+    inner = next((each for each in known if isinstance(each, Exception)), error)
     text = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>:? ?", "", str(inner) or type(inner).__name__)
     return re.sub(r"^\w*Connection\w*\([^()]*\): ", "", text)[:SHOWN]
 
@@ -443,8 +445,9 @@ def _refuse_framing(url: str, answer: Answer) -> None:
 
 
 def _no_length(url: str, of: str, stated: str) -> DownloadFailed:
-    evidence = [f"the length {of} is {stated[:SHOWN].rstrip()!r}"]
-    return failed(url, ": the server states a length that is not a number", evidence=evidence)
+    evidence = [f"the length {of} is {stated[:SHOWN]!r}"]
+    what = ": the server states a length that is not a number"
+    return failed(url, what, "look for another link", evidence=evidence)
 
 
 def refuse_page(url: str, answer: Answer, head: bytes) -> None:

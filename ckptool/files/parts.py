@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from ckptool.errors import reason
 from ckptool.files import publish
-from ckptool.files.fileio import reason, write_at
+from ckptool.files.fileio import write_at
 from ckptool.files.publish import Target
 
 WINDOWS = os.name == "nt"
+PRIVATE = 0o600  # while it grows: the file has the mode of the umask once it is whole
 
 
 @dataclass(slots=True)
@@ -37,12 +39,22 @@ class Part:
 
     def note(self, text: str) -> None:
         """Write the record."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-        fd = os.open(self.record, flags, 0o666)
+        with suppress(FileNotFoundError):
+            os.unlink(self.record)
+        fd = os.open(self.record, _flags(os.O_WRONLY | os.O_EXCL), PRIVATE)
         try:
             write_at(fd, text.encode(), 0)
         finally:
             os.close(fd)
+
+    def noted(self) -> str:
+        """Return the record of an earlier run, an empty text where it is not this user's own."""
+        try:
+            fd = os.open(self.record, _flags(os.O_RDONLY) & ~os.O_CREAT)
+            with open(fd, encoding="utf-8") as file:
+                return file.read(1 << 16) if _is_ours(os.fstat(fd)) else ""
+        except (OSError, ValueError):
+            return ""
 
     def remove(self) -> None:
         """Remove the part and its record."""
@@ -74,7 +86,7 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
         try:
             yield part
             part.kept = False
-            publish.finish(part.fd, target, sync=target.sync)
+            publish.finish(part.fd, target.path, sync=target.sync, private=True)
             if WINDOWS:  # where an open file can be neither renamed nor removed
                 part.close()
             publish.move_file(path, target)
@@ -105,23 +117,44 @@ def _remove(part: Part, target: Target, *, published: bool) -> None:
 
 
 def _open_alone(path: str) -> Part | None:
-    flags = os.O_RDWR | os.O_CREAT
-    for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC"):
-        flags |= getattr(os, name, 0)
+    """Open a part and lock it; one that somebody else may write is not gone on with, but removed.
+
+    None where another process has it.
+    """
     while True:
-        part = Part(os.open(path, flags, 0o666), path)
+        if os.path.islink(path):  # which open(2) would call a loop
+            raise FileExistsError(errno.EEXIST, "it is a symbolic link", path)
+        part = Part(os.open(path, _flags(os.O_RDWR), PRIVATE), path)
         try:
-            if not stat.S_ISREG(os.fstat(part.fd).st_mode):
-                raise FileExistsError(errno.EEXIST, f"{path} is not a regular file")
+            found = os.fstat(part.fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileExistsError(errno.EEXIST, "it is not a regular file", path)
             if not _locked(part.fd):
                 part.close()
                 return None
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(part.fd)):
-                return part
+            if os.path.exists(path) and os.path.samestat(os.stat(path), found):
+                if _is_ours(found):
+                    return part
+                os.unlink(path)
         except BaseException:
             part.close()
             raise
         part.close()  # published or removed by another process between the open and the lock
+
+
+def _flags(flags: int) -> int:
+    """Add to the flags of `os.open`: make a file that is absent, follow no link, wait for none."""
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK"):
+        flags |= getattr(os, name, 0)
+    return flags | os.O_CREAT
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Return whether a file is this user's, under one name, and nobody else may write it."""
+    if WINDOWS:
+        return True
+    alone = found.st_uid == os.geteuid() and found.st_nlink == 1
+    return stat.S_ISREG(found.st_mode) and alone and not found.st_mode & 0o022
 
 
 def _locked(fd: int) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -25,10 +26,11 @@ from ckptool.errors import (
     SameFile,
     WriteError,
     is_out_of_memory,
+    of_system,
     out_of_memory,
+    reason,
 )
 from ckptool.files.copying import Job, Moved, PlannedFile, Progress, write_file
-from ckptool.files.fileio import reason
 from ckptool.text import counted, listed, quoted, readable
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
 
 ASIDE = "old"  # the folder for what is replaced, in the temporary one
+TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp", re.DOTALL)  # as `beside` names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ def refuse_folder(
     inside = _names(target)
     if inside and any(os.path.realpath(os.path.dirname(source)) == real for source in sources):
         raise SameFile(f"the input lies in {shown}", hint="name another folder as the output")
-    others = [name for name in inside if not owns(name)]
+    others = [name for name in inside if not owns(name) and not TEMPORARY.fullmatch(name)]
     if others:
         raise OutputExists(
             f"{shown} holds other files: {listed(others, 4)}",
@@ -189,7 +192,7 @@ def _names(target: Target) -> list[str]:
     try:
         return sorted(os.listdir(target.path))
     except OSError as error:
-        raise WriteError(f"{target.path} cannot be opened: {reason(error)}") from None
+        raise of_system(error, target.path, "written") from None
 
 
 def _index_first(names: Iterable[str]) -> list[str]:
@@ -197,12 +200,29 @@ def _index_first(names: Iterable[str]) -> list[str]:
 
 
 def _refuse_unwritable(shown: str, target: Target) -> None:
-    if not os.path.isdir(target.folder):
+    """Raise `WriteError` for a place where nothing can be made, before anything is."""
+    try:
+        if not stat.S_ISDIR(os.stat(target.folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(target.folder, os.W_OK):
+            code = errno.EROFS if _is_read_only(target.folder) else errno.EACCES
+            raise OSError(code, os.strerror(code))
+    except FileNotFoundError:
         raise WriteError(
             f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
-        )
-    if not os.access(target.folder, os.W_OK):
-        raise WriteError(f"the folder of {shown} cannot be written to")
+        ) from None
+    except OSError as error:
+        raise of_system(error, shown, "written") from None
+    try:
+        os.stat(target.path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a link to itself, a name too long
+        raise of_system(error, shown, "written") from None
+
+
+def _is_read_only(folder: str) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def free_space(target: Target) -> int | None:
@@ -249,14 +269,14 @@ def publish(
     except BaseException as error:
         done = written is not None and _is(place.path, written)
         with suppress(OSError):  # the first error is the one to report
-            _remove(temporary, replaced=done)
+            _remove(temporary, place, output, replaced=done)
         if done and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"{place.path} was written") from None
         if isinstance(error, OSError):
             raise write_error(error, place) from error
         raise
     try:
-        return [*_removed(temporary, place), *flushed(place)]
+        return [*_removed(temporary, place, output), *flushed(place)]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{place.path} was written") from None
 
@@ -275,15 +295,17 @@ def _write(
     Those of many tensors take as much memory as reading the output back does.
     """
     moved: Moved = {}
+    old = _old(place, output)
     if output.head:
         os.mkdir(temporary)
     for file in output.files:
         path = os.path.join(temporary, file.name) if file.name else temporary
+        like = file.name if file.name in old else (old or [file.name])[0]
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         fd = os.open(path, flags, 0o666)
         try:
             done = write_file(fd, file, progress, sync=place.sync)
-            finish(fd, place if not file.name else None, sync=place.sync)
+            finish(fd, os.path.join(place.path, like) if like else place.path, sync=place.sync)
         finally:
             os.close(fd)
         moved[os.path.basename(path)] = {
@@ -297,12 +319,38 @@ def _write(
     return moved, replace(output, files=files)
 
 
-def finish(fd: int, replaced: Target | None, *, sync: bool) -> None:
-    """Set on a written file the mode of the one it replaces, and flush it."""
-    if replaced and hasattr(os, "fchmod") and os.path.exists(replaced.path):
-        os.fchmod(fd, stat.S_IMODE(os.stat(replaced.path).st_mode))
+def finish(fd: int, replaced: str, *, sync: bool, private: bool = False) -> None:
+    """Set on a written file owner, group and mode of the one it replaces, and flush it.
+
+    A new one that was `private` until now gets the mode of the umask.
+    """
+    if hasattr(os, "fchown") and os.path.exists(replaced):
+        _be_as(fd, os.stat(replaced))
+    elif private and hasattr(os, "fchmod"):
+        os.chmod(fd, 0o666 & ~_umask())
     if sync:
         os.fsync(fd)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(umask)
+    return umask
+
+
+def _be_as(made: int | str, old: os.stat_result) -> None:
+    """Set owner and group as far as this user may (root both, others a group of theirs), and mode.
+
+    Of a file by its descriptor, of a folder by its path.
+    """
+    found = os.stat(made)
+    for owner in (old.st_uid, -1):
+        if (found.st_uid, found.st_gid) == (old.st_uid, old.st_gid):
+            break
+        with suppress(OSError):  # and not every file system has owners
+            os.chown(made, owner, old.st_gid)
+            break
+    os.chmod(made, stat.S_IMODE(old.st_mode))  # which a change of the owner takes bits from
 
 
 def _move(temporary: str, place: Target, output: Output) -> None:
@@ -310,7 +358,8 @@ def _move(temporary: str, place: Target, output: Output) -> None:
     if not output.head:
         move_file(temporary, place)
     elif place.inside:
-        _exchange(temporary, place, output)
+        if not _old(place, output) or not _swapped(temporary, place, output):
+            _exchange(temporary, place, output)
     else:
         try:
             os.rename(temporary, place.path)
@@ -346,17 +395,80 @@ def _link(temporary: str, path: str) -> None:
         os.rename(temporary, path)
 
 
+def _old(place: Target, output: Output) -> list[str]:
+    """List the files of a folder that an output replaces, their index first."""
+    return _index_first(filter(output.owns, _names(place)))
+
+
+def _swapped(temporary: str, place: Target, output: Output) -> bool:
+    """Exchange a folder for the new one at once; return whether the system can, and did.
+
+    Files in it that are others' go with it, under a second name until the old folder is removed.
+    """
+    outside, here = _outside(temporary, place), os.path.basename(temporary)
+    others = [name for name in _names(place) if name != here and not output.owns(name)]
+    try:
+        if os.path.samefile(os.getcwd(), place.path):  # which a shell would stay in
+            return False
+        for name in others:  # not for a folder
+            source, path = os.path.join(place.path, name), os.path.join(temporary, name)
+            os.link(source, path, follow_symlinks=False)
+        _be_as(temporary, os.stat(place.path))
+        os.rename(temporary, outside)
+        if others and place.sync:
+            flush_folder(outside)
+        swap(outside, place.path)
+    except (OSError, NotImplementedError):
+        if os.path.lexists(outside):
+            os.rename(outside, temporary)
+        for name in others:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(temporary, name))
+        return False
+    return True
+
+
+def _outside(temporary: str, place: Target) -> str:
+    """Return the path of what is temporary, beside the folder instead of in it."""
+    return os.path.join(os.path.dirname(place.path), os.path.basename(temporary))
+
+
+def swap(one: str, other: str) -> None:
+    """Exchange two paths at once, on Linux (renameat2(2), 3.15); raises `OSError` elsewhere."""
+    import ctypes
+    import sys
+
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    rename = getattr(libc, "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), one, None, other)
+
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD (fcntl.h), RENAME_EXCHANGE (linux/fs.h)
+
+
 def _exchange(temporary: str, place: Target, output: Output) -> None:
-    """Move old files aside and new ones in; undo it all where a step fails."""
+    """Move old files aside and new ones in, one by one; undo it all where a step fails.
+
+    The old ones are all aside before the first is gone from its place, if there are hard links.
+    """
     new = sorted((file.name for file in output.files), key=lambda name: name == output.last)
     aside = os.path.join(temporary, ASIDE)
     os.mkdir(aside)
     undo: list[Callable[[], None]] = []
     try:
-        for name in _index_first(filter(output.owns, _names(place))):
-            old, away = os.path.join(place.path, name), os.path.join(aside, name)
-            undo.append(lambda old=old, away=away: os.rename(away, old))  # type: ignore[misc]
-            os.rename(old, away)
+        old = [
+            (os.path.join(place.path, name), os.path.join(aside, name))
+            for name in _old(place, output)
+        ]
+        for path, away in old:
+            undo.append(lambda path=path, away=away: _back(away, path))  # type: ignore[misc]
+            with suppress(OSError):
+                os.link(path, away, follow_symlinks=False)
+        for path, away in old:
+            os.rename(path, away) if not os.path.lexists(away) else os.unlink(path)
         for name in new:
             if place.sync and name in (new[0], output.last):
                 flush_folder(place.path)
@@ -369,6 +481,13 @@ def _exchange(temporary: str, place: Target, output: Output) -> None:
             with suppress(OSError):
                 step()
         raise
+
+
+def _back(away: str, path: str) -> None:
+    """Move a file back; `rename` of one name of a file to another leaves both."""
+    os.rename(away, path)
+    with suppress(FileNotFoundError):
+        os.unlink(away)
 
 
 def _unlink(path: str, made: os.stat_result) -> None:
@@ -387,55 +506,82 @@ def _is(path: str, made: os.stat_result) -> bool:
 # Tidying up.
 
 
-def _remove(temporary: str, *, replaced: bool) -> None:
+def _remove(temporary: str, place: Target, output: Output, *, replaced: bool) -> None:
     """Remove what is temporary; an interruption comes after that, not instead of it."""
     try:
-        _clear(temporary, replaced=replaced)
+        _clear(temporary, place, output, replaced=replaced)
     except (KeyboardInterrupt, SystemExit):
-        _clear(temporary, replaced=replaced)
+        _clear(temporary, place, output, replaced=replaced)
         raise
 
 
-def _clear(temporary: str, *, replaced: bool) -> None:
+def _clear(temporary: str, place: Target, output: Output, *, replaced: bool) -> None:
     """Remove a temporary file or folder, and with `replaced` the old files in it.
 
-    Those that could not be moved back stay. Raises the first error when all was tried.
+    Those that could not be moved back stay, and others' files go back. Raises the first error when
+    all was tried.
     """
-    folders = (os.path.join(temporary, ASIDE), temporary) if replaced else (temporary,)
-    paths = [
-        os.path.join(folder, name)
-        for folder in folders
-        if os.path.isdir(folder)
-        for name in os.listdir(folder)
-    ]
+    outside = _outside(temporary, place) if place.inside else temporary
     errors = []
-    for path in (*paths, temporary):
+    for folder in (*([os.path.join(temporary, ASIDE)] if replaced else []), temporary, outside):
+        for name in _inside(folder):
+            try:
+                path, there = os.path.join(folder, name), os.path.join(place.path, name)
+                if folder != outside or outside == temporary or _is_old(output, path, there):
+                    _removed_one(path)
+                elif os.path.lexists(there):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+                else:  # made by someone else meanwhile
+                    os.rename(path, there)
+            except OSError as error:
+                errors.append(error)
         try:
-            os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
-        except FileNotFoundError:
-            pass
+            _removed_one(folder)
         except OSError as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-def _removed(temporary: str, place: Target) -> Iterator[str]:
-    """Remove what is temporary after publishing; yield a warning where that fails."""
-    folder = os.path.isdir(temporary)
+def _removed_one(path: str) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            os.unlink(path)
+        except (IsADirectoryError, PermissionError):  # the latter on macOS and Windows
+            os.rmdir(path)
+
+
+def _inside(folder: str) -> list[str]:
     try:
-        _remove(temporary, replaced=True)
+        return os.listdir(folder)
+    except OSError:  # a file, for one; what cannot be listed cannot be removed either
+        return []
+
+
+def _is_old(output: Output, path: str, there: str) -> bool:
+    """Return whether a file of the old folder is replaced, or has its name in the new one."""
+    same = os.path.lexists(there) and os.path.samestat(os.lstat(path), os.lstat(there))
+    return same or output.owns(os.path.basename(path))
+
+
+def _removed(temporary: str, place: Target, output: Output) -> Iterator[str]:
+    """Remove what is temporary after publishing; yield a warning where that fails."""
+    folder = bool(output.head)
+    try:
+        _remove(temporary, place, output, replaced=True)
     except OSError as error:
+        left = error.filename or temporary
         what = "what it replaced" if folder else f"its temporary name {temporary}"
-        where = f" ({temporary})" if folder else "; remove that name: the file stays"
+        where = f" ({left})" if folder else "; remove that name: the file stays"
         yield f"{place.path} was written, but {what} cannot be removed: {reason(error)}{where}"
 
 
 def flushed(place: Target) -> Iterator[str]:
     """Flush the folder of what has been published; yield a warning where that fails."""
     try:
-        if place.sync:
-            flush_folder(place.folder)
+        for folder in dict.fromkeys([place.folder, os.path.dirname(place.path)]):
+            if place.sync:
+                flush_folder(folder)
     except OSError as error:
         yield (
             f"{place.path} was written, but its folder could not be flushed: {reason(error)}; "
@@ -465,15 +611,6 @@ def write_error(error: OSError, target: Target) -> CkptoolError:
     """Return the error that says why output could not be written."""
     if is_out_of_memory(error):  # which is not the fault of the disk
         return out_of_memory()
-    if error.errno == errno.EFBIG:
-        return NoSpace(
-            f"{target.path} cannot be written: it is over a limit on the size of files; nothing "
-            "was kept",
-            hint="ulimit -f shows the limit of the shell; file systems have theirs",
-        )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(
-            f"no space left while writing {target.path}; nothing was kept",
-            hint="make room, or name an output on another file system",
-        )
-    return WriteError(f"{target.path} cannot be written: {reason(error)}; nothing was kept")
+    raised = of_system(error, target.path, "written")
+    raised.message += "; nothing was kept"
+    return raised

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files.fileio import CHUNK, Reader, ReaderFile
+from ckptool.files.temporary import temporary
 from ckptool.text import readable
 
 EXPANSION = 16  # weights hardly shrink; what grows more than this is no archive of weights
@@ -23,14 +24,15 @@ class Spool:
     def __init__(self, blocks: Iterable[bytes]) -> None:
         from tempfile import mkstemp
 
-        descriptor, self.path = mkstemp(prefix="ckptool-")
-        remove = weakref.finalize(self, _remove, self.path)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.writelines(blocks)
-        except BaseException:
-            remove()
-            raise
+        with temporary():
+            descriptor, self.path = mkstemp(prefix="ckptool-")
+            remove = weakref.finalize(self, _remove, self.path)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.writelines(blocks)
+            except BaseException:
+                remove()
+                raise
 
 
 def _remove(path: str) -> None:

@@ -49,7 +49,7 @@ _TEXT = ("utf-8", "surrogateescape")
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """One member: where its data start in the archive, and what it is (`file`, `folder` ...)."""
+    """One member: its name as it is there, where its data start, and what it is (`file` ...)."""
 
     name: str
     start: int
@@ -74,7 +74,10 @@ def _parsed(header: bytes) -> TarInfo | None:
 
 
 def read_members(reader: Reader) -> dict[str, TarMember]:
-    """Read all headers; raises a `FormatError` with the offset of what is wrong."""
+    """Read all headers; raises a `FormatError` with the offset of what is wrong.
+
+    The members are under their names without `./` before and `/` behind.
+    """
     members: dict[str, TarMember] = {}
     for info in _infos(reader):
         name, start = info.name.removeprefix("./").rstrip("/"), info.offset_data
@@ -85,7 +88,7 @@ def read_members(reader: Reader) -> dict[str, TarMember]:
             _fail(f"a member named {name!r}", start)
         if name in members and "folder" not in (kind, members[name].kind):
             _fail(f"two members are named {name}", start)
-        members[name] = TarMember(name, start, info.size, kind)
+        members[name] = TarMember(info.name, start, info.size, kind)
     return members
 
 

@@ -39,6 +39,7 @@ _MAX_COMMENT = 0xFFFF
 _BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
 _PATCHED = 0x0020
+_UNICODE_PATH = 0x7075  # "up", in an extra field: a version, the name's checksum, another name
 _DESCRIPTOR = 0x0008
 _FOLDER = 0x10  # of MS-DOS: miniz, and so torch, reads no byte of such a record, whoever wrote it
 _HEADERS_AT_ONCE = 1 << 16
@@ -215,6 +216,8 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
             entry = entry._replace(nbytes=nbytes, packed=packed)
         raw_name = data[name_at:extra_at]
         name = _text(raw_name)
+        if _second_name(data[extra_at:comment_at]) not in (b"", raw_name):
+            _fail(reader, f"record {name} has two names", base + position)
         if disk > 1:  # torch takes 1 for 0 (miniz, `mz_zip_reader_read_central_dir`)
             _fail(reader, f"record {name} lies in another part of the archive", base + position)
         if attributes & _FOLDER and entry.nbytes:
@@ -223,6 +226,17 @@ def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]
         sizes = (entry.crc32, entry.packed, entry.nbytes)
         yield Member(name, entry.method, *sizes, header, start)
         position = end
+
+
+def _second_name(extra: bytes) -> bytes:
+    """Return the name that the extra field of Info-ZIP states, which newer zipfiles take."""
+    position = 0
+    while b"up" in extra and position + 4 <= len(extra):
+        tag, size = struct.unpack_from("<HH", extra, position)
+        if tag == _UNICODE_PATH:
+            return extra[position + 9 : position + 4 + size]
+        position += 4 + size
+    return b""
 
 
 def _text(name: bytes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptool import containers
 from ckptool.errors import BadInput
+from ckptool.files.temporary import temporary_folder
 from ckptool.model import libraries, zoo
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.module_metadata import ATTRIBUTES
@@ -33,7 +33,7 @@ def opened(given: CheckpointLike) -> Iterator[Checkpoint]:
         yield containers.read(given)
         return
     name, state_dict = _state_dict(given)
-    with tempfile.TemporaryDirectory(prefix="ckptool-") as folder:
+    with temporary_folder() as folder:
         path = os.path.join(folder, "state_dict.pth")
         try:
             libraries.torch().save(state_dict, path)

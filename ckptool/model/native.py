@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptool import containers
+from ckptool.files import fileio
 from ckptool.model import libraries, live, loading
 from ckptool.model.devices import is_out_of_memory
 from ckptool.model.live import CheckpointLike
@@ -59,7 +60,9 @@ def opened(given: CheckpointLike, at: str | None = None, option: str = "--at") -
     """Read a file, or what is in memory, and find its state_dict, which `option` chooses."""
     with live.opened(given) as checkpoint:
         is_file = isinstance(given, str | os.PathLike)
-        file = checkpoint.path if is_file else checkpoint.files[0][0]
+        file = checkpoint.files[0][0]
+        if is_file and file != checkpoint.path:  # of an archive, or a folder
+            file = checkpoint.path
         yield Source(file, checkpoint, places.find(checkpoint, at, option))
 
 
@@ -89,7 +92,10 @@ def _by_torch(source: Source) -> Native:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             whole = torch.load(
-                source.file, map_location="cpu", weights_only=True, mmap=_can_map(source)
+                fileio.opened_again(source.file),
+                map_location="cpu",
+                weights_only=True,
+                mmap=_can_map(source),
             )
         return Native(_taken_out(whole, source), "torch.load")
     except _Refused:
@@ -150,7 +156,7 @@ def _joined(parts: Mapping[str, Any]) -> Mapping[str, Any]:
 def _by_safetensors(source: Source) -> Native:
     library = libraries.safetensors()
     try:
-        loaded = library.torch.load_file(source.file, device="cpu")
+        loaded = library.torch.load_file(fileio.opened_again(source.file), device="cpu")
     except Exception as error:  # SafetensorError, and whatever torch raises for a dtype
         if is_out_of_memory(error):
             raise

@@ -253,10 +253,9 @@ class Reviver:
 
     def _mapped(self, path: str) -> Any:
         if path not in self._maps:
-            with Reader(path) as reader:
-                nbytes = reader.nbytes
-            self._maps[path] = self._torch.UntypedStorage.from_file(path, False, nbytes)
-        return self._maps[path]
+            data = Reader(path).file.mapped()
+            self._maps[path] = self._torch.frombuffer(data, dtype=self._torch.uint8)
+        return self._maps[path].untyped_storage()
 
 
 def _quantizer(origin: Node) -> tuple[Node, ...] | None:

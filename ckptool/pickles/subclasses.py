@@ -61,6 +61,14 @@ def sizes_of(node: Node) -> tuple[int, ...] | None:
     return tuple(node)
 
 
+def _size(node: Node) -> tuple[int, ...]:
+    """Read the size of a tensor; raises `Malformed`."""
+    found = sizes_of(node)
+    if found is None:
+        raise Malformed("the size of a tensor is not a tuple of numbers, or negative")
+    return found
+
+
 def dtype_of(node: Node) -> DType | None:
     """Return the dtype that a name of torch means, None for any other node."""
     if isinstance(node, Global) and node.module == "torch":
@@ -83,7 +91,9 @@ def _sparse(node: Object) -> CompositeTensor | None:
             parts = tuple(part for part in data if isinstance(part, TensorInfo))
             sizes = [size for part in data if (size := sizes_of(part)) is not None]
             if len(parts) >= 2 and not sizes:
-                raise Malformed("a sparse tensor whose size is not a tuple of lengths")
+                raise Malformed(
+                    "the size of a sparse tensor is not a tuple of numbers, or negative"
+                )
             if len(parts) >= 2:
                 values = parts[1] if len(data) <= 4 and len(parts) == 2 else parts[2]
                 return CompositeTensor(_layout(layout), values.dtype, sizes[0], parts, node)
@@ -100,9 +110,9 @@ def _nested(node: Object) -> CompositeTensor | None:
 def _meta(node: Object) -> CompositeTensor | None:
     match node.args:
         case (named, size, *_):
-            dtype, shape = dtype_of(named), sizes_of(size)
-            if dtype is not None and shape is not None:
-                return CompositeTensor("meta", dtype, shape, (), node)
+            dtype = dtype_of(named)
+            if dtype is not None:
+                return CompositeTensor("meta", dtype, _size(size), (), node)
     return None
 
 
@@ -148,14 +158,12 @@ def subclass(node: Object) -> AnyTensor | None:
     inside = [piece.tensor for piece in held.pieces] if held else [*tensors_in((args, state))]
     parts = tuple({part.view: part for part in inside}.values())
     if function == Global(UTILS, "_rebuild_wrapper_subclass") and len(args) > 2:
-        dtype, shape = dtype_of(args[1]), sizes_of(args[2])
+        dtype, shape = dtype_of(args[1]), _size(args[2])
     elif parts:  # jagged: torch/nested/_internal/nested_tensor.py, `_rebuild_njt`
         dtype, shape = parts[0].dtype, parts[0].shape
     else:
         return None
-    if dtype is None or shape is None:
-        return None
-    return CompositeTensor(kind.name, dtype, shape, parts, node)
+    return CompositeTensor(kind.name, dtype, shape, parts, node) if dtype else None
 
 
 def tensors_in(node: Node) -> Iterator[TensorInfo]:
@@ -257,7 +265,7 @@ def _dtensor(shape: tuple[int, ...], state: tuple[Node, ...]) -> Holding | None:
     world = ranks.numel if isinstance(ranks, TensorInfo) else None
     rank = attribute(mesh, "_rank")
     sizes = ranks.shape if isinstance(ranks, TensorInfo) else ()
-    return Holding(shape, (Piece(None, local),), _number(rank), world, sizes, names)
+    return Holding(shape, (Piece(None, local),), length(rank), world, sizes, names)
 
 
 def _sharded(shape: tuple[int, ...], state: tuple[Node, ...]) -> Holding | None:
@@ -271,7 +279,7 @@ def _sharded(shape: tuple[int, ...], state: tuple[Node, ...]) -> Holding | None:
         pieces.append(Piece(sizes_of(_slots(slots.get("metadata")).get("shard_offsets")), tensor))
     group = next((part for part in state if attribute(part, "global_world_size")), None)
     rank, world = attribute(group, "global_rank"), attribute(group, "global_world_size")
-    return Holding(shape, tuple(pieces), _number(rank), _number(world))
+    return Holding(shape, tuple(pieces), length(rank), length(world))
 
 
 def _slots(node: Node) -> dict[str, Node]:
@@ -279,10 +287,6 @@ def _slots(node: Node) -> dict[str, Node]:
     state = node.state if isinstance(node, Object) else None
     inside = state[1] if isinstance(state, tuple) and len(state) == 2 else state
     return dict(inside.pairs) if isinstance(inside, Dict) else {}
-
-
-def _number(node: Node) -> int | None:
-    return length(node)
 
 
 # Arrays and numbers of numpy.

@@ -321,7 +321,7 @@ def _plain(name: str, args: Node, origin: Object | None, offset: int) -> TensorI
     if not isinstance(storage, Storage):
         raise Malformed("a tensor without a storage", offset=offset)
     if start is None or shape is None or stride is None:
-        what = "a size, stride or offset of a tensor is not a number, negative or beyond 2^63"
+        what = "a size, stride or offset of a tensor is not a number from 0 to 2^63"
         raise Malformed(what, offset=offset)
     dtype = storage.dtype
     if name == "_rebuild_tensor_v3":

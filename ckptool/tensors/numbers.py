@@ -335,6 +335,51 @@ _SIGNED = {DType.F64, DType.F32, DType.BF16, DType.F16, DType.C128, DType.C64, D
 _NEGATED = _SIGNED | {DType.I64, DType.I32, DType.I16, DType.I8, DType.U8}
 
 
+def _integers(block: Block, dtype: DType) -> Any:
+    import numpy as np
+
+    return np.frombuffer(block, f"<i{dtype.itemsize}")
+
+
+def are_within(block: Block, dtype: DType, end: int) -> bool:
+    """Check that signed integers are from 0 on and before `end`."""
+    values = _integers(block, dtype)
+    return bool(values.min() >= 0 and values.max() < end)
+
+
+def ascends(
+    block: Block, dtype: DType, before: tuple[int, int], width: int, count: int, most: int
+) -> tuple[int, int] | None:
+    """Check that rows of `width` integers go from 0 to `count` in steps of 0 to `most`.
+
+    A block goes on where the one `before` ended: the place in its row, and the last integer.
+    Returns the same for the next, None for integers that do something else.
+    """
+    import numpy as np
+
+    values = _integers(block, dtype).astype(np.int64)
+    places = (np.arange(len(values)) + before[0]) % width
+    steps = np.diff(values, prepend=before[1])
+    steps[places == 0] = 0
+    sound = (values >= 0) & (values <= count) & (steps >= 0) & (steps <= most)
+    sound &= (places > 0) | (values == 0)
+    sound &= (places < width - 1) | (values == count)
+    return ((int(places[-1]) + 1) % width, int(values[-1])) if sound.all() else None
+
+
+def lie_within(sizes: Block, strides: Block, offsets: Block, end: int) -> bool:
+    """Check that views lie before the element `end`: a row of sizes and of strides for each."""
+    import numpy as np
+
+    starts = _integers(offsets, DType.I64).astype(np.float64)  # which do not wrap
+    shape = (len(starts), -1)
+    sides = _integers(sizes, DType.I64).astype(np.float64).reshape(shape)
+    steps = _integers(strides, DType.I64).astype(np.float64).reshape(shape)
+    last = starts + ((sides - 1) * steps).sum(axis=1)
+    sound = (sides >= 0).all() and (steps >= 0).all() and (starts >= 0).all()
+    return bool(sound and ((last < end) | (sides == 0).any(axis=1)).all())
+
+
 def can_resolve(dtype: DType, pending: frozenset[str]) -> bool:
     """Check whether torch could do the pending operations of a tensor of this dtype."""
     conjugated = "conj" not in pending or (dtype in COMPLEX and dtype in _SIGNED)

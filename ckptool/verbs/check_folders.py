@@ -91,6 +91,6 @@ def _found_in(group: Group) -> Iterator[str]:
 def _files_of(index: str) -> list[str]:
     """Name the files that are checked with an index, or a folder; none if it cannot be read."""
     try:
-        return [path for path, _ in containers.read(index, plugins=False).files]
+        return [str(path) for path, _ in containers.read(index, plugins=False).files]
     except CkptoolError:
         return []

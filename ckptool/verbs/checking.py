@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -25,13 +26,15 @@ from ckptool.errors import (
     Malformed,
     NoSuchFile,
     NotACheckpoint,
+    PermissionDenied,
     PluginFailed,
     TooCostly,
+    Unreadable,
     Unsupported,
 )
 from ckptool.files import budget, fileio
 from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
-from ckptool.files.fileio import CHUNK, Reader
+from ckptool.files.fileio import CHUNK, OpenFile, Reader
 from ckptool.files.filename import hash_in
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -42,6 +45,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.numbers import Tally
 from ckptool.text import argument, counted, listed, readable, visible
+from ckptool.verbs import indices
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -184,15 +188,17 @@ def check(
     calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
     container of ckptool is. A file that cannot be read is a result, not an error.
     """
-    path = str(path)
+    file = path = str(path)
     found = _Findings()
     said = hash_in(os.path.basename(path))
+    with suppress(FormatError):  # its reader says why
+        file = OpenFile(path)  # once for all that is asked of it
     try:
-        checkpoint = containers.read(path, plugins=plugins)
+        checkpoint = containers.read(file, plugins=plugins)
     except FormatError as error:
         if sha256 or said:
-            _hash(path, said, sha256, found, progress)
-        return _unreadable(path, error, found, strict=strict)
+            _hash(file, said, sha256, found, progress)
+        return _unreadable(file, error, found, strict=strict)
     hashed = bool(sha256 or said)
     step = progress(_work(checkpoint, finite=finite, hashed=hashed))
     _structure(checkpoint, found)
@@ -202,7 +208,7 @@ def check(
     else:
         found.not_checked.append("NaN and infinity (--finite looks for them)")
     if hashed:
-        _hash(path, said, sha256, found, lambda total: step)
+        _hash(file, said, sha256, found, lambda total: step)
     _unchanged(checkpoint, found)
     return _result(path, checkpoint, found, strict=strict)
 
@@ -222,6 +228,8 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     try:
         part = places.part_of(checkpoint, None)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
+        if beyond := indices.outside(checkpoint):
+            found.problems.append(f"indices that lead out of sparse tensors: {listed(beyond)}")
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
@@ -307,7 +315,12 @@ def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: 
                 data = reader.read(start, min(CHUNK, reader.nbytes - start))
                 digest.update(data)
                 step(len(data))
-    except (Malformed, NotACheckpoint, NoSuchFile):  # the reader of the format says so, too
+    except (
+        Malformed,
+        NotACheckpoint,
+        NoSuchFile,
+        PermissionDenied,
+    ):  # the reader of the format says so, too
         return
     found.sha256 = digest.hexdigest()
     found.asked_sha256 = f"sha256 {found.sha256}" if asked else ""
@@ -320,10 +333,11 @@ def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: 
 
 def _unchanged(checkpoint: Checkpoint, found: _Findings) -> None:
     try:
-        for path, stamp in checkpoint.files:
-            fileio.refuse_changed(path, stamp)
+        for path, _ in checkpoint.files:
+            fileio.refuse_changed(path)
     except Malformed as error:
-        found.problems.append(_without_path(error, checkpoint.path))
+        said = _without_path(error, checkpoint.path)
+        found.problems += [said] if said not in found.problems else []
 
 
 # What it comes to.
@@ -371,9 +385,9 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     )
 
 
-def _unreadable(path: str, error: FormatError, found: _Findings, *, strict: bool) -> Checked:
+def _unreadable(file: str, error: FormatError, found: _Findings, *, strict: bool) -> Checked:
     """Judge what the reader gave up on by what it had read before."""
-    named, called = error.named, error.calls
+    path, named, called = str(file), error.named, error.calls
     if isinstance(error, NotACheckpoint):
         named, called = _of_no_checkpoint(error)
     verdict = safety.judge(named, called)
@@ -422,7 +436,9 @@ _STATUS = {
     NoSuchFile: Status.NOT_A_CHECKPOINT,
     Unsupported: Status.UNSUPPORTED,
     PluginFailed: Status.UNSUPPORTED,
+    PermissionDenied: Status.UNSUPPORTED,
     TooCostly: Status.UNSUPPORTED,
+    Unreadable: Status.UNSUPPORTED,
 }
 
 

@@ -410,8 +410,8 @@ class _Work:
                     known[both.views] = compare(both, readers, self.asked.tolerance, limit, step)
                 _judge(found, key, both, known[both.views])
         self._note_damage([both for *_, both in self._queue if known[both.views].count])
-        for path, stamp in (*self.left.files, *self.right.files):
-            fileio.refuse_changed(path, stamp)
+        for path, _ in (*self.left.files, *self.right.files):
+            fileio.refuse_changed(path)
 
     def _note_damage(self, differing: list[Pair]) -> None:
         """Note where bytes differ because a file is damaged: they do not match its checksum."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.containers import Writer
-from ckptool.errors import EditError, FormatError, NotRepresentable, WriteError
+from ckptool.errors import EditError, FormatError, NotRepresentable, OutputExists, WriteError
 from ckptool.files import budget, fileio, publish
 from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
@@ -178,7 +178,7 @@ def rewrite(
         return result
     if any(isinstance(job, Compute) or job.storage.computed for job in laid.output.jobs):
         numbers.load()
-    check = partial(_check, plan, place, laid.tensors, laid.output.nbytes)
+    check = partial(_check, plan, place, laid.tensors, laid.output.nbytes, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
     late = publish.publish(place, outputs.pop(), begun, check)  # the only one to keep its jobs
@@ -471,11 +471,22 @@ def _tied(plan: Plan) -> set[str]:
 
 @containers.without_collection()
 def _check(
-    plan: Plan, place: Target, tensors: _Tensors, nbytes: int, path: str, moved: Moved
+    plan: Plan,
+    place: Target,
+    tensors: _Tensors,
+    nbytes: int,
+    in_place: bool,
+    path: str,
+    moved: Moved,
 ) -> None:
     """Read the output with the strict reader and compare it with what was meant."""
-    for source, stamp in plan.checkpoint.files:
-        fileio.refuse_changed(source, stamp)
+    for source, _ in plan.checkpoint.files:
+        fileio.refuse_changed(source)
+        if in_place and isinstance(source, fileio.OpenFile) and source.replaced():
+            raise OutputExists(
+                f"{place.path} was replaced by someone else meanwhile; it was left alone",
+                hint="run it again",
+            )
     try:
         with budget.run(budget.UNBOUNDED):  # the run has it in memory already
             written = containers.read(path)
@@ -496,6 +507,8 @@ def _check(
     same = written.nbytes == nbytes and kept and all(starmap(eq, zip_longest(meant, found)))
     if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
         raise RuntimeError("the written file does not read back as it was meant")
+    for file, _ in (*plan.checkpoint.files, *written.files):
+        fileio.close(file)  # Windows replaces no file that is open
 
 
 def _stored(tree: Node) -> Iterator[Storage]:

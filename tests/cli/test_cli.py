@@ -163,6 +163,7 @@ def test_error_of_every_class_has_the_code_of_its_branch() -> None:
     """The table of exit codes, as the classes of errors carry it."""
     codes = {
         "FormatError": 3, "NoSuchFile": 3, "NotACheckpoint": 3, "Malformed": 3, "Unsupported": 3,
+        "PermissionDenied": 3, "Unreadable": 3, "OutputDenied": 5,
         "PartialCheckpoint": 3, "LimitExceeded": 3, "TooCostly": 3, "PluginFailed": 3,
         "UnsafePickle": 4,
         "EditError": 2, "NoSuchKey": 2, "NothingMatched": 2, "KeyCollision": 2,

@@ -170,7 +170,7 @@ def test_a_server_that_drips_is_given_up_in_time(
     assert 0.9 < time.monotonic() - began < 20  # under load; the default is 60
     assert len(server.asked) == 1
     assert (done.code, done.out, names(here)) == (6, "", [])
-    assert "less than 1.0 KiB/s for 1 seconds" in done.err
+    assert "less than 1.0 KiB/s for 1 s" in done.err
     assert "--timeout SECONDS" in done.err
 
 

@@ -187,3 +187,65 @@ def test_entries_of_folders_that_torch_does_not_take(tmp_path: Path, name: str, 
     except RuntimeError:
         loads = False
     assert (ckptool.check(path).status is Status.OK) is loads
+
+
+def torch_zip(more: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """Return a torch zip with further records."""
+    out = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, out)
+    with zipfile.ZipFile(out, "a", method) as archive:
+        for name, content in more.items():
+            archive.writestr(f"archive/{name}", content)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("inner", [b"\x80\2" + RUN, torch_zip({"more.pkl": b"\x80\2" + RUN})])
+def test_pickles_that_a_checkpoint_does_not_use(tmp_path: Path, method: int, inner: bytes) -> None:
+    """Others may: torch.export loads weights of odd classes with torch.load."""
+    path = tmp_path / "model.pth"
+    for name in ("extra.pkl", "data/weights/x.pt", "notes.txt"):
+        path.write_bytes(torch_zip({name: inner}, method))
+        torch.load(path, weights_only=True)
+        found = ckptool.check(path)
+        assert found.status is Status.UNSAFE, name
+        assert found.globals == ("posix.system",)
+    path.write_bytes(torch_zip({"extra.pkl": pickle.dumps({"a": 1}), "notes.txt": b"code\n"}))
+    assert ckptool.check(path).status is Status.OK
+
+
+def test_a_pickle_behind_a_plain_one(tmp_path: Path) -> None:
+    """Whoever loads until the file ends gets to it."""
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"w": torch.ones(2)}, 2))
+    assert ckptool.check(path).status is Status.OK
+    with path.open("ab") as file:
+        file.write(RUN)
+    found = ckptool.check(path)
+    assert found.status is Status.UNSAFE
+    assert "another pickle follows its own, which names posix.system" in found.detail
+
+
+def test_a_record_of_a_zip_with_two_names(tmp_path: Path) -> None:
+    """Newer versions of Python's zipfile take the second."""
+    path = tmp_path / "model.pth"
+    data = torch_zip({})
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            info = zipfile.ZipInfo(name)
+            second = name.encode().replace(b"/version", b"/another")
+            info.extra = b"up" + struct.pack("<HBI", 5 + len(second), 1, 0) + second
+            target.writestr(info, source.read(name))
+    found = ckptool.check(path)
+    assert found.status is Status.DAMAGED
+    assert "record archive/version has two names" in found.detail
+
+
+def test_a_shard_that_is_a_pickle_too(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(safetensors_with(RUN))
+    index = {"metadata": {}, "weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    found = ckptool.check(path)
+    assert found.status is Status.UNSAFE
+    assert found.globals == ("posix.system",)

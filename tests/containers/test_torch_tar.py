@@ -14,12 +14,14 @@ import pytest
 from conftest import FIXTURES, Outcome
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import ckptool
 from ckptool import containers
 from ckptool.errors import FormatError
 from ckptool.files import tars
 from ckptool.files.fileio import Reader
 from ckptool.state import checkpoint as places
 from ckptool.verbs import surgery
+from ckptool.verbs.checking import Status
 from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")
@@ -207,6 +209,25 @@ def test_what_readers_disagree_about_is_refused(name: str, tmp_path: Path) -> No
     (tmp_path / "odd.tar").write_bytes(header("before") + first + PICKLED)
     with pytest.raises(FormatError, match=words):
         containers.read(tmp_path / "odd.tar")
+
+
+def test_members_that_torch_does_not_find(tmp_path: Path) -> None:
+    """It asks `tarfile` for the very names; one of GNU tar's `tar -c .` is not found."""
+    path = tmp_path / "model.tar"
+    for prefix in ("", "./"):
+        with tarfile.open(GOOD / "torch_0_1.tar") as source, tarfile.open(path, "w") as target:
+            for info in source:
+                content = source.extractfile(info)
+                info.name = prefix + info.name
+                target.addfile(info, content)
+        found = ckptool.check(path)
+        if prefix:
+            with pytest.raises(KeyError):
+                torch.load(path, weights_only=False)
+            assert "torch.load finds no member sys_info: it is named ./sys_info" in found.detail
+        else:
+            torch.load(path, weights_only=False)
+        assert found.status is (Status.DAMAGED if prefix else Status.OK)
 
 
 def test_a_comment_about_all_is_as_git_writes_it(tmp_path: Path) -> None:

@@ -269,3 +269,25 @@ def test_what_attributes_name_is_reported(run: Run, tmp_path: Path) -> None:
     done = run("check", path)
     assert done.code == 4
     assert "posix.system" in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "+1", " 1", "1_0", "1.0", "\u0661", "", "one", 1.0, True, -1]
+)
+@pytest.mark.parametrize("field", ["dims", "strides", "offset", "tensorId", "id"])
+def test_numbers_of_2019_are_plain(run: Run, tmp_path: Path, field: str, text: object) -> None:
+    path = of_2019(tmp_path / "net.pt", [attribute("value", 2)], VALUES, [])
+    assert run("keys", path).code == 0
+    import zipfile
+
+    with zipfile.ZipFile(path) as old:
+        records = {name: old.read(name) for name in old.namelist()}
+    said = json.loads(records["net/model.json"])
+    main, row = said["mainModule"], said["tensors"][0]
+    place = {"tensorId": main["parameters"][0], "id": main["attributes"][0]}.get(field, row)
+    place[field] = [text] if field in ("dims", "strides") else text
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in {**records, "net/model.json": json.dumps(said).encode()}.items():
+            new.writestr(name, data)
+    kept = field == "id" and str(text) == "-1"  # an attribute without a value
+    assert run("keys", path).code == (0 if kept else 3)

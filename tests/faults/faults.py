@@ -45,7 +45,8 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "pwrite": (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR),
     "write": (errno.EIO, errno.ENOSPC),
     "ftruncate": (errno.EIO, errno.ENOSPC, errno.EFBIG),
-    "fchmod": (errno.EPERM, errno.EIO),
+    "chmod": (errno.EPERM, errno.EIO),
+    "chown": (errno.EPERM, errno.EIO),
     "fsync": (errno.EIO, errno.ENOSPC, errno.EINVAL),
     "link": (errno.EIO, errno.EPERM, errno.ENOSPC),
     "rename": (errno.EIO, errno.ENOSPC),
@@ -53,6 +54,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "unlink": (errno.EIO,),
     "mkdir": (errno.EIO, errno.ENOSPC),
     "rmdir": (errno.EIO,),
+    "swap": (errno.EIO, errno.ENOSYS, errno.EINVAL),  # of `publish`
     "posix_fallocate": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP),
     "statvfs": (errno.EIO,),
 }
@@ -81,7 +83,9 @@ class Job:
     def before(self) -> object:
         """What is at the target beforehand: a file, or a folder with a file that is replaced."""
         if self.old and self.folder:
-            return {"__0_0.distcp" if "dcp" in self.line else "model.safetensors": OLD}
+            if "dcp" in self.line:
+                return {"__0_0.distcp": OLD}
+            return {"config.json": OLD, "model.safetensors": OLD}  # the first stays
         return OLD if self.old else None
 
     @property
@@ -132,6 +136,7 @@ class Counter:
         for name in ERRORS:
             if hasattr(os, name):
                 setattr(os, name, self._counting(name, getattr(os, name)))
+        publish.swap = self._counting("swap", publish.swap)
         for module, name in itertools.product(STARVED, MEMORY):
             real = getattr(module, name, None) or getattr(builtins, name, None)
             if real is not None:
@@ -279,6 +284,7 @@ def undisturbed(
     lay_out(folder, job)
     done = run(folder, job, Counter(0, ""), prepare)
     assert done.code == 0, done
+    assert "cannot be" not in done.said, done.said
     return content_of(folder / job.target), done.calls
 
 

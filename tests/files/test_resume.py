@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_a_damaged_record_is_no_record(server: Server, tmp_path: Path, record: s
     assert get(url, tmp_path).resumed_from == 0
     assert (tmp_path / "f.pth").read_bytes() == BODY
     assert names(tmp_path) == ["f.pth"]
+
+
+@pytest.mark.parametrize("total", [True, "500000", -500_000, 5e5, None, 1 << 63, [500_000]])
+def test_a_planted_total_is_no_length(server: Server, tmp_path: Path, total: object) -> None:
+    url = interrupted(server, tmp_path)
+    record = tmp_path / "f.pth.part.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "total": total}))
+    assert get(url, tmp_path).resumed_from == 0
+    assert (tmp_path / "f.pth").read_bytes() == BODY
 
 
 def test_a_part_of_another_url_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
@@ -268,3 +278,68 @@ def test_a_part_that_is_no_file_is_left_alone(server: Server, tmp_path: Path, ki
         get(server.on("/f.pth", Reply(BODY)), tmp_path)
     assert victim.read_bytes() == OTHER
     assert names(tmp_path) == ["f.pth.part", "victim"]
+
+
+def by_group(part: Path, record: Path) -> None:
+    part.chmod(0o664)
+
+
+def by_all(part: Path, record: Path) -> None:
+    record.chmod(0o646)
+
+
+def by_another_name(part: Path, record: Path) -> None:
+    os.link(part, part.with_name("another"))
+
+
+def of_another_user(part: Path, record: Path) -> None:
+    if os.geteuid():
+        pytest.skip("root alone may give files away")
+    os.chown(part, 65534, -1)
+
+
+def record_of_another_user(part: Path, record: Path) -> None:
+    if os.geteuid():
+        pytest.skip("root alone may give files away")
+    os.chown(record, 65534, -1)
+
+
+def record_behind_a_link(part: Path, record: Path) -> None:
+    record.rename(record.with_name("elsewhere"))
+    record.symlink_to("elsewhere")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="users and modes of POSIX")
+@pytest.mark.parametrize(
+    "plant",
+    [by_group, by_all, by_another_name, of_another_user, record_of_another_user,
+     record_behind_a_link],
+)  # fmt: skip
+def test_what_somebody_else_may_write_is_not_gone_on_with(
+    server: Server, tmp_path: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    url = interrupted(server, tmp_path)
+    part = tmp_path / "f.pth.part"
+    plant(part, tmp_path / "f.pth.part.json")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    done = get(url, tmp_path)
+    assert (done.resumed_from, (tmp_path / "f.pth").read_bytes()) == (0, BODY)
+    for name in {"another", "elsewhere"} & set(names(tmp_path)):
+        assert (tmp_path / name).read_bytes() == before[tmp_path / name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="users and modes of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_part_is_this_users_alone_and_the_file_has_the_mode_of_the_umask(
+    server: Server, tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        url = interrupted(server, tmp_path)
+        parts = [tmp_path / "f.pth.part", tmp_path / "f.pth.part.json"]
+        assert [path.stat().st_mode & 0o777 for path in parts] == [0o600, 0o600]
+        assert get(url, tmp_path).resumed_from == 200_000
+    finally:
+        os.umask(before)
+    found = (tmp_path / "f.pth").stat()
+    assert (found.st_uid, found.st_mode & 0o777) == (os.geteuid(), 0o666 & ~umask)

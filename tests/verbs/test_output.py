@@ -406,7 +406,7 @@ def test_an_input_that_changes_while_it_is_copied(
     assert listing(here).keys() == {"in.pth", "in.safetensors"}
 
 
-@pytest.mark.parametrize("how", ["longer", "shorter", "rewritten", "replaced"])
+@pytest.mark.parametrize("how", ["longer", "shorter", "rewritten"])
 def test_an_input_that_changes_before_it_is_copied(
     run: Run,
     here: Path,

@@ -1,0 +1,26 @@
+"""Kills, races of two writers and inputs that are replaced: a sample of `tests/faults/races.py`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import environment, step
+
+SCRIPT = Path(__file__).parent / "faults/races.py"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
+@pytest.mark.parametrize("kind", ["kill", "race", "replaced"])
+def test_whatever_comes_between_no_message_is_wrong(kind: str) -> None:
+    runs = 60 // step(30)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--runs", str(runs), "--kind", kind], env=environment(),
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(rf"{kind}: {runs} runs in \d+ s, 0 wrong", done.stdout)
