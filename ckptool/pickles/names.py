@@ -260,13 +260,13 @@ RECONSTRUCTORS = {
     ("pandas.core.indexes.datetimes", "_new_DatetimeIndex"): (0,),
     ("pandas.core.indexes.interval", "_new_IntervalIndex"): (0,),
     ("pandas.core.indexes.period", "_new_PeriodIndex"): (0,),
+    ("pandas.core.indexes.timedeltas", "_new_TimedeltaIndex"): (0,),
     # A block around an array, a moment, a span: of numbers, and the name of a time zone.
     ("pandas._libs.internals", "_unpickle_block"): (),
     ("pandas.core.internals.blocks", "new_block"): (),
     ("pandas._libs.tslibs.timestamps", "_unpickle_timestamp"): (),
     ("pandas._libs.tslibs.timedeltas", "_timedelta_unpickle"): (),
     ("pytz", "_p"): (),  # one of pytz's own time zones
-    ("dateutil.tz._tzfile", "_unpickle"): (0,),  # a time zone of the rules that are given
     # An empty object of the class, which BUILD fills.
     ("sklearn.metrics._dist_metrics", "newObj"): (0,),
     ("sklearn.neighbors._ball_tree", "newObj"): (0,),
