@@ -40,25 +40,26 @@ _LENGTHS = {**_TEXTS, b"C": 1, b"B": 4, b"\x8e": 8, b"\x96": 8, b"\x8a": 1, b"\x
 
 
 def others(
-    reader: Reader, head: bytes, known: Collection[str], unlisted: int
+    reader: Reader, head: bytes, known: Collection[str]
 ) -> tuple[dict[Global, int], list[str]]:
-    """Return what a file names to readers of pickles, and what else it is than is `known`.
-
-    Of a pickle, that is what follows it in the last `unlisted` bytes.
-    """
-    named, flaws = {}, []
-    start = reader.nbytes - unlisted if "pickle" in known else 0
-    part = reader.part(start, reader.nbytes - start, reader.path)
-    if found := list(_names(part)):
-        named = {name: start + offset for name, offset in found if name != _UNCLEAR}
-        which = f", which names {listed(map(str, named), 4)}" if named else ""
-        what = "another pickle follows its own" if start else "its bytes are a pickle as well"
-        flaws.append(what + which)
+    """Return what a file names to readers of pickles, and what else it is than is `known`."""
+    named: dict[Global, int] = {}
+    flaws: list[str] = []
+    if "pickle" not in known:
+        named, flaws = pickles_from(reader, 0, "its bytes are a pickle as well")
     if "tar" not in known and tars.is_tar(head):
         flaws.append("its bytes are a tar archive as well, which torch.load tries first")
     if "zip" not in known and not head.startswith(b"PK\3\4") and zips.at_end(reader):
         flaws.append("its end is a zip archive as well")
     return named, flaws
+
+
+def pickles_from(reader: Reader, start: int, what: str) -> tuple[dict[Global, int], list[str]]:
+    """Return what pickles name from a byte on, and a flaw that says `what` they are."""
+    found = list(_names(reader.part(start, reader.nbytes - start, reader.path)))
+    named = {name: start + offset for name, offset in found if name != _UNCLEAR}
+    which = f", which names {listed(map(str, named), 4)}" if named else ""
+    return named, [what + which] if found else []
 
 
 def unread(reader: Reader, checkpoint: Checkpoint) -> Pickles:

@@ -110,8 +110,7 @@ def _as_others_read(
     """Add to a checkpoint what else its file is."""
     from ckptool.containers import _readings
 
-    kinds = container.traits.read_as
-    named, flaws = _readings.others(reader, head, kinds, checkpoint.unlisted)
+    named, flaws = _readings.others(reader, head, container.traits.read_as)
     calls: list[Object] = []
     if head.startswith(b"PK\3\4"):
         try:

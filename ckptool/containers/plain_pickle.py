@@ -16,6 +16,7 @@ from dataclasses import replace
 from ckptool.containers import torch_legacy, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._pickles import JOBLIB_ARRAY, inline_array, is_paddle, is_pickle
+from ckptool.containers._readings import pickles_from
 from ckptool.errors import FormatError, LimitExceeded, Malformed
 from ckptool.files import budget
 from ckptool.files.fileio import CHUNK, Reader
@@ -55,17 +56,19 @@ def read(reader: Reader) -> Checkpoint | None:
         if not known.files and not _has_state_dict(parsed.tree):
             return None
     calls = known.left(parsed.calls)
+    behind, flaws = pickles_from(reader, parsed.end, "another pickle follows its own")
     return Checkpoint(
         reader.path,
         "plain-pickle",
         parsed.tree,
         reader.nbytes,
-        globals=known.followed(parsed.globals, calls, parsed.tree),
+        globals=behind | known.followed(parsed.globals, calls, parsed.tree),
         calls=calls,
         pickle_name="the pickle",
         generation="pickle.dump or joblib, not torch.save",
         protocol=parsed.protocol,
         unlisted=reader.nbytes - parsed.end,
+        flaws=tuple(flaws),
         held=tuple(known.spools),
     )
 
