@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from math import isfinite
 from typing import Any, Never
 
@@ -68,25 +69,25 @@ _ODD_INTEGER = re.compile(rb"-0|\d{300}")  # all others are spared a call
 _HALF = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])", re.DOTALL)
 # Possessive, so that a text without its closing quote is passed over once and not again and again.
 _TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-_SIZES = (
-    (b"{", budget.NODE),
-    (b"[", budget.NODE),
-    (b":", budget.TEXT),
-    (b",", budget.NUMBER),
-    (b'"', budget.TEXT),
-)
+_PIECE = re.compile(rb'(?:[^"]*+%b){1,4096}+|.+' % _TEXT.pattern, re.DOTALL)
 _BRACKET = re.compile(rb"[\[{]|[\]}]")
+# What signs outside of texts stand for, in bytes of memory; a dict of five is as small as an empty.
+_SIZES = {b"{": 240, b"[": 90, b",": budget.NUMBER, b'"': budget.TEXT, b":": 0}
+_SMALL_DICT = 5
 
 
 def _refuse_much(data: bytes, what: str) -> None:
     """Refuse, by what is outside of texts, depth and what would take too much memory."""
-    spending = budget.current()
-    spending.spend(0, brief=data.count(b'"') * budget.TEXT)
-    outside = _TEXT.sub(b'"', data)
     depth = 0
-    for bracket in _BRACKET.finditer(outside):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
+    counts = Counter[bytes]()
+    for piece in _PIECE.finditer(data):
+        outside = _TEXT.sub(b'"', piece[0])
+        counts.update({sign: outside.count(sign) for sign in _SIZES})
+        for bracket in _BRACKET.finditer(outside):
+            depth += 1 if bracket[0] in b"[{" else -1
+            if depth > MAX_DEPTH:
+                raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
     letters = len(data) * (2 if data.isascii() else 2 * _WIDEST)
-    spending.spend(letters + sum(outside.count(sign) * size for sign, size in _SIZES))
+    pairs = max(counts[b":"] - _SMALL_DICT * counts[b"{"], 0)
+    values = sum(count * _SIZES[sign] for sign, count in counts.items())
+    budget.current().spend(letters + values + pairs * budget.PAIR)

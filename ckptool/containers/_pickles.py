@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from math import prod
 
-from ckptool.errors import CkptoolError, FormatError, Malformed
+from ckptool.errors import CkptoolError, FormatError, Malformed, TooCostly
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
@@ -44,12 +45,15 @@ _LIBRARIES = {
 }
 
 
+@budget.brief()
 def describe(reader: Reader, head: bytes) -> tuple[str, str] | None:
     """Return what a pickle holds, and what helps; None for any other file."""
     if not is_pickle(head):
         return None
     size = readable(reader.nbytes)
-    data = reader.read(0, min(reader.nbytes, MAX_DESCRIBED))
+    nbytes = min(reader.nbytes, MAX_DESCRIBED)
+    budget.current().read(nbytes)
+    data = reader.read(0, nbytes)
     by = "joblib" if b"joblib.numpy_pickle" in head else ""
     what = f"a plain pickle{' of joblib' if by else ''} ({size})"
     what += ", with numpy arrays in it" if by else " that torch.save did not write"
@@ -122,9 +126,13 @@ def pickled(reader: Reader, head: bytes) -> tuple[dict[Global, int], list[Object
 
     Of any other file the head alone is read.
     """
-    data = reader.read(0, min(reader.nbytes, MAX_READ)) if is_pickle(head) else head
+    nbytes = min(reader.nbytes, MAX_READ) if is_pickle(head) else len(head)
+    budget.current().read(nbytes)
+    data = reader.read(0, nbytes)
     try:
         parsed = pickle_reader.load(data, 0, _Joblib(data))
+    except TooCostly:
+        raise
     except FormatError as error:
         return error.named, error.calls
     return parsed.globals, parsed.calls

@@ -145,6 +145,7 @@ def _refusal(reader: Reader, head: bytes) -> NotACheckpoint:
 
 def _read(container: Container, reader: Reader) -> Checkpoint | None:
     """Read a file by one container, and name both in the errors that it raises without."""
+    checkpoint: Checkpoint | None = None
     try:
         with without_collection():
             checkpoint = container.read(reader)
@@ -154,6 +155,8 @@ def _read(container: Container, reader: Reader) -> Checkpoint | None:
                 refuse_deep(checkpoint.tree)
         return replace(checkpoint, files=checkpoint.files or ((reader.file, reader.stamp),))
     except FormatError as error:
+        if checkpoint is not None:  # whatever loads the file elsewhere gets as far
+            error.named, error.calls = checkpoint.globals, list(checkpoint.calls)
         error.path = error.path or reader.path
         if reader.file.changed():  # which is why it makes no sense, then
             error.message, error.hint = f"{reader.path} was changed while it was read", ""

@@ -24,7 +24,7 @@ PROCESS = 24 << 20  # the interpreter and the modules of a command that reads
 PLACE = 20  # on a stack, in a list, in a memo
 NUMBER = 32
 TEXT = 64  # beside its letters
-PAIR = 110
+PAIR = 150
 NODE = 140  # a list, a dict, a tuple
 SEEN = 160  # in the sets of those that walks have met
 CALL = 200
@@ -66,7 +66,7 @@ class Budget:
 
     def _refusal(self, needed: float) -> TooCostly:
         asked = MOST
-        while asked < max(2 * self.limit, 1.5 * needed):
+        while asked < max(self.limit + 1, 2.5 * needed):
             asked *= 2
         stored = f" ({readable(self.stored)} as stored)" if self.stored else ""
         return TooCostly(
@@ -95,6 +95,17 @@ def run(most: int | None = None, *, anew: bool = False) -> Iterator[None]:
         yield
     finally:
         _run.reset(token)
+
+
+@contextmanager
+def brief() -> Iterator[None]:
+    """Count no longer than a block what nothing holds after it."""
+    budget = current()
+    before = budget.spent, budget.stored
+    try:
+        yield
+    finally:
+        budget.spent, budget.stored = before
 
 
 @contextmanager

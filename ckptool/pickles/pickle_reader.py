@@ -38,7 +38,7 @@ MAX_STATE_MEMO = 1000
 MAX_DIGITS = 4300  # CPython's own bound for int(str)
 HIGHEST_PROTOCOL = 5
 _BLOCK = 1 << 12  # opcodes whose memory is counted together
-_LONG = 1 << 16  # bytes of a text that is counted before it is made
+_LONG = 1 << 16  # bytes of one thing that is counted before it is made
 _WIDEST = 4  # bytes of a letter in memory
 
 
@@ -425,7 +425,7 @@ class _Machine:
         if end > len(self.data):
             raise _Short
         if count > _LONG:
-            self.budget.spend(0, brief=_WIDEST * count)
+            self.budget.spend(0, brief=count)
         taken = self.data[self.position : end]
         self.position = end
         return taken
@@ -444,7 +444,7 @@ class _Machine:
 
     def named(self, module: str, name: str) -> Global:
         found = Global(module, name)
-        self.made += budget.NODE
+        self.made += 3 * budget.TEXT
         self.globals.setdefault(found, self.opcode_at)
         return found
 
@@ -498,8 +498,12 @@ class _Machine:
     def pairs(self, items: list[Node]) -> list[tuple[Node, Node]]:
         if len(items) % 2:
             self.fail("a key without a value")
-        self.made += len(items) // 2 * budget.PAIR
-        return list(zip(items[::2], items[1::2], strict=True))
+        nbytes = len(items) // 2 * budget.PAIR
+        self.made += nbytes
+        if nbytes > _LONG:
+            self.budget.spend(0, brief=nbytes)
+        keys_and_values = iter(items)
+        return list(zip(keys_and_values, keys_and_values, strict=True))
 
     def build(self) -> None:
         self.changes += 1
@@ -542,6 +546,7 @@ class _Machine:
 
     def old_string(self, data: bytes) -> None:
         """Push a Python 2 string as `torch.load` would see it: text where it is UTF-8."""
+        self.widen(data)
         try:
             self.push_text(data.decode("utf-8"))
         except UnicodeDecodeError:
@@ -631,7 +636,14 @@ class _Machine:
         self.push(ByteArray(data), budget.NODE + len(data))
 
     def text(self, data: bytes) -> None:
+        self.widen(data)
         self.push_text(data.decode("utf-8", "surrogatepass"))
+
+    def widen(self, data: bytes) -> bytes:
+        """Count a long text before it is made of bytes."""
+        if len(data) > _LONG:
+            self.budget.spend(0, brief=_WIDEST * len(data))
+        return data
 
 
 _OPCODES: dict[int, Callable[[_Machine], object]] = {
@@ -649,7 +661,7 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x53: _Machine.quoted_line,  # STRING
     0x54: lambda m: m.old_string(m.take(m.signed(4))),  # BINSTRING
     0x55: lambda m: m.old_string(m.take(m.unsigned(1))),  # SHORT_BINSTRING
-    0x56: lambda m: m.push_text(m.line().decode("raw_unicode_escape")),  # UNICODE
+    0x56: lambda m: m.push_text(m.widen(m.line()).decode("raw_unicode_escape")),  # UNICODE
     0x8C: lambda m: m.text(m.take(m.unsigned(1))),  # SHORT_BINUNICODE
     0x8D: lambda m: m.text(m.take(m.unsigned(8))),  # BINUNICODE8
     0x42: lambda m: m.push_text(m.take(m.unsigned(4))),  # BINBYTES

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from ckptool import containers
 from ckptool.containers import safetensors
+from ckptool.files import budget
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
@@ -370,6 +371,7 @@ def _named(node: Node) -> list[tuple[str, Node]]:
 
 
 def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
+    budget.current().spend(2 * budget.NAME)
     before = ledger.nbytes
     count = ledger.take(node)
     if id(node) not in said:  # one node may be under any number of names

@@ -34,8 +34,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 CORPUS = HERE / "corpus.txt"
 WORKER = HERE / "run.py"
-HANG = 30.0  # seconds without a sign of life
-MEMORY = 4 << 30  # address space of a worker, bytes
+HANG = 5.0  # seconds without a sign of life
+MEMORY = 300 << 20  # address space that a worker may take beyond what it has when it starts, bytes
 STARTED = 60.0  # seconds for a worker to start
 
 
@@ -75,8 +75,6 @@ def work(job: dict[str, Any]) -> int:
 
     from cases import draw, fixtures, parsed
 
-    limit = MEMORY * (4 if job["torch"] else 1)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks where it hangs
     tell = os.fdopen(os.dup(1), "w", buffering=1)
     names = fixtures(job["containers"])
@@ -84,6 +82,11 @@ def work(job: dict[str, Any]) -> int:
     number = job["first"]
     with tempfile.TemporaryDirectory(dir=_quick_folder()) as place:
         bench = make_bench(Path(place), job["torch"])
+        import ml_dtypes  # noqa: F401  (libraries are no file's doing)
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY * (4 if job["torch"] else 1)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         while number < job["end"]:
             case = corpus[number] if corpus else draw(names, job["seed"], number)
             tell.write(json.dumps({"begin": number, "case": str(case)}) + "\n")
@@ -195,6 +198,7 @@ def _watch_over(
     worker = subprocess.Popen(
         [sys.executable, str(WORKER), "--worker", json.dumps(job)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # glibc reserves 64 MiB for each thread
     )  # fmt: skip
     assert worker.stdout is not None
     assert worker.stderr is not None
