@@ -21,7 +21,7 @@ import torch
 from conftest import Outcome, environment, listing
 
 import ckptool
-from ckptool.files import publish
+from ckptool.files import moves
 
 Run = Callable[..., Outcome]
 
@@ -341,7 +341,7 @@ def test_info_leads_to_the_old_set(
     def never(*_: Any, **more: Any) -> None:
         return None
 
-    monkeypatch.setattr(publish, "swap", unsupported)
+    monkeypatch.setattr(moves, "swap", unsupported)
     seen = set()
     for turn in range(1, 60):
         shutil.rmtree("set", ignore_errors=True)
@@ -361,9 +361,9 @@ def test_info_leads_to_the_old_set(
         with monkeypatch.context() as patch:
             for name in ("rename", "unlink", "link"):
                 patch.setattr(os, name, step(getattr(os, name)))
-            patch.setattr(publish, "_remove", never)
-            patch.setattr(publish, "_back", never)
-            patch.setattr(publish, "_unlink", never)
+            patch.setattr(moves, "remove", never)
+            patch.setattr(moves, "_back", never)
+            patch.setattr(moves, "_unlink", never)
             with suppress(Killed):
                 run("convert", "--force", "new.pth", "set", *form.split())
         found = run("info", "set")

@@ -126,7 +126,7 @@ def _refuse_interrupted(folder: str, entries: Sequence[os.DirEntry[str]]) -> Non
     temporary = [entry for entry in entries if entry.name.endswith(".tmp")]
     if not temporary:
         return
-    from ckptool.files.publish import ASIDE, TEMPORARY
+    from ckptool.files.moves import ASIDE, TEMPORARY
 
     for entry in temporary:
         old = os.path.join(entry.path, ASIDE)

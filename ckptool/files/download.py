@@ -274,7 +274,7 @@ def _left(part: Part, url: str) -> _Partial:
         ):
             nbytes = min(nbytes, total - 1)  # so that there is something to request
             os.ftruncate(part.fd, nbytes)
-            return _Partial(nbytes, _sha256(part.path), validator, total)
+            return _Partial(nbytes, _sha256(part.fd), validator, total)
     return _Partial()
 
 
@@ -308,8 +308,9 @@ def _digest(url: str) -> str:
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _sha256(path: str) -> _Hash:
-    with open(path, "rb") as file:
+def _sha256(file_or_path: int | str) -> _Hash:
+    with open(file_or_path, "rb", closefd=isinstance(file_or_path, str)) as file:
+        file.seek(0)
         return hashlib.file_digest(file, "sha256")
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from ckptool.errors import reason
-from ckptool.files import publish
+from ckptool.files import moves, publish
 from ckptool.files.fileio import write_at
 from ckptool.files.publish import Target
 
@@ -89,9 +89,9 @@ def part_output(path: str, target: Target) -> Iterator[Part | None]:
             publish.finish(part.fd, target.path, sync=target.sync, private=True)
             if WINDOWS:  # where an open file can be neither renamed nor removed
                 part.close()
-            publish.move_file(path, target)
+            moves.move_file(path, target)
             published = True
-            part.warnings += publish.flushed(target)
+            part.warnings += moves.flushed(target)
         except OSError:  # a full disk is given back
             part.kept = False
             raise

@@ -29,7 +29,7 @@ from typing import Any
 
 from ckptool.cli import main as cli
 from ckptool.containers import torch_zip
-from ckptool.files import blocks, copying, fileio, publish, spool, zips
+from ckptool.files import blocks, copying, fileio, moves, publish, spool, zips
 from ckptool.tensors import numbers, tensor
 
 GOOD = Path(__file__).parents[2] / "fixtures/good"
@@ -54,7 +54,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "unlink": (errno.EIO,),
     "mkdir": (errno.EIO, errno.ENOSPC),
     "rmdir": (errno.EIO,),
-    "swap": (errno.EIO, errno.ENOSYS, errno.EINVAL),  # of `publish`
+    "swap": (errno.EIO, errno.ENOSYS, errno.EINVAL),  # of `moves`
     "posix_fallocate": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP),
     "statvfs": (errno.EIO,),
 }
@@ -136,7 +136,7 @@ class Counter:
         for name in ERRORS:
             if hasattr(os, name):
                 setattr(os, name, self._counting(name, getattr(os, name)))
-        publish.swap = self._counting("swap", publish.swap)
+        moves.swap = self._counting("swap", moves.swap)
         for module, name in itertools.product(STARVED, MEMORY):
             real = getattr(module, name, None) or getattr(builtins, name, None)
             if real is not None:

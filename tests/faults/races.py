@@ -68,7 +68,7 @@ class Job:
         code = 70
         try:
             from ckptool.cli import main as cli
-            from ckptool.files import publish
+            from ckptool.files import moves
 
             os.chdir(folder)
             os.dup2(self._printed.fileno(), 1)
@@ -76,7 +76,7 @@ class Job:
             sys.stdout = os.fdopen(1, "w")
             sys.stderr = os.fdopen(2, "w")
             if not swap:
-                publish.swap = _no_swap  # type: ignore[assignment]
+                moves.swap = _no_swap  # type: ignore[assignment]
             if last:
                 _die_at(last)
             code = cli.main(line.split())

@@ -18,7 +18,10 @@ import torch
 from conftest import Outcome
 from safetensors.torch import load_file, save_file
 
+from ckptool import containers
 from ckptool.cli import main as cli
+from ckptool.files import publish
+from ckptool.model import loading
 
 Run = Callable[..., Outcome]
 
@@ -177,3 +180,43 @@ def test_what_is_written_to_is_said_to_have_changed(
         assert "was changed while it was read" in done.out + done.err, (turn, done)
         assert done.code == (1 if "check" in words else 3)
         assert not list(here.glob("out*"))
+
+
+def test_in_place_leaves_alone_what_someone_else_has_put_there(
+    run: Run, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(models / "old/in.pth", "in.pth")
+    real = publish.publish
+
+    def late(*arguments: Any) -> Any:
+        exchange(tmp_path, models, "in.pth")
+        return real(*arguments)
+
+    monkeypatch.setattr(publish, "publish", late)
+    done = run("strip-prefix", "--prefix", "a.", "--in-place", "in.pth")
+    assert (done.code, done.err.partition(":")[0]) == (5, "error[output-exists]")
+    assert "was replaced by someone else meanwhile" in done.err
+    assert Path("in.pth").read_bytes() == (models / "new/in.pth").read_bytes()
+    assert os.listdir(".") == ["in.pth"]
+
+
+@pytest.mark.parametrize("name", ["in.pth", "in.safetensors", "in_legacy.pth"])
+def test_what_is_loaded_is_what_was_read(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By the reader of ckptool and by the libraries, which open files by their paths."""
+    from ckptool.model import native
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(models / "old" / name, name)
+    with native.opened(name) as source:
+        exchange(tmp_path, models, name)
+        by_library = native.load(source)
+    assert by_library.loader == ("safetensors" if "safe" in name else "torch.load")
+    checkpoint = containers.read(name)
+    shutil.copy(models / "old" / name, "temporary")
+    os.replace("temporary", name)
+    loaded = loading.load(checkpoint)
+    for state, value in ((by_library.state_dict, 1.0), (loaded.state_dict, 2.0)):
+        assert {float(each) for tensor in state.values() for each in tensor.unique()} == {value}

@@ -25,7 +25,7 @@ from test_sharded import LOOSELY, model
 from ckptool import containers
 from ckptool.containers import sharding
 from ckptool.errors import CkptoolError, EditError
-from ckptool.files import publish
+from ckptool.files import moves, publish
 from ckptool.text import parse_size
 
 torch = pytest.importorskip("torch")
@@ -320,7 +320,7 @@ def test_no_index_ever_stands_beside_shards_of_another_set(
     Where folders can be exchanged at once, there is a set at any time.
     """
     if not exchanged:
-        monkeypatch.setattr(publish, "swap", no_swap)
+        monkeypatch.setattr(moves, "swap", no_swap)
     elif sys.platform != "linux":
         pytest.skip("renameat2 of Linux")
     torch.save({key: value + 1 for key, value in model().items()}, "new.pth")
@@ -373,7 +373,7 @@ def test_old_files_that_cannot_be_moved_back_are_kept(
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "swap", no_swap)
+        patch.setattr(moves, "swap", no_swap)
         patch.setattr(os, "link", no_swap)
         patch.setattr(os, "rename", fail_later)
         assert run("convert", "--force", "--max-shard-size", 170, "in.pth", "out").code == 5
