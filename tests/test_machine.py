@@ -134,7 +134,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(place)], check=True)  # of an error that is kept, too
 
 
 @pytest.fixture
@@ -165,6 +165,16 @@ def test_a_full_folder_of_temporary_files(packed: Path, full_disk: Path, command
     assert "hint: TMPDIR=FOLDER" in done.err
     assert not (packed / "out.pth").exists()
     assert not list(full_disk.iterdir())
+
+
+def test_a_state_dict_for_which_there_is_no_room(
+    here: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(full_disk))
+    with pytest.raises(ckptool.CkptoolError) as caught:
+        ckptool.diff({"a": torch.rand(100, 1000)}, "in.pth")
+    said = f"no space left while writing a temporary file in {full_disk}"
+    assert (caught.value.slug, caught.value.message) == ("no-space", said)
 
 
 def spawned(folder: Path, temporary: Path, command: str) -> Outcome:

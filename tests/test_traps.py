@@ -1002,12 +1002,17 @@ def test_gradients_of_2017_are_listed(out: Path, tmp_path: Path) -> None:
     weight = variable("torch.nn.parameter", "Parameter", data("501"), grad)
     bias = variable("torch.nn.parameter", "Parameter", data("503"))
     body = pickled(ordered_dict([(text("weight"), weight), (text("bias"), bias)]))
-    storages = [(key, 2, floats(at, at + 1)) for at, key in enumerate(("501", "502", "503"))]
+    storages = [(key, 2, floats(at, at)) for at, key in enumerate(("501", "502", "503"))]
     path = tmp_path / "2017.pth"
     path.write_bytes(legacy(body, storages))
     assert list(ckptool.keys(path)) == ["weight", "bias"]
     found = ckptool.keys(path, all=True)
     assert list(found) == ["weight", "weight.grad", "bias"]
+    other = tmp_path / "other.pth"
+    other.write_bytes(legacy(body, [storages[0], ("502", 2, floats(7, 8)), storages[2]]))
+    assert not ckptool.diff(path, other).equal
+    plain = ckptool.convert(path, tmp_path / "a.safetensors", sync=False)
+    assert any("attributes of tensors: weight" in note for note in plain.notes)
     ckptool.add_prefix(path, out, prefix="module.", sync=False)
     again = ckptool.keys(out, all=True)
     assert list(again) == ["module.weight", "module.weight.grad", "module.bias"]

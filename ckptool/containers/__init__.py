@@ -52,32 +52,41 @@ def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
     shown = str(path)
     if not isinstance(path, OpenFile) and _split(shown)[1]:
         return _read_member(shown, plugins)
-    file = _file_in(shown) if os.path.isdir(shown) else path
-    checkpoint = _read_whole(file, plugins)
-    file = str(file)
+    checkpoint, file = _read_whole(path, plugins)
     notes = (*checkpoint.notes, *_notes(shown, file))
     return replace(checkpoint, path=shown, notes=notes)
 
 
-def _read_whole(file: str | Path, plugins: bool) -> Checkpoint:
+def _read_whole(path: str | Path, plugins: bool) -> tuple[Checkpoint, str]:
     """Read a file, or the files of a set, which are opened one after the other: all of one time.
 
     Where its names are those of other files by then, the set was replaced, and is read anew.
+    Returns the file that was read first, too.
     """
+    shown, reader = str(path), None
     for _ in range(ATTEMPTS):
-        reader = Reader(file)
+        before = _node(shown)
         try:
+            reader = Reader(_file_in(shown) if os.path.isdir(shown) else path)
             checkpoint = _registry.read(reader, use_plugins=plugins)
             files = [file for file, _ in checkpoint.files if isinstance(file, OpenFile)]
             if len(files) < 2 or not any(file.replaced() for file in files):
                 for file in files:
                     refuse_changed(file)
-                return checkpoint
+                return checkpoint, reader.path
         except FormatError:
-            if not reader.file.replaced():
+            if _node(shown) == before and not (reader and reader.file.replaced()):
                 raise
-        file = reader.path
-    raise Malformed(f"{file} was replaced each time while its files were read", path=file)
+        path = shown
+    raise Malformed(f"{shown} was replaced each time while its files were read", path=shown)
+
+
+def _node(path: str) -> int | None:
+    """Identify what is at a path: a folder may be exchanged while it is listed."""
+    try:
+        return os.stat(path).st_ino
+    except (OSError, ValueError):
+        return None
 
 
 def _split(path: str) -> tuple[str, list[str]]:

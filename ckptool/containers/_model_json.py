@@ -54,10 +54,10 @@ _NO_VALUE = "-1"  # of an attribute that the code of the module restores
 T = TypeVar("T")
 
 
-def read(records: Records) -> tuple[Checkpoint, list[str]]:
-    """Read the tables of an archive, and name the tensors that no key of its state_dict has.
+def read(records: Records) -> tuple[Checkpoint, list[str], int]:
+    """Read the tables of an archive; the storages stay where they are.
 
-    The storages stay where they are.
+    Return also the names of tensors in other attributes, and the count of those without a name.
     """
     model = _json.load(records.small("model.json"), "model.json")
     tensors = _Tensors(records).read(_field(model, "tensors", []))
@@ -70,11 +70,12 @@ def read(records: Records) -> tuple[Checkpoint, list[str]]:
             raise Malformed(f"model.json: two parameters are {key}")
         entries[key] = tensor
     taken = set(map(id, entries.values()))
-    left = [
-        dotted((modules.named.get(index, _ATTRIBUTES), *path))
+    left = {
+        dotted((modules.named.get(index, _ATTRIBUTES), *path)): id(tensor)
         for (index, *path), tensor in walk.tensors(attributes.tree)
         if id(tensor) not in taken
-    ]
+    }
+    fixed = len({*map(id, tensors)} - taken - {*left.values()})
     name = _field(main, "name", "")
     checkpoint = Checkpoint(
         records.reader.path,
@@ -90,7 +91,7 @@ def read(records: Records) -> tuple[Checkpoint, list[str]]:
         unlisted=records.unlisted,
         program=f"TorchScript module {name}".rstrip(),
     )
-    return checkpoint, left
+    return checkpoint, list(left), fixed
 
 
 class _Table(Vocabulary):

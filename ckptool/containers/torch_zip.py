@@ -20,7 +20,7 @@ from zlib_ng.zlib_ng import crc32
 from ckptool.containers._container import Container, Traits, Writer
 from ckptool.containers._records import Records, read_records
 from ckptool.errors import NotRepresentable
-from ckptool.files import zips
+from ckptool.files import zip_writer
 from ckptool.files.fileio import Reader
 from ckptool.pickles.torch_objects import Lowering, StorageId, TorchVocabulary
 from ckptool.pickles.tree import Node
@@ -130,27 +130,27 @@ def archive(
     held |= further or {}
     storages = tuple(held.values())
 
-    def records(checksums: Iterable[int]) -> Iterator[zips.Record]:
+    def records(checksums: Iterable[int]) -> Iterator[zip_writer.Record]:
         yield from before
         for (name, storage), checksum in zip(held.items(), checksums, strict=False):
-            yield zips.Record(f"{ROOT}/{name}".encode(), storage.nbytes, None, checksum)
+            yield zip_writer.Record(f"{ROOT}/{name}".encode(), storage.nbytes, None, checksum)
         yield from after
 
-    starts, nbytes = zips.lay_out(records(repeat(0)), ALIGNMENT)
+    starts, nbytes = zip_writer.lay_out(records(repeat(0)), ALIGNMENT)
     places = zip(storages, starts[2:-1], strict=True)
     jobs = [(job or Copy)(storage, start) for storage, start in places]
     if job is None:
         jobs += planner.checks(jobs, storages)
 
     def finish(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
-        return zips.headers(records(each.crc32 for each in done), ALIGNMENT)
+        return zip_writer.headers(records(each.crc32 for each in done), ALIGNMENT)
 
     literals = [(record.start, record.data or b"") for record in (*before, *after)]
     return PlannedFile("", nbytes, literals, jobs, finish)
 
 
-def _record(name: str, data: bytes) -> zips.Record:
-    return zips.Record(f"{ROOT}/{name}".encode(), len(data), data, crc32(data))
+def _record(name: str, data: bytes) -> zip_writer.Record:
+    return zip_writer.Record(f"{ROOT}/{name}".encode(), len(data), data, crc32(data))
 
 
 CONTAINERS = (

@@ -50,8 +50,8 @@ def read(reader: Reader) -> Checkpoint | None:
     old = read_records(reader, "model.json")
     if old is None:
         return None
-    checkpoint, left = _model_json.read(old)
-    return replace(checkpoint, notes=(_PROGRAM, *_notes(left, 0)))
+    checkpoint, left, fixed = _model_json.read(old)
+    return replace(checkpoint, notes=(_PROGRAM, *_notes(left, fixed)))
 
 
 _PROGRAM = "a TorchScript archive is a program; none of its code was run or judged"

@@ -318,10 +318,10 @@ def _retry(limits: Limits) -> Retry:
     class Bounded(Retry):
         def increment(self, *args: Any, **kwargs: Any) -> Self:
             error = kwargs.get("error")
-            if isinstance(error, known.TimeoutError) and not isinstance(
-                error, known.NewConnectionError
-            ):
-                raise error  # that was the time there is; a refusal comes at once
+            cause = getattr(error, "original_error", error)  # of a proxy's
+            refused = isinstance(cause, known.NewConnectionError)
+            if error and isinstance(cause, known.TimeoutError) and not refused:
+                raise error  # that was the time there is
             if response := kwargs.get("response"):
                 response.close()  # urllib3 reads it to its end, which may never come
             return super().increment(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The zip container below torch's: a strict reader of the directory and the layout of an output.
+"""The zip container below torch's: a strict reader of its directory.
 
 Source: PKWARE's APPNOTE.TXT 6.3. The central directory is what counts; a local header may leave
 its sizes and checksum zero for a data descriptor to hold, as torch's writer does (flag 0x0008),
@@ -11,9 +11,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, NoReturn
 
@@ -27,16 +25,16 @@ from ckptool.tensors.tensor import Packing, Storage
 MAX_MEMBERS = 1_000_000
 STORED, DEFLATED = 0, 8
 
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR = struct.Struct("<4sLQL")
-_COMMON = struct.Struct("<5H3L2H")  # of a local header and an entry of the directory: `_Header`
-_REST = struct.Struct("<3H2L")  # of an entry: comment, disk, attributes, local header
-_LOCAL = struct.Struct("<4s" + _COMMON.format[1:])
-_CENTRAL = struct.Struct("<4sH" + _COMMON.format[1:] + _REST.format[1:])
-_LOCAL_NBYTES, _CENTRAL_NBYTES = _LOCAL.size, _CENTRAL.size
+END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR = struct.Struct("<4sLQL")
+COMMON = struct.Struct("<5H3L2H")  # of a local header and an entry of the directory: `_Header`
+REST = struct.Struct("<3H2L")  # of an entry: comment, disk, attributes, local header
+_LOCAL = struct.Struct("<4s" + COMMON.format[1:])
+_CENTRAL = struct.Struct("<4sH" + COMMON.format[1:] + REST.format[1:])
+LOCAL_NBYTES, CENTRAL_NBYTES = _LOCAL.size, _CENTRAL.size
 _MAX_COMMENT = 0xFFFF
-_BIG16, _BIG32 = 0xFFFF, 0xFFFFFFFF
+BIG16, BIG32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
 _PATCHED = 0x0020
 _UNICODE_PATH = 0x7075  # "up", in an extra field: a version, the name's checksum, another name
@@ -92,7 +90,7 @@ def read_directory(reader: Reader) -> Directory:
         raise LimitExceeded(f"an archive of {count} records", path=reader.path, offset=offset)
     spending = budget.current()
     spending.read(nbytes, 2 * nbytes)  # local headers say the same
-    spending.spend(min(count, nbytes // _CENTRAL_NBYTES) * budget.MEMBER)
+    spending.spend(min(count, nbytes // CENTRAL_NBYTES) * budget.MEMBER)
     data = reader.read(offset, nbytes)
     entries = list(islice(_central_entries(reader, data, offset), count + 1))
     if len(entries) != count:
@@ -109,8 +107,8 @@ def _find_directory(reader: Reader) -> tuple[int, int, int]:
     """Return offset, size and entry count of the central directory."""
     data, at = _end_record(reader)
     if at >= 0:
-        fields = _END.unpack_from(data, at)
-        if at + _END.size + fields[-1] == len(data):
+        fields = END.unpack_from(data, at)
+        if at + END.size + fields[-1] == len(data):
             return _directory_of(reader, fields, reader.nbytes - len(data) + at)
     raise Malformed(
         "the zip archive has no end record; the file is truncated or not whole",
@@ -125,9 +123,9 @@ def _end_record(reader: Reader) -> tuple[bytes, int]:
 
     The last one with room behind it, as miniz takes it: an earlier one must not be believed.
     """
-    tail = min(reader.nbytes, _MAX_COMMENT + _END.size)
+    tail = min(reader.nbytes, _MAX_COMMENT + END.size)
     data = reader.read(reader.nbytes - tail, tail)
-    return data, data.rfind(b"PK\5\6", 0, max(0, len(data) - _END.size + 4))
+    return data, data.rfind(b"PK\5\6", 0, max(0, len(data) - END.size + 4))
 
 
 def at_end(reader: Reader) -> bool:
@@ -135,11 +133,11 @@ def at_end(reader: Reader) -> bool:
     data, at = _end_record(reader)
     if at < 0:
         return False
-    *_, nbytes, offset, _ = _END.unpack_from(data, at)
+    *_, nbytes, offset, _ = END.unpack_from(data, at)
     end = reader.nbytes - len(data) + at
     starts = (offset, end - nbytes)  # as the record says, and as Python's zipfile finds it
     listed = any(0 <= at <= end - 4 and reader.read(at, 4) == b"PK\1\2" for at in starts)
-    return listed or data[max(0, at - _LOCATOR.size) :].startswith(b"PK\6\7")
+    return listed or data[max(0, at - LOCATOR.size) :].startswith(b"PK\6\7")
 
 
 def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple[int, int, int]:
@@ -148,7 +146,7 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
     end64 = _zip64_end(reader, end_at)
     if end64 is not None:
         stop, disk, directory_disk, here, *wide = end64
-        pairs = zip(small, wide, (_BIG16, _BIG32, _BIG32), strict=True)
+        pairs = zip(small, wide, (BIG16, BIG32, BIG32), strict=True)
         if any(short not in (long, unknown) for short, long, unknown in pairs):
             _fail(reader, "the two end records of the archive disagree", stop)
     count, nbytes, offset = wide
@@ -161,16 +159,16 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
 
 def _zip64_end(reader: Reader, end_at: int) -> tuple[int, ...] | None:
     """Return offset, disks, counts, size and offset of the zip64 end record; None without one."""
-    at = end_at - _LOCATOR.size
-    locator = reader.read(at, _LOCATOR.size) if at >= _END64.size else b""
+    at = end_at - LOCATOR.size
+    locator = reader.read(at, LOCATOR.size) if at >= END64.size else b""
     if locator[:4] != b"PK\6\7":
         return None
-    _, disk, stop, disks = _LOCATOR.unpack(locator)
+    _, disk, stop, disks = LOCATOR.unpack(locator)
     if disk or disks > 1:
         raise Unsupported(_VOLUMES, path=reader.path, offset=at)
-    if stop + _END64.size != at:
+    if stop + END64.size != at:
         _refuse_shifted(reader, stop, end_at)
-    signature, _, _, _, *fields = _END64.unpack(reader.read(stop, _END64.size))
+    signature, _, _, _, *fields = END64.unpack(reader.read(stop, END64.size))
     if signature != b"PK\6\6":
         _fail(reader, "the zip64 end record is damaged", stop)
     return (stop, *fields)
@@ -178,7 +176,7 @@ def _zip64_end(reader: Reader, end_at: int) -> tuple[int, ...] | None:
 
 def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> NoReturn:
     """Refuse an end record in the wrong place, and several archives in a row by that name."""
-    here = end_at - _LOCATOR.size - _END64.size
+    here = end_at - LOCATOR.size - END64.size
     moved = here - stop  # where the last of several archives starts
     if moved > 0 and reader.read(here, 4) == b"PK\6\6" and reader.read(moved, 4) == b"PK\3\4":
         raise Unsupported(
@@ -197,19 +195,19 @@ def _fail(reader: Reader, what: str, offset: int) -> NoReturn:
 def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]:
     position, local = 0, _LocalHeaders(reader)
     while position < len(data):
-        if len(data) - position < _CENTRAL_NBYTES:
+        if len(data) - position < CENTRAL_NBYTES:
             _fail(reader, "the archive's directory is cut off", base + position)
         signature, _, *common, comment_size, disk, _, attributes, header = _CENTRAL.unpack_from(
             data, position
         )
         entry = _Header._make(common)
-        name_at = position + _CENTRAL_NBYTES
+        name_at = position + CENTRAL_NBYTES
         extra_at = name_at + entry.name_size
         comment_at = extra_at + entry.extra_size
         end = comment_at + comment_size
         if signature != b"PK\1\2" or end > len(data):
             _fail(reader, "an entry of the archive's directory is damaged", base + position)
-        if _BIG32 in (entry.packed, entry.nbytes, header):
+        if BIG32 in (entry.packed, entry.nbytes, header):
             small = (entry.nbytes, entry.packed, header)
             extra = data[extra_at:comment_at]
             nbytes, packed, header = _wide(reader, extra, small, base + position)
@@ -254,9 +252,9 @@ def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) ->
         data = extra[position + 4 : position + 4 + size]
         if tag == 1:
             wide = [value for (value,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8])]
-            if len(wide) < values.count(_BIG32):
+            if len(wide) < values.count(BIG32):
                 break
-            return tuple(wide.pop(0) if value == _BIG32 else value for value in values)
+            return tuple(wide.pop(0) if value == BIG32 else value for value in values)
         position += 4 + size
     _fail(reader, "a zip64 entry without its sizes", offset)
 
@@ -280,7 +278,7 @@ class _LocalHeaders:
 
     def data_start(self, name: bytes, entry: _Header, header: int) -> int:
         """Check a local header against its entry, and return where the data starts."""
-        reader, name_end = self._reader, _LOCAL_NBYTES + len(name)
+        reader, name_end = self._reader, LOCAL_NBYTES + len(name)
         if entry.flags & (_ENCRYPTED | _PATCHED):
             raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
         if entry.method not in (STORED, DEFLATED):
@@ -291,7 +289,7 @@ class _LocalHeaders:
         at = self._find(header, name_end)
         signature, *common = _LOCAL.unpack_from(self._data, at)
         local = _Header._make(common)
-        local_name = self._data[at + _LOCAL_NBYTES : at + name_end]
+        local_name = self._data[at + LOCAL_NBYTES : at + name_end]
         if signature != b"PK\3\4" or local.name_size != len(name) or local_name != name:
             what = f"the header of record {_text(name)} is not where the directory says"
             _fail(reader, what, header)
@@ -314,8 +312,8 @@ def _sizes_agree(local: _Header, entry: _Header) -> bool:
         here in (there, unknown) or (here == 0 and deferred)
         for here, there, unknown in (
             (local.crc32, entry.crc32, 0),
-            (local.packed, entry.packed, _BIG32),
-            (local.nbytes, entry.nbytes, _BIG32),
+            (local.packed, entry.packed, BIG32),
+            (local.nbytes, entry.nbytes, BIG32),
         )
     )
 
@@ -400,97 +398,3 @@ def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
         yield block
     if checksum != member.crc32 and member.crc32:
         _fail(reader, f"record {member.name} does not match its checksum", member.start)
-
-
-@dataclass(slots=True)
-class Record:
-    """A record to write: `data`, or `nbytes` that are copied; `crc32` once it is known.
-
-    There may be many, so they are made when they are placed, and again for their headers.
-    """
-
-    name: bytes
-    nbytes: int
-    data: bytes | None = None
-    crc32: int = 0
-    header: int = 0
-    start: int = 0
-
-
-def _placed(records: Iterable[Record], alignment: int) -> Iterator[Record]:
-    """Place records one after the other, their data aligned by padding in the local headers."""
-    position = 0
-    for record in records:
-        record.header = position
-        fixed = position + _LOCAL_NBYTES + len(record.name) + len(_wide_extra(record)) + 4
-        record.start = fixed + -fixed % alignment
-        position = record.start + record.nbytes
-        yield record
-
-
-def lay_out(records: Iterable[Record], alignment: int) -> tuple[Sequence[int], int]:
-    """Return where the data of each record starts, and the size of the archive."""
-    position, size, starts = 0, _END64.size + _LOCATOR.size + _END.size, array("Q")
-    for record in _placed(records, alignment):
-        starts.append(record.start)
-        position = record.start + record.nbytes
-        size += _CENTRAL_NBYTES + len(record.name) + len(_central_extra(record))
-    return starts, position + size
-
-
-def headers(records: Iterable[Record], alignment: int) -> Iterator[tuple[int, bytes]]:
-    """Yield `(offset, bytes)` of all headers, the directory and the end records."""
-    data, count, position = bytearray(), 0, 0
-    for record in _placed(records, alignment):
-        yield record.header, _local_header(record)
-        data += _central_header(record)
-        count, position = count + 1, record.start + record.nbytes
-    yield position, bytes(data) + _end_records(count, position, len(data))
-
-
-# Version 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
-_VERSION, _UTF8, _NO_TIME, _FIRST_DAY = 45, 0x0800, 0, 0x21
-_CENTRAL_START = b"PK\1\2" + struct.pack("<H", _VERSION)  # by which it was made
-
-
-def _common(record: Record, extra: bytes) -> bytes:
-    size = min(record.nbytes, _BIG32)
-    facts = (_VERSION, _UTF8, STORED, _NO_TIME, _FIRST_DAY, record.crc32, size, size)
-    return _COMMON.pack(*facts, len(record.name), len(extra))
-
-
-def _wide_extra(record: Record) -> bytes:
-    if record.nbytes < _BIG32:
-        return b""
-    return struct.pack("<HHQQ", 1, 16, record.nbytes, record.nbytes)
-
-
-def _local_header(record: Record) -> bytes:
-    name, wide = record.name, _wide_extra(record)
-    padding = record.start - record.header - _LOCAL_NBYTES - len(name) - len(wide) - 4
-    extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    return b"PK\3\4" + _common(record, extra) + name + extra
-
-
-def _central_extra(record: Record) -> bytes:
-    if record.header < _BIG32:
-        return _wide_extra(record)
-    values = _wide_extra(record)[4:] + struct.pack("<Q", record.header)
-    return struct.pack("<HH", 1, len(values)) + values
-
-
-def _central_header(record: Record) -> bytes:
-    extra = _central_extra(record)
-    rest = _REST.pack(0, 0, 0, 0, min(record.header, _BIG32))
-    return _CENTRAL_START + _common(record, extra) + rest + record.name + extra
-
-
-def _end_records(count: int, offset: int, nbytes: int) -> bytes:
-    """Write both end records; torch writes the zip64 one always, and so do we."""
-    end64 = _END64.pack(
-        b"PK\6\6", _END64.size - 12, _VERSION, _VERSION, 0, 0, count, count, nbytes, offset
-    )
-    locator = _LOCATOR.pack(b"PK\6\7", 0, offset + nbytes, 1)
-    few, size, start = min(count, _BIG16), min(nbytes, _BIG32), min(offset, _BIG32)
-    end = _END.pack(b"PK\5\6", 0, 0, few, few, size, start, 0)
-    return end64 + locator + end

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptool import containers
 from ckptool.errors import BadInput
+from ckptool.files.spool import Spool
 from ckptool.files.temporary import temporary_folder
 from ckptool.model import libraries, zoo
 from ckptool.state.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ def opened(given: CheckpointLike) -> Iterator[Checkpoint]:
         try:
             libraries.torch().save(state_dict, path)
         except Exception as error:  # pickle refuses with many types
+            Spool([bytes(1 << 16)])  # raises where the disk is full: torch does not say so
             raise BadInput(f"{name} cannot be saved: {zoo.last_line(error)}") from error
         yield replace(containers.read(path), path=name)
 

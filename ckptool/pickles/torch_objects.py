@@ -438,8 +438,14 @@ def python_type(tensor: AnyTensor) -> Node:
 
 
 def attributes(tensor: AnyTensor) -> Node:
-    """Return what Python keeps on a tensor beside its data (`__dict__`), None for nothing."""
+    """Return what Python keeps on a tensor beside its data (`__dict__`), None for nothing.
+
+    That is the gradient, too, which Variables had in their state until 2017.
+    """
     origin = tensor.origin
+    match origin:
+        case Object(Global() as kind, state=(TensorInfo(), grad, _, _, _)) if kind in _WRAPPERS:
+            return None if grad is None else Dict([("grad", grad)])
     if isinstance(origin, Object) and origin.callee == _WITH_STATE and len(origin.args) > 3:
         state = origin.args[3]
     else:
@@ -449,14 +455,6 @@ def attributes(tensor: AnyTensor) -> Node:
         holds = is_typed and isinstance(tensor, TensorInfo) and subclasses.within(origin)
         state = origin.args[3] if is_typed and not holds else None
     return None if isinstance(state, Dict) and not state.pairs else state
-
-
-def held(tensor: AnyTensor) -> Node:
-    """Return what holds further tensors on a tensor: its attributes, the gradient of 2017."""
-    match tensor.origin:
-        case Object(Global() as kind, state=(TensorInfo(), grad, _, _, _)) if kind in _WRAPPERS:
-            return Dict([("grad", grad)])
-    return attributes(tensor) if isinstance(tensor, TensorInfo) else None
 
 
 def _unwrapped(origin: Node) -> Node:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ckptool.errors import LimitExceeded
 from ckptool.files import budget
 from ckptool.pickles.subclasses import array
-from ckptool.pickles.torch_objects import held
+from ckptool.pickles.torch_objects import attributes
 from ckptool.pickles.tree import (
     MAX_NESTING,
     Dict,
@@ -77,18 +77,16 @@ def _values(tree: Node) -> Iterator[tuple[Path, Node]]:
         path, level = stack[-1]
         for name, node in level:
             here = path if name is None else (*path, name)
+            holder, inside = node, node
             if isinstance(node, TENSORS):
                 yield here, node
-                if node.origin is not None and id(node.origin) not in seen:
-                    seen.add(id(node.origin))
-                    if inside := held(node):
-                        stack.append((here, iter(list(_members(inside, numbers)))))
-                        break
-            elif isinstance(node, _CONTAINERS) and id(node) not in seen:
-                seen.add(id(node))
-                if type(node) is Object:
-                    yield here, node
-                stack.append((here, _members(node, numbers)))
+                plain = type(node) is not TensorInfo or node.origin is None
+                holder, inside = node.origin, None if plain else attributes(node)
+            elif type(node) is Object and id(node) not in seen:
+                yield here, node
+            if isinstance(inside, _CONTAINERS) and id(holder) not in seen:
+                seen.add(id(holder))
+                stack.append((here, _members(inside, numbers)))
                 break
         else:
             stack.pop()

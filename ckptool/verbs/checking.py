@@ -142,6 +142,7 @@ def _fields(result: Checked) -> dict[str, object]:
                 "pickle": result.pickle_name,
                 "offset": call.offset,
                 "at": call.where,
+                "text": call.text,
             }
             for call in result.calls
         ],

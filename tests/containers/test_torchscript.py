@@ -243,6 +243,11 @@ def test_attributes_of_2019_are_keys_where_they_are_tensors(run: Run, tmp_path: 
     assert "inner.several.0" in info
 
 
+def test_constants_of_2019_are_counted(run: Run, tmp_path: Path) -> None:
+    path = of_2019(tmp_path / "net.pt", [], b"\x80\x02).", [])
+    assert "left out 2 tensors without a name, constants of the code" in run("info", path).out
+
+
 def test_attributes_of_1_1_too(run: Run, tmp_path: Path) -> None:
     path = of_2019(tmp_path / "net.pt", [attribute("value", 0)], OF_1_1, [])
     assert run("keys", "--names", path).out.split() == ["weight", "counted", "value"]

@@ -9,6 +9,7 @@ one was not.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -56,14 +57,14 @@ class Count:
 class Job:
     """A command line in a fork of this process."""
 
-    def __init__(self, folder: Path, line: str, swap: bool = True) -> None:
+    def __init__(self, folder: Path, line: str, swap: bool = True, last: int = 0) -> None:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed once it has ended)
         self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.pid = os.fork()
         if not self.pid:
-            self._be(folder, line, swap)
+            self._be(folder, line, swap, last)
 
-    def _be(self, folder: Path, line: str, swap: bool) -> None:
+    def _be(self, folder: Path, line: str, swap: bool, last: int) -> None:
         code = 70
         try:
             from ckptool.cli import main as cli
@@ -76,6 +77,8 @@ class Job:
             sys.stderr = os.fdopen(2, "w")
             if not swap:
                 publish.swap = _no_swap  # type: ignore[assignment]
+            if last:
+                _die_at(last)
             code = cli.main(line.split())
             sys.stdout.flush()
         finally:
@@ -98,6 +101,22 @@ def _no_swap(one: str, other: str) -> None:
     import errno
 
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def _die_at(last: int) -> None:
+    """Kill this process at the n-th change of a name."""
+    calls = itertools.count(1)
+
+    def dying(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **more: object) -> object:
+            if next(calls) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        return call
+
+    for name in ("link", "rename", "replace", "unlink", "mkdir", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
 
 
 def run(folder: Path, line: str) -> Run:
@@ -165,13 +184,17 @@ def lay_out(here: Path, kind: str) -> Path:
     return here / name
 
 
+def temporary_in(here: Path) -> list[Path]:
+    """List what is temporary, beside the outputs and in them."""
+    return [path for path in here.glob("**/.*.tmp") if TEMPORARY.fullmatch(path.name)]
+
+
 def complaints(place: Path, allowed: tuple[float, ...], killed: bool) -> Iterator[str]:
     """Say what is wrong with a place, and with what ckptool says of it."""
     here, value = place.parent, value_at(place)
     said = run(here, f"info {place.name}")
-    temporary = [path for path in here.rglob("*.tmp") if TEMPORARY.fullmatch(path.name)]
-    if temporary and not killed:
-        yield f"left behind: {temporary}"
+    if not killed and (left := temporary_in(here)):
+        yield f"left behind: {left}"
     if value in allowed:
         if said.code:
             yield f"info of a whole checkpoint: {said.err}"
@@ -207,12 +230,15 @@ def kill(here: Path, dice: random.Random, count: Count) -> None:
     assert Job(here, line, swap).wait().code == 0
     whole = time.monotonic() - started
     place = lay_out(here, kind)
-    job = Job(here, line, swap)
-    time.sleep(dice.random() * whole * 0.8)
-    job.kill()
+    if dice.random() < 0.5:
+        job = Job(here, line, swap)
+        time.sleep(dice.random() * whole)
+        job.kill()
+    else:  # moves are over too soon to be met by chance
+        job = Job(here, line, swap, last=dice.randint(1, 20))
     done = job.wait()
     count.seen["killed" if done.code < 0 else "too late"] += 1
-    count.seen[f"then it was {value_at(place)}"] += 1
+    count.seen[{OLD: "then the old", ONE: "then the new"}.get(value_at(place), "then aside")] += 1
     found = list(complaints(place, (OLD, ONE), killed=True))
     again = run(here, line)
     if again.code or value_at(place) != ONE:
@@ -321,7 +347,10 @@ def main() -> int:
                 KINDS[kind](Path(name) / "run", random.Random(f"{given.seed} {number}"), count)
             took = time.monotonic() - started
             seen = ", ".join(f"{what}: {n}" for what, n in sorted(count.seen.items()))
-            print(f"{kind}: {given.runs} runs in {took:.0f} s, {len(count.wrong)} wrong ({seen})")
+            print(
+                f"{kind}: {given.runs} runs in {took:.0f} s, {len(count.wrong)} wrong ({seen})",
+                flush=True,
+            )
             wrong += count.wrong
     print("\n".join(wrong) or "0 wrong")
     return 1 if wrong else 0

@@ -278,7 +278,8 @@ def test_evidence_shows_the_call_its_byte_and_its_key(
     assert (document["status"], document["safety"]) == ("unsafe", "dangerous")
     said = document["calls"][0]
     assert (said["module"], said["name"], said["at"]) == ("borrowed", "thing", "hook")
-    assert set(said) == {"module", "name", "arguments", "pickle", "offset", "at"}
+    assert set(said) == {"module", "name", "arguments", "pickle", "offset", "at", "text"}
+    assert said["text"] in line
     assert {"borrowed.thing", "borrowed.run"} <= set(document["globals"])
 
 

@@ -176,6 +176,7 @@ LEVELS = {
         numpy.distutils.exec_command.exec_command
         pip.main pip._internal.main setuptools.sandbox.run_setup pkg_resources.run_script
         distutils.spawn.spawn distutils.core.run_setup
+        sympy.core.sympify.sympify sympy.core.singleton.S sympy.N
         cloudpickle.loads dill.loads joblib.load jsonpickle.decode IPython.start_ipython six.exec_
         argparse.ArgumentParser argparse._sys numexpr.evaluate
         signal.signal signal.raise_signal socket.create_connection http.client.HTTPConnection
