@@ -94,6 +94,15 @@ def metadata(path: Path, n: int) -> None:
     safetensors(path, json.dumps({"__metadata__": {f"k{i}": "v" for i in range(n)}}))
 
 
+def note(path: Path, n: int) -> None:
+    text = '{"v":1,"order":[' + ",".join(["[]"] * n) + "]}"
+    safetensors(path, json.dumps({"__metadata__": {"ckptool": text}}))
+
+
+def some_json(path: Path, n: int) -> None:
+    path.write_text('{"a":[' + ",".join(["[]"] * n) + "]}")
+
+
 def absent(path: Path, n: int) -> None:
     names = {f"k{i}": f"m{i}.safetensors" for i in range(n)}
     path.write_text(json.dumps({"metadata": {}, "weight_map": names}))
@@ -164,6 +173,8 @@ INPUTS: dict[str, tuple[str, Writer, int]] = {
     "entries of safetensors": (".safetensors", entries, 50_000),
     "lists in JSON": (".safetensors", short_lists, 100_000),
     "metadata of safetensors": (".safetensors", metadata, 100_000),
+    "a note in safetensors": (".safetensors", note, 200_000),
+    "a JSON text": (".json", some_json, 200_000),
     "an index of absent shards": (".safetensors.index.json", absent, 50_000),
     "records of a zip": (".pth", members, 20_000),
     "members of a tar": (".tar", tar_members, 5_000),

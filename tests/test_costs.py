@@ -12,6 +12,7 @@ from typing import Any
 
 import costly
 import pytest
+import torch
 from conftest import FIXTURES, environment
 
 import ckptool
@@ -129,6 +130,17 @@ def test_every_command_takes_it(run: Run) -> None:
 
     for name in (name for names in main.GROUPS.values() for name in names):
         assert "--max-memory SIZE" in run(name, "--help").out
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_hundred_thousand_tensors_are_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"many{suffix}"
+    if suffix == ".pth":
+        weight = torch.zeros(1)
+        torch.save({f"model.layers.{n}.mlp.weight": weight.clone() for n in range(100_000)}, path)
+    else:
+        costly.entries(path, 100_000)
+    assert len(ckptool.keys(path)) == 100_000
 
 
 def test_a_set_is_read_under_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

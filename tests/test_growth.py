@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import costly
 import pytest
 from conftest import FIXTURES, environment
 
@@ -303,3 +304,15 @@ def test_check_streams(tmp_path: Path) -> None:
             pytest.skip("no files of a terabyte here")
     paths = [tmp_path / "deflated.pth", tmp_path / "sparse.safetensors"]
     assert limited(("check", "--finite"), paths, tmp_path) == ""
+
+
+@pytest.mark.product(5)
+@pytest.mark.parametrize("name", costly.INPUTS)
+def test_calls_grow_with_what_is_meant_to_cost(tmp_path: Path, name: str) -> None:
+    suffix, writer, _ = costly.INPUTS[name]
+    counts = {}
+    for n in (10, 500, 2000):
+        writer(path := tmp_path / f"{n}{suffix}", n)
+        counts[n] = cost(("check",), path)
+    assert counts[500][0] == counts[2000][0] != 70
+    assert counts[2000][1] < 4.4 * counts[500][1], counts

@@ -24,7 +24,7 @@ def load(data: bytes, what: str, offset: int | None = None) -> dict[str, Any]:
 
     Raises `LimitExceeded`, or `Malformed` with the `offset`.
     """
-    _refuse_much(data, what)
+    count(data, what)
     try:
         if any(found[1] for found in _HALF.finditer(data)):
             raise ValueError("it holds half a character")
@@ -76,8 +76,11 @@ _SIZES = {b"{": 240, b"[": 90, b",": budget.NUMBER, b'"': budget.TEXT, b":": 0}
 _SMALL_DICT = 5
 
 
-def _refuse_much(data: bytes, what: str) -> None:
-    """Refuse, by what is outside of texts, depth and what would take too much memory."""
+def count(data: bytes, what: str) -> None:
+    """Count what a text will take once it is parsed, by what is outside of its texts.
+
+    Raises `TooCostly`, and `LimitExceeded` for one that is nested deeply.
+    """
     depth = 0
     counts = Counter[bytes]()
     for piece in _PIECE.finditer(data):
@@ -89,5 +92,5 @@ def _refuse_much(data: bytes, what: str) -> None:
                 raise LimitExceeded(f"{what} is nested more than {MAX_DEPTH} deep")
     letters = len(data) * (2 if data.isascii() else 2 * _WIDEST)
     pairs = max(counts[b":"] - _SMALL_DICT * counts[b"{"], 0)
-    values = sum(count * _SIZES[sign] for sign, count in counts.items())
+    values = sum(number * _SIZES[sign] for sign, number in counts.items())
     budget.current().spend(letters + values + pairs * budget.PAIR)

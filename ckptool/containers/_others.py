@@ -12,8 +12,9 @@ import struct
 from collections.abc import Collection
 from typing import Any
 
-from ckptool.containers import _pickles
-from ckptool.files import tars, zips
+from ckptool.containers import _json as json_text, _pickles
+from ckptool.errors import LimitExceeded
+from ckptool.files import budget, tars, zips
 from ckptool.files.fileio import Reader
 from ckptool.text import argument, listed, quoted, readable
 
@@ -323,9 +324,11 @@ def _between(text: str, tag: str) -> str:
 def _json(reader: Reader, size: str) -> Description:
     what = f"a JSON text ({size})"
     try:
-        text = reader.read(0, min(reader.nbytes, MAX_JSON)).decode("utf-8")  # no other is guessed
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError):
+        data = reader.read(0, min(reader.nbytes, MAX_JSON))
+        budget.current().read(len(data))
+        json_text.count(data, "a JSON text")
+        value: Any = json.loads(data.decode("utf-8"))  # no other is guessed
+    except (ValueError, RecursionError, LimitExceeded):
         return what, ""
     if not isinstance(value, dict) or not value:
         return what, ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from ckptool.pickles.subclasses import class_of, tensors_in
 from ckptool.pickles.tree import Node, attribute
 from ckptool.state import module_metadata
 from ckptool.state.checkpoint import Checkpoint
+from ckptool.state.parts import SHARDING_INFO
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.tensors.numbers import can_resolve
@@ -64,6 +66,9 @@ def read(reader: Reader) -> Checkpoint:
     header = _json.load(reader.read(8, size), "the header", 8)
     metadata = _metadata(header.pop("__metadata__", {}))
     budget.current().spend(len(metadata) * budget.NAME)
+    for name in {NOTE, SHARDING_INFO} & metadata.keys():
+        with suppress(LimitExceeded):  # who parses it finds the same
+            _json.count(metadata[name].encode(), name)
     base = reader.base + 8 + size
     budget.current().spend(len(header) * budget.TENSOR)
     entries = {key: _tensor(reader, key, entry, base) for key, entry in header.items()}
