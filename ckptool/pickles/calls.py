@@ -77,9 +77,12 @@ class Shapes:
         if places is None:
             return None
         for place in places:
-            if place < len(args) and isinstance(args[place], Object):
+            if place < len(args) and (isinstance(args[place], Object) or args[place] == _PARTIAL):
                 return args[place]
-        call = self._bound(call) if callee == _PARTIAL else call
+        if callee == _PARTIAL:
+            call = self._bound(call)
+            if _is_result(call.callee):
+                return call.callee
         function = self._function(call)
         return function if function is not None and self._has_text(call) else None
 
@@ -91,24 +94,40 @@ class Shapes:
         return self.places[callee]
 
     def _bound(self, call: Object) -> Object:
-        """Return the call that a `functools.partial` stands for; its state is said at last."""
-        made = Object(call.args[0] if call.args else None, call.args[1:])
+        """Return the call that a `functools.partial` stands for; its state is said at last.
+
+        Its function, arguments and keywords; one that is itself made by a call may hide them.
+        """
+        made = Object(call.args[0] if call.args else None, call.args[1:], kwargs=call.kwargs)
         match call.state:
-            case (function, more, keywords, *_):
-                made = Object(function, (*made.args, more), "reduce", keywords)
+            case None:
+                pass
+            case (function, tuple() as more, Dict() | None as keywords, *_):
+                made = Object(function, (*made.args, more), kwargs=keywords)
+            case _:
+                made.callee = _PARTIAL
         self.kept.append(made)
         return made
 
     def _function(self, call: Object) -> Global | None:
         """Return the function that a call would run: it is called, or given to what may call it."""
-        callee, args = call.callee, call.args
+        callee = call.callee
         if self._is_function(callee):
             return callee  # type: ignore[no-any-return]
         if call.how in _INSTANCES or not isinstance(callee, Global) or self._places(callee) is None:
             return None
-        if id(args) not in self.given:
-            self.given[id(args)] = next(filter(self._is_function, args), None)
-        return self.given[id(args)]
+        return self._given(call.args) or self._given(call.kwargs)
+
+    def _given(self, arguments: Node) -> Global | None:
+        """Return the first function in arguments or keywords, one in a `functools.partial` too."""
+        if id(arguments) not in self.given:
+            found = children(arguments) if isinstance(arguments, tuple | Dict) else ()
+            names = (
+                self._bound(each).callee if getattr(each, "callee", None) == _PARTIAL else each
+                for each in found
+            )
+            self.given[id(arguments)] = next(filter(self._is_function, names), None)
+        return self.given[id(arguments)]
 
     def _is_function(self, node: Node) -> bool:
         if not isinstance(node, Global):
@@ -145,6 +164,16 @@ class Shapes:
         if not isinstance(callee, Global) or self._is_function(callee):
             return True
         return python3_name(callee) in _MADE_OF_NUMBERS
+
+
+def _is_result(function: Node) -> bool:
+    """Check for a function that `functools.partial` gets of no pickler: what a call returned.
+
+    Python makes one partial of several; an instance of a class may be called.
+    """
+    if isinstance(function, Object):
+        return function.how not in _INSTANCES or function.callee == _PARTIAL
+    return bool(function == _PARTIAL)
 
 
 _NO_TEXT = (int, float, type(None), Global, PersistentId)
