@@ -26,6 +26,8 @@ from ckptool.pickles.tree import (
 # one, and sets its fields (Cython/Compiler/ParseTreeTransforms.py, `_inject_pickle_methods`).
 _OF_CYTHON = "__pyx_unpickle_"
 _PARTIAL = Global("functools", "partial")
+# Nodes that are searched again for a function; after that, whatever may call one has one.
+_PATIENCE = 1_000_000
 # They return what others use too: no pickler gives that a state.
 _SHARED = {("logging", "getLogger"), ("torch.nn.backends.thnn", "_get_thnn_function_backend")}
 _MADE_OF_NUMBERS = {("builtins", name) for name in ("bytes", "bytearray", "str")}
@@ -64,6 +66,8 @@ class Shapes:
         self.places: dict[Global, tuple[int, ...] | None] = {}
         self.given: dict[int, Global | None] = {}
         self.clear: set[int] = set()
+        self.inert: set[int] = set()  # nodes in which there is no function
+        self.patience = _PATIENCE
         self.kept: list[Object] = []  # what is known by its id must not be freed
 
     def called(self, call: Object) -> Node | None:
@@ -116,18 +120,32 @@ class Shapes:
             return callee  # type: ignore[no-any-return]
         if call.how in _INSTANCES or not isinstance(callee, Global) or self._places(callee) is None:
             return None
-        return self._given(call.args) or self._given(call.kwargs)
+        if id(call.args) not in self.given or call.kwargs is not None:
+            given = self._given(call) if self.patience > 0 else callee
+            self.given[id(call.args)] = given
+        return self.given[id(call.args)]
 
-    def _given(self, arguments: Node) -> Global | None:
-        """Return the first function in arguments or keywords, one in a `functools.partial` too."""
-        if id(arguments) not in self.given:
-            found = children(arguments) if isinstance(arguments, tuple | Dict) else ()
-            names = (
-                self._bound(each).callee if getattr(each, "callee", None) == _PARTIAL else each
-                for each in found
-            )
-            self.given[id(arguments)] = next(filter(self._is_function, names), None)
-        return self.given[id(arguments)]
+    def _given(self, call: Object) -> Global | None:
+        """Return the first function in what is given: in a partial, in an attribute of an object.
+
+        Who copies an object calls its `__reduce_ex__`, and then what that returns (copy.py).
+        """
+        seen: set[int] = set()
+        stack: list[Node] = [call.kwargs, call.args]
+        while stack:
+            node = stack.pop()
+            if self._is_function(node):
+                self.patience -= len(seen)
+                return node  # type: ignore[no-any-return]
+            if isinstance(node, _NO_TEXT) or id(node) in seen or id(node) in self.inert:
+                continue
+            seen.add(id(node))
+            inside = children(node)
+            if isinstance(node, Object):
+                next(inside)  # what it calls itself is judged by itself
+            stack += inside
+        self.inert |= seen
+        return None
 
     def _is_function(self, node: Node) -> bool:
         if not isinstance(node, Global):

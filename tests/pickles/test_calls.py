@@ -147,6 +147,13 @@ RUN = {
         bound(name("borrowed", "Caller"), keywords=dict_(
             [(text("function"), FUNCTION), (text("what"), COMMAND)])),
     ),
+    "__reduce_ex__ of what is copied": call(
+        name("torch.optim.swa_utils", "AveragedModel"),
+        build(SPACE, dict_([(text("__reduce_ex__"), call(
+            PARTIAL, name("torch.jit._pickle", "restore_type_tag"),
+            tuple_(FUNCTION, tuple_(COMMAND)),
+        ))])),
+    ),
     "a state": build(call(THING), COMMAND),
     "a state of numbers and names": build(call(THING), dict_([(text("a"), integer(1))])),
     "appended": call(THING) + COMMAND + b"a",
@@ -208,6 +215,9 @@ FINE = {
     ),
     "pytz": call(name("pytz", "_p"), text("Europe/Berlin"), integer(3600)),
     "a partial without text": bound(FUNCTION, keywords=dict_([(text("eps"), integer(1))])),
+    "a class given functions that are called": call(
+        name("borrowed", "Thing"), call(FUNCTION), COMMAND
+    ),
     "a partial of an object": bound(new(name("borrowed", "Thing")), integer(1)),
     "a partial of torch": bound(name("torch.nn.functional", "relu"), COMMAND),
     "a defaultdict": call(name("collections", "defaultdict"), FUNCTION) + COMMAND + NONE + b"s",
