@@ -13,7 +13,7 @@ from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.pickle_reader import Ended, Vocabulary
 from ckptool.pickles.subclasses import sizes_of
-from ckptool.pickles.tree import Global, Node, Object, attribute
+from ckptool.pickles.tree import Dict, Global, Node, Object, attribute
 from ckptool.state import naming
 from ckptool.state.checkpoint import named_items
 from ckptool.text import listed, readable
@@ -93,18 +93,23 @@ def inline_array(node: Node, data: bytes, position: int) -> tuple[Node, int]:
 
     Padding that its first byte counts, then the elements (joblib/numpy_pickle.py, `write_array`).
     Any other node is returned as it is; raises `Malformed` where no size is known: Python objects
-    are another pickle.
+    are another pickle, and what joblib would not write it may read otherwise.
     """
     if not isinstance(node, Object) or node.callee != JOBLIB_ARRAY:
         return node, position
     shape, dtype = attribute(node, "shape"), attribute(node, "dtype")
     itemsize = _itemsize(dtype)
     sizes = sizes_of(shape)
-    if sizes is None or not itemsize:
+    match node:
+        case Object(args=(), how="newobj", steps=[("build", Dict())]) if sizes is not None:
+            pass
+        case _:
+            itemsize = 0
+    if not itemsize:
         raise Malformed("an array of joblib whose size is not known", offset=position)
     if attribute(node, "numpy_array_alignment_bytes") is not None:
         position += 1 + data[position]
-    end = position + prod(sizes) * itemsize
+    end = position + prod(sizes or ()) * itemsize
     if end > len(data):
         raise Ended("an array of joblib goes on after the end", offset=position)
     fortran = attribute(node, "order") == "F"
@@ -113,11 +118,20 @@ def inline_array(node: Node, data: bytes, position: int) -> tuple[Node, int]:
 
 
 def _itemsize(dtype: Node) -> int:
-    """Return the bytes of an element of a numpy array, 0 where that is not known."""
+    """Return the bytes of an element of a numpy array, 0 where that is not known.
+
+    The state may have another size, and fields, which may be Python objects (numpy's
+    descriptor.c, `arraydescr_setstate`).
+    """
     match dtype:
-        case Object(Global("numpy", "dtype"), (str(kind), *_)):
+        case Object(Global("numpy", "dtype"), (str(kind), *_), steps=steps):
             found = re.fullmatch(r"[<>|=]?([?biufcSUmM])(\d{1,4})", kind, re.ASCII)
-            return int(found[2]) * (4 if found[1] == "U" else 1) if found else 0
+            size = int(found[2]) * (4 if found[1] == "U" else 1) if found else 0
+            match steps:
+                case []:
+                    return size
+                case [("build", (3 | 4, str(), None, None, None, int(stated), *_))]:
+                    return size if stated in (-1, size) else 0
     return 0
 
 

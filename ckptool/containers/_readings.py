@@ -92,8 +92,8 @@ def _pickles_in(reader: Reader) -> Iterator[Reader]:
     yield reader
     if reader.nbytes > 4 and reader.read(0, 4) == b"PK\3\4":
         for name, member in zips.read_directory(reader).members.items():
-            if name.endswith(".pkl") and member.method == zips.STORED:
-                yield reader.part(member.start, member.nbytes, reader.path)
+            if name.endswith(".pkl"):
+                yield zips.part(reader, member)
 
 
 def _names(reader: Reader) -> Iterator[tuple[Global, int]]:

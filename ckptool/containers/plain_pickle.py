@@ -56,13 +56,18 @@ def read(reader: Reader) -> Checkpoint | None:
         if not known.files and not _has_state_dict(parsed.tree):
             return None
     calls = known.left(parsed.calls)
+    named = known.followed(parsed.globals, calls, parsed.tree)
     behind, flaws = pickles_from(reader, parsed.end, "another pickle follows its own")
+    if known.arrays:
+        more, called = _without_arrays(reader, data, known.first)
+        behind |= more
+        calls += called
     return Checkpoint(
         reader.path,
         "plain-pickle",
         parsed.tree,
         reader.nbytes,
-        globals=behind | known.followed(parsed.globals, calls, parsed.tree),
+        globals=behind | named,
         calls=calls,
         pickle_name="the pickle",
         generation="pickle.dump or joblib, not torch.save",
@@ -71,6 +76,26 @@ def read(reader: Reader) -> Checkpoint | None:
         flaws=tuple(flaws),
         held=tuple(known.spools),
     )
+
+
+def _without_arrays(
+    reader: Reader, data: bytes, first: int
+) -> tuple[dict[Global, int], list[Object]]:
+    """Return what `pickle.load` names and calls, which takes arrays of joblib for opcodes.
+
+    Nothing where it ends at the `first`, as nearly always: the length of padding is no opcode.
+    """
+    known = _Embedded(reader, data, arrays=False)
+    with budget.brief():
+        try:
+            parsed = pickle_reader.load(data, 0, known)
+        except FormatError as error:
+            if error.offset is not None and error.offset <= first:
+                return {}, []
+            named, calls = error.named, known.left(error.calls)
+            return known.followed(named, calls, None), calls
+    calls = known.left(parsed.calls)
+    return known.followed(parsed.globals, calls, parsed.tree), calls
 
 
 def _mentions(reader: Reader, *names: bytes) -> bool:
@@ -91,9 +116,10 @@ def _has_state_dict(tree: Node) -> bool:
 class _Embedded(TorchVocabulary):
     """Read the torch files that are arguments of calls, and joblib's arrays."""
 
-    def __init__(self, reader: Reader, data: bytes) -> None:
+    def __init__(self, reader: Reader, data: bytes, *, arrays: bool = True) -> None:
         super().__init__(_no_storage)
         self.reader, self.data = reader, data
+        self.reads_arrays, self.first = arrays, 0
         self.files = 0
         self.globals: dict[Global, int] = {}
         self.calls: list[Object] = []
@@ -159,8 +185,11 @@ class _Embedded(TorchVocabulary):
 
     def inline(self, node: Node, position: int) -> tuple[Node, int]:
         """Read an array of numpy that joblib wrote behind its description."""
+        if not self.reads_arrays:
+            return node, position
         array, end = inline_array(node, self.data, position)
         if array is not node:
+            self.first = self.first or position
             self.arrays.append(node)
         return array, end
 

@@ -345,7 +345,7 @@ class Readers:
     def unpacked(self, storage: Storage) -> Reader:
         """Return a reader of the bytes of a deflated storage; the last few are kept."""
         with self._unpacking:
-            reader = self._unpacked.pop(storage, None) or _spooled(storage, self[storage.path])
+            reader = self._unpacked.pop(storage, None) or spooled(storage, self[storage.path])
             self._unpacked[storage] = reader
             if len(self._unpacked) > KEPT_UNPACKED:
                 del self._unpacked[next(iter(self._unpacked))]
@@ -360,7 +360,7 @@ class Readers:
             reader.refuse_change()
 
 
-def _spooled(storage: Storage, packed: Reader) -> Reader:
+def spooled(storage: Storage, packed: Reader) -> Reader:
     """Unpack a storage into a temporary file, which goes with its reader."""
     from ckptool.files.temporary import temporary_file
 

@@ -19,7 +19,7 @@ from zlib_ng.zlib_ng import crc32
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
-from ckptool.files.fileio import CHUNK, Reader, unpacked
+from ckptool.files.fileio import CHUNK, Reader, spooled, unpacked
 from ckptool.tensors.tensor import Packing, Storage
 
 MAX_MEMBERS = 1_000_000
@@ -379,15 +379,7 @@ def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> b
 def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
     """Yield the bytes of a record, unpacked; raises `Malformed` where they are not as it says."""
     if member.method == DEFLATED:
-        packed = Storage(
-            reader.path,
-            member.name,
-            member.start,
-            member.nbytes,
-            packing=Packing.DEFLATED,
-            packed_nbytes=member.packed_nbytes,
-        )
-        data = unpacked(packed, reader)
+        data = unpacked(_packed(reader, member), reader)
     else:
         end = member.start + member.nbytes
         starts = range(member.start, end, CHUNK)
@@ -398,3 +390,21 @@ def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
         yield block
     if checksum != member.crc32 and member.crc32:
         _fail(reader, f"record {member.name} does not match its checksum", member.start)
+
+
+def part(reader: Reader, member: Member) -> Reader:
+    """Return a reader of the bytes of a record, of a copy where it is deflated."""
+    if member.method == DEFLATED:
+        return spooled(_packed(reader, member), reader)
+    return reader.part(member.start, member.nbytes, reader.path)
+
+
+def _packed(reader: Reader, member: Member) -> Storage:
+    return Storage(
+        reader.path,
+        member.name,
+        member.start,
+        member.nbytes,
+        packing=Packing.DEFLATED,
+        packed_nbytes=member.packed_nbytes,
+    )

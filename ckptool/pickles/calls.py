@@ -26,6 +26,8 @@ from ckptool.pickles.tree import (
 # one, and sets its fields (Cython/Compiler/ParseTreeTransforms.py, `_inject_pickle_methods`).
 _OF_CYTHON = "__pyx_unpickle_"
 _PARTIAL = Global("functools", "partial")
+# Nodes that are searched again for a function; after that, whatever may call one has one.
+_PATIENCE = 1_000_000
 # They return what others use too: no pickler gives that a state.
 _SHARED = {("logging", "getLogger"), ("torch.nn.backends.thnn", "_get_thnn_function_backend")}
 _MADE_OF_NUMBERS = {("builtins", name) for name in ("bytes", "bytearray", "str")}
@@ -64,6 +66,8 @@ class Shapes:
         self.places: dict[Global, tuple[int, ...] | None] = {}
         self.given: dict[int, Global | None] = {}
         self.clear: set[int] = set()
+        self.inert: set[int] = set()  # nodes in which there is no function
+        self.patience = _PATIENCE
         self.kept: list[Object] = []  # what is known by its id must not be freed
 
     def called(self, call: Object) -> Node | None:
@@ -77,9 +81,12 @@ class Shapes:
         if places is None:
             return None
         for place in places:
-            if place < len(args) and isinstance(args[place], Object):
+            if place < len(args) and (isinstance(args[place], Object) or args[place] == _PARTIAL):
                 return args[place]
-        call = self._bound(call) if callee == _PARTIAL else call
+        if callee == _PARTIAL:
+            call = self._bound(call)
+            if _is_result(call.callee):
+                return call.callee
         function = self._function(call)
         return function if function is not None and self._has_text(call) else None
 
@@ -91,24 +98,54 @@ class Shapes:
         return self.places[callee]
 
     def _bound(self, call: Object) -> Object:
-        """Return the call that a `functools.partial` stands for; its state is said at last."""
-        made = Object(call.args[0] if call.args else None, call.args[1:])
+        """Return the call that a `functools.partial` stands for; its state is said at last.
+
+        Its function, arguments and keywords; one that is itself made by a call may hide them.
+        """
+        made = Object(call.args[0] if call.args else None, call.args[1:], kwargs=call.kwargs)
         match call.state:
-            case (function, more, keywords, *_):
-                made = Object(function, (*made.args, more), "reduce", keywords)
+            case None:
+                pass
+            case (function, tuple() as more, Dict() | None as keywords, *_):
+                made = Object(function, (*made.args, more), kwargs=keywords)
+            case _:
+                made.callee = _PARTIAL
         self.kept.append(made)
         return made
 
     def _function(self, call: Object) -> Global | None:
         """Return the function that a call would run: it is called, or given to what may call it."""
-        callee, args = call.callee, call.args
+        callee = call.callee
         if self._is_function(callee):
             return callee  # type: ignore[no-any-return]
         if call.how in _INSTANCES or not isinstance(callee, Global) or self._places(callee) is None:
             return None
-        if id(args) not in self.given:
-            self.given[id(args)] = next(filter(self._is_function, args), None)
-        return self.given[id(args)]
+        if id(call.args) not in self.given or call.kwargs is not None:
+            given = self._given(call) if self.patience > 0 else callee
+            self.given[id(call.args)] = given
+        return self.given[id(call.args)]
+
+    def _given(self, call: Object) -> Global | None:
+        """Return the first function in what is given: in a partial, in an attribute of an object.
+
+        Who copies an object calls its `__reduce_ex__`, and then what that returns (copy.py).
+        """
+        seen: set[int] = set()
+        stack: list[Node] = [call.kwargs, call.args]
+        while stack:
+            node = stack.pop()
+            if self._is_function(node):
+                self.patience -= len(seen)
+                return node  # type: ignore[no-any-return]
+            if isinstance(node, _NO_TEXT) or id(node) in seen or id(node) in self.inert:
+                continue
+            seen.add(id(node))
+            inside = children(node)
+            if isinstance(node, Object):
+                next(inside)  # what it calls itself is judged by itself
+            stack += inside
+        self.inert |= seen
+        return None
 
     def _is_function(self, node: Node) -> bool:
         if not isinstance(node, Global):
@@ -145,6 +182,16 @@ class Shapes:
         if not isinstance(callee, Global) or self._is_function(callee):
             return True
         return python3_name(callee) in _MADE_OF_NUMBERS
+
+
+def _is_result(function: Node) -> bool:
+    """Check for a function that `functools.partial` gets of no pickler: what a call returned.
+
+    Python makes one partial of several; an instance of a class may be called.
+    """
+    if isinstance(function, Object):
+        return function.how not in _INSTANCES or function.callee == _PARTIAL
+    return bool(function == _PARTIAL)
 
 
 _NO_TEXT = (int, float, type(None), Global, PersistentId)

@@ -306,7 +306,7 @@ _EXECUTORS = frozenset(
     (
         "cloudpickle dill joblib jsonpickle IPython six fire numexpr yaml pytest _pytest py "
         "pexpect ptyprocess sh plumbum invoke fabric paramiko xonsh cffi multiprocess pathos "
-        "billiard loky requests httpx aiohttp urllib3 sympy"  # whose classes evaluate text
+        "billiard loky fsspec requests httpx aiohttp urllib3 sympy"  # whose classes evaluate text
     ).split()
 )
 # Functions that do so in whatever package: their own, or the standard library's taken over
@@ -315,6 +315,7 @@ _RUNNER_NAMES = (
     "eval exec execfile system popen Popen check_call check_output getoutput getstatusoutput "
     "import_module run_module run_path run_code parse_expr sympify read_pickle loads load_module "
     "load_library __import__ __builtins__ __loader__ __spec__ "
+    "CDLL PyDLL FileIO ZipFile TarFile GzipFile BZ2File LZMAFile "  # they load or empty a file
     "_reconstruct_persistent_obj"  # of StyleGAN: it runs the source text in its arguments
 )
 _RUNNERS = frozenset(_RUNNER_NAMES.split())

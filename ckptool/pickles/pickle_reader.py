@@ -518,13 +518,13 @@ class _Machine:
             self.fail(f"state for a {type(target).__name__}")
         if self.position == self.frame_end:
             self.leave_frame(self.position)
-        node, end = self.vocabulary.inline(node, self.position)
+        if node is not target:
+            self.memo.replace(target, node)
+        # The memo keeps what it was, as that of joblib does.
+        self.stack[-1], end = self.vocabulary.inline(node, self.position)
         if end != self.position and self.frame_end < sys.maxsize:
             self.fail("what is no opcode, inside a frame")  # joblib reads it behind the frame
         self.position = end
-        if node is not target:
-            self.stack[-1] = node
-            self.memo.replace(target, node)
 
     def decimal(self, text: bytes) -> int:
         if len(text) > MAX_DIGITS:

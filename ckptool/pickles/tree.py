@@ -159,10 +159,10 @@ def python2_items(node: Object) -> Pairs:
 
 
 def attribute(node: Node, name: str) -> Node:
-    """Return an attribute that BUILD set on an object, None if it set none of that name."""
+    """Return an attribute that BUILD set on an object, at last; None if it set none so named."""
     state = node.state if isinstance(node, Object) else None
     if isinstance(state, Dict):
-        return next((value for key, value in state.pairs if key == name), None)
+        return next((value for key, value in reversed(state.pairs) if key == name), None)
     return None
 
 

@@ -158,6 +158,70 @@ def test_arrays_that_joblib_writes_between_opcodes(run: Run, tmp_path: Path) -> 
     assert checking.check(source).status is not Status.OK
 
 
+CODE = b"cposix\nsystem\nX\x04\0\0\0true\x85R0"
+
+
+def text(letters: str) -> bytes:
+    return b"X" + len(letters).to_bytes(4, "little") + letters.encode()
+
+
+def array_of_joblib(
+    kind: str,
+    count: int,
+    content: bytes,
+    *,
+    state: bytes = b"",
+    more: bytes = b"",
+    new: bytes = b"",
+) -> bytes:
+    """Push an array as joblib writes it, but for what is given."""
+    dtype = b"cnumpy\ndtype\n" + text(kind) + b"K\0K\1\x87R" + state
+    fields = {"shape": b"K%c\x85" % count, "dtype": dtype, "order": text("C")}
+    pairs = b"".join(text(key) + value for key, value in fields.items())
+    named = b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n"
+    return named + (new or b")\x81") + b"}(" + pairs + more + b"ub" + content
+
+
+LONG = len(CODE)
+TWICE = text("shape") + b"K\0\x85"
+ALIGNED = text("numpy_array_alignment_bytes") + b"K\x10"
+LYING_ARRAYS = {
+    "padding that pickle.load runs": array_of_joblib(
+        "f4", 1, b"0" + CODE.ljust(ord("0"), b"N") + bytes(4), more=ALIGNED
+    ),
+    "elements that pickle.load runs": array_of_joblib("u1", LONG + 1, b"0" + CODE),
+    "a shape that is there twice": array_of_joblib("u1", LONG, CODE, more=TWICE),
+    "elements of another size": array_of_joblib(
+        f"S{LONG}", 1, b"\xff" + CODE[:-1], state=b"(K\3" + text("|") + b"NNNK\1K\1K\0tb"
+    ),
+    "Python objects": array_of_joblib(
+        f"S{LONG}", 1, CODE,
+        state=b"(K\3" + text("|") + b"(cnumpy\ndtype\n" + text("O8") + b"\x85RK\1\x85tNN"
+        b"K%cK\1K\x3ftb" % LONG,
+    ),
+    "a state after an __init__": array_of_joblib(
+        "u1", LONG, CODE, new=b"(cnumpy\nndarray\nK\1\x85" + text("C") + b"NtR"
+    ),
+    "a second state": array_of_joblib(  # its text is an element to joblib, and code
+        "u1", 1, b"\xffh\x50}bUN" + CODE.ljust(ord("N"), b"N") + b"00", new=b")\x81q\x50"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LYING_ARRAYS)
+def test_arrays_that_joblib_or_pickle_reads_otherwise(tmp_path: Path, what: str) -> None:
+    """What is the array to one is code to the other, or to joblib itself."""
+    np = pytest.importorskip("numpy")
+    whole = pickle.dumps({"w": np.ones(3)}, 2)
+    path = tmp_path / "in.joblib"
+    path.write_bytes(whole[:-2] + b"s" + text("x") + LYING_ARRAYS[what] + b"s.")
+    found = checking.check(path)
+    assert found.status is not Status.OK
+    if "pickle.load" in what:
+        assert found.status is Status.UNSAFE
+        assert "posix.system('true')" in found.detail
+
+
 def joblib_dump(value: Any) -> bytes:
     """Write as joblib/numpy_pickle.py does: the bytes of an array behind what describes it."""
     np = pytest.importorskip("numpy")

@@ -200,7 +200,14 @@ def torch_zip(more: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("inner", [b"\x80\2" + RUN, torch_zip({"more.pkl": b"\x80\2" + RUN})])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        b"\x80\2" + RUN,
+        torch_zip({"more.pkl": b"\x80\2" + RUN}),
+        torch_zip({"more.pkl": b"\x80\2" + RUN}, zipfile.ZIP_DEFLATED),
+    ],
+)
 def test_pickles_that_a_checkpoint_does_not_use(tmp_path: Path, method: int, inner: bytes) -> None:
     """Others may: torch.export loads weights of odd classes with torch.load."""
     path = tmp_path / "model.pth"

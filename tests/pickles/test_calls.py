@@ -64,7 +64,7 @@ class lower:
         run(*args, **kwargs)
         return object.__new__(cls)
 class Caller:
-    def __init__(self, function, *args): function(*args)
+    def __init__(self, function, *args, what=None): function(*args, what)
 """
 FUNCTION, THING = name("borrowed", "run"), name("borrowed", "thing")
 COMMAND = text("touch x")
@@ -91,6 +91,15 @@ def with_state(*more: tuple[bytes, bytes]) -> bytes:
     return call(function, TENSOR, FALSE, ordered_dict(()), dict_(more))
 
 
+def made_on_demand(factory: bytes) -> bytes:
+    """Push a dict of a ChainMap, whose defaultdict calls for a key that another map has."""
+    found = call(name("collections", "defaultdict"), factory)
+    chain = call(name("collections", "ChainMap"), found, dict_([(text("a"), NONE)]))
+    return call(name("builtins", "dict"), chain)
+
+
+# What `functools.partial` gets as its state.
+STATE = tuple_(FUNCTION, tuple_(COMMAND), dict_(()), NONE)
 # What torch.load(weights_only=False) runs.
 RUN = {
     "text": call(FUNCTION, COMMAND),
@@ -115,6 +124,36 @@ RUN = {
     "the result of a call": call(call(FUNCTION), COMMAND),
     "a partial": call(bound(FUNCTION, COMMAND)),
     "a partial that gets the text": call(call(PARTIAL, FUNCTION), COMMAND),
+    "a partial of a partial": made_on_demand(call(PARTIAL, call(PARTIAL, FUNCTION), COMMAND)),
+    "a partial whose state a call makes": made_on_demand(
+        build(
+            call(PARTIAL, FUNCTION),
+            call(
+                name("builtins", "tuple"),
+                list_(FUNCTION, tuple_(COMMAND), dict_(()), NONE),
+            ),
+        )
+    ),
+    "a partial of copyreg": made_on_demand(
+        build(call(name("copyreg", "__newobj__"), PARTIAL, FUNCTION), STATE)
+    ),
+    "a partial of _reconstructor": made_on_demand(
+        build(call(name("copyreg", "_reconstructor"), PARTIAL, PARTIAL, FUNCTION), STATE)
+    ),
+    "a partial for a class that calls": call(
+        name("borrowed", "Caller"), call(PARTIAL, FUNCTION), COMMAND
+    ),
+    "keywords of a class that calls": made_on_demand(
+        bound(name("borrowed", "Caller"), keywords=dict_(
+            [(text("function"), FUNCTION), (text("what"), COMMAND)])),
+    ),
+    "__reduce_ex__ of what is copied": call(
+        name("torch.optim.swa_utils", "AveragedModel"),
+        build(SPACE, dict_([(text("__reduce_ex__"), call(
+            PARTIAL, name("torch.jit._pickle", "restore_type_tag"),
+            tuple_(FUNCTION, tuple_(COMMAND)),
+        ))])),
+    ),
     "a state": build(call(THING), COMMAND),
     "a state of numbers and names": build(call(THING), dict_([(text("a"), integer(1))])),
     "appended": call(THING) + COMMAND + b"a",
@@ -176,6 +215,10 @@ FINE = {
     ),
     "pytz": call(name("pytz", "_p"), text("Europe/Berlin"), integer(3600)),
     "a partial without text": bound(FUNCTION, keywords=dict_([(text("eps"), integer(1))])),
+    "a class given functions that are called": call(
+        name("borrowed", "Thing"), call(FUNCTION), COMMAND
+    ),
+    "a partial of an object": bound(new(name("borrowed", "Thing")), integer(1)),
     "a partial of torch": bound(name("torch.nn.functional", "relu"), COMMAND),
     "a defaultdict": call(name("collections", "defaultdict"), FUNCTION) + COMMAND + NONE + b"s",
     "functions in an old OrderedDict": call(
