@@ -41,7 +41,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
-        what = "That reading metadata may take.  [default: by its size, at most 256MiB]"
+        what = "Memory that reading metadata may take.  [default: by its size, at most 256MiB]"
         option = click.Option(
             ["--max-memory"], metavar="SIZE", help=what, expose_value=False, callback=_limit
         )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, Request, edits, patterns, run, strips, writes
-from ckptool.state.edit_options import EDITS
+from ckptool.cli._options import Command, Request, edits, patterns, refuse_idle, run, strips, writes
+from ckptool.state.edit_options import EDITS, STRIP_FLAGS
 
 if TYPE_CHECKING:
     from ckptool.state.edits import Edit
@@ -53,6 +53,7 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **given:
     Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
     beside it is left behind and named.
     """
+    refuse_idle(dict.fromkeys(STRIP_FLAGS, "strip_prefix"))
     from ckptool.verbs import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)

@@ -195,7 +195,8 @@ def _weights(facts: Survey) -> Advised:
         reason = "the state_dict alone, as a torch file"
     elif place.module:
         name = place.module.rpartition(".")[2]
-        reason = f"the state_dict of the model, which loads without the code of `{name}`"
+        some = "a part of " if facts.state and facts.state.missing else ""
+        reason = f"{some}the state_dict of the model, which loads without the code of `{name}`"
     elif heavy:
         share = percent(sum(each.nbytes for each in heavy) / facts.checkpoint.nbytes)
         takes = "takes" if len(heavy) == 1 else "take"
