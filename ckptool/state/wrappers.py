@@ -186,8 +186,8 @@ def submodules(entries: Entries) -> set[str]:
     return found
 
 
-def worn(entries: Entries) -> list[str]:
-    """Describe the known wrappers that keys have: all of them, or how many."""
+def worn(entries: Entries, *, removable: bool = False) -> list[str]:
+    """Describe the known wrappers that keys have, or those that `auto` removes, and how many."""
     found, names = peeling(entries), submodules(entries)
     lines = []
     if found.prefixes:
@@ -199,7 +199,9 @@ def worn(entries: Entries) -> list[str]:
     for prefix, kind in WRAPPERS.items():
         if prefix in names or not _ONLY_BESIDE.get(prefix, entries.keys()) & entries.keys():
             continue
-        begin = 0 if found.prefixes else sum(rest.startswith(prefix) for rest in rests)
+        if removable and prefix not in found.inside:
+            continue
+        begin = 0 if found.prefixes or removable else sum(rest.startswith(prefix) for rest in rests)
         inside = sum(f".{prefix}" in (f".{rest}" if found.prefixes else rest) for rest in rests)
         lines += [f"{begin} of {len(entries)} keys start with `{prefix}` ({kind})"] if begin else []
         part = kind if prefix[0] == "_" else f"{kind} of a part, or a module of that name"

@@ -334,3 +334,33 @@ def test_like_at_needs_like(tmp_path: Path) -> None:
     torch.save(net().state_dict(), source)
     with pytest.raises(ckptool.CkptoolError, match="--like"):
         ckptool.transfer(source, str(tmp_path / "out.pth"), like_at="model")
+
+
+@pytest.mark.parametrize("start", ["module.module.", "layer._orig_mod.module."])
+def test_what_a_proposal_removes_is_gone_after_it(start: str, tmp_path: Path, run: Run) -> None:
+    source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    bare = prefixed("module." if start.startswith("module") else "", {"a": torch.ones(1)})
+    torch.save({**bare, **prefixed(start, net().state_dict())}, source)
+    before = run("keys", source).err
+    said, _, rest = before.partition(": ckptool strip-prefix ")
+    proposed = [line.split("\t") for line in run("info", source).out.splitlines()]
+    reasons = [line[1] for line in proposed if "strip-prefix" in line[-1]]
+    assert len(reasons) == 1
+    assert reasons[0] in said
+    assert ".module.`" not in reasons[0]
+    assert ".module.`" in rest
+    auto = ("--prefix", "auto") if "--prefix auto" in rest else ()
+    assert run("strip-prefix", *auto, source, out).code == 0
+    assert "_orig_mod" not in run("keys", out).out
+
+
+def test_all_prefixes_that_would_fill_as_much_are_named(tmp_path: Path, run: Run) -> None:
+    source, like, out = (str(tmp_path / name) for name in ("in.pth", "like.pth", "out.pth"))
+    state = net().state_dict()
+    both = {**prefixed("module.encoder_q.", state), **prefixed("module.encoder_k.", state)}
+    torch.save({"state_dict": both}, source)
+    torch.save(state, like)
+    hint = run("transfer", source, out, "--like", like).err.splitlines()[-1]
+    assert "--rename encoder_q=   would fill 100.0 %, as would --rename encoder_k=" in hint
+    torch.save({"state_dict": prefixed("module.encoder_q.", state)}, source)
+    assert "as would" not in run("transfer", source, out, "--like", like).err
