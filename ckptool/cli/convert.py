@@ -50,8 +50,8 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **given:
     ckptool convert --max-shard-size 5GB in.pth out_folder
     ckptool convert --to dcp in.pth out_dir      (for a cluster)
 
-    Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
-    beside it is left behind and named.
+    Edits are applied in the order given. To safetensors the state_dict is taken out; what
+    else is in the file is not written, and named.
     """
     refuse_idle(dict.fromkeys(STRIP_FLAGS, "strip_prefix"))
     from ckptool.verbs import api
