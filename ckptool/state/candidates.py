@@ -85,21 +85,23 @@ class _Found:
         views = ((key, getattr(value, "view", id(value))) for key, value in self.tensors.items())
         return id(self) if self.module else frozenset(views)
 
-    def shapes(self) -> object:
+    def shapes(self, *, exact: bool = False) -> object:
         """Return what is equal for copies: keys without wrappers, and shapes.
 
         A copy may have counters of its own (`decay`), another prefix of all keys, or keys without
-        dots (LitEma of latent-diffusion): single numbers, prefixes and dots do not count.
+        dots (LitEma of latent-diffusion): unless `exact`, none of these count.
         """
         peel = peeling(self.tensors)
         shapes = {
             peel.name(key): tuple(value.shape)
             for key, value in self.tensors.items()
-            if peel(key) and not key.endswith(_BUFFERS) and prod(value.shape) != 1
+            if peel(key) and not key.endswith(_BUFFERS)
         }
+        if exact:
+            return frozenset(shapes.items())
+        shapes = {key: shape for key, shape in shapes.items() if prod(shape) != 1} or shapes
         size = len(common_prefix(list(shapes)))
-        found = frozenset((key[size:].replace(".", ""), shape) for key, shape in shapes.items())
-        return found or id(self)
+        return frozenset((key[size:].replace(".", ""), shape) for key, shape in shapes.items())
 
 
 def _is_known(path: Path) -> bool:
@@ -148,7 +150,7 @@ def _merged(found: list[_Found], nested: Sequence[tuple[Path, Node]]) -> list[_F
         parts = joined.parts()
         below = under.get(path, [])
         whole = not any(each.known or each.module for each in (*parts, *below))
-        if whole and len({each.shapes() for each in parts}) == len(parts) > 1:
+        if whole and len({each.shapes(exact=True) for each in parts}) == len(parts) > 1:
             parts_of_others.update(map(id, below))
             found.append(_Found({path: None}, _tensors_of(joined.entries)))
     found = [each for each in found if id(each) not in parts_of_others]

@@ -364,3 +364,19 @@ def test_all_prefixes_that_would_fill_as_much_are_named(tmp_path: Path, run: Run
     assert "--rename encoder_q=   would fill 100.0 %, as would --rename encoder_k=" in hint
     torch.save({"state_dict": prefixed("module.encoder_q.", state)}, source)
     assert "as would" not in run("transfer", source, out, "--like", like).err
+
+
+def test_parts_of_other_names_are_no_copies_of_each_other(tmp_path: Path, run: Run) -> None:
+    source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    parts = {
+        name: prefixed(f"{name}.", nn.Linear(3, 3).state_dict()) for name in ("first", "second")
+    }
+    torch.save({"model": parts}, source)
+    assert run("unwrap", source, out).code == 0
+    assert len(torch.load(out, weights_only=True)) == 4
+
+
+def test_copies_of_single_numbers_are_copies(tmp_path: Path, run: Run) -> None:
+    source = str(tmp_path / "in.pth")
+    torch.save({"model": {"w": torch.ones(1)}, "mean": {"w": torch.zeros(1)}}, source)
+    assert run("unwrap", source, str(tmp_path / "out.pth")).code == 2
