@@ -33,7 +33,7 @@ def measured(*line: str | Path) -> dict[str, Any]:
 
 
 @linux
-@pytest.mark.product(5)
+@pytest.mark.product(12)
 @pytest.mark.parametrize("command", ["check", "info"])
 @pytest.mark.parametrize("name", costly.INPUTS)
 def test_memory_is_bounded_by_the_metadata_as_stored(
@@ -46,6 +46,7 @@ def test_memory_is_bounded_by_the_metadata_as_stored(
 
 
 @linux
+@pytest.mark.product(4)
 @pytest.mark.parametrize(
     "name", ["dicts, deflated", "keys", "an index of absent shards", "entries of safetensors"]
 )
@@ -132,7 +133,8 @@ def test_every_command_takes_it(run: Run) -> None:
         assert "--max-memory SIZE" in run(name, "--help").out
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.product(2)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_hundred_thousand_tensors_are_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"many{suffix}"
     if suffix == ".pth":

@@ -272,6 +272,22 @@ def test_what_is_meant_to_exhaust_does_not(tmp_path: Path) -> None:
     assert limited(("info",), paths, tmp_path) == ""
 
 
+@pytest.mark.parametrize("place", ["key", "value", "argument", "set"])
+def test_a_tuple_that_holds_another_twice_and_so_on(run: Any, tmp_path: Path, place: str) -> None:
+    """Sixty of them are a hundred bytes, and 2^60 tuples when each is written."""
+    doubled = b")" + b"2\x86" * 60
+    odd = {
+        "key": b"}" + doubled + b"K\x01s",
+        "value": doubled,
+        "argument": b"cfoo.bar\nBaz\n" + doubled + b"\x85R",
+        "set": b"c__builtin__\nset\n(]" + doubled + b"atR",
+    }[place]
+    path = torch_file(tmp_path / "in.pth", dict_of([(text("w"), TENSOR), (text("x"), odd)]), FOUR)
+    for line in ("keys --all", "info", "check", "convert --to dcp", "convert --tensors-only"):
+        out = [tmp_path / line.replace(" ", "_")] if line.startswith("convert") else []
+        assert run(*line.split(), path, *out).code in (0, 3, 5), line
+
+
 @linux
 def test_the_limit_can_fail(tmp_path: Path) -> None:
     needy = LIMITED.replace("code = main([*line, path])", "code = len(b'1' * (300 << 20)) * 0")

@@ -308,15 +308,18 @@ def test_what_safetensors_leaves_of_tensors_is_named() -> None:
         grad=torch.ones(2, requires_grad=True),
         tagged=marked,
         buffer=torch.ones(2),
+        noted=torch.ones(2),
         odd=torch.ones(2).as_subclass(Marked),
     )
+    state["noted"].persistent = True  # as an nn.Buffer: pickled with its class, torch.Tensor
     state.owner = "me"
     torch.save(state, "a.pth")
     done = ckptool.convert("a.pth", "a.safetensors")
     said = "\n".join(done.notes)
     assert "Parameters become plain tensors: p, frozen, tagged" in said
     assert "requires_grad of tensors: grad" in said
-    assert "attributes of tensors: tagged" in said
+    assert "attributes of tensors: tagged, noted" in said
+    assert "noted (" not in said
     assert f"class of tensors: odd ({__name__}.Marked)" in said
     assert "buffer" not in said
     assert done.not_carried == ("owner",)

@@ -41,7 +41,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
-        what = "That reading metadata may take.  [default: by its size, at most 256MiB]"
+        what = "Memory that reading metadata may take.  [default: by its size, at most 256MiB]"
         option = click.Option(
             ["--max-memory"], metavar="SIZE", help=what, expose_value=False, callback=_limit
         )
@@ -87,7 +87,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option(
         "--to",
         type=_Containers(["torch", "safetensors", "dcp"]),
-        help="Output container, any suffix; dcp (a folder) in convert alone.",
+        help="Output format, whatever the suffix; dcp (a folder): convert only.",
     ),
     click.option(
         "--drop-beside",
@@ -102,7 +102,9 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
     click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings."),
     click.option(
-        "--tensors-only", is_flag=True, help="Keep tensors and plain values, leave the rest behind."
+        "--tensors-only",
+        is_flag=True,
+        help="Write tensors and plain values (numbers, strings, lists, dicts) only.",
     ),
     click.option("--untie", is_flag=True, help="Write tied tensors as copies."),
     click.option(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, Request, edits, patterns, run, strips, writes
-from ckptool.state.edit_options import EDITS
+from ckptool.cli._options import Command, Request, edits, patterns, refuse_idle, run, strips, writes
+from ckptool.state.edit_options import EDITS, STRIP_FLAGS
 
 if TYPE_CHECKING:
     from ckptool.state.edits import Edit
@@ -50,9 +50,10 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **given:
     ckptool convert --max-shard-size 5GB in.pth out_folder
     ckptool convert --to dcp in.pth out_dir      (for a cluster)
 
-    Edits are applied in the order given. To safetensors the state_dict is taken out; what stands
-    beside it is left behind and named.
+    Edits are applied in the order given. To safetensors the state_dict is taken out; what
+    else is in the file is not written, and named.
     """
+    refuse_idle(dict.fromkeys(STRIP_FLAGS, "strip_prefix"))
     from ckptool.verbs import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)

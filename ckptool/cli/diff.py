@@ -67,7 +67,7 @@ def command(
     parts, a quantized one as its integer. Recorded checksums are not verified:
     ckptool check does that.
     """
-    refuse_idle({"atol": "not structure", "rtol": "not structure"})
+    refuse_idle({"atol": "not structure", "rtol": "not structure", "anywhere": "ignore_prefix"})
     if at is not None and left_at is not None and right_at is not None:
         refuse_idle({"at": "not left_at"})
     from ckptool import containers

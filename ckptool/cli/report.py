@@ -155,7 +155,11 @@ def prefix_line(
     lines, found = worn(entries), peeling(entries)
     if found:
         auto = "" if verb == "transfer" or found.only_default else " --prefix auto"
-        lines[-1] += f": ckptool {verb}{auto} {options}{argument(path)} OUT   removes it"
+        removable = worn(entries, removable=True)
+        others = [line for line in lines if line not in removable]
+        what = "; ".join(removable)
+        command = f"ckptool {verb}{auto} {options}{argument(path)} OUT   removes it"
+        lines = [f"{what}: {command}", *others]
     return visible("; ".join(lines))
 
 

@@ -16,7 +16,7 @@ def command(request: Request) -> None:
     ckptool unwrap model_best.pth.tar weights.pth
     ckptool unwrap dino.pth weights.pth --at teacher
 
-    What stands beside it (epoch, optimizer, args ...) is left behind and named.
+    What else is in the file (epoch, optimizer, args ...) is not written, and named.
     """
     from ckptool.verbs import api
 

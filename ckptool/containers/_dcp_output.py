@@ -180,11 +180,11 @@ class _Flattener:
         """Yield the members of a dict by the text of their keys; of equal keys the last counts."""
         members: dict[str, tuple[Node, Node]] = {}
         for key, value in items(node) or ():
-            text = str(key)
             if not _is_key(key):
                 place = _dotted((*path, label(key)))
                 self.flat.unfit[place] = "a key of a dictionary that is no plain value"
                 continue
+            text = str(key)
             if text in members and type(members[text][0]) is not type(key):
                 yield text, value  # another key of the same text: a collision
             members[text] = (key, value)
@@ -211,7 +211,8 @@ class _Flattener:
 
 
 def _is_key(node: Node) -> bool:
-    return isinstance(node, _KEYS) or (isinstance(node, tuple) and all(map(_is_key, node)))
+    members = node if isinstance(node, tuple) else (node,)  # in which another may be twice, and on
+    return all(isinstance(each, _KEYS) for each in members)
 
 
 def _odd(node: Node) -> str:

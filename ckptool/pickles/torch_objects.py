@@ -432,9 +432,13 @@ def quantizer(info: TensorInfo) -> Node:
 
 
 def python_type(tensor: AnyTensor) -> Node:
-    """Return the class of a tensor that is pickled with one, None of any other."""
+    """Return the class of a tensor that is pickled with one, None of any other.
+
+    With attributes a plain one is pickled with its class too, as an nn.Buffer is.
+    """
     origin = _unwrapped(tensor.origin)
-    return origin.args[1] if isinstance(origin, Object) and origin.callee == FROM_TYPE else None
+    named = origin.args[1] if isinstance(origin, Object) and origin.callee == FROM_TYPE else None
+    return None if str(named) in ("torch.Tensor", "torch._tensor.Tensor") else named
 
 
 def attributes(tensor: AnyTensor) -> Node:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
+from math import prod
 
 from ckptool.errors import FormatError, KeyCollision, LimitExceeded, Malformed
 from ckptool.pickles.subclasses import as_tensor
@@ -27,7 +28,10 @@ KNOWN_NAMES = frozenset(
         "state_dict_ema model_ema ema ema_state_dict params_ema"
     ).split()
 )
-NOT_STATE_DICTS = ("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler")
+NOT_STATE_DICTS = (
+    *("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler"),
+    "*_extra_state",  # an entry of a state_dict (torch/nn/modules/module.py, get_extra_state)
+)
 _NOT_MODELS = (*NOT_STATE_DICTS, "hyper_parameters", "hparams")  # copies of modules to be trained
 _NO_STATE_DICT, _NO_MODEL = (
     re.compile("|".join(map(translate, names))) for names in (NOT_STATE_DICTS, _NOT_MODELS)
@@ -82,13 +86,20 @@ class _Found:
         return id(self) if self.module else frozenset(views)
 
     def shapes(self) -> object:
-        """Return what is equal for copies: keys without wrappers, and shapes."""
+        """Return what is equal for copies: keys without wrappers, and shapes.
+
+        A copy may have counters of its own (`decay`), another prefix of all keys, or keys without
+        dots (LitEma of latent-diffusion): single numbers, prefixes and dots do not count.
+        """
         peel = peeling(self.tensors)
-        return frozenset(
-            (peel.name(key), tuple(value.shape))
+        shapes = {
+            peel.name(key): tuple(value.shape)
             for key, value in self.tensors.items()
-            if peel(key) and key.rpartition(".")[2] not in _BUFFERS
-        )
+            if peel(key) and not key.endswith(_BUFFERS) and prod(value.shape) != 1
+        }
+        size = len(common_prefix(list(shapes)))
+        found = frozenset((key[size:].replace(".", ""), shape) for key, shape in shapes.items())
+        return found or id(self)
 
 
 def _is_known(path: Path) -> bool:

@@ -151,18 +151,27 @@ def _object_members(node: Object, numbers: Numbers) -> Iterator[tuple[str | None
             yield None, payload
 
 
+MAX_MEMBERS = 100  # of a tuple as a key that are written: each may hold the next twice
+
+
 def label(key: Node) -> str:
     """Write a key as `--at` and lists do; an object that holds one text is named by it.
 
     Such are members of enums, and keys of classes of their own; `?` is any other.
     """
+    return _written(key, iter(range(MAX_MEMBERS)))
+
+
+def _written(key: Node, room: Iterator[int]) -> str:
+    """Write a key, and of tuples in it so many members as there is room for."""
     match key:
         case str():
             return key
         case int() | float() | None:
             return str(key)
         case tuple():
-            return f"({', '.join(map(label, key))})"
+            members = [_written(each, room) for each, _ in zip(key, room, strict=False)]
+            return f"({', '.join([*members, *['...'][: len(members) < len(key)]])})"
         case Object():
             state = key.state.pairs if isinstance(key.state, Dict) else []
             texts = [each for each in (*key.args, *(value for _, value in state)) if each]

@@ -58,9 +58,14 @@ class Peeling:
 
     def name(self, key: str) -> str:
         """Return any key as it is without wrappers."""
+        key = self.rest(key)
+        return without(key, self.inside, self.start) if self.inside else key
+
+    def rest(self, key: str) -> str:
+        """Return any key as it is without the prefixes that all share."""
         for prefix in self.prefixes:
             key = key.removeprefix(prefix)
-        return without(key, self.inside, self.start) if self.inside else key
+        return key
 
     @property
     def only_default(self) -> bool:
@@ -79,7 +84,7 @@ class Peeling:
             count = len(keys) - len(self.bookkeeping)
             lines.append(f"stripped `{self.prefix}` from {count} of {len(keys)} keys")
         if self.inside:
-            count = sum(any(f".{each}" in f".{key}" for each in self.inside) for key in keys)
+            count = sum(self.name(key) != self.rest(key) for key in keys)
             what = ", ".join(f"`{each}`" for each in self.inside)
             lines.append(f"stripped {what} inside {count} of {len(keys)} keys")
         return lines
@@ -112,7 +117,8 @@ def peeling(
         gone |= counters.keys()
         keys, offset = others, offset + len(prefix)
     found = Peeling(tuple(prefixes), tuple(kinds), (), frozenset(gone), keep)
-    inner = replace(found, inside=_inside(entries, anywhere), start=int(not (prefixes or anywhere)))
+    start = int(not (prefixes or anywhere))
+    inner = replace(found, inside=_inside(entries, found, anywhere, start), start=start)
     # Where two keys would become one, a component is no wrapper.
     distinct = (len(set(map(each.name, entries))) for each in (inner, found))
     return inner if next(distinct) == next(distinct) else found
@@ -137,16 +143,16 @@ def _shared(keys: Sequence[str], offset: int, beside: set[str]) -> str | None:
     return None
 
 
-def _inside(entries: Entries, anywhere: bool) -> tuple[str, ...]:
-    """List the wrappers that some keys hold after their start, or with `anywhere` at it."""
-    keys = [key for key in entries if "._" in key or anywhere]
+def _inside(entries: Entries, found: Peeling, anywhere: bool, start: int) -> tuple[str, ...]:
+    """List the wrappers that some keys hold from component `start` on, after shared prefixes."""
+    keys = [found.rest(key) for key in entries if "._" in key or anywhere]
     names = submodules(entries) if keys else set()
     return tuple(
         prefix
         for prefix in WRAPPERS
         if (prefix[0] == "_" or (anywhere and prefix not in _ONLY_BESIDE))
         and prefix not in names
-        and any(f".{prefix}" in (f".{key}" if anywhere else key) for key in keys)
+        and any(f".{prefix}" in (key if start else f".{key}") for key in keys)
     )
 
 
@@ -180,8 +186,8 @@ def submodules(entries: Entries) -> set[str]:
     return found
 
 
-def worn(entries: Entries) -> list[str]:
-    """Describe the known wrappers that keys have: all of them, or how many."""
+def worn(entries: Entries, *, removable: bool = False) -> list[str]:
+    """Describe the known wrappers that keys have, or those that `auto` removes, and how many."""
     found, names = peeling(entries), submodules(entries)
     lines = []
     if found.prefixes:
@@ -191,9 +197,11 @@ def worn(entries: Entries) -> list[str]:
     unwrapped = (key.removeprefix(found.prefix) for key in entries)
     rests = [rest for rest in unwrapped if _HAS_WRAPPER.search(rest)]
     for prefix, kind in WRAPPERS.items():
-        if prefix in names or prefix in _ONLY_BESIDE:
+        if prefix in names or not _ONLY_BESIDE.get(prefix, entries.keys()) & entries.keys():
             continue
-        begin = 0 if found.prefixes else sum(rest.startswith(prefix) for rest in rests)
+        if removable and prefix not in found.inside:
+            continue
+        begin = 0 if found.prefixes or removable else sum(rest.startswith(prefix) for rest in rests)
         inside = sum(f".{prefix}" in (f".{rest}" if found.prefixes else rest) for rest in rests)
         lines += [f"{begin} of {len(entries)} keys start with `{prefix}` ({kind})"] if begin else []
         part = kind if prefix[0] == "_" else f"{kind} of a part, or a module of that name"

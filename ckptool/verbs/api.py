@@ -300,6 +300,8 @@ def transfer(
         raise EditError("a transfer has one target: --like or --model")
     if model is None and (model_args or init_missing):
         raise EditError("--model-arg and --init-missing need --model")
+    if like is None and like_at is not None:
+        raise EditError("--like-at needs --like")
     moves = [edits.rename(old, new) for old, new in (rename or {}).items()]
     reference: Reference | None = None
     fill: Fill | None = None

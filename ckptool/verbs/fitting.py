@@ -17,7 +17,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
 from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
-from ckptool.text import counted, percent, quoted, shape, visible
+from ckptool.text import counted, listed, percent, quoted, shape, visible
 from ckptool.verbs import surgery
 from ckptool.verbs.options import MIN_MATCH
 from ckptool.verbs.plan import argument
@@ -229,7 +229,7 @@ def _shapes_after(
 
 def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float) -> PoorFit:
     total = len(like.shapes)
-    option, share = _mending(shapes, like, found.filled)
+    option, share, others = _mending(shapes, like, found.filled)
     lower = int((share or found.filled) * 100) / 100
     if lower and not (option and share >= min_match):
         option = f"{option} --min-match {lower}".strip()
@@ -245,7 +245,7 @@ def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: f
             *_compared("there", found.missing),
         ],
         option=option,
-        hint=f"would fill {percent(share)}" if share else "accepts that" if option else "",
+        hint=f"would fill {percent(share)}{others}" if share else "accepts that" if option else "",
     )
 
 
@@ -264,16 +264,22 @@ def _compared(side: str, keys: Sequence[str]) -> list[str]:
     return [f"keys {side} alone are like {key}" for key in keys[:1]]
 
 
-def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tuple[str, float]:
-    """Find the move of one prefix to another that would fill most, and much more; and how much."""
-    best, option = max(2 * filled, filled + 0.2), ""
+def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tuple[str, float, str]:
+    """Find the move of one prefix to another that would fill most, and much more; and how much.
+
+    The last text names other prefixes that would fill as much: a model has an encoder of keys too.
+    """
+    best, options, to = max(2 * filled, filled + 0.2), list[str](), ""
     for old, new in _moves(shapes, like.shapes):
         move = edits.rename(old, new).make(shapes)
         moved = {move(key) or key: sizes for key, sizes in shapes.items()}
         share = fit(moved, like).filled
-        if share > best and len(moved) == len(shapes):
-            best, option = share, f"--rename {quoted(f'{old}={new}')}"
-    return option, best if option else 0.0
+        again = bool(options) and share == best and new == to
+        if (share > best or again) and len(moved) == len(shapes):
+            options = [*(options if again else ()), f"--rename {quoted(f'{old}={new}')}"]
+            best, to = share, new
+    others = f", as would {listed(options[1:])}" if options[1:] else ""
+    return "".join(options[:1]), best if options else 0.0, others
 
 
 def _moves(here: Mapping[str, Shape], there: Mapping[str, Shape]) -> list[tuple[str, str]]:

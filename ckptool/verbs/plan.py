@@ -124,8 +124,9 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
             f"{checkpoint.path} is a {checkpoint.program}; its state_dict cannot take its place",
             hint="name an output instead of --in-place",
         )
+    in_list = isinstance(checkpoint.tree, list | tuple)  # tensors in a list get names
     alone = state is not None and not (state.at or state.module or checkpoint.program)
-    if unwrap and alone and not (state and state.inner):
+    if unwrap and alone and not in_list and not (state and state.inner):
         raise EditError(
             f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
             hint="`ckptool convert` writes it again as it is",
@@ -288,9 +289,10 @@ def _no_part(model: Node, state: StateDict) -> list[str]:
     }
     if not others:
         return []
+    packed = "what its modules pack, " if state.missing else ""
     return [
         f"{counted(len(others), 'tensor')} of the model not in its state_dict "
-        "(buffers that are not persistent, other attributes)"
+        f"({packed}buffers that are not persistent, other attributes)"
     ]
 
 

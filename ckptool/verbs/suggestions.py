@@ -16,7 +16,7 @@ from ckptool.pickles import pruning
 from ckptool.pickles.names import Level
 from ckptool.pickles.subclasses import as_pickled, class_of
 from ckptool.state import checkpoint as places, edits, walk
-from ckptool.state.wrappers import peeling, without
+from ckptool.state.wrappers import peeling, without, worn
 from ckptool.tensors.tensor import CompositeTensor
 from ckptool.text import argument, counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
@@ -164,13 +164,14 @@ def _word(name: str) -> str:
 
 def _prefixes(facts: Survey) -> Advised:
     place = facts.place
-    if place is None or place.module:
+    if place is None or place.module or facts.state is None:
         return
     if not place.peeling:
         yield from _prefix_inside(facts, place)
         return
     auto = () if place.peeling.only_default else ("--prefix", "auto")
-    yield Advice("; ".join(place.worn), "strip-prefix", (*auto, *_at(facts, place)), "stripped")
+    reason = "; ".join(worn(facts.state.entries, removable=True))
+    yield Advice(reason, "strip-prefix", (*auto, *_at(facts, place)), "stripped")
 
 
 def _prefix_inside(facts: Survey, place: Place) -> Advised:
@@ -195,7 +196,8 @@ def _weights(facts: Survey) -> Advised:
         reason = "the state_dict alone, as a torch file"
     elif place.module:
         name = place.module.rpartition(".")[2]
-        reason = f"the state_dict of the model, which loads without the code of `{name}`"
+        some = "a part of " if facts.state and facts.state.missing else ""
+        reason = f"{some}the state_dict of the model, which loads without the code of `{name}`"
     elif heavy:
         share = percent(sum(each.nbytes for each in heavy) / facts.checkpoint.nbytes)
         takes = "takes" if len(heavy) == 1 else "take"

@@ -458,6 +458,8 @@ def test_packed_weights_are_named_as_missing(run: Run, here: Path) -> None:
         "its entries: not all are listed",
     ]
     assert list(judge.load("out.pth")) == ["1.weight"]
+    assert "what its modules pack" in run("unwrap", "model.pth", "again.pth").err
+    assert "a part of the state_dict of the model" in run("info", "model.pth").out
 
 
 def test_hooks_that_may_change_keys_are_named(run: Run, here: Path) -> None:

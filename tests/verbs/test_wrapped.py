@@ -242,3 +242,125 @@ def test_a_dict_inside_itself_is_joined_once(run: Callable[..., Any], tmp_path: 
     done = run("keys", "--at", ".", "--json", tmp_path / "in.pth")
     assert done.code == 0
     assert [each["key"] for each in done.document["tensors"]] == ["part.weight"]
+
+
+LIKE_THE_MODEL: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "other prefix": lambda state: prefixed("net.", state),
+    "counters of its own": lambda state: {
+        **state, "decay": torch.tensor(0.9), "num_updates": torch.tensor([3])
+    },
+    "no dots, as LitEma": lambda state: {
+        **{key.replace(".", ""): value for key, value in state.items()},
+        "decay": torch.tensor(0.9),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LIKE_THE_MODEL)
+@pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
+def test_a_copy_under_other_keys_is_a_copy(
+    kind: str, prefix: str, tmp_path: Path, run: Run
+) -> None:
+    if prefix and kind.startswith("no dots"):
+        prefix = "module."
+    copy = LIKE_THE_MODEL[kind]({key: value + 1 for key, value in net().state_dict().items()})
+    source = str(tmp_path / "in.pth")
+    torch.save({"model": prefixed(prefix, net().state_dict()), "smoothed": copy}, source)
+    done = run("unwrap", source, str(tmp_path / "out.pth"))
+    assert (done.code, "smoothed" in done.err) == (2, True)
+    assert run("unwrap", source, str(tmp_path / "out.pth"), "--at", "smoothed").code == 0
+
+
+def test_other_shapes_under_the_same_keys_are_no_copy(tmp_path: Path, run: Run) -> None:
+    source = str(tmp_path / "in.pth")
+    losses = {"loss": torch.tensor(1.0), "best": torch.tensor(2.0)}
+    head = nn.Linear(4, 3).state_dict()
+    torch.save({"model": net().state_dict(), "head": head, "losses": losses}, source)
+    assert run("unwrap", source, str(tmp_path / "out.pth")).code == 0
+
+
+def test_extra_state_that_is_a_dict_is_an_entry(tmp_path: Path, run: Run) -> None:
+    source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    state = {**net().state_dict(), "0._extra_state": {"scale": torch.ones(2)}}
+    torch.save(prefixed("module.", state), source)
+    assert run("strip-prefix", source, out).code == 0
+    assert list(torch.load(out, weights_only=True)) == list(state)
+
+
+def test_what_is_inside_is_counted_after_what_all_share(tmp_path: Path, run: Run) -> None:
+    source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    torch.save(prefixed("module._orig_mod.", net().state_dict()), source)
+    done = run("transfer", source, out)
+    assert "stripped `module._orig_mod.` from 9 of 9 keys" in done.err
+    assert "` inside " not in done.err
+    assert "`_orig_mod.`," not in run("info", source).out
+
+
+def test_an_average_and_its_model_in_one_dict_are_seen(tmp_path: Path, run: Run) -> None:
+    source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    state, counters = net().state_dict(), {"initted": torch.tensor(True), "step": torch.tensor(0)}
+    both = {**counters, **prefixed("online_model.", state), **prefixed("ema_model.", state)}
+    torch.save({"ema": both}, source)
+    wanted = f"{len(state)} of {len(both)} keys start with `ema_model.` (EMA)"
+    assert wanted in run("info", source).out
+    assert wanted in run("unwrap", source, out).err
+
+
+def test_what_no_state_dict_is_proposed_for_works(tmp_path: Path, run: Run) -> None:
+    source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    torch.save([torch.ones(2), torch.zeros(3)], source)
+    for verb in ("unwrap", "transfer"):
+        refused = run(verb, source, out, "--force")
+        assert refused.err.splitlines()[-1] == f"hint: ckptool {verb} {source} {out} --force --at ."
+        assert run(verb, source, out, "--at", ".", "--force").code == 0
+    run("unwrap", source, out, "--at", ".", "--force")
+    assert list(torch.load(out, weights_only=True)) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["convert --anywhere IN OUT", "convert --keep-bookkeeping IN OUT", "diff --anywhere IN IN"],
+)
+def test_an_option_of_prefixes_needs_a_prefix(line: str, tmp_path: Path, run: Run) -> None:
+    source = str(tmp_path / "in.pth")
+    torch.save(net().state_dict(), source)
+    words = line.replace("IN", source).replace("OUT", str(tmp_path / "out.pth")).split()
+    done = run(*words)
+    assert (done.code, "has no effect without" in done.err) == (2, True)
+
+
+def test_like_at_needs_like(tmp_path: Path) -> None:
+    source = str(tmp_path / "in.pth")
+    torch.save(net().state_dict(), source)
+    with pytest.raises(ckptool.CkptoolError, match="--like"):
+        ckptool.transfer(source, str(tmp_path / "out.pth"), like_at="model")
+
+
+@pytest.mark.parametrize("start", ["module.module.", "layer._orig_mod.module."])
+def test_what_a_proposal_removes_is_gone_after_it(start: str, tmp_path: Path, run: Run) -> None:
+    source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    bare = prefixed("module." if start.startswith("module") else "", {"a": torch.ones(1)})
+    torch.save({**bare, **prefixed(start, net().state_dict())}, source)
+    before = run("keys", source).err
+    said, _, rest = before.partition(": ckptool strip-prefix ")
+    proposed = [line.split("\t") for line in run("info", source).out.splitlines()]
+    reasons = [line[1] for line in proposed if "strip-prefix" in line[-1]]
+    assert len(reasons) == 1
+    assert reasons[0] in said
+    assert ".module.`" not in reasons[0]
+    assert ".module.`" in rest
+    auto = ("--prefix", "auto") if "--prefix auto" in rest else ()
+    assert run("strip-prefix", *auto, source, out).code == 0
+    assert "_orig_mod" not in run("keys", out).out
+
+
+def test_all_prefixes_that_would_fill_as_much_are_named(tmp_path: Path, run: Run) -> None:
+    source, like, out = (str(tmp_path / name) for name in ("in.pth", "like.pth", "out.pth"))
+    state = net().state_dict()
+    both = {**prefixed("module.encoder_q.", state), **prefixed("module.encoder_k.", state)}
+    torch.save({"state_dict": both}, source)
+    torch.save(state, like)
+    hint = run("transfer", source, out, "--like", like).err.splitlines()[-1]
+    assert "--rename encoder_q=   would fill 100.0 %, as would --rename encoder_k=" in hint
+    torch.save({"state_dict": prefixed("module.encoder_q.", state)}, source)
+    assert "as would" not in run("transfer", source, out, "--like", like).err
