@@ -132,10 +132,12 @@ class Shapes:
         """
         seen: set[int] = set()
         stack: list[Node] = [call.kwargs, call.args]
+        looks = 0
         while stack:
             node = stack.pop()
+            looks += 1
             if self._is_function(node):
-                self.patience -= len(seen)
+                self.patience -= looks
                 return node  # type: ignore[no-any-return]
             if isinstance(node, _NO_TEXT) or id(node) in seen or id(node) in self.inert:
                 continue
