@@ -142,6 +142,18 @@ def distributed(path: Path, n: int) -> None:
     path.write_bytes(index)
 
 
+def kept_states(path: Path, n: int) -> None:
+    """Write an index whose chunks are made small, and all that made them is fetched again."""
+    where = b"ctorch.distributed.checkpoint.metadata\n"
+    index = b"\x80\x02" + where + b"Metadata\n)\x81}(" + where + b"MetadataIndex\nq\x000"
+    index += text("state_dict_metadata") + b"}" + text("storage_data") + b"}("
+    for i in range(n):
+        state = b"(" + text("fqn") + text(f"k{i}") + text("more") + b"]" * 3 + b"\x87u"
+        index += b"h\0)\x81}r" + u32(1 + i) + state + b"bN"
+    gets = b"".join(b"j" + u32(1 + i) for i in range(n))
+    path.write_bytes(index + b"u" + text("planner_data") + b"](" + gets + b"eub.")
+
+
 def script(path: Path, n: int) -> None:
     source = "class A(Module):\n  __parameters__ = []\n" + "".join(
         f"  a{i} : int\n" for i in range(n)
@@ -181,6 +193,7 @@ INPUTS: dict[str, tuple[str, Writer, int]] = {
     "a plain pickle": (".pkl", plain, 100_000),
     "a legacy file": (".pth", legacy, 100_000),
     "an index of a distributed checkpoint": (".metadata", distributed, 20_000),
+    "an index that keeps its states": (".metadata", kept_states, 20_000),
     "source of a script": (".pt", script, 50_000),
     "model.json": (".pt", model_json, 20_000),
 }

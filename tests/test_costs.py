@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +17,19 @@ import costly
 import pytest
 import torch
 from conftest import FIXTURES, environment
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import ckptool
+from ckptool.containers import _dcp_metadata
 from ckptool.files import budget
+from ckptool.pickles import pickle_reader
 
 Run = Callable[..., Any]
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -55,6 +68,35 @@ def test_what_is_refused_takes_no_more(tmp_path: Path, name: str) -> None:
     found = measured("check", path)
     assert found["peak"] <= costly.bound(path)
     assert "--max-memory" in str(found["said"])
+
+
+def test_an_index_of_many_chunks_is_small(tmp_path: Path) -> None:
+    """Of 64 000, as 1000 tensors on 64 ranks have, it is read by default."""
+    ranks, tensors = 64, 50
+    names = [f"optimizer.state.model.layers.{i}.weight.exp_avg" for i in range(tensors)]
+    chunks = [
+        ChunkStorageMetadata(torch.Size([rank, 0]), torch.Size([1, 2])) for rank in range(ranks)
+    ]
+    described = {
+        name: TensorStorageMetadata(TensorProperties(), torch.Size([ranks, 2]), copy.copy(chunks))
+        for name in names
+    }
+    stored = {
+        MetadataIndex(name, torch.Size([rank, 0]), rank): _StorageInfo(f"__{rank}_0.distcp", i, 1)
+        for i, name in enumerate(names)
+        for rank in range(ranks)
+    }
+    index = pickle.dumps(Metadata(described, storage_data=stored))
+    with budget.run(budget.UNBOUNDED):
+        spending = budget.current()
+        tracemalloc.start()
+        parsed = pickle_reader.load(index, 0, _dcp_metadata.IndexVocabulary())
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        counted = spending.spent - budget.PROCESS
+    assert len(_dcp_metadata.parse(parsed.tree).entries) == tensors
+    assert taken <= counted < 20 * len(index)
+    assert counted * 64_000 / (ranks * tensors) < budget.MOST - 2 * budget.PROCESS
 
 
 def deflated(path: Path, n: int = 150_000) -> Path:

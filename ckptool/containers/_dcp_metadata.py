@@ -9,11 +9,13 @@ an object is what its attributes say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ckptool.errors import LimitExceeded, Malformed, Unsupported
+from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
+from ckptool.pickles.pickle_reader import Vocabulary
 from ckptool.pickles.subclasses import dtype_of, sizes_of
 from ckptool.pickles.tree import MAX_NESTING, Global, Node, Object, Pairs
 from ckptool.state.checkpoint import attribute, items
@@ -56,6 +58,42 @@ class Entry:
     dtype: DType | None
     shape: Sizes
     boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A `MetadataIndex`: a key, and one text of key and offset."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A `ChunkStorageMetadata`."""
+
+    offsets: Sizes
+    sizes: Sizes
+
+
+class IndexVocabulary(Vocabulary):
+    """Make small what an index says of each chunk; what is odd stays as it is, for `parse`."""
+
+    def called(self, node: Object) -> Node:
+        """Take a torch.Size for the tuple that it is."""
+        sizes = node.args[0] if node.callee == _SIZE and len(node.args) == 1 else None
+        return sizes if type(sizes) is tuple and sizes_of(sizes) == sizes else node
+
+    def built(self, node: Node, state: Node) -> Node | None:
+        """Read what it is as soon as its state is known."""
+        built = super().built(node, state)
+        if not isinstance(built, Object) or type(built.callee) is not Global or built.args:
+            return built
+        read = _SMALL.get(built.callee.name) if _TORCH.match(built.callee.module) else None
+        try:
+            return read(built) if read and len(built.steps) == 1 else built
+        except FormatError:
+            return built
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +162,22 @@ def _places(node: Node) -> dict[str, Part]:
     places: dict[str, Part] = {}
     budget.current().spend(len(pairs) * 2 * budget.NAME)
     for index, info in pairs:
-        key, offset = attribute(index, "fqn"), attribute(index, "offset")
-        offsets = None if offset is None else sizes_of(offset)
-        if not isinstance(key, str) or (offset is not None and offsets is None):
-            raise Malformed("an entry of storage_data names no key and offset")
-        place = _place(key, offsets)
-        if place in places:
-            raise Malformed(f"storage_data says twice where a part of {key} lies")
-        places[place] = _part(key, info)
+        place = _named(index)
+        if place.text in places:
+            raise Malformed(f"storage_data says twice where a part of {place.key} lies")
+        places[place.text] = _part(info, place.key)
     return places
+
+
+def _named(node: Node) -> _Place:
+    """Read a `MetadataIndex`."""
+    if isinstance(node, _Place):
+        return node
+    key, offset = attribute(node, "fqn"), attribute(node, "offset")
+    offsets = None if offset is None else sizes_of(offset)
+    if not isinstance(key, str) or (offset is not None and offsets is None):
+        raise Malformed("an entry of storage_data names no key and offset")
+    return _Place(key, _place(key, offsets))
 
 
 def _place(key: str, offsets: Sizes | None) -> str:
@@ -140,7 +185,10 @@ def _place(key: str, offsets: Sizes | None) -> str:
     return f"{offsets} {key}"
 
 
-def _part(key: str, info: Node) -> Part:
+def _part(info: Node, key: str = "") -> Part:
+    """Read a `_StorageInfo`."""
+    if isinstance(info, Part):
+        return info
     name, offset, nbytes = (attribute(info, each) for each in ("relative_path", "offset", "length"))
     if not isinstance(name, str) or type(offset) is not int or type(nbytes) is not int:
         raise Malformed(f"storage_data does not say where {key} lies")
@@ -193,8 +241,8 @@ def _boxes(key: str, value: Node, shape: Sizes) -> Iterator[tuple[Sizes, Sizes]]
         raise Malformed(f"{key} has no list of chunks")
     seen = set()
     for chunk in chunks:
-        offsets = _checked(key, attribute(chunk, "offsets"))
-        sizes = _checked(key, attribute(chunk, "sizes"))
+        box = _chunk(chunk, key)
+        offsets, sizes = box.offsets, box.sizes
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise Malformed(f"a chunk of {key} has another number of dimensions than it")
         if any(o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
@@ -206,6 +254,24 @@ def _boxes(key: str, value: Node, shape: Sizes) -> Iterator[tuple[Sizes, Sizes]]
         if text not in seen and (0 not in sizes or sizes == shape):
             seen.add(text)
             yield offsets, sizes
+
+
+def _chunk(node: Node, key: str = "") -> _Chunk:
+    """Read a `ChunkStorageMetadata`."""
+    if isinstance(node, _Chunk):
+        return node
+    offsets, sizes = (_checked(key, attribute(node, each)) for each in ("offsets", "sizes"))
+    return _Chunk(offsets, sizes)
+
+
+# What is said of each chunk, by its class of torch.
+_SMALL: dict[str, Callable[[Node], _Place | Part | _Chunk]] = {
+    "MetadataIndex": _named,
+    "_StorageInfo": _part,
+    "ChunkStorageMetadata": _chunk,
+}
+_TORCH = re.compile(r"torch\.distributed\.(_shard\.)?checkpoint\.")
+_SIZE = Global("torch", "Size")
 
 
 def _checked(key: str, node: Node) -> Sizes:

@@ -27,7 +27,7 @@ from ckptool.pickles.safety import nodes
 from ckptool.pickles.torch_objects import Lowering, StorageView
 from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, children, items
 from ckptool.state import tensor_facts, walk
-from ckptool.state.walk import Path, label
+from ckptool.state.walk import MAX_MEMBERS, Path, label
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import can_resolve
 from ckptool.tensors.tensor import (
@@ -211,8 +211,15 @@ class _Flattener:
 
 
 def _is_key(node: Node) -> bool:
-    members = node if isinstance(node, tuple) else (node,)  # in which another may be twice, and on
-    return all(isinstance(each, _KEYS) for each in members)
+    """Check for a plain key; a tuple may hold another twice, that another, and so on."""
+    stack, seen = [node], 0
+    while stack and seen <= MAX_MEMBERS:
+        each, seen = stack.pop(), seen + 1
+        if isinstance(each, tuple):
+            stack += each[: MAX_MEMBERS + 1]
+        elif not isinstance(each, _KEYS):
+            return False
+    return not stack
 
 
 def _odd(node: Node) -> str:

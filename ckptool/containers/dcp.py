@@ -14,6 +14,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from zlib_ng.zlib_ng import crc32
+
 from ckptool.containers import _dcp_metadata, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
@@ -49,6 +51,9 @@ _NAMED = re.compile(rb"torch\.distributed\.(_shard\.)?checkpoint\.metadata")
 _OWN = re.compile(r"torch\.distributed\.(checkpoint|_shard)(\.|$)")
 # Files of Megatron core beside the index that hold what is no tensor of the model.
 _COMMON = "common.pt"
+_BOX = budget.CALL + budget.NAME  # bytes of memory
+_SMALL = 1 << 10
+_PART = 2 * budget.TENSOR + budget.NAME  # a tensor that was read, and its record
 
 
 def sniff(head: bytes) -> bool:
@@ -59,14 +64,19 @@ def sniff(head: bytes) -> bool:
 def read(reader: Reader) -> Checkpoint:
     """Read the index, and of every saved object the directory and the pickle."""
     folder, name = os.path.split(reader.file)
-    budget.current().read(reader.nbytes)
-    parsed = pickle_reader.load(reader.read(0, reader.nbytes))
-    seen = _Seen()
+    spending, seen = budget.current(), _Seen()
+    spent = spending.spent
+    spending.read(reader.nbytes)
+    vocabulary = _dcp_metadata.IndexVocabulary()
+    parsed = pickle_reader.load(reader.read(0, reader.nbytes), 0, vocabulary)
     seen.note(name, parsed.globals, parsed.calls, carried=False)
     with pickle_reader.remembered([seen]):
         if parsed.end != reader.nbytes:
             raise Malformed("the index goes on after its end", offset=parsed.end)
         index = _dcp_metadata.parse(parsed.tree)
+        parsed.tree, parsed.calls = None, []  # of 60 000 chunks, these take more than all else
+        spending.spent = spent
+        spending.spend(sum(2 * budget.NAME + len(each.boxes) * _BOX for each in index.entries))
         beside = _files(folder)
         beside.pop(name, None)
         parts = _read_parts(folder, index, beside, seen)
@@ -208,8 +218,11 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
         )
     inner = shard.part(part.offset, part.nbytes, shard.path)
     _refuse_other(inner, part, entry)
+    spending = budget.current()
+    spent = spending.spent
     try:
         found = torch_zip.read(inner)
+        small = _compared(inner, found.records) if found else ()
     except TooCostly:
         raise
     except FormatError as error:
@@ -223,11 +236,31 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
         raise Malformed(f"{entry.key} is no torch zip", path=shard.path, offset=part.offset)
     chunk = f" at {shape_text(box.offsets)}" if len(entry.boxes) > 1 else ""
     pickle = f"{os.path.basename(shard.file)} ({entry.key}{chunk})"
-    seen.records |= {f"{pickle}/{name}": record for name, record in found.records.items()}
+    kept = {name: each for name, each in found.records.items() if name not in small}
+    seen.records |= {f"{pickle}/{name}": record for name, record in kept.items()}
     seen.unlisted += found.unlisted
     seen.flaws += [f"{entry.key}: {flaw}" for flaw in found.flaws]
     seen.note(pickle, found.globals, list(found.calls), carried=True)
+    if len(kept) < 2 and type(found.tree) is TensorInfo and found.tree.origin is None:
+        spending.spent = spent
+        spending.spend(_PART + len(pickle))
     return found.tree
+
+
+def _compared(inner: Reader, records: dict[str, Storage]) -> set[str]:
+    """Return the small records of an archive that are as their checksums say: six a chunk.
+
+    What is wrong stays among those that `check` looks at.
+    """
+    return {
+        name
+        for name, each in records.items()
+        if each.crc32 is not None
+        and each.nbytes <= _SMALL
+        and each.packing is Packing.PLAIN
+        and not name.startswith("data/")
+        and crc32(inner.read(each.start - inner.base, each.nbytes)) == each.crc32
+    }
 
 
 def _refuse_other(inner: Reader, part: Part, entry: Entry) -> None:

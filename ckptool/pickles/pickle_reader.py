@@ -64,14 +64,14 @@ class Memo(list[Node]):
 
     A large pickle fetches few of its entries. What nothing in its bytes can fetch is None here,
     so that it lives no longer than on the stack. `spelled` is for what the vocabulary makes of
-    bytes that fetch entries; it holds while no entry has `changed` or been put out of order.
+    bytes that fetch entries; it holds while no entry has `changed` or `moved`, put out of order.
     """
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
         self.others: dict[int, Node] = {}
         self.spelled: dict[tuple[bytes, ...], Any] = {}
-        self.changed = False
+        self.changed = self.moved = False
         self.gaps = 0
         # Any `j` counts as a LONG_BINGET, and any `g` with digits as a GET, wherever it is.
         self.fetched = set(range(256))
@@ -95,7 +95,7 @@ class Memo(list[Node]):
             self.skip(gap)
             self.append(node if key in self.fetched else None)
             return
-        self.changed = True
+        self.changed = self.moved = True
         if gap >= 0:
             self.others[key] = node
         else:
@@ -114,11 +114,11 @@ class Memo(list[Node]):
             raise KeyError(key)
         return node
 
-    def replace(self, old: Node, new: Node) -> None:
+    def replace(self, old: Node, new: Node, since: int = 0) -> None:
         """Set an entry anew that was memoized before its state was pickled, which is short."""
-        for key in range(max(0, len(self) - MAX_STATE_MEMO), len(self)):
+        for key in range(max(since, len(self) - MAX_STATE_MEMO), len(self)):
             if self[key] is old:
-                self.put(key, new)
+                self[key], self.changed = new, True
         for key in islice(reversed(self.others), MAX_STATE_MEMO):
             if self.others[key] is old:
                 self.others[key] = new
@@ -260,6 +260,9 @@ class _Machine:
         self.changes = 0  # of what was there before, and calls that stay
         self.items: tuple[Node, ...] = ()  # the last tuple from a mark, and that
         self.closed = _Level([], 0, 0, 0, 0)
+        self.new_object: Node = None  # the last of NEWOBJ, what there was before, a dict since then
+        self.new_object_level = self.closed
+        self.new_dict: Dict | None = None
         self.odd: set[int] = set()  # ids of those OrderedDicts that are in `calls`
 
     def run(self) -> Node:
@@ -335,10 +338,14 @@ class _Machine:
                 arguments = stack.pop()
                 self.call(stack.pop(), arguments)
                 if arguments is self.items and getattr(stack[-1], "origin", number) is None:
-                    self.forget(number)
+                    self.forget(number, self.closed)
             elif op == 0x51:  # BINPERSID
                 self.lasting += budget.TENSOR
                 stack.append(persistent(stack.pop(), self.opcode_at))
+            elif op == 0x62:  # BUILD
+                self.position = position
+                self.build(number)
+                position = self.position
             elif op == 0x4A:  # BININT
                 self.made += budget.NUMBER
                 stack.append(_I32(data, position)[0])
@@ -377,10 +384,10 @@ class _Machine:
         self.budget.spend(made - self.counted, further=made * left / done)
         self.counted = made
 
-    def forget(self, number: int) -> None:
-        """Count no more what a tensor was made of, where nothing else can hold on to it."""
-        memo, level = self.memo, self.closed
-        if memo.changed or level.changes != self.changes:
+    def forget(self, number: int, level: _Level) -> None:
+        """Count no more what a value was made of, where nothing else can hold on to it."""
+        memo = self.memo
+        if memo.moved or level.changes != self.changes:
             return
         if memo.fetched.isdisjoint(range(level.memo, len(memo))):
             self.made = min(self.made, level.made)
@@ -414,8 +421,8 @@ class _Machine:
         """Take everything above the topmost mark, and the mark."""
         if not self.levels:
             self.fail("no mark on the stack")
-        items = self.stack
-        self.stack = self.levels.pop().stack
+        items, self.closed = self.stack, self.levels.pop()
+        self.stack = self.closed.stack
         return items
 
     def take(self, count: int) -> bytes:
@@ -445,7 +452,9 @@ class _Machine:
     def named(self, module: str, name: str) -> Global:
         found = Global(module, name)
         self.made += 3 * budget.TEXT
-        self.globals.setdefault(found, self.opcode_at)
+        if found not in self.globals:
+            self.changes += 1
+            self.globals[found] = self.opcode_at
         return found
 
     def call(self, callee: Node, args: Node, how: str = "reduce", kwargs: Node = None) -> None:
@@ -454,7 +463,9 @@ class _Machine:
         self.made += budget.CALL
         made = Object(callee, args, how, kwargs, [], self.opcode_at)
         node = self.vocabulary.called(made)
-        if node is not made:
+        if type(node) is tuple:
+            self.made += budget.NODE
+        elif node is not made:
             self.lasting += budget.TENSOR
         if callee != ORDERED_DICT and (isinstance(node, Object) or calls_argument(callee)):
             self.changes += 1
@@ -505,7 +516,7 @@ class _Machine:
         keys_and_values = iter(items)
         return list(zip(keys_and_values, keys_and_values, strict=True))
 
-    def build(self) -> None:
+    def build(self, number: int) -> None:
         self.changes += 1
         self.made += budget.NODE
         state = self.stack.pop()
@@ -519,12 +530,26 @@ class _Machine:
         if self.position == self.frame_end:
             self.leave_frame(self.position)
         if node is not target:
-            self.memo.replace(target, node)
+            since = self.new_object_level.memo if target is self.new_object else 0
+            self.memo.replace(target, node, since)
+            self.made_small(number, target, state)
         # The memo keeps what it was, as that of joblib does.
         self.stack[-1], end = self.vocabulary.inline(node, self.position)
         if end != self.position and self.frame_end < sys.maxsize:
             self.fail("what is no opcode, inside a frame")  # joblib reads it behind the frame
         self.position = end
+
+    def made_small(self, number: int, target: Node, state: Node) -> None:
+        """Forget an object that became something else, with the dict that was its state.
+
+        Both are known to be new: nothing holds them but the stack, or the memo since then.
+        """
+        self.lasting += budget.TENSOR
+        made, level = self.new_object, self.new_object_level
+        if target is made and state is self.new_dict and self.changes == level.changes + 3:
+            self.calls.pop()  # the object alone: it, its items and its state are those changes
+            self.changes = level.changes
+            self.forget(number, level._replace(number=self.closed.number))
 
     def decimal(self, text: bytes) -> int:
         if len(text) > MAX_DIGITS:
@@ -570,7 +595,13 @@ class _Machine:
 
     def newobj(self) -> None:
         args = self.stack.pop()
+        self.new_object_level = _Level([], self.made, 0, len(self.memo), self.changes)
         self.call(self.stack.pop(), args, "newobj")
+        self.new_object, self.new_dict = self.stack[-1], None
+
+    def empty_dict(self) -> None:
+        self.new_dict = Dict()
+        self.push_inner(self.new_dict)
 
     def newobj_ex(self) -> None:
         kwargs, args = self.stack.pop(), self.stack.pop()
@@ -670,7 +701,7 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x96: lambda m: m.byte_array(m.take(m.unsigned(8))),  # BYTEARRAY8
     0x29: lambda m: m.push(()),  # EMPTY_TUPLE
     0x5D: lambda m: m.push_inner([]),  # EMPTY_LIST
-    0x7D: lambda m: m.push_inner(Dict()),  # EMPTY_DICT
+    0x7D: _Machine.empty_dict,  # EMPTY_DICT
     0x8F: lambda m: m.push_inner(Set([])),  # EMPTY_SET
     0x6C: lambda m: m.push_inner(m.pop_level()),  # LIST
     0x64: lambda m: m.push_inner(Dict(m.pairs(m.pop_level()))),  # DICT
@@ -692,7 +723,6 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x92: _Machine.newobj_ex,  # NEWOBJ_EX
     0x69: _Machine.inst,  # INST
     0x6F: _Machine.obj,  # OBJ
-    0x62: _Machine.build,  # BUILD
     0x50: lambda m: m.push(
         m.vocabulary.persistent(m.line().decode("ascii"), m.opcode_at)
     ),  # PERSID
