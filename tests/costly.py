@@ -154,6 +154,20 @@ def kept_states(path: Path, n: int) -> None:
     path.write_bytes(index + b"u" + text("planner_data") + b"](" + gets + b"eub.")
 
 
+def long_names(path: Path, n: int) -> None:
+    """Write an index of long keys with one letter in them that makes all take four bytes."""
+    where = b"ctorch.distributed.checkpoint.metadata\n"
+    index = [b"\x80\x02", where, b"Metadata\n)\x81}(", text("state_dict_metadata"), b"}"]
+    index += [text("storage_data"), b"}("]
+    for i in range(n):
+        key = text(f"{i:07}\U00010348" + "x" * 10_000)
+        index += [where, b"MetadataIndex\n)\x81}(", text("fqn"), key, text("offset"), b"Nub"]
+        index += [b"ctorch.distributed.checkpoint.filesystem\n_StorageInfo\n)\x81}("]
+        index += [text("relative_path"), text("__0_0.distcp"), text("offset"), b"K\0"]
+        index += [text("length"), b"K\x01ub"]
+    path.write_bytes(b"".join([*index, b"uub."]))
+
+
 def script(path: Path, n: int) -> None:
     source = "class A(Module):\n  __parameters__ = []\n" + "".join(
         f"  a{i} : int\n" for i in range(n)
@@ -194,6 +208,7 @@ INPUTS: dict[str, tuple[str, Writer, int]] = {
     "a legacy file": (".pth", legacy, 100_000),
     "an index of a distributed checkpoint": (".metadata", distributed, 20_000),
     "an index that keeps its states": (".metadata", kept_states, 20_000),
+    "an index of long names": (".metadata", long_names, 5_000),
     "source of a script": (".pt", script, 50_000),
     "model.json": (".pt", model_json, 20_000),
 }

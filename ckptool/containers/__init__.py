@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # a file that is read as it is needs none of it
     from ckptool.files.archives import ArchiveMember
 
 
-ATTEMPTS = 5
+ATTEMPTS = 20
 
 
 @budget.run()

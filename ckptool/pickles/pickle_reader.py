@@ -544,7 +544,11 @@ class _Machine:
 
         Both are known to be new: nothing holds them but the stack, or the memo since then.
         """
-        self.lasting += budget.TENSOR
+        values = [value for _, value in state.pairs] if isinstance(state, Dict) else []
+        texts = sum(value.__sizeof__() for value in values if isinstance(value, str))
+        self.lasting += budget.TENSOR + 2 * texts  # which it may keep, and joined to others
+        if texts > _BLOCK:
+            self.count(number)
         made, level = self.new_object, self.new_object_level
         if target is made and state is self.new_dict and self.changes == level.changes + 3:
             self.calls.pop()  # the object alone: it, its items and its state are those changes
