@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from typing import Self
 
 from ckptool.errors import OutputExists, of_system, reason
 from ckptool.files.target import Output, Target
@@ -44,6 +45,50 @@ def be_as(made: int | str, old: os.stat_result) -> None:
             os.chown(made, owner, old.st_gid)
             break
     os.chmod(made, stat.S_IMODE(old.st_mode))  # which a change of the owner takes bits from
+
+
+class Folder:
+    """The folder that an output goes into, as it is when writing begins; nothing for others.
+
+    Of two writers one waits while the other moves files and tidies up, where system and file system
+    have locks.
+    """
+
+    def __init__(self, place: Target) -> None:
+        self._path, self._fd = place.path, -1
+        self._stat: os.stat_result | None = None
+        if place.inside:
+            with suppress(OSError):  # what is written says so
+                self._stat = os.stat(place.path)
+
+    def lock(self) -> None:
+        """Wait for other writers, until the folder is closed."""
+        if self._fd < 0:
+            return
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def replaced(self) -> OutputExists | None:
+        """Return the error if someone else has put another folder in its place."""
+        if self._stat is None or is_file(self._path, self._stat):
+            return None
+        return OutputExists(
+            f"{self._path} was replaced by someone else meanwhile; it was left alone",
+            hint="run it again",
+        )
+
+    def __enter__(self) -> Self:
+        if self._stat is not None:
+            with suppress(OSError):  # Windows opens no folders
+                self._fd = os.open(self._path, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.close(self._fd)
 
 
 def move_file(temporary: str, place: Target) -> None:
@@ -92,7 +137,7 @@ def swapped(temporary: str, place: Target, output: Output) -> bool:
         if others and place.sync:
             flush_folder(outside)
         swap(outside, place.path)
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # the latter of `os.link` where it follows links
         if os.path.lexists(outside):
             os.rename(outside, temporary)
         for name in others:
@@ -158,9 +203,10 @@ def exchange(temporary: str, place: Target, output: Output) -> None:
 
 
 def _back(away: str, path: str) -> None:
-    """Move a file back; `rename` of one name of a file to another leaves both."""
-    os.rename(away, path)
-    with suppress(FileNotFoundError):
+    """Move a file back, over nothing that someone else has put there meanwhile."""
+    if not os.path.lexists(path):
+        os.rename(away, path)
+    elif is_file(path, os.lstat(away)):  # a second name of what never left
         os.unlink(away)
 
 

@@ -187,19 +187,36 @@ def publish(
     removed. Raises `NoSpace`, `OutputExists` or `WriteError`; an interruption says where all was
     done already.
     """
+    with moves.Folder(place) as folder:
+        return _published(place, output, progress, check, folder)
+
+
+def _published(
+    place: Target,
+    output: Output,
+    progress: Progress,
+    check: Callable[[str, Moved], None],
+    folder: moves.Folder,
+) -> list[str]:
     temporary = beside(place)
     written = None
     try:  # before anything is made: a signal may come right after
         moved, output = _write(temporary, place, output, progress)
         check(os.path.join(temporary, output.head) if output.head else temporary, moved)
         written = os.stat(temporary)
+        folder.lock()
+        if other := folder.replaced():
+            raise other
         _move(temporary, place, output)
     except BaseException as error:
         done = written is not None and moves.is_file(place.path, written)
+        folder.lock()  # who has moved the folder away brings back what is not theirs
         with suppress(OSError):  # the first error is the one to report
             moves.remove(temporary, place, output, replaced=done)
         if done and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"{place.path} was written") from None
+        if not done and isinstance(error, Exception) and (other := folder.replaced()):
+            raise other from error
         if isinstance(error, OSError):
             raise write_error(error, place) from error
         raise
