@@ -147,9 +147,8 @@ def kept_states(path: Path, n: int) -> None:
     where = b"ctorch.distributed.checkpoint.metadata\n"
     index = b"\x80\x02" + where + b"Metadata\n)\x81}(" + where + b"MetadataIndex\nq\x000"
     index += text("state_dict_metadata") + b"}" + text("storage_data") + b"}("
-    for i in range(n):
-        state = b"(" + text("fqn") + text(f"k{i}") + text("more") + b"]" * 3 + b"\x87u"
-        index += b"h\0)\x81}r" + u32(1 + i) + state + b"bN"
+    states = [b"(" + text("fqn") + text(f"k{i}") + text("more") + b"]]]\x87u" for i in range(n)]
+    index += b"".join(b"h\0)\x81}r" + u32(1 + i) + state + b"bN" for i, state in enumerate(states))
     gets = b"".join(b"j" + u32(1 + i) for i in range(n))
     path.write_bytes(index + b"u" + text("planner_data") + b"](" + gets + b"eub.")
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import environment, step
 
 SCRIPT = Path(__file__).parent / "faults/races.py"
 
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "faults/races.py"
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 @pytest.mark.parametrize("kind", ["kill", "race", "replaced"])
 def test_whatever_comes_between_no_message_is_wrong(kind: str) -> None:
-    runs = 2  # chance decides what meets: sixty are the script's, where each is looked at
+    runs = 60 // step(30)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--runs", str(runs), "--kind", kind], env=environment(),
         capture_output=True, text=True, timeout=600, check=False,
