@@ -507,3 +507,25 @@ def test_more_shards_than_files_may_be_open(spawn: Run, tmp_path: Path) -> None:
     done = spawn("convert", "ckpt", "out.pth", program=("-c", LIMITED))
     assert (done.code, "hint: ulimit -n" in done.err) == (3, True)
     assert not (tmp_path / "out.pth").exists()
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+@pytest.mark.parametrize("how", ["ignored", "popped", "called again"])
+def test_a_call_in_what_is_made_small_is_judged(run: Run, tmp_path: Path, how: str) -> None:
+    """Records of chunks are read at once into a few numbers; what else they hold is not lost."""
+    call = b"cborrowed.tools\nrun\n" + text("os.system") + b"\x85R"
+    inside = {
+        "ignored": text("more") + call,
+        "popped": call + b"0",
+        "called again": text("more") + call + text("x") + b"\x85R",
+    }[how]
+    where = b"ctorch.distributed.checkpoint.metadata\n"
+    index = b"\x80\x02" + where + b"Metadata\n)\x81}(" + text("state_dict_metadata") + b"}"
+    index += text("storage_data") + b"}(" + where + b"MetadataIndex\n)\x81}(" + text("fqn")
+    index += text("a") + text("offset") + b"N" + inside + b"ubNuub."
+    (tmp_path / ".metadata").write_bytes(index)
+    done = run("check", tmp_path / ".metadata")
+    assert (done.code, "would run borrowed.tools.run('os.system')" in done.out) == (4, True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, environment, listing
+from conftest import Outcome, environment, listing, write_anew
 from hypothesis import given, settings, strategies as st
 from test_cli import SLOW
 from test_output import Fault
@@ -378,6 +378,48 @@ def test_old_files_that_cannot_be_moved_back_are_kept(
         patch.setattr(os, "rename", fail_later)
         assert run("convert", "--force", "--max-shard-size", 170, "in.pth", "out").code == 5
     assert before <= set(listing(here / "out").values())
+
+
+def test_what_another_writer_put_there_is_not_undone(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the second of two that replace a set, where folders cannot be exchanged nor locked."""
+    assert run("convert", "--max-shard-size", 170, "in.pth", "out").code == 0
+    place = {path.name: b"theirs" for path in (here / "out").iterdir()}
+    real = os.link
+
+    def late(source: Any, target: Any, **more: Any) -> None:
+        if Path(target).parent == here / "out":  # all old ones are gone from there
+            for name, data in place.items():
+                write_anew(here / "out" / name, data)
+        real(source, target, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moves, "swap", no_swap)
+        patch.setattr(os, "link", late)
+        done = run("convert", "--force", "--max-shard-size", 170, "in.pth", "out")
+    assert (done.code, "by someone else" in done.err) == (5, True)
+    assert {name: (here / "out" / name).read_bytes() for name in place} == place
+
+
+def test_a_folder_that_is_replaced_while_its_files_are_written(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("convert", "--max-shard-size", 170, "in.pth", "out").code == 0
+    real = publish._write
+
+    def late(*arguments: Any) -> Any:
+        written = real(*arguments)
+        (here / "out").rename(here / "away")
+        shutil.copytree(here / "away", here / "out", ignore=shutil.ignore_patterns(".*"))
+        return written
+
+    before = listing(here / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "_write", late)
+        done = run("convert", "--force", "--max-shard-size", 170, "in.pth", "out")
+    assert (done.code, "was replaced by someone else meanwhile" in done.err) == (5, True)
+    assert listing(here / "out") == before
 
 
 def test_a_folder_that_appears_meanwhile_is_left_alone(
