@@ -187,18 +187,27 @@ def publish(
     removed. Raises `NoSpace`, `OutputExists` or `WriteError`; an interruption says where all was
     done already.
     """
-    with moves.Folder(place) as folder:
-        return _published(place, output, progress, check, folder)
+    temporary, published = beside(place), False
+    try:
+        with moves.Folder(place) as folder:
+            output = _publish(temporary, place, output, progress, check, folder)
+            published = True
+            return [*moves.removed(temporary, place, output), *moves.flushed(place)]
+    except KeyboardInterrupt:  # when the folder is closed, too
+        if published:
+            raise KeyboardInterrupt(f"{place.path} was written") from None
+        raise
 
 
-def _published(
+def _publish(
+    temporary: str,
     place: Target,
     output: Output,
     progress: Progress,
     check: Callable[[str, Moved], None],
     folder: moves.Folder,
-) -> list[str]:
-    temporary = beside(place)
+) -> Output:
+    """Write, check and move an output; return it without its jobs."""
     written = None
     try:  # before anything is made: a signal may come right after
         moved, output = _write(temporary, place, output, progress)
@@ -220,10 +229,7 @@ def _published(
         if isinstance(error, OSError):
             raise write_error(error, place) from error
         raise
-    try:
-        return [*moves.removed(temporary, place, output), *moves.flushed(place)]
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{place.path} was written") from None
+    return output
 
 
 def beside(target: Target) -> str:
