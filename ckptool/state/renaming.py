@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ckptool.errors import EditError
-from ckptool.state.templates import is_template, refuse_fields, template
+from ckptool.state.templates import is_template, template
 
 REGEX = "re:"
 LONGEST = 1000  # characters of a key that a regular expression of the user sees
@@ -116,6 +116,7 @@ class Renaming:
         return min(found, default=None)
 
     def __call__(self, key: str) -> str:
+        """Return the new name of a key, the same where no rule takes it."""
         found = self.match(key)
         return found[1] if found else key
 
