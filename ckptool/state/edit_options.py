@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from ckptool.state.edits import Edit
 
 
-AUTO = "auto"  # the prefix that is every known wrapper
-
-
 @dataclass(frozen=True, slots=True)
 class EditSpec:
     """An edit as an option; `parse` takes the texts that were given, and `flags` as keywords.
@@ -41,7 +38,7 @@ def stripping(texts: Sequence[str], *, every: bool = False, **flags: bool) -> Ed
     """Make the edit of a prefix, or of `auto`."""
     from ckptool.state import edits
 
-    if texts[0] != AUTO:
+    if texts[0] != edits.AUTO:
         return edits.strip_prefix(texts[0], every=every, **flags)
     if every:
         raise EditError("--prefix auto takes no --every: it removes what all keys share")

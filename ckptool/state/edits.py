@@ -29,6 +29,7 @@ Maker = Callable[[Entries], KeyEdit]  # all entries -> the edit of one key
 Move = tuple[tuple[str, ...], str, Value]  # the keys it is made of, the new key, the value
 
 DEFAULT_PREFIX = "module."
+AUTO = "auto"  # the prefix that is every known wrapper
 SHAPE_DIFFERS = "shape differs"  # the reason that transfers give
 _SENTINEL = "\0some parameter\0"  # stands for "some parameter" where a module path is edited
 

@@ -2,7 +2,7 @@
 
     recipe = 1
     [[step]]
-    rename = [['encoder.ln', 'norm'], ['encoder.layers.encoder_layer_{i}.ln_{n}', 'blocks.{i}.norm{n}']]
+    rename = [['encoder.ln', 'norm'], ['layers.layer_{i}.ln_{n}', 'blocks.{i}.norm{n}']]
     [[step]]
     split = {from = 'blocks.{i}.qkv.{p}', to = ['h.{i}.q.{p}', 'h.{i}.k.{p}', 'h.{i}.v.{p}']}
     [expect]

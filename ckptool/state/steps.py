@@ -15,7 +15,6 @@ from typing import Any
 
 from ckptool.errors import EditError
 from ckptool.state import edits
-from ckptool.state.edit_options import AUTO
 from ckptool.state.edits import Change, Count, Edit, Entries, Value
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.selecting import nothing_matched, select
@@ -559,7 +558,7 @@ def _rename_back(given: Given) -> tuple[str, Given] | str:
 
 
 def _strip_back(given: Given) -> tuple[str, Given] | str:
-    if given["prefix"] == AUTO:
+    if given["prefix"] == edits.AUTO:
         return "`auto` does not say which prefix was there"
     return "add", {"prefix": given["prefix"]}
 
@@ -589,7 +588,7 @@ def _second_back(given: Given) -> tuple[str, Given]:
 
 
 def _strip(prefix: str, optional: bool = False) -> Edit:
-    if prefix == AUTO:
+    if prefix == edits.AUTO:
         return edits.strip_wrappers(required=not optional)
     return edits.strip_prefix(prefix, required=not optional)
 

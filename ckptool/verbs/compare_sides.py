@@ -10,7 +10,7 @@ from ckptool.errors import EditError, NothingMatched
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
-from ckptool.state.edit_options import AUTO, stripping
+from ckptool.state.edit_options import stripping
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import BOOKKEEPING
@@ -109,7 +109,7 @@ def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, 
             except NothingMatched as error:
                 done.append(state)
                 missing.append(error)
-        if len(missing) == len(sides) and prefix != AUTO:
+        if len(missing) == len(sides) and prefix != edits.AUTO:
             raise missing[0]
         sides = done[0], done[1]
     steps = [edits.renames(asked.rename)] if asked.rename else []
