@@ -7,7 +7,7 @@
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
-    |-- PoorFit                                                                          exit 1
+    |-- PoorFit Overflow                                                                 exit 1
     |-- WriteError                  OutputExists OutputDenied SameFile NotRepresentable  exit 5
     |                               NoSpace
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
@@ -156,6 +156,12 @@ class NoSuchCommand(EditError):
 
 class PoorFit(CkptoolError):
     """Too little of the target would be filled."""
+
+    exit_code = 1
+
+
+class Overflow(CkptoolError):
+    """Finite numbers would become infinite in a cast."""
 
     exit_code = 1
 

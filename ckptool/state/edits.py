@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import translate
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.pickles.tree import Node
-from ckptool.state import wrappers
+from ckptool.state import casting, wrappers
+from ckptool.state.casting import Casting
 from ckptool.state.wrappers import BOOKKEEPING, WRAPPERS, Peeling
-from ckptool.tensors import dtype as dtypes
-from ckptool.tensors.dtype import DType
-from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, quoted, several
 
 KeyEdit = Callable[[str], str | None]
@@ -39,13 +37,14 @@ class KeyMap:
 
     `why` gives for each dropped key the name it had when it was dropped, and the reason; `said`
     tells in words which prefixes came off or on, and how many keys had them. An entry that was
-    split has several pairs. `entries` are the values under the new keys.
+    split has several pairs. `entries` are the values under the new keys, `casts` what was cast.
     """
 
     pairs: tuple[tuple[str, str | None], ...]
     why: dict[str, tuple[str, str]]
     said: tuple[str, ...] = ()
     entries: dict[str, Value] = field(default_factory=dict, compare=False, repr=False)
+    casts: tuple[Casting, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
@@ -243,55 +242,31 @@ def without(unwanted: str | Iterable[str], reason: str) -> Edit:
 # Edits of values.
 
 
-def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[str] = ()) -> Edit:
+def cast(
+    to: str,
+    *,
+    only: str | Iterable[str] = (),
+    except_: str | Iterable[str] = (),
+    overflow: str = "refuse",
+) -> Edit:
     """Round the floats, or those of them that `only` selects and `except_` does not, to a dtype.
 
-    `dtype` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers and
-    what is no tensor stay as they are; tensors that share their storage still do, and Parameters
-    stay Parameters; other attributes that Python keeps on a tensor are not carried. Raises
-    `EditError` for a dtype of anything else than real floats, and `NothingMatched` when made for
-    keys of which a pattern selects none.
+    `to` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers,
+    quantized tensors with their scales and what is no tensor stay as they are; tensors that share
+    their storage still do, and Parameters stay Parameters. Where a finite number would become
+    infinite, `overflow` says what happens: `refuse`, `inf`, or `clamp` to the largest. Raises
+    `EditError` for a dtype of anything else than real floats and for one name of two of a tied
+    tensor, and `NothingMatched` when made for keys of which a pattern selects none.
     """
-    from ckptool.pickles.torch_objects import is_parameter
-    from ckptool.tensors import numbers, values
+    target = casting.target(to, overflow)
 
-    target = _real_float(dtype)
-
-    def make(entries: Entries) -> Change:
+    def change(entries: Entries) -> Change:
         keys = list(entries)
         chosen = select(only, keys) if several(only) else set(keys)
         chosen -= select(except_, keys) if several(except_) else set()
-        made: values.Made = {}
-        known: dict[int, TensorInfo] = {}  # one tensor under two keys stays one
+        return casting.cast(entries, target, chosen, overflow)
 
-        def change(key: str, value: Value) -> Iterable[tuple[str, Value]]:
-            if (
-                key not in chosen
-                or not isinstance(value, TensorInfo)
-                or value.dtype not in numbers.REAL_FLOATS - {target}
-            ):
-                return ((key, value),)
-            if id(value) not in known:
-                kernel = numbers.cast(value.dtype, target)
-                rounded = values.elementwise(kernel, [value], target, made)
-                origin = value.origin if is_parameter(value) else None
-                known[id(value)] = replace(rounded, origin=origin)
-            return ((key, known[id(value)]),)
-
-        return change
-
-    return Edit(f"cast {target.label}", change=make)
-
-
-def _real_float(name: str) -> DType:
-    from ckptool.tensors import numbers
-
-    label = name.lower().replace("fp", "f")
-    found = dtypes.BY_SAFETENSORS_NAME.get(label.upper()) or dtypes.BY_TORCH_NAME.get(label)
-    if found not in numbers.ROUNDED:
-        known = ", ".join(dtype.label for dtype in DType if dtype in numbers.ROUNDED)
-        raise EditError(f"`{name}` is no dtype of floats", hint=f"known are {known}")
-    return found
+    return Edit(f"cast {target.label}", change=change)
 
 
 # The selection language.
@@ -412,6 +387,7 @@ def apply(
     why: dict[str, tuple[str, str]] = {}
     made: list[KeyEdit] = []
     said: list[str] = []
+    casts: list[Casting] = []
     for step in steps:
         before = [key for _, key, _ in now]
         given = {key: value for _, key, value in now}
@@ -431,6 +407,7 @@ def apply(
         else:
             change = step.change({key: value for _, key, value in now})
             moved = [(old, *pair) for old, key, value in now for pair in change(key, value)]
+            casts += [change] if isinstance(change, Casting) else []
         if len(moved) < len(now) or step.change:
             kept = {old for old, _, _ in moved}
             why |= {old: (key, step.reason) for old, key, _ in now if old not in kept}
@@ -449,7 +426,8 @@ def apply(
             result = edit(result)
         return result
 
-    return KeyMap(pairs, why, tuple(said), {new: value for _, new, value in now}), all_of
+    values = {new: value for _, new, value in now}
+    return KeyMap(pairs, why, tuple(said), values, tuple(casts)), all_of
 
 
 def _said(step: Edit, before: Sequence[str], after: Sequence[str | None]) -> list[str]:
