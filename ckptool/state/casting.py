@@ -70,8 +70,10 @@ def cast(entries: Mapping[str, Node], to: DType, chosen: Collection[str], overfl
             done.scales += key in scales
         elif key in chosen and _is_float(value) and value.dtype is not to:
             if id(value) not in known:
-                kernel = Rounding(value.dtype, to, overflow == "clamp")
+                order = value.storage.byteorder  # a torch file has one for all
+                kernel = Rounding(value.dtype, to, overflow == "clamp", order)
                 rounded = values.elementwise(kernel, [value], to, made)
+                rounded.storage.byteorder = order
                 origin = value.origin if is_parameter(value) else None
                 known[id(value)] = replace(rounded, origin=origin)
             if attributes(value) is not None and not is_parameter(value):

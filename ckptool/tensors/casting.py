@@ -14,7 +14,7 @@ from ckptool.tensors.tensor import Storage
 
 @dataclass(slots=True, eq=False)
 class Rounding:
-    """Round floats of one dtype to another; two threads may.
+    """Round floats of one dtype to another, in a byte order; two threads may.
 
     `count` elements were given, and `losses` are theirs: those of a storage, once all of it was
     computed and none twice.
@@ -23,6 +23,7 @@ class Rounding:
     source: DType
     target: DType
     clamp: bool = False
+    byteorder: str = "little"
     count: int = 0
     losses: Losses = field(default_factory=Losses)
     _lock: LockType = field(default_factory=allocate_lock, repr=False)
@@ -30,6 +31,8 @@ class Rounding:
     def __call__(self, block: Block) -> memoryview:
         """Return the elements of a block in the new dtype."""
         made, losses = numbers.cast(block, self.source, self.target, clamp=self.clamp)
+        if self.byteorder != "little" and self.target.swap > 1:
+            numbers.swap(made, self.target.swap)
         with self._lock:
             self.count += len(block) // self.source.itemsize
             self.losses += losses

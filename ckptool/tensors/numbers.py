@@ -86,7 +86,8 @@ def _widened(bits: Any, dtype: DType) -> Any:
     kind = _kind(dtype)
     if dtype.itemsize == 1:
         return np.arange(256, dtype="u1").view(kind).astype("f4")[bits]
-    return bits.view(kind) if dtype is DType.F64 else bits.view(kind).astype("f4")
+    floats = bits.view(kind)
+    return floats if dtype is DType.F64 else floats.astype("f4", copy=False)
 
 
 def _floats(bits: Any, dtype: DType) -> Any:

@@ -188,8 +188,8 @@ def test_an_expansion_is_measured_before_a_cast(tmp_path: Path) -> None:
     assert (tmp_path / "out.pth").stat().st_size > 8 << 20
     wide = torch.zeros(1 << 18, dtype=torch.float64).expand(8, 1 << 18)
     torch.save({"a": wide}, tmp_path / "wide.pth")
+    out = tmp_path / "out.safetensors"
     with pytest.raises(WriteError, match=r"the output would have 16\.0 MiB"):
-        out = tmp_path / "out.safetensors"
         ckptool.convert(tmp_path / "wide.pth", out, steps=[edits.cast("f8_e5m2")])
 
 
