@@ -41,6 +41,7 @@ class _InOrder(Command):
 @click.option("--unwrap", is_flag=True, help="Write the state_dict alone.")
 @edits()
 @strips
+@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
 @click.option("--dtype", metavar="WORD", help="Round floats to bf16, f16, f32, f8_e4m3 ..., last.")
 @click.option("--dtype-only", multiple=True, metavar="PATTERN", help="Round these alone.")
 @click.option("--dtype-except", multiple=True, metavar="PATTERN", help="Round all but these.")
@@ -65,8 +66,8 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **given:
     Edits are applied in the order given. To safetensors the state_dict is taken out; what
     else is in the file is not written, and named.
     """
-    refuse_idle(dict.fromkeys(STRIP_FLAGS, "strip_prefix"))
-    refuse_idle(dict.fromkeys(_CAST[1:], "dtype"))
+    needs = dict.fromkeys(STRIP_FLAGS, "strip_prefix") | dict.fromkeys(_CAST[1:], "dtype")
+    refuse_idle({**needs, "reverse": "recipe"})
     from ckptool.verbs import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)

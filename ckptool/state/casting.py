@@ -34,10 +34,6 @@ class Casting:
     scales: int = 0
     stripped: list[str] = field(default_factory=list)  # of attributes that Python keeps on them
 
-    def __call__(self, key: str, value: Node) -> tuple[tuple[str, Node]]:
-        """Return an entry as it is now."""
-        return ((key, self.tensors[key][1] if key in self.tensors else value),)
-
 
 def target(word: str, overflow: str = OVERFLOW[0]) -> DType:
     """Return the dtype that a word means; raises `EditError` for what no cast makes."""
@@ -94,5 +90,5 @@ def _refuse_half_ties(entries: Mapping[str, Node], chosen: Collection[str]) -> N
             inside, outside = (key, first) if key in chosen else (first, key)
             raise EditError(
                 f"{inside} and {outside} are one tensor, and only the first would be cast",
-                hint="choose both, or neither; --untie in a run before makes them two",
+                hint="name both, or neither",
             )
