@@ -8,7 +8,7 @@
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
     |                               BadRecipe
-    |-- PoorFit NotAsExpected                                                            exit 1
+    |-- PoorFit NotAsExpected Overflow                                                   exit 1
     |-- WriteError                  OutputExists OutputDenied SameFile NotRepresentable  exit 5
     |                               NoSpace
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
@@ -167,6 +167,12 @@ class BadRecipe(EditError):
 
 class PoorFit(CkptoolError):
     """Too little of the target would be filled."""
+
+    exit_code = 1
+
+
+class Overflow(CkptoolError):
+    """Finite numbers would become infinite in a cast."""
 
     exit_code = 1
 

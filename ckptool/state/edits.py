@@ -9,16 +9,16 @@ share) is made from them; once made, an edit of keys is a plain function of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.pickles.tree import Node
-from ckptool.state import wrappers
+from ckptool.state import casting, wrappers
+from ckptool.state.casting import Casting
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.selecting import close_matches, examples, nothing_matched, select as select
 from ckptool.state.wrappers import BOOKKEEPING, WRAPPERS, Peeling
-from ckptool.tensors import dtype as dtypes, values
-from ckptool.tensors.dtype import DType
+from ckptool.tensors import values
 from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, quoted, several
 
@@ -59,6 +59,7 @@ class Change:
     remade: Collection[str] = ()
     matched: Collection[str] = ()
     counts: Sequence[Count] = ()
+    casts: Sequence[Casting] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class KeyMap:
     `why` gives for each dropped key the name it had when it was dropped, and the reason; `said`
     tells in words what each step did, `counts` in numbers. An entry that was split has several
     pairs, and one that was joined is the new key of several; `remade` are the old keys of those,
-    and `unmatched` those that no rule took. `entries` are the values under the new keys.
+    and `unmatched` those that no rule took. `entries` are the values under the new keys, `casts`
+    what was cast.
     """
 
     pairs: tuple[tuple[str, str | None], ...]
@@ -78,6 +80,7 @@ class KeyMap:
     remade: frozenset[str] = frozenset()
     unmatched: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
+    casts: tuple[Casting, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
@@ -344,55 +347,38 @@ def without(unwanted: str | Iterable[str], reason: str) -> Edit:
 # Edits of values.
 
 
-def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[str] = ()) -> Edit:
+def cast(
+    to: str,
+    *,
+    only: str | Iterable[str] = (),
+    except_: str | Iterable[str] = (),
+    overflow: str = "refuse",
+    optional: bool = False,
+) -> Edit:
     """Round the floats, or those of them that `only` selects and `except_` does not, to a dtype.
 
-    `dtype` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers and
-    what is no tensor stay as they are; tensors that share their storage still do, and Parameters
-    stay Parameters; other attributes that Python keeps on a tensor are not carried. Raises
-    `EditError` for a dtype of anything else than real floats, and `NothingMatched` when made for
-    keys of which a pattern selects none.
+    `to` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers,
+    quantized tensors with their scales and what is no tensor stay as they are; tensors that share
+    their storage still do, and Parameters stay Parameters. Where a finite number would become
+    infinite, `overflow` says what happens: `refuse`, `inf`, or `clamp` to the largest. Raises
+    `EditError` for a dtype of anything else than real floats and for one name of two of a tied
+    tensor, and `NothingMatched` when made for keys of which a pattern selects none, unless that is
+    `optional`.
     """
-    from ckptool.pickles.torch_objects import is_parameter
-    from ckptool.tensors import numbers
-
-    target = _real_float(dtype)
+    target = casting.target(to, overflow)
 
     def change(entries: Entries) -> Change:
         keys = list(entries)
-        chosen = select(only, keys) if several(only) else set(keys)
-        chosen -= select(except_, keys) if several(except_) else set()
-        made: values.Made = {}
-        known: dict[int, TensorInfo] = {}  # one tensor under two keys stays one
-
-        def rounded(key: str, value: Value) -> Value:
-            if (
-                key not in chosen
-                or not isinstance(value, TensorInfo)
-                or value.dtype not in numbers.REAL_FLOATS - {target}
-            ):
-                return value
-            if id(value) not in known:
-                kernel = numbers.cast(value.dtype, target)
-                made_of = values.elementwise(kernel, [value], target, made)
-                origin = value.origin if is_parameter(value) else None
-                known[id(value)] = replace(made_of, origin=origin)
-            return known[id(value)]
-
-        return Change([((key,), key, rounded(key, value)) for key, value in entries.items()])
+        chosen = select(only, keys, optional=optional) if several(only) else set(keys)
+        chosen -= select(except_, keys, optional=optional)
+        done = casting.cast(entries, target, chosen, overflow)
+        moves = [
+            ((key,), key, done.tensors[key][1] if key in done.tensors else value)
+            for key, value in entries.items()
+        ]
+        return Change(moves, casts=[done])
 
     return Edit(f"cast {target.label}", change=change)
-
-
-def _real_float(name: str) -> DType:
-    from ckptool.tensors import numbers
-
-    label = name.lower().replace("fp", "f")
-    found = dtypes.BY_SAFETENSORS_NAME.get(label.upper()) or dtypes.BY_TORCH_NAME.get(label)
-    if found not in numbers.ROUNDED:
-        known = ", ".join(dtype.label for dtype in DType if dtype in numbers.ROUNDED)
-        raise EditError(f"`{name}` is no dtype of floats", hint=f"known are {known}")
-    return found
 
 
 # Applying.
@@ -451,6 +437,7 @@ def apply(
         remade=frozenset(old for each in now.values() if each.remade for old in each.olds),
         unmatched=tuple(old for old in entries if old in written and old not in matched),
         counts=tuple(count for change in changes for count in change.counts),
+        casts=tuple(cast for change in changes for cast in change.casts),
     )
 
     def all_of(key: str) -> str | None:

@@ -196,6 +196,7 @@ def _as_change(key_map: KeyMap, edit: edits.KeyEdit, notes: Sequence[str]) -> Ch
         remade,
         [old for old, _ in key_map.pairs if old not in left],
         key_map.counts,
+        key_map.casts,
     )
 
 

@@ -593,10 +593,6 @@ def _strip(prefix: str, optional: bool = False) -> Edit:
     return edits.strip_prefix(prefix, required=not optional)
 
 
-def _cast(to: str, only: Patterns = (), except_: Patterns = (), optional: bool = False) -> Edit:
-    return edits.cast(to, only=only, except_=except_)
-
-
 def _add(prefix: str, optional: bool = False) -> Edit:
     return edits.add_prefix(prefix)
 
@@ -621,7 +617,7 @@ STEPS = {
         Step("slice", cut, _never("the rows that it leaves out are gone")),
         Step("rope", rope, _rope_back),
         Step("interleave", interleave, _interleave_back),
-        Step("cast", _cast, _never("what was rounded is gone")),
+        Step("cast", edits.cast, _never("what was rounded is gone")),
         Step("copy", copy, _second_back),
         Step("tie", tie, _second_back),
     )

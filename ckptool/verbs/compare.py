@@ -22,7 +22,7 @@ from ckptool.state import checkpoint as places, module_metadata, replacing, sele
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.numbers import Values
+from ckptool.tensors.counts import Values
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
