@@ -77,7 +77,7 @@ def covers(text: str, key: str) -> bool:
 
 
 def renames(pairs: Mapping[str, str], keys: Iterable[str]) -> list[list[str]]:
-    """Return the rules that rename these keys and no others: templates, else the keys themselves."""
+    """Return the rules that rename these keys and no others: templates, or else the keys."""
     rules: dict[str, set[str]] = defaultdict(set)
     for old, new in pairs.items():
         digits = [[part for part in key.split(".") if part.isdigit()] for key in (old, new)]
@@ -208,8 +208,10 @@ def merge(made: Translation, steps: list[Step]) -> None:
 
 
 def templates(name: str, value: Any) -> Any:
-    """Return a field with templates in the place of keys."""
-    if name not in ("from", "to", "keys") or value in ("half", "interleaved"):
+    """Return a field with templates in the place of keys; in `keys` a glob has no fields."""
+    if name == "keys":
+        return [re.sub(r"\{\w\}", "*", template_of(each)) for each in value]
+    if name not in ("from", "to") or value in ("half", "interleaved"):
         return value
     return [template_of(each) for each in value] if isinstance(value, list) else template_of(value)
 

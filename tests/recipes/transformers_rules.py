@@ -17,7 +17,6 @@ with a recipe differs, or if fewer than `--least` types have one.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,12 +25,10 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-warnings.filterwarnings("ignore")
-
 import safetensors.torch
 import torch
 import transformers_recipe
+from transformers import logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers_models import at_most, rules_of, tiny
 
@@ -122,9 +119,14 @@ def main() -> int:
     )
     parser.add_argument("types", nargs="*", help="model types; all of them if none is given")
     parser.add_argument("--show", action="store_true", help="print the recipes")
-    parser.add_argument("--unbuilt", action="store_true", help="name what transformers did not build")
+    parser.add_argument(
+        "--unbuilt", action="store_true", help="name what transformers did not build"
+    )
     parser.add_argument("--least", type=int, default=1, help="types that must be equal")
     options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     verdicts: Counter[str] = Counter()
     for model_type in options.types or CONFIG_MAPPING_NAMES:
         found = row(model_type, options.show)
