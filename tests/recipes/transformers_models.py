@@ -28,7 +28,7 @@ SIZES = {
     **dict.fromkeys("head_dim patch_size q_lora_rank kv_lora_rank v_head_dim".split(), 8),
     **dict.fromkeys("n_shared_experts n_group topk_group first_k_dense_replace".split(), 1),
     **dict.fromkeys("image_size projection_dim".split(), 32),
-    "vocab_size": 101,
+    **dict.fromkeys("vocab_size unpadded_vocab_size".split(), 101),
     "max_position_embeddings": 64,
     "max_source_positions": 16,
     "num_mel_bins": 8,
@@ -42,7 +42,7 @@ HEADS = (  # the first that holds a class for a configuration
     "MASKED_LM",
     "",
 )
-LARGEST = 20_000_000  # parameters of a model that is still built
+LARGEST = 40_000_000  # parameters of a model that is still built
 
 
 def shrink(config: Any) -> Any:

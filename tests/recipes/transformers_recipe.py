@@ -234,7 +234,7 @@ class Operations:
         for at, operation in enumerate(operations):
             name = f"on_{type(operation).__name__}"
             if not hasattr(self, name):
-                raise NotExpressible(f"{type(operation).__name__} computes, or cuts by the model")
+                raise NotExpressible(f"{type(operation).__name__} is not a move of whole tensors")
             getattr(self, name)(operation, at == len(operations) - 1)
         self.finish()
         return self.steps
@@ -360,6 +360,14 @@ class Operations:
             ("permute", {"keys": [key], "dims": order}),
             ("reshape", {"keys": [key], "shape": shape, "was": turned}),
         ]
+
+
+    def on_Inkling2UnpadVocab(self, operation: core.Inkling2UnpadVocab, last: bool) -> None:
+        """Do nothing where there are no rows of padding, which the way back would make."""
+        ((key,),) = self.now.values()
+        wanted = self.made.model.state_dict()[self.group.target(self.group.full)]
+        if wanted.shape != self.shape(key):
+            raise NotExpressible("Inkling2UnpadVocab appends rows of zeros on the way back")
 
 
 def over(keys: Sequence[str]) -> str:
