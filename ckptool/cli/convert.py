@@ -39,6 +39,7 @@ class _InOrder(Command):
 @click.option("--unwrap", is_flag=True, help="Write the state_dict alone.")
 @edits()
 @strips
+@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
 @click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
 def command(request: Request, unwrap: bool, max_shard_size: str | None, **given: Any) -> None:
     """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
@@ -53,7 +54,7 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **given:
     Edits are applied in the order given. To safetensors the state_dict is taken out; what
     else is in the file is not written, and named.
     """
-    refuse_idle(dict.fromkeys(STRIP_FLAGS, "strip_prefix"))
+    refuse_idle({**dict.fromkeys(STRIP_FLAGS, "strip_prefix"), "reverse": "recipe"})
     from ckptool.verbs import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)

@@ -54,12 +54,16 @@ def blocks(value: TensorInfo, readers: Readers, limit: int = 1 << 20) -> Iterato
         yield block
 
 
-def _settle(value: TensorInfo, block: memoryview) -> None:
-    """Make stored elements little-endian and do what is pending on them."""
-    if needs_swap(value.storage, value.dtype.swap):
-        numbers.swap(block, value.dtype.swap)
+def _settle(value: TensorInfo, block: memoryview, *, big: bool = False) -> None:
+    """Do what is pending on stored elements, and make them little-endian, or `big`."""
+    swapped = needs_swap(value.storage, value.dtype.swap)
     if value.lazy:
+        if swapped:
+            numbers.swap(block, value.dtype.swap)
         numbers.resolve(block, value.dtype, value.lazy)
+        swapped = False
+    if swapped != (big and value.dtype.swap > 1):
+        numbers.swap(block, value.dtype.swap)
 
 
 def equal(one: memoryview, other: memoryview) -> bool:
@@ -136,9 +140,10 @@ def fill(view: memoryview, storage: Storage, start: int, readers: Readers) -> li
         source = piece.chunk.source
         data = memoryview(bytearray(piece.count * chunked.itemsize))
         read_elements(source, piece.first, data, _fetch(source.storage, readers))
-        _place(chunked, piece, data, first, view)
         begin = (source.storage_offset + piece.first) * chunked.itemsize
         parts.append((piece.index, begin, len(data), crc32(data)))
+        _settle(source, data, big=storage.byteorder != "little")
+        _place(chunked, piece, data, first, view)
     return parts
 
 

@@ -23,7 +23,7 @@ from zlib_ng.zlib_ng import crc32, crc32_combine
 from ckptool.errors import Malformed
 from ckptool.files.blocks import Part, fill
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
-from ckptool.tensors.tensor import Chunked, Packing, Storage, contiguous_stride
+from ckptool.tensors.tensor import Chunked, Packing, Storage, is_contiguous
 
 FLUSH_EVERY = 32 << 20
 TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
@@ -441,7 +441,7 @@ def _check_chunks(chunked: Chunked, parts: list[Part]) -> None:
     for index, done in read.items():
         source = chunked.chunks[index].source
         whole = done.nbytes == source.storage.nbytes
-        if whole and source.stride == contiguous_stride(source.shape):
+        if whole and is_contiguous(source.shape, source.stride):
             _compare(source.storage, done.crc32)
 
 

@@ -43,6 +43,8 @@ def _unchecked(storage: Storage, whole: Collection[Storage]) -> Iterator[Storage
     """Iterate over the recorded checksums under a storage that no copy compares."""
     if storage.crc32 is not None and storage not in whole:
         yield storage
+    if storage.whole is not None:
+        yield from _unchecked(storage.whole, whole)
     for value in values.arguments(storage):
         # The copy of a chunked storage compares those of the stored chunks that it reads whole.
         read_whole = storage.chunked is not None and storage in whole and _is_whole(value)

@@ -561,8 +561,8 @@ def _rebuild(info: TensorInfo) -> Object:
         if (inner.storage, inner.storage_offset) == (info.storage, info.storage_offset):
             return origin
         moved = replace(inner, storage=info.storage, storage_offset=info.storage_offset)
-        if inner.dtype is not info.dtype:  # its numbers were computed
-            moved = replace(moved, dtype=info.dtype, origin=None)
+        if moved.view != info.view:  # its numbers were computed, or moved
+            moved = replace(info, requires_grad=inner.requires_grad, origin=None)
         if not origin.args:
             return replace(origin, steps=[("build", (moved, *origin.state[1:]))])
         return replace(origin, args=(moved, *origin.args[1:]))

@@ -94,3 +94,5 @@ class DType(Enum):
 BY_SAFETENSORS_NAME = {dtype.safetensors_name: dtype for dtype in DType if dtype.safetensors_name}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DType if dtype.torch_name}
 BY_STORAGE_CLASS = {dtype.storage_class: dtype for dtype in DType if dtype.storage_class}
+# An element holds several numbers, of which torch does not speak in the shape.
+PACKED = (DType.F4, DType.BITS1X8, DType.BITS2X4, DType.BITS4X2)

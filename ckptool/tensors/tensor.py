@@ -35,7 +35,8 @@ class Storage:
     `dtype` is that of torch's typed storage, None for an untyped one. `crc32` is what the file
     recorded for the unpacked bytes, None where it recorded nothing. A chunked storage is in
     pieces, `chunked` says where; `path` and `key` then name the whole. A computed storage is in no
-    file: `computed` says what its elements are made of, and is its identity.
+    file: `computed` says what its elements are made of. Both are the identity of such a storage.
+    `whole` is the recorded storage that this one is a byte range of.
     """
 
     path: str
@@ -48,8 +49,9 @@ class Storage:
     crc32: int | None = None
     packing: Packing = Packing.PLAIN
     packed_nbytes: int = 0
-    chunked: Chunked | None = field(default=None, compare=False, repr=False)
+    chunked: Chunked | None = field(default=None, repr=False)
     computed: Computed | None = field(default=None, repr=False)
+    whole: Storage | None = field(default=None, compare=False, repr=False)
 
     def __hash__(self) -> int:
         return hash((self.path, self.key, self.start))
@@ -228,6 +230,27 @@ def coalesced(
         else:
             joined.append((size, step))
     return tuple(size for size, _ in joined), tuple(step for _, step in joined)
+
+
+def view_stride(
+    shape: Sequence[int], stride: Sequence[int], wanted: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Return the strides of a view of the same elements in another shape, None where none is.
+
+    As torch's `Tensor.view` (aten/src/ATen/TensorUtils.cpp, `computeStride_impl`).
+    """
+    if 0 in shape:
+        return contiguous_stride(wanted)
+    runs = list(zip(*coalesced(shape, stride), strict=True))
+    found, left, step = [], 1, 1
+    for size in reversed(wanted):
+        if left == 1 and size > 1:
+            left, step = runs.pop()
+        if left % size:
+            return None
+        found.append(step)
+        left, step = left // size, step * size
+    return tuple(reversed(found))
 
 
 def needs_swap(storage: Storage, width: int) -> bool:

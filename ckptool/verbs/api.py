@@ -266,7 +266,7 @@ def transfer(
     *,
     drop: str | Sequence[str] = (),
     keep: str | Sequence[str] = (),
-    rename: Mapping[str, str] | None = None,
+    rename: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     anywhere: bool = False,
     keep_bookkeeping: bool = False,
     like: CheckpointLike | None = None,
@@ -285,7 +285,7 @@ def transfer(
     `file.py:factory`) made with `model_args`, or an `nn.Module`. `drop` and `keep` take a pattern
     or several, matched after wrapper prefixes came off, with `anywhere` every `module.` inside
     keys too; what a wrapper keeps for itself goes with it, unless `keep_bookkeeping`; `rename`
-    moves dotted prefixes.
+    are rules as of `--rename`, all of one step.
     `init_missing` writes what is not filled as the model has it. Raises `PoorFit` where less than
     `min_match` of the target's elements would be filled, `EditError`, `FormatError` and
     `WriteError`.
@@ -302,7 +302,8 @@ def transfer(
         raise EditError("--model-arg and --init-missing need --model")
     if like is None and like_at is not None:
         raise EditError("--like-at needs --like")
-    moves = [edits.rename(old, new) for old, new in (rename or {}).items()]
+    pairs = list(rename.items() if isinstance(rename, Mapping) else rename)
+    moves = [edits.renames(pairs)] if pairs else []
     reference: Reference | None = None
     fill: Fill | None = None
     if like is not None:

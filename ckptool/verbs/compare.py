@@ -18,7 +18,7 @@ from ckptool.files.copying import Begin, Copy, Job, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
-from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
+from ckptool.state import checkpoint as places, module_metadata, replacing, selecting, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import peeling
@@ -223,7 +223,7 @@ class _Work:
         self.notes += [*one.notes[len(left.notes) :], *other.notes[len(right.notes) :]]
         keys = list(dict.fromkeys([*one.entries, *other.entries]))
         if self.asked.select:
-            selected = edits.select(self.asked.select, keys)
+            selected = selecting.select(self.asked.select, keys)
             keys = [key for key in keys if key in selected]
         both = [key for key in keys if key in one.entries and key in other.entries]
         for alone, mine, theirs in (
@@ -249,7 +249,7 @@ class _Work:
         selected = None
         if self.asked.select:
             keys = [key for place in found for key in _tensors_at(place)]
-            selected = edits.select(self.asked.select, list(dict.fromkeys(keys)))
+            selected = selecting.select(self.asked.select, list(dict.fromkeys(keys)))
         for place in found:
             paths = _tensors_at(place)
             if selected is not None:

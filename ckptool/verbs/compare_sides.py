@@ -24,7 +24,7 @@ class Asked:
     """What is to be compared, and how.
 
     `ignore_prefix` are prefixes, or `auto` for the wrappers that all keys of a side share, with
-    `anywhere` inside keys too; `rename` holds pairs of dotted prefixes, the left's and the right's.
+    `anywhere` inside keys too; `rename` are rules: pairs of what the left and the right call it.
     """
 
     at: str | None = None
@@ -112,8 +112,8 @@ def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, 
         if len(missing) == len(sides) and prefix != AUTO:
             raise missing[0]
         sides = done[0], done[1]
-    moves = [edits.rename(old, new) for old, new in asked.rename]
-    return _rekeyed(sides[0], moves), sides[1]
+    steps = [edits.renames(asked.rename)] if asked.rename else []
+    return _rekeyed(sides[0], steps), sides[1]
 
 
 def _rekeyed(state: StateDict, steps: Sequence[Edit]) -> StateDict:

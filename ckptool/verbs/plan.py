@@ -25,7 +25,8 @@ from ckptool.state import (
 )
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Edit, KeyMap
-from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo, span
+from ckptool.tensors import values
+from ckptool.tensors.tensor import TENSORS, TensorInfo
 from ckptool.text import counted, listed, quoted
 from ckptool.verbs.options import Options
 
@@ -396,23 +397,13 @@ def _untie(plan: Plan) -> None:
     for key, value in plan.state.entries.items():
         if isinstance(value, TensorInfo):
             if value.storage in taken:
-                value = _untied(value, key)
+                value = values.cut(value, f"{key} (untied)")
             taken.add(value.storage)
         entries[key] = value
     if all(entries[key] is value for key, value in plan.state.entries.items()):
         return  # nothing was tied: the very node stays, which may refer to itself
     plan.state = replace(plan.state, entries=entries)
     _put_in(plan, plan.state)
-
-
-def _untied(info: TensorInfo, key: str) -> TensorInfo:
-    """Return a tensor with a storage of its own, no larger than what it reaches."""
-    own = replace(info.storage, key=f"{key} (untied)")
-    if own.packing is not Packing.PLAIN:
-        return replace(info, storage=own)
-    reach = info.dtype.nbytes(span(info.shape, info.stride))
-    own = replace(own, start=own.start + info.start, nbytes=reach, crc32=None)
-    return replace(info, storage=own, storage_offset=0)
 
 
 def _judge(plan: Plan, *, bare: bool, options: Options) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import starmap, zip_longest
 from operator import eq
@@ -23,7 +23,7 @@ from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import Edit
+from ckptool.state.edits import Count, Edit
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
@@ -84,18 +84,20 @@ class Rewrite:
     bare: bool = False
     tensors: int = 0
     said: tuple[str, ...] = ()
+    counts: tuple[Count, ...] = ()
     module: str = ""
     shards: tuple[Shard, ...] = ()
 
     @property
     def read(self) -> int:
         """Count the entries that were read."""
-        return len(self.map)
+        return len({old for old, _ in self.map})
 
     @property
     def renamed(self) -> int:
-        """Count the entries that are written under another name."""
-        return sum(1 for old, new in self.map if new is not None and new != old)
+        """Count the entries that are written under another name alone."""
+        own = {old for old, new in self.map if new == old}
+        return len({old for old, new in self.map if new is not None} - own)
 
     @property
     def kept(self) -> int:
@@ -123,6 +125,7 @@ class Rewrite:
             "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
             "not_carried": list(self.not_carried),
             "map": [[old, new] for old, new in self.map],
+            "rules": [asdict(each) for each in self.counts],
             "nbytes": self.nbytes,
             "added": self.added,
             "notes": [*self.warnings, *self.notes],
@@ -448,6 +451,7 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         module=plan.state.module if plan.state is not None else "",
         map=plan.key_map.pairs,
         said=plan.key_map.said,
+        counts=plan.key_map.counts,
         dropped=tuple(plan.dropped),
         written=len(plan.key_map.written) + plan.added,
         added=plan.added,
