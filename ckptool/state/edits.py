@@ -413,6 +413,8 @@ def apply(
         except EditError as error:
             raise error.within(step.where) from None
         changes.append(change)
+        for cast in change.casts:
+            cast.where = cast.where or step.where
         matched.update(old for key in change.matched for old in now[key].olds)
         after = _after(change, now, source)
         kept = {old for each in after.values() for old in each.olds}
