@@ -244,7 +244,7 @@ class _Work:
     def compare_trees(self) -> None:
         """Compare all there is, tensors by their paths."""
         if self.asked.rename or self.asked.ignore_prefix:
-            raise EditError("--map and --ignore-prefix need a state_dict on both sides")
+            raise EditError("--rename and --ignore-prefix need a state_dict on both sides")
         found = list(places_of(self.left.tree, self.right.tree))
         selected = None
         if self.asked.select:
