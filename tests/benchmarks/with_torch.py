@@ -1,8 +1,8 @@
 """Make the benchmark's files with torch, and do with torch what ckptool does without it.
 
 run.py starts this as a process of its own, so that torch is never in the memory of the process
-that measures. `strip`, `convert`, `cast` leave the seconds of their work, without the import of torch,
-in the file named last.
+that measures. `strip`, `convert` and `cast` leave the seconds of their work, without the import of
+torch, in the SECONDS_FILE.
 
 usage: python with_torch.py make FILE NBYTES | keys FILE COUNT | experts FILE COUNT
        python with_torch.py strip IN OUT SECONDS_FILE | convert IN OUT SECONDS_FILE
