@@ -361,7 +361,6 @@ class Operations:
             ("reshape", {"keys": [key], "shape": shape, "was": turned}),
         ]
 
-
     def on_Inkling2UnpadVocab(self, operation: core.Inkling2UnpadVocab, last: bool) -> None:
         """Do nothing where there are no rows of padding, which the way back would make."""
         ((key,),) = self.now.values()
