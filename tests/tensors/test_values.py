@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ckptool.files.copying import Copy, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.state import checkpoint as places, edit_options
 from ckptool.state.edit_options import EditSpec
-from ckptool.state.edits import Change, Edit, Entries, Value
+from ckptool.state.edits import Change, Edit, Entries, Move
 from ckptool.tensors import numbers, values
 from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
@@ -199,18 +199,18 @@ def test_an_expansion_is_measured_before_a_cast(tmp_path: Path) -> None:
 def halve(name: str) -> Edit:
     """Split a tensor in two along its first dimension."""
 
-    def make(entries: Entries) -> Change:
-        def change(key: str, value: Value) -> Iterable[tuple[str, Value]]:
+    def change(entries: Entries) -> Change:
+        moves: list[Move] = []
+        for key, value in entries.items():
+            middle = value.shape[0] // 2 if key == name else 0
             if key != name:
-                return ((key, value),)
-            middle = value.shape[0] // 2
-            one = values.part(value, 0, 0, middle)
-            other = values.part(value, 0, middle, value.shape[0])
-            return ((f"{key}.0", one), (f"{key}.1", other))
+                moves.append(((key,), key, value))
+                continue
+            moves.append(((key,), f"{key}.0", values.part(value, 0, 0, middle)))
+            moves.append(((key,), f"{key}.1", values.part(value, 0, middle, value.shape[0])))
+        return Change(moves)
 
-        return change
-
-    return Edit("halve", change=make)
+    return Edit("halve", change=change)
 
 
 def _parse(texts: Sequence[str]) -> Edit:
