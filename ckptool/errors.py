@@ -7,7 +7,8 @@
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
-    |-- PoorFit                                                                          exit 1
+    |                               BadRecipe
+    |-- PoorFit NotAsExpected Overflow                                                   exit 1
     |-- WriteError                  OutputExists OutputDenied SameFile NotRepresentable  exit 5
     |                               NoSpace
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
@@ -26,7 +27,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -45,6 +46,12 @@ class CkptoolError(Exception):
         self.evidence = tuple(evidence)
         self.hint = hint
         self.option = option
+
+    def within(self, place: str) -> Self:
+        """Return the error as it is said of a part: a step, a rule, a file."""
+        if place:
+            self.message = f"{place}: {self.message}"
+        return self
 
     @property
     def slug(self) -> str:
@@ -154,8 +161,24 @@ class NoSuchCommand(EditError):
     """A command that ckptool does not have."""
 
 
+class BadRecipe(EditError):
+    """A recipe cannot be read, or says what no recipe can."""
+
+
 class PoorFit(CkptoolError):
     """Too little of the target would be filled."""
+
+    exit_code = 1
+
+
+class Overflow(CkptoolError):
+    """Finite numbers would become infinite in a cast."""
+
+    exit_code = 1
+
+
+class NotAsExpected(CkptoolError):
+    """What a recipe makes is not what it says that it makes."""
 
     exit_code = 1
 

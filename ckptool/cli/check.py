@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option("--sha256", is_flag=True, help="Print the sha256 of each file too.")
 @click.option("--finite", is_flag=True, help="Count NaN and infinity in every tensor.")
+@click.option(
+    "--as", "as_dtype", metavar="WORD", help="Count what a cast to bf16, f16 ... would lose."
+)
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
 @click.option("--plugins", is_flag=True, help="Let plugins read what ckptool does not know.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
-def command(files: Sequence[str], as_json: bool, quiet: bool, **how: bool) -> int:
+def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int:
     """Check structure, checksums and safety of files; nothing in them is loaded.
 
     \b
     ckptool check model_best.pth.tar
     ckptool check --finite --sha256 *.safetensors
+    ckptool check --as f16 in.safetensors        (would a cast overflow?)
     ckptool check downloads/                     (every file, by its bytes)
     ckptool check --strict --json from_a_stranger.pth
 
@@ -69,7 +73,7 @@ def _paint(text: str, colour: str) -> str:
 
 
 def _checked(
-    groups: Sequence[Group], quiet: bool, how: dict[str, bool], bugs: list[Exception]
+    groups: Sequence[Group], quiet: bool, how: dict[str, Any], bugs: list[Exception]
 ) -> Iterator[tuple[Checked, bool]]:
     """Check one file after the other, and say which get a line.
 
@@ -87,7 +91,7 @@ def _checked(
             yield from ((found, True) for found in _one(group.path, quiet, how, bugs))
 
 
-def _one(path: str, quiet: bool, how: dict[str, bool], bugs: list[Exception]) -> Iterator[Checked]:
+def _one(path: str, quiet: bool, how: dict[str, Any], bugs: list[Exception]) -> Iterator[Checked]:
     from ckptool.verbs import checking
 
     try:

@@ -15,6 +15,8 @@ from ckptool.state.edit_options import EDITS, STRIP_FLAGS
 if TYPE_CHECKING:
     from ckptool.state.edits import Edit
 
+_CAST = ("dtype", "dtype_only", "dtype_except", "overflow")
+
 
 class _InOrder(Command):
     """A command that knows in which order its options stood."""
@@ -39,6 +41,16 @@ class _InOrder(Command):
 @click.option("--unwrap", is_flag=True, help="Write the state_dict alone.")
 @edits()
 @strips
+@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
+@click.option("--dtype", metavar="WORD", help="Round floats to bf16, f16, f32, f8_e4m3 ..., last.")
+@click.option("--dtype-only", multiple=True, metavar="PATTERN", help="Round these alone.")
+@click.option("--dtype-except", multiple=True, metavar="PATTERN", help="Round all but these.")
+@click.option(
+    "--overflow",
+    type=click.Choice(["refuse", "inf", "clamp"]),
+    default="refuse",
+    help="What --dtype does with what is beyond its largest number.  [default: refuse]",
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
 def command(request: Request, unwrap: bool, max_shard_size: str | None, **given: Any) -> None:
     """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
@@ -47,17 +59,23 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **given:
     ckptool convert in.pth out.safetensors
     ckptool convert in.safetensors out.pth
     ckptool convert --strip-prefix module --drop classifier in.pth out.safetensors
+    ckptool convert --dtype bf16 --dtype-except '*norm*' in.pth out.safetensors
     ckptool convert --max-shard-size 5GB in.pth out_folder
     ckptool convert --to dcp in.pth out_dir      (for a cluster)
 
     Edits are applied in the order given. To safetensors the state_dict is taken out; what
     else is in the file is not written, and named.
     """
-    refuse_idle(dict.fromkeys(STRIP_FLAGS, "strip_prefix"))
+    needs = dict.fromkeys(STRIP_FLAGS, "strip_prefix") | dict.fromkeys(_CAST[1:], "dtype")
+    refuse_idle({**needs, "reverse": "recipe"})
     from ckptool.verbs import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)
-    result = run(request, api.convert, steps=steps, unwrap=unwrap, max_shard_size=max_shard_size)
+    cast = {name: given[name] for name in _CAST}
+    for name in ("dtype_only", "dtype_except"):
+        cast[name] = patterns(cast[name])
+    form = {"unwrap": unwrap, "max_shard_size": max_shard_size}
+    result = run(request, api.convert, steps=steps, **cast, **form)
     if unwrap and result.at == () and not result.not_carried:
         talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
 

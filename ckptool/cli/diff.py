@@ -10,7 +10,6 @@ import click
 from ckptool.cli import talk
 from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command, patterns, refuse_idle
-from ckptool.state.edit_options import renaming
 
 DIFFERENT = 1
 
@@ -24,7 +23,8 @@ DIFFERENT = 1
 @click.option("--all", "every", is_flag=True, help="Compare all tensors, by their path.")
 @click.option("--structure", is_flag=True, help="Keys, dtypes and shapes; no values.")
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
-@click.option("--map", "moves", multiple=True, metavar="OLD=NEW", help="A's prefix OLD is B's NEW.")
+@click.option("--rename", multiple=True, metavar="RULE", help="A's OLD is B's NEW: OLD=NEW.")
+@click.option("--map", "moves", multiple=True, hidden=True)
 @click.option(
     "--ignore-prefix", multiple=True, metavar="P", help="Compare without a prefix, or auto."
 )
@@ -43,6 +43,7 @@ def command(
     every: bool,
     structure: bool,
     select: Sequence[str],
+    rename: Sequence[str],
     moves: Sequence[str],
     ignore_prefix: Sequence[str],
     anywhere: bool,
@@ -56,7 +57,7 @@ def command(
     \b
     ckptool diff model_best.pth.tar clean.safetensors --ignore-prefix auto
     ckptool diff --left-at model --right-at model_ema train.pth train.pth
-    ckptool diff --map backbone=encoder --select encoder old.pth new.pth
+    ckptool diff --rename backbone=encoder --select encoder old.pth new.pth
     ckptool diff --atol 1e-6 cpu.pth gpu.pth
 
     Exit code 0 where they are equal, with nothing on stdout, 1 where they differ. What stands
@@ -72,6 +73,7 @@ def command(
         refuse_idle({"at": "not left_at"})
     from ckptool import containers
     from ckptool.cli import report, report_diff
+    from ckptool.state.renaming import read_rule
     from ckptool.verbs import compare
     from ckptool.verbs.compare_sides import Asked, tolerance
 
@@ -83,7 +85,7 @@ def command(
         structure=structure,
         tolerance=tolerance(atol, rtol),
         select=patterns(select),
-        rename=[renaming(move, "--map") for move in moves],
+        rename=[(rule.old, rule.new) for rule in map(read_rule, (*rename, *moves))],
         ignore_prefix=ignore_prefix,
         anywhere=anywhere,
     )

@@ -22,6 +22,7 @@ from ckptool.text import argument, counted, listed, percent, quoted, readable, s
 from ckptool.verbs.listing import Entry, Listing, rows
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
+    from ckptool.verbs.casting import Cast
     from ckptool.verbs.fitting import Fit
     from ckptool.verbs.surgery import Rewrite
 
@@ -182,8 +183,26 @@ def rewrite_lines(result: Rewrite) -> list[str]:
     elif result.not_carried:
         lines.append(f"left behind {listed(result.not_carried)}")
     lines += map(visible, result.said)
+    lines += [cast_line(cast, result.source) for cast in result.casts]
     lines += _dropped_lines(result)
     return lines + [visible(note) for note in result.notes]
+
+
+def cast_line(cast: Cast, source: str) -> str:
+    """Say what a cast did, what it left as it was, and what it could not keep."""
+    parts = [f"cast {counted(cast.tensors, 'tensor')} to {cast.to}"]
+    if not cast.tensors:
+        parts = [f"no tensor to cast to {cast.to}: that changes nothing"]
+    kept = [f"{count} {visible(label)}" for label, count in cast.kept.items()]
+    if cast.quantized or cast.scales:
+        kept.append(f"{cast.quantized} quantized with {counted(cast.scales, 'scale')}")
+    parts += [f"as they were: {', '.join(kept)}"] if kept else []
+    if cast.total is not None:
+        parts += filter(None, [cast.lost("became")])
+    elif cast.tensors:
+        command = f"ckptool check --as {cast.to.lower()} {argument(source)}"
+        parts.append(f"`{visible(command)}` counts what overflows or becomes zero or subnormal")
+    return "; ".join(parts)
 
 
 def _whereabouts(module: str, at: Sequence[str] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from ckptool.tensors.numbers import Values
+from ckptool.tensors.counts import Values
 from ckptool.text import counted, listed, readable, shape, table, visible
 from ckptool.verbs.compare import Change, Difference, Found, Side
 

@@ -19,7 +19,6 @@ from ckptool.cli._options import (
     tell,
     writes,
 )
-from ckptool.state.edit_options import renaming
 
 
 @click.command("transfer", cls=Command)
@@ -71,6 +70,7 @@ def command(
     )
     from ckptool.cli import report
     from ckptool.model import zoo
+    from ckptool.state.renaming import read_rule
     from ckptool.verbs import api
 
     if request.options["in_place"] and "://" in request.source:
@@ -85,7 +85,7 @@ def command(
             request.target,
             drop=patterns(drop),
             keep=patterns(keep),
-            rename=dict(map(renaming, rename)),
+            rename=[(rule.old, rule.new) for rule in map(read_rule, rename)],
             anywhere=anywhere,
             keep_bookkeeping=keep_bookkeeping,
             like=like,

@@ -39,7 +39,7 @@ DIFFERENT = 1
 @click.option("--batch-size", type=click.IntRange(1), help="Instead of the shape's first size.")
 @click.option("--input", metavar="PICTURE", help="Run on a picture instead.")
 @click.option("--data", metavar="FOLDER", help="Run on folders of pictures by class.")
-@click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64.")
+@click.option("--dtype", metavar="NAME", help="f32, f16, bf16 or f64 (float32 ... too).")
 @click.option("--channels-last", is_flag=True, help="Lay weights and pictures out channels last.")
 @click.option("--seed", default=0, show_default=True, help="Of inputs, and all that is random.")
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")

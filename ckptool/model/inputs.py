@@ -16,14 +16,15 @@ from typing import Any
 from ckptool.errors import BadInput, MissingExtra
 from ckptool.model import libraries, zoo
 from ckptool.model.zoo import ModelLike
+from ckptool.tensors import dtype as dtypes
+from ckptool.tensors.dtype import DType
 from ckptool.text import several
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision has them
 DEFAULT_SHAPE = (1, 3, 224, 224)
 VOCABULARY = 100  # random integers stay below: any table of tokens is longer
 _SHAPE = re.compile(r"(\d+(?:[,x]\d+)*)(?::(\w+))?")
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
-DTYPES = {"float": "float32", "half": "float16", "double": "float64", **{n: n for n in _FLOATS}}
+_FLOATS = (DType.F32, DType.F16, DType.BF16, DType.F64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,11 @@ def dtype(name: str | None) -> Any:
     """Return the torch dtype of a name, None for None."""
     if name is None:
         return None
-    if name not in DTYPES:
-        raise BadInput(f"`{name}` is no dtype to run a model in", hint=", ".join(DTYPES))
-    return getattr(libraries.torch(), DTYPES[name])
+    found = dtypes.named(name)
+    if found not in _FLOATS:
+        hint = dtypes.suggestion(name, _FLOATS)
+        raise BadInput(f"`{name}` is no dtype to run a model in", hint=hint)
+    return getattr(libraries.torch(), found.torch_name)
 
 
 # Random.
@@ -110,7 +113,8 @@ def _shape(text: str) -> tuple[tuple[int, ...], str]:
 
 
 def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any:
-    dtype = getattr(torch, DTYPES.get(kind, kind), None) if kind else torch.float32
+    found = dtypes.named(kind) if kind else DType.F32
+    dtype = getattr(torch, found.torch_name, None) if found else None
     if not isinstance(dtype, torch.dtype):
         raise BadInput(f"`{kind}` is no dtype", hint="--input-shape 1,16:int64")
     try:

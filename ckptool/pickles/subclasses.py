@@ -119,6 +119,7 @@ def _meta(node: Object) -> CompositeTensor | None:
 def _of_device(node: Object) -> TensorInfo | None:
     """Read a tensor of a device without storages (XLA): its elements, dtype and device."""
     from ckptool.tensors import numbers, values
+    from ckptool.tensors.casting import Rounding
 
     match node.args:
         case (data, named, str(device), grad, *_):
@@ -127,8 +128,8 @@ def _of_device(node: Object) -> TensorInfo | None:
             if info is not None and info is not data:
                 info = replace(info, storage=replace(info.storage, location=device))
             if info is not None and dtype is not None and info.dtype is not dtype:
-                floats = {info.dtype, dtype} <= numbers.ROUNDED
-                kernel = numbers.cast(info.dtype, dtype)
+                floats = info.dtype in numbers.ROUNDED and dtype in numbers.CASTS
+                kernel = Rounding(info.dtype, dtype)
                 info = values.computed(kernel, [info], dtype) if floats else None
             if info is not None and dtype is not None:
                 return replace(info, requires_grad=grad is True, origin=node)

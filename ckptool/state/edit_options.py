@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from ckptool.state.edits import Edit
 
 
-AUTO = "auto"  # the prefix that is every known wrapper
-
-
 @dataclass(frozen=True, slots=True)
 class EditSpec:
     """An edit as an option; `parse` takes the texts that were given, and `flags` as keywords.
@@ -37,19 +34,11 @@ class EditSpec:
         return self.option.removeprefix("--").replace("-", "_")
 
 
-def renaming(text: str, option: str = "--rename") -> tuple[str, str]:
-    """Read `OLD=NEW`; without OLD, NEW is put before all keys."""
-    old, sign, new = text.partition("=")
-    if not sign or old == new:
-        raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
-    return old, new
-
-
 def stripping(texts: Sequence[str], *, every: bool = False, **flags: bool) -> Edit:
     """Make the edit of a prefix, or of `auto`."""
     from ckptool.state import edits
 
-    if texts[0] != AUTO:
+    if texts[0] != edits.AUTO:
         return edits.strip_prefix(texts[0], every=every, **flags)
     if every:
         raise EditError("--prefix auto takes no --every: it removes what all keys share")
@@ -64,8 +53,15 @@ def _add_prefix(texts: Sequence[str]) -> Edit:
 
 def _rename(texts: Sequence[str]) -> Edit:
     from ckptool.state import edits
+    from ckptool.state.renaming import read_rule
 
-    return edits.rename(*renaming(texts[0]))
+    return edits.renames((rule.old, rule.new) for rule in map(read_rule, texts))
+
+
+def _recipe(texts: Sequence[str], *, reverse: bool = False) -> Edit:
+    from ckptool.state.recipes import Recipe
+
+    return Recipe.load(texts[0]).edit(reverse=reverse)
 
 
 def _drop(texts: Sequence[str]) -> Edit:
@@ -81,12 +77,14 @@ def _keep(texts: Sequence[str]) -> Edit:
 
 
 STRIP_FLAGS = ("anywhere", "keep_bookkeeping")
+RECIPE_FLAGS = ("reverse",)
 EDITS = (
     EditSpec(
         "--strip-prefix", "P", "Take a prefix off keys, or auto.", stripping, flags=STRIP_FLAGS
     ),
     EditSpec("--add-prefix", "P", "Put a prefix before keys.", _add_prefix),
-    EditSpec("--rename", "OLD=NEW", "Move a dotted prefix.", _rename),
+    EditSpec("--rename", "RULE", "OLD=NEW: a prefix, a template.", _rename, together=True),
+    EditSpec("--recipe", "FILE", "Do the steps of a recipe.", _recipe, flags=RECIPE_FLAGS),
     EditSpec("--drop", "PATTERN", "Leave keys out.", _drop, selects=True),
     EditSpec("--keep", "PATTERN", "Leave all other keys out.", _keep, selects=True, together=True),
 )

@@ -1,24 +1,24 @@
 """Pure edits of keys and values, and what they did.
 
-An edit of keys is `old key -> new key, the same key, or None` (dropped). One of values is `key,
-value -> pairs of both`: none where the entry is dropped, several where it is split. An edit that
-needs to see all entries first (a pattern that must match something, wrappers that all keys share)
-is made from them; once made, it is a plain function of one.
+An edit of keys is `old key -> new key, the same key, or None` (dropped). One of values makes of all
+entries others: a tensor that is split becomes several, those that are joined become one. An edit
+that needs to see all entries first (a pattern that must match something, wrappers that all keys
+share) is made from them; once made, an edit of keys is a plain function of one.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import translate
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.pickles.tree import Node
-from ckptool.state import wrappers
+from ckptool.state import casting, wrappers
+from ckptool.state.casting import Casting
+from ckptool.state.renaming import Renaming, Rule
+from ckptool.state.selecting import close_matches, examples, nothing_matched, select as select
 from ckptool.state.wrappers import BOOKKEEPING, WRAPPERS, Peeling
-from ckptool.tensors import dtype as dtypes
-from ckptool.tensors.dtype import DType
+from ckptool.tensors import values
 from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, quoted, several
 
@@ -26,11 +26,40 @@ KeyEdit = Callable[[str], str | None]
 Value = Node  # a tensor, or what else is in a state_dict
 Entries = Mapping[str, Value]
 Maker = Callable[[Entries], KeyEdit]  # all entries -> the edit of one key
-Change = Callable[[str, Value], Iterable[tuple[str, Value]]]
+Move = tuple[tuple[str, ...], str, Value]  # the keys it is made of, the new key, the value
 
 DEFAULT_PREFIX = "module."
+AUTO = "auto"  # the prefix that is every known wrapper
 SHAPE_DIFFERS = "shape differs"  # the reason that transfers give
 _SENTINEL = "\0some parameter\0"  # stands for "some parameter" where a module path is edited
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many entries a rule of a step took; `rule` is as the user wrote it."""
+
+    step: str
+    rule: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a step makes of all entries, in the order of the output.
+
+    A key without a move is dropped, `why` tells under which name and for which reason. `edit`
+    moves the paths of modules, `remade` are new keys of tensors that were cut, joined or
+    rearranged, `matched` the keys that a rule took, changed or not.
+    """
+
+    moves: Sequence[Move]
+    said: Sequence[str] = ()
+    edit: KeyEdit = lambda key: key
+    why: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    remade: Collection[str] = ()
+    matched: Collection[str] = ()
+    counts: Sequence[Count] = ()
+    casts: Sequence[Casting] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +67,20 @@ class KeyMap:
     """What edits did, in order: pairs of old key and new key, None for dropped ones.
 
     `why` gives for each dropped key the name it had when it was dropped, and the reason; `said`
-    tells in words which prefixes came off or on, and how many keys had them. An entry that was
-    split has several pairs. `entries` are the values under the new keys.
+    tells in words what each step did, `counts` in numbers. An entry that was split has several
+    pairs, and one that was joined is the new key of several; `remade` are the old keys of those,
+    and `unmatched` those that no rule took. `entries` are the values under the new keys, `casts`
+    what was cast.
     """
 
     pairs: tuple[tuple[str, str | None], ...]
     why: dict[str, tuple[str, str]]
     said: tuple[str, ...] = ()
     entries: dict[str, Value] = field(default_factory=dict, compare=False, repr=False)
+    remade: frozenset[str] = frozenset()
+    unmatched: tuple[str, ...] = ()
+    counts: tuple[Count, ...] = ()
+    casts: tuple[Casting, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
@@ -60,21 +95,22 @@ class KeyMap:
     @property
     def written(self) -> list[str]:
         """List the new keys in order."""
-        return [new for _, new in self.pairs if new is not None]
+        return list(dict.fromkeys(new for _, new in self.pairs if new is not None))
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
     """One step of an edit, as the user asked for it: `reason` is what a dropped key is told.
 
-    `change` makes the edit of values, for one that has any; `make` that of keys, which moves the
-    paths of modules too.
+    `make` makes an edit of keys, `change`, where there is one, that of values and keys. `where`
+    names the step in errors, where it is one of several.
     """
 
     name: str
     make: Maker = lambda keys: lambda key: key
     reason: str = ""
     change: Callable[[Entries], Change] | None = None
+    where: str = ""
 
 
 def with_dot(prefix: str) -> str:
@@ -94,13 +130,14 @@ def strip_prefix(
     every: bool = False,
     anywhere: bool = False,
     keep_bookkeeping: bool = False,
+    required: bool = True,
 ) -> Edit:
     """Take a prefix off the start of each key that has it, once.
 
     `every` insists that all keys have it; `anywhere` also takes it as whole dotted components
     inside a key. Where all other keys have it, the entries that a wrapper keeps for itself
     (`n_averaged`, `step`, `initted`) are dropped, unless `keep_bookkeeping`. Raises
-    `NothingMatched` when made for keys of which none has it.
+    `NothingMatched` when made for keys of which none has it, if that is `required`.
     """
     wanted = _some_prefix(prefix)
 
@@ -112,16 +149,18 @@ def strip_prefix(
     def make(entries: Entries) -> KeyEdit:
         others = [key for key in entries if strip(key) == key]
         if len(others) == len(entries):
+            if not required:
+                return strip
             raise NothingMatched(
                 f"no key starts with `{wanted}`" if not anywhere else f"no key holds `{wanted}`",
-                evidence=[f"keys are like {key}" for key in _examples(entries)],
+                evidence=[f"keys are like {key}" for key in examples(entries)],
                 **_prefix_remedy(entries, wanted, all if every else any),
             )
         counters = all(wrappers.is_counter(key, entries[key]) for key in others)
         if every and not counters:
             raise EditError(
                 f"{len(others)} of {len(entries)} keys do not start with `{wanted}`",
-                evidence=_examples(others),
+                evidence=examples(others),
                 hint="without --every, those that do are stripped",
             )
         gone = set(others) if counters and not keep_bookkeeping else set()
@@ -161,7 +200,7 @@ def strip_wrappers(
         if not found and required:
             raise NothingMatched(
                 "no known wrapper prefix that all keys share",
-                evidence=[f"keys are like {key}" for key in _examples(entries)],
+                evidence=[f"keys are like {key}" for key in examples(entries)],
                 **_shared_by_most(entries),
             )
         return found
@@ -190,45 +229,110 @@ def add_prefix(prefix: str = DEFAULT_PREFIX) -> Edit:
 
 
 def rename(old: str, new: str) -> Edit:
-    """Move a dotted prefix, or one key, to another name.
+    """Move a key or dotted prefix, or what a template or regular expression matches.
 
-    Raises `NothingMatched` when made for keys of which none is under `old`.
+    The rules are those of `--rename OLD=NEW`. Raises `NothingMatched` when made for keys of which
+    the rule takes none, and `EditError` for a rule that cannot be read.
     """
-    old, new = old.rstrip("."), new.rstrip(".")
-
-    def move(key: str) -> str:
-        if key == old:
-            return new
-        if old and not key.startswith(old + "."):
-            return key
-        rest = key[len(old) + 1 :] if old else key
-        return f"{new}.{rest}" if new else rest
-
-    def make(entries: Entries) -> KeyEdit:
-        if all(move(key) == key for key in entries):
-            raise nothing_matched(old, list(entries))
-        return move
-
-    return Edit(f"rename {old}={new}", make)
+    return renames([(old, new)])
 
 
-def drop(patterns: str | Iterable[str]) -> Edit:
-    """Drop what a pattern or several select; each must select something."""
+def renames(
+    rules: Iterable[tuple[str, str]], *, optional: bool = False, back: Renaming | None = None
+) -> Edit:
+    """Rename keys by rules, of which each sees the key as it was, and the first that fits wins.
+
+    Each rule must take something, unless they are `optional`. `back` are the rules the other way
+    round: where they do not lead back to a key, it is refused. Raises also `KeyCollision`.
+    """
+    renaming = Renaming([Rule(*pair) for pair in rules])
+
+    def change(entries: Entries) -> Change:
+        found = {key: match for key in entries if (match := renaming.match(key))}
+        counts = [0] * len(renaming.rules)
+        for number, _ in found.values():
+            counts[number] += 1
+        if not optional:
+            _refuse_idle(renaming, counts, list(entries))
+        _refuse_two(renaming, found, entries)
+        if back is not None:
+            _refuse_no_way(renaming, back, found)
+        moves = [((key,), found[key][1] if key in found else key, entries[key]) for key in entries]
+        pairs = list(zip(renaming.rules, counts, strict=True))
+        said = [f"moved `{r.old}` to `{r.new}` in {n} of {len(entries)} keys" for r, n in pairs]
+        numbers = [Count("rename", str(rule), count) for rule, count in pairs]
+        return Change(moves, said, renaming, matched=found.keys(), counts=numbers)
+
+    return Edit("rename", change=change)
+
+
+Found = Mapping[str, tuple[int, str]]  # for a key the number of the rule, and the new key
+
+
+def _refuse_idle(renaming: Renaming, counts: Sequence[int], keys: Sequence[str]) -> None:
+    """Raise an error for a rule that takes nothing."""
+    for number, (rule, count) in enumerate(zip(renaming.rules, counts, strict=True)):
+        if count:
+            continue
+        alone = Renaming([rule])
+        taken = [match[0] for key in keys if alone.match(key) and (match := renaming.match(key))]
+        if not taken:
+            raise nothing_matched(rule.old, keys).within(_named(renaming, number))
+        first = renaming.rules[taken[0]]
+        raise EditError(
+            f"`{rule}` takes nothing: {counted(len(taken), 'key')} that it matches went to the "
+            f"rules before it, such as `{first}`",
+            hint="the first rule that matches a key takes it: put the narrow ones first",
+        ).within(_named(renaming, number))
+
+
+def _named(renaming: Renaming, number: int) -> str:
+    return f"rule {number + 1}" if len(renaming.rules) > 1 else ""
+
+
+def _refuse_two(renaming: Renaming, found: Found, entries: Entries) -> None:
+    """Raise `KeyCollision` for two keys that become one, with the rules that made them so."""
+    taken: dict[str, str] = {}
+    for key in entries:
+        new = found[key][1] if key in found else key
+        if new in taken:
+            both = [key for key in (taken[new], key) if key in found]
+            rules = [f"{key}: by `{renaming.rules[found[key][0]]}`" for key in both]
+            raise KeyCollision(
+                f"{taken[new]} and {key} would both become {new}",
+                evidence=rules if len(renaming.rules) > 1 else (),
+                option=f"--drop {quoted(key)}",
+                hint="before the rename leaves one out",
+            )
+        taken[new] = key
+
+
+def _refuse_no_way(renaming: Renaming, back: Renaming, found: Found) -> None:
+    for key, (number, new) in found.items():
+        if back(new) != key:
+            raise EditError(
+                f"`{renaming.rules[number]}` would make {new} of {key}, which the recipe makes "
+                f"{back(new)} of"
+            )
+
+
+def drop(patterns: str | Iterable[str], *, optional: bool = False) -> Edit:
+    """Drop what a pattern or several select; each must select something, unless `optional`."""
     wanted = several(patterns)
 
     def make(entries: Entries) -> KeyEdit:
-        selected = select(wanted, list(entries))
+        selected = select(wanted, list(entries), optional=optional)
         return lambda key: None if key in selected else key
 
     return Edit("drop", make, "dropped as asked")
 
 
-def keep(patterns: str | Iterable[str]) -> Edit:
-    """Drop all but what a pattern or several select; each must select something."""
+def keep(patterns: str | Iterable[str], *, optional: bool = False) -> Edit:
+    """Drop all but what patterns select; each must select something, unless `optional`."""
     wanted = several(patterns)
 
     def make(entries: Entries) -> KeyEdit:
-        selected = select(wanted, list(entries))
+        selected = select(wanted, list(entries), optional=optional)
         return lambda key: key if key in selected or key.endswith(_SENTINEL) else None
 
     return Edit("keep", make, "not among those to keep")
@@ -243,159 +347,50 @@ def without(unwanted: str | Iterable[str], reason: str) -> Edit:
 # Edits of values.
 
 
-def cast(dtype: str, *, only: str | Iterable[str] = (), except_: str | Iterable[str] = ()) -> Edit:
+def cast(
+    to: str,
+    *,
+    only: str | Iterable[str] = (),
+    except_: str | Iterable[str] = (),
+    overflow: str = "refuse",
+    optional: bool = False,
+) -> Edit:
     """Round the floats, or those of them that `only` selects and `except_` does not, to a dtype.
 
-    `dtype` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers and
-    what is no tensor stay as they are; tensors that share their storage still do, and Parameters
-    stay Parameters; other attributes that Python keeps on a tensor are not carried. Raises
-    `EditError` for a dtype of anything else than real floats, and `NothingMatched` when made for
-    keys of which a pattern selects none.
+    `to` is a name of torch or safetensors (`bfloat16`, `bf16`). Integers, complex numbers,
+    quantized tensors with their scales and what is no tensor stay as they are; tensors that share
+    their storage still do, and Parameters stay Parameters. Where a finite number would become
+    infinite, `overflow` says what happens: `refuse`, `inf`, or `clamp` to the largest. Raises
+    `EditError` for a dtype of anything else than real floats and for one name of two of a tied
+    tensor, and `NothingMatched` when made for keys of which a pattern selects none, unless that is
+    `optional`.
     """
-    from ckptool.pickles.torch_objects import is_parameter
-    from ckptool.tensors import numbers, values
+    target = casting.target(to, overflow)
 
-    target = _real_float(dtype)
-
-    def make(entries: Entries) -> Change:
+    def change(entries: Entries) -> Change:
         keys = list(entries)
-        chosen = select(only, keys) if several(only) else set(keys)
-        chosen -= select(except_, keys) if several(except_) else set()
-        made: values.Made = {}
-        known: dict[int, TensorInfo] = {}  # one tensor under two keys stays one
+        chosen = select(only, keys, optional=optional) if several(only) else set(keys)
+        chosen -= select(except_, keys, optional=optional)
+        done = casting.cast(entries, target, chosen, overflow)
+        moves = [
+            ((key,), key, done.tensors[key][1] if key in done.tensors else value)
+            for key, value in entries.items()
+        ]
+        return Change(moves, casts=[done])
 
-        def change(key: str, value: Value) -> Iterable[tuple[str, Value]]:
-            if (
-                key not in chosen
-                or not isinstance(value, TensorInfo)
-                or value.dtype not in numbers.REAL_FLOATS - {target}
-            ):
-                return ((key, value),)
-            if id(value) not in known:
-                kernel = numbers.cast(value.dtype, target)
-                rounded = values.elementwise(kernel, [value], target, made)
-                origin = value.origin if is_parameter(value) else None
-                known[id(value)] = replace(rounded, origin=origin)
-            return ((key, known[id(value)]),)
-
-        return change
-
-    return Edit(f"cast {target.label}", change=make)
-
-
-def _real_float(name: str) -> DType:
-    from ckptool.tensors import numbers
-
-    label = name.lower().replace("fp", "f")
-    found = dtypes.BY_SAFETENSORS_NAME.get(label.upper()) or dtypes.BY_TORCH_NAME.get(label)
-    if found not in numbers.ROUNDED:
-        known = ", ".join(dtype.label for dtype in DType if dtype in numbers.ROUNDED)
-        raise EditError(f"`{name}` is no dtype of floats", hint=f"known are {known}")
-    return found
-
-
-# The selection language.
-
-
-def _is_pattern(text: str) -> bool:
-    return text.startswith("re:") or any(sign in text for sign in "*?[")
-
-
-def matcher(pattern: str) -> Callable[[str], bool]:
-    """Compile one pattern: a key or dotted prefix, a glob, or a regular expression after `re:`.
-
-    Raises `EditError` for a regular expression that is none.
-    """
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise EditError(f"`{pattern[3:]}` is not a regular expression: {error}") from None
-        return lambda key: expression.fullmatch(key) is not None
-    if _is_pattern(pattern):
-        glob = re.compile(translate(pattern))
-        return lambda key: glob.match(key) is not None
-    exact = pattern.rstrip(".")
-    return lambda key: key in (exact, pattern) or key.startswith(exact + ".")
-
-
-def select(patterns: str | Iterable[str], keys: Sequence[str]) -> set[str]:
-    """Return the keys that any pattern selects; raises `NothingMatched` for one without any."""
-    selected: set[str] = set()
-    for pattern in several(patterns):
-        matches = matcher(pattern)
-        found = {key for key in keys if matches(key)}
-        # A key may itself look like a glob: an exact match always counts.
-        found |= {pattern} & set(keys)
-        if not found:
-            raise nothing_matched(pattern, keys)
-        selected |= found
-    return selected
-
-
-def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
-    """Return the error of a pattern that selects nothing, with example keys and close ones."""
-    hint = _without_wrappers(pattern, keys)
-    if not hint:
-        hint = _inside(pattern, keys)
-    if not hint:
-        close = close_matches(pattern, keys)
-        hint = f"did you mean `{close[0]}`?" if close else ""
-    return NothingMatched(
-        f"`{pattern}` selects none of {counted(len(keys), 'key')}",
-        evidence=[f"keys are like {key}" for key in _examples(keys)],
-        hint=hint,
-    )
-
-
-def _inside(pattern: str, keys: Sequence[str]) -> str:
-    """Offer a glob for a name that is inside keys, or at their end."""
-    for wider in (f"*.{pattern}.*", f"*.{pattern}"):
-        matches = matcher(wider)
-        if count := sum(matches(key) for key in keys):
-            return f"`{wider}` selects {counted(count, 'key')}"
-    return ""
-
-
-def _without_wrappers(pattern: str, keys: Sequence[str]) -> str:
-    """Offer a pattern as it is after its wrapper prefixes have come off the keys."""
-    found = wrappers.peeling([pattern])
-    inner = found.name(pattern)
-    if not found.prefixes:
-        return ""
-    matches = matcher(inner)
-    count = sum(matches(key) for key in keys)
-    if not count:
-        return ""
-    selects = f"`{inner}` selects {counted(count, 'key')}"
-    return f"{selects}: here they have no `{found.prefix}` (transfer peels it first)"
-
-
-def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
-    """Return keys and dotted prefixes that are spelled like `wanted`."""
-    from difflib import get_close_matches
-
-    # Names as they would be written: whole prefixes, and those below a shared first component.
-    named: dict[str, str] = {}
-    for key in keys[:20_000]:
-        steps = key.split(".")
-        for depth in range(1, len(steps) + 1):
-            path = ".".join(steps[:depth])
-            named.setdefault(path, path)
-            named.setdefault(".".join(steps[1:depth]) or path, path)
-    close = get_close_matches(wanted, list(named)[:20_000], n=3, cutoff=0.7)
-    return [named[name] for name in close]
-
-
-def _examples(given: Iterable[str]) -> list[str]:
-    """Pick keys that show what keys look like: first, middle, last."""
-    keys = list(given)
-    if len(keys) <= 3:
-        return keys
-    return [keys[0], keys[len(keys) // 2], keys[-1]]
+    return Edit(f"cast {target.label}", change=change)
 
 
 # Applying.
+
+
+@dataclass(slots=True)
+class _Entry:
+    """An entry on its way: the keys of the input it is made of, and whether it was remade."""
+
+    olds: tuple[str, ...]
+    value: Value
+    remade: bool = False
 
 
 def apply(
@@ -408,80 +403,98 @@ def apply(
     """
     if not isinstance(entries, Mapping):
         entries = dict.fromkeys(entries)
-    now = [(key, key, value) for key, value in entries.items()]  # the old key, the new, the value
+    now = {key: _Entry((key,), value) for key, value in entries.items()}
     why: dict[str, tuple[str, str]] = {}
-    made: list[KeyEdit] = []
-    said: list[str] = []
+    changes: list[Change] = []
+    matched: set[str] = set()
     for step in steps:
-        before = [key for _, key, _ in now]
-        given = {key: value for _, key, value in now}
-        if step.name == "drop":  # what went with a wrapper may be named all the same
-            went = (name for name, reason in why.values() if reason == BOOKKEEPING)
-            given |= {name.rpartition(".")[2]: None for name in went}
-        edit = step.make(given)
-        after = [edit(key) for key in before]
-        said += edit.said(before) if isinstance(edit, Peeling) else _said(step, before, after)
-        made.append(edit)
-        if step.change is None:
-            moved = [
-                (old, new, value)
-                for (old, _, value), new in zip(now, after, strict=True)
-                if new is not None
-            ]
-        else:
-            change = step.change({key: value for _, key, value in now})
-            moved = [(old, *pair) for old, key, value in now for pair in change(key, value)]
-        if len(moved) < len(now) or step.change:
-            kept = {old for old, _, _ in moved}
-            why |= {old: (key, step.reason) for old, key, _ in now if old not in kept}
-        now = moved
+        try:
+            change = _changed(step, {key: each.value for key, each in now.items()}, why)
+        except EditError as error:
+            raise error.within(step.where) from None
+        changes.append(change)
+        matched.update(old for key in change.matched for old in now[key].olds)
+        after = _after(change, now, source)
+        kept = {old for each in after.values() for old in each.olds}
+        for key, each in now.items():
+            gone = change.why.get(key, (key, step.reason))
+            why |= {old: gone for old in each.olds if old not in kept and old not in why}
+        now = after
     written: dict[str, list[str | None]] = {}
-    for old, new, _ in now:
-        written.setdefault(old, []).append(new)
-    pairs = tuple((old, new) for old in entries for new in written.get(old, (None,)))
-    _refuse_collision(pairs, source)
+    for new, each in now.items():
+        for old in each.olds:
+            written.setdefault(old, []).append(new)
+    owned: dict[tuple[object, ...], Value] = {}
+    for each in now.values():
+        if each.remade and isinstance(each.value, TensorInfo):
+            view = each.value.view
+            each.value = owned[view] = owned.get(view) or values.own(each.value)
+    key_map = KeyMap(
+        pairs=tuple((old, new) for old in entries for new in written.get(old, (None,))),
+        why=why,
+        said=tuple(line for change in changes for line in change.said),
+        entries={key: each.value for key, each in now.items()},
+        remade=frozenset(old for each in now.values() if each.remade for old in each.olds),
+        unmatched=tuple(old for old in entries if old in written and old not in matched),
+        counts=tuple(count for change in changes for count in change.counts),
+        casts=tuple(cast for change in changes for cast in change.casts),
+    )
 
     def all_of(key: str) -> str | None:
         result: str | None = key
-        for edit in made:
+        for change in changes:
             if result is None:
                 return None
-            result = edit(result)
+            result = change.edit(result)
         return result
 
-    return KeyMap(pairs, why, tuple(said), {new: value for _, new, value in now}), all_of
+    return key_map, all_of
 
 
-def _said(step: Edit, before: Sequence[str], after: Sequence[str | None]) -> list[str]:
-    """Describe what a step did to the names, where it moved a prefix."""
-    moved = [(old, new) for old, new in zip(before, after, strict=True) if new not in (old, None)]
-    verb, _, what = step.name.partition(" ")
-    if not moved or verb not in ("strip", "add", "rename"):
-        return []
-    count = f"{len(moved)} of {len(before)} keys"
-    if verb == "rename":
-        old, _, new = what.partition("=")
-        return [f"moved `{old}` to `{new}` in {count}"]
-    if verb == "add":
-        return [f"added `{what}` to {count}"]
-    return [f"stripped `{what}` from {count}"]
+def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -> Change:
+    """Return what a step makes of entries."""
+    if step.change is not None:
+        return step.change(entries)
+    given = dict(entries)
+    if step.name == "drop":  # what went with a wrapper may be named all the same
+        went = (name for name, reason in why.values() if reason == BOOKKEEPING)
+        given |= {name.rpartition(".")[2]: None for name in went}
+    edit = step.make(given)
+    after = {key: edit(key) for key in entries}
+    said = edit.said(list(entries)) if isinstance(edit, Peeling) else _said(step, after)
+    moves = [((key,), new, entries[key]) for key, new in after.items() if new is not None]
+    return Change(moves, said, edit, matched=[key for key, new in after.items() if new != key])
 
 
-def _refuse_collision(pairs: Sequence[tuple[str, str | None]], source: str) -> None:
-    taken: dict[str, str] = {}
-    for old, new in pairs:
-        if new is None:
-            continue
-        if new == "" != old:
-            raise EditError(f"the key {old} would have no name left")
-        if new in taken:
+def _after(change: Change, now: Mapping[str, _Entry], source: str) -> dict[str, _Entry]:
+    """Return the entries after a step; raises an error where two would have one key."""
+    after: dict[str, _Entry] = {}
+    for sources, new, value in change.moves:
+        before = [now[key] for key in sources]
+        olds = dict.fromkeys(old for each in before for old in each.olds)
+        if new == "" and "" not in sources:
+            raise EditError(f"the key {sources[0]} would have no name left")
+        if new in after:
+            first, second = after[new].olds[0], next(iter(olds))
             raise KeyCollision(
-                f"{taken[new]} and {old} would both become {new}",
-                hint=f"drop one first: ckptool convert --drop {quoted(old)} {source} OUT"
+                f"{first} and {second} would both become {new}",
+                hint=f"drop one first: ckptool convert --drop {quoted(second)} {source} OUT"
                 if source
-                else f"drop {old} first",
+                else f"drop {second} first",
             )
-        taken[new] = old
+        remade = new in change.remade or any(each.remade for each in before)
+        after[new] = _Entry(tuple(olds), value, remade)
+    return after
+
+
+def _said(step: Edit, after: Mapping[str, str | None]) -> list[str]:
+    """Describe what a step did to the names, where it moved a prefix."""
+    count = sum(new not in (old, None) for old, new in after.items())
+    verb, _, what = step.name.partition(" ")
+    if not count or verb not in ("strip", "add"):
+        return []
+    done = {"strip": f"stripped `{what}` from", "add": f"added `{what}` to"}[verb]
+    return [f"{done} {count} of {len(after)} keys"]
 
 
 def rekey_modules(
@@ -489,34 +502,43 @@ def rekey_modules(
 ) -> list[tuple[str | None, str]]:
     """Return which `_metadata` entry is under which module path after an edit, in order.
 
-    A module moves as a parameter directly in it would. An entry goes only when it had keys and
-    all of them were dropped; one that moves replaces one that did not (a wrapper's own). The old
-    path None stands for an entry to be made anew: the root that an added prefix leaves empty.
+    A module that has tensors of its own goes where they go, another where a parameter in it would.
+    An entry goes only when it had keys and none of them is kept, or all are elsewhere; one that
+    moves replaces one that did not (a wrapper's own). The old path None stands for an entry to be
+    made anew: the root that an added prefix leaves empty.
     """
-    emptied = _emptied(key_map)
+    had, homes, filled = set[str](), dict[str, dict[str, None]](), set[str]()
+    for old, new in key_map.pairs:
+        had.update(_modules(old))
+        if new is not None:
+            filled.update(_modules(new))
+            homes.setdefault(_module(old), {})[_module(new)] = None
     moved: dict[str, str | None] = {}
     for path in paths:
-        if path in emptied:
-            continue
-        new = edit(f"{path}.{_SENTINEL}" if path else _SENTINEL)
-        if new is None:
-            continue
-        place = new.removesuffix(_SENTINEL).removesuffix(".")
-        if place not in moved or place != path:
-            moved[place] = path
-    if "" in paths and "" not in {*moved, *emptied}:
+        places = homes.get(path) or _moved(path, edit)
+        for place in places:
+            if path in had and place not in filled:
+                continue
+            if place not in moved or place != path:
+                moved[place] = path
+    if "" in paths and "" not in moved and (filled or "" not in had):
         moved = {"": None, **moved}
     return [(old, new) for new, old in moved.items()]
 
 
-def _emptied(key_map: KeyMap) -> set[str]:
-    """Find the module paths that had keys under them, all of which were dropped."""
-    had: set[str] = set()
-    kept: set[str] = set()
-    for old, new in key_map.pairs:
-        steps = old.split(".")
-        paths = {".".join(steps[:depth]) for depth in range(len(steps))}
-        had |= paths
-        if new is not None:
-            kept |= paths
-    return had - kept
+def _moved(path: str, edit: KeyEdit) -> tuple[str, ...]:
+    """Return where an edit moves a module, by what becomes of a parameter in it."""
+    new = edit(f"{path}.{_SENTINEL}" if path else _SENTINEL)
+    if new is None or not new.endswith(_SENTINEL):
+        return ()
+    return (new.removesuffix(_SENTINEL).removesuffix("."),)
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _modules(key: str) -> list[str]:
+    """List the modules that a key is in, the root first."""
+    steps = key.split(".")
+    return [".".join(steps[:depth]) for depth in range(len(steps))]

@@ -7,7 +7,7 @@ and distributed checkpoints name them instead, without the prefixes of wrappers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -28,7 +28,9 @@ def followed(tree: Node, at: Path, key_map: KeyMap) -> tuple[Node, list[str]]:
     """Rename the parameters that optimizers around a state_dict name; say what was done."""
     state_dict = places.state_dict_node(tree, at)
     beside = list(surroundings.named(tree, at))
-    follower = _Follower(dict(key_map.pairs), beside, {id(state_dict): state_dict})
+    first = reversed(key_map.pairs)  # the name of a copy comes second
+    moves = {old: old if old in key_map.remade else new for old, new in first}
+    follower = _Follower(moves, key_map.remade, beside, {id(state_dict): state_dict})
     return follower.visit(tree, ()), list(dict.fromkeys(follower.notes))
 
 
@@ -53,6 +55,7 @@ class _Follower:
     """Walks dicts and lists; `done` maps nodes by their id to what they became."""
 
     moves: Moves
+    remade: Collection[str]
     beside: list[str]
     done: dict[int, Node]
     met: list[Node] = field(default_factory=list)  # which keeps ids apart
@@ -129,14 +132,14 @@ class _Follower:
         return _with_keys(node, new) if new else node
 
     def _by_index(self, path: tuple[str, ...]) -> None:
-        if None not in self.moves.values():
+        if None not in self.moves.values() and not self.remade:
             return
+        what = "after dropping some" if None in self.moves.values() else "as some were remade"
         here = {dotted(path[:depth]) for depth in range(1, len(path) + 1)}
         name = next((each for each in self.beside if each in here), None)
         self.notes.append(
-            f"the optimizer at `{dotted(path)}` counts parameters by index: after dropping some, "
-            "its state no longer fits"
-            + (f"; --drop-beside {quoted(name)} leaves it out" if name else "")
+            f"the optimizer at `{dotted(path)}` counts parameters by index: {what}, its state "
+            "no longer fits" + (f"; --drop-beside {quoted(name)} leaves it out" if name else "")
         )
 
     def _moved(self, names: list[str], path: tuple[str, ...]) -> dict[str, str]:
@@ -146,6 +149,11 @@ class _Follower:
         what = f"the optimizer at `{dotted(path)}` names its parameters"
         if distinct and not known and any(new != old for old, new in self.moves.items()):
             self.notes.append(f"{what} otherwise than the state_dict: left as they are")
+        if remade := [name for name in distinct if name in self.remade]:
+            self.notes.append(
+                f"{what}: it still has the state of {len(remade)} as they were before they were "
+                f"cut, joined or rearranged: {listed(remade, 3)}"
+            )
         if gone := [name for name in distinct if known.get(name, name) is None]:
             self.notes.append(
                 f"{what}: it still has the state of {len(gone)} "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckptool.errors import NothingMatched
 from ckptool.pickles.tree import Node, items
-from ckptool.state import checkpoint as places, edits, replacing
+from ckptool.state import checkpoint as places, replacing, selecting
 from ckptool.state.walk import Path, dotted, label
 from ckptool.text import listed, several
 
@@ -31,7 +31,7 @@ def without(tree: Node, at: Path, patterns: str | Sequence[str]) -> tuple[Node, 
     names = named(tree, at)
     chosen: dict[str, tuple[int, str]] = {}
     for pattern in several(patterns):
-        matches = edits.matcher(pattern)
+        matches = selecting.matcher(pattern)
         found = {name: way for name, way in names.items() if matches(name) or matches(way[1])}
         if not found:
             raise NothingMatched(

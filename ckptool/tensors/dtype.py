@@ -8,6 +8,7 @@ dtype itself (`_new_dtypes` there).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import Enum
 
 
@@ -96,3 +97,35 @@ BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DType if dtype.torch_name}
 BY_STORAGE_CLASS = {dtype.storage_class: dtype for dtype in DType if dtype.storage_class}
 # An element holds several numbers, of which torch does not speak in the shape.
 PACKED = (DType.F4, DType.BITS1X8, DType.BITS2X4, DType.BITS4X2)
+
+
+def _words(dtype: DType) -> set[str]:
+    """Return what a dtype is called, but for `float` that is written `f` or `fp`."""
+    return {dtype.safetensors_name.lower(), _short(dtype.torch_name)}
+
+
+def _short(word: str) -> str:
+    """Write a word as safetensors does: `bf16` for bfloat16, `f8_e4m3fn` for float8_e4m3fn."""
+    return word.lower().removeprefix("torch.").replace("float", "f").replace("fp", "f")
+
+
+_ALIASES = {"f": "f32", "half": "f16", "double": "f64", "long": "i64", "int": "i32", "short": "i16"}
+_BY_WORD = {word: dtype for dtype in DType for word in _words(dtype) if word}
+
+
+def named(word: str) -> DType | None:
+    """Return the dtype of a name of torch or safetensors, or a short one: `bfloat16`, `fp16`."""
+    short = _short(word)
+    return _BY_WORD.get(_ALIASES.get(short, short))
+
+
+def suggestion(word: str, known: Collection[DType]) -> str:
+    """Return the closest of the dtypes that a word may mean, and all of them."""
+    from difflib import get_close_matches
+
+    words = {each: dtype.label.lower() for dtype in known for each in _words(dtype)}
+    close = get_close_matches(_short(word), words, n=1)
+    listed = ", ".join(dtype.label.lower() for dtype in known)
+    return (
+        f"did you mean `{words[close[0]]}`? known are {listed}" if close else f"known are {listed}"
+    )

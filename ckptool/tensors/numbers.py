@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from functools import cache
+from typing import Any
 
+from ckptool.tensors.counts import Losses, Tally, Tolerance, Values
 from ckptool.tensors.dtype import DType
 
 Block = bytes | bytearray | memoryview  # of bytes
@@ -45,6 +46,7 @@ ROOM, ROOM_OF_A_CORE = 64 << 20, 40 << 20  # what loading numpy takes of the add
 FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
 REAL_FLOATS = FLOATS.difference(COMPLEX)
 ROUNDED = REAL_FLOATS - {DType.F8_E8M0}  # that has neither zero nor sign: it holds scales
+CASTS = (DType.BF16, DType.F16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2)
 
 
 def load() -> None:
@@ -84,7 +86,8 @@ def _widened(bits: Any, dtype: DType) -> Any:
     kind = _kind(dtype)
     if dtype.itemsize == 1:
         return np.arange(256, dtype="u1").view(kind).astype("f4")[bits]
-    return bits.view(kind) if dtype is DType.F64 else bits.view(kind).astype("f4")
+    floats = bits.view(kind)
+    return floats if dtype is DType.F64 else floats.astype("f4", copy=False)
 
 
 def _floats(bits: Any, dtype: DType) -> Any:
@@ -92,18 +95,29 @@ def _floats(bits: Any, dtype: DType) -> Any:
     return _widened(bits, dtype).astype("f8")
 
 
-def _rounded(floats: Any, dtype: DType) -> memoryview:
-    """Return floats as the bytes of a dtype, rounded to nearest even.
+def rounded(floats: Any, dtype: DType) -> memoryview:
+    """Return floats in double or single precision as the bytes of a dtype, rounded once to even.
 
-    torch rounds a double to single precision first (torch/headeronly/util/Half.h and BFloat16.h
-    are made from a float), and what is beyond the largest F8_E4M3 to that, where older ones made
-    it NaN (torch/headeronly/util/Float8_e4m3fn.h).
+    What is beyond the largest number becomes infinite, or NaN where there is no infinity.
     """
-    if dtype.itemsize < 4:
-        floats = floats.astype("f4")
-    if dtype is DType.F8_E4M3:
-        floats = floats.clip(-448, 448)
+    if floats.itemsize == 8 and dtype.itemsize < 4:
+        floats = _to_odd(floats)
     return memoryview(floats.astype(_kind(dtype)).view("u1"))
+
+
+def _to_odd(floats: Any) -> Any:
+    """Return doubles in single precision: of two neighbours of a double, the one that is odd.
+
+    Rounded to nearest in two bits less, that is what the double itself would be (Boldo, Melquiond:
+    Emulation of a FMA and correctly rounded sums). ml_dtypes and torch round a double to nearest
+    twice (ml_dtypes/include/float8.h, torch/headeronly/util/BFloat16.h).
+    """
+    single = floats.astype("f4")
+    bits = single.view("u4")
+    gaps = single.astype("f8").view("i8") - floats.view("i8")  # of magnitudes: signs are equal
+    bits -= gaps > 0
+    bits |= gaps != 0
+    return single
 
 
 # Values made from others: kernels over blocks of as many elements.
@@ -111,16 +125,72 @@ def _rounded(floats: Any, dtype: DType) -> memoryview:
 Kernel = Callable[..., memoryview]
 
 
-def cast(source: DType, target: DType) -> Kernel:
-    """Return the kernel that makes floats of one dtype those of another; both are real."""
+def cast(
+    block: Block, source: DType, target: DType, *, clamp: bool = False
+) -> tuple[memoryview, Losses]:
+    """Round real floats of one dtype to another, and count what becomes another kind of number.
 
-    def kernel(block: Block) -> memoryview:
-        import numpy as np
+    With `clamp`, what overflows becomes the largest finite number.
+    """
+    import numpy as np
 
-        with np.errstate(all="ignore"):  # what is too large becomes infinite, as in torch
-            return _rounded(_widened(_bits(block, source), source), target)
+    edges = _edges(source, target)
+    with np.errstate(all="ignore"):
+        floats = _widened(_bits(block, source), source)
+        made = rounded(floats, target)
+        if edges is None:
+            return made, Losses()
+        top, bottom = edges
+        bits = _bits(made, target)
+        sign = bits.dtype.type(1 << 8 * bits.itemsize - 1)
+        sizes = bits & ~sign
+        overflow = zero = small = 0
+        if sizes.max(initial=0) > top:
+            finite = ~np.isnan(floats) if target is DType.F8_E4M3 else np.isfinite(floats)
+            beyond = (sizes > top) & finite
+            overflow = int(np.count_nonzero(beyond))
+            if clamp:
+                bits[beyond] = (bits[beyond] & sign) | bits.dtype.type(top)
+        if sizes.min(initial=top) < max(bottom, 1):
+            zero = int(np.count_nonzero(sizes == 0) - np.count_nonzero(floats == 0))
+            if bottom:
+                normal = np.abs(floats) >= _least(source)
+                small = int(np.count_nonzero((sizes < bottom) & (sizes > 0) & normal))
+    return made, Losses(overflow, zero, small)
 
-    return kernel
+
+@cache
+def _edges(source: DType, target: DType) -> tuple[int, int] | None:
+    """Return the patterns of the largest number and the least normal one that a cast makes.
+
+    None where the target holds all of the source; the second is 0 where it has its normal numbers.
+    """
+    import numpy as np
+
+    edges = np.array([largest(target), _least(target)])
+    held = _least(target) <= _least(source)
+    if held and largest(target) >= largest(source):
+        return None
+    top, bottom = map(int, _bits(rounded(edges, target), target))
+    return top, 0 if held else bottom
+
+
+def largest(dtype: DType) -> float:
+    """Return the largest finite number of a real float."""
+    return float(_about(dtype).max)
+
+
+def _least(dtype: DType) -> float:
+    """Return the least number of a real float that is not subnormal."""
+    return float(_about(dtype).smallest_normal)
+
+
+def _about(dtype: DType) -> Any:
+    """Return what numpy and ml_dtypes say of the numbers of a real float."""
+    import ml_dtypes
+
+    finfo: Any = ml_dtypes.finfo
+    return finfo(_kind(dtype))
 
 
 def mean(dtype: DType, weights: Sequence[float]) -> Kernel:
@@ -133,27 +203,12 @@ def mean(dtype: DType, weights: Sequence[float]) -> Kernel:
         with np.errstate(all="ignore"):
             pairs = zip(weights, blocks, strict=True)
             summed = sum(weight * _floats(_bits(block, dtype), dtype) for weight, block in pairs)
-            return _rounded(summed / total, _PARTS.get(dtype, dtype))
+            return rounded(summed / total, _PARTS.get(dtype, dtype))
 
     return kernel
 
 
 # NaN and infinity.
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """How many numbers are NaN, and how many are infinite; a complex number is two."""
-
-    nan: int = 0
-    inf: int = 0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.nan + other.nan, self.inf + other.inf)
-
-    def times(self, count: int) -> Tally:
-        """Return what so many repetitions hold."""
-        return Tally(self.nan * count, self.inf * count)
 
 
 def tally(block: Block, dtype: DType) -> Tally:
@@ -172,69 +227,6 @@ def tally(block: Block, dtype: DType) -> Tally:
 
 
 # Differences.
-
-
-@dataclass(slots=True)
-class Values:
-    """What differs between two tensors, in elements (in bytes, of a dtype smaller than a byte).
-
-    `count` of `of` differ by more than the tolerance, and `within` by no more; `first` is the
-    index of the first that counts, in contiguous order. `max_abs` and `max_ulp` are of finite
-    numbers (of complex ones, of their parts), None where no such differ. The rest counts numbers
-    that differ in a way of their own: NaN against another NaN, NaN against a number, 0.0 against
-    -0.0, an infinity against anything.
-    """
-
-    of: int
-    count: int = 0
-    within: int = 0
-    first: int | None = None
-    max_abs: float | None = None
-    max_ulp: int | None = None
-    nan_payloads: int = 0
-    nan_one_side: int = 0
-    zero_signs: int = 0
-    infinities: int = 0
-
-    def add(self, part: Values, start: int) -> None:
-        """Count in a part of the same tensors, whose first element is `start` of the whole."""
-        if part.first is not None and self.first is None:
-            self.first = start + part.first
-        self.max_abs = _larger(self.max_abs, part.max_abs)
-        self.max_ulp = _larger(self.max_ulp, part.max_ulp)
-        for name in _COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(part, name))
-
-    def repeat(self, times: int) -> None:
-        """Count everything so many times."""
-        self.of *= times
-        for name in _COUNTS:
-            setattr(self, name, getattr(self, name) * times)
-
-
-_COUNTS = ("count", "within", "nan_payloads", "nan_one_side", "zero_signs", "infinities")
-
-
-_Number = TypeVar("_Number", int, float)
-
-
-def _larger(one: _Number | None, other: _Number | None) -> _Number | None:
-    return max((each for each in (one, other) if each is not None), default=None)
-
-
-class Tolerance(NamedTuple):
-    """What may differ and still be equal: `atol + rtol * |left|`, of floats and integers."""
-
-    atol: float = 0.0
-    rtol: float = 0.0
-
-    @property
-    def given(self) -> bool:
-        """Check whether it forgives anything."""
-        return bool(self.atol or self.rtol)
-
-
-NO_TOLERANCE = Tolerance()
 
 
 def differences(dtype: DType, left: Block, right: Block, tolerance: Tolerance) -> Values:

@@ -341,6 +341,7 @@ def computed(kernel: Kernel, args: Sequence[TensorInfo], dtype: DType) -> Tensor
         raise ValueError("tensors of several shapes have no elements in common")
     storage = _storage(args, shape, dtype, Packing.COMPUTED)
     storage.computed = Computed(kernel, tuple(args), dtype.itemsize)
+    storage.key = f"computed {id(storage.computed):x}"  # storages are told apart by that quickly
     return TensorInfo(dtype, shape, contiguous_stride(shape), storage)
 
 

@@ -92,13 +92,15 @@ def check(
     *,
     sha256: bool = False,
     finite: bool = False,
+    as_dtype: str | None = None,
     strict: bool = False,
     plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
     """Check whether a file is whole, and whether loading it elsewhere would run code.
 
-    `sha256` hashes the file, `finite` counts NaN and infinity, `strict` calls foreign names
+    `sha256` hashes the file, `finite` counts NaN and infinity, `as_dtype` what a cast to a dtype
+    would make infinite, zero or subnormal, `strict` calls foreign names
     unsafe, `plugins` lets installed ones read what no container of ckptool is. Raises nothing for
     what a file holds: its `status` says that.
 
@@ -108,7 +110,13 @@ def check(
     from ckptool.verbs import checking
 
     return checking.check(
-        path, sha256=sha256, finite=finite, strict=strict, plugins=plugins, progress=progress
+        path,
+        sha256=sha256,
+        finite=finite,
+        as_dtype=as_dtype,
+        strict=strict,
+        plugins=plugins,
+        progress=progress,
     )
 
 
@@ -233,6 +241,10 @@ def convert(
     target: str | Path | None = None,
     *,
     steps: Sequence[Edit] = (),
+    dtype: str | None = None,
+    dtype_only: str | Sequence[str] = (),
+    dtype_except: str | Sequence[str] = (),
+    overflow: Literal["refuse", "inf", "clamp"] = "refuse",
     unwrap: bool = False,
     max_shard_size: int | str | None = None,
     progress: Begin = no_progress,
@@ -240,7 +252,10 @@ def convert(
 ) -> Rewrite:
     """Write a checkpoint again, in the container of the target, with edits in their order.
 
-    `steps` are of `ckptool.edits`. With `to="dcp"`, the target is the folder of a distributed
+    `steps` are of `ckptool.edits`. After them, floats are rounded to `dtype` (`bf16`, `float16`,
+    ...), all or those of the keys that `dtype_only` selects and `dtype_except` does not; `Overflow`
+    is raised where a finite number would become infinite, unless `overflow` is `inf`, or `clamp`
+    to the largest. With `to="dcp"`, the target is the folder of a distributed
     checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
     Raises `EditError`, `FormatError` for the source and `WriteError` for the target.
 
@@ -249,6 +264,11 @@ def convert(
     <Rewrite plain.pth -> plain.safetensors: read 8, written 6>
     """
     how, form = Options(**options), surgery.FILE
+    if dtype is not None:
+        cast = edits.cast(dtype, only=dtype_only, except_=dtype_except, overflow=overflow)
+        steps = [*steps, cast]
+    elif dtype_only or dtype_except or overflow != "refuse":
+        raise EditError("--dtype-only, --dtype-except and --overflow need --dtype")
     if how.to == "dcp":
         if max_shard_size is not None:
             raise EditError("a distributed checkpoint is not cut by --max-shard-size")
@@ -266,7 +286,7 @@ def transfer(
     *,
     drop: str | Sequence[str] = (),
     keep: str | Sequence[str] = (),
-    rename: Mapping[str, str] | None = None,
+    rename: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     anywhere: bool = False,
     keep_bookkeeping: bool = False,
     like: CheckpointLike | None = None,
@@ -285,7 +305,7 @@ def transfer(
     `file.py:factory`) made with `model_args`, or an `nn.Module`. `drop` and `keep` take a pattern
     or several, matched after wrapper prefixes came off, with `anywhere` every `module.` inside
     keys too; what a wrapper keeps for itself goes with it, unless `keep_bookkeeping`; `rename`
-    moves dotted prefixes.
+    are rules as of `--rename`, all of one step.
     `init_missing` writes what is not filled as the model has it. Raises `PoorFit` where less than
     `min_match` of the target's elements would be filled, `EditError`, `FormatError` and
     `WriteError`.
@@ -302,7 +322,8 @@ def transfer(
         raise EditError("--model-arg and --init-missing need --model")
     if like is None and like_at is not None:
         raise EditError("--like-at needs --like")
-    moves = [edits.rename(old, new) for old, new in (rename or {}).items()]
+    pairs = list(rename.items() if isinstance(rename, Mapping) else rename)
+    moves = [edits.renames(pairs)] if pairs else []
     reference: Reference | None = None
     fill: Fill | None = None
     if like is not None:

@@ -5,8 +5,8 @@ loaded, and what was not looked at is said. Where the reader gives up inside a p
 that stood before are judged all the same: whatever loads the file elsewhere gets as far.
 
 A `FormatError` becomes a status here, so that one file does not end the check of many. Damaged is
-what breaks the rules of its container, and, where that was asked, what holds NaN or infinity: no
-status is its own, and the answer to "can this be used" is no.
+what breaks the rules of its container, and, where that was asked, what holds NaN or infinity, or
+numbers beyond those of a dtype: no status is its own, and the answer to "can this be used" is no.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -40,12 +40,15 @@ from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
-from ckptool.state import checkpoint as places, walk
+from ckptool.state import casting, checkpoint as places, walk
+from ckptool.state.casting import Casting
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
-from ckptool.tensors.numbers import Tally
+from ckptool.tensors.counts import Tally
+from ckptool.tensors.dtype import DType
 from ckptool.text import argument, counted, listed, readable, visible
 from ckptool.verbs import indices
+from ckptool.verbs.casting import Cast, read as read_losses
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -55,6 +58,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 MAX_CALLS = 100  # dangerous calls that are listed
 BYTES_UNSEEN = "whether bytes of tensors changed"
 SHOWN = 3  # problems in a line
+MAX_LINES = 40  # tensors of which a cast would lose values
 
 
 class Status(Enum):
@@ -79,7 +83,7 @@ class Checked:
     `safety` is empty where no name was read, `imports` what `torch.load(weights_only=True)` needs
     before it accepts the file, `versions` where torch's versions differ; `globals` are the names
     beyond the plain ones and `calls` the dangerous ones of them; `not_finite` are tensors with NaN
-    or infinity, by path;
+    or infinity, by path; `cast` is what one would lose;
     `checked` and `not_checked` say in words what was looked at.
     """
 
@@ -95,6 +99,7 @@ class Checked:
     pickle_name: str = ""
     sha256: str = ""
     not_finite: tuple[tuple[str, Tally], ...] = ()
+    cast: Cast | None = None
     part: Part | None = None
     hint: str = ""
     notes: tuple[str, ...] = ()
@@ -151,6 +156,7 @@ def _fields(result: Checked) -> dict[str, object]:
         "not_finite": [
             {"key": key, "nan": tally.nan, "inf": tally.inf} for key, tally in result.not_finite
         ],
+        "cast": result.cast.to_dict() if result.cast else None,
         "notes": list(result.notes),
         "checked": list(result.checked),
         "not_checked": list(result.not_checked),
@@ -166,8 +172,10 @@ class _Findings:
     checked: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
     not_finite: tuple[tuple[str, Tally], ...] = ()
+    cast: Cast | None = None
     part: Part | None = None
     sha256: str = ""
+    answers: list[str] = field(default_factory=list)
     asked_sha256: str = ""
     checksums: str = ""
 
@@ -178,18 +186,21 @@ def check(
     *,
     sha256: bool = False,
     finite: bool = False,
+    as_dtype: str | None = None,
     strict: bool = False,
     plugins: bool = False,
     progress: Begin = no_progress,
 ) -> Checked:
     """Check structure, checksums and names of a file; with `finite` also every float.
 
+    With `as_dtype`, it is damaged for one who wants that dtype where a cast would overflow.
     `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
     calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
     container of ckptool is. A file that cannot be read is a result, not an error.
     """
     file = path = str(path)
     found = _Findings()
+    target = None if as_dtype is None else casting.target(as_dtype)
     said = hash_in(os.path.basename(path))
     with suppress(FormatError):  # its reader says why
         file = OpenFile(path)  # once for all that is asked of it
@@ -200,24 +211,28 @@ def check(
             _hash(file, said, sha256, found, progress)
         return _unreadable(file, error, found, strict=strict)
     hashed = bool(sha256 or said)
-    step = progress(_work(checkpoint, finite=finite, hashed=hashed))
+    cast = None if target is None else _cast_of(checkpoint, target)
+    step = progress(_work(checkpoint, cast, finite=finite, hashed=hashed))
     _structure(checkpoint, found)
     _checksums(checkpoint, found, step)
     if finite:
         _floats(checkpoint, found, step)
     else:
         found.not_checked.append("NaN and infinity (--finite looks for them)")
+    if cast is not None:
+        _losses(checkpoint, cast, found, step)
     if hashed:
         _hash(file, said, sha256, found, lambda total: step)
     _unchanged(checkpoint, found)
     return _result(path, checkpoint, found, strict=strict)
 
 
-def _work(checkpoint: Checkpoint, *, finite: bool, hashed: bool) -> int:
+def _work(checkpoint: Checkpoint, cast: Casting | None, *, finite: bool, hashed: bool) -> int:
     """Count the bytes that will be read, for a progress bar."""
     summed = sum(each.nbytes for each in checkpoint.records.values() if each.crc32 is not None)
     floats = sum(info.nbytes for _, info in floating(checkpoint.tree)) if finite else 0
-    return summed + floats + (checkpoint.nbytes if hashed else 0)
+    rounded = sum(before.nbytes for before, _ in cast.tensors.values()) if cast else 0
+    return summed + floats + rounded + (checkpoint.nbytes if hashed else 0)
 
 
 def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
@@ -300,6 +315,42 @@ def _floats(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
         found.not_checked.append(f"{what}: {listed(floats.skipped)}")
 
 
+def _cast_of(checkpoint: Checkpoint, target: DType) -> Casting:
+    """Return the cast of the one state_dict, of all tensors where there is not one."""
+    state = places.find_or_none(checkpoint)
+    entries = state.entries if state else dict(walk.named(checkpoint.tree))
+    return casting.cast(entries, target, entries.keys(), casting.OVERFLOW[0])
+
+
+def _losses(checkpoint: Checkpoint, cast: Casting, found: _Findings, step: Progress) -> None:
+    """Count what a cast would make infinite, zero or subnormal."""
+    try:
+        found.cast = read_losses(cast, step)
+    except Malformed as error:
+        found.problems.append(_without_path(error, checkpoint.path))
+        return
+    label = cast.target.label
+    found.checked.append(f"what a cast to {label} loses")
+    if found.cast.skipped:
+        what = f"a cast to {label} of views that overlap many times over"
+        found.not_checked.append(f"{what}: {listed(found.cast.skipped)}")
+    lost = found.cast.lost("would become")
+    nothing = "no value would become infinite, zero or subnormal"
+    overflows = any(each.overflow for each in found.cast.losses.values())
+    said = found.problems if overflows else found.answers
+    said.append(f"as {label}, {lost or nothing}")
+    rows = sorted(found.cast.losses.items(), key=lambda row: -row[1].overflow)
+    counts = ((key, asdict(each).items()) for key, each in rows)
+    lines = [
+        f"{key} as {label}: {', '.join(f'{count} {what}' for what, count in each if count)}"
+        for key, each in counts
+    ]
+    more = len(lines) - MAX_LINES
+    found.notes += lines[:MAX_LINES] + (
+        [f"and {more} more (--json lists them)"] if more > 0 else []
+    )
+
+
 def _counts(here: Tally) -> str:
     parts = [f"{here.nan} NaN" if here.nan else "", f"{here.inf} infinite" if here.inf else ""]
     return ", ".join(filter(None, parts))
@@ -364,7 +415,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
             Status.OK,
             [part, _summary(checkpoint), found.checksums, program, _foreign(verdict)],
         )
-        parts.append(listed(verdict.versions, 2))
+        parts += [listed(verdict.versions, 2), *found.answers]
     return Checked(
         file=path,
         status=status,
@@ -378,6 +429,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
         pickle_name=checkpoint.pickle_name,
         sha256=found.sha256,
         not_finite=found.not_finite,
+        cast=found.cast,
         part=found.part,
         notes=tuple(found.notes),
         checked=tuple(found.checked),

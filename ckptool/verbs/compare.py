@@ -18,11 +18,11 @@ from ckptool.files.copying import Begin, Copy, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
-from ckptool.state import checkpoint as places, edits, module_metadata, replacing, walk
+from ckptool.state import checkpoint as places, module_metadata, replacing, selecting, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.numbers import Values
+from ckptool.tensors.counts import Values
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
@@ -223,7 +223,7 @@ class _Work:
         self.notes += [*one.notes[len(left.notes) :], *other.notes[len(right.notes) :]]
         keys = list(dict.fromkeys([*one.entries, *other.entries]))
         if self.asked.select:
-            selected = edits.select(self.asked.select, keys)
+            selected = selecting.select(self.asked.select, keys)
             keys = [key for key in keys if key in selected]
         both = [key for key in keys if key in one.entries and key in other.entries]
         for alone, mine, theirs in (
@@ -244,12 +244,12 @@ class _Work:
     def compare_trees(self) -> None:
         """Compare all there is, tensors by their paths."""
         if self.asked.rename or self.asked.ignore_prefix:
-            raise EditError("--map and --ignore-prefix need a state_dict on both sides")
+            raise EditError("--rename and --ignore-prefix need a state_dict on both sides")
         found = list(places_of(self.left.tree, self.right.tree))
         selected = None
         if self.asked.select:
             keys = [key for place in found for key in _tensors_at(place)]
-            selected = edits.select(self.asked.select, list(dict.fromkeys(keys)))
+            selected = selecting.select(self.asked.select, list(dict.fromkeys(keys)))
         for place in found:
             paths = _tensors_at(place)
             if selected is not None:

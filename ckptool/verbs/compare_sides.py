@@ -10,11 +10,11 @@ from ckptool.errors import EditError, NothingMatched
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
-from ckptool.state.edit_options import AUTO, stripping
+from ckptool.state.edit_options import stripping
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import BOOKKEEPING
-from ckptool.tensors.numbers import NO_TOLERANCE, Tolerance
+from ckptool.tensors.counts import NO_TOLERANCE, Tolerance
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo, ties
 from ckptool.text import listed, several
 
@@ -24,7 +24,7 @@ class Asked:
     """What is to be compared, and how.
 
     `ignore_prefix` are prefixes, or `auto` for the wrappers that all keys of a side share, with
-    `anywhere` inside keys too; `rename` holds pairs of dotted prefixes, the left's and the right's.
+    `anywhere` inside keys too; `rename` are rules: pairs of what the left and the right call it.
     """
 
     at: str | None = None
@@ -109,11 +109,11 @@ def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, 
             except NothingMatched as error:
                 done.append(state)
                 missing.append(error)
-        if len(missing) == len(sides) and prefix != AUTO:
+        if len(missing) == len(sides) and prefix != edits.AUTO:
             raise missing[0]
         sides = done[0], done[1]
-    moves = [edits.rename(old, new) for old, new in asked.rename]
-    return _rekeyed(sides[0], moves), sides[1]
+    steps = [edits.renames(asked.rename)] if asked.rename else []
+    return _rekeyed(sides[0], steps), sides[1]
 
 
 def _rekeyed(state: StateDict, steps: Sequence[Edit]) -> StateDict:

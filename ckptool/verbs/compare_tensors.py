@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from ckptool.errors import LimitExceeded, Unsupported
 from ckptool.files.blocks import blocks, equal
 from ckptool.files.fileio import Readers
-from ckptool.tensors.numbers import Tolerance, Values, differences, load
+from ckptool.tensors.counts import Tolerance, Values
+from ckptool.tensors.numbers import differences, load
 from ckptool.tensors.tensor import TensorInfo, is_contiguous, needs_swap, span, without_repeats
 
 BLOCK = 1 << 19  # two of them and what is computed of them: a few times that in memory

@@ -1,17 +1,20 @@
-"""`check --finite`: which tensors of a checkpoint hold NaN or infinity, and how many."""
+"""Counts in the elements of tensors: `check --finite` and `check --as` read them for that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.numbers import FLOATS, Tally, load, tally
+from ckptool.tensors.counts import Tally
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.numbers import FLOATS, load, tally
 from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo, without_repeats
 
 BLOCK = 1 << 19
@@ -39,14 +42,42 @@ def floating(tree: Node) -> Iterator[tuple[str, TensorInfo]]:
                 yield path, part
 
 
+class Count(Protocol):
+    """What is counted in blocks of elements."""
+
+    def __add__(self, other: Self, /) -> Self: ...
+
+    def times(self, count: int, /) -> Self:
+        """Return what so many repetitions hold."""
+        ...
+
+
+_Count = TypeVar("_Count", bound=Count)
+
+
 def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Floats:
-    """Count NaN and infinity in every tensor, those of one storage together; ties once."""
+    """Count NaN and infinity in every tensor; ties once."""
+    tallies, skipped = count_in(floating(checkpoint.tree), tally, Tally(), progress)
+    found = [(path, here) for path, here in tallies.items() if here != Tally()]
+    return Floats(tuple(found), skipped)
+
+
+def count_in(
+    tensors: Iterable[tuple[str, TensorInfo]],
+    count: Callable[[memoryview, DType], _Count],
+    nothing: _Count,
+    progress: Callable[[int], None],
+) -> tuple[dict[str, _Count], tuple[str, ...]]:
+    """Count in the elements of tensors, those of one storage together; each view is read once.
+
+    Returns the counts by name, and the names of views that would take for ever.
+    """
     by_storage: dict[Storage, list[tuple[str, TensorInfo]]] = {}
-    for path, info in floating(checkpoint.tree):
+    for path, info in tensors:
         by_storage.setdefault(info.storage, []).append((path, info))
     left = MAX_REPEATS * max(SMALL, sum(storage.nbytes for storage in by_storage))
-    known: dict[tuple[object, ...], Tally] = {}
-    tallies: dict[str, Tally] = {}
+    known: dict[tuple[object, ...], _Count] = {}
+    counts: dict[str, _Count] = {}
     skipped: list[str] = []
     if by_storage:
         load()
@@ -59,9 +90,8 @@ def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Float
                     skipped.append(path)
                     continue
                 left -= cost
-                counts = (tally(block, info.dtype) for block in blocks(once, readers, BLOCK))
-                known[once.view] = sum(counts, start=Tally())
+                found = (count(block, info.dtype) for block in blocks(once, readers, BLOCK))
+                known[once.view] = sum(found, start=nothing)
                 progress(once.nbytes)
-            tallies[path] = tallies.get(path, Tally()) + known[once.view].times(times)
-    found = [(path, here) for path, here in tallies.items() if here != Tally()]
-    return Floats(tuple(found), tuple(skipped))
+            counts[path] = counts.get(path, nothing) + known[once.view].times(times)
+    return counts, tuple(skipped)

@@ -15,6 +15,7 @@ from ckptool.files.copying import Begin, no_progress
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit
+from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
 from ckptool.text import counted, listed, percent, quoted, shape, visible
@@ -271,8 +272,8 @@ def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tup
     """
     best, options, to = max(2 * filled, filled + 0.2), list[str](), ""
     for old, new in _moves(shapes, like.shapes):
-        move = edits.rename(old, new).make(shapes)
-        moved = {move(key) or key: sizes for key, sizes in shapes.items()}
+        move = Renaming([Rule(old, new)])
+        moved = {move(key): sizes for key, sizes in shapes.items()}
         share = fit(moved, like).filled
         again = bool(options) and share == best and new == to
         if (share > best or again) and len(moved) == len(shapes):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptool.pickles.subclasses import NDARRAY, class_of
-from ckptool.state import checkpoint as places, edits, walk
+from ckptool.state import checkpoint as places, selecting, walk
 from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.parts import Part
@@ -155,7 +155,7 @@ def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing
     """Keep what the patterns select, sorted by `size`, by `name`, or as in the `file`."""
     entries = listed.entries
     if patterns:
-        keys = edits.select(patterns, [key for key, _ in entries])
+        keys = selecting.select(patterns, [key for key, _ in entries])
         entries = [(key, info) for key, info in entries if key in keys]
     if sort == "size":
         entries = sorted(entries, key=lambda entry: -entry[1].nbytes)

@@ -28,6 +28,7 @@ from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors import values
 from ckptool.tensors.tensor import TENSORS, TensorInfo
 from ckptool.text import counted, listed, quoted
+from ckptool.verbs.casting import Cast
 from ckptool.verbs.options import Options
 
 CONSTANTS = "constants of the code"  # where a frozen module has its weights
@@ -58,6 +59,7 @@ class Plan:
     added: int = 0
     bare: bool = False
     edit: edits.KeyEdit = field(default=lambda key: key)
+    casts: list[Cast] = field(default_factory=list)  # once they are written
 
 
 @containers.without_collection()
@@ -137,6 +139,9 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
     keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
     plan.key_map, plan.edit = edits.apply(steps, keys, argument(checkpoint, options))
     plan.notes = list(checkpoint.notes)
+    lost = [key for cast in plan.key_map.casts for key in cast.stripped]
+    if lost:
+        plan.notes.append(f"not written, attributes of tensors that are cast: {listed(lost, 4)}")
 
 
 def _keep_records(plan: Plan, options: Options) -> None:
@@ -237,6 +242,8 @@ def _edit_state(plan: Plan, state: StateDict, *, changed: bool, tensors_only: bo
             _put_in(plan, edited)
         if changed:
             plan.notes += [f"`{walk.dotted(other)}` keeps its keys" for other in state.also]
+            beside = places.beside(tree, state.at) if plan.key_map.casts else []
+            plan.notes += [f"also contains, not cast: {listed(beside)}"] if beside else []
             tree = plan.checkpoint.tree
             moved, said = optimizers.followed(tree, state.at, plan.key_map)
             plan.checkpoint = replace(plan.checkpoint, tree=moved)

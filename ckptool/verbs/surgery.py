@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import starmap, zip_longest
 from operator import eq
@@ -23,10 +23,12 @@ from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import Edit
+from ckptool.state.edits import Count, Edit
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
+from ckptool.verbs import casting
+from ckptool.verbs.casting import Cast
 from ckptool.verbs.options import Options
 from ckptool.verbs.plan import Dropped, Plan, add_entries, make_plan
 
@@ -84,18 +86,21 @@ class Rewrite:
     bare: bool = False
     tensors: int = 0
     said: tuple[str, ...] = ()
+    counts: tuple[Count, ...] = ()
     module: str = ""
     shards: tuple[Shard, ...] = ()
+    casts: tuple[Cast, ...] = ()
 
     @property
     def read(self) -> int:
         """Count the entries that were read."""
-        return len(self.map)
+        return len({old for old, _ in self.map})
 
     @property
     def renamed(self) -> int:
-        """Count the entries that are written under another name."""
-        return sum(1 for old, new in self.map if new is not None and new != old)
+        """Count the entries that are written under another name alone."""
+        own = {old for old, new in self.map if new == old}
+        return len({old for old, new in self.map if new is not None} - own)
 
     @property
     def kept(self) -> int:
@@ -123,6 +128,7 @@ class Rewrite:
             "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
             "not_carried": list(self.not_carried),
             "map": [[old, new] for old, new in self.map],
+            "rules": [asdict(each) for each in self.counts],
             "nbytes": self.nbytes,
             "added": self.added,
             "notes": [*self.warnings, *self.notes],
@@ -131,6 +137,7 @@ class Rewrite:
                 {"file": each.name, "count": each.count, "nbytes": each.nbytes}
                 for each in self.shards
             ],
+            "casts": [each.to_dict() for each in self.casts],
         }
 
 
@@ -182,7 +189,7 @@ def rewrite(
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
     late = publish.publish(place, outputs.pop(), begun, check)  # the only one to keep its jobs
-    return replace(result, warnings=(*result.warnings, *late))
+    return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
 
 
 def _refuse_member(target: str) -> None:
@@ -421,10 +428,11 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     read = (each for job in output.jobs for each in {*values.stored(job.storage)})
     inflated = sum(each.nbytes for each in read if each.packing is not Packing.PLAIN)
     available = readable(checkpoint.nbytes)
+    nbytes = output.nbytes + casting.saved(output.jobs)
     if inflated > MAX_INFLATION * limit:
         message = f"{readable(inflated)} would be inflated from {available}"
-    elif output.nbytes > limit:
-        message = f"the output would have {readable(output.nbytes)}, the input has {available}"
+    elif nbytes > limit:
+        message = f"the output would have {readable(nbytes)}, the input has {available}"
     else:
         return
     raise WriteError(message, option="--allow-expand", hint="if that is meant")
@@ -448,6 +456,7 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         module=plan.state.module if plan.state is not None else "",
         map=plan.key_map.pairs,
         said=plan.key_map.said,
+        counts=plan.key_map.counts,
         dropped=tuple(plan.dropped),
         written=len(plan.key_map.written) + plan.added,
         added=plan.added,
@@ -461,6 +470,7 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         dry_run=options.dry_run,
         free=publish.free_space(place),
         shards=laid.shards,
+        casts=tuple(map(casting.planned, plan.key_map.casts)),
     )
 
 
@@ -479,7 +489,11 @@ def _check(
     path: str,
     moved: Moved,
 ) -> None:
-    """Read the output with the strict reader and compare it with what was meant."""
+    """Read the output with the strict reader and compare it with what was meant.
+
+    What casts were to refuse is known by now, and raises `Overflow`.
+    """
+    plan.casts += map(casting.written, plan.key_map.casts)
     for source, _ in plan.checkpoint.files:
         fileio.refuse_changed(source)
         if in_place and isinstance(source, fileio.OpenFile) and source.replaced():

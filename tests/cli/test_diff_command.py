@@ -357,11 +357,12 @@ def test_renamed_keys_pair(run: Run, tmp_path: Path, entries: dict[str, Any]) ->
     renamed = {key.replace("head", "fc"): value for key, value in entries.items()}
     other = saved(tmp_path / "other.pth", renamed)
     assert run("diff", one, other).code == 1
+    assert run("diff", "--rename", "head=fc", one, other).code == 0
     assert run("diff", "--map", "head=fc", one, other).code == 0
     assert run("diff", "--map", "nothing=fc", one, other).code == 2
     bad = run("diff", "--map", "head", one, other)
     assert bad.code == 2
-    assert "--map classifier=head" in bad.err
+    assert "--rename classifier=head" in bad.err
 
 
 def test_select_chooses_keys(run: Run, tmp_path: Path, entries: dict[str, Any]) -> None:

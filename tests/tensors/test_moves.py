@@ -20,6 +20,7 @@ from ckptool.files.blocks import blocks
 from ckptool.files.copying import Copy, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.tensors import numbers, values
+from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import (
     Chunk,
@@ -297,7 +298,7 @@ def _doubled(draw: st.DrawFn, pair: Pair) -> Pair:
 def _cast(draw: st.DrawFn, pair: Pair) -> Pair:
     if pair.tensor.dtype is not torch.bfloat16:
         return pair
-    kernel = numbers.cast(DType.BF16, DType.F32)
+    kernel = Rounding(DType.BF16, DType.F32)
     made: values.Made = {}
     return Pair(values.elementwise(kernel, [pair.value], DType.F32, made), pair.tensor.float())
 

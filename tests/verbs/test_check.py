@@ -25,8 +25,9 @@ from conftest import FIXTURES, Outcome, environment, write_anew
 import ckptool
 from ckptool import containers
 from ckptool.errors import CkptoolError
+from ckptool.tensors.counts import Tally
 from ckptool.tensors.dtype import DType
-from ckptool.tensors.numbers import FLOATS, Tally, swap, tally
+from ckptool.tensors.numbers import FLOATS, swap, tally
 from ckptool.verbs import checking
 from ckptool.verbs.checking import Status
 

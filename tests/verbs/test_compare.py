@@ -13,8 +13,9 @@ import pytest
 
 import ckptool
 from ckptool.tensors import numbers
+from ckptool.tensors.counts import Tolerance, Values
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
-from ckptool.tensors.numbers import Tolerance, Values, differences
+from ckptool.tensors.numbers import differences
 from ckptool.verbs.compare import Change, Difference
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -1,0 +1,393 @@
+"""Recipes: steps from one naming scheme and layout to another, as a file of TOML without code.
+
+    recipe = 1
+    [[step]]
+    rename = [['encoder.ln', 'norm'], ['layers.layer_{i}.ln_{n}', 'blocks.{i}.norm{n}']]
+    [[step]]
+    split = {from = 'blocks.{i}.qkv.{p}', to = ['h.{i}.q.{p}', 'h.{i}.k.{p}', 'h.{i}.v.{p}']}
+    [expect]
+    tensors = 152
+
+Steps follow each other; `steps.STEPS` has their names and fields. `expect` is what must be true of
+the output. A recipe opens nothing but the document that its `like` names, below its own folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
+from ckptool.state import edits
+from ckptool.state.edits import Change, Edit, Entries, KeyMap
+from ckptool.state.steps import STEPS, Given, Patterns, Step
+from ckptool.tensors.tensor import TENSORS
+from ckptool.text import counted, listed, quoted, shape
+
+VERSION = 1  # a new step or field raises it
+SUFFIX = ".toml"
+MAX_NBYTES = 1 << 20
+MAX_LIKE_NBYTES = 64 << 20
+MAX_STEPS = 1000
+MAX_RULES = 10_000
+SHIPPED = Path(__file__).parent / "recipes"
+_UNMATCHED = ("allow", "name", "refuse")
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """What must be true of the output of a recipe; `like` are dtype and shape by key."""
+
+    tensors: int | None = None
+    unmatched: Literal["allow", "name", "refuse"] = "name"
+    like: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+    like_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A step as a recipe asks for it: `number` counts from 1."""
+
+    number: int
+    step: Step
+    given: Given
+
+    @property
+    def where(self) -> str:
+        """Name the step in errors."""
+        return f"step {self.number} ({self.step.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The steps of a recipe in order, and what is expected of them."""
+
+    name: str
+    steps: tuple[Asked, ...]
+    expect: Expect = Expect()
+    about: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Recipe {self.name}: {counted(len(self.steps), 'step')}>"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe from a file, or one that comes with ckptool by its name.
+
+        A text without a slash and `.toml` is a name. Raises `BadRecipe`.
+
+        >>> ckptool.Recipe.load("fuse-qkv")
+        <Recipe fuse-qkv: 1 step>
+        """
+        text = os.fspath(path)
+        named = isinstance(path, str) and "/" not in text and not text.endswith(SUFFIX)
+        file = _shipped(text) if named and os.sep not in text else Path(text)
+        try:
+            with open(file, "rb") as opened:
+                data = opened.read(MAX_NBYTES + 1)
+        except OSError as error:
+            raise BadRecipe(f"the recipe {text} cannot be read: {reason(error)}") from None
+        try:
+            return _parsed(text, data, file.parent)
+        except EditError as error:
+            raise error.within(text) from None
+
+    def edit(self, *, reverse: bool = False) -> Edit:
+        """Return the recipe as one edit, forwards or backwards.
+
+        Raises `BadRecipe` for a step that has no way back, or that cannot be made; what is not as
+        `expect` says raises `NotAsExpected` when it is applied.
+        """
+        steps = [self._made(*turned) for turned in self._turned(reverse)]
+
+        def change(entries: Entries) -> Change:
+            if reverse:
+                self._refuse_unexpected(entries)
+            key_map, edit = edits.apply(steps, entries)
+            if not reverse:
+                self._refuse_unexpected(key_map.entries)
+            return _as_change(key_map, edit, self._unmatched(key_map))
+
+        return Edit(f"recipe {self.name}", change=change)
+
+    def _turned(self, reverse: bool) -> list[tuple[str, Step, Given]]:
+        """Return the steps in the order in which they are done."""
+        if not reverse:
+            return [(asked.where, asked.step, asked.given) for asked in self.steps]
+        turned = []
+        for asked in reversed(self.steps):
+            back = asked.step.back(asked.given)
+            if isinstance(back, str):
+                raise BadRecipe(f"{self.name}: {asked.where} has no way back: {back}")
+            turned.append((f"{asked.where}, backwards", STEPS[back[0]], back[1]))
+        return turned
+
+    def _made(self, where: str, step: Step, given: Given) -> Edit:
+        try:
+            return replace(step.make(**given), where=where)
+        except EditError as error:
+            raise error.within(where).within(self.name) from None
+
+    def _unmatched(self, key_map: KeyMap) -> list[str]:
+        """Name the keys that no rule took, or refuse them."""
+        left = key_map.unmatched
+        if not left or self.expect.unmatched == "allow":
+            return []
+        what = f"{counted(len(left), 'key')} that no rule takes"
+        if self.expect.unmatched == "refuse":
+            raise NotAsExpected(
+                f"{self.name}: {what}; nothing was written",
+                evidence=left[:8],
+                hint="add rules for them, or write unmatched = 'name' under [expect]",
+            )
+        return [f"{what}: {listed(left)}"]
+
+    def _refuse_unexpected(self, entries: Entries) -> None:
+        """Raise `NotAsExpected` for entries that are not what the recipe says."""
+        expect = self.expect
+        found = {key: value for key, value in entries.items() if isinstance(value, TENSORS)}
+        if expect.tensors is not None and len(found) != expect.tensors:
+            raise NotAsExpected(
+                f"{self.name}: {counted(len(found), 'tensor')} where [expect] says "
+                f"{expect.tensors}; nothing was written"
+            )
+        if expect.like is None:
+            return
+        have = {key: (value.dtype.label, value.shape) for key, value in found.items()}
+        differing = [
+            f"{key}   {_described(have.get(key))} here, {_described(expect.like.get(key))} there"
+            for key in dict.fromkeys([*expect.like, *have])
+            if have.get(key) != expect.like.get(key)
+        ]
+        if differing:
+            more = [f"and {len(differing) - 8} more"] if len(differing) > 8 else []
+            raise NotAsExpected(
+                f"{self.name}: {counted(len(differing), 'tensor')} not as in {expect.like_name}; "
+                "nothing was written",
+                evidence=[*differing[:8], *more],
+            )
+
+
+def _described(fact: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if fact is None else f"{fact[0]} {shape(fact[1])}"
+
+
+def _as_change(key_map: KeyMap, edit: edits.KeyEdit, notes: Sequence[str]) -> Change:
+    """Return what several steps did as what one did."""
+    sources: dict[str, list[str]] = {}
+    for old, new in key_map.pairs:
+        if new is not None:
+            sources.setdefault(new, []).append(old)
+    remade = {new for old, new in key_map.pairs if old in key_map.remade and new is not None}
+    left = {*key_map.unmatched}
+    return Change(
+        [(tuple(sources[new]), new, value) for new, value in key_map.entries.items()],
+        [*key_map.said, *notes],
+        edit,
+        key_map.why,
+        remade,
+        [old for old, _ in key_map.pairs if old not in left],
+        key_map.counts,
+        key_map.casts,
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """Return the recipes that come with ckptool, by name."""
+    return {file.stem: file for file in sorted(SHIPPED.glob(f"*{SUFFIX}"))}
+
+
+def _shipped(name: str) -> Path:
+    known = shipped()
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        raise BadRecipe(
+            f"no recipe `{name}` comes with ckptool",
+            hint=(f"did you mean `{close[0]}`? " if close else "")
+            + f"ckptool recipe --list names them; a file is ./{name} or {name}{SUFFIX}",
+        )
+    return known[name]
+
+
+# Parsing.
+
+
+def _parsed(name: str, data: bytes, folder: Path) -> Recipe:
+    if len(data) > MAX_NBYTES:
+        raise BadRecipe("more than 1 MiB")
+    try:
+        text = data.decode()
+        document = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise BadRecipe(f"byte {error.start} is not UTF-8 text") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadRecipe(f"not TOML: {error}", hint="texts are 'in single quotes'") from None
+    version = document.get("recipe")
+    if version != VERSION or isinstance(version, bool):
+        what = "`recipe = 1` is missing" if version is None else f"recipe = {version!r}"
+        raise BadRecipe(f"{what}: this ckptool reads version {VERSION}", hint="recipe = 1")
+    _refuse_unknown(document, ("recipe", "step", "expect"), "")
+    asked = document.get("step", [])
+    if not isinstance(asked, list) or not asked or not all(isinstance(s, dict) for s in asked):
+        raise BadRecipe("no steps", hint="each begins with [[step]]")
+    if len(asked) > MAX_STEPS:
+        raise BadRecipe(f"{len(asked)} steps: at most {MAX_STEPS}")
+    steps = tuple(_step(number, table) for number, table in enumerate(asked, 1))
+    rules = sum(len(step.given.get("rules", ())) for step in steps)
+    if rules > MAX_RULES:
+        raise BadRecipe(f"{rules} rules: at most {MAX_RULES}")
+    expect = _expect(document.get("expect", {}), folder)
+    comments = (line for line in text.splitlines() if line.startswith("#"))
+    recipe = Recipe(name, steps, expect, next(comments, "").lstrip("# "))
+    for step in recipe.steps:  # what can be refused before a checkpoint is read
+        try:
+            step.step.make(**step.given)
+        except EditError as error:
+            raise error.within(step.where) from None
+    return recipe
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in table:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise BadRecipe(
+                f"`{name}` is unknown",
+                hint=f"did you mean `{close[0]}`?" if close else f"known are {listed(known, 30)}",
+            ).within(where)
+
+
+def _step(number: int, table: dict[str, Any]) -> Asked:
+    where = f"step {number}"
+    _refuse_unknown(table, (*STEPS, "optional"), where)
+    optional = table.get("optional", False)
+    names = [name for name in table if name != "optional"]
+    if len(names) != 1 or not isinstance(optional, bool):
+        what = f"{listed(names)}: one operation a step" if names else "no operation"
+        raise BadRecipe(
+            what if isinstance(optional, bool) else f"optional = {optional!r}: true or false"
+        ).within(where)
+    step, value = STEPS[names[0]], table[names[0]]
+    try:
+        given = _fields(step, {step.alone: value} if step.alone else value)
+    except EditError as error:
+        raise error.within(f"{where} ({step.name})") from None
+    return Asked(number, step, given | ({"optional": True} if optional else {}))
+
+
+def _fields(step: Step, value: Any) -> Given:
+    """Check the fields of a step, by the parameters of what makes it."""
+    if not isinstance(value, dict):
+        raise BadRecipe(f"{value!r}: it takes a table", hint=f"{step.name} = {{...}}")
+    signature = inspect.signature(step.make, eval_str=True)
+    known = {
+        name.rstrip("_"): each
+        for name, each in signature.parameters.items()
+        if name not in ("optional", "back")
+    }
+    if not step.alone:
+        _refuse_unknown(value, tuple(known), "")
+    given = {}
+    for name, parameter in known.items():
+        if name in value:
+            given[parameter.name] = _field(name, value[name], parameter.annotation)
+        elif parameter.default is parameter.empty:
+            raise BadRecipe(f"`{name}` is missing")
+    return given
+
+
+def _field(name: str, value: Any, kind: Any) -> Any:
+    """Return a field as its parameter takes it; raises `BadRecipe` for another type."""
+    test, what = _KINDS[kind]
+    if not test(value):
+        raise BadRecipe(f"{name} = {value!r}: it must be {what}")
+    _refuse_files(value)
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list_of(test: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(test, value))
+
+
+def _is_pair(value: Any) -> bool:
+    return _list_of(_is_text, value) and len(value) == 2
+
+
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {  # by the annotation of a parameter
+    str: (_is_text, "a text"),
+    int: (_is_number, "a whole number"),
+    Sequence[str]: (partial(_list_of, _is_text), "a list of texts"),
+    Sequence[int]: (partial(_list_of, _is_number), "a list of whole numbers"),
+    Patterns: (lambda value: _is_text(value) or _list_of(_is_text, value), "a text or a list"),
+    Iterable[tuple[str, str]]: (
+        partial(_list_of, _is_pair),
+        "pairs of OLD and NEW: [['fc', 'head'], ...]",
+    ),
+}
+
+
+def _refuse_files(value: Any) -> None:
+    """Raise `BadRecipe` for `@FILE`, which options take: a recipe opens no other file."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and text.startswith("@"):
+            raise BadRecipe(f"`{text}`: a recipe names no files of patterns")
+
+
+def _expect(table: Any, folder: Path) -> Expect:
+    where = "[expect]"
+    if not isinstance(table, dict):
+        raise BadRecipe(f"{table!r}: it is a table").within(where)
+    _refuse_unknown(table, ("tensors", "unmatched", "like"), where)
+    tensors, unmatched = table.get("tensors"), table.get("unmatched", "name")
+    if tensors is not None and not (_is_number(tensors) and tensors >= 0):
+        raise BadRecipe(f"tensors = {tensors!r}: it must be a count").within(where)
+    if unmatched not in _UNMATCHED:
+        raise BadRecipe(f"unmatched = {unmatched!r}: it is {listed(_UNMATCHED)}").within(where)
+    if "like" not in table:
+        return Expect(tensors, unmatched)
+    try:
+        return Expect(tensors, unmatched, _like(table["like"], folder), table["like"])
+    except EditError as error:
+        raise error.within(where) from None
+
+
+def _like(name: Any, folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read a document of `ckptool keys --json` that is below a folder."""
+    if not _is_text(name):
+        raise BadRecipe(f"like = {name!r}: it must be a text")
+    root, path = os.path.realpath(folder), os.path.realpath(folder / name)
+    if "://" in name or os.path.isabs(name) or os.path.commonpath([root, path]) != root:
+        raise BadRecipe(
+            f"like = {name!r} is not a path below the folder of the recipe",
+            hint="put the document beside the recipe",
+        )
+    try:
+        with open(path, "rb") as opened:
+            data = opened.read(MAX_LIKE_NBYTES + 1)
+        if len(data) > MAX_LIKE_NBYTES:
+            raise BadRecipe(f"{name} has more than 64 MiB")
+        rows = json.loads(data)["tensors"]
+        return {row["key"]: (row["dtype"], tuple(row["shape"])) for row in rows}
+    except OSError as error:
+        raise BadRecipe(f"{name} cannot be read: {reason(error)}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadRecipe(
+            f"{name} is not a list of keys",
+            hint=f"ckptool keys --json MODEL > {quoted(name)}   makes one",
+        ) from None

@@ -1,0 +1,169 @@
+"""Rules that rename keys: `OLD=NEW`, with fields, with a `*`, or with a regular expression.
+
+    fc=head                         a key, or a dotted prefix
+    layers.{i}.ln_{n}=h.{i}.ln{n}   a template; it takes what follows after a dot along
+    ema_*=*                         the whole key, `*` any text
+    re:(.*)\\.gamma=\\1.weight        the whole key, a regular expression
+
+All rules of one step see the key as it was before the step, and the first that matches wins: swaps
+and shifts come out right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ckptool.errors import EditError
+from ckptool.state.templates import is_template, template
+
+REGEX = "re:"
+LONGEST = 1000  # characters of a key that a regular expression of the user sees
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a key is called before and after."""
+
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.old}={self.new}"
+
+    @property
+    def no_way_back(self) -> str:
+        """Return why the rule cannot be turned round, an empty string where it can."""
+        if self.old.startswith(REGEX):
+            return "a regular expression has no way back"
+        if self.old.count("*") != self.new.count("*"):
+            return "what `*` holds is not in NEW"
+        lost = set(template(self.old).fields) - set(template(self.new).fields)
+        return f"what {{{min(lost)}}} holds is not in NEW" if lost else ""
+
+
+def read_rule(text: str, option: str = "--rename") -> Rule:
+    """Read `OLD=NEW`, cut at the first `=`, at the last of a regular expression."""
+    cut = text.rpartition if text.startswith(REGEX) else text.partition
+    old, sign, new = cut("=")
+    if not sign or old == new:
+        raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
+    return Rule(old, new)
+
+
+Build = Callable[[Sequence[str | None]], str]  # the groups of a match -> the new key
+
+
+def _compiled(rule: Rule, first: int) -> tuple[str, int, Build]:
+    """Return an expression for whole keys, how many groups it has from `first` on, and NEW."""
+    if "*" in rule.old.replace(":**}", "") or "*" in rule.new.replace(":**}", ""):
+        return _compiled_star(rule)
+    old, new = template(rule.old.rstrip(".")), template(rule.new.rstrip("."))
+    if unknown := new.fields.keys() - old.fields.keys():
+        raise EditError(f"{{{min(unknown)}}} is in NEW alone, in `{rule}`")
+    source, names = old.regex(first)
+
+    def build(groups: Sequence[str | None]) -> str:
+        *held, tail = groups
+        values = {name: (each or "").strip(".") for name, each in zip(names, held, strict=True)}
+        filled = new.fill(values)
+        if tail is None:
+            return filled
+        return f"{filled}.{tail}" if filled else tail
+
+    return (rf"{source}(?:\.(.*))?" if old.parts else "(.*)"), len(names) + 1, build
+
+
+def _compiled_star(rule: Rule) -> tuple[str, int, Build]:
+    if rule.old.count("*") != 1 or rule.new.count("*") > 1:
+        raise EditError(
+            f"`{rule}` needs one `*` in OLD, and at most one in NEW",
+            hint="{name} stands for one component, {name:**} for any number",
+        )
+    if is_template(rule.old) or is_template(rule.new):
+        raise EditError(f"`{rule}` has both `*` and a field", hint="{name:**} is any number")
+    before, after = map(re.escape, rule.old.split("*"))
+    return f"{before}(.*){after}", 1, lambda groups: rule.new.replace("*", groups[0] or "")
+
+
+Find = Callable[[str], tuple[int, str] | None]  # which rule takes a key, from 0 on, and NEW
+
+
+class Renaming:
+    """Rules of one step, ready to be used: a key goes in, its new name comes out.
+
+    A key meets only the rules that begin as it does: their texts before the first field are looked
+    up, and those with the same text are one regular expression.
+    """
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = tuple(rules)
+        self._regexes: list[Find] = []
+        begin: dict[str, list[tuple[int, Rule]]] = {}
+        for pair in enumerate(self.rules):
+            if pair[1].old.startswith(REGEX):
+                self._regexes.append(_by_regex(*pair))
+            else:
+                begin.setdefault(_head(pair[1]), []).append(pair)
+        self._begin = {head: _by_templates(group) for head, group in begin.items()}
+        self._lengths = sorted({len(head) for head in begin})
+
+    def match(self, key: str) -> tuple[int, str] | None:
+        """Return which rule takes a key, from 0 on, and the new key."""
+        begin = (self._begin.get(key[:length]) for length in self._lengths)
+        found = [each for find in (*begin, *self._regexes) if find and (each := find(key))]
+        return min(found, default=None)
+
+    def __call__(self, key: str) -> str:
+        """Return the new name of a key, the same where no rule takes it."""
+        found = self.match(key)
+        return found[1] if found else key
+
+
+def _head(rule: Rule) -> str:
+    """Return how every key begins that a rule takes."""
+    return re.split("[{*]", rule.old, maxsplit=1)[0].rstrip(".")
+
+
+def _by_templates(rules: list[tuple[int, Rule]]) -> Find:
+    """Compile rules as one expression, of which the first alternative that fits is taken.
+
+    The group around an alternative is the last to end, and `lastindex` tells which it was.
+    """
+    sources, places, group = [], {}, 1
+    for number, rule in rules:
+        source, count, build = _compiled(rule, group + 1)
+        sources.append(f"({source})")
+        places[group] = number, build, range(group, group + count + 1)
+        group += count + 1
+    regex = re.compile("|".join(sources), re.DOTALL)
+
+    def find(key: str) -> tuple[int, str] | None:
+        found = regex.fullmatch(key)
+        if found is None:
+            return None
+        number, build, groups = places[found.lastindex or 0]
+        return number, build(found.group(*groups)[1:])
+
+    return find
+
+
+def _by_regex(number: int, rule: Rule) -> Find:
+    pattern = rule.old.removeprefix(REGEX)
+    try:
+        regex = re.compile(pattern)
+        regex.sub(rule.new, "", count=1)
+    except (re.error, IndexError) as error:
+        raise EditError(f"`{pattern}` is not a regular expression: {error}") from None
+
+    def find(key: str) -> tuple[int, str] | None:
+        found = regex.fullmatch(key) if len(key) <= LONGEST else None
+        if found is None:
+            return None
+        try:
+            return number, found.expand(rule.new)
+        except (re.error, IndexError) as error:
+            raise EditError(f"`{rule.new}` is not a replacement: {error}") from None
+
+    return find

@@ -1,0 +1,140 @@
+"""Templates of keys: `blocks.{i}.norm{n}.{rest:**}`.
+
+A field of one letter of `ijklmne` holds digits, any other name one component of a key, and
+`{name:**}` any number of components, none too. A field that is there twice holds the same twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ckptool.errors import EditError
+
+DIGITS = frozenset("ijklmne")
+_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:\*\*)?\}")
+
+
+def is_template(text: str) -> bool:
+    """Return whether a text has a field."""
+    return _FIELD.search(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A place for digits, a component, or with `deep` any number of components."""
+
+    name: str
+    deep: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The parts of a template in order; `text` is what was written."""
+
+    text: str
+    parts: tuple[str | Field, ...]
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Return the fields by name, in order."""
+        return {part.name: part for part in self.parts if isinstance(part, Field)}
+
+    def regex(self, first: int) -> tuple[str, list[str]]:
+        """Return a regular expression whose groups count from `first`, and their fields' names."""
+        source, names, dot = "", list[str](), False
+        for at, part in enumerate(self.parts):
+            if isinstance(part, str):
+                literal = part[1:] if dot and part.startswith(".") else part
+                deep = at + 1 < len(self.parts) and self.parts[at + 1]
+                before = isinstance(deep, Field) and deep.deep and literal.endswith(".")
+                source += re.escape(literal[:-1] if before else literal)
+                dot = False
+                continue
+            if part.name in names:
+                source += f"(?:\\{first + names.index(part.name)})"
+                continue
+            names.append(part.name)
+            previous = self.parts[at - 1] if at else ""
+            following = self.parts[at + 1] if at + 1 < len(self.parts) else ""
+            if not part.deep:
+                source += "([0-9]+)" if part.name in DIGITS else "([^.]+)"
+            elif isinstance(previous, str) and previous.endswith("."):
+                source += r"((?:\.[^.]+)*)"
+            elif isinstance(following, str) and following.startswith("."):
+                source, dot = source + r"((?:[^.]+\.)*)", True
+            else:
+                source += r"([^.]+(?:\.[^.]+)*|)"
+        return source, names
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """Return the key with a text for each field; an empty one takes a dot with it."""
+        filled, skip = "", False
+        for part in self.parts:
+            if isinstance(part, str):
+                filled += part[1:] if skip and part.startswith(".") else part
+                skip = False
+            elif values[part.name]:
+                filled += values[part.name]
+            else:
+                skip = not filled
+                filled = filled.removesuffix(".")
+        return filled
+
+
+@lru_cache(4096)
+def template(text: str) -> Template:
+    """Parse a template; raises `EditError` for braces that are no field."""
+    parts: list[str | Field] = []
+    end = 0
+    for found in _FIELD.finditer(text):
+        parts += [text[end : found.start()], Field(found[1], found[2] is not None)]
+        end = found.end()
+    parts.append(text[end:])
+    parsed = Template(text, tuple(part for part in parts if part != ""))
+    rest = "".join(part for part in parsed.parts if isinstance(part, str))
+    if "{" in rest or "}" in rest:
+        raise EditError(
+            f"`{text}` has a brace that is not of a field",
+            hint="fields are {i} (digits), {name} (one component) and {rest:**} (any number); "
+            "re:PATTERN takes braces as they are",
+        )
+    fields = [part for part in parsed.parts if isinstance(part, Field)]
+    odd = [each.name for each in fields if each != parsed.fields[each.name]]
+    if odd:
+        raise EditError(f"`{text}` has {{{odd[0]}}} both with and without `:**`")
+    return parsed
+
+
+def refuse_fields(one: Template, others: Sequence[Template]) -> None:
+    """Raise `EditError` unless others have the fields that one has."""
+    for other in others:
+        for name in one.fields.keys() ^ other.fields.keys():
+            have, lack = (one, other) if name in one.fields else (other, one)
+            raise EditError(f"`{have.text}` has {{{name}}}, and `{lack.text}` has not")
+        for name, field in one.fields.items():
+            if other.fields[name] != field:
+                raise EditError(
+                    f"{{{name}}} is one component in `{one.text}` or `{other.text}`, and any "
+                    "number in the other"
+                )
+
+
+class Matcher:
+    """Finds what the fields of a template hold in a key, which it has to match whole."""
+
+    def __init__(self, text: str) -> None:
+        self.template = template(text)
+        source, self._names = self.template.regex(1)
+        self._regex = re.compile(source, re.DOTALL)
+
+    def __call__(self, key: str) -> dict[str, str] | None:
+        """Return what the fields hold, None where the key does not match."""
+        found = self._regex.fullmatch(key)
+        if found is None:
+            return None
+        return {
+            name: held.strip(".") for name, held in zip(self._names, found.groups(), strict=True)
+        }
