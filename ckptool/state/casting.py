@@ -14,7 +14,7 @@ from ckptool.state.quantized import quantized
 from ckptool.tensors import dtype as dtypes, numbers, values
 from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import DType
-from ckptool.tensors.tensor import TENSORS, TensorInfo, ties
+from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo, ties
 
 OVERFLOW = ("refuse", "inf", "clamp")
 
@@ -79,7 +79,8 @@ def cast(entries: Mapping[str, Node], to: DType, chosen: Collection[str], overfl
                 done.stripped.append(key)
             done.tensors[key] = (value, known[id(value)])
         elif isinstance(value, TENSORS):
-            done.kept[class_of(value) or value.dtype.label] += 1
+            layout = f"{value.layout} " if isinstance(value, CompositeTensor) else ""
+            done.kept[class_of(value) or layout + value.dtype.label] += 1
     return done
 
 
