@@ -497,6 +497,16 @@ def test_quantized_weights_and_their_scales_stay(run: Run, here: Path, name: str
     assert all(bits(got[key]) == bits(state[key]) for key in got.keys() - cast)
 
 
+def test_what_is_tied_to_a_quantized_weight_stays_with_it(run: Run, here: Path) -> None:
+    weight = torch.ones(2, 2).to(F8)
+    state = {"head.weight": weight, "embed.weight": weight, "embed.weight_scale": torch.ones(1)}
+    torch.save(state, "q.pth")
+    said = run("convert", "--dtype", "bf16", "q.pth", "out.pth").err
+    assert "no tensor to cast to BF16: that changes nothing; as they were: 2 quantized" in said
+    got = torch.load("out.pth", weights_only=True)
+    assert got["head.weight"].data_ptr() == got["embed.weight"].data_ptr()
+
+
 def test_tensors_that_torch_quantizes_stay_with_their_scales(run: Run, here: Path) -> None:
     weight = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     state = {
