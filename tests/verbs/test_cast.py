@@ -65,7 +65,7 @@ def read(path: Path, like: State) -> State:
         return dict(load_file(path))
     if (path / ".metadata").exists():
         empty: dict[str, Any] = {key: torch.empty_like(value) for key, value in like.items()}
-        load_dcp(empty, storage_reader=FileSystemReader(path), no_dist=True)
+        load_dcp(empty, storage_reader=FileSystemReader(path))
         return empty
     return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
