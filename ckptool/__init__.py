@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ckptool.state import edits as edits
     from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
     from ckptool.state.edits import Edit as Edit
+    from ckptool.state.recipes import Recipe as Recipe
     from ckptool.tensors.tensor import TensorInfo as TensorInfo
     from ckptool.verbs.api import (
         add_prefix as add_prefix,
@@ -63,6 +64,7 @@ _PUBLIC = {
         "ckptool.state.checkpoint": "Checkpoint StateDict",
         "ckptool.verbs.compare": "Change Difference",
         "ckptool.state.edits": "Edit edits",
+        "ckptool.state.recipes": "Recipe",
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",
         "ckptool.containers": "read",
         "ckptool.files.budget": "max_memory",

@@ -32,7 +32,7 @@ from ckptool.text import quoted, visible
 GROUPS = {
     "Look": ("info", "keys", "check", "diff"),
     "Models": ("download", "verify"),
-    "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
+    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "recipe"),
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",

@@ -23,7 +23,7 @@ from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import Count, Edit
+from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
@@ -87,6 +87,7 @@ class Rewrite:
     tensors: int = 0
     said: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
+    remade: tuple[str, ...] = ()
     module: str = ""
     shards: tuple[Shard, ...] = ()
     casts: tuple[Cast, ...] = ()
@@ -457,6 +458,7 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         map=plan.key_map.pairs,
         said=plan.key_map.said,
         counts=plan.key_map.counts,
+        remade=_rearranged(plan.key_map),
         dropped=tuple(plan.dropped),
         written=len(plan.key_map.written) + plan.added,
         added=plan.added,
@@ -472,6 +474,12 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         shards=laid.shards,
         casts=tuple(map(casting.planned, plan.key_map.casts)),
     )
+
+
+def _rearranged(key_map: KeyMap) -> tuple[str, ...]:
+    """Return the keys that hold their tensor with its elements in another order or shape."""
+    same = (old for old, new in key_map.pairs if old == new)
+    return tuple(old for old in same if old in key_map.remade)
 
 
 def _tied(plan: Plan) -> set[str]:
