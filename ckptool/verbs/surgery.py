@@ -18,7 +18,7 @@ from ckptool import containers
 from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, OutputExists, WriteError
 from ckptool.files import budget, fileio, publish
-from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
+from ckptool.files.copying import Begin, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
@@ -184,7 +184,7 @@ def rewrite(
     publish.refuse_full(place, laid.output.nbytes)
     if options.dry_run:
         return result
-    if any(isinstance(job, Compute) or job.storage.computed for job in laid.output.jobs):
+    if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
     check = partial(_check, plan, place, laid.tensors, laid.output.nbytes, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
@@ -426,7 +426,7 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     if options.allow_expand:
         return
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
-    read = (each for job in output.jobs for each in values.stored(job.storage))
+    read = (each for job in output.jobs for each in {*values.stored(job.storage)})
     inflated = sum(each.nbytes for each in read if each.packing is not Packing.PLAIN)
     available = readable(checkpoint.nbytes)
     nbytes = output.nbytes + casting.saved(output.jobs)
@@ -537,11 +537,7 @@ def _stored(tree: Node) -> Iterator[Storage]:
     """Yield the storages that tensors are in, those of chunks for a chunked one."""
     for _, tensor in walk.tensors(tree):
         for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
-            chunks = part.storage.chunked.chunks if part.storage.chunked else ()
-            if chunks:
-                yield from (chunk.source.storage for chunk in chunks)
-            else:
-                yield from values.stored(part.storage)
+            yield from values.stored(part.storage)
 
 
 def _is_moved(storage: Storage, moved: Moved) -> bool:
