@@ -199,10 +199,12 @@ def _compute(
     view: memoryview, computed: Computed, start: int, readers: Readers, ahead: Ahead
 ) -> list[Part]:
     """Fill `view` with the elements of a computed storage from the byte `start` on."""
+    import numpy as np
+
     first, count = start // computed.itemsize, len(view) // computed.itemsize
     args, parts = [], list[Part]()
     for value in computed.args:
-        block = memoryview(bytearray(count * value.dtype.itemsize))
+        block = memoryview(np.empty(count * value.dtype.itemsize, "u1"))
         parts += _read(value, first, block, readers, ahead, len(computed.args))
         _settle(value, block)
         args.append(block)
