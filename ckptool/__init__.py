@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         unwrap as unwrap,
         verify as verify,
     )
+    from ckptool.verbs.casting import Cast as Cast
     from ckptool.verbs.checking import Checked as Checked, Status as Status
     from ckptool.verbs.compare import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
@@ -58,6 +59,7 @@ _PUBLIC = {
         "ckptool.verbs.api": (
             "add_prefix check convert diff download info keys strip_prefix transfer unwrap verify"
         ),
+        "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
         "ckptool.verbs.compare": "Change Difference",

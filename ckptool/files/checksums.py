@@ -49,9 +49,8 @@ def part_of(value: TensorInfo, first: int, count: int) -> Part | None:
 def parts(storage: Storage, start: int, nbytes: int) -> Iterator[Part]:
     """Iterate over what is read in order where these bytes of a storage are."""
     found = [part(storage, start, nbytes)]
-    if storage.chunked is not None and nbytes == storage.nbytes:
-        sources = [chunk.source for chunk in storage.chunked.chunks]
-        found = [part_of(source, 0, source.numel) for source in sources]
+    if nbytes == storage.nbytes:
+        found += [part_of(source, 0, source.numel) for source in values.arguments(storage)]
     yield from (each for each in found if each is not None)
 
 
