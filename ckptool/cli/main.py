@@ -33,6 +33,7 @@ GROUPS = {
     "Look": ("info", "keys", "check", "diff"),
     "Models": ("download", "verify"),
     "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
+    "Combine": ("average",),
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",
