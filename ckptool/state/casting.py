@@ -23,11 +23,13 @@ OVERFLOW = ("refuse", "inf", "clamp")
 class Casting:
     """What a cast made of a state_dict: `tensors` are pairs of before and after, by key.
 
-    `kept` counts the others by dtype, but for `quantized` ones and their `scales`.
+    `kept` counts the others by dtype, but for `quantized` ones and their `scales`. `where` is the
+    step of a recipe.
     """
 
     target: DType
     overflow: str
+    where: str = ""
     tensors: dict[str, tuple[TensorInfo, TensorInfo]] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     quantized: int = 0
@@ -43,9 +45,10 @@ def target(word: str, overflow: str = OVERFLOW[0]) -> DType:
             f"`{word}` is no dtype of floats", hint=dtypes.suggestion(word, numbers.CASTS)
         )
     if overflow not in OVERFLOW:
-        raise EditError(f"`{overflow}` is none of {', '.join(OVERFLOW)}", option="--overflow clamp")
+        raise EditError(f"overflow is none of {', '.join(OVERFLOW)}: `{overflow}`")
     if overflow == "inf" and found is DType.F8_E4M3:
-        raise EditError("F8_E4M3 has no infinity", option="--overflow clamp")
+        hint = f"clamp makes what is beyond {numbers.largest(found):g} that"
+        raise EditError("overflow `inf`: F8_E4M3 has no infinity", hint=hint)
     return found
 
 

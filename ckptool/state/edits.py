@@ -420,6 +420,8 @@ def apply(
             raise error.within(step.where) from None
         changes.append(change)
         counts += [replace(each, number=each.number or step.number) for each in change.counts]
+        for cast in change.casts:
+            cast.where = cast.where or step.where
         matched.update(old for key in change.matched for old in now[key].olds)
         after = _after(change, now, source)
         kept = {old for each in after.values() for old in each.olds}

@@ -43,6 +43,7 @@ _NOT_FINITE = {
 }
 _INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
 ROOM, ROOM_OF_A_CORE = 64 << 20, 40 << 20  # what loading numpy takes of the address space
+LARGEST = 8 << 20  # what glibc keeps for the next block, and twice as much in all
 FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
 REAL_FLOATS = FLOATS.difference(COMPLEX)
 ROUNDED = REAL_FLOATS - {DType.F8_E8M0}  # that has neither zero nor sign: it holds scales
@@ -53,13 +54,17 @@ def load() -> None:
     """Load numpy; raises `OSError` where memory is too short for it.
 
     OpenBLAS, which comes with it, then ends the process, and whatever was begun stays behind
-    (memory.c there: "Memory allocation still failed after 10 retries, giving up").
+    (memory.c there: "Memory allocation still failed after 10 retries, giving up"). Blocks are
+    allocated and freed all the time: glibc gives them back to the system, and clears their pages
+    anew, unless a larger one was freed before (malloc.c: "dynamic mmap threshold").
     """
     if "numpy" not in sys.modules:
         from mmap import mmap
 
         mmap(-1, ROOM + (os.cpu_count() or 1) * ROOM_OF_A_CORE).close()
-        import numpy  # noqa: F401
+    import numpy as np
+
+    np.empty(LARGEST, "u1")
 
 
 def _bits(block: Block, dtype: DType) -> Any:

@@ -98,6 +98,42 @@ def test_llama_of_meta_becomes_transformers(run: Run, tmp_path: Path, recipe: st
         assert {k: list(tensor.shape) for k, tensor in tensors.items()} == LISTS["hf llama"]
 
 
+def llama_shapes(layers: int, groups: int, words: int, hidden: int) -> dict[str, list[int]]:
+    """Return the keys and shapes of Meta's files of 4096 columns."""
+    names = {
+        **dict.fromkeys(("attention.wq", "attention.wo"), [4096, 4096]),
+        **dict.fromkeys(("attention.wk", "attention.wv"), [128 * groups, 4096]),
+        **dict.fromkeys(("feed_forward.w1", "feed_forward.w3"), [hidden, 4096]),
+        "feed_forward.w2": [4096, hidden],
+        **dict.fromkeys(("attention_norm", "ffn_norm"), [4096]),
+    }
+    shapes = {
+        f"layers.{number}.{name}.weight": shape
+        for number in range(layers)
+        for name, shape in names.items()
+    }
+    ends = dict.fromkeys(("tok_embeddings.weight", "output.weight"), [words, 4096])
+    return {**shapes, **ends, "norm.weight": [4096]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    [
+        ("llama-2-7b-meta-to-hf", (32, 32, 32000, 11008)),
+        ("llama-3-8b-meta-to-hf", (32, 8, 128256, 14336)),
+    ],
+)
+def test_llama_of_the_real_size_is_taken(
+    run: Run, tmp_path: Path, make_safetensors: Any, recipe: str, sizes: tuple[int, ...]
+) -> None:
+    """A sparse file of 27 or 32 GB: its header is read, and nothing else."""
+    path = make_safetensors(tmp_path / "llama.safetensors", llama_shapes(*sizes))
+    outcome = run("recipe", recipe, "--from", path, "--json")
+    path.unlink()
+    assert outcome.code == 0, outcome.err
+    assert "no rule takes" not in outcome.err
+
+
 @pytest.mark.parametrize("recipe", LLAMA)
 def test_llama_of_another_size_has_other_heads(run: Run, tmp_path: Path, recipe: str) -> None:
     torch.save(tiny.meta_llama(tiny.HEADS).state_dict(), tmp_path / "in.pth")

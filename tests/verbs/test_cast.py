@@ -15,8 +15,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 
 import ckptool
+from ckptool import containers
 from ckptool.errors import EditError, Overflow
-from ckptool.state import casting as casts
+from ckptool.state import casting as casts, checkpoint as places
 
 Run = Callable[..., Outcome]
 State = dict[str, torch.Tensor]
@@ -212,7 +213,7 @@ def test_what_would_become_infinite_is_refused_by_tensor(run: Run, here: Path, n
     assert "error[overflow]: 2008 values in 5 tensors" in done.err
     for key, count in COUNTS.items():
         assert f"    {key}: {count} of {large()[key].numel()}\n" in done.err
-    assert "--overflow clamp   makes" in done.err
+    assert "--overflow clamp   clamp makes them that, inf infinite; bf16" in done.err
     wanted = as_torch_casts(large(), torch.float16, chosen=lambda key: True)
     assert run("convert", "--overflow", "inf", *line).code == 0
     got = read(here / name, wanted)
@@ -248,7 +249,7 @@ def test_infinity_is_beyond_f8_e4m3(run: Run, here: Path) -> None:
     done = run("convert", "--dtype", "f8_e4m3", "w.pth", "out.pth")
     assert done.code == 1
     assert "w: 3 of 4" in done.err
-    assert "--overflow inf" not in done.err
+    assert "inf infinite" not in done.err
     assert run("convert", "--dtype", "f8_e4m3", "--overflow", "clamp", "w.pth", "out.pth").code == 0
     assert torch.load("out.pth")["w"].float().tolist() == [448, 448, 448, -448]
 
@@ -324,16 +325,57 @@ def test_attributes_of_tensors_that_are_cast_are_named(run: Run, here: Path) -> 
     assert "not written, attributes of tensors that are cast: w\n" in said
 
 
-def test_ten_thousand_tensors_take_no_longer_than_they_must(here: Path) -> None:
-    """Each storage is told apart from the others at once."""
-    import time
+def test_storages_of_casts_are_told_apart_quickly(here: Path) -> None:
+    """Of equal hashes, each would be compared with all others."""
+    torch.save({f"{number}": torch.ones(2) for number in range(100)}, "many.pth")
+    entries = places.find(containers.read("many.pth")).entries
+    key_map, _ = ckptool.edits.apply([ckptool.edits.cast("bf16")], entries)
+    assert len({hash(value.storage) for value in key_map.entries.values()}) == 100
 
-    torch.save({f"layer.{number}.weight": torch.ones(2) for number in range(10_000)}, "many.pth")
-    start = time.process_time()
-    ckptool.convert("many.pth", "plain.pth")
-    plain = time.process_time() - start
-    ckptool.convert("many.pth", "cast.pth", dtype="bf16")
-    assert time.process_time() - start - plain < 10 * plain
+
+# In a recipe.
+
+
+def test_a_cast_is_a_step_of_a_recipe(run: Run, here: Path) -> None:
+    torch.save(large(), "large.pth")
+    text = "recipe = 1\n[[step]]\nrename = [['large', 'x']]\n[[step]]\ncast = {%s}\n"
+    for fields, code, said in (
+        ("to = 'float16', overflow = 'clamp', except = ['small']", 0, "cast 6 tensors to F16"),
+        ("to = 'f16', only = ['small', 'hidden']", 0, "cast 2 tensors to F16; as they were: 5 F32"),
+        ("to = 'f16'", 1, "error[overflow]: step 2 (cast): 2008 values in 5 tensors"),
+        ("to = 'f16', only = ['x.weight']", 2, "x.weight and x.tied are one tensor"),
+        ("to = 'f15'", 2, "step 2 (cast): `f15` is no dtype of floats"),
+        ("to = 'f16', overflow = 'wrap'", 2, "overflow is none of refuse, inf, clamp: `wrap`"),
+        ("to = 'f8_e4m3', overflow = 'inf'", 2, "F8_E4M3 has no infinity"),
+    ):
+        Path("r.toml").write_text(text % fields)
+        done = run("convert", "--recipe", "r.toml", "--force", "large.pth", "out.pth")
+        assert done.code == code
+        assert said in done.err
+        assert "--overflow clamp" not in done.err
+    Path("r.toml").write_text(text % "to = 'f16'")
+    assert "no way back" in run("convert", "--recipe", "r.toml", "--reverse", "large.pth", "o").err
+
+
+def test_what_is_moved_after_a_cast_is_counted_with_it(run: Run, here: Path) -> None:
+    numbers = torch.tensor(LARGE[:5] * 24).reshape(2, 60)
+    torch.save({"qkv.weight": numbers, "o.weight": numbers.clone(), "gone": numbers + 1}, "m.pth")
+    Path("r.toml").write_text(
+        "recipe = 1\n[[step]]\ncast = {to = 'f16', overflow = 'clamp'}\n"
+        "[[step]]\nsplit = {from = 'qkv.{p}', to = ['q.{p}', 'k.{p}', 'v.{p}'], dim = 1}\n"
+        "[[step]]\ntranspose = {keys = ['o.weight']}\n[[step]]\ndrop = ['gone']\n"
+    )
+    for name in ("out.pth", "out.safetensors"):
+        line = ["convert", "--recipe", "r.toml", "--json", "m.pth", name]
+        (found,) = run(*line).document["casts"]
+        assert {each["key"] for each in found["losses"]} == {"qkv.weight", "o.weight"}
+        assert found["total"] == {"overflow": 96, "zero": 48, "subnormal": 48}
+        wanted = numbers.clamp(-65504, 65504).half()
+        got = read(here / name, {})
+        assert torch.equal(
+            torch.cat([got["q.weight"], got["k.weight"], got["v.weight"]], 1), wanted
+        )
+        assert torch.equal(got["o.weight"], wanted.t())
 
 
 # Quantized weights.
