@@ -101,18 +101,18 @@ def test_llama_of_meta_becomes_transformers(run: Run, tmp_path: Path, recipe: st
 def llama_shapes(layers: int, groups: int, words: int, hidden: int) -> dict[str, list[int]]:
     """Return the keys and shapes of Meta's files of 4096 columns."""
     names = {
-        **dict.fromkeys(("attention.wq", "attention.wo"), [4096, 4096]),
-        **dict.fromkeys(("attention.wk", "attention.wv"), [128 * groups, 4096]),
-        **dict.fromkeys(("feed_forward.w1", "feed_forward.w3"), [hidden, 4096]),
+        **{name: [4096, 4096] for name in ("attention.wq", "attention.wo")},
+        **{name: [128 * groups, 4096] for name in ("attention.wk", "attention.wv")},
+        **{name: [hidden, 4096] for name in ("feed_forward.w1", "feed_forward.w3")},
         "feed_forward.w2": [4096, hidden],
-        **dict.fromkeys(("attention_norm", "ffn_norm"), [4096]),
+        **{name: [4096] for name in ("attention_norm", "ffn_norm")},
     }
     shapes = {
         f"layers.{number}.{name}.weight": shape
         for number in range(layers)
         for name, shape in names.items()
     }
-    ends = dict.fromkeys(("tok_embeddings.weight", "output.weight"), [words, 4096])
+    ends = {name: [words, 4096] for name in ("tok_embeddings.weight", "output.weight")}
     return {**shapes, **ends, "norm.weight": [4096]}
 
 
