@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ckptool.state import edits as edits
     from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
     from ckptool.state.edits import Edit as Edit
+    from ckptool.state.recipes import Recipe as Recipe
     from ckptool.tensors.tensor import TensorInfo as TensorInfo
     from ckptool.verbs.api import (
         add_prefix as add_prefix,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         unwrap as unwrap,
         verify as verify,
     )
+    from ckptool.verbs.casting import Cast as Cast
     from ckptool.verbs.checking import Checked as Checked, Status as Status
     from ckptool.verbs.combining import Averaged as Averaged
     from ckptool.verbs.compare import Change as Change, Difference as Difference
@@ -60,11 +62,13 @@ _PUBLIC = {
             "add_prefix average check convert diff download info keys strip_prefix transfer unwrap "
             "verify"
         ),
+        "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
         "ckptool.verbs.combining": "Averaged",
         "ckptool.verbs.compare": "Change Difference",
         "ckptool.state.edits": "Edit edits",
+        "ckptool.state.recipes": "Recipe",
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",
         "ckptool.containers": "read",
         "ckptool.files.budget": "max_memory",

@@ -26,6 +26,7 @@ from ckptool.tensors.tensor import (
     coalesced,
     contiguous_stride,
     is_contiguous,
+    needs_swap,
     span,
     view_stride,
 )
@@ -90,7 +91,8 @@ def shaped(value: TensorInfo, shape: Sequence[int]) -> TensorInfo:
         stride = view_stride(each.shape, each.stride, shape) if each else None
         if each and stride is not None:
             return replace(each, shape=shape, stride=stride, origin=None)
-    return replace(_copied(value), shape=shape, stride=contiguous_stride(shape))
+    copy = _copied(value, value.storage.byteorder)
+    return replace(copy, shape=shape, stride=contiguous_stride(shape))
 
 
 def joined(parts: Sequence[TensorInfo], dim: int) -> TensorInfo:
@@ -135,6 +137,14 @@ def taken(value: TensorInfo, dim: int, ranges: Sequence[tuple[int, int]]) -> Ten
     return joined(parts, dim) if parts else part(value, dim, 0, 0)
 
 
+def in_order(value: TensorInfo) -> TensorInfo:
+    """Return the same elements, contiguous, little-endian and with nothing pending."""
+    swapped = needs_swap(value.storage, value.dtype.swap)
+    if is_contiguous(value.shape, value.stride) and not value.lazy and not swapped:
+        return value
+    return _copied(value, "little")
+
+
 def own(value: TensorInfo) -> TensorInfo:
     """Return the same elements, contiguous, in a storage that holds nothing else.
 
@@ -148,7 +158,7 @@ def own(value: TensorInfo) -> TensorInfo:
             return cut(value, value.storage.key)
     if value.dtype.quantized:
         raise ValueError(f"{value.dtype.label} is read with a quantizer: it cannot be copied")
-    return _copied(value)
+    return _copied(value, value.storage.byteorder)
 
 
 def cut(value: TensorInfo, key: str) -> TensorInfo:
@@ -227,23 +237,28 @@ def _chunks(value: TensorInfo) -> tuple[Chunk, ...]:
 
 
 def _assembled(shape: tuple[int, ...], chunks: Sequence[Chunk], like: TensorInfo) -> TensorInfo:
-    """Return a tensor that chunks fill; the source of the only one, where it is one."""
+    """Return a tensor that chunks fill; the source of the only one, where it is one.
+
+    It has the byte order of its chunks where they have one.
+    """
     if len(chunks) == 1:
         return replace(chunks[0].source, requires_grad=like.requires_grad, origin=None)
-    return _chunked(shape, chunks, like)
-
-
-def _chunked(shape: tuple[int, ...], chunks: Sequence[Chunk], like: TensorInfo) -> TensorInfo:
-    """Return a contiguous tensor of chunks, with nothing pending, in their byte order if one."""
-    storage = _storage([like], shape, like.dtype, Packing.CHUNKED)
     orders = {each.source.storage.byteorder for each in chunks} or {like.storage.byteorder}
-    storage.byteorder = orders.pop() if len(orders) == 1 else "little"
+    return _chunked(shape, chunks, like, orders.pop() if len(orders) == 1 else "little")
+
+
+def _chunked(
+    shape: tuple[int, ...], chunks: Sequence[Chunk], like: TensorInfo, byteorder: str
+) -> TensorInfo:
+    """Return a contiguous tensor of chunks, with nothing pending."""
+    storage = _storage([like], shape, like.dtype, Packing.CHUNKED)
+    storage.byteorder = byteorder
     storage.chunked = Chunked(shape, like.dtype.itemsize, tuple(chunks))
     stride = contiguous_stride(shape)
     return TensorInfo(like.dtype, shape, stride, storage, requires_grad=like.requires_grad)
 
 
-def _copied(value: TensorInfo) -> TensorInfo:
+def _copied(value: TensorInfo, byteorder: str) -> TensorInfo:
     """Return the same elements, contiguous and with nothing pending, in a storage of their own."""
     if value.lazy and not can_resolve(value.dtype, value.lazy):
         raise ValueError(f"a pending operation that torch does not do on {value.dtype.label}")
@@ -251,7 +266,7 @@ def _copied(value: TensorInfo) -> TensorInfo:
     if made is None:
         source = _beneath(value) or value
         chunks = [Chunk((0,) * len(source.shape), source)] if value.nbytes else []
-        made = _chunked(source.shape, chunks, value)
+        made = _chunked(source.shape, chunks, value, byteorder)
     return replace(made, shape=value.shape, stride=contiguous_stride(value.shape))
 
 
@@ -395,9 +410,16 @@ def leaves(value: TensorInfo) -> Iterator[TensorInfo]:
 
 
 def stored(storage: Storage) -> Iterator[Storage]:
-    """Iterate over the storages in files that a computed one is made of, or the storage itself."""
-    if storage.computed is None:
+    """Iterate over the storages in files that a storage is made of, or the storage itself."""
+    below = arguments(storage)
+    if not below and storage.computed is None:
         yield storage
-        return
-    for value in storage.computed.args:
+    for value in below:
         yield from stored(value.storage)
+
+
+def has_numbers(storage: Storage) -> bool:
+    """Return whether elements of a storage are computed or gathered, as numpy does it."""
+    below = arguments(storage)
+    odd = any(each.lazy or not is_contiguous(each.shape, each.stride) for each in below)
+    return odd or storage.computed is not None or any(has_numbers(each.storage) for each in below)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from ckptool.errors import Overflow
-from ckptool.files.copying import Job, Progress
+from ckptool.files.copying import Copy, Progress
 from ckptool.state.casting import Casting
 from ckptool.tensors import numbers
 from ckptool.tensors.casting import Rounding, growth
@@ -138,19 +138,18 @@ def _refuse(casting: Casting, cast: Cast) -> None:
         for key, number in sorted(lost.items(), key=lambda pair: -pair[1])
     ]
     more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
-    ways = f"or --overflow inf, or --dtype {_WIDER.get(casting.target, DType.BF16).label.lower()}"
-    if casting.target is DType.F8_E4M3:
-        ways = "or --dtype bf16"
+    wider = _WIDER.get(casting.target, DType.BF16).label.lower()
+    inf = "" if casting.target is DType.F8_E4M3 else ", inf infinite"
     raise Overflow(
         f"{counted(total, 'value')} in {counted(len(lost), 'tensor')} would be beyond the largest "
         f"{label}, {largest:g}; nothing was written",
         evidence=[*rows[:SHOWN], *more],
-        option="--overflow clamp",
-        hint=f"makes them that; {ways}",
-    )
+        option="" if casting.where else "--overflow clamp",
+        hint=f"clamp makes them that{inf}; {wider} holds them",
+    ).within(casting.where)
 
 
-def saved(jobs: Iterable[Job]) -> int:
+def saved(jobs: Iterable[Copy]) -> int:
     """Count the bytes that casts save in what jobs write; less than none, where they add some."""
     sizes = ((job.nbytes, growth(job.storage)) for job in jobs if job.target is not None)
     return sum(round(nbytes * times) - nbytes for nbytes, times in sizes)

@@ -18,12 +18,12 @@ from ckptool import containers
 from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, OutputExists, WriteError
 from ckptool.files import budget, fileio, publish
-from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
+from ckptool.files.copying import Begin, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import Count, Edit
+from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
@@ -87,6 +87,7 @@ class Rewrite:
     tensors: int = 0
     said: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
+    remade: tuple[str, ...] = ()
     module: str = ""
     shards: tuple[Shard, ...] = ()
     casts: tuple[Cast, ...] = ()
@@ -185,7 +186,7 @@ def rewrite(
     publish.refuse_full(place, laid.output.nbytes)
     if options.dry_run:
         return result
-    if any(isinstance(job, Compute) or job.storage.computed for job in laid.output.jobs):
+    if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
     meant = (laid.tensors, laid.output.nbytes)
     check = partial(_check, plan, accept, place, *meant, options.in_place)
@@ -428,7 +429,7 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     if options.allow_expand:
         return
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
-    read = (each for job in output.jobs for each in values.stored(job.storage))
+    read = (each for job in output.jobs for each in {*values.stored(job.storage)})
     inflated = sum(each.nbytes for each in read if each.packing is not Packing.PLAIN)
     available = readable(checkpoint.nbytes)
     nbytes = output.nbytes + casting.saved(output.jobs)
@@ -460,6 +461,7 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         map=plan.key_map.pairs,
         said=plan.key_map.said,
         counts=plan.key_map.counts,
+        remade=_rearranged(plan.key_map),
         dropped=tuple(plan.dropped),
         written=len(plan.key_map.written) + plan.added,
         added=plan.added,
@@ -475,6 +477,12 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         shards=laid.shards,
         casts=tuple(map(casting.planned, plan.key_map.casts)),
     )
+
+
+def _rearranged(key_map: KeyMap) -> tuple[str, ...]:
+    """Return the keys that hold their tensor with its elements in another order or shape."""
+    same = (old for old, new in key_map.pairs if old == new)
+    return tuple(old for old in same if old in key_map.remade)
 
 
 def _tied(plan: Plan) -> set[str]:
@@ -534,11 +542,7 @@ def _stored(tree: Node) -> Iterator[Storage]:
     """Yield the storages that tensors are in, those of chunks for a chunked one."""
     for _, tensor in walk.tensors(tree):
         for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
-            chunks = part.storage.chunked.chunks if part.storage.chunked else ()
-            if chunks:
-                yield from (chunk.source.storage for chunk in chunks)
-            else:
-                yield from values.stored(part.storage)
+            yield from values.stored(part.storage)
 
 
 def _is_moved(storage: Storage, moved: Moved) -> bool:

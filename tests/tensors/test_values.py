@@ -119,7 +119,7 @@ def written(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         return dict(load_file(path))
     if (path / ".metadata").exists():
         empty: dict[str, Any] = {key: torch.empty_like(value) for key, value in state.items()}
-        load_dcp(empty, storage_reader=FileSystemReader(path), no_dist=True)
+        load_dcp(empty, storage_reader=FileSystemReader(path))
         return empty
     return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
