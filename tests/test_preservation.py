@@ -450,7 +450,14 @@ def expected_metadata(name: str, kind: str) -> dict[str, Any]:
         new = module(path)
         if new not in made or new != path:  # a wrapper's own entry gives way
             made[new] = entry
+        homes = {(move(key) or "").rpartition(".")[0] for key in inside if module_of(key) == path}
+        for home in homes - made.keys():  # whose tensors are of this version
+            made[home] = dict(entry)
     return made
+
+
+def module_of(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 # Doing it.

@@ -553,6 +553,12 @@ def test_one_text_is_one_pattern_everywhere() -> None:
     assert changed == ["10.weight"]
     found = ckptool.verify("seq.pth", "seq.pth", net, devices="cpu", input_shapes="3,2")
     assert len(found.runs) == 1
+    ckptool.convert("seq.pth", "g.pth", dtype="bf16", dtype_only="10", dtype_except="10.bias")
+    halves = [key for key, info in ckptool.keys("g.pth").entries if info.dtype.name == "BF16"]
+    assert halves == ["10.weight"]
+    Path("1.toml").write_text("recipe = 1\n[[step]]\nrename = [['10', '12']]", encoding="utf-8")
+    named = ckptool.diff("seq.pth", "seq.pth", recipe="1.toml").to_dict()["only_left"]
+    assert named == ["12.weight", "12.bias"]
     assert ckptool.average("seq.pth", "e.pth").rewrite.written == len(names)
 
 
@@ -560,7 +566,7 @@ def test_every_keyword_that_takes_several_takes_one_text() -> None:
     """A new keyword that takes several must be in the test above."""
     tried = {
         "select", "drop", "keep", "devices", "input_shapes", "patterns", "only", "except_",
-        "unwanted", "drop_beside", "sources",
+        "unwanted", "drop_beside", "sources", "dtype_only", "dtype_except", "recipe",
         "prefix", "ignore_prefix",
     }  # fmt: skip
     functions = [getattr(ckptool, name) for name in ckptool.__all__]

@@ -301,7 +301,7 @@ def rekeyed(
         paths = edits.rekey_modules(list(metadata), whole, edit)
         fresh = {"version": 1}
         moved._metadata = OrderedDict(  # type: ignore[attr-defined]
-            (new, fresh if old is None else metadata[old]) for old, new in paths
+            (new, dict(fresh if old is None else metadata[old])) for old, new in paths
         )
     return moved, key_map
 

@@ -482,7 +482,7 @@ def _after(change: Change, now: Mapping[str, _Entry], source: str) -> dict[str, 
     for sources, new, value in change.moves:
         before = [now[key] for key in sources]
         olds = dict.fromkeys(old for each in before for old in each.olds)
-        if new == "" and "" not in sources:
+        if new == "" and "" not in olds:
             raise EditError(f"the key {sources[0]} would have no name left")
         if new in after:
             first, second = after[new].olds[0], next(iter(olds))
@@ -526,7 +526,7 @@ def rekey_modules(
     moved: dict[str, str | None] = {}
     for path in paths:
         places = homes.get(path) or _moved(path, edit)
-        for place in places:
+        for place in sorted(places, key=lambda place: place != path):
             if path in had and place not in filled:
                 continue
             if place not in moved or place != path:

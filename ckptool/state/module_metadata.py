@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ckptool.pickles.tree import Dict, Node, Object, attribute
+from ckptool.pickles.tree import Dict, Node, Object, attribute, items
 from ckptool.state import checkpoint as places, edits, replacing
 from ckptool.state.edits import KeyEdit, KeyMap
 
@@ -28,7 +28,13 @@ def rekeyed(metadata: Node, key_map: KeyMap, edit: KeyEdit) -> Node:
     old_entries = dict(pairs)
     moved = edits.rekey_modules(list(old_entries), key_map, edit)
     fresh = Dict([("version", 1)])  # as nn.Module.state_dict writes for nn.DataParallel
-    entries = {new: fresh if old is None else old_entries[old] for old, new in moved}
+    entries: dict[str, Node] = {}
+    used = set()
+    for old, new in moved:
+        entry = fresh if old is None else old_entries[old]
+        again = old in used and items(entry) is not None
+        entries[new] = replacing.with_pairs(entry, list) if again else entry
+        used.add(old)
     return replacing.make_state_dict(entries, None, metadata)
 
 
