@@ -216,8 +216,7 @@ def _compute(
     for at in range(0, count, most):
         few, made = min(most, count - at), []
         for number, value in enumerate(args):
-            room: Any = np.empty(few * value.dtype.itemsize, "u1")  # not cleared, as a bytearray is
-            block = memoryview(room)
+            block = np.empty(few * value.dtype.itemsize, "u1").data
             read_elements(value, first + at, block, readers, ahead, len(args))
             if found[number]:
                 checksums[number] = crc32(block, checksums[number])

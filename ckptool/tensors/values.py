@@ -262,7 +262,7 @@ def _copied(value: TensorInfo, byteorder: str) -> TensorInfo:
     """Return the same elements, contiguous and with nothing pending, in a storage of their own."""
     if value.lazy and not can_resolve(value.dtype, value.lazy):
         raise ValueError(f"a pending operation that torch does not do on {value.dtype.label}")
-    made = _recomputed(value)
+    made = _recomputed(value) if value.storage.byteorder == byteorder else None
     if made is None:
         source = _beneath(value) or value
         chunks = [Chunk((0,) * len(source.shape), source)] if value.nbytes else []
@@ -287,6 +287,7 @@ def _recomputed(value: TensorInfo) -> TensorInfo | None:
         for each in below.args
     ]
     made = computed(below.kernel, args, value.dtype)
+    made.storage.byteorder = value.storage.byteorder
     return replace(made, requires_grad=value.requires_grad)
 
 
