@@ -90,7 +90,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option(
         "--to",
         type=_Containers(["torch", "safetensors", "dcp"]),
-        help="Output format, whatever the suffix; dcp (a folder): convert only.",
+        help="Output format, whatever the suffix; dcp (a folder): convert, average.",
     ),
     click.option(
         "--drop-beside",

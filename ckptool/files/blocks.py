@@ -207,6 +207,8 @@ def _compute(
     if not args:
         view[:] = computed.kernel(start, start + len(view))
         return []
+    import numpy as np
+
     first, count = start // size, len(view) // size
     found = [part_of(value, first, count) for value in args]
     checksums = [0] * len(args)
@@ -214,7 +216,7 @@ def _compute(
     for at in range(0, count, most):
         few, made = min(most, count - at), []
         for number, value in enumerate(args):
-            block = memoryview(bytearray(few * value.dtype.itemsize))
+            block = np.empty(few * value.dtype.itemsize, "u1").data
             read_elements(value, first + at, block, readers, ahead, len(args))
             if found[number]:
                 checksums[number] = crc32(block, checksums[number])

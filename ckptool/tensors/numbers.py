@@ -199,7 +199,7 @@ def _about(dtype: DType) -> Any:
     return finfo(_kind(dtype))
 
 
-SLICE = 1 << 14  # numbers that are summed at once: the doubles of two fit a second-level cache
+SLICE = 1 << 15  # numbers that are summed at once: what is made of them fits a second-level cache
 
 
 def mean(

@@ -10,7 +10,7 @@ from math import fsum, isfinite
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.errors import EditError, Overflow, SameFile
+from ckptool.errors import EditError, NoSuchKey, Overflow, SameFile
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import Begin, no_progress
 from ckptool.files.fileio import Readers
@@ -94,7 +94,7 @@ def average(
         raise EditError("--in-place replaces one file, and an average has several: name an output")
     inputs = [containers.read(source) for source in sources]
     names = tuple(each.path for each in inputs)
-    others = [places.find(each, options.at) for each in inputs[1:]]
+    _, *others = (_found(each, options.at) for each in inputs)
     done: list[Averaging] = []
 
     def change(entries: Entries) -> Change:
@@ -124,6 +124,18 @@ def average(
     )
     last = {what: tuple(keys) for what, keys in made.last.items()}
     return Averaged(result, names, factors, tuple(made.sums), last, made.apart)
+
+
+def _found(checkpoint: Checkpoint, at: str | None) -> StateDict:
+    """Return the state_dict at a place, which must be the same in all files."""
+    try:
+        return places.find(checkpoint, at)
+    except NoSuchKey as error:
+        raise NoSuchKey(
+            error.message,
+            evidence=error.evidence,
+            hint="--at is for all inputs: ckptool unwrap --at NAME IN OUT   takes it out of one",
+        ) from error
 
 
 def _factors(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

@@ -1,12 +1,13 @@
 """Make the benchmark's files with torch, and do with torch what ckptool does without it.
 
 run.py starts this as a process of its own, so that torch is never in the memory of the process
-that measures. `strip`, `convert` and `cast` leave the seconds of their work, without the import of
-torch, in the SECONDS_FILE.
+that measures. `strip`, `convert`, `cast`, `load` and `average` leave the seconds of their work,
+without the import of torch, in the SECONDS_FILE.
 
 usage: python with_torch.py make FILE NBYTES | keys FILE COUNT | experts FILE COUNT
        python with_torch.py strip IN OUT SECONDS_FILE | convert IN OUT SECONDS_FILE
        python with_torch.py cast IN OUT SECONDS_FILE DTYPE
+       python with_torch.py load SECONDS_FILE IN ... | average SECONDS_FILE OUT IN ...
 """
 
 import sys
@@ -155,6 +156,28 @@ def cast(source: str, target: str, dtype: torch.dtype) -> None:
     torch.save(checkpoint, target)
 
 
+def load(sources: list[str]) -> None:
+    """Read checkpoints, one after the other."""
+    for source in sources:
+        torch.load(source, weights_only=True, map_location="cpu")
+
+
+def average(sources: list[str], target: str) -> None:
+    """Write the mean of state_dicts as a script does, one file in memory beside the sum."""
+    first, *others = sources
+    checkpoint = torch.load(first, weights_only=True, map_location="cpu")
+    state = checkpoint["state_dict"]
+    for source in others:
+        other = torch.load(source, weights_only=True, map_location="cpu")["state_dict"]
+        for key, value in state.items():
+            if value.is_floating_point():
+                value += other[key]
+    for value in state.values():
+        if value.is_floating_point():
+            value /= len(sources)
+    torch.save(state, target)
+
+
 def stripped(checkpoint: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the state_dict with `module.` taken off its keys."""
     return {key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()}
@@ -176,6 +199,14 @@ def main(arguments: list[str]) -> None:
         case ["cast", source, target, seconds, dtype]:
             start = time.perf_counter()
             cast(source, target, getattr(torch, dtype))
+            Path(seconds).write_text(repr(time.perf_counter() - start))
+        case ["load", seconds, *sources]:
+            start = time.perf_counter()
+            load(sources)
+            Path(seconds).write_text(repr(time.perf_counter() - start))
+        case ["average", seconds, target, *sources]:
+            start = time.perf_counter()
+            average(sources, target)
             Path(seconds).write_text(repr(time.perf_counter() - start))
         case _:
             sys.exit(__doc__)

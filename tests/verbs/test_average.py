@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ckptool
-from ckptool.errors import EditError, Overflow, WriteError
+from ckptool.errors import EditError, Malformed, Overflow, WriteError
 from ckptool.tensors import numbers
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 
@@ -163,7 +163,7 @@ def test_the_output_is_of_any_container(tmp_path: Path, suffix: str) -> None:
     wanted = mean(states)
     got: dict[str, Any] = {key: torch.empty_like(value) for key, value in wanted.items()}
     if suffix == "/":
-        load_dcp(got, storage_reader=FileSystemReader(out), no_dist=True)
+        load_dcp(got, storage_reader=FileSystemReader(out))
     elif suffix == ".safetensors":
         got = load_file(out)
         assert wanted.keys() - got.keys() == {"embed.weight"}  # tied, and noted in the file
@@ -499,6 +499,28 @@ def test_no_input_is_overwritten(tmp_path: Path, run: Run) -> None:
     assert paths[1].read_bytes() == before
     with pytest.raises(WriteError):
         ckptool.average(paths, paths[0], force=True)
+
+
+def test_damage_in_any_input_is_found(tmp_path: Path) -> None:
+    paths = [save(model(seed), tmp_path / str(seed), "torch") for seed in range(3)]
+    data = bytearray(paths[1].read_bytes())
+    data[data.index(raw(model(1)["head.weight"])) + 5] ^= 1
+    paths[1].write_bytes(data)
+    with pytest.raises(Malformed, match="checksum") as caught:
+        ckptool.average(paths, tmp_path / "out.pth")
+    assert str(caught.value.path) == str(paths[1])
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_many_inputs_are_read_a_little_at_a_time(tmp_path: Path) -> None:
+    """Of forty tensors of one storage each, blocks of a hundred kilobytes are summed."""
+    states = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        states.append({"w": torch.randn(300, 1000).half(), "d": torch.randn(7).double()})
+    paths = [save(state, tmp_path / str(n), "torch") for n, state in enumerate(states)]
+    ckptool.average(paths, tmp_path / "out.pth")
+    equal(torch.load(tmp_path / "out.pth"), mean(states))
 
 
 def test_what_would_run_code_is_carried_by_no_average(

@@ -37,6 +37,7 @@ LINES = {
     "convert_sharded": "convert --max-shard-size 300 plain.pth out",
     "transfer": "transfer model_best.pth.tar out.pth",
     "transfer_like": "transfer model_best.pth.tar out.pth --like flowers.safetensors",
+    "average": "average --weights 1,0.5 model_best.pth.tar plain.pth out.pth",
     "info": "info model_best.pth.tar",
     "info_several": "info dino.pth",
     "info_foreign": "info foreign.pth",

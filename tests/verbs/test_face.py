@@ -268,6 +268,7 @@ def test_results_print_in_a_line(files: Path) -> None:
         ckptool.diff("plain.pth", "flowers.safetensors"),
         ckptool.unwrap("model_best.pth.tar", "out.pth"),
         ckptool.transfer("model_best.pth.tar", "fit.pth", like="flowers.safetensors"),
+        ckptool.average(["model_best.pth.tar", "plain.pth"], "mean.pth"),
     ]
     for result in results:
         assert len(repr(result)) < 200, repr(result)[:300]
@@ -297,6 +298,10 @@ VERBS: dict[str, tuple[str, Callable[[], Any]]] = {
     "unwrap": (
         "unwrap -n model_best.pth.tar out.pth",
         lambda: ckptool.unwrap("model_best.pth.tar", "out.pth", dry_run=True),
+    ),
+    "average": (
+        "average -n plain.pth model_best.pth.tar mean.pth",
+        lambda: ckptool.average(["plain.pth", "model_best.pth.tar"], "mean.pth", dry_run=True),
     ),
     "transfer": (
         "transfer -n model_best.pth.tar out.pth --like flowers.safetensors",
