@@ -33,6 +33,7 @@ GROUPS = {
     "Look": ("info", "keys", "check", "diff"),
     "Models": ("download", "verify"),
     "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "recipe"),
+    "Combine": ("average",),
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",
