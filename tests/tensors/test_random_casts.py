@@ -49,7 +49,8 @@ def same(got: Any, wanted: Any) -> bool:
         return False
     if not got.numel():
         return True
-    one, other = (each.detach().contiguous().reshape(-1) for each in (got, wanted))
+    plain = torch.contiguous_format  # of a single element, `contiguous` keeps any stride
+    one, other = (each.detach().clone(memory_format=plain).reshape(-1) for each in (got, wanted))
     if not wanted.is_floating_point():
         return one.view(torch.uint8).tolist() == other.view(torch.uint8).tolist()
     nan = other.double().isnan()
