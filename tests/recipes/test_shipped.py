@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from journeys import SHIPPED, Run, answer, close, convert, resized, there_and_back
+from journeys import SHIPPED, Run, answer, close, convert, resized, same, there_and_back
 from torch import nn
 
 LISTS = json.loads((Path(__file__).parent / "lists.json").read_text(encoding="utf-8"))
@@ -46,6 +46,16 @@ def test_torchvision_vit_becomes_timms_and_transformers(run: Run, tmp_path: Path
     last = there_and_back(run, tmp_path, state, "torchvision-vit-to-timm", "timm-vit-to-hf")
     listed(tmp_path / "1.pth", "timm vit")
     listed(last, "hf vit")
+
+
+def test_two_recipes_in_one_command(run: Run, tmp_path: Path) -> None:
+    """In the order given: the way back names the last one first."""
+    state = tiny.shaken(tiny.torchvision_vit()).state_dict()
+    torch.save(state, tmp_path / "in.pth")
+    first, second = (("--recipe", name) for name in ("torchvision-vit-to-timm", "timm-vit-to-hf"))
+    out = convert(run, tmp_path / "in.pth", tmp_path / "out.safetensors", *first, *second)
+    back = convert(run, out, tmp_path / "back.pth", *second, *first, "--reverse")
+    same(torch.load(back, weights_only=True), state, ordered=True)
 
 
 def test_older_files_of_torchvision_have_other_names(run: Run, tmp_path: Path) -> None:
