@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from ckptool.errors import Overflow
+from ckptool.errors import FormatError, Overflow
 from ckptool.files.copying import Copy, Progress
-from ckptool.state.casting import Casting
+from ckptool.state import checkpoint as places, walk
+from ckptool.state.casting import OVERFLOW, Casting, cast as cast_entries
+from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors import numbers
 from ckptool.tensors.casting import Rounding, growth
 from ckptool.tensors.counts import Losses
@@ -40,6 +42,20 @@ class Cast:
     total: Losses | None = None
     skipped: tuple[str, ...] = ()
 
+    @property
+    def overflows(self) -> bool:
+        """Check whether a number would become infinite."""
+        return bool(self.total and self.total.overflow)
+
+    def lines(self) -> list[str]:
+        """Count in words what each tensor loses, those that overflow first."""
+        rows = sorted(self.losses.items(), key=lambda row: -row[1].overflow)
+        counts = ((key, asdict(each).items()) for key, each in rows)
+        return [
+            f"{key} as {self.to}: {', '.join(f'{count} {what}' for what, count in each if count)}"
+            for key, each in counts
+        ]
+
     def lost(self, verb: str) -> str:
         """Count in words the values that became, or would become, another kind of number."""
         total = self.total or Losses()
@@ -70,7 +86,20 @@ def planned(casting: Casting) -> Cast:
     return Cast(label, casting.overflow, count, kept, casting.quantized, casting.scales)
 
 
-def read(casting: Casting, progress: Progress) -> Cast:
+def of_checkpoint(checkpoint: Checkpoint, target: DType) -> Casting | None:
+    """Return the cast of the one state_dict, of all tensors where there is not one.
+
+    None where none can be found, which other checks say.
+    """
+    try:
+        state = places.find_or_none(checkpoint)
+        entries = state.entries if state else dict(walk.named(checkpoint.tree))
+    except FormatError:
+        return None
+    return cast_entries(entries, target, entries.keys(), OVERFLOW[0])
+
+
+def losses(casting: Casting, progress: Progress) -> Cast:
     """Describe what a cast would lose, by reading all that it is made of."""
     before = {key: pair[0] for key, pair in casting.tensors.items()}
     return _described(casting, *_counted(before, casting.target, progress))
@@ -80,13 +109,14 @@ def written(casting: Casting) -> Cast:
     """Describe a cast whose jobs are done; raises `Overflow` where that is refused.
 
     What is one view of a storage was counted with it, if each element was computed once. Of others,
-    those that lost anything are read again.
+    those that lost anything are read again, or where that would take for ever, count for the whole.
     """
     views: dict[Storage, set[tuple[object, ...]]] = {}
     for _, after in casting.tensors.values():
         views.setdefault(after.storage, set()).add(after.view)
     known: dict[str, Losses] = {}
     again: dict[str, TensorInfo] = {}
+    all_of: dict[str, Losses] = {}
     for key, (before, after) in casting.tensors.items():
         kernel = after.storage.computed.kernel if after.storage.computed else None
         if not isinstance(kernel, Rounding) or kernel.losses == Losses():
@@ -95,8 +125,9 @@ def written(casting: Casting) -> Cast:
         if once and _is_whole(after):
             known[key] = kernel.losses
         else:
-            again[key] = before
+            again[key], all_of[key] = before, kernel.losses
     found, skipped = _counted(again, casting.target, lambda nbytes: None)
+    known |= {key: all_of[key] for key in skipped}
     cast = _described(casting, {**known, **found}, skipped)
     if casting.overflow == "refuse":
         _refuse(casting, cast)
@@ -120,10 +151,10 @@ def _counted(
 
 
 def _described(casting: Casting, counts: Mapping[str, Losses], skipped: tuple[str, ...]) -> Cast:
-    losses = {key: counts[key] for key in casting.tensors if counts.get(key, Losses()) != Losses()}
-    by_view = {casting.tensors[key][0].view: each for key, each in losses.items()}
+    lost = {key: counts[key] for key in casting.tensors if counts.get(key, Losses()) != Losses()}
+    by_view = {casting.tensors[key][0].view: each for key, each in lost.items()}
     total = sum(by_view.values(), start=Losses())
-    return replace(planned(casting), losses=losses, total=total, skipped=skipped)
+    return replace(planned(casting), losses=lost, total=total, skipped=skipped)
 
 
 def _refuse(casting: Casting, cast: Cast) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -45,10 +45,9 @@ from ckptool.state.casting import Casting
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.counts import Tally
-from ckptool.tensors.dtype import DType
 from ckptool.text import argument, counted, listed, readable, visible
 from ckptool.verbs import indices
-from ckptool.verbs.casting import Cast, read as read_losses
+from ckptool.verbs.casting import Cast, losses, of_checkpoint
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.survey import unused_nbytes
 
@@ -58,6 +57,7 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 MAX_CALLS = 100  # dangerous calls that are listed
 BYTES_UNSEEN = "whether bytes of tensors changed"
 SHOWN = 3  # problems in a line
+NOTHING_LOST = "no value would become infinite, zero or subnormal"
 MAX_LINES = 40  # tensors of which a cast would lose values
 
 
@@ -211,7 +211,7 @@ def check(
             _hash(file, said, sha256, found, progress)
         return _unreadable(file, error, found, strict=strict)
     hashed = bool(sha256 or said)
-    cast = None if target is None else _cast_of(checkpoint, target)
+    cast = None if target is None else of_checkpoint(checkpoint, target)
     step = progress(_work(checkpoint, cast, finite=finite, hashed=hashed))
     _structure(checkpoint, found)
     _checksums(checkpoint, found, step)
@@ -315,17 +315,10 @@ def _floats(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
         found.not_checked.append(f"{what}: {listed(floats.skipped)}")
 
 
-def _cast_of(checkpoint: Checkpoint, target: DType) -> Casting:
-    """Return the cast of the one state_dict, of all tensors where there is not one."""
-    state = places.find_or_none(checkpoint)
-    entries = state.entries if state else dict(walk.named(checkpoint.tree))
-    return casting.cast(entries, target, entries.keys(), casting.OVERFLOW[0])
-
-
 def _losses(checkpoint: Checkpoint, cast: Casting, found: _Findings, step: Progress) -> None:
     """Count what a cast would make infinite, zero or subnormal."""
     try:
-        found.cast = read_losses(cast, step)
+        found.cast = losses(cast, step)
     except Malformed as error:
         found.problems.append(_without_path(error, checkpoint.path))
         return
@@ -334,21 +327,11 @@ def _losses(checkpoint: Checkpoint, cast: Casting, found: _Findings, step: Progr
     if found.cast.skipped:
         what = f"a cast to {label} of views that overlap many times over"
         found.not_checked.append(f"{what}: {listed(found.cast.skipped)}")
-    lost = found.cast.lost("would become")
-    nothing = "no value would become infinite, zero or subnormal"
-    overflows = any(each.overflow for each in found.cast.losses.values())
-    said = found.problems if overflows else found.answers
-    said.append(f"as {label}, {lost or nothing}")
-    rows = sorted(found.cast.losses.items(), key=lambda row: -row[1].overflow)
-    counts = ((key, asdict(each).items()) for key, each in rows)
-    lines = [
-        f"{key} as {label}: {', '.join(f'{count} {what}' for what, count in each if count)}"
-        for key, each in counts
-    ]
-    more = len(lines) - MAX_LINES
-    found.notes += lines[:MAX_LINES] + (
-        [f"and {more} more (--json lists them)"] if more > 0 else []
-    )
+    said = found.problems if found.cast.overflows else found.answers
+    said.append(f"as {label}, {found.cast.lost('would become') or NOTHING_LOST}")
+    lines, more = found.cast.lines(), len(found.cast.losses) - MAX_LINES
+    found.notes += lines[:MAX_LINES]
+    found.notes += [f"and {more} more (--json lists them)"] if more > 0 else []
 
 
 def _counts(here: Tally) -> str:

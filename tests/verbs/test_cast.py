@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Outcome, step
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
@@ -315,6 +315,25 @@ def test_check_as_says_whether_a_cast_would_overflow(run: Run, here: Path) -> No
     assert run("check", "--as", "int8", "large.pth").code == 2
     document = run("check", "--json", "large.pth").document
     assert document["files"][0]["cast"] is None
+
+
+def test_check_as_judges_every_file_that_check_judges(run: Run, hostile: Path) -> None:
+    for path in sorted(hostile.iterdir())[:: step(7)]:
+        plain, cast = (
+            run("check", "--json", *line, path).document for line in ([], ["--as", "f16"])
+        )
+        before, after = plain["files"][0], cast["files"][0]
+        assert after["status"] in (before["status"], "damaged")
+
+
+def test_views_that_overlap_for_ever_count_for_the_whole(run: Run, here: Path) -> None:
+    whole = torch.ones(1 << 16)
+    whole[7] = 1e9
+    state = {f"{n}": whole.as_strided((300, 60_000 - n), (1, 1)) for n in range(4)}
+    torch.save(state, "views.pth")
+    done = run("convert", "--dtype", "f16", "views.pth", "out.pth")
+    assert done.code == 1
+    assert "in 4 tensors" in done.err
 
 
 def test_attributes_of_tensors_that_are_cast_are_named(run: Run, here: Path) -> None:
