@@ -204,7 +204,7 @@ def _compute(
     first, count = start // computed.itemsize, len(view) // computed.itemsize
     args, parts = [], list[Part]()
     for value in computed.args:
-        block = memoryview(np.empty(count * value.dtype.itemsize, "u1"))
+        block = np.empty(count * value.dtype.itemsize, "u1").data
         parts += _read(value, first, block, readers, ahead, len(computed.args))
         _settle(value, block)
         args.append(block)
