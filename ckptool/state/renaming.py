@@ -39,6 +39,8 @@ class Rule:
             return "a regular expression has no way back"
         if self.old.count("*") != self.new.count("*"):
             return "what `*` holds is not in NEW"
+        if unclear := template(self.new).unclear:
+            return f"`{unclear}` does not say where the first ends"
         lost = set(template(self.old).fields) - set(template(self.new).fields)
         return f"what {{{min(lost)}}} holds is not in NEW" if lost else ""
 
