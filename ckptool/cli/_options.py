@@ -258,7 +258,6 @@ def tell(
     """Print the document, the plan or the talk of a rewrite, with other `counts` than its own."""
     from ckptool.cli import report
 
-    counts = counts or report.counts_line(result)
     talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
         talk.put([report.document(document or result.to_dict())])

@@ -212,14 +212,14 @@ def _whereabouts(module: str, at: Sequence[str] | None) -> str:
     return of + (f" at `{visible(walk.dotted(tuple(at)))}`" if at else "")
 
 
-def written_lines(result: Rewrite, counts: str) -> list[str]:
+def written_lines(result: Rewrite, counts: str = "") -> list[str]:
     """Return lines that describe what was written, with counts."""
     if result.dry_run:
-        return [counts]
+        return [counts or counts_line(result)]
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return [f"{visible(result.target)}: {size}", counts]
+    return [f"{visible(result.target)}: {size}", counts or counts_line(result)]
 
 
 def average_lines(result: Averaged) -> list[str]:
@@ -332,7 +332,7 @@ def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
     return lines
 
 
-def plan_lines(result: Rewrite, counts: str) -> list[str]:
+def plan_lines(result: Rewrite, counts: str = "") -> list[str]:
     """Write the plan of a dry run: each change as `- old` and `+ new`, then counts and sizes.
 
     The tensors of a group that becomes another follow each other, with two spaces before one that
@@ -345,7 +345,7 @@ def plan_lines(result: Rewrite, counts: str) -> list[str]:
         for each in result.shards
     ]
     lines += table(rows, right=(1, 2))
-    lines.append(counts)
+    lines.append(counts or counts_line(result))
     free = "unknown" if result.free is None else readable(result.free)
     lines.append(f"{visible(result.target)}: {readable(result.nbytes)} to write, {free} free")
     return lines

@@ -35,6 +35,7 @@ from ckptool.tensors.values import arguments
 AHEAD = 16 << 20  # of what lies apart: what is read with it is read again for the next
 READ = 1 << 20  # at once, to gather from
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
+AT_ONCE = 4 << 20  # of all tensors that elements are made of
 LINE = 64  # bytes of a line of the cache
 STRIP = 512  # rows that are turned at once: so many lines are in the first cache
 
@@ -198,18 +199,30 @@ def _read(
 def _compute(
     view: memoryview, computed: Computed, start: int, readers: Readers, ahead: Ahead
 ) -> list[Part]:
-    """Fill `view` with the elements of a computed storage from the byte `start` on."""
-    import numpy as np
+    """Fill `view` with the elements of a computed storage from the byte `start` on.
 
-    first, count = start // computed.itemsize, len(view) // computed.itemsize
-    args, parts = [], list[Part]()
-    for value in computed.args:
-        block = np.empty(count * value.dtype.itemsize, "u1").data
-        parts += _read(value, first, block, readers, ahead, len(computed.args))
-        _settle(value, block)
-        args.append(block)
-    view[:] = computed.kernel(*args or (start, start + len(view)))
-    return parts
+    Of many tensors, a few elements are read at once.
+    """
+    args, size = computed.args, computed.itemsize
+    if not args:
+        view[:] = computed.kernel(start, start + len(view))
+        return []
+    first, count = start // size, len(view) // size
+    found = [part_of(value, first, count) for value in args]
+    checksums = [0] * len(args)
+    most = max(AT_ONCE // sum(value.dtype.itemsize for value in args), 1)
+    for at in range(0, count, most):
+        few, made = min(most, count - at), []
+        for number, value in enumerate(args):
+            block = memoryview(bytearray(few * value.dtype.itemsize))
+            read_elements(value, first + at, block, readers, ahead, len(args))
+            if found[number]:
+                checksums[number] = crc32(block, checksums[number])
+            _settle(value, block)
+            made.append(block)
+        view[at * size : (at + few) * size] = computed.kernel(*made)
+    pairs = zip(found, checksums, strict=True)
+    return [part._replace(crc32=checksum) for part, checksum in pairs if part]
 
 
 def _place(

@@ -117,8 +117,10 @@ def _kept_whole(states: Sequence[Entries], keys: Sequence[Mapping[str, str]]) ->
     """Return the keys of quantized weights and of scales, which belong together."""
     found: dict[str, str] = {}
     for state, own in zip(states, keys, strict=True):
-        weights, scales = quantized(state)
-        found |= {key: QUANTIZED for key, name in own.items() if name in weights or name in scales}
+        names, firsts = set().union(*quantized(state)), ties(state)
+        names |= {firsts.get(name, name) for name in names}  # what is tied to one stays with it
+        whole = (key for key, name in own.items() if names & {name, firsts.get(name)})
+        found |= dict.fromkeys(whole, QUANTIZED)
     return found
 
 

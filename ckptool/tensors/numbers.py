@@ -199,6 +199,9 @@ def _about(dtype: DType) -> Any:
     return finfo(_kind(dtype))
 
 
+SLICE = 1 << 14  # numbers that are summed at once: the doubles of two fit a second-level cache
+
+
 def mean(
     blocks: Sequence[Block], dtypes: Sequence[DType], weights: Sequence[float], target: DType
 ) -> tuple[memoryview, int]:
@@ -211,24 +214,41 @@ def mean(
 
     part = _PARTS.get(target, target)
     bits = [_bits(*pair) for pair in zip(blocks, dtypes, strict=True)]
+    made: Any = np.empty(len(bits[0]), f"<u{part.itemsize}")
+    room = np.empty((2, min(SLICE, len(made))))
+    kept = sums_to_one(weights) and {*dtypes} == {target}
+    inexact = part is DType.F64 or min(weights) < 0  # arithmetic makes 0.0 of -0.0 - -0.0
+    mask, pattern = map(made.dtype.type, _NOT_FINITE[part])
+    overflow = 0
     with np.errstate(all="ignore"):
-        floats = [_widened(*pair) for pair in zip(bits, dtypes, strict=True)]
-        total = np.multiply(floats[0], weights[0], dtype="f8")
-        scratch = np.empty_like(total)
-        for each, weight in zip(floats[1:], weights[1:], strict=True):
-            np.multiply(each, weight, out=scratch, dtype="f8")
-            total += scratch
-        made = rounded(total, part)
-        usual = np.abs(total, out=scratch).max(initial=0) <= largest(part)  # False for NaN
-        if usual and part is not DType.F64:
-            return made, 0
-        patterns = _bits(made, part)
-        if sums_to_one(weights) and len(set(dtypes)) == 1 and dtypes[0] is target:
-            same = np.logical_and.reduce([bits[0] == each for each in bits])
-            patterns[same] = bits[0][same]
-        finite = np.logical_and.reduce([np.isfinite(each) for each in floats])
-    mask, pattern = map(patterns.dtype.type, _NOT_FINITE[part])
-    return made, int(np.count_nonzero(finite & (patterns & mask == pattern)))
+        for start in range(0, len(made), SLICE):
+            here = slice(start, start + SLICE)
+            parts, out = [each[here] for each in bits], made[here]
+            out[:] = _bits(rounded(_sum(parts, dtypes, weights, room[:, : len(out)]), part), part)
+            odd = out & mask == pattern
+            if kept and (inexact or odd.any()):
+                same = np.logical_and.reduce([parts[0] == each for each in parts])
+                np.copyto(out, parts[0], where=same)
+                odd &= ~same
+            if odd.any():
+                pairs = zip(parts, dtypes, strict=True)
+                finite = [np.isfinite(_widened(*pair)) for pair in pairs]
+                overflow += int(np.count_nonzero(odd & np.logical_and.reduce(finite)))
+    return memoryview(made.view("u1")), overflow
+
+
+def _sum(parts: Sequence[Any], dtypes: Sequence[DType], weights: Sequence[float], room: Any) -> Any:
+    """Return the sum of weighted floats, in the first of two rows of doubles."""
+    import numpy as np
+
+    total, further = room
+    for number, (bits, dtype, weight) in enumerate(zip(parts, dtypes, weights, strict=True)):
+        floats = further if number else total
+        np.copyto(floats, _widened(bits, dtype))
+        floats *= weight
+        if number:
+            total += floats
+    return total
 
 
 def sums_to_one(weights: Sequence[float]) -> bool:
