@@ -12,6 +12,7 @@ and shifts come out right.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,8 @@ class Rule:
             return "a regular expression has no way back"
         if self.old.count("*") != self.new.count("*"):
             return "what `*` holds is not in NEW"
+        if unclear := template(self.new).unclear:
+            return f"`{unclear}` does not say where the first ends"
         lost = set(template(self.old).fields) - set(template(self.new).fields)
         return f"what {{{min(lost)}}} holds is not in NEW" if lost else ""
 
@@ -93,27 +96,29 @@ Find = Callable[[str], tuple[int, str] | None]  # which rule takes a key, from 0
 class Renaming:
     """Rules of one step, ready to be used: a key goes in, its new name comes out.
 
-    A key meets only the rules that begin as it does: their texts before the first field are looked
-    up, and those with the same text are one regular expression.
+    A key meets only the rules of which it has a component, the one that is in fewest rules; those
+    with the same component, or with none, are one regular expression.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
         self._regexes: list[Find] = []
-        begin: dict[str, list[tuple[int, Rule]]] = {}
+        common = Counter(part for rule in self.rules for part in _components(rule))
+        groups: dict[str, list[tuple[int, Rule]]] = {}
         for pair in enumerate(self.rules):
             if pair[1].old.startswith(REGEX):
                 self._regexes.append(_by_regex(*pair))
             else:
-                begin.setdefault(_head(pair[1]), []).append(pair)
-        self._begin = {head: _by_templates(group) for head, group in begin.items()}
-        self._lengths = sorted({len(head) for head in begin})
+                rarest = min(_components(pair[1]), key=common.__getitem__, default="")
+                groups.setdefault(rarest, []).append(pair)
+        self._any = [_by_templates(groups.pop(""))] if "" in groups else []
+        self._having = {part: _by_templates(group) for part, group in groups.items()}
 
     def match(self, key: str) -> tuple[int, str] | None:
         """Return which rule takes a key, from 0 on, and the new key."""
-        begin = (self._begin.get(key[:length]) for length in self._lengths)
-        found = [each for find in (*begin, *self._regexes) if find and (each := find(key))]
-        return min(found, default=None)
+        having = map(self._having.get, set(key.split(".")))
+        finds = (*having, *self._any, *self._regexes)
+        return min((each for find in finds if find and (each := find(key))), default=None)
 
     def __call__(self, key: str) -> str:
         """Return the new name of a key, the same where no rule takes it."""
@@ -121,9 +126,10 @@ class Renaming:
         return found[1] if found else key
 
 
-def _head(rule: Rule) -> str:
-    """Return how every key begins that a rule takes."""
-    return re.split("[{*]", rule.old, maxsplit=1)[0].rstrip(".")
+def _components(rule: Rule) -> set[str]:
+    """Return the components that every key has that a rule takes."""
+    parts = rule.old.split(".")
+    return {part for part in parts if part and not re.search("[{}*]", part)}
 
 
 def _by_templates(rules: list[tuple[int, Rule]]) -> Find:

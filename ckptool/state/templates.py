@@ -42,8 +42,16 @@ class Template:
         """Return the fields by name, in order."""
         return {part.name: part for part in self.parts if isinstance(part, Field)}
 
+    @property
+    def unclear(self) -> str:
+        """Return two neighbours of which none says where the first ends, or an empty text."""
+        found = re.search(r"\{\w+:\*\*\}\.?\{\w+:\*\*\}", self.text)
+        return found[0] if found else ""
+
     def regex(self, first: int) -> tuple[str, list[str]]:
         """Return a regular expression whose groups count from `first`, and their fields' names."""
+        if self.unclear:
+            raise EditError(f"`{self.unclear}` does not say where the first ends, in `{self.text}`")
         source, names, dot = "", list[str](), False
         for at, part in enumerate(self.parts):
             if isinstance(part, str):

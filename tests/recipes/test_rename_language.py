@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import sampled
 
+from ckptool.errors import EditError
 from ckptool.state.renaming import Renaming, Rule
 
 PARTS = ("a", "b", "layer", "0", "1", "10", "ln_1", "ln_2")
@@ -100,3 +101,23 @@ def test_a_template_has_a_way_back(number: int) -> None:
                 again = back.match(found[1])
                 assert again is not None, (old, new, key, found)
                 assert found[1] in results(old, new, again[1]), (old, new, key, found, again)
+
+
+@pytest.mark.parametrize("number", sampled(range(200), 20))
+def test_the_first_rule_that_fits_takes_a_key(number: int) -> None:
+    """Rules together give what each of them alone gives, the first one that does."""
+    pairs = [*rules(number), ("{head:**}.0", "x"), ("a*", "b*"), ("*.1", "*.2"), ("", "p")]
+    random.Random(number).shuffle(pairs)
+    one_by_one = [Renaming([Rule(*pair)]) for pair in pairs]
+    together = Renaming([Rule(*pair) for pair in pairs])
+    for key in keys(number):
+        alone = ((at, found[1]) for at, each in enumerate(one_by_one) if (found := each.match(key)))
+        assert together.match(key) == next(alone, None), (pairs, key)
+
+
+def test_fields_of_which_none_says_where_it_ends() -> None:
+    shorter = Rule("{head:**}.module.{rest:**}", "{head:**}.{rest:**}")
+    assert Renaming([shorter])("a.b.module.c") == "a.b.c"
+    assert "where the first ends" in shorter.no_way_back
+    with pytest.raises(EditError, match="where the first ends"):
+        Renaming([Rule(shorter.new, shorter.old)])
