@@ -16,10 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ckptool.errors import EditError
-from ckptool.state.templates import is_template, template
+from ckptool.state.templates import LONGEST, is_template, refuse_kinds, template
 
 REGEX = "re:"
-LONGEST = 1000  # characters of a key that a regular expression of the user sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,7 @@ def _compiled(rule: Rule, first: int) -> tuple[str, int, Build]:
     old, new = template(rule.old.rstrip(".")), template(rule.new.rstrip("."))
     if unknown := new.fields.keys() - old.fields.keys():
         raise EditError(f"{{{min(unknown)}}} is in NEW alone, in `{rule}`")
+    refuse_kinds(new, old)
     source, names = old.regex(first)
 
     def build(groups: Sequence[str | None]) -> str:
@@ -101,13 +101,21 @@ class Renaming:
         self.rules = tuple(rules)
         self._regexes: list[Find] = []
         begin: dict[str, list[tuple[int, Rule]]] = {}
-        for pair in enumerate(self.rules):
-            if pair[1].old.startswith(REGEX):
-                self._regexes.append(_by_regex(*pair))
-            else:
-                begin.setdefault(_head(pair[1]), []).append(pair)
+        for number, rule in enumerate(self.rules):
+            try:
+                if rule.old.startswith(REGEX):
+                    self._regexes.append(_by_regex(number, rule))
+                else:
+                    _compiled(rule, 1)
+                    begin.setdefault(_head(rule), []).append((number, rule))
+            except EditError as error:
+                raise error.within(self.place(number)) from None
         self._begin = {head: _by_templates(group) for head, group in begin.items()}
         self._lengths = sorted({len(head) for head in begin})
+
+    def place(self, number: int) -> str:
+        """Name a rule in errors, where it is one of several."""
+        return f"rule {number + 1}" if len(self.rules) > 1 else ""
 
     def match(self, key: str) -> tuple[int, str] | None:
         """Return which rule takes a key, from 0 on, and the new key."""

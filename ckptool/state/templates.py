@@ -14,7 +14,10 @@ from functools import lru_cache
 from ckptool.errors import EditError
 
 DIGITS = frozenset("ijklmne")
+LONGEST = 1000  # characters of a key that is tried in many ways
+MOST_CHOICES = 2
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:\*\*)?\}")
+_UNCLEAR = re.compile(r"\}\{|:\*\*\}\.\{[^{}]*:\*\*\}")
 
 
 def is_template(text: str) -> bool:
@@ -42,9 +45,23 @@ class Template:
         """Return the fields by name, in order."""
         return {part.name: part for part in self.parts if isinstance(part, Field)}
 
+    @property
+    def choices(self) -> int:
+        """Count the fields beyond the first that may end at several places of one key."""
+        deep = sum(field.deep for field in self.fields.values())
+        named, count = 0, max(deep - 1, 0)
+        for part in self.parts:
+            if isinstance(part, str):
+                named = 0 if "." in part else named
+            elif not part.deep and part.name not in DIGITS:
+                count, named = count + (named > 0), named + 1
+        return count
+
     def regex(self, first: int) -> tuple[str, list[str]]:
         """Return a regular expression whose groups count from `first`, and their fields' names."""
         source, names, dot = "", list[str](), False
+        if self.choices:  # what does not match takes a power of the length
+            source = rf"(?![\s\S]{{{LONGEST + 1}}})"
         for at, part in enumerate(self.parts):
             if isinstance(part, str):
                 literal = part[1:] if dot and part.startswith(".") else part
@@ -105,7 +122,22 @@ def template(text: str) -> Template:
     odd = [each.name for each in fields if each != parsed.fields[each.name]]
     if odd:
         raise EditError(f"`{text}` has {{{odd[0]}}} both with and without `:**`")
+    _refuse_unclear(parsed)
     return parsed
+
+
+def _refuse_unclear(parsed: Template) -> None:
+    """Raise `EditError` where nothing tells how much of a key each field holds."""
+    if _UNCLEAR.search(parsed.text):
+        raise EditError(
+            f"`{parsed.text}` does not say where one field ends and the next begins",
+            hint="put a text between them; {a:**} and {b:**} need more than a dot",
+        )
+    if parsed.choices > MOST_CHOICES:
+        raise EditError(
+            f"`{parsed.text}` can be read in too many ways",
+            hint=f"at most {MOST_CHOICES + 1} {{name:**}}, or {{name}} between the same dots",
+        )
 
 
 def refuse_fields(one: Template, others: Sequence[Template]) -> None:
@@ -114,12 +146,18 @@ def refuse_fields(one: Template, others: Sequence[Template]) -> None:
         for name in one.fields.keys() ^ other.fields.keys():
             have, lack = (one, other) if name in one.fields else (other, one)
             raise EditError(f"`{have.text}` has {{{name}}}, and `{lack.text}` has not")
-        for name, field in one.fields.items():
-            if other.fields[name] != field:
-                raise EditError(
-                    f"{{{name}}} is one component in `{one.text}` or `{other.text}`, and any "
-                    "number in the other"
-                )
+        refuse_kinds(one, other)
+
+
+def refuse_kinds(one: Template, other: Template) -> None:
+    """Raise `EditError` for a field that is written with `:**` in one alone."""
+    for name, field in one.fields.items():
+        if other.fields.get(name, field) != field:
+            deep, plain = (one, other) if field.deep else (other, one)
+            raise EditError(
+                f"`{deep.text}` has {{{name}:**}}, and `{plain.text}` has {{{name}}}",
+                hint=f"write {{{name}:**}} in both",
+            )
 
 
 class Matcher:
