@@ -404,10 +404,13 @@ def apply(
         for cast in change.casts:
             cast.where = cast.where or step.where
         matched.update(old for key in change.matched for old in now[key].olds)
-        kept = {old for each in after.values() for old in each.olds}
-        for key, each in now.items():
-            gone = change.why.get(key, (key, step.reason))
-            why |= {old: gone for old in each.olds if old not in kept and old not in why}
+        if gone := now.keys() - {key for sources, _, _ in change.moves for key in sources}:
+            kept = {old for each in after.values() for old in each.olds}
+            for key in gone:
+                told = change.why.get(key, (key, step.reason))
+                for old in now[key].olds:
+                    if old not in kept:
+                        why.setdefault(old, told)
         now = after
     written: dict[str, list[str | None]] = {}
     for new, each in now.items():
@@ -460,12 +463,16 @@ def _after(change: Change, now: Mapping[str, _Entry], source: str) -> dict[str, 
     """Return the entries after a step; raises an error where two would have one key."""
     after: dict[str, _Entry] = {}
     for sources, new, value in change.moves:
-        before = [now[key] for key in sources]
-        olds = dict.fromkeys(old for each in before for old in each.olds)
         if new == "" and "" not in sources:
             raise EditError(f"the key {sources[0]} would have no name left")
         if new in after:
             raise _collision(change, new, source)
+        one = now[sources[0]]
+        if len(sources) == 1 and value is one.value and new not in change.remade:
+            after[new] = one
+            continue
+        before = [now[key] for key in sources]
+        olds = dict.fromkeys(old for each in before for old in each.olds)
         remade = new in change.remade or any(each.remade for each in before)
         after[new] = _Entry(tuple(olds), value, remade)
     return after

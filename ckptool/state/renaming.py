@@ -12,7 +12,8 @@ and shifts come out right.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptool.errors import EditError
@@ -51,6 +52,7 @@ def read_rule(text: str, option: str = "--rename") -> Rule:
     return Rule(old, new)
 
 
+_SIGNS = re.compile(r"[{}*]")
 Build = Callable[[Sequence[str | None]], str]  # the groups of a match -> the new key
 
 
@@ -93,25 +95,31 @@ Find = Callable[[str], tuple[int, str] | None]  # which rule takes a key, from 0
 class Renaming:
     """Rules of one step, ready to be used: a key goes in, its new name comes out.
 
-    A key meets only the rules that begin as it does: their texts before the first field are looked
-    up, and those with the same text are one regular expression.
+    Prefixes are looked up. A template is tried on keys that have its rarest component, with those
+    that have the same as one regular expression.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
+        self._prefixes: dict[str, tuple[int, str]] = {}
         self._regexes: list[Find] = []
-        begin: dict[str, list[tuple[int, Rule]]] = {}
+        self._templates: dict[str, Find] = {}
+        templates: list[tuple[int, Rule]] = []
         for number, rule in enumerate(self.rules):
             try:
                 if rule.old.startswith(REGEX):
                     self._regexes.append(_by_regex(number, rule))
+                    continue
+                _compiled(rule, 1)
+                if _SIGNS.search(f"{rule.old}{rule.new}"):
+                    templates.append((number, rule))
                 else:
-                    _compiled(rule, 1)
-                    begin.setdefault(_head(rule), []).append((number, rule))
+                    pair = number, rule.new.rstrip(".")
+                    self._prefixes.setdefault(rule.old.rstrip("."), pair)
             except EditError as error:
                 raise error.within(self.place(number)) from None
-        self._begin = {head: _by_templates(group) for head, group in begin.items()}
-        self._lengths = sorted({len(head) for head in begin})
+        self._longest = max(map(len, self._prefixes), default=0)
+        self._groups = _by_component(templates)
 
     def place(self, number: int) -> str:
         """Name a rule in errors, where it is one of several."""
@@ -119,9 +127,29 @@ class Renaming:
 
     def match(self, key: str) -> tuple[int, str] | None:
         """Return which rule takes a key, from 0 on, and the new key."""
-        begin = (self._begin.get(key[:length]) for length in self._lengths)
-        found = [each for find in (*begin, *self._regexes) if find and (each := find(key))]
+        found = [] if not self._prefixes else [*self._by_prefix(key)]
+        if self._groups:
+            for part in {"", *key.split(".")}:
+                if part in self._groups:
+                    if part not in self._templates:
+                        self._templates[part] = _by_templates(self._groups[part])
+                    if each := self._templates[part](key):
+                        found.append(each)
+        for find in self._regexes:
+            if each := find(key):
+                found.append(each)
+                break
         return min(found, default=None)
+
+    def _by_prefix(self, key: str) -> Iterator[tuple[int, str]]:
+        end = len(key)
+        while True:
+            if end <= self._longest and (pair := self._prefixes.get(key[:end])):
+                tail = key[end:] if end else f".{key}"
+                yield pair[0], pair[1] + tail if pair[1] else tail[1:]
+            if not end:
+                return
+            end = max(key.rfind(".", 0, end), 0)
 
     def __call__(self, key: str) -> str:
         """Return the new name of a key, the same where no rule takes it."""
@@ -129,9 +157,17 @@ class Renaming:
         return found[1] if found else key
 
 
-def _head(rule: Rule) -> str:
-    """Return how every key begins that a rule takes."""
-    return re.split("[{*]", rule.old, maxsplit=1)[0].rstrip(".")
+def _by_component(rules: Sequence[tuple[int, Rule]]) -> dict[str, list[tuple[int, Rule]]]:
+    """Group rules by a component that each key has which they take, an empty text for none."""
+    needs = [
+        [part for part in rule.old.rstrip(".").split(".") if part and not _SIGNS.search(part)]
+        for _, rule in rules
+    ]
+    counts = Counter(part for parts in needs for part in parts)
+    groups: dict[str, list[tuple[int, Rule]]] = {}
+    for pair, parts in zip(rules, needs, strict=True):
+        groups.setdefault(min(parts, key=counts.__getitem__, default=""), []).append(pair)
+    return groups
 
 
 def _by_templates(rules: list[tuple[int, Rule]]) -> Find:
