@@ -404,7 +404,8 @@ def apply(
         for cast in change.casts:
             cast.where = cast.where or step.where
         matched.update(old for key in change.matched for old in now[key].olds)
-        if gone := now.keys() - {key for sources, _, _ in change.moves for key in sources}:
+        used = {key for sources, _, _ in change.moves for key in sources}
+        if gone := [key for key in now if key not in used]:
             kept = {old for each in after.values() for old in each.olds}
             for key in gone:
                 told = change.why.get(key, (key, step.reason))

@@ -7,8 +7,8 @@ match whole keys, and those of one group hold the same in their fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from math import prod
 from typing import Any
@@ -37,8 +37,10 @@ class _Group:
     made: tuple[tuple[str, TensorInfo], ...]
 
 
-def _change(step: str, rule: str, entries: Entries, groups: Sequence[_Group]) -> Change:
-    """Put what groups make where the first tensor of each was.
+def _change(
+    step: str, rule: str, entries: Entries, groups: Sequence[_Group], more: str = ""
+) -> Change:
+    """Put what groups make where the first tensor of each was; `more` is said of what was made.
 
     Raises `EditError` for a tensor that is in two groups, and for one of two that are the same
     tensor where the other is in none.
@@ -66,7 +68,7 @@ def _change(step: str, rule: str, entries: Entries, groups: Sequence[_Group]) ->
             moves += [(at[key].keys, new, tensor) for new, tensor in at[key].made]
     made = sum(len(group.made) for group in groups)
     did = f"{step}: {counted(len(at), 'tensor')} of {len(entries)}"
-    said = [did if made == len(at) else f"{did} became {made}"]
+    said = [did if made == len(at) else f"{did} became {made}{more}"]
     remade = {new for group in groups for new, _ in group.made}
     numbers = [Count(step, rule, len(groups))]
     return Change(moves, said, remade=remade, matched=dict.fromkeys(at, rule), counts=numbers)
@@ -316,7 +318,7 @@ def split(
             names = (each.fill(held) for each in targets)
             made = tuple(zip(names, known[value.view], strict=True))
             groups.append(_Group((key,), made))
-        return _change("split", from_, entries, groups)
+        return _change("split", from_, entries, groups, "" if sizes else " of equal size")
 
     return Edit("split", change=change)
 
@@ -391,9 +393,20 @@ def fuse(
                     raise KeyCollision(
                         f"{listed(bound[new])} and {listed(keys)} would both become {new}"
                     )
-        return _joined("fuse", to, entries, bound, join)
+        fused = _joined("fuse", to, entries, bound, join)
+        return fused if sizes else replace(fused, said=[*fused.said, *_unequal(entries, bound)])
 
     return Edit("fuse", change=change)
+
+
+def _unequal(entries: Entries, bound: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Say which group is not of equal parts, which a split without `sizes` would make of it."""
+    for new, keys in bound.items():
+        shapes = [value.shape for key in keys if isinstance(value := entries[key], TensorInfo)]
+        if len(set(shapes)) > 1:
+            each = listed(map(shown, shapes))
+            yield f"fuse: {new} is of {each}: only `sizes` gives it a way back"
+            return
 
 
 def _joined(

@@ -143,7 +143,9 @@ def _refuse_unclear(parsed: Template) -> None:
 def refuse_fields(one: Template, others: Sequence[Template]) -> None:
     """Raise `EditError` unless others have the fields that one has."""
     for other in others:
-        for name in one.fields.keys() ^ other.fields.keys():
+        for name in (*one.fields, *other.fields):
+            if name in one.fields and name in other.fields:
+                continue
             have, lack = (one, other) if name in one.fields else (other, one)
             raise EditError(f"`{have.text}` has {{{name}}}, and `{lack.text}` has not")
         refuse_kinds(one, other)
