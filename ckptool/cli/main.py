@@ -32,7 +32,7 @@ from ckptool.text import quoted, visible
 GROUPS = {
     "Look": ("info", "keys", "check", "diff"),
     "Models": ("download", "verify"),
-    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "recipe"),
+    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",

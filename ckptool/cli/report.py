@@ -23,6 +23,7 @@ from ckptool.verbs.listing import Entry, Listing, rows
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.casting import Cast
+    from ckptool.verbs.combining import Averaged
     from ckptool.verbs.fitting import Fit
     from ckptool.verbs.surgery import Rewrite
 
@@ -211,14 +212,37 @@ def _whereabouts(module: str, at: Sequence[str] | None) -> str:
     return of + (f" at `{visible(walk.dotted(tuple(at)))}`" if at else "")
 
 
-def written_lines(result: Rewrite) -> list[str]:
+def written_lines(result: Rewrite, counts: str = "") -> list[str]:
     """Return lines that describe what was written, with counts."""
     if result.dry_run:
-        return [counts_line(result)]
+        return [counts or counts_line(result)]
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return [f"{visible(result.target)}: {size}", counts_line(result)]
+    return [f"{visible(result.target)}: {size}", counts or counts_line(result)]
+
+
+def average_lines(result: Averaged) -> list[str]:
+    """Say what was averaged with which weights, and what is as the last file has it."""
+    count, sources = len(result.keys), result.sources
+    factors = [f"{weight:g}" for weight in result.weights]
+    alike = len(set(factors)) == 1
+    weights = f"each with weight {factors[0]}" if alike else f"with weights {', '.join(factors)}"
+    lines = [f"averaged {counted(count, 'tensor')} of {counted(len(sources), 'file')}, {weights}"]
+    for what, keys in result.last.items():
+        lines.append(f"as in {visible(sources[-1])}: {len(keys)} {visible(what)}: {listed(keys)}")
+    return lines
+
+
+def average_counts(result: Averaged) -> str:
+    """Count what an average did, or would do."""
+    done = result.rewrite
+    verb = "would write" if done.dry_run else "written"
+    dropped = f"dropped {len(done.dropped)}, " if done.dropped else ""
+    return (
+        f"read {len(result.sources)} x {done.read}, averaged {len(result.keys)}, "
+        f"last file's {result.from_last}, {dropped}{verb} {done.written}"
+    )
 
 
 def _groups(
@@ -308,7 +332,7 @@ def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
     return lines
 
 
-def plan_lines(result: Rewrite) -> list[str]:
+def plan_lines(result: Rewrite, counts: str = "") -> list[str]:
     """Write the plan of a dry run: each change as `- old` and `+ new`, then counts and sizes.
 
     The tensors of a group that becomes another follow each other, with two spaces before one that
@@ -321,7 +345,7 @@ def plan_lines(result: Rewrite) -> list[str]:
         for each in result.shards
     ]
     lines += table(rows, right=(1, 2))
-    lines.append(counts_line(result))
+    lines.append(counts or counts_line(result))
     free = "unknown" if result.free is None else readable(result.free)
     lines.append(f"{visible(result.target)}: {readable(result.nbytes)} to write, {free} free")
     return lines

@@ -28,7 +28,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
 
 if TYPE_CHECKING:  # a listing writes nothing
-    from ckptool.files.copying import Done, Job, PlannedFile
+    from ckptool.files.copying import Copy, Done, PlannedFile
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -107,7 +107,7 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
 
 def archive(
     tree: Node,
-    job: Callable[[Storage, int], Job] | None = None,
+    job: Callable[[Storage, int], Copy] | None = None,
     further: Mapping[str, Storage] | None = None,
 ) -> PlannedFile:
     """Plan an archive that holds a tree, the storages that it uses, and `further` records.

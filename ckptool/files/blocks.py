@@ -8,14 +8,14 @@ block of each of their arguments; as kernels work element by element, any range 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from math import prod
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
-from ckptool.files.fileio import Readers, unpacked
+from ckptool.files.checksums import Part, part_of
+from ckptool.files.fileio import CHUNK, Readers, unpacked
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import Piece, pieces
 from ckptool.tensors.tensor import (
@@ -30,8 +30,14 @@ from ckptool.tensors.tensor import (
     needs_swap,
     span,
 )
+from ckptool.tensors.values import arguments
 
-PAGE = 4096
+AHEAD = 16 << 20  # of what lies apart: what is read with it is read again for the next
+READ = 1 << 20  # at once, to gather from
+NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
+AT_ONCE = 4 << 20  # of all tensors that elements are made of
+LINE = 64  # bytes of a line of the cache
+STRIP = 512  # rows that are turned at once: so many lines are in the first cache
 
 Bytes = memoryview  # of bytes, in row-major order of elements
 Fetch = Callable[[memoryview, int], object]  # fill a view from this byte of an unpacked storage
@@ -84,10 +90,10 @@ def _stored(
     if whole and storage.packing is Packing.DEFLATED:
         yield from _regrouped(unpacked(storage, readers[storage.path]), buffer)
         return
-    fetch = _fetch(storage, readers)
+    ahead = Ahead(limit)
     for start in range(0, value.nbytes, len(buffer)):
         block = buffer[: value.nbytes - start]
-        read_elements(value, start // value.dtype.itemsize, block, fetch, limit)
+        read_elements(value, start // value.dtype.itemsize, block, readers, ahead)
         yield block
 
 
@@ -107,56 +113,116 @@ def _regrouped(parts: Iterable[bytes], buffer: memoryview) -> Iterator[memoryvie
         yield buffer[:used]
 
 
-def _fetch(storage: Storage, readers: Readers) -> Fetch:
+def _fetch(storage: Storage, readers: Readers, ahead: Ahead) -> Fetch:
     """Return what fills a view from a byte of a storage, which is unpacked first if it must be."""
     if storage.packing is Packing.DEFLATED:
         return readers.unpacked(storage).read_into
-    return partial(_fill, storage, readers)
+    return lambda view, start: fill(view, storage, start, readers, ahead)
 
 
-def _fill(storage: Storage, readers: Readers, view: memoryview, start: int) -> None:
-    fill(view, storage, start, readers)
-
-
-Part = tuple[int, int, int, int]  # of a chunk: its index, the first byte, how many, their CRC-32
-
-
-def fill(view: memoryview, storage: Storage, start: int, readers: Readers) -> list[Part]:
+def fill(
+    view: memoryview, storage: Storage, start: int, readers: Readers, ahead: Ahead | None = None
+) -> list[Part]:
     """Fill `view` from `start` in a storage that is not deflated; a chunked one is assembled.
 
-    `start` and the length are whole elements of a chunked or computed storage. Returns the parts
-    of the chunks that were read, whose checksums together are those of the chunks.
+    `start` and the length are whole elements of a chunked or computed storage. Returns what was
+    read of the tensors that those are made of.
     """
+    ahead = ahead or Ahead(len(view))
     if storage.computed is not None:
-        _compute(view, storage.computed, start, readers)
-        return []
+        return _compute(view, storage.computed, start, readers, ahead)
     chunked = storage.chunked
     if chunked is None:
         readers[storage.path].read_into(view, storage.start + start)
         return []
-    first, count = start // chunked.itemsize, len(view) // chunked.itemsize
-    parts = []
+    size, parts = chunked.itemsize, []
+    first, count = start // size, len(view) // size
     for piece in pieces(chunked, first, count):
         source = piece.chunk.source
-        data = memoryview(bytearray(piece.count * chunked.itemsize))
-        read_elements(source, piece.first, data, _fetch(source.storage, readers))
-        begin = (source.storage_offset + piece.first) * chunked.itemsize
-        parts.append((piece.index, begin, len(data), crc32(data)))
+        at = _place_in_order(chunked, piece, first)
+        if at is None:
+            data = memoryview(bytearray(piece.count * size))
+        else:
+            data = view[at * size : (at + piece.count) * size]
+        among = 1 if at is not None else len(chunked.chunks)
+        parts += _read(source, piece.first, data, readers, ahead, among)
         _settle(source, data, big=storage.byteorder != "little")
-        _place(chunked, piece, data, first, view)
+        if at is None:
+            _place(chunked, piece, data, first, view)
     return parts
 
 
-def _compute(view: memoryview, computed: Computed, start: int, readers: Readers) -> None:
-    """Fill `view` with the elements of a computed storage from the byte `start` on."""
-    first, count = start // computed.itemsize, len(view) // computed.itemsize
-    args = []
-    for value in computed.args:
-        block = memoryview(bytearray(count * value.dtype.itemsize))
-        read_elements(value, first, block, _fetch(value.storage, readers))
-        _settle(value, block)
-        args.append(block)
-    view[:] = computed.kernel(*args or (start, start + len(view)))
+def _place_in_order(chunked: Chunked, piece: Piece, first: int) -> int | None:
+    """Return where the elements of a piece go that follow each other in the whole, else None."""
+    steps = contiguous_stride(chunked.shape)
+    if not is_contiguous(piece.chunk.source.shape, steps):
+        return None
+    begin: int = sum(map(mul, piece.chunk.offsets, steps))
+    return begin + piece.first - first
+
+
+def grain(storage: Storage) -> tuple[int, int]:
+    """Return how many bytes are best asked for in a row, and how many of them at once.
+
+    Of what is gathered, they are whole rows.
+    """
+    args = arguments(storage)
+    if all(is_contiguous(each.shape, each.stride) for each in args):
+        below = [grain(each.storage) for each in args]
+        return max(below, default=(CHUNK, CHUNK))
+    shape, size = args[0].shape, args[0].dtype.itemsize
+    if storage.chunked:
+        shape = storage.chunked.shape
+    turned = any(each.stride[-1] != 1 for each in args if each.shape)
+    in_a_row = _rows(shape, size, AHEAD if turned else 4 * READ)
+    return in_a_row, min(_rows(shape, size, READ), READ)
+
+
+def _rows(shape: tuple[int, ...], size: int, most: int) -> int:
+    """Return as many bytes as fit into `most`, in whole rows of as many dimensions as fit."""
+    for length in reversed(shape):
+        if size * length > most:
+            break
+        size *= max(length, 1)
+    return max(most // size, 1) * size
+
+
+def _read(
+    value: TensorInfo, first: int, block: memoryview, readers: Readers, ahead: Ahead, among: int
+) -> list[Part]:
+    """Read elements as they are stored; return what that was of a recorded checksum."""
+    read_elements(value, first, block, readers, ahead, among)
+    part = part_of(value, first, len(block) // value.dtype.itemsize)
+    return [part._replace(crc32=crc32(block))] if part else []
+
+
+def _compute(
+    view: memoryview, computed: Computed, start: int, readers: Readers, ahead: Ahead
+) -> list[Part]:
+    """Fill `view` with the elements of a computed storage from the byte `start` on.
+
+    Of many tensors, a few elements are read at once.
+    """
+    args, size = computed.args, computed.itemsize
+    if not args:
+        view[:] = computed.kernel(start, start + len(view))
+        return []
+    first, count = start // size, len(view) // size
+    found = [part_of(value, first, count) for value in args]
+    checksums = [0] * len(args)
+    most = max(AT_ONCE // sum(value.dtype.itemsize for value in args), 1)
+    for at in range(0, count, most):
+        few, made = min(most, count - at), []
+        for number, value in enumerate(args):
+            block = memoryview(bytearray(few * value.dtype.itemsize))
+            read_elements(value, first + at, block, readers, ahead, len(args))
+            if found[number]:
+                checksums[number] = crc32(block, checksums[number])
+            _settle(value, block)
+            made.append(block)
+        view[at * size : (at + few) * size] = computed.kernel(*made)
+    pairs = zip(found, checksums, strict=True)
+    return [part._replace(crc32=checksum) for part, checksum in pairs if part]
 
 
 def _place(
@@ -178,18 +244,22 @@ def _place(
 
 
 def read_elements(
-    info: TensorInfo, first: int, target: memoryview, fetch: Fetch, limit: int = 1 << 20
+    info: TensorInfo,
+    first: int,
+    target: memoryview,
+    readers: Readers,
+    ahead: Ahead,
+    among: int = 1,
 ) -> None:
-    """Fill `target` with stored elements in row-major order, from the element `first` on."""
-    size = info.dtype.itemsize
+    """Fill `target` with stored elements in row-major order, from the element `first` on.
+
+    They are one of so many that are read at the same time.
+    """
+    fetch = _fetch(info.storage, readers, ahead)
     if is_contiguous(info.shape, info.stride):
-        fetch(target, info.start + first * size)
-        return
-    shape, stride = coalesced(info.shape, info.stride)
-    for box in _boxes(shape, stride, info.storage_offset, first, len(target) // size):
-        elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
-        _gather(elements, box[1], box[2], fetch, limit)
-        target = target[elements.nbytes :]
+        fetch(target, info.start + first * info.dtype.itemsize)
+    else:
+        ahead.read(info, first, target, fetch, among)
 
 
 def _array(memory: memoryview | bytearray, box: Box, itemsize: int) -> Any:
@@ -223,20 +293,129 @@ def _boxes(
         first, count = first + taken, count - taken
 
 
-def _gather(target: Any, stride: tuple[int, ...], offset: int, fetch: Fetch, limit: int) -> None:
-    """Fill an array with elements that lie `stride` apart, reading no more than `limit` at once.
+class Ahead:
+    """What was read of views whose elements lie apart, for the blocks that are asked for next.
 
-    Where little of what is between first and last is wanted, each half is read for itself.
+    A block of a transposed tensor has a few elements of every row: with those of more columns,
+    each row is read less often. There is room for so many bytes, of a worker of its own.
     """
-    shape, itemsize = target.shape, target.itemsize
-    nbytes = span(shape, stride) * itemsize
-    if nbytes <= limit and nbytes <= max(PAGE, 4 * target.nbytes):
-        data = bytearray(nbytes)
-        fetch(memoryview(data), offset * itemsize)
-        target[...] = _array(data, (shape, stride, 0), itemsize)
+
+    def __init__(self, nbytes: int = AHEAD) -> None:
+        self._room = nbytes
+        self._held: dict[int, _Gathered] = {}
+
+    def read(
+        self, info: TensorInfo, first: int, target: memoryview, fetch: Fetch, among: int
+    ) -> None:
+        """Fill `target` with the elements from `first` on."""
+        size = info.dtype.itemsize
+        while target:
+            held = self._holding(info, first) or self._gathered(info, first, fetch, among)
+            count = min(len(target) // size, held.end - first)
+            for box in _boxes(*held.box, first - held.first, count):
+                elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
+                _turn(elements, _array(held.memory, box, size))
+                target = target[elements.nbytes :]
+            first += count
+            del held
+
+    def _holding(self, info: TensorInfo, first: int) -> _Gathered | None:
+        held = self._held.get(id(info))
+        return held if held and held.info is info and held.first <= first < held.end else None
+
+    def _gathered(self, info: TensorInfo, first: int, fetch: Fetch, among: int) -> _Gathered:
+        """Read what fits into the room of one among so many."""
+        memory = memoryview(b"")
+        while id(info) in self._held or len(self._held) >= among:
+            name = id(info) if id(info) in self._held else next(iter(self._held))
+            memory = self._held.pop(name).memory
+        shape, stride = coalesced(info.shape, info.stride)
+        room = self._room if stride[-1] != 1 else min(self._room, 2 * READ)
+        most = max(room // among // info.dtype.itemsize, 1)
+        box = next(_boxes(shape, stride, info.storage_offset, first, min(most, info.numel - first)))
+        limit = min(self._room // 2, READ)
+        memory, there = _gather(box, info.dtype.itemsize, memory, fetch, limit)
+        held = _Gathered(info, first, first + prod(box[0]), (box[0], there, 0), memory)
+        self._held[id(info)] = held
+        return held
+
+
+class _Gathered(NamedTuple):
+    """Elements of a view, from `first` to `end`, and how they lie in memory."""
+
+    info: TensorInfo
+    first: int
+    end: int
+    box: Box
+    memory: memoryview
+
+
+def _gather(
+    box: Box, size: int, memory: memoryview, fetch: Fetch, limit: int
+) -> tuple[memoryview, tuple[int, ...]]:
+    """Read a box, no more than `limit` at once; return the elements, and their strides there.
+
+    They are in the order of the storage, in the memory given where it is large enough. Rows that
+    will be columns lie apart a little: those a power of two away from each other, as most are, have
+    one place in the cache.
+    """
+    shape, stride, offset = box
+    order = sorted((at for at in range(len(shape)) if stride[at]), key=lambda at: -stride[at])
+    outer, run = [*order], 1
+    while outer and stride[outer[-1]] == run:
+        run *= shape[outer.pop()]
+    there, step = [0] * len(shape), 1
+    for at in reversed(order):
+        if outer and at == outer[-1] and run * size >= 8 * LINE:
+            step += LINE // size
+        there[at], step = step, step * shape[at]
+    if step * size > len(memory):
+        memory = memoryview(bytearray(step * size))
+    rows = [(shape[at], stride[at], there[at]) for at in outer]
+    _load(memory, 0, rows, run, offset, size, fetch, limit)
+    return memory, tuple(there)
+
+
+def _load(
+    memory: memoryview,
+    place: int,
+    rows: list[tuple[int, int, int]],
+    run: int,
+    offset: int,
+    size: int,
+    fetch: Fetch,
+    limit: int,
+) -> None:
+    """Read runs of elements, which are apart in a storage and in memory, in rows of rows.
+
+    Where little of what is between first and last is wanted, each run is read alone.
+    """
+    if not rows:
+        fetch(memory[place * size : (place + run) * size], offset * size)
         return
-    axis = max(range(len(shape)), key=lambda at: (shape[at] - 1) * stride[at])
-    half = shape[axis] // 2
-    every = (slice(None),) * axis
-    _gather(target[*every, :half], stride, offset, fetch, limit)
-    _gather(target[*every, half:], stride, offset + half * stride[axis], fetch, limit)
+    shape, stride, there = zip(*rows, strict=True)
+    nbytes = (span(shape, stride) + run - 1) * size
+    count = prod(shape)
+    near = nbytes <= max(4 * count * run * size, NEAR * count)
+    if near and nbytes <= limit:
+        data = bytearray(nbytes)
+        fetch(memoryview(data), offset * size)
+        _array(memory, ((*shape, run), (*there, 1), place), size)[...] = _array(
+            data, ((*shape, run), (*stride, 1), 0), size
+        )
+        return
+    head, *rest = rows
+    half = max(head[0] // 2, 1) if near else 1
+    parts = ((at, min(half, head[0] - at)) for at in range(0, head[0], half))
+    for at, length in parts:
+        inner = [(length, *head[1:]), *rest] if length > 1 else rest
+        _load(memory, place + at * head[2], inner, run, offset + at * head[1], size, fetch, limit)
+
+
+def _turn(target: Any, source: Any) -> None:
+    """Copy an array into another of the same shape, a strip of rows after the other."""
+    if source.ndim < 2 or source.strides[-1] == source.itemsize:
+        target[...] = source
+        return
+    for start in range(0, source.shape[-1], STRIP):
+        target[..., start : start + STRIP] = source[..., start : start + STRIP]

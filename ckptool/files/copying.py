@@ -1,4 +1,4 @@
-"""The copy engine: byte ranges and computed blocks into a file planned to the last byte.
+"""The copy engine: byte ranges of storages into a file planned to the last byte.
 
 Two threads work through the jobs a chunk at a time: while one waits for the kernel, the other
 computes a CRC-32, so that checking costs little beside copying. Nothing counts as done because no
@@ -16,14 +16,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from mmap import mmap
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
-from ckptool.files.blocks import Part, fill
+from ckptool.files import checksums
+from ckptool.files.blocks import Ahead, fill, grain
+from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
-from ckptool.tensors.tensor import Chunked, Packing, Storage, is_contiguous
+from ckptool.tensors.tensor import Packing, Storage
 
 FLUSH_EVERY = 32 << 20
 TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
@@ -35,7 +37,6 @@ Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
 
 Bytes = bytes | bytearray | memoryview
-Block = Callable[[Readers], Iterator[Bytes]]
 
 
 def no_progress(total: int) -> Progress:
@@ -47,8 +48,8 @@ def no_progress(total: int) -> Progress:
 class Copy:
     """Copy `nbytes` of a storage, from `start` in it, to `target` in the output.
 
-    `target` None reads and checks without writing. With `whole`, the storage's recorded CRC-32 is
-    checked.
+    `target` None reads and checks without writing. The recorded CRC-32 of a storage of which
+    copies leave nothing out is checked.
     """
 
     storage: Storage
@@ -64,19 +65,6 @@ class Copy:
     def whole(self) -> bool:
         """Whether the copy covers its storage."""
         return self.nbytes == self.storage.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Write what `block` makes of a storage to `target`: `nbytes` of them."""
-
-    storage: Storage
-    block: Block
-    target: int
-    nbytes: int
-
-
-Job = Copy | Compute
 
 
 class Done(NamedTuple):
@@ -112,7 +100,7 @@ class PlannedFile:
     name: str
     nbytes: int
     literals: Sequence[tuple[int, bytes]] = ()
-    jobs: Sequence[Job] = ()
+    jobs: Sequence[Copy] = ()
     finish: Callable[[Sequence[Done]], Iterable[tuple[int, bytes]]] = _no_bytes
 
     @property
@@ -144,12 +132,13 @@ class _WriteBack:
 
 
 class _Task(NamedTuple):
-    """A part of a job for one thread: `nbytes` from `start` in what it moves."""
+    """A part of a job for one thread: `nbytes` from `start` in what it moves, `grain` at once."""
 
     number: int
-    job: Job
+    job: Copy
     start: int
     nbytes: int
+    grain: int = CHUNK
 
 
 class _Batch(NamedTuple):
@@ -163,7 +152,7 @@ class _Batch(NamedTuple):
 
 
 def run_jobs(
-    jobs: Sequence[Job], target: int | None, progress: Progress, *, sync: bool = False
+    jobs: Sequence[Copy], target: int | None, progress: Progress, *, sync: bool = False
 ) -> list[Done]:
     """Do all jobs on two threads and return what each has moved; the first error ends all.
 
@@ -181,11 +170,13 @@ def run_jobs(
             run.readers.close()
         raise
     run.readers.close()
-    for index, (job, done) in enumerate(zip(jobs, run.done, strict=True)):
+    for job, done in zip(jobs, run.done, strict=True):
         if done.nbytes != job.nbytes:
             raise RuntimeError(f"{done.nbytes} of {job.nbytes} bytes of a job were moved")
-        if isinstance(job, Copy):
-            _check(job, done, run.chunk_parts.get(index, []))
+        if job.storage.chunked is None:
+            found = checksums.part(job.storage, job.start, job.nbytes)
+            run.parts += [found._replace(crc32=done.crc32)] if found else []
+    checksums.compare(run.parts)
     return run.done
 
 
@@ -199,10 +190,10 @@ class _Run:
     """
 
     def __init__(
-        self, jobs: Sequence[Job], target: int | None, progress: Progress, write_back: _WriteBack
+        self, jobs: Sequence[Copy], target: int | None, progress: Progress, write_back: _WriteBack
     ) -> None:
         self.done = [NOTHING] * len(jobs)
-        self.chunk_parts: dict[int, list[Part]] = {}
+        self.parts: list[Part] = []
         self.readers = Readers()
         self._target, self._progress, self._write_back = target, progress, write_back
         self._tasks = _tasks(jobs)
@@ -245,6 +236,7 @@ class _Run:
     def _work(self) -> None:
         # Of whole pages: the kernel copies them faster. The second half is for batches alone.
         buffer = memoryview(mmap(-1, 2 * CHUNK))
+        ahead = Ahead()
         while self._error is None:
             with self._lock:
                 task = next(self._tasks, None)
@@ -253,7 +245,7 @@ class _Run:
             if isinstance(task, _Batch):
                 self._copy(task.jobs, task.first, buffer)
                 continue
-            self._account(task, self._do(task, buffer))
+            self._account(task, self._do(task, buffer, ahead))
             self._progress(task.nbytes)
             self._write_back.reached((task.job.target or 0) + task.start + task.nbytes)
 
@@ -300,26 +292,22 @@ class _Run:
         if [crc32(written[where]) for where in ranges] != [each.crc32 for each in done]:
             raise OSError(errno.EIO, _READS_OTHERWISE)
 
-    def _do(self, task: _Task, buffer: memoryview[int]) -> Done:
+    def _do(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Done:
         job = task.job
         blocks: Iterable[Bytes]
-        if isinstance(job, Compute):
-            blocks = job.block(self.readers)
-        elif job.storage.packing is Packing.DEFLATED:
+        if job.storage.packing is Packing.DEFLATED:
             data = unpacked(job.storage, self.readers[job.storage.path])
             blocks = _clipped(data, job.start, job.nbytes)
         else:
-            blocks = self._read(task, job, buffer)
+            blocks = self._read(task, buffer, ahead)
         return self._write(blocks, None if job.target is None else job.target + task.start, buffer)
 
-    def _read(self, task: _Task, job: Copy, buffer: memoryview[int]) -> Iterator[Bytes]:
-        """Yield what is read into the buffer, a chunk after the other."""
-        for start, end in _cuts(job, task.start, task.start + task.nbytes, CHUNK):
+    def _read(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
+        """Yield what is read into the buffer, a grain after the other."""
+        job = task.job
+        for start, end in _cuts(job, task.start, task.start + task.nbytes, task.grain):
             view = buffer[: end - start]
-            parts = fill(view, job.storage, job.start + start, self.readers)
-            if parts:
-                with self._lock:
-                    self.chunk_parts.setdefault(task.number, []).extend(parts)
+            self.parts += fill(view, job.storage, job.start + start, self.readers, ahead)
             yield view
 
     def _write(
@@ -328,15 +316,15 @@ class _Run:
         """Write blocks one after the other; each is read back into the buffer, where it may be."""
         target = None if position is None else self._target
         checksum = written = nbytes = 0
-        for data in blocks:
-            checksum = crc32(data, checksum)
-            if target is not None and position is not None:
-                write_at(target, data, position + nbytes)
-                for start in range(0, len(data), CHUNK):
-                    view = buffer[: min(CHUNK, len(data) - start)]
-                    read_back(target, view, position + nbytes + start)
+        for block in blocks:
+            for data in _cut(memoryview(block), (position or 0) + nbytes):
+                checksum = crc32(data, checksum)
+                if target is not None and position is not None:
+                    write_at(target, data, position + nbytes)
+                    view = buffer[: len(data)]
+                    read_back(target, view, position + nbytes)
                     written = crc32(view, written)
-            nbytes += len(data)
+                nbytes += len(data)
         if target is not None and written != checksum:
             raise OSError(errno.EIO, _READS_OTHERWISE)
         return Done(checksum, nbytes)
@@ -352,7 +340,7 @@ def _start(work: Callable[[LockType], None], lock: LockType) -> None:
         raise MemoryError(str(error)) from error
 
 
-def _tasks(jobs: Sequence[Job]) -> Iterator[_Task | _Batch]:
+def _tasks(jobs: Sequence[Copy]) -> Iterator[_Task | _Batch]:
     batches, batch = _are_in_order(jobs), list[Copy]()
     for index, job in enumerate(jobs):
         if batch and not _follows(job, batch):
@@ -360,16 +348,17 @@ def _tasks(jobs: Sequence[Job]) -> Iterator[_Task | _Batch]:
             batch = []
         if batches and _is_small(job):
             batch.append(job)
-        elif isinstance(job, Compute) or job.storage.packing is Packing.DEFLATED:
+        elif job.storage.packing is Packing.DEFLATED:
             yield _Task(index, job, 0, job.nbytes)
         else:
-            for start, end in _cuts(job, 0, job.nbytes, TASK):
-                yield _Task(index, job, start, end - start)
+            task, size = grain(job.storage)
+            for start, end in _cuts(job, 0, job.nbytes, max(TASK, task) if size == CHUNK else task):
+                yield _Task(index, job, start, end - start, size)
     if batch:
         yield _Batch(len(jobs) - len(batch), batch)
 
 
-def _are_in_order(jobs: Sequence[Job]) -> bool:
+def _are_in_order(jobs: Sequence[Copy]) -> bool:
     """Return whether each job writes behind the one before: no third writes between the two."""
     end = 0
     for job in jobs:
@@ -380,16 +369,15 @@ def _are_in_order(jobs: Sequence[Job]) -> bool:
     return True
 
 
-def _is_small(job: Job) -> TypeGuard[Copy]:
-    plain = isinstance(job, Copy) and job.storage.packing is Packing.PLAIN
-    return plain and 0 < job.nbytes <= SMALL
+def _is_small(job: Copy) -> bool:
+    return job.storage.packing is Packing.PLAIN and 0 < job.nbytes <= SMALL
 
 
 def _source(job: Copy) -> int:
     return job.storage.start + job.start
 
 
-def _follows(job: Job, batch: list[Copy]) -> bool:
+def _follows(job: Copy, batch: list[Copy]) -> bool:
     """Return whether a job is close behind the last of a batch, which is not full with it."""
     head, last = batch[0], batch[-1]
     if not _is_small(job) or job.storage.path != head.storage.path:
@@ -405,13 +393,25 @@ def _follows(job: Job, batch: list[Copy]) -> bool:
 def _cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
     """Cut a range of a job where the output has a multiple of so many bytes.
 
-    Pages of the output are then written once, in large folios. A chunked storage is cut at whole
-    elements.
+    Pages of the output are then written once, in large folios. What is computed or in chunks is
+    cut at whole elements, what is gathered at whole rows of it.
     """
-    offset = (job.target or 0) if job.storage.packing is Packing.PLAIN else 0
+    made = job.storage.chunked or job.storage.computed
+    offset = (job.target or 0) if nbytes <= TASK else 0
+    if made and offset % made.itemsize:
+        offset = 0
     while start < end:
         cut = min(start + nbytes - (offset + start) % nbytes, end)
         yield start, cut
+        start = cut
+
+
+def _cut(data: memoryview, position: int) -> Iterator[memoryview]:
+    """Cut what goes to a position of the output at the multiples of a chunk there."""
+    start = 0
+    while start < len(data):
+        cut = start + CHUNK - (position + start) % CHUNK
+        yield data[start:cut]
         start = cut
 
 
@@ -423,38 +423,6 @@ def _clipped(parts: Iterable[bytes], start: int, nbytes: int) -> Iterator[bytes]
         position += len(data)
         if wanted:
             yield wanted
-
-
-def _check(copy: Copy, done: Done, parts: list[Part]) -> None:
-    """Compare what was read with the checksums that its file records."""
-    if copy.storage.chunked is not None:
-        _check_chunks(copy.storage.chunked, parts)
-    if copy.whole:
-        _compare(copy.storage, done.crc32)
-
-
-def _check_chunks(chunked: Chunked, parts: list[Part]) -> None:
-    """Compare the checksums of those chunks that were read whole."""
-    read: dict[int, Done] = {}
-    for index, _, nbytes, checksum in sorted(parts):
-        read[index] = read.get(index, NOTHING).followed_by(Done(checksum, nbytes))
-    for index, done in read.items():
-        source = chunked.chunks[index].source
-        whole = done.nbytes == source.storage.nbytes
-        if whole and is_contiguous(source.shape, source.stride):
-            _compare(source.storage, done.crc32)
-
-
-def _compare(storage: Storage, found: int) -> None:
-    recorded = storage.crc32
-    if recorded is not None and recorded != found:
-        raise Malformed(
-            f"{storage.path}: the bytes of storage {storage.key} do not match their checksum",
-            path=storage.path,
-            offset=storage.start,
-            evidence=[f"CRC-32 recorded {recorded:08x}, found {found:08x}"],
-            hint="the file is damaged; get it again from where it came",
-        )
 
 
 def _reserve(fd: int, nbytes: int) -> None:

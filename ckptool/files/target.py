@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ckptool.files.copying import Job, PlannedFile
+from ckptool.files.copying import Copy, PlannedFile
 
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
 
@@ -42,7 +42,7 @@ class Output:
     owns: Owns = lambda name: False
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[Copy]:
         """List the jobs of all files."""
         return [job for file in self.files for job in file.jobs]
 

@@ -362,7 +362,8 @@ def cast(
             ((key,), key, done.tensors[key][1] if key in done.tensors else value)
             for key, value in entries.items()
         ]
-        return Change(moves, casts=[done])
+        counts = [Count("cast", f"to {target.label}", len(done.tensors))]
+        return Change(moves, counts=counts, casts=[done])
 
     return Edit(f"cast {target.label}", change=change)
 

@@ -131,7 +131,7 @@ class Recipe:
                 raise _by_field(error) from None
             if not reverse:
                 self._refuse_unexpected(key_map.entries)
-            return _as_change(key_map, edit, self._unmatched(key_map))
+            return _as_change(entries, key_map, edit, self._unmatched(key_map))
 
         return Edit("recipe", change=change, where=self.name)
 
@@ -227,13 +227,20 @@ def described(fact: Fact | None) -> str:
     return "missing" if fact is None else f"{fact[0]} {shape(fact[1])}"
 
 
-def _as_change(key_map: KeyMap, edit: edits.KeyEdit, notes: Sequence[str]) -> Change:
+def _as_change(
+    entries: Entries, key_map: KeyMap, edit: edits.KeyEdit, notes: Sequence[str]
+) -> Change:
     """Return what several steps did as what one did."""
     sources: dict[str, list[str]] = {}
     for old, new in key_map.pairs:
         if new is not None:
             sources.setdefault(new, []).append(old)
-    remade = {new for old, new in key_map.pairs if old in key_map.remade and new is not None}
+    given = {id(value) for value in entries.values()}
+    remade = {
+        new
+        for old, new in key_map.pairs
+        if old in key_map.remade and new is not None and id(key_map.entries[new]) not in given
+    }
     left = {*key_map.unmatched}
     return Change(
         [(tuple(sources[new]), new, value) for new, value in key_map.entries.items()],

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import fsum
 from typing import Any
 
 from ckptool.tensors.counts import Losses, Tally, Tolerance, Values
@@ -198,19 +199,61 @@ def _about(dtype: DType) -> Any:
     return finfo(_kind(dtype))
 
 
-def mean(dtype: DType, weights: Sequence[float]) -> Kernel:
-    """Return the kernel of a weighted mean of floats of one dtype, summed in double precision."""
-    total = sum(weights)
+SLICE = 1 << 14  # numbers that are summed at once: the doubles of two fit a second-level cache
 
-    def kernel(*blocks: Block) -> memoryview:
-        import numpy as np
 
-        with np.errstate(all="ignore"):
-            pairs = zip(weights, blocks, strict=True)
-            summed = sum(weight * _floats(_bits(block, dtype), dtype) for weight, block in pairs)
-            return rounded(summed / total, _PARTS.get(dtype, dtype))
+def mean(
+    blocks: Sequence[Block], dtypes: Sequence[DType], weights: Sequence[float], target: DType
+) -> tuple[memoryview, int]:
+    """Sum weighted floats in double precision, in their order, and round the sum to a dtype.
 
-    return kernel
+    What has the same bits in all stays as it is where the weights sum to 1. The count is of finite
+    numbers that made another than that.
+    """
+    import numpy as np
+
+    part = _PARTS.get(target, target)
+    bits = [_bits(*pair) for pair in zip(blocks, dtypes, strict=True)]
+    made: Any = np.empty(len(bits[0]), f"<u{part.itemsize}")
+    room = np.empty((2, min(SLICE, len(made))))
+    kept = sums_to_one(weights) and {*dtypes} == {target}
+    inexact = part is DType.F64 or min(weights) < 0  # arithmetic makes 0.0 of -0.0 - -0.0
+    mask, pattern = map(made.dtype.type, _NOT_FINITE[part])
+    overflow = 0
+    with np.errstate(all="ignore"):
+        for start in range(0, len(made), SLICE):
+            here = slice(start, start + SLICE)
+            parts, out = [each[here] for each in bits], made[here]
+            out[:] = _bits(rounded(_sum(parts, dtypes, weights, room[:, : len(out)]), part), part)
+            odd = out & mask == pattern
+            if kept and (inexact or odd.any()):
+                same = np.logical_and.reduce([parts[0] == each for each in parts])
+                np.copyto(out, parts[0], where=same)
+                odd &= ~same
+            if odd.any():
+                pairs = zip(parts, dtypes, strict=True)
+                finite = [np.isfinite(_widened(*pair)) for pair in pairs]
+                overflow += int(np.count_nonzero(odd & np.logical_and.reduce(finite)))
+    return memoryview(made.view("u1")), overflow
+
+
+def _sum(parts: Sequence[Any], dtypes: Sequence[DType], weights: Sequence[float], room: Any) -> Any:
+    """Return the sum of weighted floats, in the first of two rows of doubles."""
+    import numpy as np
+
+    total, further = room
+    for number, (bits, dtype, weight) in enumerate(zip(parts, dtypes, weights, strict=True)):
+        floats = further if number else total
+        np.copyto(floats, _widened(bits, dtype))
+        floats *= weight
+        if number:
+            total += floats
+    return total
+
+
+def sums_to_one(weights: Sequence[float]) -> bool:
+    """Check whether weights sum to 1, but for what rounding makes of 1/3."""
+    return abs(fsum(weights) - 1) <= 2**-52
 
 
 # NaN and infinity.

@@ -26,6 +26,7 @@ from ckptool.tensors.tensor import (
     coalesced,
     contiguous_stride,
     is_contiguous,
+    needs_swap,
     span,
     view_stride,
 )
@@ -90,7 +91,8 @@ def shaped(value: TensorInfo, shape: Sequence[int]) -> TensorInfo:
         stride = view_stride(each.shape, each.stride, shape) if each else None
         if each and stride is not None:
             return replace(each, shape=shape, stride=stride, origin=None)
-    return replace(_copied(value), shape=shape, stride=contiguous_stride(shape))
+    copy = _copied(value, value.storage.byteorder)
+    return replace(copy, shape=shape, stride=contiguous_stride(shape))
 
 
 def joined(parts: Sequence[TensorInfo], dim: int) -> TensorInfo:
@@ -135,6 +137,14 @@ def taken(value: TensorInfo, dim: int, ranges: Sequence[tuple[int, int]]) -> Ten
     return joined(parts, dim) if parts else part(value, dim, 0, 0)
 
 
+def in_order(value: TensorInfo) -> TensorInfo:
+    """Return the same elements, contiguous, little-endian and with nothing pending."""
+    swapped = needs_swap(value.storage, value.dtype.swap)
+    if is_contiguous(value.shape, value.stride) and not value.lazy and not swapped:
+        return value
+    return _copied(value, "little")
+
+
 def own(value: TensorInfo) -> TensorInfo:
     """Return the same elements, contiguous, in a storage that holds nothing else.
 
@@ -148,7 +158,7 @@ def own(value: TensorInfo) -> TensorInfo:
             return cut(value, value.storage.key)
     if value.dtype.quantized:
         raise ValueError(f"{value.dtype.label} is read with a quantizer: it cannot be copied")
-    return _copied(value)
+    return _copied(value, value.storage.byteorder)
 
 
 def cut(value: TensorInfo, key: str) -> TensorInfo:
@@ -227,31 +237,36 @@ def _chunks(value: TensorInfo) -> tuple[Chunk, ...]:
 
 
 def _assembled(shape: tuple[int, ...], chunks: Sequence[Chunk], like: TensorInfo) -> TensorInfo:
-    """Return a tensor that chunks fill; the source of the only one, where it is one."""
+    """Return a tensor that chunks fill; the source of the only one, where it is one.
+
+    It has the byte order of its chunks where they have one.
+    """
     if len(chunks) == 1:
         return replace(chunks[0].source, requires_grad=like.requires_grad, origin=None)
-    return _chunked(shape, chunks, like)
-
-
-def _chunked(shape: tuple[int, ...], chunks: Sequence[Chunk], like: TensorInfo) -> TensorInfo:
-    """Return a contiguous tensor of chunks, with nothing pending, in their byte order if one."""
-    storage = _storage([like], shape, like.dtype, Packing.CHUNKED)
     orders = {each.source.storage.byteorder for each in chunks} or {like.storage.byteorder}
-    storage.byteorder = orders.pop() if len(orders) == 1 else "little"
+    return _chunked(shape, chunks, like, orders.pop() if len(orders) == 1 else "little")
+
+
+def _chunked(
+    shape: tuple[int, ...], chunks: Sequence[Chunk], like: TensorInfo, byteorder: str
+) -> TensorInfo:
+    """Return a contiguous tensor of chunks, with nothing pending."""
+    storage = _storage([like], shape, like.dtype, Packing.CHUNKED)
+    storage.byteorder = byteorder
     storage.chunked = Chunked(shape, like.dtype.itemsize, tuple(chunks))
     stride = contiguous_stride(shape)
     return TensorInfo(like.dtype, shape, stride, storage, requires_grad=like.requires_grad)
 
 
-def _copied(value: TensorInfo) -> TensorInfo:
+def _copied(value: TensorInfo, byteorder: str) -> TensorInfo:
     """Return the same elements, contiguous and with nothing pending, in a storage of their own."""
     if value.lazy and not can_resolve(value.dtype, value.lazy):
         raise ValueError(f"a pending operation that torch does not do on {value.dtype.label}")
-    made = _recomputed(value)
+    made = _recomputed(value) if value.storage.byteorder == byteorder else None
     if made is None:
         source = _beneath(value) or value
         chunks = [Chunk((0,) * len(source.shape), source)] if value.nbytes else []
-        made = _chunked(source.shape, chunks, value)
+        made = _chunked(source.shape, chunks, value, byteorder)
     return replace(made, shape=value.shape, stride=contiguous_stride(value.shape))
 
 
@@ -272,6 +287,7 @@ def _recomputed(value: TensorInfo) -> TensorInfo | None:
         for each in below.args
     ]
     made = computed(below.kernel, args, value.dtype)
+    made.storage.byteorder = value.storage.byteorder
     return replace(made, requires_grad=value.requires_grad)
 
 
@@ -343,22 +359,30 @@ Made = dict[tuple[object, ...], Storage]
 
 
 def elementwise(kernel: Kernel, args: Sequence[TensorInfo], dtype: DType, made: Made) -> TensorInfo:
-    """Return what a kernel makes of tensors of one dtype and shape, tied as they are.
+    """Return what a kernel makes of tensors of one shape, tied where all of them are.
 
-    Where all are the same view of their storages, the whole storages are computed, once for all
-    views of them: `made` holds those that were.
+    Where they are laid out alike in storages of as many elements, the whole storages are computed,
+    once for all views of them: `made` holds those that were.
     """
-    first, *others = args
-    storages = tuple(value.storage for value in args)
-    same = all(value.view[1:] == first.view[1:] for value in others)
-    if not same or len({storage.nbytes for storage in storages}) > 1:
-        return replace(computed(kernel, args, dtype), requires_grad=first.requires_grad)
-    key = (*storages, first.dtype)
+    first = args[0]
+    wholes = [_whole(value) for value in args]
+    views = {
+        (each.shape, value.view[1:4], value.lazy) for each, value in zip(wholes, args, strict=True)
+    }
+    alike = len(views) == 1
+    key = (dtype, *(value.view for value in (wholes if alike else args)))
     if key not in made:
-        shape = (first.storage.nbytes // first.dtype.itemsize,)
-        whole = [TensorInfo(first.dtype, shape, (1,), storage) for storage in storages]
-        made[key] = computed(kernel, whole, dtype).storage
-    return replace(first, dtype=dtype, storage=made[key], origin=None)
+        made[key] = computed(kernel, wholes if alike else args, dtype).storage
+    if alike:
+        return replace(first, dtype=dtype, storage=made[key], origin=None)
+    stride = contiguous_stride(first.shape)
+    return TensorInfo(dtype, first.shape, stride, made[key], requires_grad=first.requires_grad)
+
+
+def _whole(value: TensorInfo) -> TensorInfo:
+    """Return all elements of the storage of a value, with nothing pending."""
+    shape = (value.storage.nbytes // value.dtype.itemsize,)
+    return TensorInfo(value.dtype, shape, (1,), value.storage)
 
 
 def _storage(
@@ -387,9 +411,16 @@ def leaves(value: TensorInfo) -> Iterator[TensorInfo]:
 
 
 def stored(storage: Storage) -> Iterator[Storage]:
-    """Iterate over the storages in files that a computed one is made of, or the storage itself."""
-    if storage.computed is None:
+    """Iterate over the storages in files that a storage is made of, or the storage itself."""
+    below = arguments(storage)
+    if not below and storage.computed is None:
         yield storage
-        return
-    for value in storage.computed.args:
+    for value in below:
         yield from stored(value.storage)
+
+
+def has_numbers(storage: Storage) -> bool:
+    """Return whether elements of a storage are computed or gathered, as numpy does it."""
+    below = arguments(storage)
+    odd = any(each.lazy or not is_contiguous(each.shape, each.stride) for each in below)
+    return odd or storage.computed is not None or any(has_numbers(each.storage) for each in below)

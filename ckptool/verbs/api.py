@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.model.verify import Progress, Verification
     from ckptool.model.zoo import ModelLike
     from ckptool.verbs.checking import Checked
+    from ckptool.verbs.combining import Averaged
     from ckptool.verbs.compare import Difference
     from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
@@ -359,6 +360,30 @@ def transfer(
             fill=fill,
             opened=checkpoint,
         )
+
+
+def average(
+    sources: str | Path | Sequence[str | Path],
+    target: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
+) -> Averaged:
+    """Write the mean of the floats of several checkpoints, or a sum with `weights`.
+
+    Keys, order and dtypes are the first's, integers and what else cannot be averaged the last's;
+    wrapper prefixes do not count when keys are matched. Raises `EditError` where keys or shapes
+    differ, `Overflow` where finite numbers would become infinite, `FormatError` for the sources
+    and `WriteError` for the target.
+
+    >>> ckptool.average(["data_parallel.pth", "plain.pth"], "mean.pth")
+    <Averaged 2 -> mean.pth: averaged 7, written 8>
+    """
+    from ckptool.verbs import combining
+
+    how = Options(**options)
+    return combining.average(sources, target, weights=weights, options=how, progress=progress)
 
 
 def _like(given: CheckpointLike, at: str | None, anywhere: bool) -> Reference:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from ckptool.errors import Overflow
-from ckptool.files.copying import Job, Progress
+from ckptool.files.copying import Copy, Progress
 from ckptool.state.casting import Casting
 from ckptool.tensors import numbers
 from ckptool.tensors.casting import Rounding, growth
@@ -149,7 +149,7 @@ def _refuse(casting: Casting, cast: Cast) -> None:
     ).within(casting.where)
 
 
-def saved(jobs: Iterable[Job]) -> int:
+def saved(jobs: Iterable[Copy]) -> int:
     """Count the bytes that casts save in what jobs write; less than none, where they add some."""
     sizes = ((job.nbytes, growth(job.storage)) for job in jobs if job.target is not None)
     return sum(round(nbytes * times) - nbytes for nbytes, times in sizes)

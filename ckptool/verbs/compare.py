@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import fileio
-from ckptool.files.copying import Begin, Copy, Job, run_jobs
+from ckptool.files.copying import Begin, Copy, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
@@ -418,7 +418,7 @@ class _Work:
         storages = dict.fromkeys(
             info.storage for both in differing for info in (both.left, both.right)
         )
-        jobs: list[Job] = [
+        jobs: list[Copy] = [
             Copy(each, None) for each in storages if each.crc32 is not None or each.chunked
         ]
         try:

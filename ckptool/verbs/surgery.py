@@ -7,7 +7,7 @@ happened to every entry of the state_dict.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import starmap, zip_longest
@@ -18,7 +18,7 @@ from ckptool import containers
 from ckptool.containers import Writer
 from ckptool.errors import EditError, FormatError, NotRepresentable, OutputExists, WriteError
 from ckptool.files import budget, fileio, publish
-from ckptool.files.copying import Begin, Compute, Moved, PlannedFile, no_progress
+from ckptool.files.copying import Begin, Moved, PlannedFile, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
@@ -155,12 +155,14 @@ def rewrite(
     added: Mapping[str, Node] | None = None,
     order: Sequence[str] = (),
     form: Form = FILE,
+    accept: Callable[[], None] = lambda: None,
 ) -> Rewrite:
     """Write a checkpoint again with its keys edited.
 
     `bare` writes the state_dict alone; `unwrap` also refuses one that is bare already. `opened`
     is the source where it was read before; `added` are entries from elsewhere to write with the
-    others, in the `order` given. Raises a `CkptoolError`; the target is then as it was.
+    others, in the `order` given; `accept` may raise an error once all is written and before it is
+    published. Raises a `CkptoolError`; the target is then as it was.
     """
     options = options or Options()
     if form is not FILE:
@@ -184,9 +186,10 @@ def rewrite(
     publish.refuse_full(place, laid.output.nbytes)
     if options.dry_run:
         return result
-    if any(isinstance(job, Compute) or job.storage.computed for job in laid.output.jobs):
+    if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
-    check = partial(_check, plan, place, laid.tensors, laid.output.nbytes, options.in_place)
+    meant = (laid.tensors, laid.output.nbytes)
+    check = partial(_check, plan, accept, place, *meant, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
     late = publish.publish(place, outputs.pop(), begun, check)  # the only one to keep its jobs
@@ -426,7 +429,7 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     if options.allow_expand:
         return
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
-    read = (each for job in output.jobs for each in values.stored(job.storage))
+    read = (each for job in output.jobs for each in {*values.stored(job.storage)})
     inflated = sum(each.nbytes for each in read if each.packing is not Packing.PLAIN)
     available = readable(checkpoint.nbytes)
     nbytes = output.nbytes + casting.saved(output.jobs)
@@ -490,6 +493,7 @@ def _tied(plan: Plan) -> set[str]:
 @containers.without_collection()
 def _check(
     plan: Plan,
+    accept: Callable[[], None],
     place: Target,
     tensors: _Tensors,
     nbytes: int,
@@ -499,8 +503,9 @@ def _check(
 ) -> None:
     """Read the output with the strict reader and compare it with what was meant.
 
-    What casts were to refuse is known by now, and raises `Overflow`.
+    What was to be refused for its values is known by now, and raises `Overflow`.
     """
+    accept()
     plan.casts += map(casting.written, plan.key_map.casts)
     for source, _ in plan.checkpoint.files:
         fileio.refuse_changed(source)
@@ -537,11 +542,7 @@ def _stored(tree: Node) -> Iterator[Storage]:
     """Yield the storages that tensors are in, those of chunks for a chunked one."""
     for _, tensor in walk.tensors(tree):
         for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
-            chunks = part.storage.chunked.chunks if part.storage.chunked else ()
-            if chunks:
-                yield from (chunk.source.storage for chunk in chunks)
-            else:
-                yield from values.stored(part.storage)
+            yield from values.stored(part.storage)
 
 
 def _is_moved(storage: Storage, moved: Moved) -> bool:

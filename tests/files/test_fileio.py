@@ -31,7 +31,6 @@ from ckptool.errors import (
 from ckptool.files import copying
 from ckptool.files.copying import (
     NOTHING,
-    Compute,
     Copy,
     Done,
     Moved,
@@ -48,7 +47,9 @@ from ckptool.files.publish import (
     refuse_full,
     refuse_target,
 )
-from ckptool.tensors.tensor import Packing, Storage
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.tensor import Computed, Packing, Storage
+from ckptool.tensors.values import literal
 
 DATA = random.Random(7).randbytes(3 * CHUNK + 12345)  # of several chunks, the last one short
 
@@ -190,12 +191,12 @@ def test_many_jobs_in_any_order(
         assert written(tmp_path)[place : place + nbytes] == DATA[start : start + nbytes]
 
 
-def test_computed_bytes_are_written_in_place(tmp_path: Path, output: int, stored: Storage) -> None:
-    def block(readers: Readers) -> Iterator[bytes | bytearray]:
-        yield bytearray(readers[stored.path].read(0, 6)).upper()
-        yield b"!"
+def computed(data: bytes) -> Storage:
+    return literal(data, DType.U8, (len(data),), "made").storage
 
-    run_jobs([Compute(stored, block, 3, 7)], output, quiet)
+
+def test_computed_bytes_are_written_in_place(tmp_path: Path, output: int) -> None:
+    run_jobs([Copy(computed(b"BEFORE!"), 3)], output, quiet)
     assert written(tmp_path) == b"\0\0\0BEFORE!"
 
 
@@ -292,12 +293,11 @@ def test_bytes_that_nobody_moved_are_missed(
 
 
 @pytest.mark.parametrize("nbytes", [6, 8])
-def test_computed_bytes_are_as_many_as_planned(output: int, stored: Storage, nbytes: int) -> None:
-    def block(readers: Readers) -> Iterator[bytes | bytearray]:
-        yield b"1234567"
-
-    with pytest.raises(RuntimeError, match=f"7 of {nbytes} bytes"):
-        run_jobs([Compute(stored, block, 3, nbytes)], output, quiet)
+def test_computed_bytes_are_as_many_as_planned(output: int, nbytes: int) -> None:
+    seven = Computed(lambda start, stop: b"1234567", (), 1)
+    storage = replace(computed(bytes(nbytes)), computed=seven)
+    with pytest.raises(ValueError, match="different structures"):
+        run_jobs([Copy(storage, 3)], output, quiet)
 
 
 @pytest.mark.parametrize("kind", ["stored", "packed", "computed"])
@@ -310,11 +310,10 @@ def test_what_is_written_is_read_back(
         if fault == "other bytes":
             os.pwrite(target, bytes(len(data)), position)
 
-    stored = request.getfixturevalue("stored" if kind == "computed" else kind)
-    job = Compute(stored, lambda _: iter([DATA]), 0, len(DATA)) if kind == "computed" else None
+    storage = computed(DATA) if kind == "computed" else request.getfixturevalue(kind)
     monkeypatch.setattr(copying, "write_at", wrong)
     with pytest.raises(OSError, match="what was written"):
-        run_jobs([job or Copy(stored, 0)], output, quiet)
+        run_jobs([Copy(storage, 0)], output, quiet)
 
 
 # Small copies are moved many at a time.

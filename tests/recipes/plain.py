@@ -18,6 +18,7 @@ State = dict[str, torch.Tensor]
 Step = tuple[str, Any]
 LETTERS = "ijklmn"
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)
+CASTS = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 MOVES = (
     "split fuse stack unstack transpose permute reshape squeeze unsqueeze rope interleave slice"
 ).split()
@@ -54,7 +55,14 @@ def applied(state: State, step: Step) -> State:
             for key, tensor in state.items()
             if (family(key) in fields) == (word == "keep")
         }
+    if word == "cast":
+        once = {id(tensor): cast(tensor, CASTS[fields["to"]]) for tensor in state.values()}
+        return {key: once[id(tensor)] for key, tensor in state.items()}
     return joining(dict(state), word, fields) if "from" in fields else each(state, word, fields)
+
+
+def cast(tensor: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+    return tensor.to(to) if tensor.is_floating_point() else tensor
 
 
 def renamed(state: State, rules: list[list[str]]) -> State:
@@ -218,7 +226,7 @@ class Draw:
             self.state = applied(self.state, self.recipe[-1])
             return
         text = self.random.choice(list(families))
-        words = [*("rename swap add copy tie".split()), *([] if self.back else ["drop"])]
+        words = [*("rename swap add copy tie".split()), *([] if self.back else ["drop", "cast"])]
         if not self.shared(families[text]):  # a step has to take all names of a tensor
             words += [each for each in MOVES if not (self.back and each == "slice")]
         word = self.random.choice(words)
@@ -252,6 +260,9 @@ class Draw:
 
     def a_copy(self, text: str, shape: list[int], families: Any) -> Step:
         return "copy", {"from": text, "to": self.fresh(text)}
+
+    def a_cast(self, *_: Any) -> Step:
+        return "cast", {"to": self.random.choice(list(CASTS))}
 
     def a_tie(self, text: str, shape: list[int], families: Any) -> Step:
         return "tie", {"from": text, "to": self.fresh(text)}

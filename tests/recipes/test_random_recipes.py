@@ -68,3 +68,12 @@ def test_a_recipe_and_its_way_back_change_nothing(run: Run, tmp_path: Path, numb
     suffix = ".safetensors" if number % 3 == 0 and not tied(draw.state) else ".pth"
     out = convert(run, source, tmp_path / f"out{suffix}", "--recipe", recipe)
     judged(convert(run, out, tmp_path / "back.pth", "--recipe", recipe, "--reverse"), draw.start)
+
+
+def test_ties_stay_where_a_copy_is_moved(run: Run, tmp_path: Path) -> None:
+    tensor = torch.randn(3, 4).T
+    torch.save({"a": tensor, "b": tensor}, tmp_path / "in.pth")
+    copies: list[Step] = [("copy", {"from": "a", "to": name}) for name in ("c", "d")]
+    recipe = written([*copies, ("transpose", {"keys": ["c"]})], tmp_path / "r.toml")
+    out = convert(run, tmp_path / "in.pth", tmp_path / "out.pth", "--recipe", recipe)
+    judged(out, {"a": tensor, "c": tensor.T.clone(), "d": tensor.clone(), "b": tensor})

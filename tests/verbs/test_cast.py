@@ -65,7 +65,7 @@ def read(path: Path, like: State) -> State:
         return dict(load_file(path))
     if (path / ".metadata").exists():
         empty: dict[str, Any] = {key: torch.empty_like(value) for key, value in like.items()}
-        load_dcp(empty, storage_reader=FileSystemReader(path), no_dist=True)
+        load_dcp(empty, storage_reader=FileSystemReader(path))
         return empty
     return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
@@ -333,6 +333,50 @@ def test_storages_of_casts_are_told_apart_quickly(here: Path) -> None:
     assert len({hash(value.storage) for value in key_map.entries.values()}) == 100
 
 
+def test_a_whole_model_is_cast_as_its_state_dict(run: Run, here: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), "model.pth")
+    said = run("convert", "--dtype", "bf16", "model.pth", "out.safetensors").err
+    assert "cast 2 tensors to BF16\n" in said
+    assert "not in its state_dict" not in said
+    assert run("convert", "--dtype", "bf16", "model.pth", "out.pth").code == 2
+
+
+def test_what_is_no_plain_tensor_stays_and_is_counted(run: Run, here: Path) -> None:
+    import numpy as np
+
+    state = {
+        "array": np.ones(2, "f4"),
+        "sparse": torch.eye(2).to_sparse(),
+        "meta": torch.ones(2, device="meta"),
+        "plain": torch.ones(2),
+    }
+    torch.save(state, "odd.pth")
+    said = run("convert", "--dtype", "bf16", "odd.pth", "out.pth").err
+    line = "cast 1 tensor to BF16; as they were: 1 numpy.ndarray, 1 sparse_coo F32, 1 meta F32\n"
+    assert line in said
+
+
+def test_two_threads_lose_no_count(run: Run, here: Path) -> None:
+    """A tensor of many blocks, of which every hundredth number overflows."""
+    whole = torch.ones(5_000_000)
+    whole[::100] = 1e9
+    whole[7::100] = 1e-9
+    torch.save({"w": whole, "x": whole.clone()}, "w.pth")
+    for name in ("out.pth", "out.safetensors"):
+        line = ["--dtype", "f16", "--overflow", "inf", "--json", "w.pth", name]
+        (found,) = run("convert", *line).document["casts"]
+        assert found["total"] == {"overflow": 100_000, "zero": 100_000, "subnormal": 0}
+
+
+def test_a_cast_in_place_replaces_the_input_or_leaves_it(run: Run, here: Path) -> None:
+    torch.save(large(), "w.pth")
+    before = Path("w.pth").read_bytes()
+    assert run("convert", "--dtype", "f16", "--in-place", "w.pth").code == 1
+    assert Path("w.pth").read_bytes() == before
+    assert run("convert", "--dtype", "bf16", "--in-place", "w.pth").code == 0
+    assert {v.dtype for v in torch.load("w.pth").values()} == {torch.bfloat16}
+
+
 # In a recipe.
 
 
@@ -451,6 +495,16 @@ def test_quantized_weights_and_their_scales_stay(run: Run, here: Path, name: str
     changed = {key for key in got if got[key].dtype is torch.bfloat16}
     assert changed == cast
     assert all(bits(got[key]) == bits(state[key]) for key in got.keys() - cast)
+
+
+def test_what_is_tied_to_a_quantized_weight_stays_with_it(run: Run, here: Path) -> None:
+    weight = torch.ones(2, 2).to(F8)
+    state = {"head.weight": weight, "embed.weight": weight, "embed.weight_scale": torch.ones(1)}
+    torch.save(state, "q.pth")
+    said = run("convert", "--dtype", "bf16", "q.pth", "out.pth").err
+    assert "no tensor to cast to BF16: that changes nothing; as they were: 2 quantized" in said
+    got = torch.load("out.pth", weights_only=True)
+    assert got["head.weight"].data_ptr() == got["embed.weight"].data_ptr()
 
 
 def test_tensors_that_torch_quantizes_stay_with_their_scales(run: Run, here: Path) -> None:
