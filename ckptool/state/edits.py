@@ -20,7 +20,7 @@ from ckptool.state.selecting import close_matches, examples, nothing_matched, se
 from ckptool.state.wrappers import BOOKKEEPING, WRAPPERS, Peeling
 from ckptool.tensors import values
 from ckptool.tensors.tensor import TensorInfo
-from ckptool.text import counted, quoted, several
+from ckptool.text import counted, listed, quoted, several
 
 KeyEdit = Callable[[str], str | None]
 Value = Node  # a tensor, or what else is in a state_dict
@@ -53,7 +53,7 @@ class Change:
 
     A key without a move is dropped, `why` tells under which name and for which reason. `edit`
     moves the paths of modules, `remade` are new keys of tensors that were cut, joined or
-    rearranged, `matched` the keys that a rule took, changed or not.
+    rearranged, `matched` the keys that a rule took, changed or not, and the rule.
     """
 
     moves: Sequence[Move]
@@ -61,7 +61,7 @@ class Change:
     edit: KeyEdit = lambda key: key
     why: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     remade: Collection[str] = ()
-    matched: Collection[str] = ()
+    matched: Mapping[str, str] = field(default_factory=dict)
     counts: Sequence[Count] = ()
     casts: Sequence[Casting] = ()
 
@@ -242,9 +242,10 @@ def rename(old: str, new: str) -> Edit:
     return renames([(old, new)])
 
 
-def renames(
-    rules: Iterable[tuple[str, str]], *, optional: bool = False, back: Renaming | None = None
-) -> Edit:
+Pairs = Iterable[tuple[str, str]]
+
+
+def renames(rules: Pairs, *, optional: bool = False, back: Renaming | None = None) -> Edit:
     """Rename keys by rules, of which each sees the key as it was, and the first that fits wins.
 
     Each rule must take something, unless they are `optional`. `back` are the rules the other way
@@ -259,7 +260,6 @@ def renames(
             counts[number] += 1
         if not optional:
             _refuse_idle(renaming, counts, list(entries))
-        _refuse_two(renaming, found, entries)
         if back is not None:
             _refuse_no_way(renaming, back, found)
         moves = [((key,), found[key][1] if key in found else key, entries[key]) for key in entries]
@@ -267,7 +267,8 @@ def renames(
         of = f"of {len(entries)} keys"
         said = [f"moved `{r.old}` to `{r.new}` in {count} {of}" for r, count in pairs if count]
         numbers = [Count("rename", str(rule), count) for rule, count in pairs]
-        return Change(moves, said, renaming, matched=found.keys(), counts=numbers)
+        matched = {key: numbers[number].rule for key, (number, _) in found.items()}
+        return Change(moves, said, renaming, matched=matched, counts=numbers)
 
     return Edit("rename", change=change)
 
@@ -283,34 +284,13 @@ def _refuse_idle(renaming: Renaming, counts: Sequence[int], keys: Sequence[str])
         alone = Renaming([rule])
         taken = [match[0] for key in keys if alone.match(key) and (match := renaming.match(key))]
         if not taken:
-            raise nothing_matched(rule.old, keys).within(_named(renaming, number))
+            raise nothing_matched(rule.old, keys).within(renaming.place(number))
         first = renaming.rules[taken[0]]
         raise EditError(
             f"`{rule}` takes nothing: {counted(len(taken), 'key')} that it matches went to the "
             f"rules before it, such as `{first}`",
             hint="the first rule that matches a key takes it: put the narrow ones first",
-        ).within(_named(renaming, number))
-
-
-def _named(renaming: Renaming, number: int) -> str:
-    return f"rule {number + 1}" if len(renaming.rules) > 1 else ""
-
-
-def _refuse_two(renaming: Renaming, found: Found, entries: Entries) -> None:
-    """Raise `KeyCollision` for two keys that become one, with the rules that made them so."""
-    taken: dict[str, str] = {}
-    for key in entries:
-        new = found[key][1] if key in found else key
-        if new in taken:
-            both = [key for key in (taken[new], key) if key in found]
-            rules = [f"{key}: by `{renaming.rules[found[key][0]]}`" for key in both]
-            raise KeyCollision(
-                f"{taken[new]} and {key} would both become {new}",
-                evidence=rules if len(renaming.rules) > 1 else (),
-                option=f"--drop {quoted(key)}",
-                hint="before the rename leaves one out",
-            )
-        taken[new] = key
+        ).within(renaming.place(number))
 
 
 def _refuse_no_way(renaming: Renaming, back: Renaming, found: Found) -> None:
@@ -319,7 +299,7 @@ def _refuse_no_way(renaming: Renaming, back: Renaming, found: Found) -> None:
             raise EditError(
                 f"`{renaming.rules[number]}` would make {new} of {key}, which the recipe makes "
                 f"{back(new)} of"
-            )
+            ).within(renaming.place(number))
 
 
 def drop(patterns: str | Iterable[str], *, optional: bool = False) -> Edit:
@@ -417,6 +397,7 @@ def apply(
     for step in steps:
         try:
             change = _changed(step, {key: each.value for key, each in now.items()}, why)
+            after = _after(change, now, source)
         except EditError as error:
             raise error.within(step.where) from None
         changes.append(change)
@@ -424,11 +405,14 @@ def apply(
         for cast in change.casts:
             cast.where = cast.where or step.where
         matched.update(old for key in change.matched for old in now[key].olds)
-        after = _after(change, now, source)
-        kept = {old for each in after.values() for old in each.olds}
-        for key, each in now.items():
-            gone = change.why.get(key, (key, step.reason))
-            why |= {old: gone for old in each.olds if old not in kept and old not in why}
+        used = {key for sources, _, _ in change.moves for key in sources}
+        if gone := [key for key in now if key not in used]:
+            kept = {old for each in after.values() for old in each.olds}
+            for key in gone:
+                told = change.why.get(key, (key, step.reason))
+                for old in now[key].olds:
+                    if old not in kept:
+                        why.setdefault(old, told)
         now = after
     written: dict[str, list[str | None]] = {}
     for new, each in now.items():
@@ -473,28 +457,43 @@ def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -
     after = {key: edit(key) for key in entries}
     said = edit.said(list(entries)) if isinstance(edit, Peeling) else _said(step, after)
     moves = [((key,), new, entries[key]) for key, new in after.items() if new is not None]
-    return Change(moves, said, edit, matched=[key for key, new in after.items() if new != key])
+    matched = {key: step.name for key, new in after.items() if new != key}
+    return Change(moves, said, edit, matched=matched)
 
 
 def _after(change: Change, now: Mapping[str, _Entry], source: str) -> dict[str, _Entry]:
     """Return the entries after a step; raises an error where two would have one key."""
     after: dict[str, _Entry] = {}
     for sources, new, value in change.moves:
-        before = [now[key] for key in sources]
-        olds = dict.fromkeys(old for each in before for old in each.olds)
-        if new == "" and "" not in olds:
+        if new == "" and not any("" in now[key].olds for key in sources):
             raise EditError(f"the key {sources[0]} would have no name left")
         if new in after:
-            first, second = after[new].olds[0], next(iter(olds))
-            raise KeyCollision(
-                f"{first} and {second} would both become {new}",
-                hint=f"drop one first: ckptool convert --drop {quoted(second)} {source} OUT"
-                if source
-                else f"drop {second} first",
-            )
+            raise _collision(change, new, source)
+        one = now[sources[0]]
+        if len(sources) == 1 and value is one.value and new not in change.remade:
+            after[new] = one
+            continue
+        before = [now[key] for key in sources]
+        olds = dict.fromkeys(old for each in before for old in each.olds)
         remade = new in change.remade or any(each.remade for each in before)
         after[new] = _Entry(tuple(olds), value, remade)
     return after
+
+
+def _collision(change: Change, new: str, source: str) -> EditError:
+    """Return the error of keys that would become one, with the rules that make them so."""
+    first, second, *_ = [sources for sources, made, _ in change.moves if made == new]
+    if first == second:
+        return KeyCollision(f"{listed(first)} would become {new} twice")
+    both = [next((key for key in keys if key != new), new) for keys in (first, second)]
+    rules = {key: change.matched[key] for key in both if key in change.matched}
+    return KeyCollision(
+        f"{both[0]} and {both[1]} would both become {new}",
+        evidence=[f"{key}: by `{rule}`" for key, rule in rules.items()],
+        hint=f"drop one first: ckptool convert --drop {quoted(both[1])} {source} OUT"
+        if source
+        else f"drop {both[1]} first",
+    )
 
 
 def _said(step: Edit, after: Mapping[str, str | None]) -> list[str]:

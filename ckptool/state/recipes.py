@@ -17,8 +17,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -28,7 +29,7 @@ from typing import Any, Literal
 
 from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
 from ckptool.state import edits
-from ckptool.state.edits import Change, Edit, Entries, KeyMap
+from ckptool.state.edits import Change, Edit, Entries, KeyMap, Pairs
 from ckptool.state.steps import STEPS, Given, Patterns, Step
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import counted, listed, quoted, shape
@@ -39,8 +40,17 @@ MAX_NBYTES = 1 << 20
 MAX_LIKE_NBYTES = 64 << 20
 MAX_STEPS = 1000
 MAX_RULES = 10_000
+MAX_SHOWN = 80  # characters of a value in an error
 SHIPPED = Path(__file__).parent / "recipes"
 _UNMATCHED = ("allow", "name", "refuse")
+# tomllib keeps all that `a.b.c.d` begins with: the square of its length in memory.
+MAX_DOTS = 16
+_DEEP = re.compile(rf"(?:[\w-]+[ \t]*\.[ \t]*){{{MAX_DOTS + 1}}}")
+_TEXTS = re.compile(
+    r'"""(?:\\.|[^\\])*?(?:"""|\Z)|"(?:\\.|[^"\\\n])*"?'
+    r"|'''.*?(?:'''|\Z)|'[^'\n]*'?|#[^\n]*",
+    re.DOTALL,
+)
 
 
 Fact = tuple[str, tuple[int, ...]]  # dtype and shape
@@ -115,7 +125,10 @@ class Recipe:
         def change(entries: Entries) -> Change:
             if reverse:
                 self._refuse_unexpected(entries)
-            key_map, edit = edits.apply(steps, entries)
+            try:
+                key_map, edit = edits.apply(steps, entries)
+            except EditError as error:
+                raise _by_field(error) from None
             if not reverse:
                 self._refuse_unexpected(key_map.entries)
             return _as_change(entries, key_map, edit, self._unmatched(key_map))
@@ -142,7 +155,7 @@ class Recipe:
             made = asked.step.make(**asked.given)
             return replace(made, where=asked.where, number=asked.number)
         except EditError as error:
-            raise error.within(asked.where).within(self.name) from None
+            raise _by_field(error).within(asked.where).within(self.name) from None
 
     def _unmatched(self, key_map: KeyMap) -> list[str]:
         """Name the keys that no rule took, or refuse them."""
@@ -180,6 +193,15 @@ class Recipe:
                 "nothing was written",
                 evidence=[*others[:8], *more],
             )
+
+
+def _by_field(error: EditError) -> EditError:
+    """Return an error whose remedy is a field of the step, not an option of a command."""
+    name, _, value = error.option.removeprefix("--").partition(" ")
+    if name and not error.hint:
+        error.hint = f"{name} = '{value}'"
+    error.option = ""
+    return error
 
 
 def facts(entries: Entries) -> dict[str, Fact]:
@@ -226,7 +248,7 @@ def _as_change(
         edit,
         key_map.why,
         remade,
-        [old for old, _ in key_map.pairs if old not in left],
+        {old: "recipe" for old, _ in key_map.pairs if old not in left},
         key_map.counts,
         key_map.casts,
     )
@@ -256,15 +278,19 @@ def _parsed(name: str, data: bytes, folder: Path) -> Recipe:
     if len(data) > MAX_NBYTES:
         raise BadRecipe("more than 1 MiB")
     try:
-        text = data.decode()
+        text = data.decode().removeprefix("\ufeff")  # which editors of Windows write
+        if _DEEP.search(_TEXTS.sub("-", text)):
+            raise BadRecipe(f"names with more than {MAX_DOTS} dots that are not in quotes")
         document = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise BadRecipe(f"byte {error.start} is not UTF-8 text") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadRecipe(f"not TOML: {error}", hint="texts are 'in single quotes'") from None
+    except ValueError:  # of Python's `int`, which tells no line
+        raise BadRecipe("a number in it has thousands of digits") from None
     version = document.get("recipe")
-    if version != VERSION or isinstance(version, bool):
-        what = "`recipe = 1` is missing" if version is None else f"recipe = {version!r}"
+    if type(version) is not int or version != VERSION:
+        what = "`recipe = 1` is missing" if version is None else f"recipe = {_shown(version)}"
         raise BadRecipe(f"{what}: this ckptool reads version {VERSION}", hint="recipe = 1")
     _refuse_unknown(document, ("recipe", "step", "expect"), "")
     asked = document.get("step", [])
@@ -284,7 +310,7 @@ def _parsed(name: str, data: bytes, folder: Path) -> Recipe:
         try:
             step.step.make(**step.given)
         except EditError as error:
-            raise error.within(step.where) from None
+            raise _by_field(error).within(step.where) from None
     return recipe
 
 
@@ -306,7 +332,7 @@ def _step(number: int, table: dict[str, Any]) -> Asked:
     if len(names) != 1 or not isinstance(optional, bool):
         what = f"{listed(names)}: one operation a step" if names else "no operation"
         raise BadRecipe(
-            what if isinstance(optional, bool) else f"optional = {optional!r}: true or false"
+            what if isinstance(optional, bool) else f"optional = {_shown(optional)}: true or false"
         ).within(where)
     step, value = STEPS[names[0]], table[names[0]]
     try:
@@ -319,7 +345,7 @@ def _step(number: int, table: dict[str, Any]) -> Asked:
 def _fields(step: Step, value: Any) -> Given:
     """Check the fields of a step, by the parameters of what makes it."""
     if not isinstance(value, dict):
-        raise BadRecipe(f"{value!r}: it takes a table", hint=f"{step.name} = {{...}}")
+        raise BadRecipe(f"{_shown(value)}: it takes a table", hint=f"{step.name} = {{...}}")
     signature = inspect.signature(step.make, eval_str=True)
     known = {
         name.rstrip("_"): each
@@ -331,7 +357,8 @@ def _fields(step: Step, value: Any) -> Given:
     given = {}
     for name, parameter in known.items():
         if name in value:
-            given[parameter.name] = _field(name, value[name], parameter.annotation)
+            said = step.name if step.alone else name
+            given[parameter.name] = _field(said, value[name], parameter.annotation)
         elif parameter.default is parameter.empty:
             raise BadRecipe(f"`{name}` is missing")
     return given
@@ -340,10 +367,24 @@ def _fields(step: Step, value: Any) -> Given:
 def _field(name: str, value: Any, kind: Any) -> Any:
     """Return a field as its parameter takes it; raises `BadRecipe` for another type."""
     test, what = _KINDS[kind]
+    if kind is Pairs and isinstance(value, list):
+        for number, each in enumerate(value, 1):
+            if not _is_pair(each):
+                raise BadRecipe(
+                    f"{_shown(each)} is not a pair of OLD and NEW", hint="['fc', 'head']"
+                ).within(f"rule {number}")
     if not test(value):
-        raise BadRecipe(f"{name} = {value!r}: it must be {what}")
+        raise BadRecipe(f"{name} = {_shown(value)}: it must be {what}")
     _refuse_files(value)
     return value
+
+
+def _shown(value: Any) -> str:
+    """Write a value as TOML does, and the beginning of a long one."""
+    known = isinstance(value, str | int | list | dict) and not isinstance(value, bool)
+    text = repr(value) if known else str(value)
+    text = text.lower() if isinstance(value, bool) else text
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _is_text(value: Any) -> bool:
@@ -362,13 +403,15 @@ def _is_pair(value: Any) -> bool:
     return _list_of(_is_text, value) and len(value) == 2
 
 
+_NUMBERS = (partial(_list_of, _is_number, least=0), "a list of whole numbers")
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {  # by the annotation of a parameter
     str: (_is_text, "a text"),
     int: (_is_number, "a whole number"),
     Sequence[str]: (partial(_list_of, _is_text), "a list of texts"),
-    Sequence[int]: (partial(_list_of, _is_number, least=0), "a list of whole numbers"),
+    Sequence[int]: _NUMBERS,
+    Sequence[int] | None: _NUMBERS,
     Patterns: (lambda value: _is_text(value) or _list_of(_is_text, value), "a text or a list"),
-    Iterable[tuple[str, str]]: (
+    Pairs: (
         partial(_list_of, _is_pair),
         "pairs of OLD and NEW: [['fc', 'head'], ...]",
     ),
@@ -385,13 +428,15 @@ def _refuse_files(value: Any) -> None:
 def _expect(table: Any, folder: Path) -> Expect:
     where = "[expect]"
     if not isinstance(table, dict):
-        raise BadRecipe(f"{table!r}: it is a table").within(where)
+        raise BadRecipe(f"{_shown(table)}: it is a table").within(where)
     _refuse_unknown(table, ("tensors", "unmatched", "like"), where)
     tensors, unmatched = table.get("tensors"), table.get("unmatched", "name")
     if tensors is not None and not (_is_number(tensors) and tensors >= 0):
-        raise BadRecipe(f"tensors = {tensors!r}: it must be a count").within(where)
+        raise BadRecipe(f"tensors = {_shown(tensors)}: it must be a count").within(where)
     if unmatched not in _UNMATCHED:
-        raise BadRecipe(f"unmatched = {unmatched!r}: it is {listed(_UNMATCHED)}").within(where)
+        raise BadRecipe(f"unmatched = {_shown(unmatched)}: it is {listed(_UNMATCHED)}").within(
+            where
+        )
     if "like" not in table:
         return Expect(tensors, unmatched)
     try:
@@ -400,18 +445,29 @@ def _expect(table: Any, folder: Path) -> Expect:
         raise error.within(where) from None
 
 
+def _is_below(folder: Path, name: str) -> bool:
+    """Check that a path, and what its links lead to, is below a folder."""
+    root, path = os.path.realpath(folder), os.path.realpath(folder / name)
+    try:
+        return not os.path.isabs(name) and os.path.commonpath([root, path]) == root
+    except ValueError:  # of Windows: another drive
+        return False
+
+
 def _like(name: Any, folder: Path) -> dict[str, Fact]:
     """Read a document of `ckptool keys --json` that is below a folder."""
     if not _is_text(name):
-        raise BadRecipe(f"like = {name!r}: it must be a text")
-    root, path = os.path.realpath(folder), os.path.realpath(folder / name)
-    if "://" in name or os.path.isabs(name) or os.path.commonpath([root, path]) != root:
+        raise BadRecipe(f"like = {_shown(name)}: it must be a text")
+    if "\0" in name or "://" in name or not _is_below(folder, name):
         raise BadRecipe(
             f"like = {name!r} is not a path below the folder of the recipe",
             hint="put the document beside the recipe",
         )
+    path = folder / name
     try:
-        with open(path, "rb") as opened:
+        if path.exists() and not path.is_file():
+            raise BadRecipe(f"like = {name!r} is not a file")
+        with path.open("rb") as opened:
             data = opened.read(MAX_LIKE_NBYTES + 1)
         if len(data) > MAX_LIKE_NBYTES:
             raise BadRecipe(f"{name} has more than 64 MiB")

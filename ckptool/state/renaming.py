@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptool.errors import EditError
-from ckptool.state.templates import is_template, template
+from ckptool.state.templates import LONGEST, is_template, refuse_kinds, template
 
 REGEX = "re:"
-LONGEST = 1000  # characters of a key that a regular expression of the user sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Rule:
         if self.old.count("*") != self.new.count("*"):
             return "what `*` holds is not in NEW"
         if unclear := template(self.new).unclear:
-            return f"`{unclear}` does not say where the first ends"
+            return unclear
         lost = set(template(self.old).fields) - set(template(self.new).fields)
         return f"what {{{min(lost)}}} holds is not in NEW" if lost else ""
 
@@ -55,6 +54,7 @@ def read_rule(text: str, option: str = "--rename") -> Rule:
     return Rule(old, new)
 
 
+_SIGNS = re.compile(r"[{}*]")
 Build = Callable[[Sequence[str | None]], str]  # the groups of a match -> the new key
 
 
@@ -65,6 +65,7 @@ def _compiled(rule: Rule, first: int) -> tuple[str, int, Build]:
     old, new = template(rule.old.rstrip(".")), template(rule.new.rstrip("."))
     if unknown := new.fields.keys() - old.fields.keys():
         raise EditError(f"{{{min(unknown)}}} is in NEW alone, in `{rule}`")
+    refuse_kinds(new, old)
     source, names = old.regex(first)
 
     def build(groups: Sequence[str | None]) -> str:
@@ -96,29 +97,61 @@ Find = Callable[[str], tuple[int, str] | None]  # which rule takes a key, from 0
 class Renaming:
     """Rules of one step, ready to be used: a key goes in, its new name comes out.
 
-    A key meets only the rules of which it has a component, the one that is in fewest rules; those
-    with the same component, or with none, are one regular expression.
+    Prefixes are looked up. A template is tried on keys that have its rarest component, with those
+    that have the same as one regular expression.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
+        self._prefixes: dict[str, tuple[int, str]] = {}
         self._regexes: list[Find] = []
-        common = Counter(part for rule in self.rules for part in _components(rule))
-        groups: dict[str, list[tuple[int, Rule]]] = {}
-        for pair in enumerate(self.rules):
-            if pair[1].old.startswith(REGEX):
-                self._regexes.append(_by_regex(*pair))
-            else:
-                rarest = min(_components(pair[1]), key=common.__getitem__, default="")
-                groups.setdefault(rarest, []).append(pair)
-        self._any = [_by_templates(groups.pop(""))] if "" in groups else []
-        self._having = {part: _by_templates(group) for part, group in groups.items()}
+        self._templates: dict[str, Find] = {}
+        templates: list[tuple[int, Rule]] = []
+        for number, rule in enumerate(self.rules):
+            try:
+                if rule.old.startswith(REGEX):
+                    self._regexes.append(_by_regex(number, rule))
+                    continue
+                _compiled(rule, 1)
+                if _SIGNS.search(f"{rule.old}{rule.new}"):
+                    templates.append((number, rule))
+                else:
+                    pair = number, rule.new.rstrip(".")
+                    self._prefixes.setdefault(rule.old.rstrip("."), pair)
+            except EditError as error:
+                raise error.within(self.place(number)) from None
+        self._longest = max(map(len, self._prefixes), default=0)
+        self._groups = _by_component(templates)
+
+    def place(self, number: int) -> str:
+        """Name a rule in errors, where it is one of several."""
+        return f"rule {number + 1}" if len(self.rules) > 1 else ""
 
     def match(self, key: str) -> tuple[int, str] | None:
         """Return which rule takes a key, from 0 on, and the new key."""
-        having = map(self._having.get, set(key.split(".")))
-        finds = (*having, *self._any, *self._regexes)
-        return min((each for find in finds if find and (each := find(key))), default=None)
+        found = [] if not self._prefixes else [*self._by_prefix(key)]
+        if self._groups:
+            for part in {"", *key.split(".")}:
+                if part in self._groups:
+                    if part not in self._templates:
+                        self._templates[part] = _by_templates(self._groups[part])
+                    if each := self._templates[part](key):
+                        found.append(each)
+        for find in self._regexes:
+            if each := find(key):
+                found.append(each)
+                break
+        return min(found, default=None)
+
+    def _by_prefix(self, key: str) -> Iterator[tuple[int, str]]:
+        end = len(key)
+        while True:
+            if end <= self._longest and (pair := self._prefixes.get(key[:end])):
+                tail = key[end:] if end else f".{key}"
+                yield pair[0], pair[1] + tail if pair[1] else tail[1:]
+            if not end:
+                return
+            end = max(key.rfind(".", 0, end), 0)
 
     def __call__(self, key: str) -> str:
         """Return the new name of a key, the same where no rule takes it."""
@@ -126,10 +159,17 @@ class Renaming:
         return found[1] if found else key
 
 
-def _components(rule: Rule) -> set[str]:
-    """Return the components that every key has that a rule takes."""
-    parts = rule.old.split(".")
-    return {part for part in parts if part and not re.search("[{}*]", part)}
+def _by_component(rules: Sequence[tuple[int, Rule]]) -> dict[str, list[tuple[int, Rule]]]:
+    """Group rules by a component that each key has which they take, an empty text for none."""
+    needs = [
+        [part for part in rule.old.rstrip(".").split(".") if part and not _SIGNS.search(part)]
+        for _, rule in rules
+    ]
+    counts = Counter(part for parts in needs for part in parts)
+    groups: dict[str, list[tuple[int, Rule]]] = {}
+    for pair, parts in zip(rules, needs, strict=True):
+        groups.setdefault(min(parts, key=counts.__getitem__, default=""), []).append(pair)
+    return groups
 
 
 def _by_templates(rules: list[tuple[int, Rule]]) -> Find:

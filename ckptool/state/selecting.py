@@ -12,7 +12,7 @@ from fnmatch import translate
 
 from ckptool.errors import EditError, NothingMatched
 from ckptool.state import wrappers
-from ckptool.state.templates import is_template, template
+from ckptool.state.templates import LONGEST, is_template, template
 from ckptool.text import counted, several
 
 
@@ -26,7 +26,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
             expression = re.compile(pattern[3:])
         except re.error as error:
             raise EditError(f"`{pattern[3:]}` is not a regular expression: {error}") from None
-        return lambda key: expression.fullmatch(key) is not None
+        return lambda key: len(key) <= LONGEST and expression.fullmatch(key) is not None
     if is_template(pattern):
         source, _ = template(pattern.rstrip(".")).regex(1)
         under = re.compile(rf"{source}(?:\..*)?", re.DOTALL)

@@ -7,22 +7,23 @@ match whole keys, and those of one group hold the same in their fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from math import prod
 from typing import Any
 
-from ckptool.errors import EditError
+from ckptool.errors import EditError, KeyCollision
 from ckptool.state import edits
 from ckptool.state.edits import Change, Count, Edit, Entries, Value
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.selecting import nothing_matched, select
-from ckptool.state.templates import Matcher, Template, refuse_fields, template
+from ckptool.state.templates import DIGITS, Matcher, Template, refuse_fields, template
 from ckptool.tensors import values
 from ckptool.tensors.tensor import TensorInfo, ties
 from ckptool.text import counted, listed, several, shape as shown
 
+MAX_DIGITS = 18  # of a row, and of a number in a key
 Shape = tuple[int, ...]
 Remake = Callable[[TensorInfo], TensorInfo]
 Patterns = str | Iterable[str]
@@ -36,8 +37,10 @@ class _Group:
     made: tuple[tuple[str, TensorInfo], ...]
 
 
-def _change(step: str, rule: str, entries: Entries, groups: Sequence[_Group]) -> Change:
-    """Put what groups make where the first tensor of each was.
+def _change(
+    step: str, rule: str, entries: Entries, groups: Sequence[_Group], more: str = ""
+) -> Change:
+    """Put what groups make where the first tensor of each was; `more` is said of what was made.
 
     Raises `EditError` for a tensor that is in two groups, and for one of two that are the same
     tensor where the other is in none.
@@ -65,9 +68,10 @@ def _change(step: str, rule: str, entries: Entries, groups: Sequence[_Group]) ->
             moves += [(at[key].keys, new, tensor) for new, tensor in at[key].made]
     made = sum(len(group.made) for group in groups)
     did = f"{step}: {counted(len(at), 'tensor')} of {len(entries)}"
-    said = [did if made == len(at) else f"{did} became {made}"]
+    said = [did if made == len(at) else f"{did} became {made}{more}"]
     remade = {new for group in groups for new, _ in group.made}
-    return Change(moves, said, remade=remade, matched=at, counts=[Count(step, rule, len(groups))])
+    numbers = [Count(step, rule, len(groups))]
+    return Change(moves, said, remade=remade, matched=dict.fromkeys(at, rule), counts=numbers)
 
 
 def _both(one: _Group, other: _Group) -> str:
@@ -141,23 +145,34 @@ def transpose(keys: Patterns, dims: Sequence[int] = (0, 1), optional: bool = Fal
 def permute(keys: Patterns, dims: Sequence[int], optional: bool = False) -> Edit:
     """Put the dimensions in another order."""
 
+    order = _order(dims)
+
     def remake(value: TensorInfo) -> TensorInfo:
         if len(dims) != len(value.shape):
-            raise ValueError(f"{shown(value.shape)} has {len(value.shape)} dimensions")
-        return values.permuted(value, dims)
+            raise ValueError(f"{shown(value.shape)} has {counted(len(value.shape), 'dimension')}")
+        return values.permuted(value, order)
 
-    if sorted(dims) != list(range(len(dims))):
-        raise EditError(f"dims = {list(dims)}: permute takes each dimension once, from 0 on")
     return _each("permute", keys, remake, optional=optional)
 
 
+def _order(dims: Sequence[int]) -> list[int]:
+    """Return dimensions counted from the front; raises `EditError` unless each is there once."""
+    order = [dim + len(dims) if dim < 0 else dim for dim in dims]
+    if sorted(order) != list(range(len(dims))):
+        raise EditError(f"dims = {list(dims)}: permute takes each dimension once, from 0 on")
+    return order
+
+
 def reshape(
-    keys: Patterns, shape: Sequence[int], was: Sequence[int] = (), optional: bool = False
+    keys: Patterns,
+    shape: Sequence[int],
+    was: Sequence[int] | None = None,
+    optional: bool = False,
 ) -> Edit:
     """Give the elements another shape, in which one size may be -1; `was` is the one before."""
 
     def remake(value: TensorInfo) -> TensorInfo:
-        if was and _whole(was, value.numel) != value.shape:
+        if was is not None and _whole(was, value.numel) != value.shape:
             raise ValueError(f"its shape is {shown(value.shape)}, not {list(was)}")
         return values.shaped(value, _whole(shape, value.numel))
 
@@ -167,7 +182,7 @@ def reshape(
 def _whole(shape: Sequence[int], numel: int) -> Shape:
     """Return a shape with the size that -1 stands for."""
     known = prod(size for size in shape if size != -1)
-    rest = numel // known if known else 0
+    rest = numel // known if known else -1  # any size would do
     whole = tuple(rest if size == -1 else size for size in shape)
     if prod(whole) != numel or list(shape).count(-1) > 1 or min(whole, default=0) < 0:
         raise ValueError(f"{counted(numel, 'element')} cannot have the shape {list(shape)}")
@@ -219,6 +234,8 @@ def _row_range(text: str, rows: str) -> tuple[int, int | None]:
         raise EditError(
             f"rows = `{rows}`: `{text}` is not a row or a range", hint="rows = '0:10,17'"
         )
+    if any(len(each) > MAX_DIGITS for each in numbers):
+        raise EditError(f"rows have at most {MAX_DIGITS} digits")
     first = int(start or 0)
     return first, (int(end) if end else None) if colon else first + 1
 
@@ -301,7 +318,7 @@ def split(
             names = (each.fill(held) for each in targets)
             made = tuple(zip(names, known[value.view], strict=True))
             groups.append(_Group((key,), made))
-        return _change("split", from_, entries, groups)
+        return _change("split", from_, entries, groups, "" if sizes else " of equal size")
 
     return Edit("split", change=change)
 
@@ -315,6 +332,8 @@ def _refuse_sizes(sizes: Sequence[int], parts: Sequence[str]) -> None:
 def _templates(texts: Sequence[str]) -> list[Template]:
     if len(texts) < 2:
         raise EditError(f"{list(texts)}: at least two parts are needed")
+    if twice := [text for text in texts if texts.count(text) > 1]:
+        raise EditError(f"`{twice[0]}` is named twice")
     return [template(text) for text in texts]
 
 
@@ -369,10 +388,25 @@ def fuse(
         bound: dict[str, tuple[str, ...]] = {}
         for source in sources:
             for _, held in _matches(Matcher(source.text), entries, optional=optional):
-                bound[target.fill(held)] = tuple(each.fill(held) for each in sources)
-        return _joined("fuse", to, entries, bound, join)
+                new, keys = target.fill(held), tuple(each.fill(held) for each in sources)
+                if bound.setdefault(new, keys) != keys:
+                    raise KeyCollision(
+                        f"{listed(bound[new])} and {listed(keys)} would both become {new}"
+                    )
+        fused = _joined("fuse", to, entries, bound, join)
+        return fused if sizes else replace(fused, said=[*fused.said, *_unequal(entries, bound)])
 
     return Edit("fuse", change=change)
+
+
+def _unequal(entries: Entries, bound: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Say which group is not of equal parts, which a split without `sizes` would make of it."""
+    for new, keys in bound.items():
+        shapes = [value.shape for key in keys if isinstance(value := entries[key], TensorInfo)]
+        if len(set(shapes)) > 1:
+            each = listed(map(shown, shapes))
+            yield f"fuse: {new} is of {each}: only `sizes` gives it a way back"
+            return
 
 
 def _joined(
@@ -424,7 +458,10 @@ def stack(from_: str, to: str, over: str = "e", dim: int = 0, optional: bool = F
     def change(entries: Entries) -> Change:
         members: dict[str, dict[int, str]] = {}
         for key, held in _matches(source, entries, optional=optional):
-            members.setdefault(target.fill(held), {})[int(held[over])] = key
+            numbered = members.setdefault(target.fill(held), {})
+            other = numbered.setdefault(int(held[over][-MAX_DIGITS:]), key)
+            if other != key:
+                raise KeyCollision(f"{other} and {key} have the same number")
         for new, keys in members.items():
             gap = next(number for number in range(len(keys) + 1) if number not in keys)
             if gap < len(keys):
@@ -468,6 +505,8 @@ def _rows_of(key: str, value: TensorInfo, dim: int) -> list[TensorInfo]:
 
 
 def _refuse_over(numbered: Template, other: Template, over: str) -> None:
+    if over not in DIGITS:
+        raise EditError(f"over = `{over}`: it must be one of {', '.join(sorted(DIGITS))}")
     if over not in numbered.fields or over in other.fields:
         raise EditError(f"{{{over}}} must be in `{numbered.text}`, and not in `{other.text}`")
     rest = Template(
@@ -479,16 +518,20 @@ def _refuse_over(numbered: Template, other: Template, over: str) -> None:
 # Steps that put a tensor under a second name.
 
 
-def tie(from_: str, to: str, optional: bool = False) -> Edit:
-    """Put a tensor under a second name: one tensor, two keys."""
+def tie(from_: str, to: str, optional: bool = False, back: bool = False) -> Edit:
+    """Put a tensor under a second name: one tensor, two keys; `back` takes it out."""
+    if back:
+        return _once("tie", from_, to, optional=optional)
     return _again("tie", from_, to, lambda value, key: value, optional=optional)
 
 
 _COPIES = count()
 
 
-def copy(from_: str, to: str, optional: bool = False) -> Edit:
-    """Put a copy of a tensor under a second name."""
+def copy(from_: str, to: str, optional: bool = False, back: bool = False) -> Edit:
+    """Put a copy of a tensor under a second name; `back` takes it out."""
+    if back:
+        return _once("copy", from_, to, optional=optional)
 
     def own(value: Value, key: str) -> Value:
         if not isinstance(value, TensorInfo):
@@ -513,8 +556,25 @@ def _again(
             if key in found:
                 moves.append(((key,), found[key], second(value, found[key])))
         said = [f"{step}: {counted(len(found), 'tensor')} of `{from_}` also under `{to}`"]
-        counts = [Count(step, f"{from_}={to}", len(found))]
-        return Change(moves, said, matched=found.keys(), counts=counts)
+        rule = f"{from_}={to}"
+        matched = dict.fromkeys(found, rule)
+        return Change(moves, said, matched=matched, counts=[Count(step, rule, len(found))])
+
+    return Edit(step, change=change)
+
+
+def _once(step: str, from_: str, to: str, *, optional: bool) -> Edit:
+    """Drop the second names of tensors that have the first."""
+    renaming = Renaming([Rule(from_, to)])
+
+    def change(entries: Entries) -> Change:
+        news = (match[1] for key in entries if (match := renaming.match(key)))
+        gone = {new: (new, f"a second name: {step}, backwards") for new in news if new in entries}
+        if not gone and not optional:
+            raise nothing_matched(to, list(entries))
+        moves = [((key,), key, value) for key, value in entries.items() if key not in gone]
+        counts = [Count(step, f"{from_}={to}", len(gone))]
+        return Change(moves, why=gone, matched=dict.fromkeys(gone, to), counts=counts)
 
     return Edit(step, change=change)
 
@@ -567,12 +627,12 @@ def _strip_back(given: Given) -> tuple[str, Given] | str:
 
 
 def _permute_back(given: Given) -> tuple[str, Given]:
-    dims = given["dims"]
+    dims = _order(given["dims"])
     return "permute", {**given, "dims": [dims.index(at) for at in range(len(dims))]}
 
 
 def _reshape_back(given: Given) -> tuple[str, Given] | str:
-    if not given.get("was"):
+    if given.get("was") is None:
         return "without `was` the shape before is not known"
     return "reshape", {**given, "shape": given["was"], "was": given["shape"]}
 
@@ -586,8 +646,9 @@ def _interleave_back(given: Given) -> tuple[str, Given]:
     return "interleave", {**given, "heads": given["parts"], "parts": given["heads"]}
 
 
-def _second_back(given: Given) -> tuple[str, Given]:
-    return "drop", {"patterns": [given["to"]], "optional": given.get("optional", False)}
+def _undone(name: str) -> Callable[[Given], tuple[str, Given]]:
+    """Return what undoes a step by the step itself."""
+    return lambda given: (name, {**given, "back": True})
 
 
 def _strip(prefix: str, optional: bool = False) -> Edit:
@@ -621,7 +682,7 @@ STEPS = {
         Step("rope", rope, _rope_back),
         Step("interleave", interleave, _interleave_back),
         Step("cast", edits.cast, _never("what was rounded is gone")),
-        Step("copy", copy, _second_back),
-        Step("tie", tie, _second_back),
+        Step("copy", copy, _undone("copy")),
+        Step("tie", tie, _undone("tie")),
     )
 }

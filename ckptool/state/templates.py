@@ -14,7 +14,13 @@ from functools import lru_cache
 from ckptool.errors import EditError
 
 DIGITS = frozenset("ijklmne")
+LONGEST = 1000  # characters of a key that is tried in many ways
+MOST_CHOICES = 2
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:\*\*)?\}")
+_UNCLEAR = re.compile(r"\}\{|:\*\*\}\.\{[^{}]*:\*\*\}")
+_CLEAR = (
+    f"put a text between them, {{a:**}} and {{b:**}} need more than a dot; {MOST_CHOICES} at most"
+)
 
 
 def is_template(text: str) -> bool:
@@ -44,15 +50,31 @@ class Template:
 
     @property
     def unclear(self) -> str:
-        """Return two neighbours of which none says where the first ends, or an empty text."""
-        found = re.search(r"\{\w+:\*\*\}\.?\{\w+:\*\*\}", self.text)
-        return found[0] if found else ""
+        """Return why a key does not tell how much of it each field holds, or an empty text."""
+        if _UNCLEAR.search(self.text):
+            return f"`{self.text}` does not say where one field ends and the next begins"
+        many = self.choices > MOST_CHOICES
+        return f"`{self.text}` can be read in too many ways" if many else ""
+
+    @property
+    def choices(self) -> int:
+        """Count the fields beyond the first that may end at several places of one key."""
+        deep = sum(field.deep for field in self.fields.values())
+        named, count = 0, max(deep - 1, 0)
+        for part in self.parts:
+            if isinstance(part, str):
+                named = 0 if "." in part else named
+            elif not part.deep and part.name not in DIGITS:
+                count, named = count + (named > 0), named + 1
+        return count
 
     def regex(self, first: int) -> tuple[str, list[str]]:
         """Return a regular expression whose groups count from `first`, and their fields' names."""
         if self.unclear:
-            raise EditError(f"`{self.unclear}` does not say where the first ends, in `{self.text}`")
+            raise EditError(self.unclear, hint=_CLEAR)
         source, names, dot = "", list[str](), False
+        if self.choices:  # what does not match takes a power of the length
+            source = rf"(?![\s\S]{{{LONGEST + 1}}})"
         for at, part in enumerate(self.parts):
             if isinstance(part, str):
                 literal = part[1:] if dot and part.startswith(".") else part
@@ -119,15 +141,23 @@ def template(text: str) -> Template:
 def refuse_fields(one: Template, others: Sequence[Template]) -> None:
     """Raise `EditError` unless others have the fields that one has."""
     for other in others:
-        for name in one.fields.keys() ^ other.fields.keys():
+        for name in (*one.fields, *other.fields):
+            if name in one.fields and name in other.fields:
+                continue
             have, lack = (one, other) if name in one.fields else (other, one)
             raise EditError(f"`{have.text}` has {{{name}}}, and `{lack.text}` has not")
-        for name, field in one.fields.items():
-            if other.fields[name] != field:
-                raise EditError(
-                    f"{{{name}}} is one component in `{one.text}` or `{other.text}`, and any "
-                    "number in the other"
-                )
+        refuse_kinds(one, other)
+
+
+def refuse_kinds(one: Template, other: Template) -> None:
+    """Raise `EditError` for a field that is written with `:**` in one alone."""
+    for name, field in one.fields.items():
+        if other.fields.get(name, field) != field:
+            deep, plain = (one, other) if field.deep else (other, one)
+            raise EditError(
+                f"`{deep.text}` has {{{name}:**}}, and `{plain.text}` has {{{name}}}",
+                hint=f"write {{{name}:**}} in both",
+            )
 
 
 class Matcher:
