@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise, permutations
+from itertools import accumulate, pairwise, permutations
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ckptool.errors import Malformed
 from ckptool.files import planner
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import Copy, run_jobs
-from ckptool.files.fileio import Readers
+from ckptool.files.fileio import Reader, Readers
 from ckptool.tensors import numbers, values
 from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
@@ -449,6 +449,54 @@ def test_the_checksum_of_what_was_cut_is_compared(pair: Pair) -> None:
         jobs = [job for job in planner.jobs([(each, 0)]) if job.target is None]
         with pytest.raises(Malformed, match="checksum"):
             run_jobs(jobs, None, lambda nbytes: None)
+
+
+def halves(value: TensorInfo) -> list[TensorInfo]:
+    return [values.own(values.part(value, 0, *cut)) for cut in ((0, 6), (6, 12))]
+
+
+MADE: dict[str, Callable[[TensorInfo], list[TensorInfo]]] = {
+    "split": halves,
+    "fused the other way round": lambda value: [values.joined(halves(value)[::-1], 0)],
+    "stacked": lambda value: [values.stacked(halves(value)[::-1], 1)],
+    "transposed": lambda value: [values.own(values.permuted(value, (1, 0)))],
+    "rope": lambda value: [rope(value, 3)],
+    "part by part": lambda value: [values.part(value, 0, row, row + 1) for row in range(12)],
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+@pytest.mark.parametrize("sound", [True, False], ids=["sound", "damaged"])
+def test_what_is_read_in_parts_is_checked_without_another_reading(
+    make: Callable[[TensorInfo], list[TensorInfo]],
+    sound: bool,
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = Path(pair.value.storage.path)
+    if not sound:
+        path.write_bytes(b"\1" + path.read_bytes()[1:])
+    asked: list[int] = []
+    before = Reader.read_into
+
+    def counting(self: Reader, view: memoryview, start: int) -> None:
+        asked.append(len(view))
+        before(self, view, start)
+
+    monkeypatch.setattr(Reader, "read_into", counting)
+    made = make(pair.value)
+    starts = accumulate([value.nbytes for value in made], initial=0)
+    jobs = planner.jobs(zip(made, starts, strict=False))
+    assert [job for job in jobs if job.target is None]
+    with (tmp_path / "out").open("w+b") as file:
+        if sound:
+            done = run_jobs(jobs, file.fileno(), lambda nbytes: None)
+            assert [each.nbytes for each in done] == [job.nbytes for job in jobs]
+        else:
+            with pytest.raises(Malformed, match="do not match their checksum"):
+                run_jobs(jobs, file.fileno(), lambda nbytes: None)
+    assert sum(asked) == pair.value.nbytes
 
 
 def test_joins_are_told_apart_and_nothing_of_that_is_written(
