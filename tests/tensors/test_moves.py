@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from ckptool.errors import Malformed
-from ckptool.files import planner
+from ckptool.files import blocks as files_blocks, copying, planner
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import Copy, run_jobs
 from ckptool.files.fileio import Reader, Readers
@@ -116,7 +116,8 @@ def stored(tensor: torch.Tensor, packing: str, path: Path) -> Pair:
 
 def read(value: TensorInfo) -> bytes:
     readers = Readers()
-    data = b"".join(map(bytes, blocks(value, readers, limit=100)))
+    limit = max(100, value.nbytes // 16)
+    data = b"".join(map(bytes, blocks(value, readers, limit)))
     readers.close()
     return data
 
@@ -191,7 +192,7 @@ def shapes_of(count: int) -> list[tuple[int, ...]]:
     return [(count,), (1, count), (count, 1, 1), *halves, *((1, *each, 1) for each in halves)]
 
 
-@pytest.mark.product(12)
+@pytest.mark.product(20)
 @pytest.mark.parametrize(("number", "dtype", "packing"), CASES)
 def test_each_constructor_makes_what_torch_makes(
     number: int, dtype: torch.dtype, packing: str, tmp_path: Path
@@ -617,3 +618,73 @@ def test_a_parameter_that_was_moved_is_one_again_where_its_origin_is_put_back(
         assert each.is_contiguous()
         assert each.requires_grad
         assert judge.storage_bytes(each.data.untyped_storage()) == raw(weight.detach().t())
+
+
+# Large tensors, in many tasks: the sizes are made small instead.
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_blocks.Ahead.__init__, "__defaults__", (20_000,))
+    for module, name, size in (
+        (files_blocks, "AHEAD", 20_000),
+        (files_blocks, "READ", 4096),
+        (files_blocks, "NEAR", 256),
+        (files_blocks, "CHUNK", 2048),
+        (copying, "CHUNK", 2048),
+        (copying, "SMALL", 256),
+        (copying, "TASK", 8192),
+    ):
+        monkeypatch.setattr(module, name, size)
+
+
+LARGE: dict[str, Callable[[Pair], Pair]] = {
+    "transposed": lambda pair: pair.both(
+        lambda value: values.permuted(value, (1, 0)), lambda tensor: tensor.t()
+    ),
+    "rope": lambda pair: pair.both(
+        lambda value: rope(value, 6),
+        lambda tensor: tensor.view(6, 10, 2, -1).transpose(1, 2).reshape(tensor.shape),
+    ),
+    "transposed and joined": lambda pair: pair.both(
+        lambda value: values.joined([values.permuted(value, (1, 0))] * 3, 1),
+        lambda tensor: torch.cat([tensor.t()] * 3, 1),
+    ),
+    "transposed and stacked": lambda pair: pair.both(
+        lambda value: values.stacked([values.permuted(value, (1, 0))] * 3, 0),
+        lambda tensor: torch.stack([tensor.t()] * 3),
+    ),
+    "columns joined": lambda pair: pair.both(
+        lambda value: values.taken(value, 1, [(7, 20), (0, 5)]),
+        lambda tensor: torch.cat([tensor[:, 7:20], tensor[:, :5]], 1),
+    ),
+    "a few columns": lambda pair: pair.both(
+        lambda value: values.part(value, 1, 3, 5), lambda tensor: tensor[:, 3:5]
+    ),
+    "in three dimensions": lambda pair: pair.both(
+        lambda value: values.permuted(
+            values.shaped(value, (12, 10, -(-value.numel // 120))), (2, 0, 1)
+        ),
+        lambda tensor: tensor.view(12, 10, -1).permute(2, 0, 1),
+    ),
+    "cast and transposed": lambda pair: pair.both(
+        lambda value: values.permuted(
+            values.elementwise(Rounding(value.dtype, DType.F64), [value], DType.F64, {}), (1, 0)
+        ),
+        lambda tensor: tensor.double().t(),
+    ),
+}
+
+
+@pytest.mark.product(3)
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("columns", [24, 256])
+def test_large_tensors_are_moved_in_tasks(
+    make: Callable[[Pair], Pair], packing: str, columns: int, tmp_path: Path
+) -> None:
+    assert_is(
+        make(stored(base((120, columns), torch.float32), packing, tmp_path / "in")),
+        tmp_path / "out",
+    )
