@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from ckptool.state import edits as edits
     from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
     from ckptool.state.edits import Edit as Edit
+    from ckptool.state.recipes import Recipe as Recipe
     from ckptool.tensors.tensor import TensorInfo as TensorInfo
     from ckptool.verbs.api import (
         add_prefix as add_prefix,
+        average as average,
         check as check,
         convert as convert,
         diff as diff,
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
         unwrap as unwrap,
         verify as verify,
     )
+    from ckptool.verbs.casting import Cast as Cast
     from ckptool.verbs.checking import Checked as Checked, Status as Status
+    from ckptool.verbs.combining import Averaged as Averaged
     from ckptool.verbs.compare import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
@@ -55,12 +59,16 @@ _PUBLIC = {
     name: module
     for module, names in {
         "ckptool.verbs.api": (
-            "add_prefix check convert diff download info keys strip_prefix transfer unwrap verify"
+            "add_prefix average check convert diff download info keys strip_prefix transfer unwrap "
+            "verify"
         ),
+        "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
+        "ckptool.verbs.combining": "Averaged",
         "ckptool.verbs.compare": "Change Difference",
         "ckptool.state.edits": "Edit edits",
+        "ckptool.state.recipes": "Recipe",
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",
         "ckptool.containers": "read",
         "ckptool.files.budget": "max_memory",

@@ -42,15 +42,16 @@ class CkptoolError(Exception):
         self, message: str, *, evidence: Sequence[str] = (), hint: str = "", option: str = ""
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message, self._placed = message, False
         self.evidence = tuple(evidence)
         self.hint = hint
         self.option = option
 
     def within(self, place: str) -> Self:
-        """Return the error as it is said of a part: a step, a rule, a file."""
+        """Return the error as it is said of a part: a rule, then its step, then its recipe."""
         if place:
-            self.message = f"{place}: {self.message}"
+            self.message = f"{place}{', ' if self._placed else ': '}{self.message}"
+            self._placed = True
         return self
 
     @property

@@ -18,7 +18,6 @@ from hypothesis import given, settings, strategies as st
 
 import ckptool
 from ckptool.errors import EditError, NothingMatched
-from ckptool.verbs import combining
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -288,7 +287,7 @@ def test_diff_reports_the_texts() -> None:
 
 def test_average_keeps_what_the_first_carries() -> None:
     safetensors_torch.save_file({"a": torch.ones(2)}, "a.safetensors", TEXTS)
-    combining.average(["a.safetensors", "a.safetensors"], "mean.pth")
+    ckptool.average(["a.safetensors", "a.safetensors"], "mean.pth")
     assert loaded("mean.pth")._safetensors_metadata["modelspec.title"] == "katze \u00fc"
 
 
@@ -554,7 +553,7 @@ def test_one_text_is_one_pattern_everywhere() -> None:
     assert changed == ["10.weight"]
     found = ckptool.verify("seq.pth", "seq.pth", net, devices="cpu", input_shapes="3,2")
     assert len(found.runs) == 1
-    assert combining.average("seq.pth", "e.pth").written == len(names)
+    assert ckptool.average("seq.pth", "e.pth").rewrite.written == len(names)
 
 
 def test_every_keyword_that_takes_several_takes_one_text() -> None:
@@ -569,7 +568,7 @@ def test_every_keyword_that_takes_several_takes_one_text() -> None:
     functions = [each for each in functions if inspect.isfunction(each)]
     hints = [
         (name, str(hint))
-        for each in [*functions, combining.average, ckptool.verbs.options.WriteOptions]
+        for each in [*functions, ckptool.verbs.options.WriteOptions]
         for name, hint in each.__annotations__.items()
         if not name.startswith("_")
     ]

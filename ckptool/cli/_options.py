@@ -80,9 +80,12 @@ class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no C
         return str(super().convert(value, param, ctx))
 
 
-_WRITES: tuple[Callable[[Function], Function], ...] = (
+_PATHS = (
     click.argument("source", metavar="IN"),
     click.argument("target", metavar="OUT", required=False),
+)
+_IN_PLACE = click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT.")
+_WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
     click.option(
         "--to",
@@ -97,7 +100,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     ),
     click.option("--keep-records", is_flag=True, help="Keep further records of a torch zip."),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
-    click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT."),
+    _IN_PLACE,
     click.option("-n", "--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
     click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings."),
@@ -146,10 +149,32 @@ def writes(function: Function) -> Function:
         request = _request(given)
         return function(request, **given)
 
-    decorated: Function = gathered
-    for decorate in reversed(_WRITES):
-        decorated = decorate(decorated)
-    return decorated
+    return _decorated(gathered, (*_PATHS, *_WRITES))
+
+
+def combines(function: Function) -> Function:
+    """Add IN IN... OUT and the shared options; the command gets all the inputs too."""
+
+    @wraps(function)
+    def gathered(paths: tuple[str, ...], **given: Any) -> Any:
+        if len(paths) < 2 and not given["in_place"]:
+            raise click.UsageError("name an output OUT last", click.get_current_context())
+        *sources, target = paths
+        given |= {"source": paths[0], "target": target}
+        return function(_request(given), sources, **given)
+
+    argument = click.argument("paths", metavar="IN IN... OUT", nargs=-1, required=True)
+    in_place = click.option("--in-place", is_flag=True, hidden=True)  # refused: it has several
+    others = [each for each in _WRITES if each is not _IN_PLACE]
+    return _decorated(gathered, (argument, *others, in_place))
+
+
+def _decorated(
+    function: Function, decorators: Sequence[Callable[[Function], Function]]
+) -> Function:
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
 
 
 def edits(*options: str) -> Callable[[Function], Function]:
@@ -228,18 +253,20 @@ def tell(
     *,
     more: Sequence[str] = (),
     document: Mapping[str, object] | None = None,
+    counts: str = "",
 ) -> None:
-    """Print the document, the plan or the talk of a rewrite."""
+    """Print the document, the plan or the talk of a rewrite, with other `counts` than its own."""
     from ckptool.cli import report
 
+    counts = counts or report.counts_line(result)
     talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
         talk.put([report.document(document or result.to_dict())])
     elif result.dry_run:
-        talk.put(report.plan_lines(result))
-    what, counts = report.rewrite_lines(result), report.written_lines(result)
+        talk.put(report.plan_lines(result, counts))
+    what, written = report.rewrite_lines(result), report.written_lines(result, counts)
     planned = result.dry_run and not request.as_json  # the plan counts too
-    talk.say([*what, *more, *([] if planned else counts)], quiet=request.quiet)
+    talk.say([*what, *more, *([] if planned else written)], quiet=request.quiet)
 
 
 def patterns(given: Sequence[str]) -> list[str]:

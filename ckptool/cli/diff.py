@@ -25,6 +25,8 @@ DIFFERENT = 1
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
 @click.option("--rename", multiple=True, metavar="RULE", help="A's OLD is B's NEW: OLD=NEW.")
 @click.option("--map", "moves", multiple=True, hidden=True)
+@click.option("--recipe", multiple=True, metavar="FILE", help="What makes B's tensors of A's.")
+@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
 @click.option(
     "--ignore-prefix", multiple=True, metavar="P", help="Compare without a prefix, or auto."
 )
@@ -45,6 +47,8 @@ def command(
     select: Sequence[str],
     rename: Sequence[str],
     moves: Sequence[str],
+    recipe: Sequence[str],
+    reverse: bool,
     ignore_prefix: Sequence[str],
     anywhere: bool,
     atol: float,
@@ -69,6 +73,7 @@ def command(
     ckptool check does that.
     """
     refuse_idle({"atol": "not structure", "rtol": "not structure", "anywhere": "ignore_prefix"})
+    refuse_idle({"reverse": "recipe"})
     if at is not None and left_at is not None and right_at is not None:
         refuse_idle({"at": "not left_at"})
     from ckptool import containers
@@ -86,6 +91,8 @@ def command(
         tolerance=tolerance(atol, rtol),
         select=patterns(select),
         rename=[(rule.old, rule.new) for rule in map(read_rule, (*rename, *moves))],
+        recipe=recipe,
+        reverse=reverse,
         ignore_prefix=ignore_prefix,
         anywhere=anywhere,
     )

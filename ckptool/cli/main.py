@@ -32,7 +32,8 @@ from ckptool.text import quoted, visible
 GROUPS = {
     "Look": ("info", "keys", "check", "diff"),
     "Models": ("download", "verify"),
-    "Edit keys": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert"),
+    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "recipe"),
+    "Combine": ("average",),
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",

@@ -6,7 +6,7 @@ and what no encoding can hold. Our own words are ASCII.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptool import containers
@@ -23,6 +23,7 @@ from ckptool.verbs.listing import Entry, Listing, rows
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.casting import Cast
+    from ckptool.verbs.combining import Averaged
     from ckptool.verbs.fitting import Fit
     from ckptool.verbs.surgery import Rewrite
 
@@ -211,14 +212,70 @@ def _whereabouts(module: str, at: Sequence[str] | None) -> str:
     return of + (f" at `{visible(walk.dotted(tuple(at)))}`" if at else "")
 
 
-def written_lines(result: Rewrite) -> list[str]:
+def written_lines(result: Rewrite, counts: str) -> list[str]:
     """Return lines that describe what was written, with counts."""
     if result.dry_run:
-        return [counts_line(result)]
+        return [counts]
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return [f"{visible(result.target)}: {size}", counts_line(result)]
+    return [f"{visible(result.target)}: {size}", counts]
+
+
+def average_lines(result: Averaged) -> list[str]:
+    """Say what was averaged with which weights, and what is as the last file has it."""
+    count, sources = len(result.keys), result.sources
+    factors = [f"{weight:g}" for weight in result.weights]
+    alike = len(set(factors)) == 1
+    weights = f"each with weight {factors[0]}" if alike else f"with weights {', '.join(factors)}"
+    lines = [f"averaged {counted(count, 'tensor')} of {counted(len(sources), 'file')}, {weights}"]
+    for what, keys in result.last.items():
+        lines.append(f"as in {visible(sources[-1])}: {len(keys)} {visible(what)}: {listed(keys)}")
+    return lines
+
+
+def average_counts(result: Averaged) -> str:
+    """Count what an average did, or would do."""
+    done = result.rewrite
+    verb = "would write" if done.dry_run else "written"
+    dropped = f"dropped {len(done.dropped)}, " if done.dropped else ""
+    return (
+        f"read {len(result.sources)} x {done.read}, averaged {len(result.keys)}, "
+        f"last file's {result.from_last}, {dropped}{verb} {done.written}"
+    )
+
+
+def _groups(
+    pairs: Sequence[tuple[str, str | None]],
+) -> list[tuple[dict[str, None], dict[str, None]]]:
+    """Return the old keys and the new ones of each change, in order."""
+    groups: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
+    of_old: dict[str, int] = {}
+    of_new: dict[str, int] = {}
+    for number, (old, new) in enumerate(pairs):
+        known = {of_old.get(old, number), of_new.get(new, number) if new is not None else number}
+        at = min(known)
+        olds, news = groups.setdefault(at, ({}, {}))
+        for other in known - {at, number}:  # a pair that joins two groups
+            for key in groups[other][0]:
+                of_old[key] = at
+            for key in groups[other][1]:
+                of_new[key] = at
+            olds.update(groups[other][0])
+            news.update(groups.pop(other)[1])
+        olds[old] = None
+        of_old[old] = at
+        if new is not None:
+            news[new] = None
+            of_new[new] = at
+    return list(groups.values())
+
+
+def _group_lines(olds: Collection[str], news: Collection[str]) -> list[str]:
+    if list(olds) == list(news):
+        return []
+    before = [f"{'  ' if key in news else '- '}{visible(key)}" for key in olds]
+    return before + [f"+ {visible(key)}" for key in news if key not in olds]
 
 
 def _dropped_lines(result: Rewrite) -> list[str]:
@@ -275,20 +332,20 @@ def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
     return lines
 
 
-def plan_lines(result: Rewrite) -> list[str]:
-    """Write the plan of a dry run: each change as `- old` and `+ new`, then counts and sizes."""
-    lines = []
-    for old, new in result.map:
-        if new != old:
-            lines.append(f"- {visible(old)}")
-            if new is not None:
-                lines.append(f"+ {visible(new)}")
+def plan_lines(result: Rewrite, counts: str) -> list[str]:
+    """Write the plan of a dry run: each change as `- old` and `+ new`, then counts and sizes.
+
+    The tensors of a group that becomes another follow each other, with two spaces before one that
+    stays; `~` is before a tensor that is rearranged under its key.
+    """
+    lines = [line for group in _groups(result.map) for line in _group_lines(*group)]
+    lines += [f"~ {visible(key)}" for key in result.remade]
     rows = [
         (visible(each.name), counted(each.count, "key"), readable(each.nbytes))
         for each in result.shards
     ]
     lines += table(rows, right=(1, 2))
-    lines.append(counts_line(result))
+    lines.append(counts)
     free = "unknown" if result.free is None else readable(result.free)
     lines.append(f"{visible(result.target)}: {readable(result.nbytes)} to write, {free} free")
     return lines

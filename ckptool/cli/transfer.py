@@ -23,7 +23,8 @@ from ckptool.cli._options import (
 
 @click.command("transfer", cls=Command)
 @writes
-@edits("--drop", "--keep", "--rename")
+@edits("--drop", "--keep", "--rename", "--recipe")
+@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
 @strips
 @click.option("--like", metavar="FILE", help="Keep what FILE has too, in the same shape.")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
@@ -44,6 +45,8 @@ def command(
     drop: Sequence[str],
     keep: Sequence[str],
     rename: Sequence[str],
+    recipe: Sequence[str],
+    reverse: bool,
     anywhere: bool,
     keep_bookkeeping: bool,
     like: str | None,
@@ -67,6 +70,7 @@ def command(
     """
     refuse_idle(
         {"like_at": "like", "seed": "init_missing", "min_match": "like model", "model_arg": "model"}
+        | {"reverse": "recipe"}
     )
     from ckptool.cli import report
     from ckptool.model import zoo
@@ -86,6 +90,8 @@ def command(
             drop=patterns(drop),
             keep=patterns(keep),
             rename=[(rule.old, rule.new) for rule in map(read_rule, rename)],
+            recipe=recipe,
+            reverse=reverse,
             anywhere=anywhere,
             keep_bookkeeping=keep_bookkeeping,
             like=like,

@@ -19,7 +19,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Packing
 from ckptool.text import listed
 
-_WINDOW = 1 << 12
+_WINDOW, _WIDEST = 1 << 12, 8 << 20  # of a line that goes on, the latter
 _MAX_STEPS = 10_000  # arguments that are passed over: what starts as a pickle by chance has few
 _MAX_NAME = 1 << 16  # bytes of a name that could be one of a module
 _UNCLEAR = Global("", "")
@@ -118,8 +118,8 @@ def _names(reader: Reader) -> Iterator[tuple[Global, int]]:
             end = 0 if stops else _line(reader, position)
             texts = [*texts[-1:], ""]
         elif not end and code in (b"c", b"i"):
-            middle = _line(reader, position)
-            end = _line(reader, position + middle) if middle else 0
+            middle = _line(reader, position, _MAX_NAME)
+            end = _line(reader, position + middle, _MAX_NAME) if middle else 0
             if not end or middle + end > _MAX_NAME:
                 return
             try:
@@ -141,10 +141,13 @@ def _names(reader: Reader) -> Iterator[tuple[Global, int]]:
     yield _UNCLEAR, position
 
 
-def _line(reader: Reader, start: int) -> int:
-    """Return how many bytes from `start` a line has; 0 where the file ends before it does."""
-    for position in range(start, reader.nbytes, _WINDOW):
-        data = reader.read(position, min(_WINDOW, reader.nbytes - position))
+def _line(reader: Reader, start: int, most: int | None = None) -> int:
+    """Return how many bytes from `start` a line has; 0 where it does not end, or after `most`."""
+    position, window = start, _WINDOW
+    stop = reader.nbytes if most is None else min(reader.nbytes, start + most)
+    while position < stop:
+        data = reader.read(position, min(window, stop - position))
         if b"\n" in data:
             return position - start + data.index(b"\n") + 1
+        position, window = position + window, min(2 * window, _WIDEST)
     return 0

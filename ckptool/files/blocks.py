@@ -126,12 +126,11 @@ def fill(
     """Fill `view` from `start` in a storage that is not deflated; a chunked one is assembled.
 
     `start` and the length are whole elements of a chunked or computed storage. Returns what was
-    read of the chunks.
+    read of the tensors that those are made of.
     """
     ahead = ahead or Ahead(len(view))
     if storage.computed is not None:
-        _compute(view, storage.computed, start, readers, ahead)
-        return []
+        return _compute(view, storage.computed, start, readers, ahead)
     chunked = storage.chunked
     if chunked is None:
         readers[storage.path].read_into(view, storage.start + start)
@@ -146,10 +145,7 @@ def fill(
         else:
             data = view[at * size : (at + piece.count) * size]
         among = 1 if at is not None else len(chunked.chunks)
-        read_elements(source, piece.first, data, readers, ahead, among)
-        found = checksums.part_of(source, piece.first, piece.count)
-        if found is not None:
-            parts.append(found._replace(crc32=crc32(data)))
+        parts += _read(source, piece.first, data, readers, ahead, among)
         _settle(source, data, big=storage.byteorder != "little")
         if at is None:
             _place(chunked, piece, data, first, view)
@@ -191,18 +187,30 @@ def _rows(shape: tuple[int, ...], size: int, most: int) -> int:
     return max(most // size, 1) * size
 
 
+def _read(
+    value: TensorInfo, first: int, block: memoryview, readers: Readers, ahead: Ahead, among: int
+) -> list[Part]:
+    """Read elements as they are stored; return what that was of a recorded checksum."""
+    read_elements(value, first, block, readers, ahead, among)
+    found = checksums.part_of(value, first, len(block) // value.dtype.itemsize)
+    return [found._replace(crc32=crc32(block))] if found else []
+
+
 def _compute(
     view: memoryview, computed: Computed, start: int, readers: Readers, ahead: Ahead
-) -> None:
+) -> list[Part]:
     """Fill `view` with the elements of a computed storage from the byte `start` on."""
+    import numpy as np
+
     first, count = start // computed.itemsize, len(view) // computed.itemsize
-    args = []
+    args, parts = [], list[Part]()
     for value in computed.args:
-        block = memoryview(bytearray(count * value.dtype.itemsize))
-        read_elements(value, first, block, readers, ahead, len(computed.args))
+        block = np.empty(count * value.dtype.itemsize, "u1").data
+        parts += _read(value, first, block, readers, ahead, len(computed.args))
         _settle(value, block)
         args.append(block)
     view[:] = computed.kernel(*args or (start, start + len(view)))
+    return parts
 
 
 def _place(

@@ -14,7 +14,7 @@ from ckptool.state.quantized import quantized
 from ckptool.tensors import dtype as dtypes, numbers, values
 from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import DType
-from ckptool.tensors.tensor import TENSORS, TensorInfo, ties
+from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo, ties
 
 OVERFLOW = ("refuse", "inf", "clamp")
 
@@ -23,11 +23,13 @@ OVERFLOW = ("refuse", "inf", "clamp")
 class Casting:
     """What a cast made of a state_dict: `tensors` are pairs of before and after, by key.
 
-    `kept` counts the others by dtype, but for `quantized` ones and their `scales`.
+    `kept` counts the others by dtype, but for `quantized` ones and their `scales`. `where` is the
+    step of a recipe.
     """
 
     target: DType
     overflow: str
+    where: str = ""
     tensors: dict[str, tuple[TensorInfo, TensorInfo]] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     quantized: int = 0
@@ -43,9 +45,10 @@ def target(word: str, overflow: str = OVERFLOW[0]) -> DType:
             f"`{word}` is no dtype of floats", hint=dtypes.suggestion(word, numbers.CASTS)
         )
     if overflow not in OVERFLOW:
-        raise EditError(f"`{overflow}` is none of {', '.join(OVERFLOW)}", option="--overflow clamp")
+        raise EditError(f"overflow is none of {', '.join(OVERFLOW)}: `{overflow}`")
     if overflow == "inf" and found is DType.F8_E4M3:
-        raise EditError("F8_E4M3 has no infinity", option="--overflow clamp")
+        hint = f"clamp makes what is beyond {numbers.largest(found):g} that"
+        raise EditError("overflow `inf`: F8_E4M3 has no infinity", hint=hint)
     return found
 
 
@@ -55,15 +58,17 @@ def cast(entries: Mapping[str, Node], to: DType, chosen: Collection[str], overfl
     Quantized tensors with their scales stay as they are, and what is of a class of its own.
     Raises `EditError` for a tied tensor of which one name alone is chosen.
     """
-    _refuse_half_ties(entries, chosen)
+    firsts = ties(entries)
+    _refuse_half_ties(entries, chosen, firsts)
     done = Casting(to, overflow)
-    weights, scales = quantized(entries)
+    weights, scales = ({firsts.get(key, key) for key in keys} for keys in quantized(entries))
     made: values.Made = {}
     known: dict[int, TensorInfo] = {}  # one tensor under two keys stays one
     for key, value in entries.items():
-        if key in weights or key in scales:
-            done.quantized += key in weights
-            done.scales += key in scales
+        first = firsts.get(key, key)
+        if first in weights or first in scales:
+            done.quantized += first in weights
+            done.scales += first in scales
         elif key in chosen and _is_float(value) and value.dtype is not to:
             if id(value) not in known:
                 order = value.storage.byteorder  # a torch file has one for all
@@ -76,7 +81,8 @@ def cast(entries: Mapping[str, Node], to: DType, chosen: Collection[str], overfl
                 done.stripped.append(key)
             done.tensors[key] = (value, known[id(value)])
         elif isinstance(value, TENSORS):
-            done.kept[class_of(value) or value.dtype.label] += 1
+            layout = f"{value.layout} " if isinstance(value, CompositeTensor) else ""
+            done.kept[class_of(value) or layout + value.dtype.label] += 1
     return done
 
 
@@ -84,8 +90,10 @@ def _is_float(value: Node) -> bool:
     return isinstance(value, TensorInfo) and value.dtype in numbers.ROUNDED and not class_of(value)
 
 
-def _refuse_half_ties(entries: Mapping[str, Node], chosen: Collection[str]) -> None:
-    for key, first in ties(entries).items():
+def _refuse_half_ties(
+    entries: Mapping[str, Node], chosen: Collection[str], firsts: Mapping[str, str]
+) -> None:
+    for key, first in firsts.items():
         if (key in chosen) != (first in chosen) and _is_float(entries[key]):
             inside, outside = (key, first) if key in chosen else (first, key)
             raise EditError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptool.errors import EditError
+from ckptool.text import several
 
 if TYPE_CHECKING:
     from ckptool.state.edits import Edit
@@ -58,10 +59,17 @@ def _rename(texts: Sequence[str]) -> Edit:
     return edits.renames((rule.old, rule.new) for rule in map(read_rule, texts))
 
 
-def _recipe(texts: Sequence[str], *, reverse: bool = False) -> Edit:
+def recipe_edits(named: str | Sequence[str], *, reverse: bool = False) -> list[Edit]:
+    """Return the edits of recipes: of files, or of those that come with ckptool by their names."""
+    if not named:
+        return []
     from ckptool.state.recipes import Recipe
 
-    return Recipe.load(texts[0]).edit(reverse=reverse)
+    return [Recipe.load(each).edit(reverse=reverse) for each in several(named)]
+
+
+def _recipe(texts: Sequence[str], *, reverse: bool = False) -> Edit:
+    return recipe_edits(texts, reverse=reverse)[0]
 
 
 def _drop(texts: Sequence[str]) -> Edit:

@@ -9,7 +9,7 @@ share) is made from them; once made, an edit of keys is a plain function of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptool.errors import EditError, KeyCollision, NothingMatched
 from ckptool.pickles.tree import Node
@@ -36,11 +36,15 @@ _SENTINEL = "\0some parameter\0"  # stands for "some parameter" where a module p
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many entries a rule of a step took; `rule` is as the user wrote it."""
+    """How many entries a rule of a step took; `rule` is as the user wrote it.
+
+    `number` is that of the step in its recipe, from 1 on.
+    """
 
     step: str
     rule: str
     count: int
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ class Edit:
     """One step of an edit, as the user asked for it: `reason` is what a dropped key is told.
 
     `make` makes an edit of keys, `change`, where there is one, that of values and keys. `where`
-    names the step in errors, where it is one of several.
+    names the step in errors, where it is one of several, and `number` says which it is.
     """
 
     name: str
@@ -111,6 +115,7 @@ class Edit:
     reason: str = ""
     change: Callable[[Entries], Change] | None = None
     where: str = ""
+    number: int = 0
 
 
 def with_dot(prefix: str) -> str:
@@ -259,7 +264,8 @@ def renames(
             _refuse_no_way(renaming, back, found)
         moves = [((key,), found[key][1] if key in found else key, entries[key]) for key in entries]
         pairs = list(zip(renaming.rules, counts, strict=True))
-        said = [f"moved `{r.old}` to `{r.new}` in {n} of {len(entries)} keys" for r, n in pairs]
+        of = f"of {len(entries)} keys"
+        said = [f"moved `{r.old}` to `{r.new}` in {count} {of}" for r, count in pairs if count]
         numbers = [Count("rename", str(rule), count) for rule, count in pairs]
         return Change(moves, said, renaming, matched=found.keys(), counts=numbers)
 
@@ -376,7 +382,8 @@ def cast(
             ((key,), key, done.tensors[key][1] if key in done.tensors else value)
             for key, value in entries.items()
         ]
-        return Change(moves, casts=[done])
+        counts = [Count("cast", f"to {target.label}", len(done.tensors))]
+        return Change(moves, counts=counts, casts=[done])
 
     return Edit(f"cast {target.label}", change=change)
 
@@ -405,7 +412,7 @@ def apply(
         entries = dict.fromkeys(entries)
     now = {key: _Entry((key,), value) for key, value in entries.items()}
     why: dict[str, tuple[str, str]] = {}
-    changes: list[Change] = []
+    changes, counts = list[Change](), list[Count]()
     matched: set[str] = set()
     for step in steps:
         try:
@@ -413,6 +420,9 @@ def apply(
         except EditError as error:
             raise error.within(step.where) from None
         changes.append(change)
+        counts += [replace(each, number=each.number or step.number) for each in change.counts]
+        for cast in change.casts:
+            cast.where = cast.where or step.where
         matched.update(old for key in change.matched for old in now[key].olds)
         after = _after(change, now, source)
         kept = {old for each in after.values() for old in each.olds}
@@ -436,7 +446,7 @@ def apply(
         entries={key: each.value for key, each in now.items()},
         remade=frozenset(old for each in now.values() if each.remade for old in each.olds),
         unmatched=tuple(old for old in entries if old in written and old not in matched),
-        counts=tuple(count for change in changes for count in change.counts),
+        counts=tuple(counts),
         casts=tuple(cast for change in changes for cast in change.casts),
     )
 

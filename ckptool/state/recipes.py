@@ -18,10 +18,11 @@ import inspect
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,13 +43,16 @@ SHIPPED = Path(__file__).parent / "recipes"
 _UNMATCHED = ("allow", "name", "refuse")
 
 
+Fact = tuple[str, tuple[int, ...]]  # dtype and shape
+
+
 @dataclass(frozen=True, slots=True)
 class Expect:
     """What must be true of the output of a recipe; `like` are dtype and shape by key."""
 
     tensors: int | None = None
     unmatched: Literal["allow", "name", "refuse"] = "name"
-    like: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+    like: Mapping[str, Fact] | None = None
     like_name: str = ""
 
 
@@ -68,7 +72,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The steps of a recipe in order, and what is expected of them."""
+    """The steps of a recipe in order, what is expected of them, and what it says of itself."""
 
     name: str
     steps: tuple[Asked, ...]
@@ -106,7 +110,7 @@ class Recipe:
         Raises `BadRecipe` for a step that has no way back, or that cannot be made; what is not as
         `expect` says raises `NotAsExpected` when it is applied.
         """
-        steps = [self._made(*turned) for turned in self._turned(reverse)]
+        steps = [self._made(asked) for asked in self.asked(reverse=reverse)]
 
         def change(entries: Entries) -> Change:
             if reverse:
@@ -116,25 +120,29 @@ class Recipe:
                 self._refuse_unexpected(key_map.entries)
             return _as_change(key_map, edit, self._unmatched(key_map))
 
-        return Edit(f"recipe {self.name}", change=change)
+        return Edit("recipe", change=change, where=self.name)
 
-    def _turned(self, reverse: bool) -> list[tuple[str, Step, Given]]:
-        """Return the steps in the order in which they are done."""
+    def asked(self, *, reverse: bool = False) -> list[Asked]:
+        """Return the steps in the order in which they are done.
+
+        Raises `BadRecipe` for one that has no way back.
+        """
         if not reverse:
-            return [(asked.where, asked.step, asked.given) for asked in self.steps]
+            return list(self.steps)
         turned = []
         for asked in reversed(self.steps):
             back = asked.step.back(asked.given)
             if isinstance(back, str):
                 raise BadRecipe(f"{self.name}: {asked.where} has no way back: {back}")
-            turned.append((f"{asked.where}, backwards", STEPS[back[0]], back[1]))
+            turned.append(Asked(asked.number, STEPS[back[0]], back[1]))
         return turned
 
-    def _made(self, where: str, step: Step, given: Given) -> Edit:
+    def _made(self, asked: Asked) -> Edit:
         try:
-            return replace(step.make(**given), where=where)
+            made = asked.step.make(**asked.given)
+            return replace(made, where=asked.where, number=asked.number)
         except EditError as error:
-            raise error.within(where).within(self.name) from None
+            raise error.within(asked.where).within(self.name) from None
 
     def _unmatched(self, key_map: KeyMap) -> list[str]:
         """Name the keys that no rule took, or refuse them."""
@@ -153,7 +161,7 @@ class Recipe:
     def _refuse_unexpected(self, entries: Entries) -> None:
         """Raise `NotAsExpected` for entries that are not what the recipe says."""
         expect = self.expect
-        found = {key: value for key, value in entries.items() if isinstance(value, TENSORS)}
+        found = facts(entries)
         if expect.tensors is not None and len(found) != expect.tensors:
             raise NotAsExpected(
                 f"{self.name}: {counted(len(found), 'tensor')} where [expect] says "
@@ -161,22 +169,39 @@ class Recipe:
             )
         if expect.like is None:
             return
-        have = {key: (value.dtype.label, value.shape) for key, value in found.items()}
-        differing = [
-            f"{key}   {_described(have.get(key))} here, {_described(expect.like.get(key))} there"
-            for key in dict.fromkeys([*expect.like, *have])
-            if have.get(key) != expect.like.get(key)
+        others = [
+            f"{key}   {described(here)} here, {described(there)} there"
+            for key, here, there in differing(found, expect.like)
         ]
-        if differing:
-            more = [f"and {len(differing) - 8} more"] if len(differing) > 8 else []
+        if others:
+            more = [f"and {len(others) - 8} more"] if len(others) > 8 else []
             raise NotAsExpected(
-                f"{self.name}: {counted(len(differing), 'tensor')} not as in {expect.like_name}; "
+                f"{self.name}: {counted(len(others), 'tensor')} not as in {expect.like_name}; "
                 "nothing was written",
-                evidence=[*differing[:8], *more],
+                evidence=[*others[:8], *more],
             )
 
 
-def _described(fact: tuple[str, tuple[int, ...]] | None) -> str:
+def facts(entries: Entries) -> dict[str, Fact]:
+    """Return dtype and shape of each tensor."""
+    return {
+        key: (value.dtype.label, value.shape)
+        for key, value in entries.items()
+        if isinstance(value, TENSORS)
+    }
+
+
+def differing(
+    here: Mapping[str, Fact], there: Mapping[str, Fact]
+) -> Iterator[tuple[str, Fact | None, Fact | None]]:
+    """Iterate over the keys that are not the same on both sides, None for a missing one."""
+    for key in dict.fromkeys([*there, *here]):
+        if here.get(key) != there.get(key):
+            yield key, here.get(key), there.get(key)
+
+
+def described(fact: Fact | None) -> str:
+    """Describe a tensor, or that there is none."""
     return "missing" if fact is None else f"{fact[0]} {shape(fact[1])}"
 
 
@@ -245,8 +270,9 @@ def _parsed(name: str, data: bytes, folder: Path) -> Recipe:
     if rules > MAX_RULES:
         raise BadRecipe(f"{rules} rules: at most {MAX_RULES}")
     expect = _expect(document.get("expect", {}), folder)
-    comments = (line for line in text.splitlines() if line.startswith("#"))
-    recipe = Recipe(name, steps, expect, next(comments, "").lstrip("# "))
+    comment = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    about = " ".join(line.lstrip("# ") for line in comment).partition(". ")[0]
+    recipe = Recipe(name, steps, expect, about.rstrip("."))
     for step in recipe.steps:  # what can be refused before a checkpoint is read
         try:
             step.step.make(**step.given)
@@ -321,8 +347,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _list_of(test: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(test, value))
+def _list_of(test: Callable[[Any], bool], value: Any, least: int = 1) -> bool:
+    return isinstance(value, list) and len(value) >= least and all(map(test, value))
 
 
 def _is_pair(value: Any) -> bool:
@@ -333,7 +359,7 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {  # by the annotation of
     str: (_is_text, "a text"),
     int: (_is_number, "a whole number"),
     Sequence[str]: (partial(_list_of, _is_text), "a list of texts"),
-    Sequence[int]: (partial(_list_of, _is_number), "a list of whole numbers"),
+    Sequence[int]: (partial(_list_of, _is_number, least=0), "a list of whole numbers"),
     Patterns: (lambda value: _is_text(value) or _list_of(_is_text, value), "a text or a list"),
     Iterable[tuple[str, str]]: (
         partial(_list_of, _is_pair),
@@ -367,7 +393,7 @@ def _expect(table: Any, folder: Path) -> Expect:
         raise error.within(where) from None
 
 
-def _like(name: Any, folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _like(name: Any, folder: Path) -> dict[str, Fact]:
     """Read a document of `ckptool keys --json` that is below a folder."""
     if not _is_text(name):
         raise BadRecipe(f"like = {name!r}: it must be a text")

@@ -8,8 +8,8 @@ match whole keys, and those of one group hold the same in their fields.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, count
 from math import prod
 from typing import Any
 
@@ -484,13 +484,16 @@ def tie(from_: str, to: str, optional: bool = False) -> Edit:
     return _again("tie", from_, to, lambda value, key: value, optional=optional)
 
 
+_COPIES = count()
+
+
 def copy(from_: str, to: str, optional: bool = False) -> Edit:
     """Put a copy of a tensor under a second name."""
 
     def own(value: Value, key: str) -> Value:
         if not isinstance(value, TensorInfo):
             return value
-        return replace(value, storage=replace(value.storage, key=f"{key} (copy)"))
+        return values.cut(value, f"{key} (copy {next(_COPIES)})")  # of which no two are one
 
     return _again("copy", from_, to, own, optional=optional)
 
@@ -508,7 +511,7 @@ def _again(
         for key, value in entries.items():
             moves.append(((key,), key, value))
             if key in found:
-                moves.append(((key,), found[key], second(value, key)))
+                moves.append(((key,), found[key], second(value, found[key])))
         said = [f"{step}: {counted(len(found), 'tensor')} of `{from_}` also under `{to}`"]
         counts = [Count(step, f"{from_}={to}", len(found))]
         return Change(moves, said, matched=found.keys(), counts=counts)

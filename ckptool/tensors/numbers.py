@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import fsum
 from typing import Any
 
 from ckptool.tensors.counts import Losses, Tally, Tolerance, Values
@@ -43,6 +44,7 @@ _NOT_FINITE = {
 }
 _INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
 ROOM, ROOM_OF_A_CORE = 64 << 20, 40 << 20  # what loading numpy takes of the address space
+LARGEST = 8 << 20  # what glibc keeps for the next block, and twice as much in all
 FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
 REAL_FLOATS = FLOATS.difference(COMPLEX)
 ROUNDED = REAL_FLOATS - {DType.F8_E8M0}  # that has neither zero nor sign: it holds scales
@@ -53,13 +55,17 @@ def load() -> None:
     """Load numpy; raises `OSError` where memory is too short for it.
 
     OpenBLAS, which comes with it, then ends the process, and whatever was begun stays behind
-    (memory.c there: "Memory allocation still failed after 10 retries, giving up").
+    (memory.c there: "Memory allocation still failed after 10 retries, giving up"). Blocks are
+    allocated and freed all the time: glibc gives them back to the system, and clears their pages
+    anew, unless a larger one was freed before (malloc.c: "dynamic mmap threshold").
     """
     if "numpy" not in sys.modules:
         from mmap import mmap
 
         mmap(-1, ROOM + (os.cpu_count() or 1) * ROOM_OF_A_CORE).close()
-        import numpy  # noqa: F401
+    import numpy as np
+
+    np.empty(LARGEST, "u1")
 
 
 def _bits(block: Block, dtype: DType) -> Any:
@@ -193,19 +199,41 @@ def _about(dtype: DType) -> Any:
     return finfo(_kind(dtype))
 
 
-def mean(dtype: DType, weights: Sequence[float]) -> Kernel:
-    """Return the kernel of a weighted mean of floats of one dtype, summed in double precision."""
-    total = sum(weights)
+def mean(
+    blocks: Sequence[Block], dtypes: Sequence[DType], weights: Sequence[float], target: DType
+) -> tuple[memoryview, int]:
+    """Sum weighted floats in double precision, in their order, and round the sum to a dtype.
 
-    def kernel(*blocks: Block) -> memoryview:
-        import numpy as np
+    What has the same bits in all stays as it is where the weights sum to 1. The count is of finite
+    numbers that made another than that.
+    """
+    import numpy as np
 
-        with np.errstate(all="ignore"):
-            pairs = zip(weights, blocks, strict=True)
-            summed = sum(weight * _floats(_bits(block, dtype), dtype) for weight, block in pairs)
-            return rounded(summed / total, _PARTS.get(dtype, dtype))
+    part = _PARTS.get(target, target)
+    bits = [_bits(*pair) for pair in zip(blocks, dtypes, strict=True)]
+    with np.errstate(all="ignore"):
+        floats = [_widened(*pair) for pair in zip(bits, dtypes, strict=True)]
+        total = np.multiply(floats[0], weights[0], dtype="f8")
+        scratch = np.empty_like(total)
+        for each, weight in zip(floats[1:], weights[1:], strict=True):
+            np.multiply(each, weight, out=scratch, dtype="f8")
+            total += scratch
+        made = rounded(total, part)
+        usual = np.abs(total, out=scratch).max(initial=0) <= largest(part)  # False for NaN
+        if usual and part is not DType.F64:
+            return made, 0
+        patterns = _bits(made, part)
+        if sums_to_one(weights) and len(set(dtypes)) == 1 and dtypes[0] is target:
+            same = np.logical_and.reduce([bits[0] == each for each in bits])
+            patterns[same] = bits[0][same]
+        finite = np.logical_and.reduce([np.isfinite(each) for each in floats])
+    mask, pattern = map(patterns.dtype.type, _NOT_FINITE[part])
+    return made, int(np.count_nonzero(finite & (patterns & mask == pattern)))
 
-    return kernel
+
+def sums_to_one(weights: Sequence[float]) -> bool:
+    """Check whether weights sum to 1, but for what rounding makes of 1/3."""
+    return abs(fsum(weights) - 1) <= 2**-52
 
 
 # NaN and infinity.

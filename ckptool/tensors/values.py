@@ -359,22 +359,30 @@ Made = dict[tuple[object, ...], Storage]
 
 
 def elementwise(kernel: Kernel, args: Sequence[TensorInfo], dtype: DType, made: Made) -> TensorInfo:
-    """Return what a kernel makes of tensors of one dtype and shape, tied as they are.
+    """Return what a kernel makes of tensors of one shape, tied where all of them are.
 
-    Where all are the same view of their storages, the whole storages are computed, once for all
-    views of them: `made` holds those that were.
+    Where they are laid out alike in storages of as many elements, the whole storages are computed,
+    once for all views of them: `made` holds those that were.
     """
-    first, *others = args
-    storages = tuple(value.storage for value in args)
-    same = all(value.view[1:] == first.view[1:] for value in others)
-    if not same or len({storage.nbytes for storage in storages}) > 1:
-        return replace(computed(kernel, args, dtype), requires_grad=first.requires_grad)
-    key = (*storages, first.dtype)
+    first = args[0]
+    wholes = [_whole(value) for value in args]
+    views = {
+        (each.shape, value.view[1:4], value.lazy) for each, value in zip(wholes, args, strict=True)
+    }
+    alike = len(views) == 1
+    key = (dtype, *(value.view for value in (wholes if alike else args)))
     if key not in made:
-        shape = (first.storage.nbytes // first.dtype.itemsize,)
-        whole = [TensorInfo(first.dtype, shape, (1,), storage) for storage in storages]
-        made[key] = computed(kernel, whole, dtype).storage
-    return replace(first, dtype=dtype, storage=made[key], origin=None)
+        made[key] = computed(kernel, wholes if alike else args, dtype).storage
+    if alike:
+        return replace(first, dtype=dtype, storage=made[key], origin=None)
+    stride = contiguous_stride(first.shape)
+    return TensorInfo(dtype, first.shape, stride, made[key], requires_grad=first.requires_grad)
+
+
+def _whole(value: TensorInfo) -> TensorInfo:
+    """Return all elements of the storage of a value, with nothing pending."""
+    shape = (value.storage.nbytes // value.dtype.itemsize,)
+    return TensorInfo(value.dtype, shape, (1,), value.storage)
 
 
 def _storage(

@@ -21,7 +21,7 @@ from ckptool.errors import EditError
 from ckptool.files import budget
 from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
-from ckptool.state.edit_options import stripping
+from ckptool.state.edit_options import recipe_edits, stripping
 from ckptool.state.edits import Edit
 from ckptool.text import parse_size, several
 from ckptool.verbs import surgery
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.model.verify import Progress, Verification
     from ckptool.model.zoo import ModelLike
     from ckptool.verbs.checking import Checked
+    from ckptool.verbs.combining import Averaged
     from ckptool.verbs.compare import Difference
     from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
@@ -134,6 +135,8 @@ def diff(
     rtol: float = 0.0,
     select: str | Sequence[str] = (),
     map: Mapping[str, str] | None = None,
+    recipe: str | Sequence[str] = (),
+    reverse: bool = False,
     ignore_prefix: str | Sequence[str] | None = None,
     anywhere: bool = False,
     progress: Begin = no_progress,
@@ -142,10 +145,11 @@ def diff(
 
     Each is a file, a state_dict or an `nn.Module`. `at` is where the state_dict sits on both
     sides, `left_at` and `right_at` on one; `all` compares all there is by path, `structure` reads
-    no values; `map` gives dotted prefixes of the left their names on the right; `ignore_prefix`
-    is a prefix or several, or `auto`, and `anywhere` ignores them inside keys too. Raises what
-    reading raises (`FormatError`), `AmbiguousStateDict`, `NoSuchKey`, and `NothingMatched` for
-    what no key has.
+    no values; `map` has rules as of `--rename`, what the left and the right call it; `recipe`
+    names recipes that make the right's tensors of the left's, backwards with `reverse`;
+    `ignore_prefix` is a prefix or several, or `auto`, and `anywhere` ignores them inside keys too.
+    Raises what reading raises (`FormatError`), `AmbiguousStateDict`, `NoSuchKey`, and
+    `NothingMatched` for what no key has.
 
     >>> ckptool.diff("data_parallel.pth", "plain.pth", ignore_prefix="auto").equal
     True
@@ -165,6 +169,8 @@ def diff(
         tolerance=tolerance(atol, rtol),
         select=select,
         rename=tuple((map or {}).items()),
+        recipe=recipe,
+        reverse=reverse,
         ignore_prefix=ignore_prefix or (),
         anywhere=anywhere,
     )
@@ -287,6 +293,8 @@ def transfer(
     drop: str | Sequence[str] = (),
     keep: str | Sequence[str] = (),
     rename: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    recipe: str | Sequence[str] = (),
+    reverse: bool = False,
     anywhere: bool = False,
     keep_bookkeeping: bool = False,
     like: CheckpointLike | None = None,
@@ -305,7 +313,8 @@ def transfer(
     `file.py:factory`) made with `model_args`, or an `nn.Module`. `drop` and `keep` take a pattern
     or several, matched after wrapper prefixes came off, with `anywhere` every `module.` inside
     keys too; what a wrapper keeps for itself goes with it, unless `keep_bookkeeping`; `rename`
-    are rules as of `--rename`, all of one step.
+    are rules as of `--rename`, all of one step, and `recipe` names recipes that come after them,
+    backwards with `reverse`.
     `init_missing` writes what is not filled as the model has it. Raises `PoorFit` where less than
     `min_match` of the target's elements would be filled, `EditError`, `FormatError` and
     `WriteError`.
@@ -324,6 +333,7 @@ def transfer(
         raise EditError("--like-at needs --like")
     pairs = list(rename.items() if isinstance(rename, Mapping) else rename)
     moves = [edits.renames(pairs)] if pairs else []
+    moves += recipe_edits(recipe, reverse=reverse)
     reference: Reference | None = None
     fill: Fill | None = None
     if like is not None:
@@ -350,6 +360,30 @@ def transfer(
             fill=fill,
             opened=checkpoint,
         )
+
+
+def average(
+    sources: str | Path | Sequence[str | Path],
+    target: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
+) -> Averaged:
+    """Write the mean of the floats of several checkpoints, or a sum with `weights`.
+
+    Keys, order and dtypes are the first's, integers and what else cannot be averaged the last's;
+    wrapper prefixes do not count when keys are matched. Raises `EditError` where keys or shapes
+    differ, `Overflow` where finite numbers would become infinite, `FormatError` for the sources
+    and `WriteError` for the target.
+
+    >>> ckptool.average(["data_parallel.pth", "plain.pth"], "mean.pth")
+    <Averaged 2 -> mean.pth: averaged 7, written 8>
+    """
+    from ckptool.verbs import combining
+
+    how = Options(**options)
+    return combining.average(sources, target, weights=weights, options=how, progress=progress)
 
 
 def _like(given: CheckpointLike, at: str | None, anywhere: bool) -> Reference:

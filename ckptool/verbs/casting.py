@@ -138,16 +138,15 @@ def _refuse(casting: Casting, cast: Cast) -> None:
         for key, number in sorted(lost.items(), key=lambda pair: -pair[1])
     ]
     more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
-    ways = f"or --overflow inf, or --dtype {_WIDER.get(casting.target, DType.BF16).label.lower()}"
-    if casting.target is DType.F8_E4M3:
-        ways = "or --dtype bf16"
+    wider = _WIDER.get(casting.target, DType.BF16).label.lower()
+    inf = "" if casting.target is DType.F8_E4M3 else ", inf infinite"
     raise Overflow(
         f"{counted(total, 'value')} in {counted(len(lost), 'tensor')} would be beyond the largest "
         f"{label}, {largest:g}; nothing was written",
         evidence=[*rows[:SHOWN], *more],
-        option="--overflow clamp",
-        hint=f"makes them that; {ways}",
-    )
+        option="" if casting.where else "--overflow clamp",
+        hint=f"clamp makes them that{inf}; {wider} holds them",
+    ).within(casting.where)
 
 
 def saved(jobs: Iterable[Copy]) -> int:

@@ -1,21 +1,28 @@
-"""One checkpoint made from several: their state_dicts go in, the entries of one come out."""
+"""One checkpoint made from several: the weighted sum of their floats."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from math import fsum, isfinite
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.errors import EditError
+from ckptool.errors import EditError, Overflow, SameFile
+from ckptool.files.blocks import blocks
 from ckptool.files.copying import Begin, no_progress
-from ckptool.pickles.tree import Node
-from ckptool.state import checkpoint as places, module_metadata, replacing
+from ckptool.files.fileio import Readers
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.state import averaging, checkpoint as places
+from ckptool.state.averaging import Averaging
 from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.edits import Change, Edit, Entries
 from ckptool.tensors import numbers, values
-from ckptool.tensors.tensor import TensorInfo
+from ckptool.tensors.averaging import Mean
+from ckptool.text import counted, listed, visible
 from ckptool.verbs import surgery
 from ckptool.verbs.options import Options
 from ckptool.verbs.surgery import Rewrite
@@ -23,93 +30,187 @@ from ckptool.verbs.surgery import Rewrite
 if TYPE_CHECKING:
     from pathlib import Path
 
-Transform = Callable[[Sequence[StateDict]], dict[str, Node]]
+SHOWN = 8
 
 
-def combine(
-    sources: Sequence[str | Path],
-    target: str | Path,
-    transform: Transform,
-    *,
-    options: Options | None = None,
-    progress: Begin = no_progress,
-) -> Rewrite:
-    """Write the bare state_dict that a function makes of those of several checkpoints.
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """What an average wrote: which `keys` were averaged, and which are as the `last` file has them.
 
-    Raises what reading and writing raise, and what `transform` does.
+    These are by what they are (`I64`, `not tensors`); `apart` are the keys that were tied in the
+    first file and are not in all, with the key that each was tied to.
     """
-    options = options or Options()
-    inputs = [containers.read(source) for source in sources]
-    states = [places.find(each, options.at) for each in inputs]
-    first = places.state_dict_node(inputs[0].tree, states[0].at)
-    tree = replacing.make_state_dict(transform(states), states[0].metadata)
-    tree = module_metadata.with_texts(tree, module_metadata.texts(first))
-    return surgery.rewrite(
-        sources[0],
-        target,
-        bare=True,
-        options=replace(options, at=None),
-        progress=progress,
-        opened=_checkpoint(inputs, tree),
-    )
 
+    rewrite: Rewrite
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]
+    keys: tuple[str, ...]
+    last: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
 
-def _checkpoint(inputs: Sequence[Checkpoint], tree: Node) -> Checkpoint:
-    """Return a checkpoint whose bytes are in the files of several."""
-    first = inputs[0]
-    return Checkpoint(
-        first.path,
-        first.container,
-        tree,
-        sum(each.nbytes for each in inputs),
-        globals={name: offset for each in inputs for name, offset in each.globals.items()},
-        calls=[call for each in inputs for call in each.calls],
-        pickle_name=first.pickle_name,
-        files=tuple(dict.fromkeys(file for each in inputs for file in each.files)),
-        held=tuple(held for each in inputs for held in each.held),
-    )
+    @property
+    def from_last(self) -> int:
+        """Count the entries that are as the last file has them."""
+        return sum(map(len, self.last.values()))
+
+    def __repr__(self) -> str:
+        verb = "would write" if self.rewrite.dry_run else "written"
+        counts = f"averaged {len(self.keys)}, {verb} {self.rewrite.written}"
+        return f"<Averaged {len(self.sources)} -> {visible(self.rewrite.target)}: {counts}>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `average/1`."""
+        return {
+            **self.rewrite.to_dict(),
+            "schema": "average/1",
+            "sources": list(self.sources),
+            "weights": list(self.weights),
+            "averaged": list(self.keys),
+            "last": [
+                {"key": key, "what": what} for what, keys in self.last.items() for key in keys
+            ],
+            "untied": [[key, first] for key, first in self.apart.items()],
+        }
 
 
 def average(
     sources: str | Path | Sequence[str | Path],
     target: str | Path,
     *,
-    weights: Sequence[float] = (),
+    weights: Sequence[float] | None = None,
     options: Options | None = None,
     progress: Begin = no_progress,
-) -> Rewrite:
-    """Write the mean of the floats of several state_dicts, the rest as the first has it.
+) -> Averaged:
+    """Write the weighted sum of the floats of several state_dicts, all else as the last has it.
 
-    The sum is in double precision. Raises `EditError` where keys, shapes or dtypes differ, or
-    where there is not one weight for each source.
+    Without weights it is the mean. Keys, order, dtypes and `_metadata` are the first's. Raises
+    `EditError` where keys or shapes differ or weights do not fit, `Overflow` where a sum of finite
+    numbers is not finite in its dtype, and what reading and writing raise.
     """
-    sources = [sources] if isinstance(sources, str | os.PathLike) else sources
-    given = list(weights) or [1.0] * len(sources)
-    if len(given) != len(sources) or not sum(given):
-        raise EditError(f"{len(given)} weights for {len(sources)} checkpoints, of sum {sum(given)}")
-    transform = partial(_mean, weights=given)
-    return combine(sources, target, transform, options=options, progress=progress)
+    sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    options = options or Options()
+    factors = _factors(weights, len(sources))
+    if options.in_place:
+        raise EditError("--in-place replaces one file, and an average has several: name an output")
+    inputs = [containers.read(source) for source in sources]
+    names = tuple(each.path for each in inputs)
+    others = [places.find(each, options.at) for each in inputs[1:]]
+    done: list[Averaging] = []
+
+    def change(entries: Entries) -> Change:
+        made = averaging.average(names, [entries, *(each.entries for each in others)], factors)
+        done.append(made)
+        return Change([((key,), key, value) for key, value in made.entries.items()])
+
+    try:
+        result = surgery.rewrite(
+            sources[0],
+            target,
+            [Edit("average", change=change)],
+            bare=True,
+            options=options,
+            progress=progress,
+            opened=_opened(inputs),
+            form=surgery.Form(distributed=True) if options.to == "dcp" else surgery.FILE,
+            accept=lambda: _refuse_overflow(done[-1]),
+        )
+    except SameFile as error:
+        raise SameFile(f"{target} is one of the inputs", hint="name another output") from error
+    made = done[-1]
+    result = replace(
+        result,
+        warnings=(*result.warnings, *_warnings(inputs[1:], others)),
+        notes=(*result.notes, *_notes(names, made)),
+    )
+    last = {what: tuple(keys) for what, keys in made.last.items()}
+    return Averaged(result, names, factors, tuple(made.sums), last, made.apart)
 
 
-def _mean(states: Sequence[StateDict], weights: Sequence[float]) -> dict[str, Node]:
-    first, made = states[0].entries, values.Made()
-    for number, state in enumerate(states[1:], 2):
-        if differing := sorted(first.keys() ^ state.entries.keys()):
-            raise EditError(
-                f"checkpoint {number} has other keys than the first", evidence=differing[:8]
-            )
-    entries: dict[str, Node] = {}
-    for key, value in first.items():
-        args = [state.entries[key] for state in states]
-        if not isinstance(value, TensorInfo) or value.dtype not in numbers.FLOATS:
-            entries[key] = value
-            continue
-        if any(
-            not isinstance(each, TensorInfo)
-            or (each.dtype, each.shape) != (value.dtype, value.shape)
-            for each in args
-        ):
-            raise EditError(f"{key} has another shape or dtype in one of the checkpoints")
-        kernel = numbers.mean(value.dtype, weights)
-        entries[key] = values.elementwise(kernel, args, value.dtype, made)
-    return entries
+def _factors(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Return a weight for each input; raises `EditError`."""
+    if not count:
+        raise EditError("no checkpoint to average was named")
+    if weights is None:
+        return (1 / count,) * count
+    try:
+        factors = tuple(map(float, weights))
+    except (TypeError, ValueError, OverflowError):
+        raise EditError(f"weights are numbers, not {weights!r}") from None
+    if odd := [each for each in factors if not isfinite(each)]:
+        raise EditError(f"{odd[0]} is not a weight: weights are finite numbers")
+    if len(factors) != count:
+        raise EditError(
+            f"{counted(len(factors), 'weight')} for {counted(count, 'checkpoint')}",
+            hint="--weights takes one for each input, in their order: --weights 0.5,0.5",
+        )
+    return factors
+
+
+def _opened(inputs: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the first checkpoint as one whose bytes are in the files of all."""
+    return replace(
+        inputs[0],
+        nbytes=sum(each.nbytes for each in inputs),
+        files=tuple(dict.fromkeys(file for each in inputs for file in each.files)),
+        held=tuple(held for each in inputs for held in each.held),
+    )
+
+
+def _warnings(inputs: Sequence[Checkpoint], states: Sequence[StateDict]) -> list[str]:
+    """Warn of what is dangerous or missing in all inputs but the first."""
+    dangerous = [
+        f"{each.path} would run code when loaded; the output does not carry it"
+        for each in inputs
+        if safety.judge_file(each).level is Level.DANGEROUS
+    ]
+    pairs = zip(inputs, states, strict=True)
+    missing = [f"{each.path}: {line}" for each, state in pairs for line in state.missing]
+    return list(dict.fromkeys([*dangerous, *missing]))
+
+
+def _notes(names: Sequence[str], made: Averaging) -> list[str]:
+    """Note what a user may not expect."""
+    notes = []
+    if not numbers.sums_to_one(made.weights):
+        notes.append(f"the weights sum to {fsum(made.weights):g}, not to 1")
+    for number, count in made.others.items():
+        tensors = counted(count, "tensor")
+        notes.append(f"{names[number]} has {tensors} in another dtype; written as in {names[0]}")
+    if made.apart:
+        pairs = [f"{key} = {first}" for key, first in made.apart.items()]
+        notes.append(f"tied in {names[0]} and not in all, so not in the output: {listed(pairs)}")
+    if made.stripped:
+        notes.append(f"not written, attributes of averaged tensors: {listed(made.stripped, 4)}")
+    if made.statistics and len(names) > 1:
+        notes.append(
+            f"{counted(len(made.statistics), 'running statistic')} of BatchNorm averaged: "
+            "torch.optim.swa_utils.update_bn computes better ones from data"
+        )
+    return notes
+
+
+def _refuse_overflow(made: Averaging) -> None:
+    """Raise `Overflow` where sums of finite numbers were not finite; they are computed again.
+
+    A storage may hold more than what its views show.
+    """
+    lost: dict[str, int] = {}
+    with closing(Readers()) as readers:
+        for key, (args, value) in made.sums.items():
+            kernel = value.storage.computed.kernel if value.storage.computed else None
+            if isinstance(kernel, Mean) and kernel.overflow:
+                again = Mean(kernel.dtypes, kernel.weights)
+                for _ in blocks(values.computed(again, args, value.dtype), readers):
+                    pass
+                lost |= {key: again.overflow} if again.overflow else {}
+    if not lost:
+        return
+    rows = [f"{key} ({made.sums[key][1].dtype.label}): {count}" for key, count in lost.items()]
+    more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
+    raise Overflow(
+        f"{counted(sum(lost.values()), 'value')} in {counted(len(lost), 'tensor')} would be beyond "
+        "the largest number of the dtype; nothing was written",
+        evidence=[*rows[:SHOWN], *more],
+        hint="the dtypes are those of the first input: name one first that has a wider one "
+        "(ckptool convert --dtype f32), or smaller --weights",
+    )

@@ -10,7 +10,7 @@ from ckptool.errors import EditError, NothingMatched
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
-from ckptool.state.edit_options import stripping
+from ckptool.state.edit_options import recipe_edits, stripping
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import BOOKKEEPING
@@ -24,7 +24,8 @@ class Asked:
     """What is to be compared, and how.
 
     `ignore_prefix` are prefixes, or `auto` for the wrappers that all keys of a side share, with
-    `anywhere` inside keys too; `rename` are rules: pairs of what the left and the right call it.
+    `anywhere` inside keys too; `rename` are rules, pairs of what the left and the right call it,
+    and `recipe` names recipes that make the right's tensors of the left's.
     """
 
     at: str | None = None
@@ -35,6 +36,8 @@ class Asked:
     tolerance: Tolerance = NO_TOLERANCE
     select: str | Sequence[str] = ()
     rename: Sequence[tuple[str, str]] = ()
+    recipe: str | Sequence[str] = ()
+    reverse: bool = False
     ignore_prefix: str | Sequence[str] = ()
     anywhere: bool = False
 
@@ -113,6 +116,7 @@ def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, 
             raise missing[0]
         sides = done[0], done[1]
     steps = [edits.renames(asked.rename)] if asked.rename else []
+    steps += recipe_edits(asked.recipe, reverse=asked.reverse)
     return _rekeyed(sides[0], steps), sides[1]
 
 

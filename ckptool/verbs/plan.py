@@ -256,7 +256,7 @@ def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
     tree, container = plan.checkpoint.tree, containers.by_name(plan.container)
     if state.module:
         plan.not_carried.append(_class_left(state))
-        plan.notes += _no_part(original, state)
+        plan.notes += _no_part(original, plan.state or state)  # as it was before edits
     plan.not_carried += places.beside(tree, state.at)
     like = None if state.module or isinstance(original, list | tuple) else original
     node = replacing.make_state_dict(state.entries, state.metadata, like)

@@ -7,7 +7,7 @@ happened to every entry of the state_dict.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import starmap, zip_longest
@@ -23,7 +23,7 @@ from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import Count, Edit
+from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, AnyTensor, Packing, Storage, TensorInfo
 from ckptool.text import counted, quoted, readable, visible
@@ -87,6 +87,7 @@ class Rewrite:
     tensors: int = 0
     said: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
+    remade: tuple[str, ...] = ()
     module: str = ""
     shards: tuple[Shard, ...] = ()
     casts: tuple[Cast, ...] = ()
@@ -154,12 +155,14 @@ def rewrite(
     added: Mapping[str, Node] | None = None,
     order: Sequence[str] = (),
     form: Form = FILE,
+    accept: Callable[[], None] = lambda: None,
 ) -> Rewrite:
     """Write a checkpoint again with its keys edited.
 
     `bare` writes the state_dict alone; `unwrap` also refuses one that is bare already. `opened`
     is the source where it was read before; `added` are entries from elsewhere to write with the
-    others, in the `order` given. Raises a `CkptoolError`; the target is then as it was.
+    others, in the `order` given; `accept` may raise an error once all is written and before it is
+    published. Raises a `CkptoolError`; the target is then as it was.
     """
     options = options or Options()
     if form is not FILE:
@@ -185,7 +188,8 @@ def rewrite(
         return result
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
-    check = partial(_check, plan, place, laid.tensors, laid.output.nbytes, options.in_place)
+    meant = (laid.tensors, laid.output.nbytes)
+    check = partial(_check, plan, accept, place, *meant, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
     late = publish.publish(place, outputs.pop(), begun, check)  # the only one to keep its jobs
@@ -457,6 +461,7 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
         map=plan.key_map.pairs,
         said=plan.key_map.said,
         counts=plan.key_map.counts,
+        remade=_rearranged(plan.key_map),
         dropped=tuple(plan.dropped),
         written=len(plan.key_map.written) + plan.added,
         added=plan.added,
@@ -474,6 +479,12 @@ def _result(plan: Plan, target: str, laid: _Laid, place: Target, options: Option
     )
 
 
+def _rearranged(key_map: KeyMap) -> tuple[str, ...]:
+    """Return the keys that hold their tensor with its elements in another order or shape."""
+    same = (old for old, new in key_map.pairs if old == new)
+    return tuple(old for old in same if old in key_map.remade)
+
+
 def _tied(plan: Plan) -> set[str]:
     """Return the entries that are written under another name, to which they are tied."""
     return {each.name for each in plan.dropped if each.reason.startswith("tied to ")}
@@ -482,6 +493,7 @@ def _tied(plan: Plan) -> set[str]:
 @containers.without_collection()
 def _check(
     plan: Plan,
+    accept: Callable[[], None],
     place: Target,
     tensors: _Tensors,
     nbytes: int,
@@ -491,8 +503,9 @@ def _check(
 ) -> None:
     """Read the output with the strict reader and compare it with what was meant.
 
-    What casts were to refuse is known by now, and raises `Overflow`.
+    What was to be refused for its values is known by now, and raises `Overflow`.
     """
+    accept()
     plan.casts += map(casting.written, plan.key_map.casts)
     for source, _ in plan.checkpoint.files:
         fileio.refuse_changed(source)

@@ -1,12 +1,13 @@
 """Make the benchmark's files with torch, and do with torch what ckptool does without it.
 
 run.py starts this as a process of its own, so that torch is never in the memory of the process
-that measures. `strip` and `convert` leave the seconds of their work, without the import of torch,
-in the file named last.
+that measures. `strip`, `convert` and `cast` leave the seconds of their work, without the import of
+torch, in the SECONDS_FILE.
 
 usage: python with_torch.py make FILE NBYTES | keys FILE COUNT | experts FILE COUNT
        python with_torch.py matrices FILE NBYTES ROWS COLUMNS
        python with_torch.py strip IN OUT SECONDS_FILE | convert IN OUT SECONDS_FILE
+       python with_torch.py cast IN OUT SECONDS_FILE DTYPE
 """
 
 import sys
@@ -152,6 +153,16 @@ def convert(source: str, target: str) -> None:
     save_file(stripped(checkpoint), target)
 
 
+def cast(source: str, target: str, dtype: torch.dtype) -> None:
+    """Round the floats of the state_dict to another dtype as a script does."""
+    checkpoint = torch.load(source, weights_only=True, map_location="cpu")
+    checkpoint["state_dict"] = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in checkpoint["state_dict"].items()
+    }
+    torch.save(checkpoint, target)
+
+
 def stripped(checkpoint: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the state_dict with `module.` taken off its keys."""
     return {key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()}
@@ -171,6 +182,10 @@ def main(arguments: list[str]) -> None:
         case ["strip" | "convert" as verb, source, target, seconds]:
             start = time.perf_counter()
             (strip if verb == "strip" else convert)(source, target)
+            Path(seconds).write_text(repr(time.perf_counter() - start))
+        case ["cast", source, target, seconds, dtype]:
+            start = time.perf_counter()
+            cast(source, target, getattr(torch, dtype))
             Path(seconds).write_text(repr(time.perf_counter() - start))
         case _:
             sys.exit(__doc__)

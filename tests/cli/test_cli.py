@@ -34,7 +34,7 @@ PACKAGE = Path(ckptool.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = [name for names in cli.GROUPS.values() for name in names]
-WRITERS = ["strip-prefix", "add-prefix", "unwrap", "transfer", "convert"]
+WRITERS = ["strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"]
 
 # A run of a command with every read slowed down, so that a test can step in while it copies.
 SLOW = """
@@ -107,6 +107,13 @@ REFUSED = [
     ("keys --select nothing {g}/plain.pth", 2, "nothing-matched"),
     ("keys --select re:( {g}/plain.pth", 2, "edit-error"),
     ("keys --select @missing.txt {g}/plain.pth", 2, "edit-error"),
+    ("average {g}/plain.pth", 2, "usage"),
+    ("average {g}/plain.pth {g}/tied.pth out.pth", 2, "edit-error"),
+    ("average {g}/plain.pth {g}/plain.pth out.pth --weights 1", 2, "edit-error"),
+    ("average {g}/plain.pth {g}/plain.pth out.pth --in-place", 2, "edit-error"),
+    ("average {g}/plain.pth {g}/dino.pth out.pth", 2, "ambiguous-state-dict"),
+    ("average {g}/plain.pth {h}/os_system.pth out.pth", 2, "edit-error"),
+    ("average {g}/plain.pth there.pth there.pth --force", 5, "same-file"),
     ("convert --rename classifier {g}/plain.pth out.pth", 2, "edit-error"),
     ("convert --rename nowhere=x {g}/plain.pth out.pth", 2, "nothing-matched"),
     ("convert --in-place {g}/plain.pth out.pth", 2, "edit-error"),

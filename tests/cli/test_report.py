@@ -278,14 +278,14 @@ def test_what_is_left_behind_is_named() -> None:
 def test_a_plan_shows_each_change() -> None:
     pairs = (("module.a", "a"), ("b", "b"), ("c\x1b", None))
     result = rewrite(map=pairs, written=2, nbytes=2048, dry_run=True, free=1 << 30)
-    assert report.plan_lines(result) == [
+    assert report.plan_lines(result, report.counts_line(result)) == [
         "- module.a",
         "+ a",
         "- c\\x1b",
         "read 3, renamed 1, dropped 0, would write 2",
         "out: 2.0 KiB to write, 1.0 GiB free",
     ]
-    assert report.plan_lines(rewrite())[-1] == "out: 0 B to write, unknown free"
+    assert report.plan_lines(rewrite(), "")[-1] == "out: 0 B to write, unknown free"
 
 
 def test_a_fit_is_told() -> None:

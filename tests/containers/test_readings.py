@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ckptool
+from ckptool.files.fileio import Reader
 from ckptool.verbs.checking import Status
 
 RUN = b"cposix\nsystem\n(X\4\0\0\0trueltR."
@@ -256,3 +257,28 @@ def test_a_shard_that_is_a_pickle_too(tmp_path: Path) -> None:
     found = ckptool.check(path)
     assert found.status is Status.UNSAFE
     assert found.globals == ("posix.system",)
+
+
+def test_zeros_after_a_header_that_begins_like_an_opcode_are_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A length whose low byte is `c` begins a name, which no module has that goes on for 64 KiB."""
+    fields = {"w": {"dtype": "U8", "shape": [1 << 28], "data_offsets": [0, 1 << 28]}}
+    header = json.dumps(fields).encode()
+    header += b" " * ((0x63 - len(header)) % 256)
+    path = tmp_path / "zeros.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + (1 << 28))
+    counted: list[int] = []
+    read = Reader.read
+
+    def counting(self: Reader, start: int, nbytes: int) -> bytes:
+        counted.append(nbytes)
+        return read(self, start, nbytes)
+
+    monkeypatch.setattr(Reader, "read", counting)
+    with safe_open(path, "pt") as opened:
+        assert [*opened.keys()] == ["w"]
+    assert [*ckptool.keys(path)] == ["w"]
+    assert sum(counted) < 1 << 20

@@ -52,7 +52,13 @@ def same(
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.flatten()
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 def resized(name: str, folder: Path, sizes: Mapping[str, int]) -> Path:

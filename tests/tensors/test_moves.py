@@ -14,11 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import ckptool
 from ckptool.errors import Malformed
 from ckptool.files import blocks as files_blocks, copying, planner
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import Copy, run_jobs
 from ckptool.files.fileio import Reader, Readers
+from ckptool.state.edits import Change, Edit, Entries
 from ckptool.tensors import numbers, values
 from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
@@ -30,8 +32,6 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
-from ckptool.verbs import combining
-from ckptool.verbs.options import Options
 
 judge = pytest.importorskip("judge")
 
@@ -500,20 +500,29 @@ def test_what_is_read_in_parts_is_checked_without_another_reading(
     assert sum(asked) == pair.value.nbytes
 
 
+def made_into(folder: Path, make: Callable[[Entries], dict[str, Any]]) -> None:
+    """Write the tensors that a function makes of those of `in.pth` to `out.pth`."""
+
+    def change(entries: Entries) -> Change:
+        return Change([(tuple(entries), key, value) for key, value in make(entries).items()])
+
+    steps = [Edit("make", change=change)]
+    ckptool.convert(folder / "in.pth", folder / "out.pth", steps=steps, force=True)
+
+
 def test_joins_are_told_apart_and_nothing_of_that_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save({str(n): torch.full((3,), n) for n in range(4)}, tmp_path / "in.pth")
 
-    def pairs(states: Any) -> dict[str, Any]:
-        found = states[0].entries
+    def pairs(found: Any) -> dict[str, Any]:
         one, other = (values.joined([found[a], found[b]], 0) for a, b in ("02", "13"))
         return {"one": one, "other": other, "again": one}
 
     written = []
     for number in range(3):
         kept = [bytearray(number * 1000) for _ in range(number)]  # other addresses
-        combining.combine([tmp_path / "in.pth"], tmp_path / "out.pth", pairs, options=FORCE)
+        made_into(tmp_path, pairs)
         written.append((tmp_path / "out.pth").read_bytes())
         assert len(kept) == number
     assert len(set(written)) == 1
@@ -521,9 +530,6 @@ def test_joins_are_told_apart_and_nothing_of_that_is_written(
     assert state["one"].tolist() == [0, 0, 0, 2, 2, 2]
     assert state["other"].tolist() == [1, 1, 1, 3, 3, 3]
     assert state["again"].data_ptr() == state["one"].data_ptr()
-
-
-FORCE = Options(force=True)
 
 
 # What is refused.
@@ -606,12 +612,12 @@ def test_a_parameter_that_was_moved_is_one_again_where_its_origin_is_put_back(
     weight = torch.nn.Parameter(base((4, 6), torch.float32))
     torch.save({"w": weight}, tmp_path / "in.pth")
 
-    def turned(states: Any) -> dict[str, Any]:
-        value = states[0].entries["w"]
+    def turned(entries: Any) -> dict[str, Any]:
+        value = entries["w"]
         moved = values.own(values.permuted(value, (1, 0)))
         return {"plain": moved, "weight": replace(moved, origin=value.origin)}
 
-    combining.combine([tmp_path / "in.pth"], tmp_path / "out.pth", turned)
+    made_into(tmp_path, turned)
     state = torch.load(tmp_path / "out.pth", weights_only=True)
     assert [type(each) for each in state.values()] == [torch.Tensor, torch.nn.Parameter]
     for each in state.values():

@@ -32,7 +32,6 @@ from ckptool.tensors import numbers, values
 from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import TensorInfo
-from ckptool.verbs import combining
 
 FLOAT8 = [
     torch.float8_e4m3fn,
@@ -120,7 +119,7 @@ def written(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         return dict(load_file(path))
     if (path / ".metadata").exists():
         empty: dict[str, Any] = {key: torch.empty_like(value) for key, value in state.items()}
-        load_dcp(empty, storage_reader=FileSystemReader(path), no_dist=True)
+        load_dcp(empty, storage_reader=FileSystemReader(path))
         return empty
     return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
@@ -318,52 +317,6 @@ def test_the_checksum_under_parts_is_compared(
         jobs = planner.jobs([(value, 0)])
         with pytest.raises(Malformed, match="checksum"):
             run_jobs([job for job in jobs if job.target is None], None, lambda nbytes: None)
-
-
-# Several inputs.
-
-
-def test_the_mean_of_several_is_that_of_torch(tmp_path: Path) -> None:
-    paths, states = [], []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        weight = torch.randn(40, 30)
-        states.append(
-            {"w": weight, "tied": weight, "h": torch.randn(9).bfloat16(), "n": torch.tensor(seed)}
-        )
-        paths.append(tmp_path / f"{seed}.pth")
-        torch.save({"state_dict": states[-1], "epoch": seed}, paths[-1])
-    for name in ("out.pth", "out.safetensors"):
-        done = combining.average(paths, tmp_path / name)
-        got = written(tmp_path / name, states[0])
-        for key in ("w", "h"):
-            wanted = torch.stack([state[key].double() for state in states]).sum(0) / 3
-            assert same(got[key], wanted.to(states[0][key].dtype))
-        assert got["n"] == 0
-        assert done.written >= 3
-    state = torch.load(tmp_path / "out.pth", weights_only=True)
-    assert state["w"].data_ptr() == state["tied"].data_ptr()
-    combining.average(paths[:2], tmp_path / "weighted.pth", weights=[3, 1])
-    wanted = (3 * states[0]["w"].double() + states[1]["w"].double()) / 4
-    assert torch.equal(torch.load(tmp_path / "weighted.pth")["w"], wanted.float())
-
-
-def test_no_input_of_several_is_overwritten(tmp_path: Path) -> None:
-    paths = [tmp_path / "a.pth", tmp_path / "b.pth"]
-    for path in paths:
-        torch.save({"w": torch.ones(3)}, path)
-    before = paths[1].read_bytes()
-    from ckptool.verbs.options import Options
-
-    with pytest.raises(WriteError):
-        combining.average(paths, paths[1], options=Options(force=True))
-    assert paths[1].read_bytes() == before
-    torch.save({"w": torch.ones(4)}, paths[1])
-    with pytest.raises(EditError, match="another shape"):
-        combining.average(paths, tmp_path / "out.pth")
-    torch.save({"v": torch.ones(3)}, paths[1])
-    with pytest.raises(EditError, match="other keys"):
-        combining.average(paths, tmp_path / "out.pth")
 
 
 _PEAK = """

@@ -1,0 +1,68 @@
+"""`ckptool recipe`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._options import Command, refuse_idle
+
+DIFFERENT = 1
+
+
+@click.command("recipe", cls=Command)
+@click.argument("file", metavar="FILE", required=False)
+@click.option("--from", "source", metavar="A", help="The checkpoint to try it on.")
+@click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
+@click.option("--like", metavar="B", help="A checkpoint with the keys and shapes to come out.")
+@click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
+@click.option("--reverse", is_flag=True, help="Do the steps backwards.")
+@click.option("--list", "listed", is_flag=True, help="List the recipes that come with ckptool.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+def command(
+    file: str | None,
+    source: str | None,
+    at: str | None,
+    like: str | None,
+    like_at: str | None,
+    reverse: bool,
+    listed: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Check a recipe: what each step takes of a checkpoint. Writes nothing.
+
+    \b
+    ckptool recipe --list
+    ckptool recipe torchvision-vit-to-timm
+    ckptool recipe map.toml --from vit_b_16.pth
+    ckptool recipe map.toml --from vit_b_16.pth --like timm_vit.safetensors
+
+    FILE is a recipe, or the name of one that comes with ckptool. Exit code 1 where the keys,
+    shapes and dtypes that come out are not those of B. `ckptool convert --recipe FILE` writes.
+    """
+    from ckptool.cli import report, report_recipe
+    from ckptool.state import recipes
+
+    refuse_idle({"at": "source", "like": "source", "like_at": "like", "as_json": "source"})
+    if listed == (file is not None):
+        raise click.UsageError("name a recipe, or use --list", click.get_current_context())
+    if file is None:
+        refuse_idle({"source": "not listed", "reverse": "not listed"})
+        talk.put(report_recipe.shipped_lines(recipes.shipped().values(), wide=talk.on_terminal()))
+        return 0
+    recipe = recipes.Recipe.load(file)
+    if source is None:
+        talk.put(report_recipe.step_lines(recipe, reverse=reverse, wide=talk.on_terminal()))
+        talk.say([f"{len(recipe.steps)} steps; --from A tries them"], quiet=quiet)
+        return 0
+    from ckptool.verbs import recipe as verb
+
+    found = verb.tried(recipe, source, at=at, like=like, like_at=like_at, reverse=reverse)
+    if as_json:
+        talk.put([report.document(found.to_dict())])
+    else:
+        talk.put(report_recipe.count_lines(found, wide=talk.on_terminal()))
+    talk.say(report_recipe.tried_lines(found), quiet=quiet)
+    return 0 if found.fits else DIFFERENT
