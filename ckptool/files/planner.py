@@ -29,5 +29,6 @@ def checks(planned: Iterable[Copy], storages: Iterable[Storage]) -> list[Copy]:
     A run leaves out those of which its other jobs have read all.
     """
     whole = {each.storage for each in planned if each.whole}
-    under = (each for storage in storages for each in checksums.recorded(storage))
+    made = (each for each in storages if each not in whole or each.chunked or each.computed)
+    under = (each for storage in made for each in checksums.recorded(storage))
     return [Copy(each, None) for each in dict.fromkeys(under) if each not in whole]
