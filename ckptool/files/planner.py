@@ -28,7 +28,8 @@ def checks(planned: Iterable[Copy], storages: Iterable[Storage]) -> list[Copy]:
 
     A run leaves out those of which its other jobs have read all.
     """
-    whole = {each.storage for each in planned if each.whole}
-    made = (each for each in storages if each not in whole or each.chunked or each.computed)
-    under = (each for storage in made for each in checksums.recorded(storage))
-    return [Copy(each, None) for each in dict.fromkeys(under) if each not in whole]
+    done = {each.storage for each in planned if each.whole and each.storage.crc32 is not None}
+    under = (
+        each for storage in storages if storage not in done for each in checksums.recorded(storage)
+    )
+    return [Copy(each, None) for each in dict.fromkeys(under) if each not in done]
