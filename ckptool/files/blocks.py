@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
-from ckptool.files.checksums import Part, part_of
+from ckptool.files import checksums
+from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, unpacked
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import Piece, pieces
@@ -192,8 +193,8 @@ def _read(
 ) -> list[Part]:
     """Read elements as they are stored; return what that was of a recorded checksum."""
     read_elements(value, first, block, readers, ahead, among)
-    part = part_of(value, first, len(block) // value.dtype.itemsize)
-    return [part._replace(crc32=crc32(block))] if part else []
+    found = checksums.part_of(value, first, len(block) // value.dtype.itemsize)
+    return [found._replace(crc32=crc32(block))] if found else []
 
 
 def _compute(
@@ -303,6 +304,7 @@ class Ahead:
     """
 
     def __init__(self, nbytes: int = AHEAD) -> None:
+        self.parts: list[Part] = []  # what was read in order
         self._room = nbytes
         self._held: dict[int, _Gathered] = {}
 
@@ -335,8 +337,8 @@ class Ahead:
         room = self._room if stride[-1] != 1 else min(self._room, 2 * READ)
         most = max(room // among // info.dtype.itemsize, 1)
         box = next(_boxes(shape, stride, info.storage_offset, first, min(most, info.numel - first)))
-        limit = min(self._room // 2, READ)
-        memory, there = _gather(box, info.dtype.itemsize, memory, fetch, limit)
+        source = _Source(info.storage, fetch, min(self._room // 2, READ), self.parts)
+        memory, there = _gather(box, info.dtype.itemsize, memory, source)
         held = _Gathered(info, first, first + prod(box[0]), (box[0], there, 0), memory)
         self._held[id(info)] = held
         return held
@@ -352,10 +354,26 @@ class _Gathered(NamedTuple):
     memory: memoryview
 
 
+class _Source(NamedTuple):
+    """What elements are gathered from, how many bytes at once; `parts` are those read in order."""
+
+    storage: Storage
+    fetch: Fetch
+    limit: int
+    parts: list[Part]
+
+    def read(self, view: memoryview, start: int, *, dense: bool) -> None:
+        """Fill a view from a byte on; `dense` tells that all of it is wanted."""
+        self.fetch(view, start)
+        found = checksums.part(self.storage, start, len(view)) if dense else None
+        if found is not None:
+            self.parts.append(found._replace(crc32=crc32(view)))
+
+
 def _gather(
-    box: Box, size: int, memory: memoryview, fetch: Fetch, limit: int
+    box: Box, size: int, memory: memoryview, source: _Source
 ) -> tuple[memoryview, tuple[int, ...]]:
-    """Read a box, no more than `limit` at once; return the elements, and their strides there.
+    """Read a box; return its elements, and their strides there.
 
     They are in the order of the storage, in the memory given where it is large enough. Rows that
     will be columns lie apart a little: those a power of two away from each other, as most are, have
@@ -374,7 +392,7 @@ def _gather(
     if step * size > len(memory):
         memory = memoryview(bytearray(step * size))
     rows = [(shape[at], stride[at], there[at]) for at in outer]
-    _load(memory, 0, rows, run, offset, size, fetch, limit)
+    _load(memory, 0, rows, run, offset, size, source)
     return memory, tuple(there)
 
 
@@ -385,23 +403,24 @@ def _load(
     run: int,
     offset: int,
     size: int,
-    fetch: Fetch,
-    limit: int,
+    source: _Source,
 ) -> None:
     """Read runs of elements, which are apart in a storage and in memory, in rows of rows.
 
     Where little of what is between first and last is wanted, each run is read alone.
     """
+    import numpy as np
+
     if not rows:
-        fetch(memory[place * size : (place + run) * size], offset * size)
+        source.read(memory[place * size : (place + run) * size], offset * size, dense=True)
         return
     shape, stride, there = zip(*rows, strict=True)
     nbytes = (span(shape, stride) + run - 1) * size
     count = prod(shape)
     near = nbytes <= max(4 * count * run * size, NEAR * count)
-    if near and nbytes <= limit:
-        data = bytearray(nbytes)
-        fetch(memoryview(data), offset * size)
+    if near and nbytes <= source.limit:
+        data = np.empty(nbytes, "u1").data
+        source.read(data, offset * size, dense=nbytes == count * run * size)
         _array(memory, ((*shape, run), (*there, 1), place), size)[...] = _array(
             data, ((*shape, run), (*stride, 1), 0), size
         )
@@ -411,7 +430,7 @@ def _load(
     parts = ((at, min(half, head[0] - at)) for at in range(0, head[0], half))
     for at, length in parts:
         inner = [(length, *head[1:]), *rest] if length > 1 else rest
-        _load(memory, place + at * head[2], inner, run, offset + at * head[1], size, fetch, limit)
+        _load(memory, place + at * head[2], inner, run, offset + at * head[1], size, source)
 
 
 def _turn(target: Any, source: Any) -> None:

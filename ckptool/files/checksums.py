@@ -46,14 +46,6 @@ def part_of(value: TensorInfo, first: int, count: int) -> Part | None:
     return part(value.storage, value.start + first * size, count * size)
 
 
-def parts(storage: Storage, start: int, nbytes: int) -> Iterator[Part]:
-    """Iterate over what is read in order where these bytes of a storage are."""
-    found = [part(storage, start, nbytes)]
-    if nbytes == storage.nbytes:
-        found += [part_of(source, 0, source.numel) for source in values.arguments(storage)]
-    yield from (each for each in found if each is not None)
-
-
 def checksums(found: Iterable[Part]) -> dict[Storage, int]:
     """Return the checksums of the storages of which the parts leave nothing out."""
     reached: dict[Storage, dict[int, int]] = {}

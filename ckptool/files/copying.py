@@ -157,27 +157,28 @@ def run_jobs(
     """Do all jobs on two threads and return what each has moved; the first error ends all.
 
     Where their targets are in order, the small gaps between small jobs may be filled with zeros.
-    With `sync` the output will be flushed: its write-back starts early.
+    What is only to be read comes last: what the others have read all of is not read again. With
+    `sync` the output will be flushed: its write-back starts early.
     """
-    run = _Run(jobs, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
-    try:
-        run.all()
-    except Malformed:
-        run.readers.close()  # raises where one was changed: that is why, then
-        raise
-    except BaseException:
-        with suppress(Malformed):
-            run.readers.close()
-        raise
-    run.readers.close()
-    for job, done in zip(jobs, run.done, strict=True):
-        if done.nbytes != job.nbytes:
-            raise RuntimeError(f"{done.nbytes} of {job.nbytes} bytes of a job were moved")
-        if job.storage.chunked is None:
-            found = checksums.part(job.storage, job.start, job.nbytes)
-            run.parts += [found._replace(crc32=done.crc32)] if found else []
-    checksums.compare(run.parts)
-    return run.done
+    write_back = _WriteBack(target or 0, wanted=sync and target is not None)
+    done, parts = [NOTHING] * len(jobs), list[Part]()
+    for reading in (False, True):
+        known = checksums.checksums(parts) if reading else {}
+        left = []
+        for number, job in enumerate(jobs):
+            if (job.target is None) is not reading:
+                continue
+            if job.whole and job.storage in known:
+                done[number] = Done(known[job.storage], job.nbytes)
+                progress(job.nbytes)
+            else:
+                left.append(number)
+        run = _Run([jobs[number] for number in left], target, progress, write_back)
+        parts += run.finished() if left else []
+        for number, moved in zip(left, run.done, strict=True):
+            done[number] = moved
+    checksums.compare(parts)
+    return done
 
 
 class _Run:
@@ -196,7 +197,7 @@ class _Run:
         self.parts: list[Part] = []
         self.readers = Readers()
         self._target, self._progress, self._write_back = target, progress, write_back
-        self._tasks = _tasks(jobs)
+        self._jobs, self._tasks = jobs, _tasks(jobs)
         self._lock = allocate_lock()
         self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
@@ -218,6 +219,27 @@ class _Run:
             self._wait()
         if self._error is not None:
             raise self._error
+
+    def finished(self) -> list[Part]:
+        """Do all tasks and close all files; return what was read of recorded storages in order."""
+        try:
+            self.all()
+        except Malformed:
+            self.readers.close()  # raises where one was changed: that is why, then
+            raise
+        except BaseException:
+            with suppress(Malformed):
+                self.readers.close()
+            raise
+        self.readers.close()
+        for job, done in zip(self._jobs, self.done, strict=True):
+            if done.nbytes != job.nbytes:
+                raise RuntimeError(f"{done.nbytes} of {job.nbytes} bytes of a job were moved")
+            agrees = job.whole and job.storage.crc32 == done.crc32  # as nearly all of many do
+            if not agrees and job.storage.chunked is None:
+                found = checksums.part(job.storage, job.start, job.nbytes)
+                self.parts += [found._replace(crc32=done.crc32)] if found else []
+        return self.parts
 
     def _wait(self) -> None:
         self._ended = True
@@ -309,6 +331,8 @@ class _Run:
             view = buffer[: end - start]
             self.parts += fill(view, job.storage, job.start + start, self.readers, ahead)
             yield view
+        self.parts += ahead.parts
+        ahead.parts.clear()
 
     def _write(
         self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]

@@ -24,13 +24,12 @@ def job(info: TensorInfo, target: int) -> Copy:
 
 
 def checks(planned: Iterable[Copy], storages: Iterable[Storage]) -> list[Copy]:
-    """Read the storages with a recorded checksum of which the jobs planned leave something out.
+    """Read what has a recorded checksum under storages; what is copied whole is read by that.
 
-    Of a computed storage, those are the storages that it is made of.
+    A run leaves out those of which its other jobs have read all.
     """
-    parts = [
-        part for each in planned for part in checksums.parts(each.storage, each.start, each.nbytes)
-    ]
-    checked = checksums.checksums(parts)
-    under = (each for storage in storages for each in checksums.recorded(storage))
-    return [Copy(each, None) for each in dict.fromkeys(under) if each not in checked]
+    done = {each.storage for each in planned if each.whole and each.storage.crc32 is not None}
+    under = (
+        each for storage in storages if storage not in done for each in checksums.recorded(storage)
+    )
+    return [Copy(each, None) for each in dict.fromkeys(under) if each not in done]

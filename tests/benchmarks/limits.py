@@ -96,6 +96,18 @@ LIMITS = (
 )
 
 
+MOVES = {"rename": 1.25, "split": 1.25, "fuse": 1.25, "stack": 1.25, "transpose": 2, "rope": 2}
+
+
+def move_limits(job: str, pair: str) -> tuple[Limit, ...]:
+    """Return the limits of a recipe, from one container to another."""
+    task = f"{job} {pair}"
+    return (
+        Limit(task, "wall", "x", most=MOVES[job], per=f"cp {pair.partition('-')[0]}"),
+        Limit(task, "peak", "MiB", most=96),
+    )
+
+
 def judge(limit: Limit, rounds: list[Round]) -> Verdict | None:
     """Compare a limit with the rounds that measured it; None where none did."""
     names = {limit.task, limit.per or limit.task}
@@ -124,7 +136,7 @@ def value_of(limit: Limit, readings: Round) -> float:
 
 def table_of_readings(rounds: list[Round]) -> Iterator[str]:
     """Yield a line per task: the whole process, its CPU time and its largest memory."""
-    yield f"{'TASK':<22}{'MEDIAN':>11}{'BEST':>11}{'WORK':>11}{'CPU':>11}{'PEAK':>12}{'RUNS':>6}"
+    yield f"{'TASK':<36}{'MEDIAN':>11}{'BEST':>11}{'WORK':>11}{'CPU':>11}{'PEAK':>12}{'RUNS':>6}"
     for name in dict.fromkeys(name for readings in rounds for name in readings):
         of_task = [readings[name] for readings in rounds if name in readings]
         wall = [reading.wall for reading in of_task]
@@ -132,14 +144,14 @@ def table_of_readings(rounds: list[Round]) -> Iterator[str]:
         cpu = median(reading.user + reading.system for reading in of_task)
         peak = max(reading.peak for reading in of_task) / MIB
         yield (
-            f"{name:<22}{seconds(median(wall)):>11}{seconds(min(wall)):>11}{seconds(work):>11}"
+            f"{name:<36}{seconds(median(wall)):>11}{seconds(min(wall)):>11}{seconds(work):>11}"
             f"{seconds(cpu):>11}{peak:>8.1f} MiB{len(of_task):>6}"
         )
 
 
 def table_of_verdicts(verdicts: list[Verdict]) -> Iterator[str]:
     """Yield a line per limit: the median (of memory the largest), the extremes, the bound."""
-    yield f"{'LIMIT':<42}{'JUDGED':>11}{'MIN':>11}{'MAX':>11}{'BOUND':>13}"
+    yield f"{'LIMIT':<48}{'JUDGED':>11}{'MIN':>11}{'MAX':>11}{'BOUND':>13}"
     for verdict in verdicts:
         limit = verdict.limit
         name = limit.task + ("" if limit.quantity == "wall" else f" ({limit.quantity})")
@@ -147,7 +159,7 @@ def table_of_verdicts(verdicts: list[Verdict]) -> Iterator[str]:
         numbers = (verdict.judged, verdict.lowest, verdict.highest)
         shown = "".join(f"{number:>11}" for number in (amount(n, limit.unit) for n in numbers))
         mark = {True: "  pass", False: "  FAIL", None: ""}[verdict.met]
-        yield f"{name:<42}{shown}{bound(limit):>13}{mark}".rstrip()
+        yield f"{name:<48}{shown}{bound(limit):>13}{mark}".rstrip()
 
 
 def bound(limit: Limit) -> str:

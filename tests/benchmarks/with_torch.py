@@ -5,6 +5,7 @@ that measures. `strip`, `convert`, `cast`, `load` and `average` leave the second
 without the import of torch, in the SECONDS_FILE.
 
 usage: python with_torch.py make FILE NBYTES | keys FILE COUNT | experts FILE COUNT
+       python with_torch.py matrices FILE NBYTES ROWS COLUMNS
        python with_torch.py strip IN OUT SECONDS_FILE | convert IN OUT SECONDS_FILE
        python with_torch.py cast IN OUT SECONDS_FILE DTYPE
        python with_torch.py load SECONDS_FILE IN ... | average SECONDS_FILE OUT IN ...
@@ -133,6 +134,13 @@ def make(shapes: Shapes, target: Path) -> None:
     torch.save(checkpoint, target)
 
 
+def matrices(nbytes: int, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """Return so many bytes of matrices, four to a layer: memory that nothing was written to."""
+    layers = max(1, nbytes // (16 * rows * columns))
+    names = [f"layers.{layer}.{number}.weight" for layer in range(layers) for number in range(4)]
+    return {name: torch.empty(rows, columns) for name in names}
+
+
 def strip(source: str, target: str) -> None:
     """Strip `module.` as a script does."""
     checkpoint = torch.load(source, weights_only=True, map_location="cpu")
@@ -192,6 +200,8 @@ def main(arguments: list[str]) -> None:
             make(many_norms(int(count)), Path(target))
         case ["experts", target, count]:
             torch.save({"state_dict": OrderedDict(tensors(many_experts(int(count))))}, target)
+        case ["matrices", target, *numbers]:
+            torch.save(matrices(*map(int, numbers)), target)
         case ["strip" | "convert" as verb, source, target, seconds]:
             start = time.perf_counter()
             (strip if verb == "strip" else convert)(source, target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise, permutations
+from itertools import accumulate, pairwise, permutations
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import ckptool
 from ckptool.errors import Malformed
-from ckptool.files import planner
+from ckptool.files import blocks as files_blocks, copying, planner
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import Copy, run_jobs
-from ckptool.files.fileio import Readers
+from ckptool.files.fileio import Reader, Readers
 from ckptool.state.edits import Change, Edit, Entries
 from ckptool.tensors import numbers, values
 from ckptool.tensors.casting import Rounding
@@ -116,7 +116,8 @@ def stored(tensor: torch.Tensor, packing: str, path: Path) -> Pair:
 
 def read(value: TensorInfo) -> bytes:
     readers = Readers()
-    data = b"".join(map(bytes, blocks(value, readers, limit=100)))
+    limit = max(100, value.nbytes // 16)
+    data = b"".join(map(bytes, blocks(value, readers, limit)))
     readers.close()
     return data
 
@@ -191,7 +192,7 @@ def shapes_of(count: int) -> list[tuple[int, ...]]:
     return [(count,), (1, count), (count, 1, 1), *halves, *((1, *each, 1) for each in halves)]
 
 
-@pytest.mark.product(12)
+@pytest.mark.product(20)
 @pytest.mark.parametrize(("number", "dtype", "packing"), CASES)
 def test_each_constructor_makes_what_torch_makes(
     number: int, dtype: torch.dtype, packing: str, tmp_path: Path
@@ -451,6 +452,54 @@ def test_the_checksum_of_what_was_cut_is_compared(pair: Pair) -> None:
             run_jobs(jobs, None, lambda nbytes: None)
 
 
+def halves(value: TensorInfo) -> list[TensorInfo]:
+    return [values.own(values.part(value, 0, *cut)) for cut in ((0, 6), (6, 12))]
+
+
+MADE: dict[str, Callable[[TensorInfo], list[TensorInfo]]] = {
+    "split": halves,
+    "fused the other way round": lambda value: [values.joined(halves(value)[::-1], 0)],
+    "stacked": lambda value: [values.stacked(halves(value)[::-1], 1)],
+    "transposed": lambda value: [values.own(values.permuted(value, (1, 0)))],
+    "rope": lambda value: [rope(value, 3)],
+    "part by part": lambda value: [values.part(value, 0, row, row + 1) for row in range(12)],
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+@pytest.mark.parametrize("sound", [True, False], ids=["sound", "damaged"])
+def test_what_is_read_in_parts_is_checked_without_another_reading(
+    make: Callable[[TensorInfo], list[TensorInfo]],
+    sound: bool,
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = Path(pair.value.storage.path)
+    if not sound:
+        path.write_bytes(b"\1" + path.read_bytes()[1:])
+    asked: list[int] = []
+    before = Reader.read_into
+
+    def counting(self: Reader, view: memoryview, start: int) -> None:
+        asked.append(len(view))
+        before(self, view, start)
+
+    monkeypatch.setattr(Reader, "read_into", counting)
+    made = make(pair.value)
+    starts = accumulate([value.nbytes for value in made], initial=0)
+    jobs = planner.jobs(zip(made, starts, strict=False))
+    assert [job for job in jobs if job.target is None]
+    with (tmp_path / "out").open("w+b") as file:
+        if sound:
+            done = run_jobs(jobs, file.fileno(), lambda nbytes: None)
+            assert [each.nbytes for each in done] == [job.nbytes for job in jobs]
+        else:
+            with pytest.raises(Malformed, match="do not match their checksum"):
+                run_jobs(jobs, file.fileno(), lambda nbytes: None)
+    assert sum(asked) == pair.value.nbytes
+
+
 def made_into(folder: Path, make: Callable[[Entries], dict[str, Any]]) -> None:
     """Write the tensors that a function makes of those of `in.pth` to `out.pth`."""
 
@@ -575,3 +624,73 @@ def test_a_parameter_that_was_moved_is_one_again_where_its_origin_is_put_back(
         assert each.is_contiguous()
         assert each.requires_grad
         assert judge.storage_bytes(each.data.untyped_storage()) == raw(weight.detach().t())
+
+
+# Large tensors, in many tasks: the sizes are made small instead.
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_blocks.Ahead.__init__, "__defaults__", (20_000,))
+    for module, name, size in (
+        (files_blocks, "AHEAD", 20_000),
+        (files_blocks, "READ", 4096),
+        (files_blocks, "NEAR", 256),
+        (files_blocks, "CHUNK", 2048),
+        (copying, "CHUNK", 2048),
+        (copying, "SMALL", 256),
+        (copying, "TASK", 8192),
+    ):
+        monkeypatch.setattr(module, name, size)
+
+
+LARGE: dict[str, Callable[[Pair], Pair]] = {
+    "transposed": lambda pair: pair.both(
+        lambda value: values.permuted(value, (1, 0)), lambda tensor: tensor.t()
+    ),
+    "rope": lambda pair: pair.both(
+        lambda value: rope(value, 6),
+        lambda tensor: tensor.view(6, 10, 2, -1).transpose(1, 2).reshape(tensor.shape),
+    ),
+    "transposed and joined": lambda pair: pair.both(
+        lambda value: values.joined([values.permuted(value, (1, 0))] * 3, 1),
+        lambda tensor: torch.cat([tensor.t()] * 3, 1),
+    ),
+    "transposed and stacked": lambda pair: pair.both(
+        lambda value: values.stacked([values.permuted(value, (1, 0))] * 3, 0),
+        lambda tensor: torch.stack([tensor.t()] * 3),
+    ),
+    "columns joined": lambda pair: pair.both(
+        lambda value: values.taken(value, 1, [(7, 20), (0, 5)]),
+        lambda tensor: torch.cat([tensor[:, 7:20], tensor[:, :5]], 1),
+    ),
+    "a few columns": lambda pair: pair.both(
+        lambda value: values.part(value, 1, 3, 5), lambda tensor: tensor[:, 3:5]
+    ),
+    "in three dimensions": lambda pair: pair.both(
+        lambda value: values.permuted(
+            values.shaped(value, (12, 10, -(-value.numel // 120))), (2, 0, 1)
+        ),
+        lambda tensor: tensor.view(12, 10, -1).permute(2, 0, 1),
+    ),
+    "cast and transposed": lambda pair: pair.both(
+        lambda value: values.permuted(
+            values.elementwise(Rounding(value.dtype, DType.F64), [value], DType.F64, {}), (1, 0)
+        ),
+        lambda tensor: tensor.double().t(),
+    ),
+}
+
+
+@pytest.mark.product(3)
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("columns", [24, 256])
+def test_large_tensors_are_moved_in_tasks(
+    make: Callable[[Pair], Pair], packing: str, columns: int, tmp_path: Path
+) -> None:
+    assert_is(
+        make(stored(base((120, columns), torch.float32), packing, tmp_path / "in")),
+        tmp_path / "out",
+    )
