@@ -274,7 +274,7 @@ def rename_model(old: str, new: str) -> Model:
 def steps_for(draw: Any, start: list[str]) -> tuple[list[edits.Edit], list[Model]]:
     """Draw edits, most of them about keys that are there, and a simple model of each."""
     known = [".".join(key.split(".")[: depth + 1]) for key in start for depth in range(3)]
-    known = [prefix for prefix in known if prefix.strip(".") and not set(prefix) & set("*?[")]
+    known = [prefix for prefix in known if prefix.strip(".") and not set(prefix) & set("*?[{}")]
     known = [prefix for prefix in known if not prefix.startswith("re:")]
     prefixes = st.sampled_from([*known, "module", "nowhere"])
     made: list[edits.Edit] = []
@@ -307,10 +307,12 @@ def modelled(models: list[Model], start: list[str]) -> Any:
             return made
         following = iter(made)
         now = [None if key is None else next(following) for key in now]
-    written = [key for key in now if key is not None]
-    if any(new == "" != old for old, new in zip(start, now, strict=True)):
-        return EditError
-    return KeyCollision if len(set(written)) < len(written) else now
+        written = [key for key in now if key is not None]
+        if any(new == "" != old for old, new in zip(start, now, strict=True)):
+            return EditError
+        if len(set(written)) < len(written):
+            return KeyCollision
+    return now
 
 
 @given(st.data(), st.lists(keys, min_size=1, max_size=8, unique=True))

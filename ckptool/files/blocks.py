@@ -211,8 +211,8 @@ def _compute(
     import numpy as np
 
     first, count = start // size, len(view) // size
-    found = [part_of(value, first, count) for value in args]
-    checksums = [0] * len(args)
+    found = [checksums.part_of(value, first, count) for value in args]
+    read = [0] * len(args)
     most = max(AT_ONCE // sum(value.dtype.itemsize for value in args), 1)
     for at in range(0, count, most):
         few, made = min(most, count - at), []
@@ -220,11 +220,11 @@ def _compute(
             block = np.empty(few * value.dtype.itemsize, "u1").data
             read_elements(value, first + at, block, readers, ahead, len(args))
             if found[number]:
-                checksums[number] = crc32(block, checksums[number])
+                read[number] = crc32(block, read[number])
             _settle(value, block)
             made.append(block)
         view[at * size : (at + few) * size] = computed.kernel(*made)
-    pairs = zip(found, checksums, strict=True)
+    pairs = zip(found, read, strict=True)
     return [part._replace(crc32=checksum) for part, checksum in pairs if part]
 
 

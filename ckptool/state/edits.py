@@ -418,11 +418,7 @@ def apply(
     for new, each in now.items():
         for old in each.olds:
             written.setdefault(old, []).append(new)
-    owned: dict[tuple[object, ...], Value] = {}
-    for each in now.values():
-        if each.remade and isinstance(each.value, TensorInfo):
-            view = each.value.view
-            each.value = owned[view] = owned.get(view) or values.own(each.value)
+    _own(now)
     key_map = KeyMap(
         pairs=tuple((old, new) for old in entries for new in written.get(old, (None,))),
         why=why,
@@ -443,6 +439,18 @@ def apply(
         return result
 
     return key_map, all_of
+
+
+def _own(entries: Mapping[str, _Entry]) -> None:
+    """Give what was remade storages that hold nothing else; what is one tensor stays one."""
+    owned: dict[tuple[object, ...], Value] = {}
+    for key, each in entries.items():
+        if each.remade and isinstance(each.value, TensorInfo):
+            view = each.value.view
+            try:
+                each.value = owned[view] = owned.get(view) or values.own(each.value)
+            except ValueError as error:
+                raise EditError(f"{key}: {error}") from None
 
 
 def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -> Change:
