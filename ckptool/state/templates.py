@@ -15,7 +15,7 @@ from ckptool.errors import EditError
 
 DIGITS = frozenset("ijklmne")
 LONGEST = 1000  # characters of a key that is tried in many ways
-MOST_CHOICES = 2
+MOST_CHOICES = 1
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:\*\*)?\}")
 _UNCLEAR = re.compile(r"\}\{|:\*\*\}\.\{[^{}]*:\*\*\}")
 
@@ -58,7 +58,11 @@ class Template:
         return count
 
     def regex(self, first: int) -> tuple[str, list[str]]:
-        """Return a regular expression whose groups count from `first`, and their fields' names."""
+        """Return a regular expression whose groups count from `first`, and their fields' names.
+
+        Raises `EditError` where nothing tells how much of a key each field holds.
+        """
+        _refuse_unclear(self)
         source, names, dot = "", list[str](), False
         if self.choices:  # what does not match takes a power of the length
             source = rf"(?![\s\S]{{{LONGEST + 1}}})"
@@ -122,7 +126,6 @@ def template(text: str) -> Template:
     odd = [each.name for each in fields if each != parsed.fields[each.name]]
     if odd:
         raise EditError(f"`{text}` has {{{odd[0]}}} both with and without `:**`")
-    _refuse_unclear(parsed)
     return parsed
 
 
