@@ -392,7 +392,7 @@ def apply(
         entries = dict.fromkeys(entries)
     now = {key: _Entry((key,), value) for key, value in entries.items()}
     why: dict[str, tuple[str, str]] = {}
-    changes, counts = list[Change](), list[Count]()
+    key_edits, said, counts, casts = list[KeyEdit](), list[str](), list[Count](), list[Casting]()
     matched: set[str] = set()
     for step in steps:
         try:
@@ -400,7 +400,9 @@ def apply(
             after = _after(change, now, source)
         except EditError as error:
             raise error.within(step.where) from None
-        changes.append(change)
+        key_edits.append(change.edit)
+        said += change.said
+        casts += change.casts
         counts += [replace(each, number=each.number or step.number) for each in change.counts]
         for cast in change.casts:
             cast.where = cast.where or step.where
@@ -408,11 +410,9 @@ def apply(
         used = {key for sources, _, _ in change.moves for key in sources}
         if gone := [key for key in now if key not in used]:
             kept = {old for each in after.values() for old in each.olds}
-            for key in gone:
-                told = change.why.get(key, (key, step.reason))
-                for old in now[key].olds:
-                    if old not in kept:
-                        why.setdefault(old, told)
+            told = {key: change.why.get(key, (key, step.reason)) for key in gone}
+            lost = ((old, key) for key in gone for old in now[key].olds if old not in kept)
+            why = {old: told[key] for old, key in lost} | why
         now = after
     written: dict[str, list[str | None]] = {}
     for new, each in now.items():
@@ -422,20 +422,20 @@ def apply(
     key_map = KeyMap(
         pairs=tuple((old, new) for old in entries for new in written.get(old, (None,))),
         why=why,
-        said=tuple(line for change in changes for line in change.said),
+        said=tuple(said),
         entries={key: each.value for key, each in now.items()},
         remade=frozenset(old for each in now.values() if each.remade for old in each.olds),
         unmatched=tuple(old for old in entries if old in written and old not in matched),
         counts=tuple(counts),
-        casts=tuple(cast for change in changes for cast in change.casts),
+        casts=tuple(casts),
     )
 
     def all_of(key: str) -> str | None:
         result: str | None = key
-        for change in changes:
+        for edit in key_edits:
             if result is None:
                 return None
-            result = change.edit(result)
+            result = edit(result)
         return result
 
     return key_map, all_of

@@ -15,11 +15,11 @@ from ckptool.errors import EditError
 
 DIGITS = frozenset("ijklmne")
 LONGEST = 1000  # characters of a key that is tried in many ways
-MOST_CHOICES = 2
+MOST_CHOICES = 1
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:\*\*)?\}")
 _UNCLEAR = re.compile(r"\}\{|:\*\*\}\.\{[^{}]*:\*\*\}")
 _CLEAR = (
-    f"put a text between them, {{a:**}} and {{b:**}} need more than a dot; {MOST_CHOICES} at most"
+    "put a text between them, more than a dot between {a:**} and {b:**}, of which two are the most"
 )
 
 

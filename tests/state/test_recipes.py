@@ -12,6 +12,7 @@ import torch
 from conftest import Outcome
 
 from ckptool import Recipe
+from ckptool.state.templates import Matcher
 
 Run = Callable[..., Outcome]
 STEP = "recipe = 1\n[[step]]\n"
@@ -205,8 +206,8 @@ BAD = {
         "does not say where one field ends and the next begins",
     ),
     "many ways": (
-        STEP + "rename = [['{a}_{b}_{c}_{d}', '{a}{b}']]\n",
-        f"{ONE} (rename): `{{a}}_{{b}}_{{c}}_{{d}}` can be read in too many ways",
+        STEP + "rename = [['{a}_{b}_{c}', '{a}{b}']]\n",
+        f"{ONE} (rename): `{{a}}_{{b}}_{{c}}` can be read in too many ways",
     ),
     "no match": (
         STEP + "rename = [['h', 'g'], ['hh.0', 'i']]\n",
@@ -506,3 +507,22 @@ def test_a_fuse_of_unequal_parts_says_what_gives_it_a_way_back(run: Run, folder:
     Path("r.toml").write_text(step % ", sizes = [8, 2, 2]")
     assert run("convert", "out.pth", "b.pth", "--recipe", "r.toml", "--reverse").code == 0
     assert [len(tensor) for tensor in torch.load("b.pth").values()] == [8, 2, 2]
+
+
+def test_fields_that_cannot_be_told_apart_are_fine_where_none_is_sought(
+    run: Run, folder: Path
+) -> None:
+    torch.save({"b.1.w": torch.ones(1)}, "in.pth")
+    Path("r.toml").write_text(f"{STEP}rename = [['{{x}}.{{i}}.{{y}}', '{{x}}{{i}}{{y}}']]\n")
+    assert run("convert", "in.pth", "out.pth", "--recipe", "r.toml").code == 0
+    assert keys("out.pth") == ["b1w"]
+    outcome = run("convert", "out.pth", "back.pth", "--recipe", "r.toml", "--reverse")
+    assert outcome.code == 2
+    assert "`{x}{i}{y}` does not say where one field ends" in outcome.err
+
+
+@pytest.mark.parametrize("text", ["{a:**}.x.{b:**}.q", "{a}_{b}q", "{a:**}.x.{a:**}q"])
+@pytest.mark.parametrize("key", ["a." * 30_000, "x.a." * 249, "a_" * 499, "_" * 60_000])
+def test_a_template_takes_no_power_of_a_long_key(text: str, key: str) -> None:
+    """Times would tell of the machine: a failed match of more fields would never end."""
+    assert Matcher(text)(f"{key}z") is None
