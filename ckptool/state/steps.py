@@ -568,13 +568,15 @@ def _once(step: str, from_: str, to: str, *, optional: bool) -> Edit:
     renaming = Renaming([Rule(from_, to)])
 
     def change(entries: Entries) -> Change:
-        news = (match[1] for key in entries if (match := renaming.match(key)))
-        gone = {new: (new, f"a second name: {step}, backwards") for new in news if new in entries}
+        found = {key: match[1] for key in entries if (match := renaming.match(key))}
+        twice = {key: new for key, new in found.items() if new in entries}
+        gone = {new: (new, f"a second name: {step}, backwards") for new in twice.values()}
         if not gone and not optional:
             raise nothing_matched(to, list(entries))
         moves = [((key,), key, value) for key, value in entries.items() if key not in gone]
-        counts = [Count(step, f"{from_}={to}", len(gone))]
-        return Change(moves, why=gone, matched=dict.fromkeys(gone, to), counts=counts)
+        rule = f"{from_}={to}"
+        matched = dict.fromkeys([*twice, *gone], rule)
+        return Change(moves, why=gone, matched=matched, counts=[Count(step, rule, len(gone))])
 
     return Edit(step, change=change)
 

@@ -461,9 +461,12 @@ def test_a_step_without_a_way_back_is_named(run: Run, folder: Path, step: str) -
 @pytest.mark.parametrize("step", ["copy", "tie"])
 def test_the_way_back_of_a_copy_takes_out_nothing_else(run: Run, folder: Path, step: str) -> None:
     torch.save({"a.w": torch.ones(2), "b.v": torch.zeros(3)}, "in.pth")
-    Path("r.toml").write_text(f"{STEP}{step} = {{from = 'a', to = 'b'}}\n")
+    Path("r.toml").write_text(
+        f"{STEP}{step} = {{from = 'a', to = 'b'}}\n[[step]]\nrename = [['b.v', 'b.u']]\n"
+        "[expect]\nunmatched = 'refuse'\n"
+    )
     assert run("convert", "in.pth", "out.pth", "--recipe", "r.toml").code == 0
-    assert keys("out.pth") == ["a.w", "b.w", "b.v"]
+    assert keys("out.pth") == ["a.w", "b.w", "b.u"]
     assert run("convert", "out.pth", "back.pth", "--recipe", "r.toml", "--reverse").code == 0
     assert keys("back.pth") == ["a.w", "b.v"]
 
