@@ -30,7 +30,8 @@ from typing import Any, Literal
 from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
 from ckptool.state import edits
 from ckptool.state.edits import Change, Edit, Entries, KeyMap, Pairs
-from ckptool.state.steps import STEPS, Given, Patterns, Step
+from ckptool.state.groups import Patterns
+from ckptool.state.steps import STEPS, Given, Step
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import counted, listed, quoted, shape
 
