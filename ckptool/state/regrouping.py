@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, count
 
 from ckptool.errors import EditError, KeyCollision
@@ -41,19 +42,42 @@ def split(
     refuse_fields(source.template, targets)
     _refuse_sizes(sizes, to)
 
+    def parts(value: TensorInfo) -> list[TensorInfo]:
+        return _parts(value, dim, sizes or len(to))
+
+    def name(held: Mapping[str, str], number: int) -> str:
+        return targets[number].fill(held)
+
+    what = "" if sizes else " of equal size"
+    return _parted("split", source, parts, name, what, optional=optional)
+
+
+def _parted(
+    step: str,
+    source: Matcher,
+    parts: Callable[[TensorInfo], list[TensorInfo]],
+    name: Callable[[Mapping[str, str], int], str],
+    what: str = "",
+    *,
+    optional: bool,
+) -> Edit:
+    """Cut each tensor that a template matches; one tensor under two keys is cut once."""
+
     def change(entries: Entries) -> Change:
         known: dict[tuple[object, ...], list[TensorInfo]] = {}
         groups = []
         for key, held in _matches(source, entries, optional=optional):
             value = tensor_of(entries, key)
             if value.view not in known:
-                known[value.view] = _parts(key, value, dim, sizes or len(to))
-            names = (each.fill(held) for each in targets)
-            made = tuple(zip(names, known[value.view], strict=True))
-            groups.append(Group((key,), made))
-        return changed("split", from_, entries, groups, "" if sizes else " of equal size")
+                try:
+                    known[value.view] = parts(value)
+                except ValueError as error:
+                    raise EditError(f"{key}: {error}") from None
+            made = enumerate(known[value.view])
+            groups.append(Group((key,), tuple((name(held, at), each) for at, each in made)))
+        return changed(step, source.template.text, entries, groups, what)
 
-    return Edit("split", change=change)
+    return Edit(step, change=change)
 
 
 def _refuse_sizes(sizes: Sequence[int], parts: Sequence[str]) -> None:
@@ -70,21 +94,18 @@ def _templates(texts: Sequence[str]) -> list[Template]:
     return [template(text) for text in texts]
 
 
-def _parts(key: str, value: TensorInfo, dim: int, sizes: Sequence[int] | int) -> list[TensorInfo]:
-    try:
-        at = dimension(value, dim)
-        size = value.shape[at]
-        if isinstance(sizes, int):
-            if size % sizes:
-                raise ValueError(f"{size} in dimension {at} are not {sizes} equal parts")
-            sizes = [size // sizes] * sizes
-        if sum(sizes) != size:
-            raise ValueError(f"{size} in dimension {at} are not {' + '.join(map(str, sizes))}")
-        ends = list(accumulate(sizes))
-        starts = [end - size for end, size in zip(ends, sizes, strict=True)]
-        return [values.part(value, at, *pair) for pair in zip(starts, ends, strict=True)]
-    except ValueError as error:
-        raise EditError(f"{key}: {error}") from None
+def _parts(value: TensorInfo, dim: int, sizes: Sequence[int] | int) -> list[TensorInfo]:
+    at = dimension(value, dim)
+    size = value.shape[at]
+    if isinstance(sizes, int):
+        if size % sizes:
+            raise ValueError(f"{size} in dimension {at} are not {sizes} equal parts")
+        sizes = [size // sizes] * sizes
+    if sum(sizes) != size:
+        raise ValueError(f"{size} in dimension {at} are not {' + '.join(map(str, sizes))}")
+    ends = list(accumulate(sizes))
+    starts = [end - size for end, size in zip(ends, sizes, strict=True)]
+    return [values.part(value, at, *pair) for pair in zip(starts, ends, strict=True)]
 
 
 def _matches(
@@ -211,29 +232,17 @@ def unstack(from_: str, to: str, over: str = "e", dim: int = 0, optional: bool =
     source, target = Matcher(from_), template(to)
     _refuse_over(target, source.template, over)
 
-    def change(entries: Entries) -> Change:
-        known: dict[tuple[object, ...], list[TensorInfo]] = {}
-        groups = []
-        for key, held in _matches(source, entries, optional=optional):
-            value = tensor_of(entries, key)
-            if value.view not in known:
-                known[value.view] = _rows_of(key, value, dim)
-            made = known[value.view]
-            names = (target.fill({**held, over: str(number)}) for number in range(len(made)))
-            groups.append(Group((key,), tuple(zip(names, made, strict=True))))
-        return changed("unstack", from_, entries, groups)
+    def name(held: Mapping[str, str], number: int) -> str:
+        return target.fill({**held, over: str(number)})
 
-    return Edit("unstack", change=change)
+    return _parted("unstack", source, partial(_rows_of, dim=dim), name, optional=optional)
 
 
-def _rows_of(key: str, value: TensorInfo, dim: int) -> list[TensorInfo]:
-    try:
-        at = dimension(value, dim)
-        rows = [values.part(value, at, row, row + 1) for row in range(value.shape[at])]
-    except ValueError as error:
-        raise EditError(f"{key}: {error}") from None
+def _rows_of(value: TensorInfo, dim: int) -> list[TensorInfo]:
+    at = dimension(value, dim)
+    rows = [values.part(value, at, row, row + 1) for row in range(value.shape[at])]
     if not rows:
-        raise EditError(f"{key}: dimension {dim} of {shown(value.shape)} has nothing to unstack")
+        raise ValueError(f"dimension {dim} of {shown(value.shape)} has nothing to unstack")
     return [values.shaped(row, value.shape[:at] + value.shape[at + 1 :]) for row in rows]
 
 
