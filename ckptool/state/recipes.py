@@ -29,8 +29,7 @@ from typing import Any, Literal
 
 from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
 from ckptool.state import edits
-from ckptool.state.edits import Change, Edit, Entries, KeyMap, Pairs
-from ckptool.state.groups import Patterns
+from ckptool.state.edits import Change, Edit, Entries, KeyMap
 from ckptool.state.steps import STEPS, Given, Step
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import counted, listed, quoted, shape
@@ -257,7 +256,8 @@ def _as_change(
 
 def shipped() -> dict[str, Path]:
     """Return the recipes that come with ckptool, by name."""
-    return {file.stem: file for file in sorted(SHIPPED.glob(f"*{SUFFIX}"))}
+    files = sorted(name for name in os.listdir(SHIPPED) if name.endswith(SUFFIX))
+    return {name.removesuffix(SUFFIX): SHIPPED / name for name in files}
 
 
 def _shipped(name: str) -> Path:
@@ -347,7 +347,7 @@ def _fields(step: Step, value: Any) -> Given:
     """Check the fields of a step, by the parameters of what makes it."""
     if not isinstance(value, dict):
         raise BadRecipe(f"{_shown(value)}: it takes a table", hint=f"{step.name} = {{...}}")
-    signature = inspect.signature(step.make, eval_str=True)
+    signature = inspect.signature(step.make)
     known = {
         name.rstrip("_"): each
         for name, each in signature.parameters.items()
@@ -365,10 +365,10 @@ def _fields(step: Step, value: Any) -> Given:
     return given
 
 
-def _field(name: str, value: Any, kind: Any) -> Any:
+def _field(name: str, value: Any, kind: str) -> Any:
     """Return a field as its parameter takes it; raises `BadRecipe` for another type."""
     test, what = _KINDS[kind]
-    if kind is Pairs and isinstance(value, list):
+    if kind == "Pairs" and isinstance(value, list):
         for number, each in enumerate(value, 1):
             if not _is_pair(each):
                 raise BadRecipe(
@@ -404,18 +404,18 @@ def _is_pair(value: Any) -> bool:
     return _list_of(_is_text, value) and len(value) == 2
 
 
+_ONE_OR_MORE = (lambda value: _is_text(value) or _list_of(_is_text, value), "a text or a list")
 _NUMBERS = (partial(_list_of, _is_number, least=0), "a list of whole numbers")
-_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {  # by the annotation of a parameter
-    str: (_is_text, "a text"),
-    int: (_is_number, "a whole number"),
-    Sequence[str]: (partial(_list_of, _is_text), "a list of texts"),
-    Sequence[int]: _NUMBERS,
-    Sequence[int] | None: _NUMBERS,
-    Patterns: (lambda value: _is_text(value) or _list_of(_is_text, value), "a text or a list"),
-    Pairs: (
-        partial(_list_of, _is_pair),
-        "pairs of OLD and NEW: [['fc', 'head'], ...]",
-    ),
+# By the annotation of a parameter, as it is written: to evaluate it would run it as code.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "str": (_is_text, "a text"),
+    "int": (_is_number, "a whole number"),
+    "Sequence[str]": (partial(_list_of, _is_text), "a list of texts"),
+    "Sequence[int]": _NUMBERS,
+    "Sequence[int] | None": _NUMBERS,
+    "Patterns": _ONE_OR_MORE,
+    "str | Iterable[str]": _ONE_OR_MORE,
+    "Pairs": (partial(_list_of, _is_pair), "pairs of OLD and NEW: [['fc', 'head'], ...]"),
 }
 
 

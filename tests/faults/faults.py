@@ -113,6 +113,8 @@ JOBS = (
     Job("convert --to dcp {s} out", "tied.pth", "out", folder=True),
     Job("convert --to dcp {s} out --force", "tied.pth", "out", old=True, folder=True),
     Job("convert --max-shard-size 300 --force {s} out", "plain.pth", "out", True, folder=True),
+    Job("convert --dtype f16 {s} out.pth", "plain.pth", "out.pth"),
+    Job("average {s} {s} out.safetensors", "plain.pth", "out.safetensors"),
 )
 
 

@@ -45,7 +45,7 @@ CODES = {0, 1, 2, 3, 4, 5}
 LINES_PER_CASE = 4
 GROWN = 0.3  # share of the cases that start from no fixture
 # Exit codes at which these commands still put data on stdout: their answer is the data.
-ANSWERS = {"check": {1, 3, 4}, "diff": {1}, "info": {4}}
+ANSWERS = {"check": {1, 3, 4}, "diff": {1}, "info": {4}, "recipe": {1}}
 
 # {s} the damaged file, {g} a good one, {p} and {t} outputs; `old` outputs exist beforehand.
 LINES: dict[str, tuple[str, ...]] = {
@@ -70,9 +70,22 @@ LINES: dict[str, tuple[str, ...]] = {
         "--unwrap --strip-prefix auto {s} {t}", "--in-place {s}", "-n --json {s} {t}",
         "--drop *.bias --add-prefix model {s} {p}", "--rename features=f.g --json {s} {p}",
         "--to safetensors --tensors-only {s} {p}", "--at state_dict {s} {t}",
+        "--dtype bf16 {s} {t}", "--dtype f16 --overflow clamp {s} {p}", "--rename *=m.* {s} {p}",
+        "--recipe lightning-to-plain {s} {p}", "--recipe lightning-to-plain --reverse {s} {t}",
+    ),
+    "recipe": (
+        "lightning-to-plain --from {s}", "lightning-to-plain --reverse --from {s} --like {g}",
+        "--json lightning-to-plain --from {g} --like {s}",
+    ),
+    "average": (
+        "{s} {s} {p}", "{s} {s} {t}", "{g} {s} {t}", "--weights 2,-1 {s} {s} {p}",
+        "-n --json {s} {g} {t}",
     ),
     "info": ("{s}", "--json {s}"),
-    "check": ("{s}", "--json {s}", "--strict {s}", "--sha256 {s}", "--finite {s}", "{s} {g}"),
+    "check": (
+        "{s}", "--json {s}", "--strict {s}", "--sha256 {s}", "--finite {s}", "{s} {g}",
+        "--as f16 {s}",
+    ),
     "diff": ("{s} {s}", "{s} {g}", "--json {g} {s}", "--structure {s} {g}", "--atol 1 {g} {s}"),
 }  # fmt: skip
 COPIES = {("convert", "{s} {p}"), ("convert", "{s} {t}"), ("convert", "--untie {s} {p}")}
