@@ -49,8 +49,8 @@ def _rules(given: dict[str, Any]) -> Iterator[str]:
 
 def count_lines(found: Tried, *, wide: bool) -> list[str]:
     """List how many entries each rule took."""
-    rows = [(str(each.number), each.step, each.rule, str(each.count)) for each in found.counts]
-    return _rows(rows, ("STEP", "WHAT", "RULE", "TAKES"), wide=wide)
+    rows = [(str(each.number), each.step, str(each.count), each.rule) for each in found.counts]
+    return _rows(rows, ("STEP", "WHAT", "TAKES", "RULE"), wide=wide)
 
 
 def tried_lines(found: Tried) -> list[str]:
@@ -64,9 +64,9 @@ def tried_lines(found: Tried) -> list[str]:
     if found.fits:
         return [*lines, f"keys, shapes and dtypes are those of {visible(found.like)}"]
     lines.append(f"{counted(len(found.differing), 'key')} not as in {visible(found.like)}:")
-    rows = [
-        (f"    {visible(key)}", f"{described(here)} here,", f"{described(there)} there")
+    lines += [
+        f"    {visible(key)}   {described(here)} here, {described(there)} there"
         for key, here, there in found.differing[:SHOWN]
     ]
-    more = len(found.differing) - len(rows)
-    return lines + table(rows) + ([f"    and {more} more; --json has all"] if more else [])
+    more = len(found.differing) - SHOWN
+    return lines + ([f"    and {more} more; --json has all"] if more > 0 else [])

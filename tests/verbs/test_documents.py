@@ -38,6 +38,7 @@ LINES = {
     "transfer": "transfer model_best.pth.tar out.pth",
     "transfer_like": "transfer model_best.pth.tar out.pth --like flowers.safetensors",
     "average": "average --weights 1,0.5 model_best.pth.tar plain.pth out.pth",
+    "recipe": "recipe lightning-to-plain --from plain.pth --like changed.safetensors",
     "info": "info model_best.pth.tar",
     "info_several": "info dino.pth",
     "info_foreign": "info foreign.pth",
