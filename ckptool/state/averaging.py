@@ -14,7 +14,7 @@ from ckptool.state.wrappers import Peeling, peeling
 from ckptool.tensors import numbers, values
 from ckptool.tensors.averaging import Mean
 from ckptool.tensors.tensor import TENSORS, TensorInfo, ties
-from ckptool.text import counted, listed, shape
+from ckptool.text import argument, counted, listed, shape
 
 Entries = Mapping[str, Node]
 Args = tuple[TensorInfo, ...]
@@ -133,24 +133,24 @@ def _same_keys(names: Sequence[str], states: Sequence[Entries]) -> list[dict[str
     What a wrapper keeps for itself may be there or not.
     """
     first = states[0]
-    found, differing, evidence = [{key: key for key in first}], 0, list[str]()
+    found, differing, evidence = [{key: key for key in first}], list[str](), list[str]()
     peels = [peeling(state) for state in states]
     for name, state, peel in zip(names[1:], states[1:], peels[1:], strict=True):
         own = {key: key for key in first}
         if state.keys() != first.keys():
             own = _matched((peels[0], first), (peel, state))
         lines = _differences(names[0], first, peels[0], name, state, own)
-        differing += bool(lines)
+        differing += [name] if lines else []
         evidence += lines
         found.append(own)
     if not differing:
         return found
-    which = names[1:] if len(names) == 2 else [f"{differing} of {len(names) - 1} others"]
+    which = names[1:] if len(names) == 2 else [f"{len(differing)} of {len(names) - 1} others"]
+    pair = f"{argument(names[0])} {argument(differing[0])}"
     raise EditError(
         f"{listed(which)} and {names[0]} have not the same keys and shapes; nothing was written",
         evidence=evidence[: 4 * SHOWN],
-        hint="ckptool diff --structure --ignore-prefix auto A B   lists all; "
-        "ckptool transfer B OUT --like A   keeps of B what A has",
+        hint=f"ckptool diff --structure --ignore-prefix auto {pair}   lists all",
     )
 
 
