@@ -139,7 +139,7 @@ TEXT_NUMBERS = {
     "containers/_pickles.py": 1,  # of a numpy dtype
     "containers/_script_source.py": 1,  # an octal escape
     "containers/dcp.py": 1,  # a number already
-    "containers/sharded.py": 1,  # of a file name, to sort by
+    "containers/_sets.py": 1,  # of a file name, to sort by
     "pickles/pickle_reader.py": 1,  # a value, as CPython reads it
     "containers/_json.py": 1,  # a number of JSON as its grammar has it
 }
