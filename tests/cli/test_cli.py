@@ -197,7 +197,7 @@ def test_a_defect_is_exit_70(
 ) -> None:
     from ckptool import containers
 
-    def broken(path: str) -> None:
+    def broken(path: str, **how: object) -> None:
         raise ZeroDivisionError("a \x1b[31mdefect")
 
     monkeypatch.setattr(containers, "read", broken)
