@@ -33,6 +33,7 @@ GROUPS = {
     "Look": ("info", "keys", "check", "diff"),
     "Models": ("download", "verify"),
     "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
+    "Manual": ("help",),
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",
@@ -80,7 +81,7 @@ class _Commands(click.Group):
             for example in EXAMPLES:
                 formatter.write_text(example)
         formatter.write_paragraph()
-        formatter.write_text("ckptool COMMAND --help says more; exit codes are in the README.")
+        formatter.write_text("ckptool COMMAND --help says more, ckptool help COMMAND all of it.")
 
     def _short(self, ctx: click.Context, name: str) -> str:
         command = self.get_command(ctx, name)
@@ -216,7 +217,8 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
-    return "" if set(arguments[:1]) & {*GROUPS["Look"], "verify"} else NOTHING_WRITTEN
+    reading = {*GROUPS["Look"], *GROUPS["Manual"], "verify"}
+    return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
 
 
 def _trace(error: BaseException, debug: bool) -> None:
