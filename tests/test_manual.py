@@ -30,7 +30,7 @@ $ ckptool convert clean.pth clean.safetensors
 
 
 def context() -> click.Context:
-    return click.Context(ckptool, info_name="ckptool")
+    return click.Context(ckptool, info_name="ckptool", **ckptool.context_settings)
 
 
 def options(name: str) -> str:
@@ -81,7 +81,8 @@ def main() -> None:
     for name in manual.topics(context())["Commands"]:
         path = Path(manual.FOLDER, name + manual.SUFFIX)
         text = path.read_text(encoding="utf-8")
-        path.write_text(OPTIONS.sub(lambda _: options(name), text), encoding="utf-8")
+        before, after = OPTIONS.split(text)
+        path.write_text(before + options(name) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
