@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ckptool.cli import talk
+from ckptool.cli._options import Command
 from ckptool.errors import NoSuchCommand, of_system
 
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
@@ -24,7 +25,7 @@ def topics(context: click.Context) -> dict[str, list[str]]:
     """Return the names of pages: those of commands, in their order, and of subjects."""
     group = context.find_root().command
     commands = group.list_commands(context) if isinstance(group, click.Group) else []
-    return {"Commands": [name for name in commands if name != "help"], "Subjects": SUBJECTS}
+    return {"Commands": commands, "Subjects": SUBJECTS}
 
 
 def page(topic: str) -> str:
@@ -64,18 +65,17 @@ def _complete(context: click.Context, _: click.Parameter, start: str) -> list[An
     return [CompletionItem(name, help=title(name)) for name in names if name.startswith(start)]
 
 
-@click.command("help")
+@click.command("help", cls=Command)
 @click.argument("topic", required=False, shell_complete=_complete)
 @click.pass_context
 def command(context: click.Context, topic: str | None) -> None:
     """Read the manual: a page for each command, and for containers, recipes, safety ...
 
     \b
-    ckptool help
     ckptool help strip-prefix
     ckptool help safety
 
-    On a terminal a page that is longer than the screen goes through $PAGER.
+    Without a topic, all pages are listed. On a terminal a page that is longer than the screen goes through $PAGER.
     """
     groups = topics(context)
     if topic is None:
