@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from operator import mul
+from threading import RLock
 from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
-from ckptool.files.fileio import CHUNK, Readers, unpacked
+from ckptool.files.fileio import Readers, unpacked
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import Piece, pieces
 from ckptool.tensors.tensor import (
@@ -33,13 +34,13 @@ from ckptool.tensors.tensor import (
 )
 from ckptool.tensors.values import arguments
 
-AHEAD = 16 << 20  # of what lies apart: what is read with it is read again for the next
+AHEAD = 32 << 20  # of what lies apart: what is read with it is read again for the next
 READ = 1 << 20  # at once, to gather from
 LONG = 64 << 10  # pieces of it, on average, are read and written each alone
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
 AT_ONCE = 4 << 20  # of all tensors that elements are made of
 LINE = 64  # bytes of a line of the cache
-STRIP = 512  # rows that are turned at once: so many lines are in the first cache
+STRIP = 512
 
 Bytes = memoryview  # of bytes, in row-major order of elements
 Fetch = Callable[[memoryview, int], object]  # fill a view from this byte of an unpacked storage
@@ -191,20 +192,20 @@ def _is_plain(value: TensorInfo, whole: Storage) -> bool:
 
 
 def grain(storage: Storage) -> tuple[int, int]:
-    """Return how many bytes are best asked for in a row, and how many of them at once.
+    """Return how many bytes of what is gathered one worker asks for in a row, and how many at once.
 
-    Of what is gathered, they are whole rows.
+    They are whole rows of it; no bytes of anything else. Of what is turned, workers ask for each
+    block in turn, as what is read ahead of one is for all.
     """
     args = arguments(storage)
     if all(is_contiguous(each.shape, each.stride) for each in args):
-        below = [grain(each.storage) for each in args]
-        return max(below, default=(CHUNK, CHUNK))
+        return max((grain(each.storage) for each in args), default=(0, 0))
     shape, size = args[0].shape, args[0].dtype.itemsize
     if storage.chunked:
         shape = storage.chunked.shape
+    at_once = min(_rows(shape, size, READ), READ)
     turned = any(each.stride[-1] != 1 for each in args if each.shape)
-    in_a_row = _rows(shape, size, AHEAD if turned else 4 * READ)
-    return in_a_row, min(_rows(shape, size, READ), READ)
+    return at_once if turned else _rows(shape, size, 4 * READ), at_once
 
 
 def _rows(shape: tuple[int, ...], size: int, most: int) -> int:
@@ -328,12 +329,14 @@ class Ahead:
     """What was read of views whose elements lie apart, for the blocks that are asked for next.
 
     A block of a transposed tensor has a few elements of every row: with those of more columns,
-    each row is read less often. There is room for so many bytes, of a worker of its own.
+    each row is read less often. There is room for so many bytes. Workers that ask for blocks which
+    follow each other may share it.
     """
 
-    def __init__(self, nbytes: int = AHEAD) -> None:
+    def __init__(self, nbytes: int) -> None:
         self.parts: list[Part] = []  # what was read in order
         self._room = nbytes
+        self._lock = RLock()  # a view may be of what is made of views
         self._held: dict[int, _Gathered] = {}
 
     def read(
@@ -342,14 +345,15 @@ class Ahead:
         """Fill `target` with the elements from `first` on."""
         size = info.dtype.itemsize
         while target:
-            held = self._holding(info, first) or self._gathered(info, first, fetch, among)
-            count = min(len(target) // size, held.end - first)
-            for box in _boxes(*held.box, first - held.first, count):
-                elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
-                _turn(elements, _array(held.memory, box, size))
-                target = target[elements.nbytes :]
-            first += count
-            del held
+            with self._lock:
+                held = self._holding(info, first) or self._gathered(info, first, fetch, among)
+                count = min(len(target) // size, held.end - first)
+                for box in _boxes(*held.box, first - held.first, count):
+                    elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
+                    _turn(elements, _array(held.memory, box, size))
+                    target = target[elements.nbytes :]
+                first += count
+                del held
 
     def _holding(self, info: TensorInfo, first: int) -> _Gathered | None:
         held = self._held.get(id(info))
@@ -403,9 +407,7 @@ def _gather(
 ) -> tuple[memoryview, tuple[int, ...]]:
     """Read a box; return its elements, and their strides there.
 
-    They are in the order of the storage, in the memory given where it is large enough. Rows that
-    will be columns lie apart a little: those a power of two away from each other, as most are, have
-    one place in the cache.
+    They are in the order of the storage, in the memory given where it is large enough.
     """
     shape, stride, offset = box
     order = sorted((at for at in range(len(shape)) if stride[at]), key=lambda at: -stride[at])
@@ -414,11 +416,11 @@ def _gather(
         run *= shape[outer.pop()]
     there, step = [0] * len(shape), 1
     for at in reversed(order):
-        if outer and at == outer[-1] and run * size >= 8 * LINE:
-            step += LINE // size
         there[at], step = step, step * shape[at]
     if step * size > len(memory):
-        memory = memoryview(bytearray(step * size))
+        import numpy as np
+
+        memory = np.empty(step * size, "u1").data  # in huge pages
     rows = [(shape[at], stride[at], there[at]) for at in outer]
     _load(memory, 0, rows, run, offset, size, source)
     return memory, tuple(there)
@@ -462,9 +464,21 @@ def _load(
 
 
 def _turn(target: Any, source: Any) -> None:
-    """Copy an array into another of the same shape, a strip of rows after the other."""
+    """Copy an array into another of the same shape, a strip of rows after the other.
+
+    They are moved apart a little before they become columns: those a power of two away from each
+    other, as most are, have one place in the cache.
+    """
     if source.ndim < 2 or source.strides[-1] == source.itemsize:
         target[...] = source
         return
-    for start in range(0, source.shape[-1], STRIP):
-        target[..., start : start + STRIP] = source[..., start : start + STRIP]
+    import numpy as np
+
+    *outer, rows = source.shape
+    width = prod(outer)
+    room = np.empty((min(rows, STRIP), width + LINE // source.itemsize), source.dtype)
+    for start in range(0, rows, STRIP):
+        strip = slice(start, min(start + STRIP, rows))
+        apart = np.moveaxis(room[: strip.stop - start, :width].reshape(-1, *outer), 0, -1)
+        apart[...] = source[..., strip]
+        target[..., strip] = apart
