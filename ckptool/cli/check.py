@@ -82,7 +82,7 @@ def _checked(
     for group in groups:
         lines = 0
         for path in group.files:
-            for found in _one(path, quiet, how, bugs):
+            for found in _one(path, quiet, {**how, "alone": path not in group.sets}, bugs):
                 listed = group.lists(found)
                 lines += listed
                 if listed or group.other(found):

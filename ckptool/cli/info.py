@@ -34,7 +34,7 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     from ckptool.verbs.survey import Suggestion, survey
 
     with local(file, quiet=quiet) as path:
-        checkpoint = replace(containers.read(path), path=file)
+        checkpoint = replace(containers.read(path, alone=True), path=file)
     facts = survey(checkpoint, at)
     suggested = suggestions(facts)
     if path != file:  # the copy is gone: there is nothing yet to work on

@@ -63,7 +63,7 @@ def command(
         what = f"{' and '.join(wanted)} do not go together"
         raise click.UsageError(what, click.get_current_context())
     with local(file, quiet=quiet) as path:
-        checkpoint = replace(containers.read(path), path=file)
+        checkpoint = replace(containers.read(path, alone=every), path=file)
     found = listing.chosen(listing.listing(checkpoint, at, every=every), patterns(select), sort)
     warning, *evidence = report.danger_lines(checkpoint) or [""]
     if warning:

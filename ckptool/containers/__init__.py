@@ -25,7 +25,7 @@ from ckptool.containers._registry import (
     suffixes as suffixes,
     without_collection as without_collection,
 )
-from ckptool.errors import FormatError, Malformed
+from ckptool.errors import EditError, FormatError, Malformed
 from ckptool.files import budget
 from ckptool.files.fileio import MARK, OpenFile, Reader, refuse_changed
 from ckptool.state.checkpoint import Checkpoint
@@ -40,11 +40,15 @@ ATTEMPTS = 20
 
 
 @budget.run()
-def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
+def read(
+    path: str | Path, *, plugins: bool = True, alone: bool = False, values: str = ""
+) -> Checkpoint:
     """Read a checkpoint as data: its tree, and where its bytes lie.
 
-    What no container of ckptool recognises is read by `plugins`, the installed ones. Raises a
-    `FormatError` that names what the file is, or what is wrong with it and where.
+    Any file of a set that ranks wrote, or their folder, is the checkpoint that they make, with its
+    `values` where there are several; `alone` reads a file as it is. What no container of ckptool
+    recognises is read by `plugins`, the installed ones. Raises a `FormatError` that names what the
+    file is, or what is wrong with it and where.
 
     >>> ckptool.read("model_best.pth.tar")
     <Checkpoint model_best.pth.tar: torch-zip, 6.6 KiB>
@@ -52,12 +56,14 @@ def read(path: str | Path, *, plugins: bool = True) -> Checkpoint:
     shown = str(path)
     if not isinstance(path, OpenFile) and _split(shown)[1]:
         return _read_member(shown, plugins)
-    checkpoint, file = _read_whole(path, plugins)
+    checkpoint, file = _read_whole(path, plugins, alone, values)
     notes = (*checkpoint.notes, *_notes(shown, file))
     return replace(checkpoint, path=shown, notes=notes)
 
 
-def _read_whole(path: str | Path, plugins: bool) -> tuple[Checkpoint, str]:
+def _read_whole(
+    path: str | Path, plugins: bool, alone: bool, values: str
+) -> tuple[Checkpoint, str]:
     """Read a file, or the files of a set, which are opened one after the other: all of one time.
 
     Where its names are those of other files by then, the set was replaced, and is read anew.
@@ -67,18 +73,32 @@ def _read_whole(path: str | Path, plugins: bool) -> tuple[Checkpoint, str]:
     for _ in range(ATTEMPTS):
         before = _node(shown)
         try:
-            reader = Reader(_file_in(shown) if os.path.isdir(shown) else path)
-            checkpoint = _registry.read(reader, use_plugins=plugins)
+            is_folder = os.path.isdir(shown)
+            reader = Reader(_file_in(shown) if is_folder else path)
+            joined = None if alone and not is_folder else _joined(reader, values)
+            if values and joined is None:
+                raise EditError(
+                    f"{shown} is no set of files of ranks, of whose values some are chosen"
+                )
+            checkpoint = joined or _registry.read(reader, use_plugins=plugins)
             files = [file for file, _ in checkpoint.files if isinstance(file, OpenFile)]
             if len(files) < 2 or not any(file.replaced() for file in files):
                 for file in files:
                     refuse_changed(file)
-                return checkpoint, reader.path
+                return checkpoint, shown if joined else reader.path
         except FormatError:
             if _node(shown) == before and not (reader and reader.file.replaced()):
                 raise
         path = shown
     raise Malformed(f"{shown} was replaced each time while its files were read", path=shown)
+
+
+def _joined(reader: Reader, values: str) -> Checkpoint | None:
+    """Read the set of files that a file is one of; None for a file that is none of a set."""
+    from ckptool.containers import _sets
+
+    files = _sets.of_file(reader.file)
+    return files.join(reader, values) if files else None
 
 
 def _node(path: str) -> int | None:
@@ -141,6 +161,13 @@ def member_of(path: str) -> str:
     """Return the archive that a path names a member of; an empty text for any other path."""
     file, names = _split(path)
     return file if names and os.path.isfile(file) else ""
+
+
+def sets_of_ranks(folder: str) -> list[tuple[str, ...]]:
+    """List the files of each set that ranks wrote into a folder, by their names alone."""
+    from ckptool.containers import _sets
+
+    return [each.files for each in _sets.in_folder(folder)]
 
 
 def lacks_index(folder: str) -> bool:

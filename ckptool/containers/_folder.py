@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ckptool.containers import _registry
+from ckptool.containers import _registry, _sets
 from ckptool.containers._others import STEMS
 from ckptool.errors import (
     AmbiguousStateDict,
@@ -70,6 +70,8 @@ def checkpoint_in(folder: str) -> str:
         )
     if not checkpoints:
         _refuse_interrupted(folder, entries)
+        if part := _sets.file_in(folder, files, [each.name for each in entries if each.is_dir()]):
+            return part
         _refuse_shards(folder, files)
         raise _refusal(folder, entries[:MAX_NAMES])
     return os.path.join(folder, checkpoints[0])

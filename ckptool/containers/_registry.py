@@ -7,12 +7,13 @@ ckptool.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 from ckptool.containers._container import Container
 from ckptool.errors import EditError, FormatError, NotACheckpoint
@@ -34,10 +35,15 @@ OTHER_FORMATS = frozenset(
 )
 
 
+def module(name: str) -> ModuleType:
+    """Import the module of a container."""
+    return import_module(f"ckptool.containers.{name}")
+
+
 def built_in() -> Iterator[Container]:
     """Iterate over the containers of ckptool, those that are most common first."""
-    for module in MODULES:
-        yield from import_module(f"ckptool.containers.{module}").CONTAINERS
+    for name in MODULES:
+        yield from module(name).CONTAINERS
 
 
 def plugins() -> tuple[Container, ...]:
@@ -95,7 +101,7 @@ def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> C
     for container in _every(use_plugins=use_plugins):
         if (shard and container.traits.beside_files) or not container.sniff(head):
             continue
-        checkpoint = _read(container, reader)
+        checkpoint = read_by(container, container.read, reader)
         if checkpoint is not None:
             checkpoint = _as_others_read(checkpoint, reader, head, container)
             reader.refuse_change()
@@ -142,12 +148,14 @@ def _refusal(reader: Reader, head: bytes) -> NotACheckpoint:
     return error
 
 
-def _read(container: Container, reader: Reader) -> Checkpoint | None:
+def read_by(
+    container: Container, read: Callable[[Reader], Checkpoint | None], reader: Reader
+) -> Checkpoint | None:
     """Read a file by one container, and name both in the errors that it raises without."""
     checkpoint: Checkpoint | None = None
     try:
         with without_collection():
-            checkpoint = container.read(reader)
+            checkpoint = read(reader)
             if checkpoint is None:
                 return None
             with remembered([checkpoint]):

@@ -19,10 +19,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ckptool.containers import _json, _registry
+from ckptool.containers import _json
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
+from ckptool.containers._sets import by_number, read_part
 from ckptool.errors import (
     AmbiguousStateDict,
     LimitExceeded,
@@ -30,7 +31,7 @@ from ckptool.errors import (
     NoStateDict,
     NotACheckpoint,
 )
-from ckptool.files import budget, fileio
+from ckptool.files import budget
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -143,18 +144,13 @@ def _shard_names(weight_map: Mapping[str, Any]) -> list[str]:
             raise Malformed(what)
     if not weight_map:
         raise Malformed("the index names no shards")
-    return sorted(set(weight_map.values()), key=_numbers)
+    return sorted(set(weight_map.values()), key=by_number)
 
 
 def _stays_inside(name: str) -> bool:
     """Check for a relative path without detours, on any system."""
     steps = name.split("/")
     return not re.search(r"[\x00-\x1f\\:]", name) and not {"", ".", ".."} & set(steps)
-
-
-def _numbers(name: str) -> list[tuple[int, str]]:
-    """Order names by the numbers in them: shard 10 comes after shard 9."""
-    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d{0,18})", name)]
 
 
 def _refuse_absent(folder: str, names: Sequence[str]) -> None:
@@ -183,9 +179,7 @@ def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def _read_shard(folder: str, name: str, before: int) -> Checkpoint:
-    with Reader(os.path.join(folder, name)) as reader:
-        shard = _registry.read(reader, shard=True)
-    fileio.spare(reader.file, before)
+    shard = read_part(os.path.join(folder, name), before)
     pickle_name = f"{name}: {shard.pickle_name}" if shard.pickle_name else ""
     notes = tuple(f"{name}: {note}" for note in shard.notes)
     return replace(shard, pickle_name=pickle_name, notes=notes)

@@ -66,7 +66,9 @@ def keys(
     """
     from ckptool.verbs import listing
 
-    return listing.chosen(listing.listing(containers.read(path), at, every=all), select, sort)
+    return listing.chosen(
+        listing.listing(containers.read(path, alone=all), at, every=all), select, sort
+    )
 
 
 def info(path: str | Path, *, at: str | None = None) -> Survey:
@@ -84,7 +86,7 @@ def info(path: str | Path, *, at: str | None = None) -> Survey:
     from ckptool.verbs import survey
     from ckptool.verbs.suggestions import suggestions
 
-    facts = survey.survey(containers.read(path), at)
+    facts = survey.survey(containers.read(path, alone=True), at)
     return replace(facts, suggestions=tuple(suggestions(facts)))
 
 

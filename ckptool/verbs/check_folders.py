@@ -18,11 +18,15 @@ from ckptool.verbs.checking import Checked, Status
 
 @dataclass(slots=True)
 class Group:
-    """What a path of the command line stands for: `files`, and what is not looked at, and why."""
+    """What a path of the command line stands for: `files`, and what is not looked at, and why.
+
+    A file in `sets` stands for all of a set that ranks wrote.
+    """
 
     path: str
     folder: bool = False
     files: list[str] = field(default_factory=list)
+    sets: set[str] = field(default_factory=set)
     unseen: dict[str, str] = field(default_factory=dict)
 
     def lists(self, found: Checked) -> bool:
@@ -76,7 +80,10 @@ def _found_in(group: Group) -> Iterator[str]:
         yield from indexes
         if containers.lacks_index(here):
             yield here
-        known = {path for index in indexes for path in (index, *_files_of(index))}
+        sets = [files[0] for files in containers.sets_of_ranks(here)]
+        group.sets |= {*sets}
+        yield from sets
+        known = {path for first in (*indexes, *sets) for path in (first, *_files_of(first))}
         for path in (os.path.join(here, name) for name in sorted(files)):
             if path in known:
                 continue

@@ -189,9 +189,12 @@ def check(
     as_dtype: str | None = None,
     strict: bool = False,
     plugins: bool = False,
+    alone: bool = True,
     progress: Begin = no_progress,
 ) -> Checked:
     """Check structure, checksums and names of a file; with `finite` also every float.
+
+    A file of a set that ranks wrote is checked `alone`, or the set with it; a folder is its set.
 
     With `as_dtype`, it is damaged for one who wants that dtype where a cast would overflow.
     `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
@@ -205,7 +208,7 @@ def check(
     with suppress(FormatError):  # its reader says why
         file = OpenFile(path)  # once for all that is asked of it
     try:
-        checkpoint = containers.read(file, plugins=plugins)
+        checkpoint = containers.read(file, plugins=plugins, alone=alone)
     except FormatError as error:
         if sha256 or said:
             _hash(file, said, sha256, found, progress)
