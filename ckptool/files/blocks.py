@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from operator import mul
-from threading import RLock
 from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
-from ckptool.files.fileio import Readers, unpacked
+from ckptool.files.fileio import CHUNK, Readers, unpacked
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import Piece, pieces
 from ckptool.tensors.tensor import (
@@ -34,13 +33,13 @@ from ckptool.tensors.tensor import (
 )
 from ckptool.tensors.values import arguments
 
-AHEAD = 32 << 20  # of what lies apart: what is read with it is read again for the next
+AHEAD = 16 << 20  # of what lies apart: what is read with it is read again for the next
 READ = 1 << 20  # at once, to gather from
 LONG = 64 << 10  # pieces of it, on average, are read and written each alone
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
 AT_ONCE = 4 << 20  # of all tensors that elements are made of
 LINE = 64  # bytes of a line of the cache
-STRIP = 512
+STRIP = 512  # rows that are turned at once: so many lines are in the first cache
 
 Bytes = memoryview  # of bytes, in row-major order of elements
 Fetch = Callable[[memoryview, int], object]  # fill a view from this byte of an unpacked storage
@@ -192,20 +191,20 @@ def _is_plain(value: TensorInfo, whole: Storage) -> bool:
 
 
 def grain(storage: Storage) -> tuple[int, int]:
-    """Return how many bytes of what is gathered one worker asks for in a row, and how many at once.
+    """Return how many bytes are best asked for in a row, and how many of them at once.
 
-    They are whole rows of it; no bytes of anything else. Of what is turned, workers ask for each
-    block in turn, as what is read ahead of one is for all.
+    Of what is gathered, they are whole rows.
     """
     args = arguments(storage)
     if all(is_contiguous(each.shape, each.stride) for each in args):
-        return max((grain(each.storage) for each in args), default=(0, 0))
+        below = [grain(each.storage) for each in args]
+        return max(below, default=(CHUNK, CHUNK))
     shape, size = args[0].shape, args[0].dtype.itemsize
     if storage.chunked:
         shape = storage.chunked.shape
-    at_once = min(_rows(shape, size, READ), READ)
     turned = any(each.stride[-1] != 1 for each in args if each.shape)
-    return at_once if turned else _rows(shape, size, 4 * READ), at_once
+    in_a_row = _rows(shape, size, AHEAD if turned else 4 * READ)
+    return in_a_row, min(_rows(shape, size, READ), READ)
 
 
 def _rows(shape: tuple[int, ...], size: int, most: int) -> int:
@@ -329,14 +328,12 @@ class Ahead:
     """What was read of views whose elements lie apart, for the blocks that are asked for next.
 
     A block of a transposed tensor has a few elements of every row: with those of more columns,
-    each row is read less often. There is room for so many bytes. Workers that ask for blocks which
-    follow each other may share it.
+    each row is read less often. There is room for so many bytes, of a worker of its own.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int = AHEAD) -> None:
         self.parts: list[Part] = []  # what was read in order
         self._room = nbytes
-        self._lock = RLock()  # a view may be of what is made of views
         self._held: dict[int, _Gathered] = {}
 
     def read(
@@ -345,15 +342,14 @@ class Ahead:
         """Fill `target` with the elements from `first` on."""
         size = info.dtype.itemsize
         while target:
-            with self._lock:
-                held = self._holding(info, first) or self._gathered(info, first, fetch, among)
-                count = min(len(target) // size, held.end - first)
-                for box in _boxes(*held.box, first - held.first, count):
-                    elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
-                    _turn(elements, _array(held.memory, box, size))
-                    target = target[elements.nbytes :]
-                first += count
-                del held
+            held = self._holding(info, first) or self._gathered(info, first, fetch, among)
+            count = min(len(target) // size, held.end - first)
+            for box in _boxes(*held.box, first - held.first, count):
+                elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
+                _turn(elements, _array(held.memory, box, size))
+                target = target[elements.nbytes :]
+            first += count
+            del held
 
     def _holding(self, info: TensorInfo, first: int) -> _Gathered | None:
         held = self._held.get(id(info))

@@ -22,7 +22,7 @@ from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
 from ckptool.files import checksums
-from ckptool.files.blocks import AHEAD, Ahead, fill, grain, runs
+from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Packing, Storage
@@ -132,16 +132,13 @@ class _WriteBack:
 
 
 class _Task(NamedTuple):
-    """A part of a job for one thread: `nbytes` from `start` in what it moves.
-
-    What is gathered is done by so many bytes of whole `rows`.
-    """
+    """A part of a job for one thread: `nbytes` from `start` in what it moves, `grain` at once."""
 
     number: int
     job: Copy
     start: int
     nbytes: int
-    rows: int = 0
+    grain: int = CHUNK
 
 
 class _Batch(NamedTuple):
@@ -181,6 +178,8 @@ def run_jobs(
         parts += run.finished() if left else []
         for number, moved in zip(left, run.done, strict=True):
             done[number] = done[number].followed_by(moved)
+        if reading or all(job.target is not None for job in jobs):
+            break
         known = checksums.checksums(parts)
         known |= {
             job.storage: moved.crc32
@@ -217,8 +216,7 @@ class _Run:
         self._target, self._progress, self._write_back = target, progress, write_back
         self._jobs, self._tasks = jobs, _tasks(jobs)
         self._lock = allocate_lock()
-        self._early: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
-        self._shared = Ahead(AHEAD)
+        self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
         self._ended = False
         self._helpers = [allocate_lock() for _ in range(WORKERS - 1)]  # each locked while it works
@@ -258,7 +256,7 @@ class _Run:
             if not agrees and job.storage.chunked is None:
                 found = checksums.part(job.storage, job.start, job.nbytes)
                 self.parts += [found._replace(crc32=done.crc32)] if found else []
-        return self.parts + self._shared.parts
+        return self.parts
 
     def _wait(self) -> None:
         self._ended = True
@@ -277,26 +275,25 @@ class _Run:
     def _work(self) -> None:
         # Of whole pages: the kernel copies them faster. The second half is for batches alone.
         buffer = memoryview(mmap(-1, 2 * CHUNK))
-        own = Ahead(2 * CHUNK)
+        ahead = Ahead()
         while self._error is None:
             with self._lock:
                 task = next(self._tasks, None)
             if task is None:
-                self.parts += own.parts
                 return
             if isinstance(task, _Batch):
                 self._copy(task.jobs, task.first, buffer)
                 continue
-            self._account(task, self._do(task, buffer, own))
+            self._account(task, self._do(task, buffer, ahead))
             self._progress(task.nbytes)
             self._write_back.reached((task.job.target or 0) + task.start + task.nbytes)
 
     def _account(self, task: _Task, part: Done) -> None:
         """Add a part to what its job has done, as soon as all before it is done."""
         with self._lock:
-            self._early[task.number, task.start] = part
+            self._ahead[task.number, task.start] = part
             done = self.done[task.number]
-            while following := self._early.pop((task.number, done.nbytes), None):
+            while following := self._ahead.pop((task.number, done.nbytes), None):
                 done = done.followed_by(following)
             self.done[task.number] = done
 
@@ -334,23 +331,25 @@ class _Run:
         if [crc32(written[where]) for where in ranges] != [each.crc32 for each in done]:
             raise OSError(errno.EIO, _READS_OTHERWISE)
 
-    def _do(self, task: _Task, buffer: memoryview[int], own: Ahead) -> Done:
+    def _do(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Done:
         job = task.job
         blocks: Iterable[Bytes]
         if job.storage.packing is Packing.DEFLATED:
             data = unpacked(job.storage, self.readers[job.storage.path])
             blocks = _clipped(data, job.start, job.nbytes)
         else:
-            blocks = self._read(task, buffer, own if task.nbytes > task.rows else self._shared)
+            blocks = self._read(task, buffer, ahead)
         return self._write(blocks, None if job.target is None else job.target + task.start, buffer)
 
     def _read(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
         """Yield what is read into the buffer, a grain after the other."""
         job = task.job
-        for start, end in _cuts(job, task.start, task.start + task.nbytes, task.rows, CHUNK):
+        for start, end in _cuts(job, task.start, task.start + task.nbytes, task.grain):
             view = buffer[: end - start]
             self.parts += fill(view, job.storage, job.start + start, self.readers, ahead)
             yield view
+        self.parts += ahead.parts
+        ahead.parts.clear()
 
     def _write(
         self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
@@ -393,9 +392,9 @@ def _tasks(jobs: Sequence[Copy]) -> Iterator[_Task | _Batch]:
         elif job.storage.packing is Packing.DEFLATED:
             yield _Task(index, job, 0, job.nbytes)
         else:
-            in_a_row, rows = grain(job.storage)
-            for start, end in _cuts(job, 0, job.nbytes, in_a_row, TASK):
-                yield _Task(index, job, start, end - start, rows)
+            task, size = grain(job.storage)
+            for start, end in _cuts(job, 0, job.nbytes, max(TASK, task) if size == CHUNK else task):
+                yield _Task(index, job, start, end - start, size)
     if batch:
         yield _Batch(len(jobs) - len(batch), batch)
 
@@ -432,16 +431,16 @@ def _follows(job: Copy, batch: list[Copy]) -> bool:
     return near and gap <= NEAR and whole <= CHUNK
 
 
-def _cuts(job: Copy, start: int, end: int, rows: int, nbytes: int) -> Iterator[tuple[int, int]]:
+def _cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
     """Cut a range of a job where the output has a multiple of so many bytes.
 
     Pages of the output are then written once, in large folios. What is computed or in chunks is
-    cut at whole elements, what is gathered at whole `rows` of it.
+    cut at whole elements, what is gathered at whole rows of it.
     """
-    made, offset = job.storage.chunked or job.storage.computed, job.target or 0
-    if rows or (made and offset % made.itemsize):
+    made = job.storage.chunked or job.storage.computed
+    offset = (job.target or 0) if nbytes <= TASK else 0
+    if made and offset % made.itemsize:
         offset = 0
-    nbytes = rows or nbytes
     while start < end:
         cut = min(start + nbytes - (offset + start) % nbytes, end)
         yield start, cut

@@ -631,11 +631,13 @@ def test_a_parameter_that_was_moved_is_one_again_where_its_origin_is_put_back(
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_blocks.Ahead.__init__, "__defaults__", (20_000,))
     for module, name, size in (
+        (files_blocks, "AHEAD", 20_000),
         (files_blocks, "READ", 4096),
         (files_blocks, "NEAR", 256),
         (files_blocks, "LONG", 512),
-        (copying, "AHEAD", 20_000),
+        (files_blocks, "CHUNK", 2048),
         (copying, "CHUNK", 2048),
         (copying, "SMALL", 256),
         (copying, "TASK", 8192),
