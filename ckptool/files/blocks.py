@@ -403,7 +403,9 @@ def _gather(
 ) -> tuple[memoryview, tuple[int, ...]]:
     """Read a box; return its elements, and their strides there.
 
-    They are in the order of the storage, in the memory given where it is large enough.
+    They are in the order of the storage, in the memory given where it is large enough. Rows that
+    will be columns lie apart a little: those a power of two away from each other, as most are, have
+    one place in the cache.
     """
     shape, stride, offset = box
     order = sorted((at for at in range(len(shape)) if stride[at]), key=lambda at: -stride[at])
@@ -412,11 +414,11 @@ def _gather(
         run *= shape[outer.pop()]
     there, step = [0] * len(shape), 1
     for at in reversed(order):
+        if outer and at == outer[-1] and run * size >= 8 * LINE:
+            step += LINE // size
         there[at], step = step, step * shape[at]
     if step * size > len(memory):
-        import numpy as np
-
-        memory = np.empty(step * size, "u1").data  # in huge pages
+        memory = memoryview(bytearray(step * size))
     rows = [(shape[at], stride[at], there[at]) for at in outer]
     _load(memory, 0, rows, run, offset, size, source)
     return memory, tuple(there)
@@ -460,21 +462,9 @@ def _load(
 
 
 def _turn(target: Any, source: Any) -> None:
-    """Copy an array into another of the same shape, a strip of rows after the other.
-
-    They are moved apart a little before they become columns: those a power of two away from each
-    other, as most are, have one place in the cache.
-    """
+    """Copy an array into another of the same shape, a strip of rows after the other."""
     if source.ndim < 2 or source.strides[-1] == source.itemsize:
         target[...] = source
         return
-    import numpy as np
-
-    *outer, rows = source.shape
-    width = prod(outer)
-    room = np.empty((min(rows, STRIP), width + LINE // source.itemsize), source.dtype)
-    for start in range(0, rows, STRIP):
-        strip = slice(start, min(start + STRIP, rows))
-        apart = np.moveaxis(room[: strip.stop - start, :width].reshape(-1, *outer), 0, -1)
-        apart[...] = source[..., strip]
-        target[..., strip] = apart
+    for start in range(0, source.shape[-1], STRIP):
+        target[..., start : start + STRIP] = source[..., start : start + STRIP]
