@@ -257,15 +257,13 @@ def _take_part(place: Target, output: Output, progress: Progress, group: Group) 
     try:
         try:
             Work(group, output, partial(_path, temporary), progress, sync=place.sync).done()
-        except FileNotFoundError as error:
+        except OSError as error:
             if os.path.exists(temporary):
-                raise
+                raise write_error(error, place) from error
             raise WriteError(
                 f"what rank 0 has made in {place.folder} is not there",
                 hint="name an output on a file system that all machines share",
             ) from error
-        except OSError as error:
-            raise write_error(error, place) from error
         group.begin_publishing()
         return group.share(list)
     except BaseException as error:

@@ -88,7 +88,7 @@ class Pulse:
 
     def is_fresh(self, rank: int) -> bool:
         """Check whether a rank that is watched was there a moment ago."""
-        return monotonic() - self._watched[rank][1] < 5 * BEAT
+        return monotonic() - self._watched[rank][1] < 3 * BEAT
 
     def close(self) -> None:
         """Send what is still to be sent, and end."""

@@ -143,7 +143,7 @@ class Ranks:
     def __init__(self, place: Launched, store: Any) -> None:
         self.rank, self.size, self._speaks = place.rank, place.size, place.speaks
         self._step = 0
-        self._publishing = False
+        self._publishing = self._failed = False
         self._pulse = Pulse(store, self.rank, self.size, missing_after(), self._silent)
 
     def gather(self, work: Callable[[], T]) -> list[T]:
@@ -218,6 +218,7 @@ class Ranks:
             self._pulse.put(str(self._step), said)
         else:
             self._pulse.settle(said)
+        self._failed = self._failed or self._pulse.end == said
 
     def ended_by(self, error: BaseException) -> BaseException:
         """Return the error of all where this rank, or another one, has failed."""
@@ -226,9 +227,9 @@ class Ranks:
         self.fail(error)
         if isinstance(error, KeyboardInterrupt) and not self.rank:
             return error
-        if isinstance(error, CkptoolError | KeyboardInterrupt | SystemExit):
-            return self._agreed()
-        return error  # a defect: who has it can say where
+        if self._failed and not isinstance(error, CkptoolError | KeyboardInterrupt | SystemExit):
+            return error  # a defect: who has it can say where
+        return self._agreed()
 
     def leave(self) -> None:
         """Wait until all have seen how it ended: rank 0 may serve the store."""
@@ -258,7 +259,8 @@ class Ranks:
         """Return the error that ended all."""
         if self._pulse.end not in (b"", PUBLISH):
             return self._said(json.loads(self._pulse.end))
-        error = RankLost(f"rank {self.rank} lost the others: {self._pulse.lost}", hint=AGAIN)
+        others = "rank 0" if self.rank else "the others"
+        error = RankLost(f"rank {self.rank} lost {others}: {self._pulse.lost}", hint=AGAIN)
         error.said_elsewhere = not (self._speaks or self.rank == 1)
         return error
 

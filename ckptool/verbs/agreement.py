@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from itertools import zip_longest
 from typing import TypedDict
 
 from ckptool import __version__
@@ -23,14 +24,6 @@ class _Facts(TypedDict):
     inputs: list[tuple[str, int, int]]
     target: list[bool]
     plan: str
-
-
-_WORDS = {
-    "version": ("has ckptool {}", "install one version on all machines"),
-    "inputs": ("reads other inputs", "name inputs on a file system that all machines share"),
-    "target": ("finds another target", "name an output on a file system that all machines share"),
-    "plan": ("would write another output", "start all ranks with the same arguments"),
-}
 
 
 def refuse_others(group: Group, checkpoint: Checkpoint, place: Target, output: Output) -> None:
@@ -53,31 +46,34 @@ def _facts(checkpoint: Checkpoint, place: Target, output: Output) -> _Facts:
 def _compare(facts: list[_Facts]) -> None:
     first = facts[0]
     for rank, other in enumerate(facts):
-        for name, (what, hint) in _WORDS.items():
-            mine, theirs = (dict(each)[name] for each in (first, other))
-            if mine != theirs:
-                raise RanksDiffer(
-                    f"rank {rank} {what.format(theirs)}, and rank 0 {what.format(mine)}"
-                    if name == "version"
-                    else f"rank {rank} {what} than rank 0",
-                    evidence=_shown(first, other) if name == "inputs" else (),
-                    hint=hint,
-                )
+        if other["version"] != first["version"]:
+            raise RanksDiffer(
+                f"rank {rank} has ckptool {other['version']}, rank 0 has {first['version']}",
+                hint="install one version on all machines",
+            )
+        if other["inputs"] != first["inputs"]:
+            pairs = zip_longest(first["inputs"], other["inputs"], fillvalue=())
+            mine, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+            raise RanksDiffer(
+                f"rank {rank} reads other inputs than rank 0",
+                evidence=[_shown(0, *mine), _shown(rank, *theirs)],
+                hint="name inputs on a file system that all machines share",
+            )
+        if other["target"] != first["target"]:
+            raise RanksDiffer(
+                f"rank {rank} finds another target than rank 0",
+                hint="name an output on a file system that all machines share",
+            )
+        if other["plan"] != first["plan"]:
+            raise RanksDiffer(
+                f"rank {rank} would write another output than rank 0",
+                hint="start all ranks with the same arguments",
+            )
 
 
-def _shown(first: _Facts, other: _Facts) -> list[str]:
-    """Show the first inputs that differ."""
-    from itertools import zip_longest
-
-    for pair in zip_longest(first["inputs"], other["inputs"]):
-        if pair[0] != pair[1]:
-            return [
-                f"{who}: {each[0]}, {each[1]} B, written to at {each[2]} ns"
-                if each
-                else f"{who}: no more"
-                for who, each in zip(("rank 0", "other"), pair, strict=True)
-            ]
-    return []
+def _shown(rank: int, name: str = "", nbytes: int = 0, modified: int = 0) -> str:
+    what = f"{name}, {nbytes} B, modified at {modified} ns" if name else "no more"
+    return f"rank {rank}: {what}"
 
 
 def digest(output: Output) -> str:
