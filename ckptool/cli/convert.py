@@ -66,7 +66,6 @@ def command(request: Request, **given: Any) -> None:
     ckptool convert --dtype bf16 --dtype-except '*norm*' in.pth out.safetensors
     ckptool convert --max-shard-size 5GB in.pth out_folder
     ckptool convert --to dcp in.pth out_dir      (for a cluster)
-    torchrun --nproc-per-node 8 -m ckptool convert --distributed --max-shard-size 5GB IN OUT
 
     Edits are applied in the order given. To safetensors the state_dict is taken out; what
     else is in the file is not written, and named.

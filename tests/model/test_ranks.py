@@ -647,7 +647,7 @@ def test_torchrun_ends_all_where_a_rank_dies(large: Path, tmp_path: Path) -> Non
     done = torchrun(tmp_path, HERE / "misfortune.py", *line, misfortune="kill@copy@1")
     assert done.code == 1  # its own
     assert done.err.count("error[rank-lost]: rank 0 was ended by a signal") == 1
-    assert re.search(r"rank +: 0 .*\n +exitcode +: 7 ", done.err)
+    assert re.search(r"exitcode +: 7 |<NO_OTHER_FAILURES>", done.err)  # the latter by torch 2.6
     assert not any(tmp_path.iterdir())
 
 
