@@ -38,7 +38,7 @@ class Pulse:
         self._wanted: dict[str, bytes] = {}
         self._settling = b""
         self._closed = False
-        now = self._awake = self._beaten = self._arrived = monotonic()
+        now = self._asked = self._awake = self._beaten = self._arrived = monotonic()
         watched = range(1, size) if not rank else range(1)
         self._watched = dict.fromkeys(watched, (b"", now))
         self._changed = Condition()
@@ -84,7 +84,7 @@ class Pulse:
     @property
     def is_over(self) -> bool:
         """Check whether a rank has failed or is lost."""
-        return bool(self.lost) or self.end not in (b"", PUBLISH)
+        return self._is_lost() or self.end not in (b"", PUBLISH)
 
     def is_fresh(self, rank: int) -> bool:
         """Check whether a rank that is watched was there a moment ago."""
@@ -98,7 +98,11 @@ class Pulse:
         self._thread.join(BEAT)  # or it hangs, and ends with the process
 
     def _is_lost(self) -> bool:
-        if monotonic() - self._awake > self._limit and not self.lost:
+        now = monotonic()
+        slept, self._asked = now - self._asked, now
+        if slept > 5 * BEAT:  # this process was stopped, and the thread with it
+            self._awake += slept
+        if now - self._awake > self._limit and not self.lost:
             self.lost = f"the store of the ranks has not answered for {self._limit:g} s"
         return bool(self.lost)
 

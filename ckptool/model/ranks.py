@@ -205,7 +205,7 @@ class Ranks:
         Before the plans are compared, rank 0 may well meet the same one: that is said then.
         """
         place = ""
-        if self.rank and not self._step:
+        if self.rank and not self._step and isinstance(error, Exception):
             self._pulse.wait(MET)
         if is_out_of_memory(error):
             error = out_of_memory()
@@ -222,27 +222,28 @@ class Ranks:
 
     def ended_by(self, error: BaseException) -> BaseException:
         """Return the error of all where this rank, or another one, has failed."""
-        if self._pulse.end == PUBLISH:
-            return error
+        signalled = isinstance(error, KeyboardInterrupt | SystemExit)
         self.fail(error)
+        if self._pulse.end == PUBLISH:
+            return _as_lost(error, self.rank) if self.rank and signalled else error
         if isinstance(error, KeyboardInterrupt) and not self.rank:
             return error
-        if self._failed and not isinstance(error, CkptoolError | KeyboardInterrupt | SystemExit):
+        if self._failed and not (signalled or isinstance(error, CkptoolError)):
             return error  # a defect: who has it can say where
         return self._agreed()
 
     def leave(self) -> None:
         """Wait until all have seen how it ended: rank 0 may serve the store."""
+        others = range(1) if self.rank else range(1, self.size)
         if self.rank:
             self._pulse.put(f"left/{self.rank}", b"-")
-            self._pulse.wait("bye", LINGER, to_the_end=True)
-        else:
-            until = monotonic() + LINGER
-            for rank in range(1, self.size):
-                while self._pulse.is_fresh(rank) and monotonic() < until:
-                    if self._pulse.wait(f"left/{rank}", BEAT, to_the_end=True):
-                        break
-            self._pulse.put("bye", b"-")
+        until = monotonic() + LINGER
+        for rank in others:  # that are there: none comes back to say so
+            while self._pulse.is_fresh(rank) and monotonic() < until:
+                if self._pulse.wait(f"left/{rank}", BEAT, to_the_end=True):
+                    break
+        if not self.rank:
+            self._pulse.put("left/0", b"-")
         self._pulse.close()
 
     def _next(self) -> int:
