@@ -225,9 +225,9 @@ def test_a_rank_of_several_holds_pieces(
         WEIGHT[:4].clone(), mesh, [Shard(0)], run_check=False, shape=WEIGHT.shape, stride=(4, 1)
     )
     for value in (piece, DTensor.from_local(WEIGHT, mesh, [Partial()])):
-        torch.save({"fc.weight": value, "n": torch.ones(1)}, "model_rank_0.pt")
-        _is_refused(run, "model_rank_0.pt", 0, 1)
-        (listed, _) = run("keys", "--all", "model_rank_0.pt", "--json").document["tensors"]
+        torch.save({"fc.weight": value, "n": torch.ones(1)}, "piece.pt")
+        _is_refused(run, "piece.pt", 0, 1)
+        (listed, _) = run("keys", "--all", "piece.pt", "--json").document["tensors"]
         assert (listed["layout"], listed["shape"]) == ("DTensor", [7, 4])
 
 
