@@ -25,7 +25,7 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 ROOMS = ("tensors", "files", "pickles", "state", "containers", "model", "verbs", "cli")
 GROUND = ("errors.py", "text.py", "__init__.py")  # whom everybody may import
 TOP = ("__main__.py", "testing.py")  # who may import everybody
-ROOT = {*GROUND, *TOP, "py.typed", *ROOMS}
+ROOT = {*GROUND, *TOP, "py.typed", *ROOMS, "manual"}
 
 
 def room_of(name: str) -> int:
@@ -108,6 +108,7 @@ OWNERS = {
         "files/temporary.py",
         "files/spool.py",
         "cli/talk.py",
+        "cli/help.py",
         "testing.py",
     ),
     r"zlib": ("files/*.py", "containers/torch_zip.py"),
