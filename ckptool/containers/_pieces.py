@@ -66,10 +66,9 @@ def _of_mesh(key: str, held: Mapping[str, Holding], agree: Agree) -> TensorInfo:
     cut = [at for at, each in enumerate(like.placements) if each.kind in _CUTS]
     pieces: dict[Sizes, tuple[str, TensorInfo]] = {}
     for name, each in held.items():
-        coordinate = each.mesh.coordinate if each.mesh else None
-        if coordinate is None:
-            raise Malformed(f"{key}: {name} does not say where in the mesh its piece is")
-        place = tuple(coordinate[at] for at in cut)
+        assert each.mesh is not None
+        assert each.mesh.coordinate is not None
+        place = tuple(each.mesh.coordinate[at] for at in cut)
         piece = each.pieces[0].tensor
         of, before = pieces.setdefault(place, (name, piece))
         if before is not piece and not agree(before, piece):

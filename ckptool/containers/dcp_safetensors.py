@@ -69,8 +69,8 @@ def _placed(shard: Checkpoint) -> dict[str, _Placed]:
     for key, said in about.items():
         begins = sizes_of(said.get("saved_offsets")) if isinstance(said, dict) else None
         if begins is None or key not in held:
-            what = "where a piece begins" if key in held else "of a piece that is not there"
-            raise Malformed(f"{shard.path}: {SHARDING_INFO} of {key}: {what}", path=shard.path)
+            what = "does not say where its piece begins" if key in held else "is of no tensor there"
+            raise Malformed(f"{shard.path}: {SHARDING_INFO} of {key} {what}", path=shard.path)
         placed[key] = begins, held.pop(key)
     if held:
         what = f"{SHARDING_INFO} does not say where {listed(held, 3)} begin"
@@ -120,7 +120,7 @@ CONTAINERS = (
         (),
         lambda head: False,
         nothing,
-        traits=Traits(beside_files=True),
+        traits=Traits(beside_files=True, remade=True),
         written_as="safetensors",
     ),
 )

@@ -137,8 +137,8 @@ def _refuse_flat(ranks: Sequence[_Rank]) -> None:
     for rank in ranks:
         for path in _flat(rank):
             raise PartialCheckpoint(
-                f"{rank.name}: {dotted(path)} holds parameters in a row, and no file says their "
-                "names and shapes",
+                f"{rank.read.path}: {dotted(path)} holds parameters in a row, and no file says "
+                "their names and shapes",
                 path=rank.read.path,
                 hint="save it under FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT), or "
                 "SHARDED_STATE_DICT, whose rank files ckptool joins",
@@ -151,6 +151,8 @@ def _refuse_missing(ranks: Sequence[_Rank]) -> None:
     known: dict[int, str] = {}
     listed_ranks: set[int] = set()
     for rank in ranks:
+        if any(each.mesh and each.mesh.coordinate is None for each in rank.held.values()):
+            raise Malformed(f"{rank.name} does not say where in its mesh it is")
         world = max((each.world or 0 for each in rank.held.values()), default=0)
         worlds.setdefault(world, rank.name)
         for each in rank.held.values():
@@ -162,14 +164,15 @@ def _refuse_missing(ranks: Sequence[_Rank]) -> None:
         (one, first), (other, second), *_ = worlds.items()
         raise Malformed(f"{first} is of {counted(one, 'rank')}, {second} of {other}")
     (world,) = worlds
-    absent = sorted(listed_ranks - known.keys()) if known else []
     world = max(world, len(listed_ranks))
-    if not absent and len(ranks) < world:
-        absent = [number for number in range(len(ranks) + _SHOWN) if number not in known]
-    if absent or len(ranks) < world:
+    absent = sorted(listed_ranks - known.keys())
+    if not absent and len(known) < world:
+        absent = [number for number in range(len(known) + _SHOWN) if number not in known]
+    if len(ranks) < world or (known and absent):
+        lost = listed(map(str, absent[: world - len(ranks)]), _SHOWN)
         raise PartialCheckpoint(
-            f"{len(ranks)} of {counted(world, 'rank file')} are there: "
-            f"without {listed([f'rank {number}' for number in absent[: world - len(known)]])}",
+            f"{len(ranks)} of {counted(world, 'rank file')} are there"
+            + (f": without rank {lost}" if known else ""),
             path=ranks[0].read.path,
             evidence=[f"{rank.name} is there" for rank in ranks[:_SHOWN]],
             hint="each machine that saved it kept its own; bring all files into one folder",
@@ -364,6 +367,6 @@ CONTAINERS = (
         (),
         lambda head: False,
         nothing,
-        traits=Traits(beside_files=True),
+        traits=Traits(beside_files=True, remade=True),
     ),
 )
