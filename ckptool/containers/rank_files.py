@@ -305,7 +305,9 @@ def _joined(ranks: Sequence[_Rank]) -> Checkpoint:
         joining.readers.close()
     first = ranks[0].read
     tree = _replaced(first.tree, whole, {})
-    notes = [f"{counted(len(ranks), 'rank file')}, all there, joined: {_described(ranks)}"]
+    notes = [
+        f"joined of {counted(len(ranks), 'rank file')}, all that there are: {_described(ranks)}"
+    ]
     if joining.differing:
         differ = f"differ between ranks, those of {ranks[0].name} are taken"
         notes.append(f"{differ}: {listed(joining.differing)}")
@@ -318,11 +320,11 @@ def _described(ranks: Sequence[_Rank]) -> str:
     for each in ranks[0].held.values():
         mesh = each.mesh
         if mesh is None:
-            kinds["ShardedTensor (FSDP1)"] = None
+            kinds["ShardedTensors (FSDP1)"] = None
             continue
         names = mesh.names if len(mesh.names) == len(mesh.sizes) else [""] * len(mesh.sizes)
         sizes = (f"{name} {size}".strip() for name, size in zip(names, mesh.sizes, strict=True))
-        kinds[f"DTensor on a mesh of {' x '.join(sizes)}"] = None
+        kinds[f"DTensors (FSDP2, tensor parallelism) on a mesh of {' x '.join(sizes)}"] = None
     return listed(kinds)
 
 
