@@ -21,7 +21,7 @@ from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
 from ckptool.files import checksums
-from ckptool.files.blocks import Ahead, fill, grain
+from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Packing, Storage
@@ -159,9 +159,8 @@ def run_jobs(
     What is only to be read comes last: what the others have read all of is not read again. With
     `sync` the output will be flushed: its write-back starts early.
     """
-    done, parts = [NOTHING] * len(jobs), list[Part]()
+    done, parts, known = [NOTHING] * len(jobs), list[Part](), dict[Storage, int]()
     for reading in (False, True):
-        known = checksums.checksums(parts) if reading else {}
         left = []
         for number, job in enumerate(jobs):
             if (job.target is None) is not reading:
@@ -175,6 +174,9 @@ def run_jobs(
         parts += found
         for number, each in zip(left, moved, strict=True):
             done[number] = each
+        if reading or all(job.target is not None for job in jobs):
+            break
+        known = checksums.checksums(parts)
     checksums.compare(parts)
     return done
 
@@ -182,9 +184,31 @@ def run_jobs(
 def move(
     jobs: Sequence[Copy], target: int | None, progress: Progress, *, sync: bool = False
 ) -> tuple[list[Done], list[Part]]:
-    """Do jobs in any order; return what each has moved, and what that was of recorded storages."""
-    run = _Run(jobs, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
-    return run.done, run.finished() if jobs else []
+    """Do jobs in any order; return what each has moved, and what that was of recorded storages.
+
+    Of those that a job copies whole, what agrees with their checksum is left out.
+    """
+    numbers, plain = list[int](), list[Copy]()
+    for number, job in enumerate(jobs):
+        for piece in _taken_apart(job):
+            numbers.append(number)
+            plain.append(piece)
+    run = _Run(plain, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
+    parts, done = run.finished() if jobs else [], [NOTHING] * len(jobs)
+    for number, piece, moved in zip(numbers, plain, run.done, strict=True):
+        done[number] = done[number].followed_by(moved)
+        if piece.storage is not jobs[number].storage and piece.whole:
+            found = checksums.part(piece.storage, 0, piece.nbytes)
+            parts += [found._replace(crc32=moved.crc32)] if found else []
+    return done, parts
+
+
+def _taken_apart(job: Copy) -> Iterator[Copy]:
+    """Yield copies of the pieces that a storage is put together of, where they are in order."""
+    target = job.target
+    for storage, start, nbytes in runs(job.storage, job.start, job.nbytes):
+        yield Copy(storage, target, start, nbytes)
+        target = None if target is None else target + nbytes
 
 
 class _Run:

@@ -51,13 +51,16 @@ def keys(
     at: str | None = None,
     all: bool = False,
     select: str | Sequence[str] = (),
-    sort: Literal["file", "size", "name"] = "file",
+    sort: Literal["file", "size", "name", "absmax", "nan", "std"] = "file",
+    stats: bool = False,
+    progress: Begin = no_progress,
 ) -> Listing:
     """List the tensors of a checkpoint.
 
     `at` chooses among several state_dicts, `all` lists every tensor of the file by its path,
-    `select` takes a pattern or several. Raises what reading raises (`FormatError`),
-    `AmbiguousStateDict` where `at` must choose, `NoSuchKey` and `NothingMatched`.
+    `select` takes a pattern or several, `stats` adds what the values are on the whole: the three
+    last words of `sort` need it. Raises what reading raises (`FormatError`), `AmbiguousStateDict`
+    where `at` must choose, `NoSuchKey` and `NothingMatched`.
 
     >>> listing = ckptool.keys("model_best.pth.tar", select="module.classifier")
     >>> listing
@@ -67,9 +70,8 @@ def keys(
     """
     from ckptool.verbs import listing
 
-    return listing.chosen(
-        listing.listing(containers.read(path, alone=all), at, every=all), select, sort
-    )
+    listed = listing.listing(containers.read(path, alone=all), at, every=all)
+    return listing.chosen(listed, select, sort, progress if stats else None)
 
 
 def info(path: str | Path, *, at: str | None = None) -> Survey:
