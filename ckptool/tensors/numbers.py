@@ -97,6 +97,11 @@ def _widened(bits: Any, dtype: DType) -> Any:
     return floats if dtype is DType.F64 else floats.astype("f4", copy=False)
 
 
+def floats_of(block: Block, dtype: DType) -> Any:
+    """Return the real floats of a block: in double precision F64, in single others."""
+    return _widened(_bits(block, dtype), dtype)
+
+
 def _floats(bits: Any, dtype: DType) -> Any:
     """Return the floats that bit patterns stand for, in double precision, which holds all."""
     return _widened(bits, dtype).astype("f8")
@@ -143,7 +148,7 @@ def cast(
 
     edges = _edges(source, target)
     with np.errstate(all="ignore"):
-        floats = _widened(_bits(block, source), source)
+        floats = floats_of(block, source)
         made = rounded(floats, target)
         if edges is None:
             return made, Losses()
