@@ -125,7 +125,12 @@ def main(args: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """Run the command line of this process."""
+    """Run the command line of this process.
+
+    OpenBLAS, which comes with numpy, starts a thread for each core that waits busily at first: for
+    nothing here, and beside ours.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(main())
 
 

@@ -22,7 +22,7 @@ from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
 from ckptool.files import checksums
-from ckptool.files.blocks import Ahead, fill, grain
+from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Packing, Storage
@@ -161,24 +161,41 @@ def run_jobs(
     `sync` the output will be flushed: its write-back starts early.
     """
     write_back = _WriteBack(target or 0, wanted=sync and target is not None)
-    done, parts = [NOTHING] * len(jobs), list[Part]()
+    done, parts, known = [NOTHING] * len(jobs), list[Part](), dict[Storage, int]()
     for reading in (False, True):
-        known = checksums.checksums(parts) if reading else {}
-        left = []
+        left, plain = [], list[Copy]()
         for number, job in enumerate(jobs):
             if (job.target is None) is not reading:
                 continue
             if job.whole and job.storage in known:
                 done[number] = Done(known[job.storage], job.nbytes)
                 progress(job.nbytes)
-            else:
+                continue
+            for piece in _taken_apart(job):
                 left.append(number)
-        run = _Run([jobs[number] for number in left], target, progress, write_back)
+                plain.append(piece)
+        run = _Run(plain, target, progress, write_back)
         parts += run.finished() if left else []
         for number, moved in zip(left, run.done, strict=True):
-            done[number] = moved
+            done[number] = done[number].followed_by(moved)
+        if reading or all(job.target is not None for job in jobs):
+            break
+        known = checksums.checksums(parts)
+        known |= {
+            job.storage: moved.crc32
+            for job, moved in zip(plain, run.done, strict=True)
+            if job.whole and job.storage.crc32 is not None
+        }
     checksums.compare(parts)
     return done
+
+
+def _taken_apart(job: Copy) -> Iterator[Copy]:
+    """Yield copies of the pieces that a storage is put together of, where they are in order."""
+    target = job.target
+    for storage, start, nbytes in runs(job.storage, job.start, job.nbytes):
+        yield Copy(storage, target, start, nbytes)
+        target = None if target is None else target + nbytes
 
 
 class _Run:

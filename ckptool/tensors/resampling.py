@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any
 
 from ckptool.tensors.dtype import DType
-from ckptool.tensors.numbers import Block, floats_of, mean, rounded
+from ckptool.tensors.numbers import Block, block_floats, mean, rounded
 
 FOUR = 4  # products that are not fused: a vector of doubles
 SUPPORT = 2.0  # of a cubic, on each side
@@ -99,7 +99,7 @@ class Interpolation:
             return rounded(total, self.target)
 
     def _floats(self, blocks: tuple[Block, ...]) -> Iterator[Any]:
-        return (floats_of(block, self.source) for block in blocks)
+        return (block_floats(block, self.source) for block in blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +114,7 @@ class Channels:
         import numpy as np
 
         with np.errstate(all="ignore"):
-            first, *others = (floats_of(block, self.dtype) for block in blocks)
+            first, *others = (block_floats(block, self.dtype) for block in blocks)
             total = first + first.dtype.type(0) if others else first
             for floats in others:
                 total = total + floats

@@ -198,8 +198,8 @@ def transfer(
 
     `steps` come first (`first_steps`); `adapt` says what is brought into the target's shape,
     `fill` gives what the source lacks; `opened` is the source where it was read before. Raises
-    `PoorFit` where
-    less than `min_match` of the target's elements would be filled, and what `rewrite` raises.
+    `PoorFit` where less than `min_match` of the target's elements would be filled, and what
+    `rewrite` raises.
     """
     options = options or Options()
     checkpoint = opened or containers.read(source)
@@ -213,9 +213,8 @@ def transfer(
     if adapt is not None:
         step, found = _adapted(entries, found, like, adapt)
         steps = [*steps, *step]
-    shapes = _shapes(entries)
     if found.filled < min_match:
-        raise _poor(found, shapes, like, min_match)
+        raise _poor(found, _shapes(entries), like, min_match)
     mismatched = [each.key for each in found.mismatched]
     further = [
         edits.without(mismatched, edits.SHAPE_DIFFERS),
