@@ -272,8 +272,8 @@ def convert(
     checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
     `distributed` writes with all ranks of a launcher, each of which calls this; what is lost in
     casts is in the result of rank 0. Of DeepSpeed's ZeRO, the float32 masters are written, or with
-    `values="module"` the weights in the training dtype. Raises `EditError`, `FormatError` for the source, `WriteError`
-    for the target, and `RankLost`.
+    `values="module"` the weights in the training dtype. Raises `EditError`, `FormatError` for the
+    source, `WriteError` for the target, and `RankLost`.
 
     >>> steps = [ckptool.edits.drop("classifier")]
     >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
