@@ -125,6 +125,24 @@ def read_part(path: str, before: int) -> Checkpoint:
     return part
 
 
+def slim(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part what only the first is asked for: the tree, calls that are harmless."""
+    from dataclasses import replace
+    from itertools import islice
+
+    from ckptool.pickles import calls as shapes, safety
+
+    verdict = safety.judge_file(part)
+    shaped = {id(call) for call in verdict.calls}
+    calls = (
+        call
+        for call in part.calls
+        if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
+    )
+    kept = [*islice(calls, safety.MAX_CALLS)] if verdict.dangerous else []
+    return replace(part, tree=None, calls=kept)
+
+
 def nothing(reader: Reader) -> None:
     """Read no file alone: what one of a set is, is asked of all of them."""
 
