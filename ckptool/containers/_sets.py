@@ -37,6 +37,14 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
         "dcp_safetensors",
         re.compile(r"shard-(?P<part>\d{5}-model-\d{5})-of-\d{5}\.safetensors", re.ASCII),
     ),
+    # deepspeed/runtime/engine.py, `_get_ckpt_name`, `_get_zero_ckpt_name`
+    (
+        "zero",
+        re.compile(
+            r"(?P<part>\w*?((zero_pp|expp)_rank_\d+_)?mp_rank_\d+_(model|optim)_states)\.pt",
+            re.ASCII,
+        ),
+    ),
     # verl, torchtune, accelerate and others: model_world_size_2_rank_0.pt, model.rank_0.pth
     ("rank_files", re.compile(r".*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt)", re.ASCII)),
 )
