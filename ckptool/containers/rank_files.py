@@ -127,16 +127,19 @@ def _rank(read: Checkpoint) -> _Rank:
 
 def _small(rank: _Rank) -> _Rank:
     """Leave out of a rank what only the first is asked for: the tree, calls that are harmless."""
-    verdict = safety.judge_file(rank.read)
+    named, calls = safety.without_nested(rank.read)
+    verdict = safety.judge(named, calls)
     shaped = {id(call) for call in verdict.calls}
-    calls = (
+    harmful = (
         call
-        for call in rank.read.calls
+        for call in calls
         if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
     )
-    kept = [*islice(calls, safety.MAX_CALLS)] if verdict.dangerous else []
+    kept = [*islice(harmful, safety.MAX_CALLS)] if verdict.dangerous else []
     plain = {path: each for path, each in rank.tensors.items() if path not in rank.held}
-    return replace(rank, read=replace(rank.read, tree=None, calls=kept), tensors=plain)
+    return replace(
+        rank, read=replace(rank.read, tree=None, globals=named, calls=kept), tensors=plain
+    )
 
 
 def _is_piece(tensor: AnyTensor) -> bool:
