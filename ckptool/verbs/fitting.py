@@ -265,6 +265,7 @@ def _adapted(
 ) -> tuple[list[Edit], Fit]:
     """Return the edit that adapts what was asked for, if there is any of it, and the fit then."""
     wanted = {each.key: each.there for each in found.mismatched}
+    wanted |= adapting.regridded(entries, found.matched, asked)
     kinds = adapting.plan(entries, wanted, asked)
     if not kinds:
         return [], found
