@@ -364,6 +364,7 @@ def transfer(
     >>> done.rewrite.written, [mismatch.key for mismatch in done.fit.mismatched]
     (6, ['classifier.weight', 'classifier.bias'])
     """
+    from ckptool.model.initial import one_after_other, read_rule, ruled_values
     from ckptool.state.adapting import read_asked
     from ckptool.state.classes import read_rows
     from ckptool.verbs import fitting
@@ -387,11 +388,15 @@ def transfer(
     moves += recipe_edits(recipe, reverse=reverse)
     reference: Reference | None = None
     fill: Fill | None = None
+    rules = [read_rule(each) for each in several(init)]
     if like is not None:
         reference = _like(like, like_at, anywhere)
     elif model is not None:
         given = model_args or {}
         reference, fill = _model(model, given, seed if init_missing else None, anywhere)
+    if rules and reference is not None:
+        by_rules = ruled_values(rules, reference.shapes, reference.dtypes, seed)
+        fill = one_after_other(by_rules, fill) if fill else by_rules
     how = Options(**options)
     if how.in_place and not isinstance(source, str | PathLike):
         raise EditError("--in-place needs a file", hint="name an output")
@@ -454,9 +459,9 @@ def _model(
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
-    shapes, ties = zoo.layout(spec, args)
+    shapes, dtypes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes, ties, anywhere=anywhere), fill
+    return fitting.reference(zoo.named(spec), shapes, ties, dtypes, anywhere=anywhere), fill
 
 
 def download(
