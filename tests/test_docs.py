@@ -164,3 +164,27 @@ def run_python(source: str, folder: Path) -> str:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    """Headings, code, what is in backquotes, and numbers are those of the README, in its order."""
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+
+    def skeleton(text: str) -> list[tuple[int, int]]:
+        return [
+            (len(mark), len(re.findall(r"^\| ", body, re.MULTILINE)))
+            for mark, body in re.findall(r"^(#+) .*\n((?:(?!#).*\n)*)", text, re.MULTILINE)
+        ]
+
+    def blocks(text: str) -> list[str]:
+        return re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+
+    def quoted(text: str) -> list[str]:
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        return sorted(re.findall(r"`[^`\n]+`", prose))
+
+    def numbers(text: str) -> list[str]:
+        return sorted(re.findall(r"\d+(?:\.\d+)?(?= x| MiB)", text))
+
+    for each in (skeleton, blocks, quoted, numbers):
+        assert each(chinese) == each(README)
