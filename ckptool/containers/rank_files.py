@@ -102,7 +102,8 @@ def _read_all(files: Sequence[str], ranks: list[_Rank]) -> bool:
         if broken is not None:
             raise broken
         if ranks:  # what is said of each piece takes more than all else
-            rank = _small(rank)
+            plain = {path: each for path, each in rank.tensors.items() if path not in rank.held}
+            rank = replace(rank, read=replace(rank.read, tree=None), tensors=plain)
             spending.spent = spent
             spending.spend(len(rank.held) * _PIECE + len(rank.tensors) * budget.TENSOR)
         ranks.append(rank)
@@ -122,12 +123,12 @@ def _rank(read: Checkpoint) -> _Rank:
     steps = {
         key: value for key, value in named_items(read.tree) if key in _STEPS and type(value) is int
     }
-    return _Rank(os.path.basename(read.path), read, found, pieces, steps)
+    return _Rank(os.path.basename(read.path), _harmful(read), found, pieces, steps)
 
 
-def _small(rank: _Rank) -> _Rank:
-    """Leave out of a rank what only the first is asked for: the tree, calls that are harmless."""
-    named, calls = safety.without_nested(rank.read)
+def _harmful(read: Checkpoint) -> Checkpoint:
+    """Leave out of a file the calls that do nothing, and the name that they alone have."""
+    named, calls = safety.without_nested(read)
     verdict = safety.judge(named, calls)
     shaped = {id(call) for call in verdict.calls}
     harmful = (
@@ -136,10 +137,7 @@ def _small(rank: _Rank) -> _Rank:
         if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
     )
     kept = [*islice(harmful, safety.MAX_CALLS)] if verdict.dangerous else []
-    plain = {path: each for path, each in rank.tensors.items() if path not in rank.held}
-    return replace(
-        rank, read=replace(rank.read, tree=None, globals=named, calls=kept), tensors=plain
-    )
+    return replace(read, globals=named, calls=kept)
 
 
 def _is_piece(tensor: AnyTensor) -> bool:
