@@ -145,8 +145,8 @@ def read_part(path: str, before: int) -> Checkpoint:
     return part
 
 
-def slim(part: Checkpoint) -> Checkpoint:
-    """Leave out of a part what only the first is asked for: the tree, calls that are harmless."""
+def harmful(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part the calls that do nothing, and the names that they alone have."""
     from dataclasses import replace
     from itertools import islice
 
@@ -155,13 +155,20 @@ def slim(part: Checkpoint) -> Checkpoint:
     named, calls = safety.without_nested(part)
     verdict = safety.judge(named, calls)
     shaped = {id(call) for call in verdict.calls}
-    harmful = (
+    found = (
         call
         for call in calls
         if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
     )
-    kept = [*islice(harmful, safety.MAX_CALLS)] if verdict.dangerous else []
-    return replace(part, tree=None, globals=named, calls=kept)
+    kept = [*islice(found, safety.MAX_CALLS)] if verdict.dangerous else []
+    return replace(part, globals=named, calls=kept)
+
+
+def slim(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part what only the first is asked for: the tree, calls that do nothing."""
+    from dataclasses import replace
+
+    return replace(harmful(part), tree=None)
 
 
 def nothing(reader: Reader) -> None:
