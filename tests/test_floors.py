@@ -99,6 +99,9 @@ OWNERS = {
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
         "files/download.py",
+        "files/connections.py",
+        "files/web.py",
+        "files/sites.py",
         "files/filename.py",
         "files/patience.py",
     ),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command, patterns, refuse_idle
 
 
@@ -27,7 +25,6 @@ from ckptool.cli._options import Command, patterns, refuse_idle
     show_default=True,
     help="Order of the list.",
 )
-@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -62,8 +59,7 @@ def command(
     if len(wanted) > 1:
         what = f"{' and '.join(wanted)} do not go together"
         raise click.UsageError(what, click.get_current_context())
-    with local(file, quiet=quiet) as path:
-        checkpoint = replace(containers.read(path, alone=every), path=file)
+    checkpoint = containers.read(file, alone=every)
     found = listing.chosen(listing.listing(checkpoint, at, every=every), patterns(select), sort)
     warning, *evidence = report.danger_lines(checkpoint) or [""]
     if warning:

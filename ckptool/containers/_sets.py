@@ -6,14 +6,13 @@ is in them whether they are parts; where they are not, each is a checkpoint of i
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
-from ckptool.errors import AmbiguousStateDict, of_system
-from ckptool.files import fileio
+from ckptool.errors import AmbiguousStateDict
+from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
 from ckptool.text import counted
 
@@ -49,21 +48,17 @@ class FileSet(NamedTuple):
 
 def of_file(path: str) -> FileSet | None:
     """Return the files that a file may be in one set with, itself among them."""
-    folder, name = os.path.split(path)
+    folder, name = paths.split(path)
     if _kind(name) is None:
         return None
-    path = os.path.join(folder, name)
+    path = paths.join(folder, name)
     return next((each for each in in_folder(folder) if path in each.files), None)
 
 
 def in_folder(folder: str) -> list[FileSet]:
     """List the sets that names in a folder are those of."""
-    try:
-        with os.scandir(folder or ".") as entries:
-            names = [entry.name for entry in entries if _kind(entry.name) and entry.is_file()]
-    except OSError as error:
-        raise of_system(error, folder, "listed") from None
-    return grouped(folder, names)
+    entries = paths.listing(folder)
+    return grouped(folder, [each.name for each in entries if each.is_file and _kind(each.name)])
 
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
@@ -72,7 +67,7 @@ def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
     for name in sorted(names, key=by_number):
         kind = _kind(name)
         if kind is not None:
-            found.setdefault(kind, []).append(os.path.join(folder, name))
+            found.setdefault(kind, []).append(paths.join(folder, name))
     return [FileSet(module, tuple(files)) for (module, _), files in sorted(found.items())]
 
 
@@ -88,8 +83,8 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
             steps = [latest]
         if len(steps) > 1:
             steps.sort(key=by_number)
-            raise _several(folder, "steps", [os.path.join(folder, step) for step in steps], 0)
-        sets = in_folder(os.path.join(folder, steps[0])) if steps else []
+            raise _several(folder, "steps", [paths.join(folder, step) for step in steps], 0)
+        sets = in_folder(paths.join(folder, steps[0])) if steps else []
     if len(sets) > 1:
         files = [counted(len(each.files), "file") for each in sets]
         shown = [f"{each.files[0]}   {count}" for each, count in zip(sets, files, strict=True)]
@@ -120,7 +115,7 @@ def by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _latest(folder: str) -> str:
-    with Reader(os.path.join(folder, LATEST)) as reader:
+    with Reader(paths.join(folder, LATEST)) as reader:
         return reader.read(0, min(reader.nbytes, MAX_LATEST)).decode("utf-8", "replace").strip()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import EditError, FormatError, OutputExists, WriteError
-from ckptool.files import budget, fileio, publish
+from ckptool.files import budget, fileio, paths, publish
 from ckptool.files.copying import Begin, Moved, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
@@ -230,6 +230,11 @@ def _in_place(
     if options.in_place:
         if target is not None:
             raise EditError("--in-place takes the input alone, without an output")
+        if paths.is_url(source):
+            raise EditError(
+                f"{checkpoint.path} is far away: --in-place replaces a file of this machine",
+                hint="name an output",
+            )
         if len(checkpoint.files) > 1 or os.path.isdir(source):
             what = "a folder" if os.path.isdir(source) else f"{len(checkpoint.files)} files"
             raise EditError(
