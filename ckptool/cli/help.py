@@ -75,7 +75,8 @@ def command(context: click.Context, topic: str | None) -> None:
     ckptool help strip-prefix
     ckptool help safety
 
-    Without a topic, all pages are listed. On a terminal a page that is longer than the screen goes through $PAGER.
+    Without a topic, all pages are listed. On a terminal a page that is longer than
+    the screen goes through $PAGER.
     """
     groups = topics(context)
     if topic is None:

@@ -30,7 +30,7 @@ from ckptool.errors import (
 from ckptool.text import quoted, visible
 
 GROUPS = {
-    "Look": ("info", "keys", "check", "diff"),
+    "Look": ("info", "keys", "show", "check", "diff"),
     "Models": ("download", "verify"),
     "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
     "Manual": ("help",),

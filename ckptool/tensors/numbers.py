@@ -17,6 +17,7 @@ from ckptool.tensors.counts import Losses, Tally, Tolerance, Values
 from ckptool.tensors.dtype import DType
 
 Block = bytes | bytearray | memoryview  # of bytes
+Number = int | float | complex | bool
 
 # The dtype of the parts of a complex number, and of the integers that a quantized tensor stores.
 _PARTS = {
@@ -445,3 +446,21 @@ def resolve(block: bytearray | memoryview, dtype: DType, pending: frozenset[str]
         np.negative(bits, out=bits)
     if "conj" in pending:
         bits[1::2] ^= sign
+
+
+# Values.
+
+
+def elements(block: Block, dtype: DType) -> list[Number]:
+    """Return elements as numbers of Python; the bits of a dtype that is no number, as integers."""
+    import numpy as np
+
+    if dtype is DType.BOOL:
+        return [*map(bool, np.frombuffer(block, "u1").tolist())]
+    if dtype in FLOATS:
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            floats = _floats(_bits(block, dtype), dtype)
+        return [*(floats.view("c16") if dtype in COMPLEX else floats).tolist()]
+    sign = "i" if dtype in _INTEGERS and not dtype.torch_name.startswith("u") else "u"
+    sign = "i" if dtype in (DType.QI8, DType.QI32) else sign
+    return [*np.frombuffer(block, f"<{sign}{dtype.itemsize}").tolist()]
