@@ -101,10 +101,12 @@ OWNERS = {
         "files/download.py",
         "files/connections.py",
         "files/web.py",
+        "files/hub.py",
         "files/sites.py",
         "files/filename.py",
         "files/patience.py",
     ),
+    r"fsspec|s3fs|gcsfs|adlfs": ("files/stores.py",),
     r"click": ("cli/*.py",),
     r"tqdm": ("cli/*.py",),
     r"tempfile|shutil": (

@@ -64,7 +64,10 @@ class Hub:
             raise _absent(url, repository, path)
         commit = quote(repository.commit, safe="")
         address = f"{self._endpoint}/{repository.name}/resolve/{commit}/{quote(path)}"
-        source = self._web.ranged(address, self._headers(), str(url))
+        try:
+            source = self._web.ranged(address, self._headers(), str(url))
+        except DownloadFailed as error:
+            raise _named(error, url, shown(address)) from error
         said = getattr(source, "said", {}).get("X-Repo-Commit")
         if said not in (None, "", repository.commit):
             what = f": commit {repository.commit} was asked for, and {said} came"
@@ -159,7 +162,8 @@ def _parts(url: Url) -> tuple[str, str, str]:
     repo, at, rest = (rest, "", "") if "@" not in rest.partition("/")[0] else rest.partition("@")
     if at:
         ref = _REF.match(rest)
-        revision, _, path = (ref[0], "", rest[ref.end() :].lstrip("/")) if ref else rest.partition("/")
+        end = ref.end() if ref else len(rest.partition("/")[0])
+        revision, path = rest[:end], rest[end:].lstrip("/")
     else:
         repo, _, path = repo.partition("/")
         revision = "main"

@@ -15,8 +15,8 @@ from ckptool.errors import of_system
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
-# Of the web, of the Hugging Face Hub, of stores that fsspec knows; the last is its own, for tests.
-SCHEMES = ("http", "https", "hf", "s3", "gs", "az", "memory")
+STORES = ("s3", "gs", "az", "memory")  # that fsspec knows; the last is its own, for tests
+SCHEMES = ("http", "https", "hf", *STORES)
 MARK = "::"  # between an archive and the name of a member in it
 
 
@@ -51,6 +51,12 @@ class View(Protocol):
 
     def listing(self, url: Url) -> list[Entry]:
         """List what is in a folder by name."""
+
+    def put(self, file: str, url: Url, *, replace: bool) -> None:
+        """Write a file of this machine there, as a whole."""
+
+    def remove(self, url: Url) -> None:
+        """Remove what was written there."""
 
 
 class Url(str):

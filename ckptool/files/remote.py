@@ -12,7 +12,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from ckptool.errors import DownloadFailed
 from ckptool.files import fileio
@@ -85,6 +85,16 @@ class Site(Protocol):
         """List what is in a folder."""
 
 
+class Store(Site, Protocol):
+    """A site that takes files."""
+
+    def put(self, file: str, url: Url, *, replace: bool) -> None:
+        """Write an object as a whole."""
+
+    def remove(self, url: Url) -> None:
+        """Remove an object."""
+
+
 class View:
     """One view of a site: its files, each opened once, and the bytes that were fetched last."""
 
@@ -127,6 +137,14 @@ class View:
     def listing(self, url: Url) -> list[Entry]:
         """List what is in a folder; nothing where nothing can be listed."""
         return self._site.listing(url) if self.can_list else []
+
+    def put(self, file: str, url: Url, *, replace: bool) -> None:
+        """Write a file of this machine to a store, as a whole."""
+        cast("Store", self._site).put(file, url, replace=replace)
+
+    def remove(self, url: Url) -> None:
+        """Remove what was written to a store."""
+        cast("Store", self._site).remove(url)
 
 
 class Held(NamedTuple):

@@ -64,8 +64,18 @@ def of(path: str | Path) -> str:
 def _view(scheme: str) -> View:
     from urllib.parse import quote, unquote
 
-    from ckptool.files import remote, web
+    from ckptool.files import remote
+
+    if scheme in paths.STORES:
+        from ckptool.files import stores
+
+        return remote.View(stores.Store(scheme))
+    from ckptool.files import web
 
     asked = manner()
-    site = web.Web(asked.timeout, asked.say, asked.progress)
-    return remote.View(site, can_list=False, quote=quote, unquote=unquote)
+    servers = web.Web(asked.timeout, asked.say, asked.progress)
+    if scheme == "hf":
+        from ckptool.files import hub
+
+        return remote.View(hub.Hub(servers))
+    return remote.View(servers, can_list=False, quote=quote, unquote=unquote)

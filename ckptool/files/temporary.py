@@ -30,6 +30,13 @@ def temporary() -> Iterator[None]:
         raise raised from error
 
 
+def where() -> str:
+    """Name the folder of temporary files."""
+    from tempfile import gettempdir
+
+    return gettempdir()
+
+
 def unnamed() -> IO[bytes]:
     """Make a temporary file without a name, gone when it is closed."""
     from tempfile import TemporaryFile

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import EditError, FormatError, OutputExists, WriteError
-from ckptool.files import budget, fileio, paths, publish
+from ckptool.files import budget, fileio, paths, publish, sites
 from ckptool.files.copying import Begin, Moved, no_progress
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
@@ -153,13 +153,14 @@ def rewrite(
     published. Raises a `CkptoolError`; the target is then as it was.
     """
     options = options or Options()
+    target = None if target is None else sites.of(target)
     if form is not FILE:
         _refuse_no_folder(target, form, options)
     checkpoint = opened or containers.read(source)
     if form is FILE:
         target, options = _in_place(checkpoint, source, target, options)
         _refuse_member(str(target))
-    target = str(target)
+    target = target if isinstance(target, paths.Url) else str(target)
     container = _container(checkpoint, target, form, options)
     place = _place(checkpoint, target, container, form, options)
     bare = bare or form.max_shard_size is not None
@@ -180,7 +181,12 @@ def rewrite(
     check = partial(_check, plan, accept, place, *meant, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
-    late = publish.publish(place, outputs.pop(), begun, check)  # the only one to keep its jobs
+    send = publish.publish
+    if place.url is not None:
+        from ckptool.files import uploads
+
+        send = uploads.publish
+    late = send(place, outputs.pop(), begun, check)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
 
 
@@ -214,6 +220,11 @@ def _place(
     """Return where the output goes, or refuse to write there."""
     sources = [path for path, _ in checkpoint.files] if not options.in_place else []
     force, sync = options.force, options.sync
+    if isinstance(target, paths.Url):
+        from ckptool.files import uploads
+
+        owns = None if form is FILE else names(container).owns if form.max_shard_size else bool
+        return uploads.refuse(target, sources, owns, force=force)
     if form.distributed:
         from ckptool.containers import _dcp_output
 
