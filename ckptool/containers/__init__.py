@@ -58,7 +58,8 @@ def read(
     if not isinstance(path, OpenFile) and _split(shown)[1]:
         return _read_member(shown, plugins)
     checkpoint, file = _read_whole(place, plugins, alone, values)
-    notes = (*checkpoint.notes, *_notes(shown, file))
+    far = dict.fromkeys(getattr(each, "note", "") for each, _ in checkpoint.files)
+    notes = (*checkpoint.notes, *_notes(shown, file), *filter(None, far))
     return replace(checkpoint, path=shown, notes=notes)
 
 

@@ -102,7 +102,7 @@ class Answer:
                     what = ": a chunk is longer than the server states"
                     raise failed(self.url, what, "look for another link")
         except OSError as error:
-            raise _failure(self.url, error) from error
+            raise _failure(self.url, error) from None  # whose words may hold the query
 
     def _release(self) -> None:
         """Give the connection back, for the next request."""
@@ -134,6 +134,11 @@ def shown(url: str) -> str:
         return re.split(r"[?#]", url)[0].rpartition("@")[2][:SHOWN]
     hidden = HIDDEN if parts.query or "@" in parts.netloc else ""
     return _without_login(parts._replace(query="")) + hidden
+
+
+def without_login(url: str) -> str:
+    """Return a URL that can be downloaded without user, password and fragment."""
+    return _without_login(parsed(url))
 
 
 def _without_login(parts: SplitResult) -> str:
@@ -177,7 +182,7 @@ def asked(
             _refuse(url, answer, ranged="Range" in headers)
             yield answer
     except (HTTPError, UnicodeError) as error:
-        raise _failure(url, error) from error
+        raise _failure(url, error) from None
 
 
 def _followed(

@@ -183,8 +183,12 @@ class Kept:
                 if not any(of == file and a <= start < b for of, a, b in self._coming):
                     break
                 self._changed.wait()
-            following = [each.start for each in self._held.values() if each.file == file]
-            first, stop = window(min((at for at in following if at > start), default=1 << 63))
+            begun = [
+                *((of, at) for of, at in self._held),
+                *((of, at) for of, at, _ in self._coming),
+            ]
+            following = (at for of, at in begun if of == file and at > start)
+            first, stop = window(min(following, default=1 << 63))
             coming = (file, first, stop)
             self._coming.append(coming)
         try:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptool.files.remote import Source
 
 FIRST = 1 << 14  # bytes that are asked for first
+ENOUGH = 1 << 16  # that an answer may break off after as often as it likes
 EXPIRED = (400, 401, 403, 404, 410)  # what servers say of a link that was good for a while
 Say = Callable[[str], None]
 Shown = Callable[[str], AbstractContextManager[Any]]
@@ -68,7 +69,7 @@ class Web:
 
     def ranged(self, url: str, headers: Mapping[str, str], name: str = "") -> Source:
         """Open the file at a URL, as it is called in messages: its ranges, or all of it."""
-        name, headers = name or shown(url), {**headers, **_login(url)}
+        name, headers, url = name or shown(url), {**headers, **_login(url)}, http.without_login(url)
         asked = {**headers, "Range": f"bytes=0-{FIRST - 1}"}
         with http.asked(url, asked, self.limits, self.connections) as answer:
             if answer.body.status == 416:  # nothing begins at 0
@@ -168,8 +169,9 @@ class Ranges:
     def _fill(self, data: bytearray, start: int, done: int) -> None:
         """Ask for what is missing until all is there, or too many answers broke off."""
         limits, failures = self._web.limits, 0
+        error: DownloadFailed | None
         while done < len(data):
-            error: DownloadFailed | None = None
+            error, before = None, done
             try:
                 done += self._part(memoryview(data)[done:], start + done)
             except DownloadFailed as raised:
@@ -177,15 +179,15 @@ class Ranges:
                     raise
                 error = raised
             if done < len(data):
-                failures += 1
+                failures = 0 if done - before >= ENOUGH else failures + 1
                 if failures > limits.retries:
                     what = f": the answer ended after {done} of {len(data)} bytes"
                     raise error or http.failed(self._url, what, "run it again")
-                time.sleep(min(limits.backoff * 2 ** (failures - 1), limits.longest_wait))
+                time.sleep(min(limits.backoff * (2**failures - 1), limits.longest_wait))
 
     def _part(self, view: memoryview[int], start: int) -> int:
         """Fill a view from `start` as far as one answer goes; return how far."""
-        if self._at != http.parsed(self._url).geturl():
+        if self._at != self._url:
             try:
                 return self._asked(self._at, view, start)
             except DownloadFailed as error:

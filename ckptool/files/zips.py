@@ -88,11 +88,12 @@ def read_directory(reader: Reader) -> Directory:
 
 def _find_directory(reader: Reader) -> tuple[int, int, int]:
     """Return offset, size and entry count of the central directory."""
-    data, at = _end_record(reader)
-    if at >= 0:
-        fields = END.unpack_from(data, at)
-        if at + END.size + fields[-1] == len(data):
-            return _directory_of(reader, fields, reader.nbytes - len(data) + at)
+    for most in (END.size, END.size + _MAX_COMMENT):  # torch writes no comment
+        data, at = _end_record(reader, most)
+        if at >= 0:
+            fields = END.unpack_from(data, at)
+            if at + END.size + fields[-1] == len(data):
+                return _directory_of(reader, fields, reader.nbytes - len(data) + at)
     raise Malformed(
         "the zip archive has no end record; the file is truncated or not whole",
         path=reader.path,
@@ -101,19 +102,19 @@ def _find_directory(reader: Reader) -> tuple[int, int, int]:
     )
 
 
-def _end_record(reader: Reader) -> tuple[bytes, int]:
+def _end_record(reader: Reader, most: int) -> tuple[bytes, int]:
     """Return the end of a file, and where in it the end record of an archive is; -1 without one.
 
     The last one with room behind it, as miniz takes it: an earlier one must not be believed.
     """
-    tail = min(reader.nbytes, _MAX_COMMENT + END.size)
+    tail = min(reader.nbytes, most)
     data = reader.read(reader.nbytes - tail, tail)
     return data, data.rfind(b"PK\5\6", 0, max(0, len(data) - END.size + 4))
 
 
 def at_end(reader: Reader) -> bool:
     """Check for an archive behind other bytes, which lax readers find from its end."""
-    data, at = _end_record(reader)
+    data, at = _end_record(reader, END.size + _MAX_COMMENT)
     if at < 0:
         return False
     *_, nbytes, offset, _ = END.unpack_from(data, at)
