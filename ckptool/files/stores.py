@@ -27,6 +27,7 @@ from ckptool.errors import (
     is_out_of_memory,
 )
 from ckptool.files.paths import Entry
+from ckptool.text import length
 
 if TYPE_CHECKING:
     from ckptool.files.paths import Url
@@ -103,7 +104,7 @@ class Object:
         found = self._info()
         if found.get("type") != "file":
             raise NoSuchFile(f"{url} is a folder", path=url)
-        self.nbytes = int(found["size"])
+        self.nbytes = length(found["size"]) or 0
         self._version = _version(found)
         version = "\n".join((url.full, self._version)).encode()
         self.identity = int.from_bytes(hashlib.sha256(version).digest()[:8], "big")
