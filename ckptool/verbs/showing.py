@@ -17,8 +17,8 @@ from ckptool.pickles.tree import ByteArray, Dict, LongInteger, Node, Object, Old
 from ckptool.state import checkpoint as places, modules, naming, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.selecting import close_matches
-from ckptool.tensors import numbers, values
-from ckptool.tensors.dtype import PACKED, DType
+from ckptool.tensors import numbers, statistics, values
+from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor, TensorInfo
 from ckptool.text import counted, length, shape, visible
 
@@ -118,7 +118,7 @@ def elements(value: TensorInfo) -> Sequence[object]:
     found: list[object] = []
     with closing(Readers()) as readers:
         for block in blocks.blocks(value, readers):
-            found += numbers.elements(block, value.dtype)
+            found += statistics.elements(block, value.dtype)
     return found
 
 
@@ -174,7 +174,7 @@ def _dense(tensor: AnyTensor, key: str) -> TensorInfo:
         raise Unsupported(
             f"`{key}` is a {tensor.layout} tensor, of {counted(len(tensor.parts), 'part')}"
         )
-    if tensor.dtype in PACKED or tensor.dtype.bits < 8:
+    if not statistics.is_counted(tensor.dtype):
         raise Unsupported(f"`{key}` is {tensor.dtype.label}: several numbers share its bytes")
     return tensor
 

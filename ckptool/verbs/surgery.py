@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from ckptool import containers
 from ckptool.errors import EditError, FormatError, OutputExists, WriteError
 from ckptool.files import budget, fileio, paths, publish, sites
-from ckptool.files.copying import Begin, Moved, no_progress
+from ckptool.files.copying import Begin, Moved, Progress, no_progress
+from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
@@ -26,7 +27,7 @@ from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
 from ckptool.text import quoted, readable, visible
-from ckptool.verbs import casting
+from ckptool.verbs import agreement, casting
 from ckptool.verbs.casting import Cast
 from ckptool.verbs.layout import (
     FILE as FILE,
@@ -49,6 +50,7 @@ __all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
 
 MAX_EXPANSION = 4
 MAX_INFLATION = 16  # times that: each view of a deflated storage inflates it anew
+Check = Callable[[str, Moved], None]
 SMALL_OUTPUT = 1 << 20  # below this, growth is headers and alignment
 
 
@@ -144,13 +146,15 @@ def rewrite(
     order: Sequence[str] = (),
     form: Form = FILE,
     accept: Callable[[], None] = lambda: None,
+    group: Group = ALONE,
 ) -> Rewrite:
     """Write a checkpoint again with its keys edited.
 
     `bare` writes the state_dict alone; `unwrap` also refuses one that is bare already. `opened`
     is the source where it was read before; `added` are entries from elsewhere to write with the
     others, in the `order` given; `accept` may raise an error once all is written and before it is
-    published. Raises a `CkptoolError`; the target is then as it was.
+    published. All ranks of a `group` write, and rank 0 alone counts what casts lose. Raises a
+    `CkptoolError`; the target is then as it was.
     """
     options = options or Options()
     target = None if target is None else sites.of(target)
@@ -173,6 +177,7 @@ def rewrite(
     _refuse_expansion(checkpoint, laid.output, options)
     result = _result(plan, target, laid, place, options)
     publish.refuse_full(place, laid.output.nbytes)
+    agreement.refuse_others(group, plan.checkpoint, place, laid.output)
     if options.dry_run:
         return result
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
@@ -181,13 +186,22 @@ def rewrite(
     check = partial(_check, plan, accept, place, *meant, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
-    send = publish.publish
-    if place.url is not None:
-        from ckptool.files import uploads
-
-        send = uploads.publish
-    late = send(place, outputs.pop(), begun, check)  # the only one to keep its jobs
+    send = _send if place.url else publish.publish
+    late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
+
+
+def _send(
+    place: Target, output: Output, progress: Progress, check: Check, group: Group
+) -> list[str]:
+    from ckptool.files import uploads
+
+    if group is not ALONE:
+        raise EditError(
+            f"{place.path} is in a store: all ranks write to one file system",
+            hint="name a folder as the output",
+        )
+    return uploads.publish(place, output, progress, check)
 
 
 def _refuse_member(target: str) -> None:
