@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import (
     Command,
     Request,
@@ -55,7 +53,6 @@ from ckptool.cli._options import (
     show_default=True,
     help="Share of the target's parameters that must be filled.",
 )
-@takes_urls
 def command(
     request: Request,
     drop: Sequence[str],
@@ -105,15 +102,10 @@ def command(
     from ckptool.state.renaming import read_rule
     from ckptool.verbs import api
 
-    if request.options["in_place"] and "://" in request.source:
-        raise click.UsageError("--in-place needs a file; name an output for what a URL holds")
     name = request.target or request.source
-    with (
-        local(request.source, quiet=request.quiet) as source,
-        talk.Progress(name, quiet=request.quiet) as progress,
-    ):
+    with talk.Progress(name, quiet=request.quiet) as progress:
         done = api.transfer(
-            source,
+            request.source,
             request.target,
             drop=patterns(drop),
             keep=patterns(keep),
@@ -138,7 +130,7 @@ def command(
             progress=progress.begin,
             **request.options,
         )
-    result, fit = replace(done.rewrite, source=request.source), done.fit
+    result, fit = done.rewrite, done.fit
     added, of_model = done.initialised, model is not None
     more = report.fit_lines(fit, added=added, ruled=bool(init), model=of_model) if fit else []
-    tell(request, result, more=more, document=replace(done, rewrite=result).to_dict())
+    tell(request, result, more=more, document=done.to_dict())

@@ -6,15 +6,14 @@ is in them whether they are parts; where they are not, each is a checkpoint of i
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
-from ckptool.errors import AmbiguousStateDict, of_system
-from ckptool.files import fileio
+from ckptool.errors import AmbiguousStateDict
+from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -73,30 +72,27 @@ class FileSet(NamedTuple):
 
 def of_file(path: str) -> FileSet | None:
     """Return the files that a file may be in one set with, itself among them."""
-    folder, name = os.path.split(path)
-    if _IN_FOLDER.fullmatch(name) and _FOLDER.fullmatch(os.path.basename(folder)):
-        return _of_folders(os.path.dirname(folder), name)
+    folder, name = paths.split(path)
+    if _IN_FOLDER.fullmatch(name) and _FOLDER.fullmatch(paths.split(folder)[1]):
+        return _of_folders(paths.split(folder)[0], name)
     if _kind(name) is None:
         return None
-    path = os.path.join(folder, name)
+    path = paths.join(folder, name)
     return next((each for each in in_folder(folder) if path in each.files), None)
 
 
 def in_folder(folder: str) -> list[FileSet]:
     """List the sets that names in a folder are those of."""
-    try:
-        with os.scandir(folder or ".") as entries:
-            names = [entry.name for entry in entries if _kind(entry.name) and entry.is_file()]
-    except OSError as error:
-        raise of_system(error, folder, "listed") from None
-    return grouped(folder, names)
+    entries = paths.listing(folder)
+    return grouped(folder, [each.name for each in entries if each.is_file and _kind(each.name)])
 
 
 def _of_folders(parent: str, name: str) -> FileSet:
     """Return the files of one name in the folders of ranks."""
-    folders = sorted(filter(_FOLDER.fullmatch, os.listdir(parent or ".")), key=by_number)
-    paths = (os.path.join(parent, folder, name) for folder in folders)
-    return FileSet("megatron", tuple(filter(os.path.isfile, paths)))
+    names = (each.name for each in paths.listing(parent))
+    folders = sorted(filter(_FOLDER.fullmatch, names), key=by_number)
+    files = (paths.join(parent, folder, name) for folder in folders)
+    return FileSet("megatron", tuple(filter(paths.is_file, files)))
 
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
@@ -105,7 +101,7 @@ def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
     for name in sorted(names, key=by_number):
         kind = _kind(name)
         if kind is not None:
-            found.setdefault(kind, []).append(os.path.join(folder, name))
+            found.setdefault(kind, []).append(paths.join(folder, name))
     return [FileSet(module, tuple(files)) for (module, _), files in sorted(found.items())]
 
 
@@ -121,8 +117,8 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
             steps = [latest]
         if len(steps) > 1:
             steps.sort(key=by_number)
-            raise _several(folder, "steps", [os.path.join(folder, step) for step in steps], 0)
-        sets = in_folder(os.path.join(folder, steps[0])) if steps else _in_folders(folder, folders)
+            raise _several(folder, "steps", [paths.join(folder, step) for step in steps], 0)
+        sets = in_folder(paths.join(folder, steps[0])) if steps else _in_folders(folder, folders)
     if len(sets) > 1:
         files = [counted(len(each.files), "file") for each in sets]
         shown = [f"{each.files[0]}   {count}" for each, count in zip(sets, files, strict=True)]
@@ -133,7 +129,7 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
 def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
     """List the sets that have a file in the folder of each rank."""
     first = next(filter(_FOLDER.fullmatch, folders), None)
-    names = os.listdir(os.path.join(folder, first)) if first else []
+    names = [each.name for each in paths.listing(paths.join(folder, first))] if first else []
     return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
@@ -190,7 +186,7 @@ def by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _latest(folder: str) -> str:
-    with Reader(os.path.join(folder, LATEST)) as reader:
+    with Reader(paths.join(folder, LATEST)) as reader:
         return reader.read(0, min(reader.nbytes, MAX_LATEST)).decode("utf-8", "replace").strip()
 
 
