@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict, of_system
 from ckptool.files import fileio
 from ckptool.files.fileio import Reader
-from ckptool.pickles import safety
+from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.names import Level
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.text import counted, listed
@@ -143,6 +144,20 @@ def read_part(path: str, before: int) -> Checkpoint:
         part = _registry.read(reader, shard=True)
     fileio.spare(reader.file, before)
     return part
+
+
+def slim(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part what only the first is asked for: the tree, calls that are harmless."""
+    named, calls = safety.without_nested(part)
+    verdict = safety.judge(named, calls)
+    shaped = {id(call) for call in verdict.calls}
+    harmful = (
+        call
+        for call in calls
+        if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
+    )
+    kept = [*islice(harmful, safety.MAX_CALLS)] if verdict.dangerous else []
+    return replace(part, tree=None, globals=named, calls=kept)
 
 
 def nothing(reader: Reader) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptool import containers
+from ckptool.errors import CkptoolError
 from ckptool.files.fileio import MARK
 from ckptool.pickles import pruning
 from ckptool.pickles.names import Level
@@ -310,14 +311,14 @@ def _much(facts: Survey, nbytes: int) -> bool:
 
 def _portable(facts: Survey) -> Advised:
     """Offer what loads on other machines: little-endian, and without device tags."""
-    if not _fits_safetensors(facts):
-        return
+    fits = _fits_safetensors(facts)
     devices = [device for device in facts.devices if device != "cpu"]
-    if facts.checkpoint.byteorder != "little":
+    if fits and facts.checkpoint.byteorder != "little":
         yield Advice("its numbers are big-endian", *_SAFETENSORS)
-    elif devices:
+    elif devices and (fits or facts.verdict.level is not Level.DANGEROUS):
         reason = f"tagged {listed(devices, 3)}: torch.load needs map_location on other machines"
-        yield Advice(reason, *_SAFETENSORS)
+        tagged = ("convert", ("--map-location", "cpu"), "cpu")  # keeps the optimizer
+        yield Advice(reason, *(_SAFETENSORS if fits and not facts.beside else tagged))
 
 
 def _newer(facts: Survey) -> Advised:
@@ -343,8 +344,18 @@ def _newer(facts: Survey) -> Advised:
 
 
 def _part(facts: Survey) -> Advised:
+    if _is_of_a_set(facts.checkpoint.path):
+        yield Advice("the weights of all ranks in one file", "convert", (), "joined")
     if facts.total.count:
         yield Advice("what is in this part: all tensors, by their path", "keys", ("--all",))
+
+
+def _is_of_a_set(path: str) -> bool:
+    """Check whether a file, with those beside it, is a checkpoint that is all there."""
+    try:
+        return len(containers.read(path).shards) > 1
+    except CkptoolError:
+        return False
 
 
 def _nothing(facts: Survey) -> Advised:
