@@ -212,6 +212,7 @@ class Request:
     options: dict[str, Any]
     as_json: bool
     quiet: bool
+    silent: bool = False  # another process says it all
 
 
 _OPTIONS = (
@@ -240,7 +241,7 @@ def _request(given: dict[str, Any]) -> Request:
 def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rewrite:
     """Call a verb of the library, and say what was done."""
     name = request.target or request.source
-    with talk.Progress(name, quiet=request.quiet) as progress:
+    with talk.Progress(name, quiet=request.quiet or request.silent) as progress:
         result = verb(
             request.source,
             request.target,
@@ -248,7 +249,8 @@ def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rew
             **request.options,
             **arguments,
         )
-    tell(request, result)
+    if not request.silent:
+        tell(request, result)
     return result
 
 

@@ -164,11 +164,13 @@ def _run(arguments: list[str], debug: bool) -> int:
         _refuse_no_room()
         return _invoke(arguments)
     except CkptoolError as error:
-        complain(_with_hint(error, arguments))
+        if not error.said_elsewhere:
+            complain(_with_hint(error, arguments))
         _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
-        say(_usage(error, arguments))
+        others = "--distributed" in arguments and os.environ.get("LOCAL_RANK", "0") != "0"
+        say(_usage(error, arguments), quiet=others)  # who were started with the same arguments
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code

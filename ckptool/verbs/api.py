@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -258,6 +259,7 @@ def convert(
     overflow: Literal["refuse", "inf", "clamp"] = "refuse",
     unwrap: bool = False,
     max_shard_size: int | str | None = None,
+    distributed: bool = False,
     progress: Begin = no_progress,
     **options: Unpack[WriteOptions],
 ) -> Rewrite:
@@ -268,7 +270,9 @@ def convert(
     is raised where a finite number would become infinite, unless `overflow` is `inf`, or `clamp`
     to the largest. With `to="dcp"`, the target is the folder of a distributed
     checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
-    Raises `EditError`, `FormatError` for the source and `WriteError` for the target.
+    `distributed` writes with all ranks of a launcher, each of which calls this; what is lost in
+    casts is in the result of rank 0. Raises `EditError`, `FormatError` for the source, `WriteError`
+    for the target, and `RankLost`.
 
     >>> steps = [ckptool.edits.drop("classifier")]
     >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
@@ -286,9 +290,19 @@ def convert(
         form = surgery.Form(distributed=True)
     elif max_shard_size is not None:
         form = surgery.Form(parse_size(str(max_shard_size), "--max-shard-size 5GB"))
-    return surgery.rewrite(
-        source, target, steps, bare=unwrap, options=how, progress=progress, form=form
-    )
+    places = (source, target)
+    write = partial(surgery.rewrite, *places, steps, bare=unwrap, progress=progress, form=form)
+    if not distributed:
+        return write(options=how)
+    from ckptool.model import ranks
+
+    with ranks.joined() as group:
+        if target is not None and (str(target) == "-" or "://" in str(target)):
+            raise EditError(
+                f"{target} is not on a file system, to which all ranks could write",
+                hint="name a file or a folder that all machines share",
+            )
+        return write(options=how, group=group)
 
 
 def transfer(

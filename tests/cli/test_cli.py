@@ -175,11 +175,12 @@ def test_error_of_every_class_has_the_code_of_its_branch() -> None:
         "UnsafePickle": 4,
         "EditError": 2, "NoSuchKey": 2, "NothingMatched": 2, "KeyCollision": 2,
         "AmbiguousStateDict": 2, "NoStateDict": 2, "NoSuchCommand": 2, "BadRecipe": 2,
+        "RanksDiffer": 2,
         "PoorFit": 1, "NotAsExpected": 1, "Overflow": 1,
         "WriteError": 5, "OutputExists": 5, "SameFile": 5, "NotRepresentable": 5,
         "NoSpace": 5, "DownloadError": 6, "DownloadFailed": 6, "HashMismatch": 6, "ModelError": 7,
-        "MissingExtra": 7, "NoDevice": 7, "OutOfMemory": 7, "NoSuchModel": 2, "BadInput": 2,
-        "DoesNotLoad": 1,
+        "MissingExtra": 7, "NoDevice": 7, "OutOfMemory": 7, "RankLost": 7, "NoSuchModel": 2,
+        "BadInput": 2, "DoesNotLoad": 1,
     }  # fmt: skip
 
     def below(kind: type[CkptoolError]) -> dict[str, int]:
