@@ -274,6 +274,7 @@ def _chunked(
     storage = _storage([like], shape, like.dtype, Packing.CHUNKED)
     storage.byteorder = byteorder
     storage.chunked = Chunked(shape, like.dtype.itemsize, tuple(chunks))
+    storage.key = f"chunked {id(storage.chunked):x}"  # storages are told apart by that quickly
     stride = contiguous_stride(shape)
     return TensorInfo(like.dtype, shape, stride, storage, requires_grad=like.requires_grad)
 

@@ -260,6 +260,7 @@ def convert(
     unwrap: bool = False,
     max_shard_size: int | str | None = None,
     distributed: bool = False,
+    values: str = "",
     progress: Begin = no_progress,
     **options: Unpack[WriteOptions],
 ) -> Rewrite:
@@ -271,8 +272,9 @@ def convert(
     to the largest. With `to="dcp"`, the target is the folder of a distributed
     checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
     `distributed` writes with all ranks of a launcher, each of which calls this; what is lost in
-    casts is in the result of rank 0. Raises `EditError`, `FormatError` for the source, `WriteError`
-    for the target, and `RankLost`.
+    casts is in the result of rank 0. Of DeepSpeed's ZeRO, the float32 masters are written, or with
+    `values="module"` the weights in the training dtype. Raises `EditError`, `FormatError` for the
+    source, `WriteError` for the target, and `RankLost`.
 
     >>> steps = [ckptool.edits.drop("classifier")]
     >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
@@ -290,8 +292,17 @@ def convert(
         form = surgery.Form(distributed=True)
     elif max_shard_size is not None:
         form = surgery.Form(parse_size(str(max_shard_size), "--max-shard-size 5GB"))
-    places = (source, target)
-    write = partial(surgery.rewrite, *places, steps, bare=unwrap, progress=progress, form=form)
+    opened = containers.read(source, values=values) if values else None
+    write = partial(
+        surgery.rewrite,
+        source,
+        target,
+        steps,
+        bare=unwrap,
+        progress=progress,
+        form=form,
+        opened=opened,
+    )
     if not distributed:
         return write(options=how)
     from ckptool.model import ranks

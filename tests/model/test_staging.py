@@ -149,6 +149,7 @@ def test_what_fails_in_a_worker_is_raised(
         )
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_on_a_gpu(tmp_path: Path, suffix: str, chunk: int) -> None:
