@@ -48,6 +48,10 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
     # verl, torchtune, accelerate and others: model_world_size_2_rank_0.pt, model.rank_0.pth
     ("rank_files", re.compile(r".*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt)", re.ASCII)),
 )
+# Megatron-LM and NeMo have a folder for each rank of a model, with a file of one name in each
+# (megatron/training/checkpointing.py, `get_checkpoint_name`).
+_FOLDER = re.compile(r"[mt]p_rank_\d+(_(pp_rank_)?\d+)?", re.ASCII)
+_IN_FOLDER = re.compile(r"model(_\w+)?\.(pt|ckpt)", re.ASCII)
 
 
 class FileSet(NamedTuple):
@@ -70,6 +74,8 @@ class FileSet(NamedTuple):
 def of_file(path: str) -> FileSet | None:
     """Return the files that a file may be in one set with, itself among them."""
     folder, name = os.path.split(path)
+    if _IN_FOLDER.fullmatch(name) and _FOLDER.fullmatch(os.path.basename(folder)):
+        return _of_folders(os.path.dirname(folder), name)
     if _kind(name) is None:
         return None
     path = os.path.join(folder, name)
@@ -84,6 +90,13 @@ def in_folder(folder: str) -> list[FileSet]:
     except OSError as error:
         raise of_system(error, folder, "listed") from None
     return grouped(folder, names)
+
+
+def _of_folders(parent: str, name: str) -> FileSet:
+    """Return the files of one name in the folders of ranks."""
+    folders = sorted(filter(_FOLDER.fullmatch, os.listdir(parent or ".")), key=by_number)
+    paths = (os.path.join(parent, folder, name) for folder in folders)
+    return FileSet("megatron", tuple(filter(os.path.isfile, paths)))
 
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
@@ -109,12 +122,19 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
         if len(steps) > 1:
             steps.sort(key=by_number)
             raise _several(folder, "steps", [os.path.join(folder, step) for step in steps], 0)
-        sets = in_folder(os.path.join(folder, steps[0])) if steps else []
+        sets = in_folder(os.path.join(folder, steps[0])) if steps else _in_folders(folder, folders)
     if len(sets) > 1:
         files = [counted(len(each.files), "file") for each in sets]
         shown = [f"{each.files[0]}   {count}" for each, count in zip(sets, files, strict=True)]
         raise _several(folder, "sets of files", shown, len(sets))
     return sets[0].files[0] if sets else ""
+
+
+def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
+    """List the sets that have a file in the folder of each rank."""
+    first = next(filter(_FOLDER.fullmatch, folders), None)
+    names = os.listdir(os.path.join(folder, first)) if first else []
+    return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
 def read_part(path: str, before: int) -> Checkpoint:
@@ -123,6 +143,25 @@ def read_part(path: str, before: int) -> Checkpoint:
         part = _registry.read(reader, shard=True)
     fileio.spare(reader.file, before)
     return part
+
+
+def slim(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part what only the first is asked for: the tree, calls that are harmless."""
+    from dataclasses import replace
+    from itertools import islice
+
+    from ckptool.pickles import calls as shapes, safety
+
+    named, calls = safety.without_nested(part)
+    verdict = safety.judge(named, calls)
+    shaped = {id(call) for call in verdict.calls}
+    harmful = (
+        call
+        for call in calls
+        if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
+    )
+    kept = [*islice(harmful, safety.MAX_CALLS)] if verdict.dangerous else []
+    return replace(part, tree=None, globals=named, calls=kept)
 
 
 def nothing(reader: Reader) -> None:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.files.download import Downloaded
     from ckptool.model.initial import Fill
     from ckptool.model.live import CheckpointLike
-    from ckptool.model.verify import Progress, Verification
     from ckptool.model.zoo import ModelLike
     from ckptool.state.classes import Lines
     from ckptool.verbs.checking import Checked
@@ -499,61 +498,3 @@ def download(
         limits=Limits(timeout=timeout),
     )
     return replace(done, weights=known.member if known else None)
-
-
-def verify(
-    reference: CheckpointLike,
-    candidate: CheckpointLike,
-    model: ModelLike,
-    *,
-    model_args: Mapping[str, object] | None = None,
-    devices: str | Sequence[str] = "auto",
-    input_shapes: str | Sequence[str] = (),
-    batch_size: int | None = None,
-    input: str | None = None,
-    data: str | None = None,
-    dtype: str | None = None,
-    channels_last: bool = False,
-    seed: int = 0,
-    atol: float = 0.0,
-    rtol: float = 0.0,
-    allow_tf32: bool = False,
-    partial: bool = False,
-    at: str | None = None,
-    candidate_at: str | None = None,
-    progress: Progress | None = None,
-) -> Verification:
-    """Run a model on the weights of two checkpoints and compare the outputs, bit for bit.
-
-    Each is a file, a state_dict or an `nn.Module`; `model` is a spec (`resnet18`,
-    `file.py:factory`) made with `model_args`, or an `nn.Module`. It runs on each of `devices`
-    (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`), on random inputs of `input_shapes` (`1,3,224,224`,
-    `1,16:int64`; one for each argument), on the picture `input` or the folder `data`. `partial`
-    compares what both have and the model takes; `at` and `candidate_at` choose among several
-    state_dicts. Raises `DoesNotLoad`, `NoDevice`, `NoSuchModel`, `BadInput`, `MissingExtra`,
-    `OutOfMemory`, and what reading raises.
-
-    >>> from torch import nn
-    >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
-    >>> ckptool.verify(one, other, one, devices="cpu", input_shapes="3,4")
-    <Verification of (Linear), (Linear): not identical on cpu>
-    """
-    from ckptool.model import inputs, verify as room
-
-    options = room.Options(
-        devices=devices,
-        inputs=inputs.Options(
-            shapes=input_shapes, batch_size=batch_size, picture=input, folder=data, seed=seed
-        ),
-        dtype=dtype,
-        channels_last=channels_last,
-        partial=partial,
-        atol=atol,
-        rtol=rtol,
-        allow_tf32=allow_tf32,
-        at=at,
-        candidate_at=candidate_at,
-    )
-    return room.verify(
-        reference, candidate, model, model_args, options, progress or room.no_progress
-    )
