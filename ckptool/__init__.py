@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ckptool.errors import *  # noqa: F403  (mypy and pyright take a star for public)
     from ckptool.files.budget import max_memory as max_memory
     from ckptool.files.download import Downloaded as Downloaded
+    from ckptool.model.layers import Layer as Layer, Layers as Layers, layers as layers
     from ckptool.model.loading import (
         Matching as Matching,
         load_matching as load_matching,
@@ -74,6 +75,7 @@ _PUBLIC = {
         "ckptool.files.budget": "max_memory",
         "ckptool.verbs.listing": "Listing",
         "ckptool.files.download": "Downloaded",
+        "ckptool.model.layers": "Layer Layers layers",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verification": "Run Verification",
         "ckptool.verbs.models": "verify",
