@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.listing import Listing as Listing
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
+    from ckptool.verbs.showing import Shown as Shown, show as show
     from ckptool.verbs.surgery import Rewrite as Rewrite, Shard as Shard
     from ckptool.verbs.survey import Suggestion as Suggestion, Survey as Survey
 
@@ -78,6 +79,7 @@ _PUBLIC = {
         "ckptool.model.verify": "Run Verification",
         "ckptool.verbs.options": "WriteOptions",
         "ckptool.verbs.plan": "Dropped",
+        "ckptool.verbs.showing": "Shown show",
         "ckptool.verbs.surgery": "Rewrite Shard",
         "ckptool.verbs.survey": "Suggestion Survey",
         "ckptool.tensors.tensor": "TensorInfo",

@@ -7,12 +7,12 @@
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
-    |                               BadRecipe
+    |                               BadRecipe RanksDiffer
     |-- PoorFit NotAsExpected Overflow                                                   exit 1
     |-- WriteError                  OutputExists OutputDenied SameFile NotRepresentable  exit 5
     |                               NoSpace
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
-    `-- ModelError                  MissingExtra NoDevice OutOfMemory                    exit 7
+    `-- ModelError                  MissingExtra NoDevice OutOfMemory RankLost           exit 7
                                     NoSuchModel BadInput                                 exit 2
                                     DoesNotLoad                                          exit 1
 
@@ -43,6 +43,7 @@ class CkptoolError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self._placed = message, False
+        self.said_elsewhere = False  # by rank 0 of the processes that raise it
         self.evidence = tuple(evidence)
         self.hint = hint
         self.option = option
@@ -166,6 +167,10 @@ class BadRecipe(EditError):
     """A recipe cannot be read, or says what no recipe can."""
 
 
+class RanksDiffer(EditError):
+    """Processes that are to write one output would write several."""
+
+
 class PoorFit(CkptoolError):
     """Too little of the target would be filled."""
 
@@ -245,6 +250,10 @@ class NoDevice(ModelError):
 
 class OutOfMemory(ModelError):
     """This process, or the device, has too little memory."""
+
+
+class RankLost(ModelError):
+    """A process that was to write a part of the output has ended, or answers no more."""
 
 
 class NoSuchModel(ModelError):

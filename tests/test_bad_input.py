@@ -78,6 +78,14 @@ REFUSED = {
         sharded_missing_key sharded_missing_shard sharded_no_shards sharded_not_utf8 sharded_nul
         sharded_number sharded_repeated_key sharded_short_shard sharded_swapped
         sharded_traversal sharded_truncated
+        ranks_coordinate_beyond ranks_dim_beyond ranks_no_placement
+        ranks_other_dtype ranks_other_key ranks_other_kind ranks_other_placement ranks_other_shape
+        ranks_other_step ranks_other_world ranks_parameter_differs ranks_replicas_differ
+        ranks_sharded_beyond ranks_sharded_gap ranks_sharded_overlap ranks_short_piece
+        ranks_truncated ranks_twice
+        dcp_safetensors_dimensions dcp_safetensors_far dcp_safetensors_gap
+        dcp_safetensors_negative dcp_safetensors_no_key dcp_safetensors_overlap
+        dcp_safetensors_text
         tar_absolute.tar tar_device.tar tar_duplicate.tar tar_hardlink.tar
         tar_pax_length.tar tar_pax_size.tar tar_pax_sparse.tar tar_second_header.tar
         tar_size_beyond.tar tar_size_binary.tar tar_size_negative.tar tar_size_text.tar
@@ -97,14 +105,16 @@ REFUSED = {
     """,
     "unsupported": """
         bzip2_member.pth dcp_transformed encrypted.pth extension_code.pth lzma_member.pth
-        next_buffer.pth
+        next_buffer.pth ranks_partial ranks_strided
         safetensors_unknown_dtype.safetensors script_json_data_type.pt patched.pth two_volumes.pth
     """,
     "limit-exceeded": """
         deep_key.pth deep_list.pth deep_tuple.pth safetensors_deep_json.safetensors
         safetensors_header_too_long.safetensors script_doubled.pt script_endless.pt
         script_json_deep.pt sharded_deep module_deep.pth dcp_deep
+        dcp_safetensors_deep
     """,
+    "partial-checkpoint": "ranks_flat ranks_huge_mesh ranks_missing",
 }
 # Files that would run code: `keys` warns, a torch file is refused, the tensors can be kept. Beside
 # each, what converting it to safetensors says.
@@ -138,6 +148,7 @@ DANGEROUS = {
     "popped_call.pth": "ok",
     "popped_to_mark.pth": "ok",
     "python2_builtin_eval.pth": "ok",
+    "ranks_os_system": "not-representable",
     "rebuild_from_type.pth": "ok",
     "script_os_system.pt": "ok",
     "tar_os_system.tar": "not-representable",
@@ -191,6 +202,7 @@ CODES = {
     "unsupported": 3,
     "limit-exceeded": 3,
     "not-a-checkpoint": 3,
+    "partial-checkpoint": 3,
     "unsafe-pickle": 4,
     "not-representable": 5,
 }
@@ -279,7 +291,7 @@ WARM_UP = """
     no_tensors.pth list_of_tensors.pth extra_state.pth big_endian.pth conj.pth collision.pth
     plain_legacy.pth strided_legacy.pth python2.pth plain.safetensors shapes.safetensors
     plain_pickle.pkl torch_0_1.tar expanded_far.pth script.pt script_2019.pt
-    sharded_safetensors sharded_bin transformers dcp dcp_two_ranks
+    sharded_safetensors sharded_bin transformers dcp dcp_two_ranks fsdp2_ranks dcp_safetensors
 """
 WATCH = str(Path(__file__).with_name("watch.py"))
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import environment, step
 
 from ckptool.files import copying, publish
-from ckptool.files.copying import write_file
+from ckptool.files.writing import write_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 
@@ -76,14 +76,14 @@ def command_options(name: str) -> set[str]:
 # What the harness must complain of.
 
 
-def straight_to_the_target(place: Any, output: Any, progress: Any, check: Any) -> list[str]:
+def straight_to_the_target(place: Any, output: Any, progress: Any, *_: Any) -> list[str]:
     fd = os.open(place.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     write_file(fd, output.files[0], progress)
     os.close(fd)
     return []
 
 
-def never_tidied(place: Any, output: Any, progress: Any, check: Any) -> list[str]:
+def never_tidied(place: Any, output: Any, progress: Any, *_: Any) -> list[str]:
     temporary = f"{place.path}.new"
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     write_file(fd, output.files[0], progress)

@@ -51,8 +51,10 @@ judge = pytest.importorskip("judge")
 FOLDER = Path(__file__).parent.parent / "fixtures"
 GOOD = FOLDER / "good"
 UNREAD = {"plain_pickle.pkl": "plain pickle"}
-# What test_torchscript.py and test_torch_tar.py judge: programs, and storages cut out of others.
-APART = {path.name for pattern in ("script*", "torch_0_1*") for path in GOOD.glob(pattern)}
+# What test_torchscript.py, test_torch_tar.py and test_rank_files.py judge: programs, storages cut
+# out of others, pieces.
+PATTERNS = ("script*", "torch_0_1*", "mesh_ranks")
+APART = {path.name for pattern in PATTERNS for path in GOOD.glob(pattern)}
 FILES = sorted(path.name for path in GOOD.iterdir() if path.name not in UNREAD.keys() | APART)
 
 
@@ -66,8 +68,8 @@ HOW: dict[str, dict[str, Any]] = {
     "protocol0_legacy.pth": {"pickle_module": judge.text_ids},
     "python2_training.pth": {"encoding": "latin1"},
 }
-# Needs a GPU in torch; its twin holds the same tensors.
-TWIN = {"tensors_2017_cuda.pth": "tensors_2017.pth"}
+# Needs a GPU in torch, or is in pieces; its twin holds the same tensors.
+TWIN = {"tensors_2017_cuda.pth": "tensors_2017.pth", "fsdp2_ranks": "plain.pth"}
 # The README says of each file whether torch takes it with weights_only=True.
 ACCEPTED = {
     name
@@ -150,6 +152,8 @@ def original(name: str) -> Loaded:
     path = GOOD / TWIN.get(name, name)
     if (path / ".metadata").exists():
         return by_dcp(path)
+    if path.name == "dcp_safetensors":
+        return by_boxes(path)
     if path.is_dir():
         return by_shards(path)
     if path.suffix == ".safetensors":
@@ -165,6 +169,28 @@ def by_dcp(folder: Path) -> Loaded:
         warnings.simplefilter("ignore")
         dcp.dcp_to_torch_save(folder, f"{made}/whole.pth")
         return judge.load(f"{made}/whole.pth", weights_only=False)
+
+
+def by_boxes(folder: Path) -> OrderedDict[str, Any]:
+    """Put the pieces of each file where its metadata says that they begin."""
+    pieces: dict[str, list[tuple[list[int], Any]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        header, _ = header_of(path)
+        begins = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+        tensors = safetensors_torch.load_file(path)
+        for key, said in begins.items():
+            pieces.setdefault(key, []).append((said["saved_offsets"], tensors[key]))
+    loaded: OrderedDict[str, Any] = OrderedDict()
+    for key, boxes in pieces.items():
+        places = [
+            tuple(map(slice, at, map(sum, zip(at, piece.shape, strict=True))))
+            for at, piece in boxes
+        ]
+        shape = [max(each.stop for each in dim) for dim in zip(*places, strict=True)]
+        loaded[key] = torch.full(shape, float("nan"))
+        for place, (_, piece) in zip(places, boxes, strict=True):
+            loaded[key][place] = piece
+    return loaded
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:

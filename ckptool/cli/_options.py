@@ -34,7 +34,7 @@ def _limit(context: click.Context, _: click.Parameter, size: str | None) -> None
 
 
 class Command(click.Command):
-    """A command whose help starts with its examples: the second paragraph of its docstring.
+    """A command with examples in its help: the second paragraph of its docstring.
 
     All commands have the option that lets them take more memory.
     """
@@ -48,16 +48,16 @@ class Command(click.Command):
         self.params.append(option)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write examples, usage, what the command does, options."""
-        examples = self._paragraphs()[1].removeprefix("\b\n")
+        """Write usage, what the command does, examples, options."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
         with formatter.section("Examples"):
-            for line in examples.splitlines():
+            for line in self._paragraphs()[1].removeprefix("\b\n").splitlines():
                 formatter.write(f"{' ' * formatter.current_indent}{line}\n")
-        formatter.write_paragraph()
-        super().format_help(ctx, formatter)
+        self.format_options(ctx, formatter)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the help without the examples, which stand above."""
+        """Write the help without the examples, which follow."""
         first, _, *rest = self._paragraphs()
         formatter.write_paragraph()
         with formatter.indentation():
@@ -209,6 +209,7 @@ class Request:
     options: dict[str, Any]
     as_json: bool
     quiet: bool
+    silent: bool = False  # another process says it all
 
 
 _OPTIONS = "at to keep_records force in_place dry_run tensors_only untie allow_expand".split()
@@ -235,7 +236,7 @@ def _request(given: dict[str, Any]) -> Request:
 def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rewrite:
     """Call a verb of the library, and say what was done."""
     name = request.target or request.source
-    with talk.Progress(name, quiet=request.quiet) as progress:
+    with talk.Progress(name, quiet=request.quiet or request.silent) as progress:
         result = verb(
             request.source,
             request.target,
@@ -243,7 +244,8 @@ def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rew
             **request.options,
             **arguments,
         )
-    tell(request, result)
+    if not request.silent:
+        tell(request, result)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 from ckptool.cli import talk
 from ckptool.cli._options import Command, Request, edits, patterns, refuse_idle, run, strips, writes
 from ckptool.state.edit_options import EDITS, STRIP_FLAGS
+from ckptool.text import quoted
 
 if TYPE_CHECKING:
     from ckptool.state.edits import Edit
@@ -22,6 +24,7 @@ class _InOrder(Command):
     """A command that knows in which order its options stood."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["ckptool.given"] = list(args)
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         taken: dict[str, int] = {}
         ordered: list[tuple[str, Any]] = []
@@ -52,7 +55,8 @@ class _InOrder(Command):
     help="What --dtype does with what is beyond its largest number.  [default: refuse]",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
-def command(request: Request, unwrap: bool, max_shard_size: str | None, **given: Any) -> None:
+@click.option("--distributed", is_flag=True, help="Write with all ranks that torchrun started.")
+def command(request: Request, **given: Any) -> None:
     """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
 
     \b
@@ -68,15 +72,26 @@ def command(request: Request, unwrap: bool, max_shard_size: str | None, **given:
     """
     needs = dict.fromkeys(STRIP_FLAGS, "strip_prefix") | dict.fromkeys(_CAST[1:], "dtype")
     refuse_idle({**needs, "reverse": "recipe"})
+    if not given["distributed"]:
+        _convert(request, given)
+        return
+    from ckptool.model import ranks
+
+    words = click.get_current_context().meta["ckptool.given"]
+    with ranks.joined(" ".join(["-m ckptool convert", *map(quoted, words)])) as group:
+        _convert(replace(request, silent=group.rank > 0), given)
+
+
+def _convert(request: Request, given: Mapping[str, Any]) -> None:
     from ckptool.verbs import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)
     cast = {name: given[name] for name in _CAST}
     for name in ("dtype_only", "dtype_except"):
         cast[name] = patterns(cast[name])
-    form = {"unwrap": unwrap, "max_shard_size": max_shard_size}
+    form = {name: given[name] for name in ("unwrap", "max_shard_size", "distributed")}
     result = run(request, api.convert, steps=steps, **cast, **form)
-    if unwrap and result.at == () and not result.not_carried:
+    if form["unwrap"] and result.at == () and not result.not_carried:
         talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
 
 

@@ -22,11 +22,12 @@ from ckptool.cli._options import Command, patterns, refuse_idle
 @click.option("--depth", type=click.IntRange(1), help="With --tree: levels to show.")
 @click.option(
     "--sort",
-    type=click.Choice(["file", "size", "name"]),
+    type=click.Choice(["file", "size", "name", "absmax", "nan", "std"]),
     default="file",
     show_default=True,
-    help="Order of the list.",
+    help="Order of the list; the last three need --stats.",
 )
+@click.option("--stats", is_flag=True, help="Least, largest, mean ... of the values.")
 @takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
@@ -39,6 +40,7 @@ def command(
     tree: bool,
     depth: int | None,
     sort: str,
+    stats: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -49,6 +51,7 @@ def command(
     ckptool keys --tree --depth 2 vit.safetensors
     ckptool keys --names --select '*.bias' model.pth
     ckptool keys --all model_best.pth.tar        (optimizer too)
+    ckptool keys --stats --sort absmax model.safetensors
 
     Off a terminal, lines are separated by tabs and never cut.
     """
@@ -56,7 +59,9 @@ def command(
     from ckptool.cli import report
     from ckptool.verbs import listing
 
-    refuse_idle({"depth": "tree", "at": "not every", "sort": "not tree"})
+    refuse_idle({"depth": "tree", "at": "not every", "sort": "not tree", "stats": "not tree names"})
+    if sort in ("absmax", "nan", "std") and not stats:
+        raise click.UsageError(f"--sort {sort} needs --stats", click.get_current_context())
     forms = {"--names": names, "--tree": tree, "--json": as_json}
     wanted = [option for option, given in forms.items() if given]
     if len(wanted) > 1:
@@ -64,7 +69,12 @@ def command(
         raise click.UsageError(what, click.get_current_context())
     with local(file, quiet=quiet) as path:
         checkpoint = replace(containers.read(path, alone=every), path=file)
-    found = listing.chosen(listing.listing(checkpoint, at, every=every), patterns(select), sort)
+        found = listing.listing(checkpoint, at, every=every)
+        with talk.Progress(file, quiet=quiet) as progress:
+            begin = progress.begin if stats else None
+            found = listing.chosen(
+                found, patterns(select), sort, begin, cells=talk.on_terminal() and not as_json
+            )
     warning, *evidence = report.danger_lines(checkpoint) or [""]
     if warning:
         talk.warn([warning])
@@ -75,6 +85,10 @@ def command(
         talk.put(report.tree_table(found.entries, depth, wide=talk.on_terminal()))
     elif names:
         talk.put(report.key_names(found.entries))
+    elif stats:
+        from ckptool.cli.report_stats import stat_rows, stat_table
+
+        talk.put((stat_table if talk.on_terminal() else stat_rows)(found))
     else:
         rows = report.key_table if talk.on_terminal() else report.key_rows
         talk.put(rows(found.entries))

@@ -30,9 +30,10 @@ from ckptool.errors import (
 from ckptool.text import quoted, visible
 
 GROUPS = {
-    "Look": ("info", "keys", "check", "diff"),
+    "Look": ("info", "keys", "show", "check", "diff"),
     "Models": ("download", "verify"),
     "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
+    "Manual": ("help",),
 }
 EXAMPLES = (
     "ckptool info model_best.pth.tar",
@@ -79,8 +80,12 @@ class _Commands(click.Group):
         with formatter.section("Examples"):
             for example in EXAMPLES:
                 formatter.write_text(example)
+        self.format_options(ctx, formatter)
         formatter.write_paragraph()
-        formatter.write_text("ckptool COMMAND --help says more; exit codes are in the README.")
+        formatter.write_text("ckptool COMMAND --help says more, ckptool help COMMAND all of it.")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write none with the options: they are above, in groups."""
 
     def _short(self, ctx: click.Context, name: str) -> str:
         command = self.get_command(ctx, name)
@@ -100,7 +105,7 @@ def _no_such_command(name: str, known: list[str]) -> NoSuchCommand:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--debug", is_flag=True, hidden=True, envvar="CKPTOOL_DEBUG")
+@click.option("--debug", is_flag=True, envvar="CKPTOOL_DEBUG", help="Show where an error is from.")
 @click.version_option(__version__, "-V", "--version", message="ckptool %(version)s")
 @click.pass_context
 def ckptool(ctx: click.Context, debug: bool) -> None:
@@ -120,7 +125,12 @@ def main(args: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """Run the command line of this process."""
+    """Run the command line of this process.
+
+    OpenBLAS, which comes with numpy, starts a thread for each core that waits busily at first: for
+    nothing here, and beside ours.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(main())
 
 
@@ -154,11 +164,13 @@ def _run(arguments: list[str], debug: bool) -> int:
         _refuse_no_room()
         return _invoke(arguments)
     except CkptoolError as error:
-        complain(_with_hint(error, arguments))
+        if not error.said_elsewhere:
+            complain(_with_hint(error, arguments))
         _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
-        say(_usage(error, arguments))
+        others = "--distributed" in arguments and os.environ.get("LOCAL_RANK", "0") != "0"
+        say(_usage(error, arguments), quiet=others)  # who were started with the same arguments
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -216,7 +228,8 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
-    return "" if set(arguments[:1]) & {*GROUPS["Look"], "verify"} else NOTHING_WRITTEN
+    reading = {*GROUPS["Look"], *GROUPS["Manual"], "verify"}
+    return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
 
 
 def _trace(error: BaseException, debug: bool) -> None:

@@ -50,7 +50,7 @@ def command(
         raise click.UsageError("name a recipe, or use --list", click.get_current_context())
     if file is None:
         refuse_idle({"source": "not listed", "reverse": "not listed"})
-        talk.put(report_recipe.shipped_lines(recipes.shipped().values(), wide=talk.on_terminal()))
+        talk.put(report_recipe.shipped_lines(recipes.shipped(), wide=talk.on_terminal()))
         return 0
     recipe = recipes.Recipe.load(file)
     if source is None:

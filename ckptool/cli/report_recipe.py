@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ckptool.state.recipes import Recipe, described
@@ -19,9 +18,9 @@ def _rows(rows: Sequence[Sequence[str]], title: Sequence[str], *, wide: bool) ->
     return table([title, *rows]) if wide else ["\t".join(row) for row in rows]
 
 
-def shipped_lines(files: Iterable[Path], *, wide: bool) -> list[str]:
+def shipped_lines(names: Iterable[str], *, wide: bool) -> list[str]:
     """List recipes by name, and what each says of itself."""
-    rows = [(file.stem, Recipe.load(file).about) for file in files]
+    rows = [(name, Recipe.load(name).about) for name in names]
     return _rows(rows, ("RECIPE", "WHAT IT DOES"), wide=wide)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -61,9 +61,17 @@ def on_terminal() -> bool:
 
 def coloured(text: str, colour: str, *, data: bool = False) -> str:
     """Colour a word of talk, or of data, where that is wanted."""
-    stream = sys.stdout if data else sys.stderr
-    wanted = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    wanted = in_colour(sys.stdout if data else sys.stderr)
     return click.style(text, fg=colour, bold=True) if wanted else text
+
+
+def in_colour(stream: TextIO) -> bool:
+    """Return whether colour is wanted on a stream: on a terminal, unless NO_COLOR; FORCE_COLOR."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def complain(error: CkptoolError) -> None:

@@ -25,7 +25,7 @@ from ckptool.state.walk import refuse_deep
 
 MODULES = (
     "torch_zip safetensors torch_tar torch_legacy torchscript torch_export dcp sharded "
-    "torch_folder plain_pickle"
+    "torch_folder plain_pickle rank_files dcp_safetensors"
 ).split()
 HEAD = 4096
 # Of formats that ckptool does not write, in names of outputs.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
@@ -18,6 +18,7 @@ from ckptool.files.fileio import Reader
 from ckptool.text import counted
 
 if TYPE_CHECKING:
+    from ckptool.pickles.tree import Node
     from ckptool.state.checkpoint import Checkpoint
 
 MAX_SETS = 20  # that are named where one must be chosen
@@ -27,7 +28,15 @@ _STEP = re.compile(r"global_step(\d+)", re.ASCII)
 # Module of the container -> names; what the group `part` matches differs between files of a set.
 # Its `join(files, values)` reads them as one checkpoint, of those `values` where there are several;
 # None where what is in them says that they are no parts.
-_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = ()
+_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    # torch/distributed/checkpoint/_hf_utils.py, `_gen_file_name`: of a rank, a part of the model
+    (
+        "dcp_safetensors",
+        re.compile(r"shard-(?P<part>\d{5}-model-\d{5})-of-\d{5}\.safetensors", re.ASCII),
+    ),
+    # verl, torchtune, accelerate and others: model_world_size_2_rank_0.pt, model.rank_0.pth
+    ("rank_files", re.compile(r".*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt)", re.ASCII)),
+)
 
 
 class FileSet(NamedTuple):
@@ -105,6 +114,10 @@ def read_part(path: str, before: int) -> Checkpoint:
     return part
 
 
+def nothing(reader: Reader) -> None:
+    """Read no file alone: what one of a set is, is asked of all of them."""
+
+
 def _kind(name: str) -> tuple[str, str] | None:
     """Return which set a name is of: its module, and the name without what differs in it."""
     for module, pattern in _NAMES:
@@ -129,4 +142,32 @@ def _several(folder: str, what: str, shown: Sequence[str], count: int) -> Ambigu
         f"{folder} is a folder of {count or len(shown)} {what}",
         evidence=shown[:MAX_SETS],
         hint="name one of them; any file of a set stands for all of it",
+    )
+
+
+def combined(
+    path: str,
+    container: str,
+    tree: Node,
+    parts: Mapping[str, Checkpoint],
+    notes: Sequence[str] = (),
+) -> Checkpoint:
+    """Return a checkpoint that is made of parts, by their names."""
+    from dataclasses import replace
+
+    first = next(iter(parts.values()))
+    return replace(
+        first,
+        path=path,
+        container=container,
+        tree=tree,
+        nbytes=sum(each.nbytes for each in parts.values()),
+        globals={name: at for each in parts.values() for name, at in each.globals.items()},
+        calls=[call for each in parts.values() for call in each.calls],
+        records={f"{n}/{name}": r for n, s in parts.items() for name, r in s.records.items()},
+        unlisted=sum(each.unlisted for each in parts.values()),
+        flaws=tuple(f"{name}: {flaw}" for name, each in parts.items() for flaw in each.flaws),
+        files=tuple(f for s in parts.values() for f in s.files),
+        shards=tuple(parts.values()),
+        notes=(*notes, *(note for each in parts.values() for note in each.notes)),
     )

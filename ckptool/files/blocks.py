@@ -35,6 +35,7 @@ from ckptool.tensors.values import arguments
 
 AHEAD = 16 << 20  # of what lies apart: what is read with it is read again for the next
 READ = 1 << 20  # at once, to gather from
+LONG = 64 << 10  # pieces of it, on average, are read and written each alone
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
 AT_ONCE = 4 << 20  # of all tensors that elements are made of
 LINE = 64  # bytes of a line of the cache
@@ -160,6 +161,33 @@ def _place_in_order(chunked: Chunked, piece: Piece, first: int) -> int | None:
         return None
     begin: int = sum(map(mul, piece.chunk.offsets, steps))
     return begin + piece.first - first
+
+
+def runs(storage: Storage, start: int, nbytes: int) -> Iterator[tuple[Storage, int, int]]:
+    """Cut bytes of a storage into those of the storages that they lie in just so; one run each.
+
+    That is only worth it where the pieces are long.
+    """
+    chunked = storage.chunked
+    if chunked is None or nbytes < LONG * len(chunked.chunks):
+        yield storage, start, nbytes
+        return
+    size = chunked.itemsize
+    found = [*pieces(chunked, start // size, nbytes // size)]
+    places = [_place_in_order(chunked, piece, start // size) for piece in found]
+    if None in places or not all(_is_plain(piece.chunk.source, storage) for piece in found):
+        yield storage, start, nbytes
+        return
+    for _, piece in sorted(zip(places, found, strict=True), key=lambda each: each[0] or 0):
+        source = piece.chunk.source
+        yield from runs(source.storage, source.start + piece.first * size, piece.count * size)
+
+
+def _is_plain(value: TensorInfo, whole: Storage) -> bool:
+    """Return whether a piece has its elements as the whole has them."""
+    swapped = value.dtype.swap > 1 and value.storage.byteorder != whole.byteorder
+    in_order = is_contiguous(value.shape, value.stride) and not value.lazy and not swapped
+    return in_order and value.storage.packing is not Packing.DEFLATED
 
 
 def grain(storage: Storage) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from _thread import LockType, allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from mmap import mmap
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
 from ckptool.files import checksums
-from ckptool.files.blocks import Ahead, fill, grain
+from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Packing, Storage
@@ -160,25 +159,49 @@ def run_jobs(
     What is only to be read comes last: what the others have read all of is not read again. With
     `sync` the output will be flushed: its write-back starts early.
     """
-    write_back = _WriteBack(target or 0, wanted=sync and target is not None)
-    done, parts = [NOTHING] * len(jobs), list[Part]()
+    done, parts, known = [NOTHING] * len(jobs), list[Part](), dict[Storage, int]()
     for reading in (False, True):
-        known = checksums.checksums(parts) if reading else {}
-        left = []
+        left, plain = [], list[Copy]()
         for number, job in enumerate(jobs):
             if (job.target is None) is not reading:
                 continue
             if job.whole and job.storage in known:
                 done[number] = Done(known[job.storage], job.nbytes)
                 progress(job.nbytes)
-            else:
+                continue
+            for piece in _taken_apart(job):
                 left.append(number)
-        run = _Run([jobs[number] for number in left], target, progress, write_back)
-        parts += run.finished() if left else []
-        for number, moved in zip(left, run.done, strict=True):
-            done[number] = moved
+                plain.append(piece)
+        moved, found = move(plain, target, progress, sync=sync)
+        parts += found
+        for number, each in zip(left, moved, strict=True):
+            done[number] = done[number].followed_by(each)
+        if reading or all(job.target is not None for job in jobs):
+            break
+        known = checksums.checksums(parts)
+        known |= {
+            job.storage: each.crc32
+            for job, each in zip(plain, moved, strict=True)
+            if job.whole and job.storage.crc32 is not None
+        }
     checksums.compare(parts)
     return done
+
+
+def move(
+    jobs: Sequence[Copy], target: int | None, progress: Progress, *, sync: bool = False
+) -> tuple[list[Done], list[Part]]:
+    """Do jobs in any order; return what each has moved, and what that was of recorded storages."""
+    run = _Run(jobs, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
+    return run.done, run.finished() if jobs else []
+
+
+def _taken_apart(job: Copy) -> Iterator[Copy]:
+    """Yield copies of the pieces that a storage is put together of, where they are in order."""
+    target = job.target
+    for storage, start, nbytes in runs(job.storage, job.start, job.nbytes):
+        yield Copy(storage, target, start, nbytes)
+        target = None if target is None else target + nbytes
 
 
 class _Run:
@@ -327,10 +350,13 @@ class _Run:
     def _read(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
         """Yield what is read into the buffer, a grain after the other."""
         job = task.job
+        made = job.storage.chunked or job.storage.computed
+        size = made.itemsize if made else 1
         for start, end in _cuts(job, task.start, task.start + task.nbytes, task.grain):
-            view = buffer[: end - start]
-            self.parts += fill(view, job.storage, job.start + start, self.readers, ahead)
-            yield view
+            before, behind = (job.start + start) % size, -(job.start + end) % size
+            view = buffer[: before + end - start + behind]  # elements that a job has a part of
+            self.parts += fill(view, job.storage, job.start + start - before, self.readers, ahead)
+            yield view[before : before + end - start]
         self.parts += ahead.parts
         ahead.parts.clear()
 
@@ -421,9 +447,9 @@ def _cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, i
     cut at whole elements, what is gathered at whole rows of it.
     """
     made = job.storage.chunked or job.storage.computed
-    offset = (job.target or 0) if nbytes <= TASK else 0
-    if made and offset % made.itemsize:
-        offset = 0
+    offset = (job.target or 0) if nbytes <= TASK else job.start
+    if made and (offset - job.start) % made.itemsize:
+        offset = job.start
     while start < end:
         cut = min(start + nbytes - (offset + start) % nbytes, end)
         yield start, cut
@@ -447,43 +473,3 @@ def _clipped(parts: Iterable[bytes], start: int, nbytes: int) -> Iterator[bytes]
         position += len(data)
         if wanted:
             yield wanted
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    """Reserve the space of a file, where its file system does that without writing.
-
-    A full disk then refuses before the first byte, and the bytes come faster. Where there is no
-    fallocate (NFS 3, some FUSE), glibc imitates it with a write for each block, but not for a
-    descriptor that appends (sysdeps/posix/posix_fallocate.c: EBADF).
-    """
-    if not nbytes or not hasattr(os, "posix_fallocate"):
-        return
-    from fcntl import F_GETFL, F_SETFL, fcntl
-
-    flags = fcntl(fd, F_GETFL)
-    fcntl(fd, F_SETFL, flags | os.O_APPEND)
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in _NOT_RESERVED:
-            raise
-    finally:
-        fcntl(fd, F_SETFL, flags)
-
-
-_NOT_RESERVED = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
-
-
-def write_file(
-    fd: int, planned: PlannedFile, progress: Progress, *, sync: bool = False
-) -> list[Done]:
-    """Write a planned file through an open descriptor and return what its jobs have moved.
-
-    `sync` says that it will be flushed.
-    """
-    os.ftruncate(fd, planned.nbytes)
-    _reserve(fd, planned.nbytes)
-    done = run_jobs(planned.jobs, fd, progress, sync=sync)
-    for offset, data in chain(planned.literals, planned.finish(done)):  # some are between jobs
-        write_at(fd, data, offset)
-    return done

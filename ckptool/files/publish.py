@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptool.errors import (
@@ -29,8 +30,10 @@ from ckptool.errors import (
     out_of_memory,
 )
 from ckptool.files import moves
-from ckptool.files.copying import Moved, PlannedFile, Progress, write_file
+from ckptool.files.copying import Done, Moved, PlannedFile, Progress
+from ckptool.files.group import ALONE, Group
 from ckptool.files.target import Output as Output, Owns, Target as Target
+from ckptool.files.writing import WRITING, Work, reserve, write_file
 from ckptool.text import counted, listed, quoted, readable
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -178,21 +181,28 @@ def refuse_full(target: Target, nbytes: int) -> None:
 
 
 def publish(
-    place: Target, output: Output, progress: Progress, check: Callable[[str, Moved], None]
+    place: Target,
+    output: Output,
+    progress: Progress,
+    check: Callable[[str, Moved], None],
+    group: Group = ALONE,
 ) -> list[str]:
     """Write, check and publish an output; return warnings about what failed after that.
 
     `check` reads what was written by its `head`, and raises where it is not what was meant or not
     what the jobs have moved. Whatever fails, the target stays as it was and what is temporary is
-    removed. Raises `NoSpace`, `OutputExists` or `WriteError`; an interruption says where all was
-    done already.
+    removed. All ranks of a group write, and rank 0 checks and publishes. Raises `NoSpace`,
+    `OutputExists` or `WriteError`; an interruption says where all was done already.
     """
+    if group.rank:
+        return _take_part(place, output, progress, group)
     temporary, published = beside(place), False
     try:
         with moves.Folder(place) as folder:
-            output = _publish(temporary, place, output, progress, check, folder)
+            output = _publish(temporary, place, output, progress, check, folder, group)
             published = True
-            return [*moves.removed(temporary, place, output), *moves.flushed(place)]
+            late = [*moves.removed(temporary, place, output), *moves.flushed(place)]
+        return group.share(lambda: late)
     except KeyboardInterrupt:  # when the folder is closed, too
         if published:
             raise KeyboardInterrupt(f"{place.path} was written") from None
@@ -206,18 +216,21 @@ def _publish(
     progress: Progress,
     check: Callable[[str, Moved], None],
     folder: moves.Folder,
+    group: Group,
 ) -> Output:
     """Write, check and move an output; return it without its jobs."""
     written = None
     try:  # before anything is made: a signal may come right after
-        moved, output = _write(temporary, place, output, progress)
+        moved, output = _write(temporary, place, output, progress, group)
         check(os.path.join(temporary, output.head) if output.head else temporary, moved)
         written = os.stat(temporary)
         folder.lock()
         if other := folder.replaced():
             raise other
+        group.begin_publishing()
         _move(temporary, place, output)
     except BaseException as error:
+        group.fail(write_error(error, place) if isinstance(error, OSError) else error)
         done = written is not None and moves.is_file(place.path, written)
         folder.lock()  # who has moved the folder away brings back what is not theirs
         with suppress(OSError):  # the first error is the one to report
@@ -238,28 +251,62 @@ def beside(target: Target) -> str:
     return os.path.join(target.folder, f".{name}.{os.urandom(6).hex()}.tmp")
 
 
+def _take_part(place: Target, output: Output, progress: Progress, group: Group) -> list[str]:
+    """Write what is this rank's of what rank 0 publishes, and wait until it has."""
+    temporary = os.path.join(place.folder, group.share(str))
+    try:
+        try:
+            Work(group, output, partial(_path, temporary), progress, sync=place.sync).done()
+        except OSError as error:
+            if os.path.exists(temporary):
+                raise write_error(error, place) from error
+            raise WriteError(
+                f"what rank 0 has made in {place.folder} is not there",
+                hint="name an output on a file system that all machines share",
+            ) from error
+        group.begin_publishing()
+        return group.share(list)
+    except BaseException as error:
+        group.fail(error)
+        if group.may_remove:
+            with suppress(OSError):  # the first error is the one to report
+                moves.remove(temporary, place, output, replaced=False)
+        raise
+
+
+def _path(temporary: str, file: PlannedFile) -> str:
+    return os.path.join(temporary, file.name) if file.name else temporary
+
+
 def _write(
-    temporary: str, place: Target, output: Output, progress: Progress
+    temporary: str, place: Target, output: Output, progress: Progress, group: Group
 ) -> tuple[Moved, Output]:
     """Write all files; return what was moved, and the output without its jobs.
 
     Those of many tensors take as much memory as reading the output back does.
     """
     moved: Moved = {}
-    old = moves.old_files(place, output)
+    old, paths = moves.old_files(place, output), partial(_path, temporary)
     if output.head:
         os.mkdir(temporary)
-    for file in output.files:
-        path = os.path.join(temporary, file.name) if file.name else temporary
+    together: list[list[Done]] = []
+    if group.size > 1:
+        for file in output.files:
+            _make(paths(file), file.nbytes)
+        group.share(lambda: os.path.basename(temporary))
+        together = Work(group, output, paths, progress, sync=place.sync).done()
+    for number, file in enumerate(output.files):
         like = file.name if file.name in old else (old or [file.name])[0]
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        fd = os.open(path, flags, 0o666)
+        fd = os.open(paths(file), WRITING if together else WRITING | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            done = write_file(fd, file, progress, sync=place.sync)
+            if together and file.jobs:
+                done = together[number]
+            else:
+                done = write_file(fd, file, progress, sync=place.sync)
             finish(fd, os.path.join(place.path, like) if like else place.path, sync=place.sync)
         finally:
             os.close(fd)
-        moved[os.path.basename(path)] = {
+        moved[os.path.basename(paths(file))] = {
             job.target: each
             for job, each in zip(file.jobs, done, strict=True)
             if job.target is not None and job.nbytes
@@ -268,6 +315,15 @@ def _write(
         moves.flush_folder(temporary)
     files = tuple(PlannedFile(file.name, file.nbytes) for file in output.files)
     return moved, replace(output, files=files)
+
+
+def _make(path: str, nbytes: int) -> None:
+    """Make a file that several ranks write to."""
+    fd = os.open(path, WRITING | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        reserve(fd, nbytes)
+    finally:
+        os.close(fd)
 
 
 def finish(fd: int, replaced: str, *, sync: bool, private: bool = False) -> None:

@@ -2,9 +2,9 @@
 
 A wrapper subclass (`torch.Tensor._make_wrapper_subclass`) has a dtype and a shape and no bytes: its
 `__dict__` or slots hold the tensors that it is made of (torch/_tensor.py, `_reduce_ex_internal`).
-DTensor and ShardedTensor hold what one rank has of a tensor. An array of numpy has its bytes in
-the pickle (numpy/_core/src/multiarray/methods.c, `array_reduce`); tensors of devices without
-storages are pickled as arrays, before torch 2.6, or as CPU tensors.
+DTensor and ShardedTensor hold what one rank has of a tensor (`holdings`). An array of numpy has its
+bytes in the pickle (numpy/_core/src/multiarray/methods.c, `array_reduce`); tensors of devices
+without storages are pickled as arrays, before torch 2.6, or as CPU tensors.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ from __future__ import annotations
 import struct
 from array import array as memory
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 # What computes is imported by functions: a listing of plain tensors needs none of it.
 from ckptool.errors import Malformed
+from ckptool.pickles.holdings import FROM_TYPE as FROM_TYPE, holding, sizes_of as sizes_of
 from ckptool.pickles.tree import (
     ByteArray,
-    Dict,
     Global,
     Node,
     Object,
     OldString,
-    attribute,
     children,
-    items,
 )
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import (
@@ -36,10 +34,8 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
-from ckptool.text import length
 
 UTILS = "torch._utils"
-FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 NDARRAY = Global("numpy", "ndarray")
 _ORDINARY = ("Tensor", "Parameter")
 _DEVICE_REBUILDS = (
@@ -47,18 +43,6 @@ _DEVICE_REBUILDS = (
     "_rebuild_device_tensor_from_cpu_tensor",
     "_rebuild_xla_tensor",
 )
-
-
-def sizes_of(node: Node) -> tuple[int, ...] | None:
-    """Read a size or stride: a tuple or list of lengths, or a call of torch.Size on one."""
-    if isinstance(node, Object) and node.callee == Global("torch", "Size") and node.args:
-        node = node.args[0]
-    if type(node) is not tuple and type(node) is not list:
-        return None
-    for number in node:
-        if length(number) is None:
-            return None
-    return tuple(node)
 
 
 def _size(node: Node) -> tuple[int, ...]:
@@ -200,94 +184,6 @@ def class_of(tensor: AnyTensor) -> str:
         return "numpy.ndarray"
     kind = origin.args[1] if origin.callee == FROM_TYPE and len(origin.args) > 1 else None
     return str(kind) if isinstance(kind, Global) and kind.name not in _ORDINARY else ""
-
-
-# What one rank has of a tensor.
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of a tensor: where it begins in each dimension (None: not known), its elements."""
-
-    offsets: tuple[int, ...] | None
-    tensor: TensorInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """What a DTensor or ShardedTensor of a rank holds of a tensor of this shape.
-
-    `rank` and `world` are None where the file does not say. `placements` are those of a DTensor,
-    one for each dimension of its mesh: (class, dimension of the tensor or None).
-    """
-
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    rank: int | None
-    world: int | None
-    mesh: tuple[int, ...] = ()
-    placements: tuple[tuple[str, int | None], ...] = ()
-
-    @property
-    def whole(self) -> TensorInfo | None:
-        """Return the tensor itself where a piece is all of it, and no summand of it."""
-        summand = any("Partial" in name for name, _ in self.placements)
-        if summand or len(self.pieces) != 1 or self.pieces[0].tensor.shape != self.shape:
-            return None
-        return self.pieces[0].tensor
-
-
-def holding(origin: Node) -> Holding | None:
-    """Read what a rank holds of a tensor, None for a tensor of any other class."""
-    if not isinstance(origin, Object) or origin.callee != FROM_TYPE or len(origin.args) != 4:
-        return None
-    _, kind, args, state = origin.args
-    shape = sizes_of(args[2]) if isinstance(args, tuple) and len(args) > 2 else None
-    if not isinstance(kind, Global) or shape is None or not isinstance(state, tuple):
-        return None
-    if kind.name == "DTensor":
-        return _dtensor(shape, state)
-    return _sharded(shape, state) if kind.name == "ShardedTensor" else None
-
-
-def _dtensor(shape: tuple[int, ...], state: tuple[Node, ...]) -> Holding | None:
-    """Read a DTensor (torch/distributed/tensor/_api.py): (None, its slots)."""
-    slots = dict(pair for part in state for pair in items(part) or [] if type(pair[0]) is str)
-    local, spec = slots.get("_local_tensor"), slots.get("_spec")
-    placements, mesh = attribute(spec, "placements"), attribute(spec, "mesh")
-    if not isinstance(local, TensorInfo) or not isinstance(placements, tuple):
-        return None
-    names = tuple(
-        (each.callee.name, attribute(each, "dim"))
-        for each in placements
-        if isinstance(each, Object) and isinstance(each.callee, Global)
-    )
-    ranks = attribute(mesh, "_rank_map") or attribute(mesh, "mesh")
-    world = ranks.numel if isinstance(ranks, TensorInfo) else None
-    rank = attribute(mesh, "_rank")
-    sizes = ranks.shape if isinstance(ranks, TensorInfo) else ()
-    return Holding(shape, (Piece(None, local),), length(rank), world, sizes, names)
-
-
-def _sharded(shape: tuple[int, ...], state: tuple[Node, ...]) -> Holding | None:
-    """Read a ShardedTensor (torch/distributed/_shard/sharded_tensor/api.py, `__getstate__`)."""
-    pieces = []
-    for shard in state[0] if state and isinstance(state[0], list) else ():
-        slots = _slots(shard)
-        tensor = slots.get("tensor")
-        if not isinstance(tensor, TensorInfo):
-            return None
-        pieces.append(Piece(sizes_of(_slots(slots.get("metadata")).get("shard_offsets")), tensor))
-    group = next((part for part in state if attribute(part, "global_world_size")), None)
-    rank, world = attribute(group, "global_rank"), attribute(group, "global_world_size")
-    return Holding(shape, tuple(pieces), length(rank), length(world))
-
-
-def _slots(node: Node) -> dict[str, Node]:
-    """Return the attributes of an object with `__slots__`, its state being (None, they)."""
-    state = node.state if isinstance(node, Object) else None
-    inside = state[1] if isinstance(state, tuple) and len(state) == 2 else state
-    return dict(inside.pairs) if isinstance(inside, Dict) else {}
 
 
 # Arrays and numbers of numpy.

@@ -7,7 +7,7 @@ framework has a function here that looks at what it writes:
 - DeepSpeed ZeRO: `zero/stage_1_and_2.py` and `zero/stage3.py` (`state_dict` of the optimizers),
   `engine.py` (`_save_checkpoint`, `_get_zero_param_shapes`); `zero_to_fp32.py` joins them
 - FSDP: `_flat_param` (torch/distributed/fsdp/_flat_param.py), fairscale's `flat_param_0`
-- DTensor, ShardedTensor: a piece of each tensor (`subclasses.holding`)
+- DTensor, ShardedTensor: a piece of each tensor (`holdings`)
 - distributed checkpoints in safetensors: torch/distributed/checkpoint/_hf_utils.py
 - Megatron-LM, NeMo, fairseq: sizes of model parallelism among the arguments of the training
 - torch_xla's `xser`: each tensor in a file of its own
@@ -26,7 +26,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from ckptool.errors import PartialCheckpoint
-from ckptool.pickles.subclasses import holding, sizes_of
+from ckptool.pickles.holdings import Meshes, held
+from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
 from ckptool.text import argument, counted, length, listed, shape
@@ -189,13 +190,14 @@ def _placeholders(file: File) -> Part | None:
 def _pieces(file: File) -> Part | None:
     """Recognise DTensors and ShardedTensors of which other ranks have the rest."""
     cut = [(key, each) for key, each in file.entries.items() if isinstance(each, CompositeTensor)]
-    found = [(key, each, held) for key, each in cut if (held := holding(_call(each))) is not None]
+    meshes: Meshes = {}
+    found = [(key, each, has) for key, each in cut if (has := held(each, meshes)) is not None]
     if not found:
         return None
-    key, first, held = found[0]
+    key, first, has = found[0]
     rank = next((each.rank for *_, each in found if each.rank is not None), None)
     world = max((each.world for *_, each in found if each.world is not None), default=None)
-    sizes = ", ".join(shape(piece.tensor.shape) for piece in held.pieces) or "nothing"
+    sizes = ", ".join(shape(piece.tensor.shape) for piece in has.pieces) or "nothing"
     where = (
         f"{len(found)} of {len(file.entries)} entries are pieces "
         f"({key}: {sizes} of {shape(first.shape)}); the values are in the files of all ranks"
@@ -203,18 +205,15 @@ def _pieces(file: File) -> Part | None:
     return file.part(f"a model of {first.layout}s", where, rank, world)
 
 
-def _call(tensor: CompositeTensor) -> Node:
-    """Return the call that rebuilds a tensor, inside that of a Parameter."""
-    origin = tensor.origin
-    while origin.args and isinstance(origin.args[0], CompositeTensor):
-        origin = origin.args[0].origin
-    return origin
+def is_flat(key: str) -> bool:
+    """Check for the key of parameters that FSDP made one."""
+    return "flat_param" in key and _FLAT.fullmatch(key) is not None
 
 
 def _flat(file: File) -> Part | None:
     """Recognise parameters that FSDP made one, whose names and shapes are not in the file."""
     flat = [key for key, value in file.entries.items() if isinstance(value, TENSORS)]
-    flat = [key for key in flat if "flat_param" in key and _FLAT.fullmatch(key)]
+    flat = [key for key in flat if is_flat(key)]
     if not flat:
         return None
     where = f"{flat[0]} holds parameters in a row, their names and shapes are not in the file"

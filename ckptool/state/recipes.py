@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal
 
 from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
@@ -41,7 +40,7 @@ MAX_LIKE_NBYTES = 64 << 20
 MAX_STEPS = 1000
 MAX_RULES = 10_000
 MAX_SHOWN = 80  # characters of a value in an error
-SHIPPED = Path(__file__).parent / "recipes"
+SHIPPED = os.path.join(os.path.dirname(__file__), "recipes")
 _UNMATCHED = ("allow", "name", "refuse")
 # tomllib keeps all that `a.b.c.d` begins with: the square of its length in memory.
 MAX_DOTS = 16
@@ -103,14 +102,14 @@ class Recipe:
         """
         text = os.fspath(path)
         named = isinstance(path, str) and "/" not in text and not text.endswith(SUFFIX)
-        file = _shipped(text) if named and os.sep not in text else Path(text)
+        file = _shipped(text) if named and os.sep not in text else text
         try:
             with open(file, "rb") as opened:
                 data = opened.read(MAX_NBYTES + 1)
         except OSError as error:
             raise BadRecipe(f"the recipe {text} cannot be read: {reason(error)}") from None
         try:
-            return _parsed(text, data, file.parent)
+            return _parsed(text, data, os.path.dirname(file))
         except EditError as error:
             raise error.within(text) from None
 
@@ -254,13 +253,13 @@ def _as_change(
     )
 
 
-def shipped() -> dict[str, Path]:
+def shipped() -> dict[str, str]:
     """Return the recipes that come with ckptool, by name."""
     files = sorted(name for name in os.listdir(SHIPPED) if name.endswith(SUFFIX))
-    return {name.removesuffix(SUFFIX): SHIPPED / name for name in files}
+    return {name.removesuffix(SUFFIX): os.path.join(SHIPPED, name) for name in files}
 
 
-def _shipped(name: str) -> Path:
+def _shipped(name: str) -> str:
     known = shipped()
     if name not in known:
         close = get_close_matches(name, known, n=1)
@@ -275,7 +274,7 @@ def _shipped(name: str) -> Path:
 # Parsing.
 
 
-def _parsed(name: str, data: bytes, folder: Path) -> Recipe:
+def _parsed(name: str, data: bytes, folder: str) -> Recipe:
     if len(data) > MAX_NBYTES:
         raise BadRecipe("more than 1 MiB")
     try:
@@ -426,7 +425,7 @@ def _refuse_files(value: Any) -> None:
             raise BadRecipe(f"`{text}`: a recipe names no files of patterns")
 
 
-def _expect(table: Any, folder: Path) -> Expect:
+def _expect(table: Any, folder: str) -> Expect:
     where = "[expect]"
     if not isinstance(table, dict):
         raise BadRecipe(f"{_shown(table)}: it is a table").within(where)
@@ -446,16 +445,16 @@ def _expect(table: Any, folder: Path) -> Expect:
         raise error.within(where) from None
 
 
-def _is_below(folder: Path, name: str) -> bool:
+def _is_below(folder: str, name: str) -> bool:
     """Check that a path, and what its links lead to, is below a folder."""
-    root, path = os.path.realpath(folder), os.path.realpath(folder / name)
+    root, path = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name))
     try:
         return not os.path.isabs(name) and os.path.commonpath([root, path]) == root
     except ValueError:  # of Windows: another drive
         return False
 
 
-def _like(name: Any, folder: Path) -> dict[str, Fact]:
+def _like(name: Any, folder: str) -> dict[str, Fact]:
     """Read a document of `ckptool keys --json` that is below a folder."""
     if not _is_text(name):
         raise BadRecipe(f"like = {_shown(name)}: it must be a text")
@@ -464,11 +463,11 @@ def _like(name: Any, folder: Path) -> dict[str, Fact]:
             f"like = {name!r} is not a path below the folder of the recipe",
             hint="put the document beside the recipe",
         )
-    path = folder / name
+    path = os.path.join(folder, name)
     try:
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise BadRecipe(f"like = {name!r} is not a file")
-        with path.open("rb") as opened:
+        with open(path, "rb") as opened:
             data = opened.read(MAX_LIKE_NBYTES + 1)
         if len(data) > MAX_LIKE_NBYTES:
             raise BadRecipe(f"{name} has more than 64 MiB")

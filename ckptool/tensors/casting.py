@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from _thread import LockType, allocate_lock
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, field
 
 from ckptool.tensors import numbers
 from ckptool.tensors.counts import Losses
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import Block
 from ckptool.tensors.tensor import Storage
+from ckptool.tensors.values import arguments
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +39,24 @@ class Rounding:
             self.count += len(block) // self.source.itemsize
             self.losses += losses
         return made
+
+    def counted(self) -> list[int]:
+        """Return what was counted, as `add` takes it."""
+        return [self.count, *astuple(self.losses)]
+
+    def add(self, count: int, *losses: int) -> None:
+        """Count what another process has computed."""
+        self.count += count
+        self.losses += Losses(*losses)
+
+
+def roundings(storage: Storage) -> Iterator[Rounding]:
+    """Iterate over the casts on the way to a storage."""
+    kernel = storage.computed.kernel if storage.computed else None
+    if isinstance(kernel, Rounding):
+        yield kernel
+    for value in arguments(storage):
+        yield from roundings(value.storage)
 
 
 def growth(storage: Storage) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from math import inf, sqrt
+from typing import Any, NamedTuple, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,71 @@ class Tally:
     def times(self, count: int) -> Tally:
         """Return what so many repetitions hold."""
         return Tally(self.nan * count, self.inf * count)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What numbers are on the whole: the finite ones, of which there are `count`.
+
+    `squares` is the sum of the squared distances from their `mean`. `cells` is a histogram of their
+    signs and exponents, an array of numpy; a complex number is two.
+    """
+
+    count: int = 0
+    least: float = inf
+    largest: float = -inf
+    mean: float = 0.0
+    squares: float = 0.0
+    zeros: int = 0
+    nan: int = 0
+    inf: int = 0
+    cells: Any = None
+
+    @property
+    def std(self) -> float:
+        """Return the standard deviation, without a correction for the mean of a sample."""
+        return sqrt(self.squares / self.count)
+
+    @property
+    def absmax(self) -> float:
+        """Return the largest magnitude."""
+        return max(abs(self.least), abs(self.largest))
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Join two parts (Chan, Golub, LeVeque: Updating Formulae and a Pairwise Algorithm)."""
+        count = self.count + other.count
+        apart, share = other.mean - self.mean, other.count / count if count else 0.0
+        between = apart * apart * self.count * share
+        both = self.cells is not None and other.cells is not None
+        return Statistics(
+            count,
+            min(self.least, other.least),
+            max(self.largest, other.largest),
+            self.mean + apart * share,
+            self.squares + other.squares + between,
+            self.zeros + other.zeros,
+            self.nan + other.nan,
+            self.inf + other.inf,
+            self.cells + other.cells
+            if both
+            else self.cells
+            if other.cells is None
+            else other.cells,
+        )
+
+    def times(self, count: int) -> Statistics:
+        """Return what so many repetitions are."""
+        return Statistics(
+            self.count * count,
+            self.least,
+            self.largest,
+            self.mean,
+            self.squares * count,
+            self.zeros * count,
+            self.nan * count,
+            self.inf * count,
+            None if self.cells is None else self.cells * count,
+        )
 
 
 @dataclass(slots=True)

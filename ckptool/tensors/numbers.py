@@ -68,7 +68,7 @@ def load() -> None:
     np.empty(LARGEST, "u1")
 
 
-def _bits(block: Block, dtype: DType) -> Any:
+def bits_of(block: Block, dtype: DType) -> Any:
     """Return the bit patterns of numbers, those of the parts of complex ones, as integers."""
     import numpy as np
 
@@ -96,7 +96,7 @@ def _widened(bits: Any, dtype: DType) -> Any:
     return floats if dtype is DType.F64 else floats.astype("f4", copy=False)
 
 
-def _floats(bits: Any, dtype: DType) -> Any:
+def floats_of(bits: Any, dtype: DType) -> Any:
     """Return the floats that bit patterns stand for, in double precision, which holds all."""
     return _widened(bits, dtype).astype("f8")
 
@@ -142,12 +142,12 @@ def cast(
 
     edges = _edges(source, target)
     with np.errstate(all="ignore"):
-        floats = _widened(_bits(block, source), source)
+        floats = _widened(bits_of(block, source), source)
         made = rounded(floats, target)
         if edges is None:
             return made, Losses()
         top, bottom = edges
-        bits = _bits(made, target)
+        bits = bits_of(made, target)
         sign = bits.dtype.type(1 << 8 * bits.itemsize - 1)
         sizes = bits & ~sign
         overflow = zero = small = 0
@@ -177,7 +177,7 @@ def _edges(source: DType, target: DType) -> tuple[int, int] | None:
     held = _least(target) <= _least(source)
     if held and largest(target) >= largest(source):
         return None
-    top, bottom = map(int, _bits(rounded(edges, target), target))
+    top, bottom = map(int, bits_of(rounded(edges, target), target))
     return top, 0 if held else bottom
 
 
@@ -213,7 +213,7 @@ def mean(
     import numpy as np
 
     part = _PARTS.get(target, target)
-    bits = [_bits(*pair) for pair in zip(blocks, dtypes, strict=True)]
+    bits = [bits_of(*pair) for pair in zip(blocks, dtypes, strict=True)]
     made: Any = np.empty(len(bits[0]), f"<u{part.itemsize}")
     room = np.empty((2, min(SLICE, len(made))))
     kept = sums_to_one(weights) and {*dtypes} == {target}
@@ -224,7 +224,7 @@ def mean(
         for start in range(0, len(made), SLICE):
             here = slice(start, start + SLICE)
             parts, out = [each[here] for each in bits], made[here]
-            out[:] = _bits(rounded(_sum(parts, dtypes, weights, room[:, : len(out)]), part), part)
+            out[:] = bits_of(rounded(_sum(parts, dtypes, weights, room[:, : len(out)]), part), part)
             odd = out & mask == pattern
             if kept and (inexact or odd.any()):
                 same = np.logical_and.reduce([parts[0] == each for each in parts])
@@ -264,12 +264,12 @@ def tally(block: Block, dtype: DType) -> Tally:
     import numpy as np
 
     mask, pattern = _NOT_FINITE[_PARTS.get(dtype, dtype)]
-    bits = _bits(block, dtype)
+    bits = bits_of(block, dtype)
     masked = bits & bits.dtype.type(mask)
     if mask == pattern and masked.max(initial=0) < mask:  # the quick way out of nearly all blocks
         return Tally()
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        values = _floats(bits[masked == pattern], dtype)
+        values = floats_of(bits[masked == pattern], dtype)
     nan = int(np.isnan(values).sum())
     return Tally(nan, len(values) - nan)
 
@@ -285,7 +285,7 @@ def differences(dtype: DType, left: Block, right: Block, tolerance: Tolerance) -
     import numpy as np
 
     found = Values(len(left) // dtype.itemsize)
-    one, other = _bits(left, dtype), _bits(right, dtype)
+    one, other = bits_of(left, dtype), bits_of(right, dtype)
     differs = far = one != other
     if not differs.all():
         one, other = one[differs], other[differs]
@@ -312,7 +312,7 @@ def _compare_floats(
     """Measure floats whose bits differ; say which are beyond the tolerance, None for all."""
     import numpy as np
 
-    left, right = _floats(one, dtype), _floats(other, dtype)
+    left, right = floats_of(one, dtype), floats_of(other, dtype)
     gaps = np.abs(left - right)
     measured = gaps != 0
     special = None
@@ -437,7 +437,7 @@ def resolve(block: bytearray | memoryview, dtype: DType, pending: frozenset[str]
     """Do torch's pending conjugation and negation."""
     import numpy as np
 
-    bits = _bits(block, dtype)
+    bits = bits_of(block, dtype)
     sign = bits.dtype.type(1 << 8 * bits.itemsize - 1)
     if "neg" in pending and dtype in _SIGNED:
         bits ^= sign

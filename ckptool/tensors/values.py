@@ -32,6 +32,7 @@ from ckptool.tensors.tensor import (
 )
 
 Kernel = Callable[..., bytes | memoryview]
+Box = tuple[tuple[int, ...], TensorInfo]  # where it begins in each dimension, what fills it
 
 
 def part(value: TensorInfo, dim: int, start: int, stop: int) -> TensorInfo:
@@ -110,14 +111,18 @@ def joined(parts: Sequence[TensorInfo], dim: int) -> TensorInfo:
     _refuse_packed(first, dim)
     shape = _with(first.shape, dim, sum(value.shape[dim] for value in parts))
     grad = any(value.requires_grad for value in parts)
-    chunks, position = [], 0
+    boxes, position = [], 0
     for value in _merged([value for value in parts if value.numel], dim):
-        origin = tuple(position if at == dim else 0 for at in range(len(shape)))
-        chunks += [
-            Chunk(tuple(map(add, origin, each.offsets)), each.source) for each in _chunks(value)
-        ] or [Chunk(origin, value)]
+        boxes.append((_with((0,) * len(shape), dim, position), value))
         position += value.shape[dim]
-    return _assembled(shape, chunks, replace(first, requires_grad=grad))
+    return _filled(shape, boxes, replace(first, requires_grad=grad))
+
+
+def of_boxes(shape: tuple[int, ...], boxes: Sequence[Box]) -> TensorInfo:
+    """Return the tensor that others fill, each from a place in it on; they cover it exactly."""
+    like = boxes[0][1]
+    _refuse_packed(like, *range(len(shape)))
+    return _filled(shape, boxes, like)
 
 
 def stacked(parts: Sequence[TensorInfo], dim: int) -> TensorInfo:
@@ -234,6 +239,16 @@ def _chunks(value: TensorInfo) -> tuple[Chunk, ...]:
     if chunked is None or not whole or not is_contiguous(value.shape, value.stride):
         return ()
     return chunked.chunks if value.nbytes == value.storage.nbytes else ()
+
+
+def _filled(shape: tuple[int, ...], boxes: Iterable[Box], like: TensorInfo) -> TensorInfo:
+    """Return a tensor that others fill, themselves joins or not."""
+    chunks = []
+    for begins, value in boxes:
+        chunks += [
+            Chunk(tuple(map(add, begins, each.offsets)), each.source) for each in _chunks(value)
+        ] or [Chunk(begins, value)]
+    return _assembled(shape, chunks, like)
 
 
 def _assembled(shape: tuple[int, ...], chunks: Sequence[Chunk], like: TensorInfo) -> TensorInfo:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -50,13 +51,16 @@ def keys(
     at: str | None = None,
     all: bool = False,
     select: str | Sequence[str] = (),
-    sort: Literal["file", "size", "name"] = "file",
+    sort: Literal["file", "size", "name", "absmax", "nan", "std"] = "file",
+    stats: bool = False,
+    progress: Begin = no_progress,
 ) -> Listing:
     """List the tensors of a checkpoint.
 
     `at` chooses among several state_dicts, `all` lists every tensor of the file by its path,
-    `select` takes a pattern or several. Raises what reading raises (`FormatError`),
-    `AmbiguousStateDict` where `at` must choose, `NoSuchKey` and `NothingMatched`.
+    `select` takes a pattern or several, `stats` adds what the values are on the whole: the three
+    last words of `sort` need it. Raises what reading raises (`FormatError`), `AmbiguousStateDict`
+    where `at` must choose, `NoSuchKey` and `NothingMatched`.
 
     >>> listing = ckptool.keys("model_best.pth.tar", select="module.classifier")
     >>> listing
@@ -66,9 +70,8 @@ def keys(
     """
     from ckptool.verbs import listing
 
-    return listing.chosen(
-        listing.listing(containers.read(path, alone=all), at, every=all), select, sort
-    )
+    listed = listing.listing(containers.read(path, alone=all), at, every=all)
+    return listing.chosen(listed, select, sort, progress if stats else None)
 
 
 def info(path: str | Path, *, at: str | None = None) -> Survey:
@@ -255,6 +258,7 @@ def convert(
     overflow: Literal["refuse", "inf", "clamp"] = "refuse",
     unwrap: bool = False,
     max_shard_size: int | str | None = None,
+    distributed: bool = False,
     progress: Begin = no_progress,
     **options: Unpack[WriteOptions],
 ) -> Rewrite:
@@ -265,7 +269,9 @@ def convert(
     is raised where a finite number would become infinite, unless `overflow` is `inf`, or `clamp`
     to the largest. With `to="dcp"`, the target is the folder of a distributed
     checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
-    Raises `EditError`, `FormatError` for the source and `WriteError` for the target.
+    `distributed` writes with all ranks of a launcher, each of which calls this; what is lost in
+    casts is in the result of rank 0. Raises `EditError`, `FormatError` for the source, `WriteError`
+    for the target, and `RankLost`.
 
     >>> steps = [ckptool.edits.drop("classifier")]
     >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
@@ -283,9 +289,19 @@ def convert(
         form = surgery.Form(distributed=True)
     elif max_shard_size is not None:
         form = surgery.Form(parse_size(str(max_shard_size), "--max-shard-size 5GB"))
-    return surgery.rewrite(
-        source, target, steps, bare=unwrap, options=how, progress=progress, form=form
-    )
+    places = (source, target)
+    write = partial(surgery.rewrite, *places, steps, bare=unwrap, progress=progress, form=form)
+    if not distributed:
+        return write(options=how)
+    from ckptool.model import ranks
+
+    with ranks.joined() as group:
+        if target is not None and (str(target) == "-" or "://" in str(target)):
+            raise EditError(
+                f"{target} is not on a file system, to which all ranks could write",
+                hint="name a file or a folder that all machines share",
+            )
+        return write(options=how, group=group)
 
 
 def transfer(

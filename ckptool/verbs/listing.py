@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from ckptool.files.copying import Begin
 from ckptool.pickles.subclasses import NDARRAY, class_of
 from ckptool.state import checkpoint as places, selecting, walk
 from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.parts import Part
-from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor
+from ckptool.tensors.counts import Statistics
+from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor, TensorInfo
 from ckptool.text import counted, html_table, readable, shape, visible
 
 Entry = tuple[str, AnyTensor]
@@ -21,7 +24,8 @@ class Listing:
     """Tensors by key, or by path where `state` is None; `beside` names what is around them.
 
     `part` says of what the file is one of several parts, `at` is the place that was asked for;
-    `arrays` are those of numpy in it that are not in the state_dict (random states).
+    `arrays` are those of numpy in it that are not in the state_dict (random states); `statistics`
+    are those of the elements, by key, where they were asked for.
 
     It reads like a dict: `len`, iteration over the keys, `key in listing`, `listing[key]`.
     """
@@ -33,6 +37,7 @@ class Listing:
     part: Part | None = None
     at: str | None = None
     arrays: Sequence[Entry] = ()
+    statistics: Mapping[str, Statistics] | None = None
     _by_key: dict[str, AnyTensor] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,10 +77,26 @@ class Listing:
             "module": self.state.module if self.state else "",
             "count": len(self),
             "nbytes": self.nbytes,
-            "tensors": [_fields(key, info) for key, info in self.entries],
+            "tensors": [{**_fields(key, info), **self._figures(key)} for key, info in self.entries],
             "beside": self.beside,
             "part": self.part.to_dict() if self.part else None,
             "arrays": [_fields(key, info) for key, info in self.arrays],
+        }
+
+    def _figures(self, key: str) -> dict[str, object]:
+        """Return what statistics add to a tensor; None where there are no numbers."""
+        if self.statistics is None:
+            return {}
+        found = self.statistics.get(key, Statistics())
+        counted = found.count > 0
+        return {
+            "min": found.least if counted else None,
+            "max": found.largest if counted else None,
+            "mean": found.mean if counted else None,
+            "std": found.std if counted else None,
+            "zeros": found.zeros,
+            "nan": found.nan,
+            "inf": found.inf,
         }
 
 
@@ -151,14 +172,56 @@ def _arrays(
     return inside, [each for each in held if each[0] not in keys]
 
 
-def chosen(listed: Listing, patterns: str | Sequence[str], sort: str) -> Listing:
-    """Keep what the patterns select, sorted by `size`, by `name`, or as in the `file`."""
+def chosen(
+    listed: Listing,
+    patterns: str | Sequence[str],
+    sort: str,
+    statistics: Begin | None = None,
+    *,
+    cells: bool = False,
+) -> Listing:
+    """Keep what the patterns select, sorted by `size`, by `name`, or as in the `file`.
+
+    With `statistics`, which begins a progress bar, all elements are read; with `cells`, for
+    histograms too. They are sorted by `absmax`, `nan` and `std`: the largest comes first.
+    """
     entries = listed.entries
     if patterns:
         keys = selecting.select(patterns, [key for key, _ in entries])
         entries = [(key, info) for key, info in entries if key in keys]
+    if statistics is not None:
+        listed = _with_statistics(replace(listed, entries=entries), statistics, cells)
     if sort == "size":
         entries = sorted(entries, key=lambda entry: -entry[1].nbytes)
     elif sort == "name":
         entries = sorted(entries, key=lambda entry: entry[0])
+    elif sort != "file":
+        figures = listed.statistics or {}
+        entries = sorted(entries, key=lambda entry: -_figure(figures.get(entry[0]), sort))
     return replace(listed, entries=entries)
+
+
+def _with_statistics(listed: Listing, progress: Begin, cells: bool) -> Listing:
+    """Add the statistics of all elements; those of `cells` too, which histograms are made of.
+
+    Views that overlap so often that to read them would take for ever have none.
+    """
+    from ckptool.tensors.statistics import is_counted, statistics
+    from ckptool.verbs.finite import count_in
+
+    tensors = [
+        (key, info)
+        for key, info in listed.entries
+        if isinstance(info, TensorInfo) and is_counted(info.dtype)
+    ]
+    step = progress(sum(info.nbytes for _, info in tensors))
+    found, _ = count_in(tensors, partial(statistics, cells=cells), Statistics(), step)
+    return replace(listed, statistics=found)
+
+
+def _figure(found: Statistics | None, sort: str) -> float:
+    if found is None or (sort != "nan" and not found.count):
+        return -1.0
+    if sort == "nan":
+        return found.nan + found.inf
+    return found.absmax if sort == "absmax" else found.std

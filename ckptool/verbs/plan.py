@@ -419,7 +419,8 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     whole = safety.judge_file(source)
     named = {each: at for each, at in source.globals.items() if not each.followed}
     carried = safety.judge(named, source.calls)
-    if bare or options.tensors_only or options.drop_beside:
+    remade = containers.by_name(source.container).traits.remade
+    if bare or remade or options.tensors_only or options.drop_beside:
         carried = safety.judge_tree(source.tree)
     if not containers.by_name(plan.container).traits.objects:
         carried = safety.Verdict(Level.PLAIN, {}, {})

@@ -18,6 +18,7 @@ from ckptool import containers
 from ckptool.errors import EditError, FormatError, OutputExists, WriteError
 from ckptool.files import budget, fileio, publish
 from ckptool.files.copying import Begin, Moved, no_progress
+from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
@@ -26,7 +27,7 @@ from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
 from ckptool.text import quoted, readable, visible
-from ckptool.verbs import casting
+from ckptool.verbs import agreement, casting
 from ckptool.verbs.casting import Cast
 from ckptool.verbs.layout import (
     FILE as FILE,
@@ -144,13 +145,15 @@ def rewrite(
     order: Sequence[str] = (),
     form: Form = FILE,
     accept: Callable[[], None] = lambda: None,
+    group: Group = ALONE,
 ) -> Rewrite:
     """Write a checkpoint again with its keys edited.
 
     `bare` writes the state_dict alone; `unwrap` also refuses one that is bare already. `opened`
     is the source where it was read before; `added` are entries from elsewhere to write with the
     others, in the `order` given; `accept` may raise an error once all is written and before it is
-    published. Raises a `CkptoolError`; the target is then as it was.
+    published. All ranks of a `group` write, and rank 0 alone counts what casts lose. Raises a
+    `CkptoolError`; the target is then as it was.
     """
     options = options or Options()
     if form is not FILE:
@@ -172,6 +175,7 @@ def rewrite(
     _refuse_expansion(checkpoint, laid.output, options)
     result = _result(plan, target, laid, place, options)
     publish.refuse_full(place, laid.output.nbytes)
+    agreement.refuse_others(group, plan.checkpoint, place, laid.output)
     if options.dry_run:
         return result
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
@@ -180,7 +184,7 @@ def rewrite(
     check = partial(_check, plan, accept, place, *meant, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
-    late = publish.publish(place, outputs.pop(), begun, check)  # the only one to keep its jobs
+    late = publish.publish(place, outputs.pop(), begun, check, group)  # who alone keeps its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
 
 

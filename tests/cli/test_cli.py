@@ -175,11 +175,12 @@ def test_error_of_every_class_has_the_code_of_its_branch() -> None:
         "UnsafePickle": 4,
         "EditError": 2, "NoSuchKey": 2, "NothingMatched": 2, "KeyCollision": 2,
         "AmbiguousStateDict": 2, "NoStateDict": 2, "NoSuchCommand": 2, "BadRecipe": 2,
+        "RanksDiffer": 2,
         "PoorFit": 1, "NotAsExpected": 1, "Overflow": 1,
         "WriteError": 5, "OutputExists": 5, "SameFile": 5, "NotRepresentable": 5,
         "NoSpace": 5, "DownloadError": 6, "DownloadFailed": 6, "HashMismatch": 6, "ModelError": 7,
-        "MissingExtra": 7, "NoDevice": 7, "OutOfMemory": 7, "NoSuchModel": 2, "BadInput": 2,
-        "DoesNotLoad": 1,
+        "MissingExtra": 7, "NoDevice": 7, "OutOfMemory": 7, "RankLost": 7, "NoSuchModel": 2,
+        "BadInput": 2, "DoesNotLoad": 1,
     }  # fmt: skip
 
     def below(kind: type[CkptoolError]) -> dict[str, int]:
@@ -239,16 +240,16 @@ def test_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_starts_with_examples_that_are_real(run: Run, name: str) -> None:
+def test_help_has_usage_then_examples_that_are_real_then_options(run: Run, name: str) -> None:
     """Every example calls this command, with options that it has."""
     done = run(name, "--help")
     assert (done.code, done.err) == (0, "")
     assert run(name, "-h").out == done.out
-    head, _, rest = done.out.partition("\n\n")
-    assert head.startswith("Examples:\n  ckptool ")
-    assert rest.startswith(f"Usage: ckptool {name} ")
+    head, rest = re.split(r"\n\nExamples:\n", done.out)
+    assert head.startswith(f"Usage: ckptool {name} ")
+    examples, _, rest = rest.partition("\n\nOptions:\n")
     options = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", rest))
-    for example in head.splitlines()[1:]:
+    for example in examples.splitlines():
         assert example.strip().startswith(f"ckptool {name} ")
         assert set(re.findall(r"(?<= )--?[a-z][a-z-]*", example)) <= options
     assert done.out.isascii()
@@ -1005,8 +1006,12 @@ def test_colour_is_for_terminals_that_want_it(tmp_path: Path) -> None:
     assert "\x1b[" in shown(NO_COLOR="")  # no-color.org: when present and not empty
 
 
-def test_no_escape_codes_off_a_terminal(spawn: Run) -> None:
-    done = spawn("keys", "missing.pth", env={"TERM": "xterm-256color", "FORCE_COLOR": "1"})
+def test_no_escape_codes_off_a_terminal_that_are_not_asked_for(spawn: Run) -> None:
+    done = spawn("keys", "missing.pth", env={"TERM": "xterm-256color"})
+    assert "\x1b" not in done.out + done.err
+    done = spawn("keys", "missing.pth", env={"FORCE_COLOR": "1"})
+    assert "\x1b[31m\x1b[1merror[no-such-file]\x1b[0m: " in done.err
+    done = spawn("keys", "missing.pth", env={"FORCE_COLOR": "1", "NO_COLOR": "1"})
     assert "\x1b" not in done.out + done.err
 
 

@@ -27,7 +27,8 @@ SAMPLES = {
     "safetensors-sharded": ("sharded_safetensors/model.safetensors.index.json",),
     "torch-sharded": ("sharded_bin/pytorch_model.bin.index.json",),
 }
-CONTAINERS = {container.name: container for container in containers.built_in()}
+SETS = {"torch-rank-files", "safetensors-dcp"}  # of files that are read by others
+CONTAINERS = {each.name: each for each in containers.built_in() if each.name not in SETS}
 PLAIN = CONTAINERS["safetensors"]
 
 

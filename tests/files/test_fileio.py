@@ -36,7 +36,6 @@ from ckptool.files.copying import (
     Moved,
     PlannedFile,
     run_jobs,
-    write_file,
 )
 from ckptool.files.fileio import CHUNK, Reader, Readers, unpacked
 from ckptool.files.publish import (
@@ -47,6 +46,7 @@ from ckptool.files.publish import (
     refuse_full,
     refuse_target,
 )
+from ckptool.files.writing import write_file
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Computed, Packing, Storage
 from ckptool.tensors.values import literal

@@ -636,6 +636,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         (files_blocks, "AHEAD", 20_000),
         (files_blocks, "READ", 4096),
         (files_blocks, "NEAR", 256),
+        (files_blocks, "LONG", 512),
         (files_blocks, "CHUNK", 2048),
         (copying, "CHUNK", 2048),
         (copying, "SMALL", 256),
@@ -659,6 +660,16 @@ LARGE: dict[str, Callable[[Pair], Pair]] = {
     "transposed and stacked": lambda pair: pair.both(
         lambda value: values.stacked([values.permuted(value, (1, 0))] * 3, 0),
         lambda tensor: torch.stack([tensor.t()] * 3),
+    ),
+    "rows joined": lambda pair: pair.both(
+        lambda value: values.taken(value, 0, [(50, 120), (0, 49)]),
+        lambda tensor: torch.cat([tensor[50:], tensor[:49]]),
+    ),
+    "joined and cast": lambda pair: pair.both(
+        lambda value: values.elementwise(
+            Rounding(value.dtype, DType.F64), [values.joined([value] * 3, 0)], DType.F64, {}
+        ),
+        lambda tensor: torch.cat([tensor] * 3).double(),
     ),
     "columns joined": lambda pair: pair.both(
         lambda value: values.taken(value, 1, [(7, 20), (0, 5)]),

@@ -165,7 +165,7 @@ def test_every_pattern_of_a_small_float_is_decoded_as_torch_does(dtype: Any) -> 
     data = patterns.to(torch.uint16 if dtype.itemsize == 2 else torch.uint8)
     kind = BY_TORCH_NAME[str(dtype).removeprefix("torch.")]
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        ours = numbers._floats(numbers._bits(data.numpy().tobytes(), kind), kind)
+        ours = numbers.floats_of(numbers.bits_of(data.numpy().tobytes(), kind), kind)
     np.testing.assert_array_equal(ours, data.view(dtype).double().numpy())
 
 

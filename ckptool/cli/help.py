@@ -1,0 +1,107 @@
+"""`ckptool help`: the manual, a page for each command and each subject, in the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import Any
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._options import Command
+from ckptool.errors import NoSuchCommand, of_system
+
+FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
+SUFFIX = ".md"
+SUBJECTS = (
+    "selecting recipes dtypes containers whole-models plugins safety trust exit-codes json python "
+    "numbers architecture"
+).split()
+
+
+def topics(context: click.Context) -> dict[str, list[str]]:
+    """Return the names of pages: those of commands, in their order, and of subjects."""
+    group = context.find_root().command
+    commands = group.list_commands(context) if isinstance(group, click.Group) else []
+    return {"Commands": commands, "Subjects": SUBJECTS}
+
+
+def page(topic: str) -> str:
+    """Return a page of the manual as it is stored, in Markdown."""
+    path = os.path.join(FOLDER, topic + SUFFIX)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise of_system(error, path, "read") from None
+
+
+def title(topic: str) -> str:
+    """Return what a page is about: its first line, behind the name."""
+    return page(topic).partition("\n")[0].partition(": ")[2]
+
+
+def shown(text: str, *, styled: bool) -> str:
+    """Return a page for a terminal or a pipe: examples indented, without the marks around them."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif inside:
+            lines.append(f"    {line}".rstrip())
+        else:
+            heading = line.startswith("#")
+            plain = line.lstrip("#").strip() if heading else line
+            lines.append(click.style(plain, bold=True) if heading and styled else plain)
+    return "\n".join(lines) + "\n"
+
+
+def _complete(context: click.Context, _: click.Parameter, start: str) -> list[Any]:
+    from click.shell_completion import CompletionItem
+
+    names = [name for group in topics(context).values() for name in group]
+    return [CompletionItem(name, help=title(name)) for name in names if name.startswith(start)]
+
+
+@click.command("help", cls=Command)
+@click.argument("topic", required=False, shell_complete=_complete)
+@click.pass_context
+def command(context: click.Context, topic: str | None) -> None:
+    """Read the manual: a page for each command, and for containers, recipes, safety ...
+
+    \b
+    ckptool help strip-prefix
+    ckptool help safety
+
+    Without a topic, all pages are listed. On a terminal a page that is longer than
+    the screen goes through $PAGER.
+    """
+    groups = topics(context)
+    if topic is None:
+        talk.put(_contents(groups))
+        return
+    if not any(topic in names for names in groups.values()):
+        raise _no_such_page(topic, groups)
+    text = shown(page(topic), styled=talk.in_colour(sys.stdout))
+    if talk.on_terminal() and text.count("\n") >= shutil.get_terminal_size().lines:
+        click.echo_via_pager(text)
+    else:
+        talk.put(text.splitlines())
+
+
+def _contents(groups: dict[str, list[str]]) -> list[str]:
+    lines = []
+    for name, topics in groups.items():
+        lines += ["", f"{name}:", *(f"  {topic:14}{title(topic)}" for topic in topics)]
+    return [*lines[1:], "", "ckptool help TOPIC shows a page"]
+
+
+def _no_such_page(topic: str, groups: dict[str, list[str]]) -> NoSuchCommand:
+    from difflib import get_close_matches
+
+    names = [name for group in groups.values() for name in group]
+    close = get_close_matches(topic, names, n=1, cutoff=0.5)
+    hint = f"ckptool help {close[0]}" if close else "ckptool help   lists the pages"
+    return NoSuchCommand(f"there is no command or subject `{topic}`", hint=hint)

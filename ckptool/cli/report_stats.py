@@ -1,0 +1,66 @@
+"""What the values of tensors are on the whole, for people and for programs."""
+
+from __future__ import annotations
+
+from ckptool.tensors.counts import Statistics
+from ckptool.tensors.statistics import histogram
+from ckptool.text import percent, shape, table, visible
+from ckptool.verbs.listing import Listing
+
+BAR = 10  # characters of a histogram
+_LEVELS = " .:-=+*#"
+_HEAD = ("KEY", "DTYPE", "SHAPE", "MIN", "MAX", "MEAN", "STD", "ZEROS", "NAN", "INF", "MIN TO MAX")
+
+
+def stat_rows(found: Listing) -> list[str]:
+    """List tensors for programs: what `key_rows` has, then min, max, mean, std, zeros, nan, inf."""
+    rows = []
+    for key, info in found.entries:
+        figures = _statistics(found, key)
+        numbers = _numbers(figures) if figures.count else ("", "", "", "")
+        counts = (figures.zeros, figures.nan, figures.inf)
+        cells = (visible(key), info.dtype.label, shape(info.shape), info.nbytes, *numbers, *counts)
+        rows.append("\t".join(map(str, cells)))
+    return rows
+
+
+def stat_table(found: Listing) -> list[str]:
+    """List tensors for people, each with a bar: where between least and largest elements are."""
+    rows: list[tuple[str, ...]] = [_HEAD]
+    for key, info in found.entries:
+        figures = _statistics(found, key)
+        numbers = (
+            [f"{each:.4g}" for each in _numbers(figures)] if figures.count else ["", "", "", ""]
+        )
+        zeros = percent(figures.zeros / figures.count) if figures.zeros else ""
+        others = [str(each) if each else "" for each in (figures.nan, figures.inf)]
+        rows.append(
+            (
+                visible(key),
+                info.dtype.label,
+                shape(info.shape),
+                *numbers,
+                zeros,
+                *others,
+                bar(figures),
+            )
+        )
+    return table(rows, right=range(3, 10))
+
+
+def bar(figures: Statistics) -> str:
+    """Draw a histogram in characters, the fuller the more elements, from least to largest."""
+    counts = histogram(figures, BAR)
+    most = max(counts, default=0)
+    if not most or figures.least == figures.largest:
+        return ""
+    drawn = (_LEVELS[-(-count * (len(_LEVELS) - 1) // most)] for count in counts)
+    return f"|{''.join(drawn)}|"
+
+
+def _statistics(found: Listing, key: str) -> Statistics:
+    return (found.statistics or {}).get(key, Statistics())
+
+
+def _numbers(figures: Statistics) -> tuple[float, float, float, float]:
+    return figures.least, figures.largest, figures.mean, figures.std

@@ -1,0 +1,89 @@
+"""The manual is run, not trusted: its examples, its lists of options, its table of contents.
+
+`python tests/test_manual.py` writes the lists of options anew.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from ckptool.cli import help as manual
+from ckptool.cli.main import ckptool
+from tests.test_docs import FILES, ROOT, examples, matches, on_terminal
+
+PAGES = sorted(path.stem for path in Path(manual.FOLDER).glob("*.md"))
+OPTIONS = re.compile(r"(?<=\n## Options\n\n```text\n).*?(?=```\n)", re.DOTALL)
+WIDTH = 80
+# What the examples find beside the fixtures.
+FIRST = """```console
+$ ckptool strip-prefix model_best.pth.tar clean.pth
+$ ckptool strip-prefix --prefix auto compiled_parallel.pth plain.pth
+$ ckptool convert clean.pth clean.safetensors
+```
+"""
+
+
+def context() -> click.Context:
+    return click.Context(ckptool, info_name="ckptool", **ckptool.context_settings)
+
+
+def options(name: str) -> str:
+    """Return the options of a command as its help shows them."""
+    command = ckptool.get_command(context(), name)
+    assert command
+    inner = click.Context(command, info_name=name, parent=context())
+    formatter = click.HelpFormatter(width=WIDTH - 4)
+    command.format_options(inner, formatter)
+    return "\n".join(line[2:] for line in formatter.getvalue().splitlines()[1:]).strip("\n") + "\n"
+
+
+def test_every_command_and_subject_has_a_page() -> None:
+    topics = manual.topics(context())
+    assert sorted(name for names in topics.values() for name in names) == PAGES
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_begins_with_its_name_and_fits_a_terminal(name: str) -> None:
+    text = manual.page(name)
+    assert re.match(rf"# {re.escape(name)}: .{{3,60}}\n\n", text)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in prose.splitlines() if len(line) > 100 and not line.startswith("|")]
+    assert not long
+
+
+@pytest.mark.parametrize("name", manual.topics(context())["Commands"])
+def test_the_options_are_those_of_the_command(name: str) -> None:
+    found = OPTIONS.search(manual.page(name))
+    assert found
+    assert found[0] == options(name), "python tests/test_manual.py writes them anew"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are those of POSIX")
+@pytest.mark.parametrize("name", [name for name in PAGES if examples(manual.page(name))])
+def test_the_examples_give_what_they_show(name: str, tmp_path: Path) -> None:
+    for file, fixture in FILES.items():
+        shutil.copy(ROOT / "fixtures" / fixture, tmp_path / file)
+    for command, _ in examples(FIRST):
+        on_terminal(command, tmp_path)
+    for command, expected in examples(manual.page(name)):
+        shown = on_terminal(command, tmp_path)
+        assert matches(shown, expected), f"$ {command}\n" + "\n".join(shown)
+
+
+def main() -> None:
+    """Write the lists of options into the pages of commands."""
+    for name in manual.topics(context())["Commands"]:
+        path = Path(manual.FOLDER, name + manual.SUFFIX)
+        text = path.read_text(encoding="utf-8")
+        before, after = OPTIONS.split(text)
+        path.write_text(before + options(name) + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
