@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         download as download,
         info as info,
         keys as keys,
+        match as match,
         strip_prefix as strip_prefix,
         transfer as transfer,
         unwrap as unwrap,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.compare import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
+    from ckptool.verbs.match import Matched as Matched
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
     from ckptool.verbs.showing import Shown as Shown, show as show
@@ -60,8 +62,8 @@ _PUBLIC = {
     name: module
     for module, names in {
         "ckptool.verbs.api": (
-            "add_prefix average check convert diff download info keys strip_prefix transfer unwrap "
-            "verify"
+            "add_prefix average check convert diff download info keys match strip_prefix transfer "
+            "unwrap verify"
         ),
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
@@ -77,6 +79,7 @@ _PUBLIC = {
         "ckptool.files.download": "Downloaded",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verify": "Run Verification",
+        "ckptool.verbs.match": "Matched",
         "ckptool.verbs.options": "WriteOptions",
         "ckptool.verbs.plan": "Dropped",
         "ckptool.verbs.showing": "Shown show",

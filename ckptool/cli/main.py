@@ -32,7 +32,16 @@ from ckptool.text import quoted, visible
 GROUPS = {
     "Look": ("info", "keys", "show", "check", "diff"),
     "Models": ("download", "verify"),
-    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
+    "Edit": (
+        "strip-prefix",
+        "add-prefix",
+        "unwrap",
+        "transfer",
+        "convert",
+        "average",
+        "recipe",
+        "match",
+    ),
     "Manual": ("help",),
 }
 EXAMPLES = (

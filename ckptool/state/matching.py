@@ -8,6 +8,7 @@ nothing: what neither names, numbers nor the pair around it tell apart is ambigu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -119,8 +120,10 @@ class _Scope:
 
     def _part(self) -> None:
         """Find fused projections and their parts among the units that are free."""
-        sides = [self._free([node for node in root.below() if node.unit], side)
-                 for side, root in enumerate(self._roots)]
+        sides = [
+            self._free([node for node in root.below() if node.unit], side)
+            for side, root in enumerate(self._roots)
+        ]
         named = [{id(node.unit): node for node in nodes} for nodes in sides]
         for each in _fused(*([node.unit for node in nodes if node.unit] for nodes in sides)):
             self.fused.append(each)
@@ -132,8 +135,8 @@ class _Scope:
         """Pair nodes of equal contents, or say that they are ambiguous."""
         if not here or not there:
             return
-        done = self._alone(here, there) or self._in_order(here, there)
-        done = done or self._by_names(here, there)
+        done = self._alone(here, there) or self._equal(here, there)
+        done = done or self._in_order(here, there) or self._by_names(here, there)
         for one, other, why in done:
             self._take(one, 0)
             self._take(other, 1)
@@ -164,6 +167,16 @@ class _Scope:
         """Return the components of a path beyond that of the node around it."""
         return node.path[len(self._roots[side].path) :]
 
+    def _equal(self, here: list[Node], there: list[Node]) -> list[Both]:
+        """Pair nodes of one name, where all of a side have their name on the other."""
+        one, other = (
+            {self._name(node, side): node for node in nodes}
+            for side, nodes in enumerate((here, there))
+        )
+        if not (one.keys() <= other.keys() or other.keys() <= one.keys()):
+            return []
+        return [(one[name], other[name], NAMES) for name in one if name in other]
+
     def _in_order(self, here: list[Node], there: list[Node]) -> list[Both]:
         """Pair nodes whose names differ in numbers alone, on both sides, in their order."""
         if len(here) != len(there) or len(here) < 2:
@@ -179,9 +192,7 @@ class _Scope:
         groups = [_grouped(nodes) for nodes in (here, there)]
         if min(map(len, groups)) == 1 and max(map(len, groups)) > 1:
             groups = [[[node] for node in nodes] for nodes in (here, there)]
-        names = [
-            [words(self._name(group[0], side)) for group in groups[side]] for side in (0, 1)
-        ]
+        names = [[words(self._name(group[0], side)) for group in groups[side]] for side in (0, 1)]
         if len(here) == len(there) == 2 == len(groups[0]):
             pass
         else:
@@ -193,14 +204,8 @@ class _Scope:
             if len(one) == len(other) == 1:
                 done.append((one[0], other[0], why))
             else:
-                done += self._in_order(one, other) or self._by_equal_numbers(one, other)
+                done += self._equal(one, other) or self._in_order(one, other)
         return done
-
-    def _by_equal_numbers(self, here: list[Node], there: list[Node]) -> list[Both]:
-        """Pair nodes that have the same name on both sides."""
-        names = {self._name(node, 1): node for node in there}
-        both = ((node, names.get(self._name(node, 0))) for node in here)
-        return [(one, other, NAMES) for one, other in both if other]
 
 
 def _by_kinds(root: Node) -> dict[tuple[int, ...], list[Node]]:
@@ -247,14 +252,19 @@ class _Numbered:
         return cls(tuple(ordered), sizes, len(varying), words(text.split(".")[-2:]))
 
     def like(self, other: _Numbered) -> bool:
-        """Check that the numbers of both may count the same.
+        """Check that the numbers of both count the same.
 
-        Where several vary on both sides, the outer ones could be the inner ones of the other.
+        The outer ones of a side could be the inner ones of the other: `layer.0.norm.1` and
+        `norms.1.0`. Where the counts allow both, the words before them must say which it is.
         """
-        if min(self.levels, other.levels) < 2:
-            return True
-        square = len(self.sizes) == self.sizes[0]
-        return self.sizes == other.sizes and (not square or self.stem == other.stem)
+        if min(self.levels, other.levels) > 1:
+            square = len(self.sizes) == self.sizes[0]
+            same = self.sizes == other.sizes
+        else:
+            one, same = self.nodes[0], True
+            counts = Counter(one.kinds).values()
+            square = one.unit is None and not any(n % len(self.nodes) for n in counts)
+        return same and (not square or self.stem == other.stem)
 
 
 Words = frozenset[str]
@@ -308,7 +318,5 @@ def _fused(here: Sequence[Unit], there: Sequence[Unit]) -> list[Fused]:
 def _parts(whole: Unit, units: Sequence[Unit]) -> tuple[Unit, ...]:
     """Return the units that are called what the parts of a fused one are, if each is there once."""
     alike = [unit for unit in units if unit.kinds == whole.kinds[:1]]
-    named = [
-        [unit for unit in alike if name in words(unit.path[-1:])] for name in whole.part_names
-    ]
+    named = [[unit for unit in alike if name in words(unit.path[-1:])] for name in whole.part_names]
     return tuple(each[0] for each in named) if all(len(each) == 1 for each in named) else ()

@@ -59,7 +59,10 @@ FUSED = {
 MAX_NAME = 200  # characters of a component that is taken apart
 MAX_DIGITS = 9
 _WORD = re.compile(r"w[qkvo123](?![a-z0-9])|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
-_NUMBER = re.compile(rf"(?<![0-9])[0-9]{{1,{MAX_DIGITS}}}(?![0-9])", re.ASCII)
+# Letters count where they are whole components: `f.a`, `f.b` and `f.c` of RegNet.
+_NUMBER = re.compile(
+    rf"(?<![0-9])[0-9]{{1,{MAX_DIGITS}}}(?![0-9])|(?<![^.])[a-d](?![^.])", re.ASCII
+)
 Words = frozenset[str]
 
 
@@ -93,7 +96,9 @@ def agree(one: Sequence[str], other: Sequence[str]) -> bool:
 
 def numbers(path: str) -> tuple[int, ...]:
     """Return the numbers in a path, in order."""
-    return tuple(length(text, 10) or 0 for text in _NUMBER.findall(path))
+    return tuple(
+        ord(text) if text.isalpha() else length(text, 10) or 0 for text in _NUMBER.findall(path)
+    )
 
 
 def numberless(path: str) -> str:

@@ -75,8 +75,8 @@ def units(shapes: Mapping[str, Shape]) -> list[Unit]:
     """Return the modules of keys with shapes, in their order."""
     places: dict[tuple[str, ...], dict[str, str]] = {}
     for key in shapes:
-        *path, leaf = key.split(".", MAX_DEPTH)
-        places.setdefault(tuple(path), {})[leaf] = key
+        *around, leaf = key.split(".", MAX_DEPTH)
+        places.setdefault(tuple(around), {})[leaf] = key
     found: list[Unit] = []
     for path, leaves in places.items():
         names = LEAVES | (_NORM if leaves.keys() >= _NORM.keys() else {})
@@ -144,7 +144,10 @@ def _tree(side: Sequence[Unit], numbers: Mapping[Kind, int]) -> Node:
 
 
 def _node(
-    path: tuple[str, ...], nested: dict[str, object], numbers: Mapping[Kind, int], count: Iterator[int]
+    path: tuple[str, ...],
+    nested: dict[str, object],
+    numbers: Mapping[Kind, int],
+    count: Iterator[int],
 ) -> Node:
     """Make a node; one that holds a single other is that one."""
     children = []

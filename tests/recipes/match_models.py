@@ -32,6 +32,19 @@ def hf(name: str, **given: Any) -> Factory:
     return make
 
 
+def symmetric(make: Factory) -> Factory:
+    """Pad strided convolutions as torchvision does: TensorFlow has one row less before."""
+
+    def padded() -> Any:
+        model = make()
+        for module in model.modules():
+            if isinstance(module, nn.ZeroPad2d):
+                module.padding = (max(module.padding),) * 4
+        return model
+
+    return padded
+
+
 BASIC = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
 B0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
 Y4 = {
@@ -51,10 +64,10 @@ PAIRS: Mapping[str, tuple[Factory, Factory]] = {
     "convnext timm-hf": (tm("convnext_tiny"), hf("ConvNext", layer_norm_eps=1e-6)),
     "convnext tv-hf": (tv("convnext_tiny"), hf("ConvNext", layer_norm_eps=1e-6)),
     "efficientnet tv-timm": (tv("efficientnet_b0"), tm("efficientnet_b0")),
-    "efficientnet tv-hf": (tv("efficientnet_b0"), hf("EfficientNet", **B0)),
+    "efficientnet tv-hf": (tv("efficientnet_b0"), symmetric(hf("EfficientNet", **B0))),
     "efficientnet timm-hf": (tm("tf_efficientnet_b0"), hf("EfficientNet", **B0)),
     "mobilenetv2 tv-timm": (tv("mobilenet_v2"), tm("mobilenetv2_100")),
-    "mobilenetv2 timm-hf": (tm("mobilenetv2_100"), hf("MobileNetV2")),
+    "mobilenetv2 timm-hf": (tm("mobilenetv2_100"), hf("MobileNetV2", tf_padding=False)),
     "mobilenetv3 tv-timm": (tv("mobilenet_v3_large"), tm("mobilenetv3_large_100")),
     "densenet tv-timm": (tv("densenet121"), tm("densenet121")),
     "vgg16_bn tv-timm": (tv("vgg16_bn"), tm("vgg16_bn")),
