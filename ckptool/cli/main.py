@@ -32,7 +32,8 @@ from ckptool.text import quoted, visible
 GROUPS = {
     "Look": ("info", "keys", "show", "check", "diff"),
     "Models": ("download", "layers", "verify"),
-    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
+    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"),
+    "Between models": ("match", "recipe"),
     "Manual": ("help",),
 }
 EXAMPLES = (
