@@ -105,9 +105,14 @@ OWNERS = {
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
         "files/download.py",
+        "files/connections.py",
+        "files/web.py",
+        "files/hub.py",
+        "files/sites.py",
         "files/filename.py",
         "files/patience.py",
     ),
+    r"fsspec|s3fs|gcsfs|adlfs": ("files/stores.py",),
     r"click": ("cli/*.py",),
     r"tqdm": ("cli/*.py",),
     r"tempfile|shutil": (

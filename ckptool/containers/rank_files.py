@@ -18,7 +18,7 @@ from typing import Any
 from ckptool.containers import _pieces
 from ckptool.containers._agreement import agree
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part, slim
+from ckptool.containers._sets import combined, harmful, nothing, read_part
 from ckptool.errors import EditError, FormatError, Malformed, PartialCheckpoint, Unsupported
 from ckptool.files import budget
 from ckptool.files.fileio import Readers
@@ -99,7 +99,8 @@ def _read_all(files: Sequence[str], ranks: list[_Rank]) -> bool:
         if broken is not None:
             raise broken
         if ranks:  # what is said of each piece takes more than all else
-            rank = _small(rank)
+            plain = {path: each for path, each in rank.tensors.items() if path not in rank.held}
+            rank = replace(rank, read=replace(rank.read, tree=None), tensors=plain)
             spending.spent = spent
             spending.spend(len(rank.held) * _PIECE + len(rank.tensors) * budget.TENSOR)
         ranks.append(rank)
@@ -119,13 +120,7 @@ def _rank(read: Checkpoint) -> _Rank:
     steps = {
         key: value for key, value in named_items(read.tree) if key in _STEPS and type(value) is int
     }
-    return _Rank(os.path.basename(read.path), read, found, pieces, steps)
-
-
-def _small(rank: _Rank) -> _Rank:
-    """Leave out of a rank what only the first is asked for."""
-    plain = {path: each for path, each in rank.tensors.items() if path not in rank.held}
-    return replace(rank, read=slim(rank.read), tensors=plain)
+    return _Rank(os.path.basename(read.path), harmful(read), found, pieces, steps)
 
 
 def _is_piece(tensor: AnyTensor) -> bool:
@@ -251,7 +246,7 @@ class _Joining:
             break
 
     def agree(self, one: AnyTensor, other: AnyTensor) -> bool:
-        """Check two tensors for the same bytes."""
+        """Check that two ranks hold the same."""
         return agree(one, other, self.readers)
 
 

@@ -12,7 +12,6 @@ under `ckptool`, and `_metadata` where the shards have no place for it.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,12 +25,13 @@ from ckptool.containers._order import NOTE, restored
 from ckptool.containers._sets import by_number, combined, read_part
 from ckptool.errors import (
     AmbiguousStateDict,
+    FormatError,
     LimitExceeded,
     Malformed,
     NoStateDict,
     NotACheckpoint,
 )
-from ckptool.files import budget
+from ckptool.files import budget, paths
 from ckptool.files.fileio import Reader
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Node
@@ -71,7 +71,7 @@ def read(reader: Reader) -> Checkpoint:
     Raises `Malformed` where they disagree, and what reading a shard raises.
     """
     weight_map, metadata, note = _index(reader)
-    folder = os.path.dirname(reader.file)
+    folder = paths.folder_of(reader.file)
     names = _shard_names(weight_map)
     budget.current().spend(len(weight_map) * budget.NODE + len(names) * budget.NAME)
     _refuse_absent(folder, names)
@@ -79,7 +79,7 @@ def read(reader: Reader) -> Checkpoint:
     with remembered(shards.values()):
         for count, name in enumerate(names, 1):
             budget.current().share = count / len(names)
-            shards[name] = read_part(os.path.join(folder, name), count)
+            shards[name] = read_part(paths.join(folder, name), count)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
     entries, versions, notes = restored(entries, note)
@@ -128,7 +128,7 @@ def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
 def _shard_names(weight_map: Mapping[str, Any]) -> list[str]:
     """List the shards by their number, then name; refuse names that lead out of the folder."""
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not _stays_inside(name):
+        if not isinstance(name, str) or not paths.stays_inside(name):
             what = f"the index puts {key} into {str(name)[:80]!r}: no name of a file beside it"
             raise Malformed(what)
     if not weight_map:
@@ -136,14 +136,8 @@ def _shard_names(weight_map: Mapping[str, Any]) -> list[str]:
     return sorted(set(weight_map.values()), key=by_number)
 
 
-def _stays_inside(name: str) -> bool:
-    """Check for a relative path without detours, on any system."""
-    steps = name.split("/")
-    return not re.search(r"[\x00-\x1f\\:]", name) and not {"", ".", ".."} & set(steps)
-
-
 def _refuse_absent(folder: str, names: Sequence[str]) -> None:
-    absent = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    absent = [name for name in names if not paths.is_file(paths.join(folder, name))]
     if absent:
         raise Malformed(
             f"{len(absent)} of {counted(len(names), 'shard')} that the index names are not there",
@@ -156,8 +150,8 @@ def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
     """Note files in the folder that look like shards of this set, and that no key is in."""
     sets = {shard[0] for name in names if (shard := shard_of(name))}
     beside: set[str] = set()
-    with suppress(OSError):  # a folder that may be entered, and not listed
-        beside.update(os.listdir(folder or "."))
+    with suppress(FormatError):  # a folder that may be entered, and not listed
+        beside.update(each.name for each in paths.listing(folder))
     others = [
         name for name in sorted(beside - {*names}) if (shard := shard_of(name)) and shard[0] in sets
     ]

@@ -22,7 +22,7 @@ from ckptool.containers._container import Container, Traits
 from ckptool.containers._sets import combined, nothing, read_part, slim
 from ckptool.containers._zero_files import Model, Shapes, Slices, found_in
 from ckptool.errors import EditError, Malformed
-from ckptool.files import budget
+from ckptool.files import budget, paths
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
         else:
             entries = _of_module(model, experts)
         tree = make_state_dict(entries, model.metadata)
-    path = os.path.dirname(model.path) or "."
+    path = paths.folder_of(model.path) or "."
     return combined(path, NAME, tree, parts, [_said(slices, model, masters=masters), *notes])
 
 

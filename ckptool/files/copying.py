@@ -25,6 +25,7 @@ from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Packing, Storage
+from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
 TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
@@ -225,7 +226,7 @@ class _Run:
     ) -> None:
         self.done = [NOTHING] * len(jobs)
         self.parts: list[Part] = []
-        self.readers = Readers()
+        self.readers = Readers(lambda: (each for job in jobs for each in stored(job.storage)))
         self._target, self._progress, self._write_back = target, progress, write_back
         self._jobs, self._tasks = jobs, _tasks(jobs)
         self._lock = allocate_lock()

@@ -239,7 +239,8 @@ class Reviver:
             device = "meta" if is_meta else "cpu"
             return self._torch.UntypedStorage(storage.nbytes, device=device)
         swapped = needs_swap(storage, dtype.swap)
-        if storage.packing is Packing.PLAIN and not swapped and not storage.start % dtype.swap:
+        in_place = storage.packing is Packing.PLAIN and not Reader(storage.path).file.far
+        if in_place and not swapped and not storage.start % dtype.swap:
             return self._mapped(storage.path)[storage.start : storage.start + storage.nbytes]
         data = memoryview(bytearray(storage.nbytes))
         with closing(Readers()) as readers:
