@@ -111,8 +111,9 @@ def test_the_table_of_containers_is_that_of_the_formats() -> None:
     from ckptool import containers as formats
 
     containers = list(formats.built_in())
+    page = (ROOT / "ckptool" / "manual" / "containers.md").read_text(encoding="utf-8")
     table = re.search(
-        r"^\| container \| read \| write .*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE
+        r"^\| container \| read \| write .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE
     )
     assert table
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[1].splitlines()]
@@ -131,9 +132,14 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     for name, fixture in FILES.items():
         shutil.copy(ROOT / "fixtures" / fixture, tmp_path / name)
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 2
-    shown = [run_python(block, tmp_path) for block in blocks]
+    page = (ROOT / "ckptool" / "manual" / "python.md").read_text(encoding="utf-8")
+    in_page, in_readme = (
+        re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for text in (page, README)
+    )
+    assert in_readme == in_page[:1]
+    assert len(in_page) >= 2
+    shown = [run_python(block, tmp_path) for block in in_page]
     assert shown[0].splitlines() == [
         "['module.features.0.weight', 'module.features.1.weight'] ('state_dict',)",
         "8 8 8",
@@ -154,3 +160,7 @@ def run_python(source: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200

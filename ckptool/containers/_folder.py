@@ -19,7 +19,6 @@ from ckptool.errors import (
     CkptoolError,
     Malformed,
     NotACheckpoint,
-    PartialCheckpoint,
     of_system,
 )
 from ckptool.text import argument, counted, readable, table
@@ -142,14 +141,6 @@ def _refuse_interrupted(folder: str, entries: Sequence[os.DirEntry[str]]) -> Non
 
 
 def _refuse_shards(folder: str, names: Sequence[str]) -> None:
-    of_ranks = [name for name in names if _OF_RANK.fullmatch(name)]
-    if of_ranks:
-        raise PartialCheckpoint(
-            f"{folder} is a distributed checkpoint in safetensors, of "
-            f"{counted(len(of_ranks), 'shard')} with pieces of tensors: ckptool joins none",
-            path=folder,
-            hint=f"ckptool info {argument(os.path.join(folder, of_ranks[0]))}",
-        )
     sets = Counter((shard[0], shard[2]) for name in names if (shard := shard_of(name)))
     if sets:
         (whole, count), present = next(iter(sets.items()))

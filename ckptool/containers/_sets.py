@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict, of_system
 from ckptool.files import fileio
 from ckptool.files.fileio import Reader
-from ckptool.text import counted
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.text import counted, listed
 
 if TYPE_CHECKING:
     from ckptool.pickles.tree import Node
-    from ckptool.state.checkpoint import Checkpoint
 
 MAX_SETS = 20  # that are named where one must be chosen
 LATEST = "latest"  # of DeepSpeed (engine.py, `_save_checkpoint`): the folder of the last step
@@ -45,6 +48,10 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
     # verl, torchtune, accelerate and others: model_world_size_2_rank_0.pt, model.rank_0.pth
     ("rank_files", re.compile(r".*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt)", re.ASCII)),
 )
+# Megatron-LM and NeMo have a folder for each rank of a model, with a file of one name in each
+# (megatron/training/checkpointing.py, `get_checkpoint_name`).
+_FOLDER = re.compile(r"[mt]p_rank_\d+(_(pp_rank_)?\d+)?", re.ASCII)
+_IN_FOLDER = re.compile(r"model(_\w+)?\.(pt|ckpt)", re.ASCII)
 
 
 class FileSet(NamedTuple):
@@ -67,6 +74,8 @@ class FileSet(NamedTuple):
 def of_file(path: str) -> FileSet | None:
     """Return the files that a file may be in one set with, itself among them."""
     folder, name = os.path.split(path)
+    if _IN_FOLDER.fullmatch(name) and _FOLDER.fullmatch(os.path.basename(folder)):
+        return _of_folders(os.path.dirname(folder), name)
     if _kind(name) is None:
         return None
     path = os.path.join(folder, name)
@@ -81,6 +90,13 @@ def in_folder(folder: str) -> list[FileSet]:
     except OSError as error:
         raise of_system(error, folder, "listed") from None
     return grouped(folder, names)
+
+
+def _of_folders(parent: str, name: str) -> FileSet:
+    """Return the files of one name in the folders of ranks."""
+    folders = sorted(filter(_FOLDER.fullmatch, os.listdir(parent or ".")), key=by_number)
+    paths = (os.path.join(parent, folder, name) for folder in folders)
+    return FileSet("megatron", tuple(filter(os.path.isfile, paths)))
 
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
@@ -106,12 +122,19 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
         if len(steps) > 1:
             steps.sort(key=by_number)
             raise _several(folder, "steps", [os.path.join(folder, step) for step in steps], 0)
-        sets = in_folder(os.path.join(folder, steps[0])) if steps else []
+        sets = in_folder(os.path.join(folder, steps[0])) if steps else _in_folders(folder, folders)
     if len(sets) > 1:
         files = [counted(len(each.files), "file") for each in sets]
         shown = [f"{each.files[0]}   {count}" for each, count in zip(sets, files, strict=True)]
         raise _several(folder, "sets of files", shown, len(sets))
     return sets[0].files[0] if sets else ""
+
+
+def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
+    """List the sets that have a file in the folder of each rank."""
+    first = next(filter(_FOLDER.fullmatch, folders), None)
+    names = os.listdir(os.path.join(folder, first)) if first else []
+    return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
 def read_part(path: str, before: int) -> Checkpoint:
@@ -120,6 +143,25 @@ def read_part(path: str, before: int) -> Checkpoint:
         part = _registry.read(reader, shard=True)
     fileio.spare(reader.file, before)
     return part
+
+
+def slim(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part what only the first is asked for: the tree, calls that are harmless."""
+    from dataclasses import replace
+    from itertools import islice
+
+    from ckptool.pickles import calls as shapes, safety
+
+    named, calls = safety.without_nested(part)
+    verdict = safety.judge(named, calls)
+    shaped = {id(call) for call in verdict.calls}
+    harmful = (
+        call
+        for call in calls
+        if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
+    )
+    kept = [*islice(harmful, safety.MAX_CALLS)] if verdict.dangerous else []
+    return replace(part, tree=None, globals=named, calls=kept)
 
 
 def nothing(reader: Reader) -> None:
@@ -160,22 +202,41 @@ def combined(
     parts: Mapping[str, Checkpoint],
     notes: Sequence[str] = (),
 ) -> Checkpoint:
-    """Return a checkpoint that is made of parts, by their names."""
-    from dataclasses import replace
-
+    """Return a checkpoint whose tree was made of parts, given by the names of their files."""
     first = next(iter(parts.values()))
-    return replace(
-        first,
-        path=path,
-        container=container,
-        tree=tree,
-        nbytes=sum(each.nbytes for each in parts.values()),
+    called = {name: f"{name}: {each.pickle_name}" for name, each in parts.items()}
+    return Checkpoint(
+        path,
+        container,
+        tree,
+        sum(each.nbytes for each in parts.values()),
         globals={name: at for each in parts.values() for name, at in each.globals.items()},
         calls=[call for each in parts.values() for call in each.calls],
-        records={f"{n}/{name}": r for n, s in parts.items() for name, r in s.records.items()},
+        pickle_name=_pickle_name(parts),
+        byteorder=next((p.byteorder for p in parts.values() if p.byteorder != "little"), "little"),
+        generation=first.generation,
+        protocol=first.protocol,
+        unread=tuple(f"{name}: {what}" for name, each in parts.items() for what in each.unread),
+        unread_nbytes=sum(each.unread_nbytes for each in parts.values()),
+        records={f"{n}/{name}": r for n, p in parts.items() for name, r in p.records.items()},
         unlisted=sum(each.unlisted for each in parts.values()),
         flaws=tuple(f"{name}: {flaw}" for name, each in parts.items() for flaw in each.flaws),
-        files=tuple(f for s in parts.values() for f in s.files),
-        shards=tuple(parts.values()),
-        notes=(*notes, *(note for each in parts.values() for note in each.notes)),
+        files=tuple(file for each in parts.values() for file in each.files),
+        shards=tuple(
+            replace(each, pickle_name=called[name] if each.pickle_name else "")
+            for name, each in parts.items()
+        ),
+        notes=(
+            *notes,
+            *(f"{name}: {note}" for name, each in parts.items() for note in each.notes),
+        ),
     )
+
+
+def _pickle_name(parts: Mapping[str, Checkpoint]) -> str:
+    """Name the parts that would run code when loaded, or all, if there is a pickle in them."""
+    pickles = [name for name, part in parts.items() if part.pickle_name]
+    dangerous = [
+        name for name in pickles if safety.judge_file(parts[name]).level is Level.DANGEROUS
+    ]
+    return listed(dangerous or pickles, 3)

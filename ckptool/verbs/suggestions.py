@@ -310,14 +310,14 @@ def _much(facts: Survey, nbytes: int) -> bool:
 
 def _portable(facts: Survey) -> Advised:
     """Offer what loads on other machines: little-endian, and without device tags."""
-    if not _fits_safetensors(facts):
-        return
+    fits = _fits_safetensors(facts)
     devices = [device for device in facts.devices if device != "cpu"]
-    if facts.checkpoint.byteorder != "little":
+    if fits and facts.checkpoint.byteorder != "little":
         yield Advice("its numbers are big-endian", *_SAFETENSORS)
-    elif devices:
+    elif devices and (fits or facts.verdict.level is not Level.DANGEROUS):
         reason = f"tagged {listed(devices, 3)}: torch.load needs map_location on other machines"
-        yield Advice(reason, *_SAFETENSORS)
+        tagged = ("convert", ("--map-location", "cpu"), "cpu")  # keeps the optimizer
+        yield Advice(reason, *(_SAFETENSORS if fits and not facts.beside else tagged))
 
 
 def _newer(facts: Survey) -> Advised:
