@@ -229,6 +229,7 @@ def text(made: Draft, title: Sequence[str], left: Sequence[str], *, whole: bool)
         lines += ["", "# Blocks that are numbered otherwise.", "[[step]]", "rename = ["]
         lines += [*_rule_lines(made.plan.first, taken, {}), "]"]
     lines += ["", "[[step]]", "rename = [", *_renames(made), "]"]
+    lines += [] if made.wanted else ["optional = true"]  # what is chosen leaves that nothing
     for reshape in made.reshapes:
         lines += ["", *_reshape_lines(reshape)]
     for cut in made.cuts:
@@ -243,20 +244,19 @@ def _renames(made: Draft) -> Iterator[str]:
     find = Renaming(made.plan.then).match
     after = {new: key for key, new in made.plan.between.items()}
     taken = [(found[0], after[key]) for key in after if (found := find(key))]
-    if made.plan.then:
-        yield from _rule_lines(made.plan.then, taken, made.why)
-    elif not made.plan.first:
-        key = next(iter(made.plan.between))
-        yield "    # Nothing is sure: this line changes nothing."
-        yield f"    [{_quoted(literal(key, key).old)}, {_quoted(key)}],"
+    yield from _rule_lines(made.plan.then, taken, made.why)
     room = MAX_CHOICES
     for number, choice in enumerate(made.choices):
         lines = [*_choice_lines(choice)]
         room -= sum(map(len, lines))
         if room < 0:
-            yield f"    # and {counted(len(made.choices) - number, 'more group')} that is ambiguous"
-            return
+            yield f"    # and {counted(len(made.choices) - number, 'more group')} of this kind"
+            break
         yield from lines
+    if not made.wanted:
+        key = next(iter(made.plan.between))
+        yield "    # Nothing is sure: this line changes nothing."
+        yield f"    [{_quoted(literal(key, key).old)}, {_quoted(key)}],"
 
 
 def _rule_lines(

@@ -24,7 +24,7 @@ from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
 from ckptool.state.edit_options import recipe_edits, stripping
 from ckptool.state.edits import Edit
-from ckptool.text import parse_size, several
+from ckptool.text import parse_size, quoted, several
 from ckptool.verbs import surgery
 from ckptool.verbs.options import MIN_MATCH, Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
@@ -515,7 +515,12 @@ def _model(
 
     shapes, dtypes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes, ties, dtypes, anywhere=anywhere), fill
+    words = [quoted(zoo.argument(*each)) for each in args.items()]
+    option = (
+        " --model-arg ".join([f"--model {quoted(spec)}", *words]) if isinstance(spec, str) else ""
+    )
+    name = zoo.named(spec)
+    return fitting.reference(name, shapes, ties, dtypes, anywhere=anywhere, option=option), fill
 
 
 def download(
