@@ -94,7 +94,13 @@ OWNERS = {
     r"ctypes": ("files/moves.py",),
     r"logging|warnings": ("model/*.py", "files/http.py"),
     r"torch|torchvision|torchaudio|safetensors|timm|transformers|PIL": ("model/*.py",),
-    r"numpy": ("model/*.py", "tensors/numbers.py", "tensors/statistics.py", "files/blocks.py"),
+    r"numpy": (
+        "model/*.py",
+        "tensors/numbers.py",
+        "tensors/resampling.py",
+        "tensors/statistics.py",
+        "files/blocks.py",
+    ),
     r"ml_dtypes": ("tensors/numbers.py",),
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",

@@ -305,6 +305,14 @@ def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
     `added` entries came from the model's own initialisation instead.
     """
     lines = []
+    if fit.adapted:
+        lines.append("adapted:")
+        lines += table(
+            [
+                (f"    {visible(each.key)}", shape(each.here), f"to {shape(each.there)}", each.how)
+                for each in fit.adapted
+            ]
+        )
     if fit.mismatched:
         lines.append("dropped, shape differs:")
         rows = [

@@ -28,6 +28,16 @@ from ckptool.cli._options import (
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
 @click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option(
+    "--adapt",
+    multiple=True,
+    metavar="WHAT",
+    help="Adapt shapes: pos-embed, in-chans, classes, vocab, KEY, KEY=KIND.",
+)
+@click.option("--classes", metavar="FILE", help="For --adapt: a row or name for each class.")
+@click.option("--class-names", metavar="FILE", help="Names of the rows for --classes.")
+@click.option("--pos-grid", metavar="HxW", help="Grid of the target, or OLD:NEW.")
+@click.option("--pos-prefix", type=click.IntRange(0), metavar="N", help="Tokens before the grid.")
 @click.option("--init-missing", is_flag=True, help="Fill the rest as the model initialises it.")
 @click.option("--seed", default=0, show_default=True, help="For --init-missing.")
 @click.option(
@@ -50,6 +60,11 @@ def command(
     like_at: str | None,
     model: str | None,
     model_arg: Sequence[str],
+    adapt: Sequence[str],
+    classes: str | None,
+    class_names: str | None,
+    pos_grid: str | None,
+    pos_prefix: int | None,
     init_missing: bool,
     seed: int,
     min_match: float,
@@ -67,7 +82,8 @@ def command(
     """
     refuse_idle(
         {"like_at": "like", "seed": "init_missing", "min_match": "like model", "model_arg": "model"}
-        | {"reverse": "recipe"}
+        | {"reverse": "recipe", "adapt": "like model", "classes": "adapt"}
+        | {"class_names": "classes", "pos_grid": "adapt", "pos_prefix": "adapt"}
     )
     from ckptool.cli import report
     from ckptool.model import zoo
@@ -90,6 +106,11 @@ def command(
             like_at=like_at,
             model=model,
             model_args=zoo.arguments(model_arg),
+            adapt=adapt,
+            classes=classes,
+            class_names=class_names or (),
+            pos_grid=pos_grid,
+            pos_prefix=pos_prefix,
             init_missing=init_missing,
             seed=seed,
             min_match=min_match,

@@ -77,9 +77,7 @@ def _read_whole(path: str, plugins: bool, alone: bool, values: str) -> tuple[Che
             reader = Reader(_file_in(shown) if is_folder else path)
             joined = None if alone and not is_folder else _joined(reader, values)
             if values and joined is None:
-                raise EditError(
-                    f"{shown} is no set of files of ranks, of whose values some are chosen"
-                )
+                raise EditError(f"{shown} holds one value of each tensor: leave out --values")
             checkpoint = joined or _registry.read(reader, use_plugins=plugins)
             files = [file for file, _ in checkpoint.files if isinstance(file, OpenFile)]
             if len(files) < 2 or not any(file.replaced() for file in files):

@@ -20,7 +20,6 @@ from ckptool.errors import (
     FormatError,
     Malformed,
     NotACheckpoint,
-    PartialCheckpoint,
 )
 from ckptool.files import paths
 from ckptool.files.paths import Entry
@@ -136,14 +135,6 @@ def _refuse_interrupted(folder: str, entries: Sequence[Entry]) -> None:
 
 
 def _refuse_shards(folder: str, names: Sequence[str]) -> None:
-    of_ranks = [name for name in names if _OF_RANK.fullmatch(name)]
-    if of_ranks:
-        raise PartialCheckpoint(
-            f"{folder} is a distributed checkpoint in safetensors, of "
-            f"{counted(len(of_ranks), 'shard')} with pieces of tensors: ckptool joins none",
-            path=folder,
-            hint=f"ckptool info {argument(paths.join(folder, of_ranks[0]))}",
-        )
     sets = Counter((shard[0], shard[2]) for name in names if (shard := shard_of(name)))
     if sets:
         (whole, count), present = next(iter(sets.items()))

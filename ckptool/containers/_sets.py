@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict
 from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
-from ckptool.text import counted
+from ckptool.pickles import safety
+from ckptool.pickles.names import Level
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.text import counted, listed
 
 if TYPE_CHECKING:
     from ckptool.pickles.tree import Node
-    from ckptool.state.checkpoint import Checkpoint
 
 MAX_SETS = 20  # that are named where one must be chosen
 LATEST = "latest"  # of DeepSpeed (engine.py, `_save_checkpoint`): the folder of the last step
@@ -155,22 +158,41 @@ def combined(
     parts: Mapping[str, Checkpoint],
     notes: Sequence[str] = (),
 ) -> Checkpoint:
-    """Return a checkpoint that is made of parts, by their names."""
-    from dataclasses import replace
-
+    """Return a checkpoint whose tree was made of parts, given by the names of their files."""
     first = next(iter(parts.values()))
-    return replace(
-        first,
-        path=path,
-        container=container,
-        tree=tree,
-        nbytes=sum(each.nbytes for each in parts.values()),
+    called = {name: f"{name}: {each.pickle_name}" for name, each in parts.items()}
+    return Checkpoint(
+        path,
+        container,
+        tree,
+        sum(each.nbytes for each in parts.values()),
         globals={name: at for each in parts.values() for name, at in each.globals.items()},
         calls=[call for each in parts.values() for call in each.calls],
-        records={f"{n}/{name}": r for n, s in parts.items() for name, r in s.records.items()},
+        pickle_name=_pickle_name(parts),
+        byteorder=next((p.byteorder for p in parts.values() if p.byteorder != "little"), "little"),
+        generation=first.generation,
+        protocol=first.protocol,
+        unread=tuple(f"{name}: {what}" for name, each in parts.items() for what in each.unread),
+        unread_nbytes=sum(each.unread_nbytes for each in parts.values()),
+        records={f"{n}/{name}": r for n, p in parts.items() for name, r in p.records.items()},
         unlisted=sum(each.unlisted for each in parts.values()),
         flaws=tuple(f"{name}: {flaw}" for name, each in parts.items() for flaw in each.flaws),
-        files=tuple(f for s in parts.values() for f in s.files),
-        shards=tuple(parts.values()),
-        notes=(*notes, *(note for each in parts.values() for note in each.notes)),
+        files=tuple(file for each in parts.values() for file in each.files),
+        shards=tuple(
+            replace(each, pickle_name=called[name] if each.pickle_name else "")
+            for name, each in parts.items()
+        ),
+        notes=(
+            *notes,
+            *(f"{name}: {note}" for name, each in parts.items() for note in each.notes),
+        ),
     )
+
+
+def _pickle_name(parts: Mapping[str, Checkpoint]) -> str:
+    """Name the parts that would run code when loaded, or all, if there is a pickle in them."""
+    pickles = [name for name, part in parts.items() if part.pickle_name]
+    dangerous = [
+        name for name in pickles if safety.judge_file(parts[name]).level is Level.DANGEROUS
+    ]
+    return listed(dangerous or pickles, 3)

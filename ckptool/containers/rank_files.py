@@ -19,7 +19,7 @@ from typing import Any
 from ckptool.containers import _pieces
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._sets import combined, nothing, read_part
-from ckptool.errors import EditError, Malformed, PartialCheckpoint, Unsupported
+from ckptool.errors import EditError, FormatError, Malformed, PartialCheckpoint, Unsupported
 from ckptool.files import budget
 from ckptool.files.blocks import blocks, equal
 from ckptool.files.fileio import Readers
@@ -67,19 +67,9 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
     where ranks do not agree.
     """
     ranks: list[_Rank] = []
-    spending = budget.current()
     with remembered(each.read for each in ranks):
-        for count, path in enumerate(files, 1):
-            spending.share = count / len(files)
-            spent = spending.spent
-            rank = _rank(read_part(path, count))
-            if ranks:  # what is said of each piece takes more than all else
-                rank = _small(rank)
-                spending.spent = spent
-                spending.spend(len(rank.held) * _PIECE + len(rank.tensors) * budget.TENSOR)
-            if not ranks and not rank.held and not _flat(rank):
-                return None
-            ranks.append(rank)
+        if not _read_all(files, ranks):
+            return None
         _refuse_flat(ranks)
         if all(each.whole is not None for rank in ranks for each in rank.held.values()):
             return None
@@ -88,6 +78,35 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
         _refuse_missing(ranks)
         _refuse_steps(ranks)
         return _joined(ranks)
+
+
+def _read_all(files: Sequence[str], ranks: list[_Rank]) -> bool:
+    """Read all files into `ranks`; stop at the first that is readable and holds no pieces.
+
+    One that is not readable is a fault of the set where the others are one: names prove nothing.
+    """
+    spending = budget.current()
+    broken: FormatError | None = None
+    for count, path in enumerate(files, 1):
+        spending.share = count / len(files)
+        spent = spending.spent
+        try:
+            rank = _rank(read_part(path, count))
+        except FormatError as error:
+            if ranks:
+                raise
+            broken = broken or error
+            continue
+        if not ranks and not rank.held and not _flat(rank):
+            return False
+        if broken is not None:
+            raise broken
+        if ranks:  # what is said of each piece takes more than all else
+            rank = _small(rank)
+            spending.spent = spent
+            spending.spend(len(rank.held) * _PIECE + len(rank.tensors) * budget.TENSOR)
+        ranks.append(rank)
+    return bool(ranks)
 
 
 def _rank(read: Checkpoint) -> _Rank:

@@ -22,7 +22,7 @@ from ckptool.containers import _json
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
-from ckptool.containers._sets import by_number, read_part
+from ckptool.containers._sets import by_number, combined, read_part
 from ckptool.errors import (
     AmbiguousStateDict,
     FormatError,
@@ -33,10 +33,8 @@ from ckptool.errors import (
 )
 from ckptool.files import budget, paths
 from ckptool.files.fileio import Reader
-from ckptool.pickles import safety
-from ckptool.pickles.names import Level
 from ckptool.pickles.pickle_reader import remembered
-from ckptool.pickles.tree import Global, Node, Object
+from ckptool.pickles.tree import Node
 from ckptool.state import module_metadata
 from ckptool.state.checkpoint import (
     Checkpoint,
@@ -81,36 +79,27 @@ def read(reader: Reader) -> Checkpoint:
     with remembered(shards.values()):
         for count, name in enumerate(names, 1):
             budget.current().share = count / len(names)
-            shards[name] = _read_shard(folder, name, count)
+            shards[name] = read_part(paths.join(folder, name), count)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
     entries, versions, notes = restored(entries, note)
     texts, differing = _texts([_said(each, parts[name]) for name, each in shards.items()], metadata)
-    pickle_name = _pickle_name(shards)
-    sizes = _size_notes(metadata.get("total_size"), entries)
     state_dict = make_state_dict(entries, versions or _module_metadata(parts.values()))
-    return Checkpoint(
-        reader.path,
-        "torch-sharded" if pickle_name else "safetensors-sharded",
-        module_metadata.with_texts(state_dict, texts),
-        reader.nbytes + sum(shard.nbytes for shard in shards.values()),
-        globals=_globals(shards),
-        calls=_calls(shards),
-        pickle_name=pickle_name,
-        byteorder=next((s.byteorder for s in shards.values() if s.byteorder != "little"), "little"),
+    has_pickles = any(shard.pickle_name for shard in shards.values())
+    name = "torch-sharded" if has_pickles else "safetensors-sharded"
+    tree = module_metadata.with_texts(state_dict, texts)
+    made = combined(reader.path, name, tree, shards, (*notes, *differing))
+    return replace(
+        made,
+        nbytes=reader.nbytes + made.nbytes,
+        generation="",
+        protocol=None,
         metadata=texts,
         unread=tuple(_left_behind(shards, parts, metadata)),
-        unread_nbytes=sum(shard.unread_nbytes for shard in shards.values()),
-        records={f"{n}/{name}": r for n, s in shards.items() for name, r in s.records.items()},
-        unlisted=sum(shard.unlisted for shard in shards.values()),
-        flaws=tuple(f"{name}: {flaw}" for name, shard in shards.items() for flaw in shard.flaws),
-        files=((reader.file, reader.stamp), *(f for s in shards.values() for f in s.files)),
-        shards=tuple(shards.values()),
+        files=((reader.file, reader.stamp), *made.files),
         notes=(
-            *notes,
-            *differing,
-            *(note for shard in shards.values() for note in shard.notes),
-            *sizes,
+            *made.notes,
+            *_size_notes(metadata.get("total_size"), entries),
             *_unnamed_notes(folder, names),
         ),
     )
@@ -170,13 +159,6 @@ def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
 
 
 # The shards.
-
-
-def _read_shard(folder: str, name: str, before: int) -> Checkpoint:
-    shard = read_part(paths.join(folder, name), before)
-    pickle_name = f"{name}: {shard.pickle_name}" if shard.pickle_name else ""
-    notes = tuple(f"{name}: {note}" for note in shard.notes)
-    return replace(shard, pickle_name=pickle_name, notes=notes)
 
 
 def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> StateDict:
@@ -245,23 +227,6 @@ def _refuse_other_keys(
 
 
 # What is beside the entries.
-
-
-def _globals(shards: Mapping[str, Checkpoint]) -> dict[Global, int]:
-    return {name: at for shard in shards.values() for name, at in shard.globals.items()}
-
-
-def _calls(shards: Mapping[str, Checkpoint]) -> list[Object]:
-    return [call for shard in shards.values() for call in shard.calls]
-
-
-def _pickle_name(shards: Mapping[str, Checkpoint]) -> str:
-    """Name the shards that would run code when loaded, or all, if there is a pickle in them."""
-    pickles = [name for name, shard in shards.items() if shard.pickle_name]
-    dangerous = [
-        name for name in pickles if safety.judge_file(shards[name]).level is Level.DANGEROUS
-    ]
-    return listed(dangerous or pickles, 3)
 
 
 def _module_metadata(parts: Iterable[StateDict]) -> Node:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import PoorFit
 from ckptool.files.copying import Begin, no_progress
-from ckptool.state import checkpoint as places, edits
+from ckptool.state import adapting, checkpoint as places, edits
+from ckptool.state.adapting import Adapted, Asked
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import Edit
+from ckptool.state.edits import Edit, Value
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
@@ -57,7 +58,8 @@ class Mismatch:
 class Fit:
     """How a checkpoint fits a target; `filled` is the share of the target's elements.
 
-    A tensor that is tied counts once in it.
+    A tensor that is tied counts once in it. `adapted` are among those that match, and were
+    brought into the target's shape.
     """
 
     target: str
@@ -66,6 +68,7 @@ class Fit:
     missing: tuple[str, ...]
     absent: tuple[str, ...]
     filled: float
+    adapted: tuple[Adapted, ...] = ()
 
     def __repr__(self) -> str:
         counts = f"{len(self.matched)} match, {len(self.mismatched)} differ in shape"
@@ -93,6 +96,16 @@ class Transferred:
             ],
             "missing": list(fit.missing) if fit else [],
             "filled": fit.filled if fit else None,
+            "adapted": [
+                {
+                    "key": each.key,
+                    "kind": each.kind,
+                    "here": list(each.here),
+                    "there": list(each.there),
+                    "how": each.how,
+                }
+                for each in (fit.adapted if fit else ())
+            ],
         }
 
 
@@ -178,13 +191,15 @@ def transfer(
     options: Options | None = None,
     progress: Begin = no_progress,
     fill: Fill | None = None,
+    adapt: Asked | None = None,
     opened: Checkpoint | None = None,
 ) -> Transferred:
     """Write the bare state_dict with what fits the target alone.
 
-    `steps` come first (`first_steps`); `fill` gives what the source lacks; `opened` is the source
-    where it was read before. Raises `PoorFit` where
-    less than `min_match` of the target's elements would be filled, and what `rewrite` raises.
+    `steps` come first (`first_steps`); `adapt` says what is brought into the target's shape,
+    `fill` gives what the source lacks; `opened` is the source where it was read before. Raises
+    `PoorFit` where less than `min_match` of the target's elements would be filled, and what
+    `rewrite` raises.
     """
     options = options or Options()
     checkpoint = opened or containers.read(source)
@@ -193,10 +208,13 @@ def transfer(
             source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint
         )
         return Transferred(result, None)
-    shapes = _shapes_after(checkpoint, steps, options)
-    found = fit(shapes, like)
+    entries = _entries_after(checkpoint, steps, options)
+    found = fit(_shapes(entries), like)
+    if adapt is not None:
+        step, found = _adapted(entries, found, like, adapt)
+        steps = [*steps, *step]
     if found.filled < min_match:
-        raise _poor(found, shapes, like, min_match)
+        raise _poor(found, _shapes(entries), like, min_match)
     mismatched = [each.key for each in found.mismatched]
     further = [
         edits.without(mismatched, edits.SHAPE_DIFFERS),
@@ -218,14 +236,29 @@ def transfer(
     return Transferred(result, found)
 
 
-def _shapes_after(
+def _entries_after(
     checkpoint: Checkpoint, steps: Sequence[Edit], options: Options
-) -> dict[str, Shape]:
-    """Return which keys and shapes are there after the first edits."""
+) -> dict[str, Value]:
+    """Return what is there after the first edits."""
     state = places.find(checkpoint, options.at)
-    key_map, _ = edits.apply(steps, state.entries, argument(checkpoint, options))
-    values = key_map.entries.items()
-    return {key: value.shape for key, value in values if isinstance(value, TENSORS)}
+    return edits.apply(steps, state.entries, argument(checkpoint, options))[0].entries
+
+
+def _shapes(entries: Mapping[str, Value]) -> dict[str, Shape]:
+    return {key: value.shape for key, value in entries.items() if isinstance(value, TENSORS)}
+
+
+def _adapted(
+    entries: Mapping[str, Value], found: Fit, like: Reference, asked: Asked
+) -> tuple[list[Edit], Fit]:
+    """Return the edit that adapts what was asked for, if there is any of it, and the fit then."""
+    wanted = {each.key: each.there for each in found.mismatched}
+    kinds = adapting.plan(entries, wanted, asked)
+    if not kinds:
+        return [], found
+    step, done = adapting.edit(kinds, wanted, asked)
+    after = edits.apply([step], entries)[0].entries
+    return [step], replace(fit(_shapes(after), like), adapted=tuple(done))
 
 
 def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float) -> PoorFit:

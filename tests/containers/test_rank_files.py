@@ -252,6 +252,17 @@ def test_each_file_that_is_cut_off_is_named(run: Run, good: Path, name: str) -> 
         shutil.rmtree("set")
 
 
+def test_a_damaged_file_of_another_model_is_in_no_way(run: Run) -> None:
+    """`lora_rank4.pt` and `lora_rank16.pt` are named as ranks are, and are none."""
+    Path("lora_rank4.pt").write_bytes(b"PK")
+    torch.save({"a.weight": WEIGHT}, "lora_rank16.pt")
+    assert run("convert", "lora_rank16.pt", "out.pth").code == 0
+    saved(of_two())
+    Path("model_rank_0.pt").write_bytes(b"PK")
+    os.unlink("out.pth")
+    assert "model_rank_0.pt" in lines(run("convert", "model_rank_1.pt", "out.pth"))
+
+
 def test_a_missing_shard_of_the_first_rank_leaves_a_gap(run: Run, good: Path) -> None:
     shutil.copytree(good / "dcp_safetensors", "set")
     os.unlink("set/shard-00001-model-00002-of-00002.safetensors")

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 import ckptool
 from ckptool.errors import CkptoolError
-from ckptool.files import publish, writing
+from ckptool.files import blocks, publish, writing
 from ckptool.files.copying import Copy, PlannedFile
 from ckptool.model import pulse, ranks
 from ckptool.model.ranks import Launched
@@ -174,6 +174,7 @@ def test_bytes_are_those_of_one_process(
     """Cut anywhere, in elements too: on a file system, ranges end at 64 KiB at least."""
     monkeypatch.setattr(writing, "LEAST_CUT", 1)
     monkeypatch.setattr(writing, "PIECES", 1 << 30)
+    monkeypatch.setattr(blocks, "LONG", 1)
     alone, together = tmp_path / "alone" / form, tmp_path / "together" / form
     alone.parent.mkdir(), together.parent.mkdir()
     expected = ckptool.convert(inputs[source], alone, **FORMS[form])
