@@ -74,6 +74,17 @@ def test_what_is_read_twice_is_asked_once(run: Run, far: Far, here: Path) -> Non
     assert "--in-place replaces a file of this machine" in run("unwrap", url, "--in-place").err
 
 
+def test_verify_runs_what_is_far_away(run: Run, far: Far, here: Path) -> None:
+    import torch
+
+    linear = torch.nn.Linear(4, 3)
+    torch.save(linear.state_dict(), here / "f.pth")
+    (here / "net.py").write_text("import torch\n\ndef net():\n    return torch.nn.Linear(4, 3)\n")
+    url = far.put("/f.pth", (here / "f.pth").read_bytes())
+    how = ["--model", "net.py:net", "--input-shape", "2,4", "--device", "cpu"]
+    assert run("verify", url, here / "f.pth", *how).code == 0
+
+
 def test_what_info_suggests_works_here(run: Run, far: Far, here: Path) -> None:
     url = far.put("/deep/model_best.pth.tar", (GOOD / "model_best.pth.tar").read_bytes())
     suggested = run("info", url, "--json").document["suggestions"]
@@ -89,6 +100,15 @@ def test_a_command_to_paste_has_no_secret(run: Run, far: Far, here: Path) -> Non
     done = run("unwrap", f"{far.root}/f.pth?token=hidden", "out.pth")
     assert done.code == 2
     assert f"hint: ckptool unwrap '{far.root}/f.pth?...' out.pth --at " in done.err
+
+
+def test_check_says_which_file_without_its_secret(run: Run, far: Far, here: Path) -> None:
+    url = far.put("/f.pth", (GOOD / "plain.pth").read_bytes())
+    done = run("check", f"{url}?token=hidden", f"{far.root}/no.pth?token=hidden")
+    assert done.code == 6
+    assert done.out.startswith(f"{url}?...\tok")
+    assert f"{far.root}/no.pth?...: error[download-failed]" in done.err
+    assert "hidden" not in done.out + done.err
 
 
 def test_debug_shows_no_query(run: Run, here: Path) -> None:
