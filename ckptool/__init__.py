@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         load_matching as load_matching,
         load_state_dict as load_state_dict,
     )
-    from ckptool.model.verify import Run as Run, Verification as Verification
+    from ckptool.model.verification import Run as Run, Verification as Verification
     from ckptool.state import edits as edits
     from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
     from ckptool.state.edits import Edit as Edit
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         strip_prefix as strip_prefix,
         transfer as transfer,
         unwrap as unwrap,
-        verify as verify,
     )
     from ckptool.verbs.casting import Cast as Cast
     from ckptool.verbs.checking import Checked as Checked, Status as Status
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.compare import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
+    from ckptool.verbs.models import verify as verify
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
     from ckptool.verbs.showing import Shown as Shown, show as show
@@ -60,8 +60,7 @@ _PUBLIC = {
     name: module
     for module, names in {
         "ckptool.verbs.api": (
-            "add_prefix average check convert diff download info keys strip_prefix transfer unwrap "
-            "verify"
+            "add_prefix average check convert diff download info keys strip_prefix transfer unwrap"
         ),
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
@@ -76,7 +75,8 @@ _PUBLIC = {
         "ckptool.verbs.listing": "Listing",
         "ckptool.files.download": "Downloaded",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
-        "ckptool.model.verify": "Run Verification",
+        "ckptool.model.verification": "Run Verification",
+        "ckptool.verbs.models": "verify",
         "ckptool.verbs.options": "WriteOptions",
         "ckptool.verbs.plan": "Dropped",
         "ckptool.verbs.showing": "Shown show",

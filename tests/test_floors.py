@@ -152,7 +152,7 @@ TEXT_NUMBERS = {
     "containers/_script_source.py": 1,  # an octal escape
     "containers/dcp.py": 1,  # a number already
     "containers/_sets.py": 1,  # of a file name, to sort by
-    "containers/zero.py": 2,  # of a file name: ranks
+    "containers/_zero_agreement.py": 1,  # a float, which a tensor holds
     "pickles/pickle_reader.py": 1,  # a value, as CPython reads it
     "containers/_json.py": 1,  # a number of JSON as its grammar has it
 }

@@ -139,6 +139,9 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option(
         "--allow-expand", is_flag=True, help="Allow an output of more than 4 times the input."
     ),
+    click.option(
+        "--map-location", metavar="DEVICE", help="Tag every storage with a device: cpu, cuda:0."
+    ),
     click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system."),
 )
 
@@ -238,7 +241,9 @@ class Request:
     silent: bool = False  # another process says it all
 
 
-_OPTIONS = "at to keep_records force in_place dry_run tensors_only untie allow_expand".split()
+_OPTIONS = (
+    "at to keep_records force in_place dry_run tensors_only untie allow_expand map_location"
+).split()
 
 
 def _request(given: dict[str, Any]) -> Request:

@@ -38,8 +38,14 @@ from ckptool.cli._options import (
 @click.option("--class-names", metavar="FILE", help="Names of the rows for --classes.")
 @click.option("--pos-grid", metavar="HxW", help="Grid of the target, or OLD:NEW.")
 @click.option("--pos-prefix", type=click.IntRange(0), metavar="N", help="Tokens before the grid.")
+@click.option(
+    "--init",
+    multiple=True,
+    metavar="PATTERN=HOW",
+    help="Fill new keys: '*.bias=zeros', fc=normal:std=0.01, xavier_uniform ...",
+)
 @click.option("--init-missing", is_flag=True, help="Fill the rest as the model initialises it.")
-@click.option("--seed", default=0, show_default=True, help="For --init-missing.")
+@click.option("--seed", default=0, show_default=True, help="For --init and --init-missing.")
 @click.option(
     "--min-match",
     type=click.FloatRange(0, 1),
@@ -65,6 +71,7 @@ def command(
     class_names: str | None,
     pos_grid: str | None,
     pos_prefix: int | None,
+    init: Sequence[str],
     init_missing: bool,
     seed: int,
     min_match: float,
@@ -81,8 +88,13 @@ def command(
     matched against the peeled keys.
     """
     refuse_idle(
-        {"like_at": "like", "seed": "init_missing", "min_match": "like model", "model_arg": "model"}
-        | {"reverse": "recipe", "adapt": "like model", "classes": "adapt"}
+        {
+            "like_at": "like",
+            "seed": "init init_missing",
+            "min_match": "like model",
+            "model_arg": "model",
+        }
+        | {"reverse": "recipe", "adapt": "like model", "init": "like model", "classes": "adapt"}
         | {"class_names": "classes", "pos_grid": "adapt", "pos_prefix": "adapt"}
     )
     from ckptool.cli import report
@@ -111,6 +123,7 @@ def command(
             class_names=class_names or (),
             pos_grid=pos_grid,
             pos_prefix=pos_prefix,
+            init=init,
             init_missing=init_missing,
             seed=seed,
             min_match=min_match,
@@ -118,5 +131,6 @@ def command(
             **request.options,
         )
     result, fit = done.rewrite, done.fit
-    more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []
+    added, of_model = done.initialised, model is not None
+    more = report.fit_lines(fit, added=added, ruled=bool(init), model=of_model) if fit else []
     tell(request, result, more=more, document=done.to_dict())

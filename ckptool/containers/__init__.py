@@ -25,7 +25,7 @@ from ckptool.containers._registry import (
     suffixes as suffixes,
     without_collection as without_collection,
 )
-from ckptool.errors import EditError, FormatError, Malformed
+from ckptool.errors import CkptoolError, EditError, FormatError, Malformed
 from ckptool.files import budget, paths, sites
 from ckptool.files.fileio import MARK, OpenFile, Reader, refuse_changed
 from ckptool.state.checkpoint import Checkpoint
@@ -166,6 +166,16 @@ def sets_of_ranks(folder: str) -> list[tuple[str, ...]]:
     from ckptool.containers import _sets
 
     return [each.files for each in _sets.in_folder(folder)]
+
+
+def is_joined(path: str) -> bool:
+    """Check for a file that makes one checkpoint with others that ranks wrote, which are there."""
+    from ckptool.containers import _sets
+
+    try:
+        return not _split(path)[1] and bool(_sets.of_file(path) and read(path).shards)
+    except CkptoolError:
+        return False
 
 
 def lacks_index(folder: str) -> bool:

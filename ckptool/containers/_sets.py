@@ -47,6 +47,10 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
     # verl, torchtune, accelerate and others: model_world_size_2_rank_0.pt, model.rank_0.pth
     ("rank_files", re.compile(r".*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt)", re.ASCII)),
 )
+# Megatron-LM and NeMo have a folder for each rank of a model, with a file of one name in each
+# (megatron/training/checkpointing.py, `get_checkpoint_name`).
+_FOLDER = re.compile(r"[mt]p_rank_\d+(_(pp_rank_)?\d+)?", re.ASCII)
+_IN_FOLDER = re.compile(r"model(_\w+)?\.(pt|ckpt)", re.ASCII)
 
 
 class FileSet(NamedTuple):
@@ -69,6 +73,8 @@ class FileSet(NamedTuple):
 def of_file(path: str) -> FileSet | None:
     """Return the files that a file may be in one set with, itself among them."""
     folder, name = paths.split(path)
+    if _IN_FOLDER.fullmatch(name) and _FOLDER.fullmatch(paths.split(folder)[1]):
+        return _of_folders(paths.split(folder)[0], name)
     if _kind(name) is None:
         return None
     path = paths.join(folder, name)
@@ -79,6 +85,14 @@ def in_folder(folder: str) -> list[FileSet]:
     """List the sets that names in a folder are those of."""
     entries = paths.listing(folder)
     return grouped(folder, [each.name for each in entries if each.is_file and _kind(each.name)])
+
+
+def _of_folders(parent: str, name: str) -> FileSet:
+    """Return the files of one name in the folders of ranks."""
+    names = (each.name for each in paths.listing(parent))
+    folders = sorted(filter(_FOLDER.fullmatch, names), key=by_number)
+    files = (paths.join(parent, folder, name) for folder in folders)
+    return FileSet("megatron", tuple(filter(paths.is_file, files)))
 
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
@@ -104,12 +118,19 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
         if len(steps) > 1:
             steps.sort(key=by_number)
             raise _several(folder, "steps", [paths.join(folder, step) for step in steps], 0)
-        sets = in_folder(paths.join(folder, steps[0])) if steps else []
+        sets = in_folder(paths.join(folder, steps[0])) if steps else _in_folders(folder, folders)
     if len(sets) > 1:
         files = [counted(len(each.files), "file") for each in sets]
         shown = [f"{each.files[0]}   {count}" for each, count in zip(sets, files, strict=True)]
         raise _several(folder, "sets of files", shown, len(sets))
     return sets[0].files[0] if sets else ""
+
+
+def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
+    """List the sets that have a file in the folder of each rank."""
+    first = next(filter(_FOLDER.fullmatch, folders), None)
+    names = [each.name for each in paths.listing(paths.join(folder, first))] if first else []
+    return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
 def read_part(path: str, before: int) -> Checkpoint:
@@ -118,6 +139,32 @@ def read_part(path: str, before: int) -> Checkpoint:
         part = _registry.read(reader, shard=True)
     fileio.spare(reader.file, before)
     return part
+
+
+def harmful(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part the calls that do nothing, and the names that they alone have."""
+    from dataclasses import replace
+    from itertools import islice
+
+    from ckptool.pickles import calls as shapes, safety
+
+    named, calls = safety.without_nested(part)
+    verdict = safety.judge(named, calls)
+    shaped = {id(call) for call in verdict.calls}
+    found = (
+        call
+        for call in calls
+        if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
+    )
+    kept = [*islice(found, safety.MAX_CALLS)] if verdict.dangerous else []
+    return replace(part, globals=named, calls=kept)
+
+
+def slim(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part what only the first is asked for: the tree, calls that do nothing."""
+    from dataclasses import replace
+
+    return replace(harmful(part), tree=None)
 
 
 def nothing(reader: Reader) -> None:

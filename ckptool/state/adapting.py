@@ -132,6 +132,15 @@ def plan(entries: Entries, wanted: Wanted, asked: Asked) -> dict[str, str]:
     return {key: chosen[key] for key in pairs if key in chosen}
 
 
+def regridded(entries: Entries, matched: Iterable[str], asked: Asked) -> dict[str, Shape]:
+    """Return the position embeddings that fit by their count alone: another grid was given."""
+    new = asked.new
+    if not new or asked.old == new or (asked.old is None and new[0] == new[1]):
+        return {}
+    found = {key: entries[key].shape for key in matched if _is_position(key)}
+    return {key: shape for key, shape in found.items() if len(shape) in (2, 3)}
+
+
 def _recognised(pairs: Mapping[str, Pair], asked: Asked) -> dict[str, str]:
     """Return the kinds of keys by their names and shapes; the first convolution comes first."""
     found = {key: POSITIONS for key in pairs if _is_position(key)}
@@ -271,19 +280,26 @@ def _of(grid: Sequence[int]) -> str:
 
 
 def _resized(value: TensorInfo, dim: int, sizes: Sequence[int]) -> TensorInfo:
-    """Interpolate a dimension and the next, that one first; rounded once, after the other."""
-    wide = DType.F64 if value.dtype is DType.F64 else DType.F32
-    made = _interpolated(value, dim + 1, sizes[1], wide)
-    return _interpolated(made, dim, sizes[0], value.dtype)
+    """Interpolate a dimension and the next: each of the grid is made of those around it."""
+    height, width = value.shape[dim : dim + 2]
+    lines = [values.part(value, dim, at, at + 1) for at in range(height)]
+    cells = [[values.part(line, dim + 1, at, at + 1) for at in range(width)] for line in lines]
+    columns = bicubic(width, sizes[1])
 
+    def cell(
+        row: int, down: tuple[float, ...], column: int, across: tuple[float, ...]
+    ) -> TensorInfo:
+        taken = [line[column : column + len(across)] for line in cells[row : row + len(down)]]
+        kernel = Interpolation(down, across, value.dtype)
+        return values.computed(kernel, [each for line in taken for each in line], value.dtype)
 
-def _interpolated(value: TensorInfo, dim: int, size: int, target: DType) -> TensorInfo:
-    parts = []
-    for first, weights in bicubic(value.shape[dim], size):
-        taken = [values.part(value, dim, first + at, first + at + 1) for at in range(len(weights))]
-        kernel = Interpolation(weights, value.dtype, target)
-        parts.append(values.computed(kernel, taken, target))
-    return values.joined(parts, dim)
+    return values.joined(
+        [
+            values.joined([cell(*row, *column) for column in columns], dim + 1)
+            for row in bicubic(height, sizes[0])
+        ],
+        dim,
+    )
 
 
 def _found_grids(

@@ -8,7 +8,6 @@ on x86-64 with AVX2 or AVX512; 2.6 fuses all, which makes another number of five
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -75,31 +74,36 @@ def _fused(one: Any, other: Any, added: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Interpolation:
-    """Sum blocks of floats times a weight each; doubles in double precision."""
+    """Sum blocks of floats, a row of them after the other, times weights of columns and of rows.
 
-    weights: tuple[float, ...]
-    source: DType
-    target: DType
+    Doubles are summed in double precision.
+    """
+
+    rows: tuple[float, ...]
+    columns: tuple[float, ...]
+    dtype: DType
 
     def __call__(self, *blocks: Block) -> memoryview:
         """Return the sum of as many elements of each."""
         import numpy as np
 
         with np.errstate(all="ignore"):
-            pairs = zip(self._floats(blocks), self.weights, strict=True)
-            first, weight = next(pairs)
-            total = first * first.dtype.type(weight)
-            apart = (len(blocks) - 1) // FOUR * FOUR
-            for number, (floats, weight) in enumerate(pairs):
-                factor = floats.dtype.type(weight)
-                if number < apart or self.source is DType.F64:
-                    total = total + floats * factor
-                else:
-                    total = _fused(floats, factor, total)
-            return rounded(total, self.target)
+            floats = [block_floats(block, self.dtype) for block in blocks]
+            width = len(self.columns)
+            starts = range(0, len(floats), width)
+            across = [_weighted(floats[at : at + width], self.columns) for at in starts]
+            return rounded(_weighted(across, self.rows), self.dtype)
 
-    def _floats(self, blocks: tuple[Block, ...]) -> Iterator[Any]:
-        return (block_floats(block, self.source) for block in blocks)
+
+def _weighted(floats: list[Any], weights: tuple[float, ...]) -> Any:
+    """Return the sum of floats times a weight each, in the order of torch."""
+    kind = floats[0].dtype.type
+    total = floats[0] * kind(weights[0])
+    apart = len(floats) if total.itemsize == 8 else (len(floats) - 1) // FOUR * FOUR + 1
+    for at in range(1, len(floats)):
+        weight = kind(weights[at])
+        total = total + floats[at] * weight if at < apart else _fused(floats[at], weight, total)
+    return total
 
 
 @dataclass(frozen=True, slots=True, eq=False)

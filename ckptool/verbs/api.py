@@ -35,7 +35,6 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.files.download import Downloaded
     from ckptool.model.initial import Fill
     from ckptool.model.live import CheckpointLike
-    from ckptool.model.verify import Progress, Verification
     from ckptool.model.zoo import ModelLike
     from ckptool.state.classes import Lines
     from ckptool.verbs.checking import Checked
@@ -364,6 +363,7 @@ def transfer(
     >>> done.rewrite.written, [mismatch.key for mismatch in done.fit.mismatched]
     (6, ['classifier.weight', 'classifier.bias'])
     """
+    from ckptool.model.initial import one_after_other, read_rule, ruled_values
     from ckptool.state.adapting import read_asked
     from ckptool.state.classes import read_rows
     from ckptool.verbs import fitting
@@ -387,11 +387,15 @@ def transfer(
     moves += recipe_edits(recipe, reverse=reverse)
     reference: Reference | None = None
     fill: Fill | None = None
+    rules = [read_rule(each) for each in several(init)]
     if like is not None:
         reference = _like(like, like_at, anywhere)
     elif model is not None:
         given = model_args or {}
         reference, fill = _model(model, given, seed if init_missing else None, anywhere)
+    if rules and reference is not None:
+        by_rules = ruled_values(rules, reference.shapes, reference.dtypes, seed)
+        fill = one_after_other(by_rules, fill) if fill else by_rules
     how = Options(**options)
     if how.in_place and not isinstance(source, str | PathLike):
         raise EditError("--in-place needs a file", hint="name an output")
@@ -454,9 +458,9 @@ def _model(
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
-    shapes, ties = zoo.layout(spec, args)
+    shapes, dtypes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes, ties, anywhere=anywhere), fill
+    return fitting.reference(zoo.named(spec), shapes, ties, dtypes, anywhere=anywhere), fill
 
 
 def download(
@@ -494,61 +498,3 @@ def download(
         limits=Limits(timeout=timeout),
     )
     return replace(done, weights=known.member if known else None)
-
-
-def verify(
-    reference: CheckpointLike,
-    candidate: CheckpointLike,
-    model: ModelLike,
-    *,
-    model_args: Mapping[str, object] | None = None,
-    devices: str | Sequence[str] = "auto",
-    input_shapes: str | Sequence[str] = (),
-    batch_size: int | None = None,
-    input: str | None = None,
-    data: str | None = None,
-    dtype: str | None = None,
-    channels_last: bool = False,
-    seed: int = 0,
-    atol: float = 0.0,
-    rtol: float = 0.0,
-    allow_tf32: bool = False,
-    partial: bool = False,
-    at: str | None = None,
-    candidate_at: str | None = None,
-    progress: Progress | None = None,
-) -> Verification:
-    """Run a model on the weights of two checkpoints and compare the outputs, bit for bit.
-
-    Each is a file, a state_dict or an `nn.Module`; `model` is a spec (`resnet18`,
-    `file.py:factory`) made with `model_args`, or an `nn.Module`. It runs on each of `devices`
-    (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`), on random inputs of `input_shapes` (`1,3,224,224`,
-    `1,16:int64`; one for each argument), on the picture `input` or the folder `data`. `partial`
-    compares what both have and the model takes; `at` and `candidate_at` choose among several
-    state_dicts. Raises `DoesNotLoad`, `NoDevice`, `NoSuchModel`, `BadInput`, `MissingExtra`,
-    `OutOfMemory`, and what reading raises.
-
-    >>> from torch import nn
-    >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
-    >>> ckptool.verify(one, other, one, devices="cpu", input_shapes="3,4")
-    <Verification of (Linear), (Linear): not identical on cpu>
-    """
-    from ckptool.model import inputs, verify as room
-
-    options = room.Options(
-        devices=devices,
-        inputs=inputs.Options(
-            shapes=input_shapes, batch_size=batch_size, picture=input, folder=data, seed=seed
-        ),
-        dtype=dtype,
-        channels_last=channels_last,
-        partial=partial,
-        atol=atol,
-        rtol=rtol,
-        allow_tf32=allow_tf32,
-        at=at,
-        candidate_at=candidate_at,
-    )
-    return room.verify(
-        reference, candidate, model, model_args, options, progress or room.no_progress
-    )

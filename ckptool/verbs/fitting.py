@@ -37,12 +37,13 @@ Shape = tuple[int, ...]
 class Reference:
     """The keys and shapes of a target, without wrapper prefixes; `name` is for reports.
 
-    `ties` map keys to those that are the same tensor.
+    `ties` map keys to those that are the same tensor, `dtypes` to torch's names.
     """
 
     name: str
     shapes: dict[str, Shape]
     ties: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,14 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
-    """What a transfer wrote, and how it fits its target, if it had one."""
+    """What a transfer wrote, and how it fits its target, if it had one.
+
+    `initialised` are the keys that the source did not fill and that were written all the same.
+    """
 
     rewrite: Rewrite
     fit: Fit | None
+    initialised: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return the document `transfer/1`."""
@@ -106,6 +111,7 @@ class Transferred:
                 }
                 for each in (fit.adapted if fit else ())
             ],
+            "initialised": list(self.initialised),
         }
 
 
@@ -113,6 +119,7 @@ def reference(
     name: str,
     shapes: Mapping[str, Shape],
     tied: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
     *,
     anywhere: bool = False,
 ) -> Reference:
@@ -122,6 +129,7 @@ def reference(
         name,
         {new: tuple(sizes) for key, sizes in shapes.items() if (new := peel(key)) is not None},
         {peel.name(key): peel.name(first) for key, first in (tied or {}).items()},
+        {peel.name(key): dtype for key, dtype in (dtypes or {}).items()},
     )
 
 
@@ -129,11 +137,15 @@ def reference_of(
     checkpoint: Checkpoint, at: str | None = None, *, anywhere: bool = False
 ) -> Reference:
     """Take keys and shapes from another checkpoint."""
-    state = places.find(checkpoint, at, "--like-at")
+    entries = places.find(checkpoint, at, "--like-at").entries
+    dtypes = {
+        key: value.dtype.torch_name for key, value in entries.items() if isinstance(value, TENSORS)
+    }
     return reference(
         checkpoint.path,
-        {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
-        ties(state.entries),
+        _shapes(entries),
+        ties(entries),
+        dtypes,
         anywhere=anywhere,
     )
 
@@ -233,7 +245,7 @@ def transfer(
             added=added,
             order=list(like.shapes) if added else (),
         )
-    return Transferred(result, found)
+        return Transferred(result, found, tuple(added))
 
 
 def _entries_after(
@@ -253,6 +265,7 @@ def _adapted(
 ) -> tuple[list[Edit], Fit]:
     """Return the edit that adapts what was asked for, if there is any of it, and the fit then."""
     wanted = {each.key: each.there for each in found.mismatched}
+    wanted |= adapting.regridded(entries, found.matched, asked)
     kinds = adapting.plan(entries, wanted, asked)
     if not kinds:
         return [], found

@@ -7,6 +7,8 @@ happened to every entry of the state_dict.
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +28,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
-from ckptool.text import quoted, readable, visible
+from ckptool.text import counted, listed, quoted, readable, visible
 from ckptool.verbs import agreement, casting
 from ckptool.verbs.casting import Cast
 from ckptool.verbs.layout import (
@@ -173,6 +175,8 @@ def rewrite(
         plan.notes += _suffix_notes(target, container, options)
     if added:
         add_entries(plan, added, order)
+    if options.map_location is not None:
+        _tag(plan, options.map_location, form)
     laid = lay_out(plan, form, options)
     _refuse_expansion(checkpoint, laid.output, options)
     result = _result(plan, target, laid, place, options)
@@ -189,6 +193,27 @@ def rewrite(
     send = _send if place.url else publish.publish
     late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
+
+
+DEVICES = r"cpu|mps|(cuda|xpu|hpu)(:\d{1,3})?"  # that torch.load restores
+
+
+def _tag(plan: Plan, location: str, form: Form) -> None:
+    """Have all storages tagged with a device; refuse where the output has no tags."""
+    if not re.fullmatch(DEVICES, location, re.ASCII):
+        raise EditError(f"`{location}` is not a device", hint="--map-location cpu, or cuda:0")
+    container = containers.by_name(plan.container)
+    if form.distributed or not container.traits.device_tags:
+        raise EditError(
+            f"{container.title} has no device tags: --map-location is for torch files",
+            hint="leave it out: what loads the file chooses the device",
+        )
+    location = "cuda:0" if location == "cuda" else location
+    found = {storage for storage in _stored(plan.checkpoint.tree) if storage.location != location}
+    tags = Counter(storage.location for storage in found)
+    were = [f"{counted(count, 'storage')} of {tag}" for tag, count in tags.items()]
+    plan.notes.append(f"tagged {location}: {listed(were) if were else 'all storages were'}")
+    plan.checkpoint = replace(plan.checkpoint, location=location)
 
 
 def _send(

@@ -126,7 +126,7 @@ class Cells:
         fully_shard(
             model,
             mesh=self.mesh("fsdp"),
-            shard_placement_fn=lambda p: Shard(p.dim() > 1 and p.shape[1] % self.world == 0),
+            shard_placement_fn=lambda p: Shard(int(p.dim() > 1 and p.shape[1] % self.world == 0)),
         )
         name = "model_world_size_{world}_rank_{rank}.pt"
         self.save("fsdp2_dim1", name, model.state_dict(), truth)

@@ -89,7 +89,7 @@ def judge(folder: Path, scratch: Path) -> Iterator[str]:
         yield f"safetensors: {sorted(set(truth) ^ set(safe))}"
     problem = convert(folder, files[".pth"], "--force", "--values", "module")
     if any(value.numel() == 0 for value in module.values()):
-        if "module" not in problem:
+        if "--values" not in problem:
             yield f"--values module: {problem or 'written'}"
     elif problem:
         yield problem
