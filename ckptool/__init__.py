@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         download as download,
         info as info,
         keys as keys,
+        match as match,
         strip_prefix as strip_prefix,
         transfer as transfer,
         unwrap as unwrap,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.compare import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
+    from ckptool.verbs.match import Matched as Matched
     from ckptool.verbs.models import verify as verify
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
@@ -61,7 +63,8 @@ _PUBLIC = {
     name: module
     for module, names in {
         "ckptool.verbs.api": (
-            "add_prefix average check convert diff download info keys strip_prefix transfer unwrap"
+            "add_prefix average check convert diff download info keys match strip_prefix transfer "
+            "unwrap"
         ),
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
@@ -78,6 +81,7 @@ _PUBLIC = {
         "ckptool.model.layers": "Layer Layers layers",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verification": "Run Verification",
+        "ckptool.verbs.match": "Matched",
         "ckptool.verbs.models": "verify",
         "ckptool.verbs.options": "WriteOptions",
         "ckptool.verbs.plan": "Dropped",

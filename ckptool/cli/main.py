@@ -32,7 +32,8 @@ from ckptool.text import quoted, visible
 GROUPS = {
     "Look": ("info", "keys", "show", "check", "diff"),
     "Models": ("download", "layers", "verify"),
-    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
+    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"),
+    "Between models": ("match", "recipe"),
     "Manual": ("help",),
 }
 EXAMPLES = (
@@ -264,6 +265,15 @@ def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
     return error
 
 
+def _without_secrets(word: str) -> str:
+    """Return an argument as it may be shown."""
+    if "://" not in word:
+        return word
+    from ckptool.files.http import shown
+
+    return shown(word)
+
+
 # Options of one meaning under other names: what errors call it -> command -> its own.
 _OWN_NAMES = {"--prefix": {"convert": "--strip-prefix", "diff": "--ignore-prefix"}}
 
@@ -274,7 +284,7 @@ def _retried(arguments: list[str], option: str) -> str:
     name = _OWN_NAMES.get(name, {}).get(arguments[0], name)
     same = f"{value.partition('=')[0]}=" if "=" in value else ""  # --model-arg NAME=VALUE
     kept: list[str] = []
-    words = iter(arguments)
+    words = iter([_without_secrets(word) for word in arguments])
     for word in words:
         if word == "--":  # no option stands behind it
             words = iter([word, *words])

@@ -1,382 +1,229 @@
-"""DeepSpeed ZeRO 1, 2 and 3: slices of float32 master weights of all ranks, joined by name.
+"""DeepSpeed ZeRO 1, 2 and 3: slices of float32 masters of all ranks, joined under their names.
 
 A step is a folder of `*_optim_states.pt`, a file for each rank, and `*_model_states.pt`, one of all
-ranks or, in stage 3, of each. Formats: deepspeed/runtime/engine.py (`_save_checkpoint`,
-`_get_zero_param_shapes`), runtime/zero/stage_1_and_2.py and stage3.py (`state_dict`); what joins
-them there is utils/zero_to_fp32.py, which puts buffers first, makes them float32, and loses frozen
-parameters of stage 1. Here order, `_metadata` and buffers are those of `module`.
+ranks or, in stage 3, of each (`_zero_files.py` reads them). What joins them in DeepSpeed is
+utils/zero_to_fp32.py, which puts buffers first, makes them float32, and loses frozen parameters of
+stage 1. Here order, `_metadata` and what was not trained are those of `module`.
+
+In stages 1 and 2 the partitions of all ranks, one behind the other, are the parameters of a group;
+since 0.19 each may be padded. The end of a group is padded to a multiple of twice the ranks. In
+stage 3 each parameter is cut in as many slices as there are ranks, the last of them padded.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
+from ckptool.containers import _zero_agreement as agreement
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import by_number, combined, nothing, read_part
-from ckptool.errors import EditError, Malformed, PartialCheckpoint, Unsupported
-from ckptool.files import budget
-from ckptool.files.blocks import blocks
-from ckptool.files.fileio import Readers
-from ckptool.pickles.holdings import sizes_of
+from ckptool.containers._sets import combined, nothing, read_part, slim
+from ckptool.containers._zero_files import Model, Shapes, Slices, found_in
+from ckptool.errors import EditError, Malformed
+from ckptool.files import budget, paths
 from ckptool.pickles.pickle_reader import remembered
-from ckptool.pickles.tree import Node, Object, attribute, named_items
+from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors import values as cuts
 from ckptool.tensors.tensor import TENSORS, TensorInfo
-from ckptool.text import counted, length
+from ckptool.text import counted, length, listed
 
 NAME = "deepspeed-zero"
-MASTER, MODULE = "master", "module"  # what `--values` chooses
-_RANK = re.compile(r"(?:zero_pp|expp)_rank_(\d+)_mp_rank_(\d+)|mp_rank_(\d+)")
-_FLAT = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # of stages 1 and 2, of stage 3
-_SHOWN = 8
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Slices:
-    """What `optim_states.pt` of a rank holds: flat tensors, and what is said of them."""
-
-    name: str
-    path: str
-    rank: int
-    flat: list[TensorInfo]
-    stage: int
-    world: int
-    paddings: Node
-    step: object
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What `model_states.pt` holds: the module, and the shapes of the parameters in its groups."""
-
-    name: str
-    path: str
-    rank: int
-    module: Node
-    groups: list[Shapes]
-    frozen: Shapes
-    fragments: dict[str, Node]
-    shared: dict[str, Node]
-    step: Node
+MODULE = "module"  # what `--values` chooses: the weights in the dtype of the training
+_EXTRA = "_extra_state"
 
 
 def join(files: Sequence[str], values: str) -> Checkpoint | None:
-    """Read all files of a step as one checkpoint; None where no rank has slices of weights.
+    """Read all files of a step as one checkpoint; None where none is of ZeRO.
 
-    `values` are `master`, float32, by default, or those of `module`, in the dtype of the training.
+    The masters are taken, or with the `values` `module` the weights as they were trained.
     """
-    if values not in ("", MASTER, MODULE):
-        raise EditError(f"--values is {MASTER} or {MODULE}, and not `{values}`")
     parts: dict[str, Checkpoint] = {}
-    slices: list[_Slices] = []
-    models: list[_Model] = []
+    slices: list[Slices] = []
+    models: list[Model] = []
+    experts: dict[str, dict[str, Node]] = {}
+    masters = values != MODULE
     with remembered(parts.values()):
-        for count, path in enumerate(sorted(files, key=by_number), 1):
-            budget.current().share = count / len(files)
-            part = read_part(path, count)
-            name = os.path.basename(path)
-            top = dict(named_items(part.tree))
-            if name.endswith("_optim_states.pt"):
-                slices += _slices(name, path, top)
-            else:
-                models += _models(name, path, top)
-            parts[name] = replace(part, tree=None)
-        if not slices:
+        for name, found in _read(files, parts):
+            if isinstance(found, Slices):
+                slices.append(found)
+            elif isinstance(found, Model):  # of the others, all that is said would stay
+                models.append(agreement.slim(found, models[0]) if models else found)
+            elif found is not None:
+                experts[name] = found
+        if not slices and not models:
             return None
-        _refuse_others(parts, slices[0])
-        model = _agreed(slices, models)
-        entries = dict(_entries(slices, models, values or MASTER))
-        tree = make_state_dict(entries, attribute(model.module, "_metadata"))
+        notes = agreement.check(slices, models, experts, masters=masters)
+        model = models[0]
+        if masters:
+            entries = _masters(slices, models)
+            notes += agreement.of_step(slices[0], model, entries)
+        else:
+            entries = _of_module(model, experts)
+        tree = make_state_dict(entries, model.metadata)
+    path = paths.folder_of(model.path) or "."
+    return combined(path, NAME, tree, parts, [_said(slices, model, masters=masters), *notes])
+
+
+def _read(
+    files: Sequence[str], parts: dict[str, Checkpoint]
+) -> Iterator[tuple[str, Slices | Model | dict[str, Node] | None]]:
+    """Read files, and keep in `parts` what is needed of each beside what is found in it."""
+    spending = budget.current()
+    for count, path in enumerate(files, 1):
+        spending.share = count / len(files)
+        spent = spending.spent
+        part = read_part(path, count)
+        found = found_in(part)
+        name = os.path.basename(path)
+        parts[name] = slim(part)
+        if not isinstance(found, Model):
+            spending.spent = spent
+            spending.spend(len(part.records) * budget.TENSOR)
+        yield name, found
+
+
+def _said(slices: Sequence[Slices], model: Model, *, masters: bool) -> str:
+    """Say what was joined."""
+    at = "" if model.steps is None else f" at step {model.steps}"
+    if not masters:
+        return f"DeepSpeed{at}: weights in the dtype of the training, of {model.name}"
     first = slices[0]
-    step = f" at step {model.step}" if length(model.step) is not None else ""
-    what = "float32 master weights" if values != MODULE else "weights in the dtype of the training"
-    ranks = counted(first.world, "rank")
-    note = f"DeepSpeed ZeRO stage {first.stage} of {ranks}{step}: {what}, joined"
-    return combined(os.path.dirname(first.path) or ".", NAME, tree, parts, [note])
-
-
-# What is in a file.
-
-
-def _slices(name: str, path: str, top: Mapping[str, Node]) -> Iterator[_Slices]:
-    """Yield the slices of a rank, none of a file of another optimizer."""
-    state = dict(named_items(top.get("optimizer_state_dict")))
-    key = next((key for key in _FLAT if key in state), None)
-    if key is None:
-        return
-    flat = state[key]
-    tensors = [each for each in flat if isinstance(each, TensorInfo)] if type(flat) is list else []
-    if not isinstance(flat, list) or len(tensors) != len(flat) or any(_odd(t) for t in tensors):
-        raise Malformed(f"`{key}` is no list of flat tensors of float32", path=path)
-    count = state.get("partition_count")
-    worlds = [length(each) for each in (count if isinstance(count, list) else [count])]
-    stage = state.get("zero_stage")
-    if isinstance(stage, Object) and stage.args:  # a member of an enum
-        stage = stage.args[0]
-    known = length(stage) or (3 if key == _FLAT[1] else 1)
-    world = max((each or 0 for each in worlds), default=0)
-    if not 0 < world <= 1 << 20 or (known == 3) != (key == _FLAT[1]):
-        raise Malformed("its stage or its count of partitions makes no sense", path=path)
-    plain = [replace(each, requires_grad=False, origin=None) for each in tensors]
-    paddings = state.get("param_alignment_paddings")
-    yield _Slices(name, path, _rank(name), plain, known, world, paddings, _step(state))
-
-
-def _odd(tensor: TensorInfo) -> bool:
-    """Check for what is no row of numbers that follow each other."""
-    return len(tensor.shape) != 1 or tensor.stride != (1,) or tensor.dtype.label != "F32"
-
-
-def _models(name: str, path: str, top: Mapping[str, Node]) -> Iterator[_Model]:
-    groups = top.get("param_shapes")
-    if "module" not in top or not isinstance(groups, list):
-        return
-    yield _Model(
-        name,
-        path,
-        _rank(name),
-        top["module"],
-        [_shapes(group, path) for group in groups],
-        _shapes(top.get("frozen_param_shapes"), path),
-        dict(named_items(top.get("frozen_param_fragments"))),
-        dict(named_items(top.get("shared_params"))),
-        top.get("global_steps"),
-    )
-
-
-def _shapes(group: Node, path: str) -> Shapes:
-    found = {key: sizes_of(value) for key, value in named_items(group)}
-    odd = [key for key, sizes in found.items() if sizes is None or prod(sizes) >= 1 << 62]
-    if odd:
-        raise Malformed(f"the noted shape of {odd[0]} makes no sense", path=path)
-    return {key: sizes for key, sizes in found.items() if sizes is not None}
-
-
-def _rank(name: str) -> int:
-    match = _RANK.search(name)
-    return int(match[1] or 0) if match else 0
-
-
-def _step(state: Mapping[str, Node]) -> object:
-    """Return how often the optimizer has stepped: a tensor, or in a group; None where unknown."""
-    for name in ("base_optimizer_state", "optimizer_state_dict"):
-        inner = dict(named_items(state.get(name)))
-        for _, each in named_items(inner.get("state")):
-            step = dict(named_items(each)).get("step")
-            if isinstance(step, TensorInfo) and step.numel == 1:
-                return step
-        groups = inner.get("param_groups")
-        for each in groups if isinstance(groups, list) else []:
-            if (step := length(dict(named_items(each)).get("step"))) is not None:
-                return step
-    return None
-
-
-# Whether they are of one save, and all there.
-
-
-def _refuse_others(parts: Mapping[str, Checkpoint], first: _Slices) -> None:
-    """Refuse what is more than a join: tensor or pipeline parallelism, experts."""
-    cut = [
-        name for name in parts if (match := _RANK.search(name)) and int(match[2] or match[3] or 0)
-    ]
-    experts = [name for name in parts if name.startswith("expp_rank")]
-    for names, what in ((cut, "tensor or pipeline parallelism"), (experts, "experts")):
-        if names:
-            raise Unsupported(
-                f"{names[0]}: ZeRO with {what}, whose files do not say how weights were cut",
-                path=first.path,
-                hint="ds_to_universal.py of DeepSpeed makes one file of each parameter",
-            )
-
-
-def _agreed(slices: Sequence[_Slices], models: Sequence[_Model]) -> _Model:
-    """Refuse files that are not all of one save; return the model of rank 0."""
-    first = slices[0]
-    for each in slices[1:]:
-        for what, one, other in (
-            ("the stage", first.stage, each.stage),
-            ("the number of ranks", first.world, each.world),
-            ("the number of groups", len(first.flat), len(each.flat)),
-        ):
-            if one != other:
-                raise Malformed(f"{what} is {one} in {first.name}, {other} in {each.name}")
-    _refuse_missing([(each.rank, each.name) for each in slices], first.world, first.path)
-    if not models:
-        absent = "mp_rank_00_model_states.pt, with the names and shapes of the weights,"
-        raise PartialCheckpoint(f"{absent} is not there", path=first.path)
-    if first.stage == 3:
-        _refuse_missing([(each.rank, each.name) for each in models], first.world, first.path)
-    for model in models[1:]:
-        if (model.groups, model.frozen) != (models[0].groups, models[0].frozen):
-            raise Malformed(f"{models[0].name} and {model.name} differ in names or shapes")
-        if model.step != models[0].step:
-            what = f"step {models[0].step}, {model.name} of step {model.step}"
-            raise Malformed(f"{models[0].name} is of {what}")
-    _refuse_steps(slices)
-    return models[0]
-
-
-def _refuse_missing(found: Sequence[tuple[int, str]], world: int, path: str) -> None:
-    names = dict(found)
-    absent = [rank for rank in range(min(world, len(names) + _SHOWN)) if rank not in names]
-    if absent or len(found) != world:
-        like = found[0][1]
-        wanted = [re.sub(r"pp_rank_\d+", f"pp_rank_{rank}", like) for rank in absent]
-        raise PartialCheckpoint(
-            f"{len(found)} of {counted(world, 'file')} like {like} are there, one of each rank",
-            path=path,
-            evidence=[f"{name} is not there" for name in wanted[:_SHOWN]],
-            hint="each machine that saved it kept its own; bring all files into one folder",
-        )
-
-
-def _refuse_steps(slices: Sequence[_Slices]) -> None:
-    """Refuse files of which the optimizers have stepped differently often."""
-    readers = Readers()
-    try:
-        steps = {each.name: _number(each.step, readers) for each in slices}
-    finally:
-        readers.close()
-    known = {name: step for name, step in steps.items() if step is not None}
-    first = next(iter(known), "")
-    for name, step in known.items():
-        if step != known[first]:
-            raise Malformed(f"files of different steps: {first} and {name} differ in `step`")
-
-
-def _number(step: object, readers: Readers) -> object:
-    """Return bytes that are equal for equal steps."""
-    if isinstance(step, TensorInfo):
-        return b"".join(map(bytes, blocks(step, readers)))
-    return step
+    dtypes = sorted({flat.dtype.label for flat in first.flat})
+    ranks = f"all {first.world} ranks are" if first.world > 1 else "its one rank is"
+    there = f"{ranks} there{' and agree' if first.world > 1 else ''}"
+    return f"DeepSpeed ZeRO stage {first.stage}{at}: {there}; {listed(dtypes)} master weights"
 
 
 # The weights.
 
 
-def _entries(
-    slices: Sequence[_Slices], models: Sequence[_Model], values: str
-) -> Iterator[tuple[str, Node]]:
-    """Yield the state_dict in the order of the module; ties stay one tensor."""
-    model, stage = models[0], slices[0].stage
-    made: dict[str, Node] = {}
-    if values == MASTER:
-        made |= _of_stage_3(slices, model) if stage == 3 else _of_stage_2(slices, model)
-        made |= _frozen(models, stage)
-    module = dict(named_items(model.module))
-    budget.current().spend((len(module) + len(made)) * budget.TENSOR)
-    for key, value in module.items():
-        if (
-            values == MODULE
-            and isinstance(value, TENSORS)
-            and value.shape != _noted(model, key, value)
+def _of_module(model: Model, experts: Mapping[str, Mapping[str, Node]]) -> dict[str, Node]:
+    """Return the weights as they were trained, those of experts behind all others."""
+    noted, entries = model.noted, model.entries
+    for key, value in entries.items():
+        shape = noted.get(key)
+        if _is_placeholder(model, key, value) or (
+            shape is not None and getattr(value, "shape", None) != shape
         ):
             raise EditError(
-                f"stage {stage} keeps no whole weights of the training: {key} is a placeholder",
-                hint="leave out --values: the float32 master weights are whole",
+                f"the weights of the training are not whole in ZeRO stage 3: {key} is a "
+                "placeholder",
+                hint="leave out --values: the master weights are whole",
             )
-        made.setdefault(key, value)
-    for key, source in model.shared.items():
-        if values == MASTER and isinstance(source, str) and source in made:
-            made[key] = made[source]
-    for key in dict.fromkeys((*module, *made)):
-        value = made[key]
-        if isinstance(value, TENSORS) and value.shape != _noted(model, key, value):
+    for name, tensors in experts.items():
+        if twice := tensors.keys() & entries.keys():
+            raise Malformed(f"{min(twice)} is in {name} and in another file", path=model.path)
+        entries |= tensors
+    return {
+        key: cuts.own(value) if key in noted and isinstance(value, TensorInfo) else value
+        for key, value in entries.items()
+    }
+
+
+def _masters(slices: Sequence[Slices], models: Sequence[Model]) -> dict[str, Node]:
+    """Return the state_dict in the order of the module; ties stay one tensor."""
+    model, stage = models[0], slices[0].stage
+    try:
+        made: dict[str, Node] = {**(_of_stage_3 if stage == 3 else _of_groups)(slices, model)}
+        made |= _frozen(models, stage)
+    except ValueError as error:
+        raise Malformed(f"slices that cannot be joined: {error}", path=slices[0].path) from error
+    entries = model.entries
+    budget.current().spend((len(entries) + len(made) * len(slices)) * budget.TENSOR)
+    trained, tied = dict(made), _tied(model)
+    for key in tied.keys() & entries.keys() - made.keys():
+        made[key] = trained.get(tied[key], entries[key])
+    for key, value in entries.items():
+        if key not in made and _is_placeholder(model, key, value):
             raise Malformed(
                 f"{key} is a placeholder, and no rank has slices of it", path=model.path
             )
-        yield key, value
+    return {key: made.get(key, entries.get(key)) for key in dict.fromkeys((*entries, *made))}
 
 
-def _noted(model: _Model, key: str, value: TensorInfo | Node) -> tuple[int, ...]:
-    """Return the shape that is noted of a parameter, or of what it is tied to; else its own."""
-    source = model.shared.get(key, key)
-    for group in (*model.groups, model.frozen):
-        for name in (key, source):
-            if isinstance(name, str) and name in group:
-                return group[name]
-    own: tuple[int, ...] = value.shape
-    return own
+def _tied(model: Model) -> dict[str, str]:
+    """Return which keys are tied to a parameter: as rank 0 says, or by the tensors themselves.
 
-
-def _of_stage_2(slices: Sequence[_Slices], model: _Model) -> dict[str, Node]:
-    """Cut parameters out of the partitions of all ranks, one behind the other in each group.
-
-    Since 0.19 each parameter may be padded; the end of a group is padded so that the ranks have
-    equally much, to a multiple of twice their number at most.
+    A placeholder has a storage of its own for each parameter.
     """
+    entries, noted = model.entries, model.noted
+    names: dict[object, list[str]] = {}
+    for key in noted:
+        value = entries.get(key)
+        if isinstance(value, TensorInfo):
+            names.setdefault(value.view, []).append(key)
+    tied: dict[str, str] = {}
+    for key, value in entries.items():
+        if key not in noted and isinstance(value, TensorInfo):
+            same = names.get(value.view, [])
+            tied |= {key: same[0]} if len(same) == 1 else {}
+    return tied | {key: name for key, name in model.shared.items() if isinstance(name, str)}
+
+
+def _is_placeholder(model: Model, key: str, value: Node) -> bool:
+    """Check for what stage 3 leaves of a parameter in the module."""
+    own = key in model.buffers or key.rpartition(".")[2] == _EXTRA
+    whole = own or model.noted.get(key) == (0,)
+    return isinstance(value, TENSORS) and value.shape == (0,) and not whole
+
+
+def _of_groups(slices: Sequence[Slices], model: Model) -> dict[str, Node]:
+    """Cut parameters out of the partitions of stages 1 and 2."""
     found: dict[str, Node] = {}
-    if len(model.groups) != len(slices[0].flat):
-        what = f"{counted(len(slices[0].flat), 'group')} of slices, {len(model.groups)} of shapes"
-        raise Malformed(what, path=slices[0].path)
     for number, shapes in enumerate(model.groups):
         flat = [each.flat[number] for each in slices]
-        paddings = _paddings(slices[0], number, len(shapes))
         position = 0
+        paddings = _paddings(slices[0], number, shapes)
         for (key, shape), padding in zip(shapes.items(), paddings, strict=True):
-            found[key] = _shaped(flat, position, shape, key, model)
+            pieces = list(_cut(flat, position, prod(shape), key, model))
+            found[key] = _of_pieces(pieces, shape, key)
             position += prod(shape) + padding
         there, unit = sum(each.numel for each in flat), 2 * len(slices)
-        if -(-there // unit) != -(-position // unit):
-            raise _left_over(slices[0], there - position, number)
+        if there > -(-position // unit) * unit or there < position:
+            where = f" in group {number}" if len(model.groups) > 1 else ""
+            raise _left_over("all ranks", slices[0].path, there - position, where)
     return found
 
 
-def _paddings(first: _Slices, number: int, count: int) -> list[int]:
+def _paddings(first: Slices, number: int, shapes: Shapes) -> list[int]:
     if first.paddings is None:
-        return [0] * count
-    group = first.paddings[number] if isinstance(first.paddings, list) else None
+        return [0] * len(shapes)
+    listed = first.paddings if isinstance(first.paddings, list) else []
+    group = listed[number] if number < len(listed) else None
     found = [length(each) for each in group] if isinstance(group, list) else []
     known = [each for each in found if each is not None]
-    if len(known) != count:
+    if len(known) != len(shapes):
         raise Malformed("`param_alignment_paddings` do not fit the parameters", path=first.path)
     return known
 
 
-def _of_stage_3(slices: Sequence[_Slices], model: _Model) -> dict[str, Node]:
-    """Join parameters of the slice that each rank has of each, one behind the other in a rank.
-
-    A slice is as long in every rank: the last ones are padded.
-    """
+def _of_stage_3(slices: Sequence[Slices], model: Model) -> dict[str, Node]:
+    """Join each parameter of the slice that each rank has of it, one behind the other in a rank."""
     found: dict[str, Node] = {}
     position = 0
     for key, shape in (pair for group in model.groups for pair in group.items()):
         size = -(-prod(shape) // len(slices))
         pieces = [piece for each in slices for piece in _cut(each.flat, position, size, key, each)]
-        found[key] = _of_pieces(pieces, shape, key, model)
+        found[key] = _of_pieces(pieces, shape, key)
         position += size
     for each in slices:
-        there = sum(flat.numel for flat in each.flat)
-        if there != position:
-            raise _left_over(each, there - position, None)
+        if there := sum(flat.numel for flat in each.flat) - position:
+            raise _left_over(each.name, each.path, there)
     return found
 
 
-def _left_over(each: _Slices, count: int, group: int | None) -> Malformed:
-    where = "" if group is None else f" in group {group}"
-    what = "more" if count > 0 else "fewer"
-    return Malformed(
-        f"{each.name} has {abs(count)} elements {what} than the noted shapes{where}",
-        path=each.path,
-    )
-
-
-def _shaped(
-    flat: Sequence[TensorInfo], start: int, shape: tuple[int, ...], key: str, model: _Model
-) -> TensorInfo:
-    return _of_pieces(list(_cut(flat, start, prod(shape), key, model)), shape, key, model)
+def _left_over(who: str, path: str, count: int, where: str = "") -> Malformed:
+    few = f"{counted(-count, 'element')} fewer than the noted shapes need"
+    many = f"{counted(count, 'element')} beyond the noted shapes and their padding"
+    return Malformed(f"slices of {who} have {many if count > 0 else few}{where}", path=path)
 
 
 def _cut(
-    flat: Sequence[TensorInfo], start: int, count: int, key: str, of: _Slices | _Model
+    flat: Sequence[TensorInfo], start: int, count: int, key: str, of: Slices | Model
 ) -> Iterator[TensorInfo]:
     """Yield the elements from `start` in tensors one behind the other."""
     left = count
@@ -392,30 +239,31 @@ def _cut(
         raise Malformed(f"{key} is beyond the end of the slices", path=of.path)
 
 
-def _of_pieces(
-    pieces: list[TensorInfo], shape: tuple[int, ...], key: str, model: _Model
-) -> TensorInfo:
-    """Join pieces, and leave out what pads the last ones."""
+def _of_pieces(pieces: list[TensorInfo], shape: tuple[int, ...], key: str) -> TensorInfo:
+    """Join pieces without what pads the last ones, in a storage of their own."""
     if not pieces:
-        raise Malformed(f"no rank has slices, of {key} neither", path=model.path)
-    whole = cuts.joined(pieces, 0)
-    return cuts.shaped(cuts.part(whole, 0, 0, prod(shape)), shape)
+        raise Malformed(f"no rank has slices, of {key} neither")
+    made = cuts.joined([each for each in pieces if each.numel] or pieces[:1], 0)
+    made = cuts.own(cuts.shaped(cuts.part(made, 0, 0, prod(shape)), shape))
+    if made.storage.chunked is not None:  # whose other names are all alike
+        made.storage.key = key
+    return made
 
 
-def _frozen(models: Sequence[_Model], stage: int) -> dict[str, Node]:
+def _frozen(models: Sequence[Model], stage: int) -> dict[str, Node]:
     """Return what was not trained: whole, or in stage 3 the fragments of all ranks."""
-    first = models[0]
     found: dict[str, Node] = {}
-    for key, shape in first.frozen.items():
-        fragments = [model.fragments.get(key) for model in models]
-        tensors = [each for each in fragments if isinstance(each, TensorInfo)]
-        if len(tensors) != len(fragments):
-            raise Malformed(f"a rank has no fragment of {key}, which is frozen", path=first.path)
-        if stage < 3:
-            found[key] = tensors[0]
-            continue
-        flat = [cuts.shaped(each, (each.numel,)) for each in tensors]
-        found[key] = _shaped(flat, 0, shape, key, first)
+    for key, shape in models[0].frozen.items():
+        size = -(-prod(shape) // len(models)) if stage == 3 else prod(shape)
+        pieces = []
+        for model in models:
+            piece = model.fragments.get(key)
+            if not isinstance(piece, TensorInfo) or piece.numel != size:
+                what = f"{model.name} has no fragment of {size} elements"
+                raise Malformed(f"{what} of {key}, which is frozen", path=model.path)
+            plain = replace(piece, requires_grad=False, origin=None)
+            pieces.append(cuts.shaped(plain, (size,)))
+        found[key] = _of_pieces(pieces if stage == 3 else pieces[:1], shape, key)
     return found
 
 

@@ -24,7 +24,7 @@ from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
 from ckptool.state.edit_options import recipe_edits, stripping
 from ckptool.state.edits import Edit
-from ckptool.text import parse_size, several
+from ckptool.text import parse_size, quoted, several
 from ckptool.verbs import surgery
 from ckptool.verbs.options import MIN_MATCH, Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
@@ -36,11 +36,13 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.model.initial import Fill
     from ckptool.model.live import CheckpointLike
     from ckptool.model.zoo import ModelLike
+    from ckptool.state.classes import Lines
     from ckptool.verbs.checking import Checked
     from ckptool.verbs.combining import Averaged
     from ckptool.verbs.compare import Difference
     from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
+    from ckptool.verbs.match import Matched, Side
     from ckptool.verbs.survey import Survey
 
 
@@ -258,6 +260,7 @@ def convert(
     unwrap: bool = False,
     max_shard_size: int | str | None = None,
     distributed: bool = False,
+    values: str = "",
     progress: Begin = no_progress,
     **options: Unpack[WriteOptions],
 ) -> Rewrite:
@@ -269,8 +272,9 @@ def convert(
     to the largest. With `to="dcp"`, the target is the folder of a distributed
     checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
     `distributed` writes with all ranks of a launcher, each of which calls this; what is lost in
-    casts is in the result of rank 0. Raises `EditError`, `FormatError` for the source, `WriteError`
-    for the target, and `RankLost`.
+    casts is in the result of rank 0. Of DeepSpeed's ZeRO, the float32 masters are written, or with
+    `values="module"` the weights in the training dtype. Raises `EditError`, `FormatError` for the
+    source, `WriteError` for the target, and `RankLost`.
 
     >>> steps = [ckptool.edits.drop("classifier")]
     >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
@@ -288,8 +292,17 @@ def convert(
         form = surgery.Form(distributed=True)
     elif max_shard_size is not None:
         form = surgery.Form(parse_size(str(max_shard_size), "--max-shard-size 5GB"))
-    places = (source, target)
-    write = partial(surgery.rewrite, *places, steps, bare=unwrap, progress=progress, form=form)
+    opened = containers.read(source, values=values) if values else None
+    write = partial(
+        surgery.rewrite,
+        source,
+        target,
+        steps,
+        bare=unwrap,
+        progress=progress,
+        form=form,
+        opened=opened,
+    )
     if not distributed:
         return write(options=how)
     from ckptool.model import ranks
@@ -318,6 +331,12 @@ def transfer(
     like_at: str | None = None,
     model: ModelLike | None = None,
     model_args: Mapping[str, object] | None = None,
+    adapt: str | Sequence[str] = (),
+    classes: Lines | None = None,
+    class_names: Lines = (),
+    pos_grid: str | None = None,
+    pos_prefix: int | None = None,
+    init: str | Sequence[str] = (),
     init_missing: bool = False,
     seed: int = 0,
     min_match: float = MIN_MATCH,
@@ -332,14 +351,22 @@ def transfer(
     keys too; what a wrapper keeps for itself goes with it, unless `keep_bookkeeping`; `rename`
     are rules as of `--rename`, all of one step, and `recipe` names recipes that come after them,
     backwards with `reverse`.
-    `init_missing` writes what is not filled as the model has it. Raises `PoorFit` where less than
-    `min_match` of the target's elements would be filled, `EditError`, `FormatError` and
-    `WriteError`.
+    `adapt` are kinds of tensors to bring into the target's shape (`pos-embed`, `in-chans`,
+    `classes`, `vocab`), patterns of keys, or `PATTERN=KIND`; `classes` is a file or a list with
+    the row or the name of what each class was, `class_names` one with the names in the file;
+    `pos_grid` and `pos_prefix` are the grids of position embeddings (`14x14:16x24`) and the count
+    of tokens before them. What is not filled then is written with values of `init`, rules as of
+    `--init`, and with `init_missing` as the model has it, from a `seed`. Raises `PoorFit` where
+    less than `min_match` of the target's elements would be filled, `EditError`, `FormatError`,
+    `WriteError`, and `MissingExtra` where torch is needed and not installed.
 
     >>> done = ckptool.transfer("model_best.pth.tar", "init.pth", like="flowers.safetensors")
     >>> done.rewrite.written, [mismatch.key for mismatch in done.fit.mismatched]
     (6, ['classifier.weight', 'classifier.bias'])
     """
+    from ckptool.model.initial import one_after_other, read_rule, ruled_values
+    from ckptool.state.adapting import read_asked
+    from ckptool.state.classes import read_rows
     from ckptool.verbs import fitting
 
     if like is not None and model is not None:
@@ -348,16 +375,28 @@ def transfer(
         raise EditError("--model-arg and --init-missing need --model")
     if like is None and like_at is not None:
         raise EditError("--like-at needs --like")
+    if like is None and model is None and (adapt or init):
+        raise EditError("--adapt and --init need --like or --model")
+    asked = None
+    if adapt:
+        rows = read_rows(classes, class_names) if classes is not None else None
+        asked = read_asked(several(adapt), classes=rows, grid=pos_grid, prefix=pos_prefix)
+    elif classes is not None or class_names or pos_grid is not None or pos_prefix is not None:
+        raise EditError("--classes, --class-names, --pos-grid and --pos-prefix need --adapt")
     pairs = list(rename.items() if isinstance(rename, Mapping) else rename)
     moves = [edits.renames(pairs)] if pairs else []
     moves += recipe_edits(recipe, reverse=reverse)
     reference: Reference | None = None
     fill: Fill | None = None
+    rules = [read_rule(each) for each in several(init)]
     if like is not None:
         reference = _like(like, like_at, anywhere)
     elif model is not None:
         given = model_args or {}
         reference, fill = _model(model, given, seed if init_missing else None, anywhere)
+    if rules and reference is not None:
+        by_rules = ruled_values(rules, reference.shapes, reference.dtypes, seed)
+        fill = one_after_other(by_rules, fill) if fill else by_rules
     how = Options(**options)
     if how.in_place and not isinstance(source, str | PathLike):
         raise EditError("--in-place needs a file", hint="name an output")
@@ -375,8 +414,63 @@ def transfer(
             options=how,
             progress=progress,
             fill=fill,
+            adapt=asked,
             opened=checkpoint,
         )
+
+
+def match(
+    source: CheckpointLike,
+    like: CheckpointLike | None = None,
+    *,
+    at: str | None = None,
+    like_at: str | None = None,
+    model: ModelLike | None = None,
+    model_args: Mapping[str, object] | None = None,
+) -> Matched:
+    """Pair the keys of a checkpoint with those of another, or of a model: a recipe to review.
+
+    Each is a file, what `ckptool keys --json` printed (`.json`), a state_dict or an `nn.Module`;
+    `model` is a spec made with `model_args`. Reads no weights. Raises what reading raises.
+
+    >>> found = ckptool.match("data_parallel.pth", like="plain.pth")
+    >>> found.sure, found.paired
+    (True, 8)
+    """
+    from ckptool.verbs import match as verb
+
+    if (like is None) == (model is None):
+        raise EditError("a match has one target: --like or --model")
+    if model is None and model_args:
+        raise EditError("--model-arg needs --model")
+    if like is None and like_at is not None:
+        raise EditError("--like-at needs --like")
+    if model is not None:
+        target = _model_side(model, model_args or {})
+    elif like is not None:
+        target = _side(like, like_at, "--like-at")
+    return verb.matched(_side(source, at, "--at"), target)
+
+
+def _side(given: CheckpointLike, at: str | None, option: str) -> Side:
+    """Return the keys and shapes of what a match is of."""
+    from ckptool.model import live
+    from ckptool.state import checkpoint as places
+    from ckptool.verbs import match as verb
+
+    if not isinstance(given, str | PathLike | Mapping):  # a model, which may have no values
+        return _model_side(given, {})
+    if isinstance(given, str | PathLike) and (rows := verb.listed_keys(given)) is not None:
+        return verb.Side(str(given), rows)
+    with live.opened(given) as checkpoint:
+        return verb.side(checkpoint.path, places.find(checkpoint, at, option).entries)
+
+
+def _model_side(spec: ModelLike, args: Mapping[str, object]) -> Side:
+    from ckptool.model import zoo
+    from ckptool.verbs import match as verb
+
+    return verb.Side(zoo.named(spec), zoo.layout(spec, args)[0])
 
 
 def average(
@@ -419,9 +513,14 @@ def _model(
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
-    shapes, ties = zoo.layout(spec, args)
+    shapes, dtypes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes, ties, anywhere=anywhere), fill
+    words = [quoted(zoo.argument(*each)) for each in args.items()]
+    option = (
+        " --model-arg ".join([f"--model {quoted(spec)}", *words]) if isinstance(spec, str) else ""
+    )
+    name = zoo.named(spec)
+    return fitting.reference(name, shapes, ties, dtypes, anywhere=anywhere, option=option), fill
 
 
 def download(
