@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict
 from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
-from ckptool.pickles import safety
+from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.names import Level
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.text import counted, listed
@@ -143,11 +144,6 @@ def read_part(path: str, before: int) -> Checkpoint:
 
 def harmful(part: Checkpoint) -> Checkpoint:
     """Leave out of a part the calls that do nothing, and the names that they alone have."""
-    from dataclasses import replace
-    from itertools import islice
-
-    from ckptool.pickles import calls as shapes, safety
-
     named, calls = safety.without_nested(part)
     verdict = safety.judge(named, calls)
     shaped = {id(call) for call in verdict.calls}
@@ -162,8 +158,6 @@ def harmful(part: Checkpoint) -> Checkpoint:
 
 def slim(part: Checkpoint) -> Checkpoint:
     """Leave out of a part what only the first is asked for: the tree, calls that do nothing."""
-    from dataclasses import replace
-
     return replace(harmful(part), tree=None)
 
 
