@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 from ckptool.errors import DownloadFailed, NoSuchFile
 from ckptool.files import budget, http
 from ckptool.files.http import shown
-from ckptool.files.paths import Entry
+from ckptool.files.paths import Entry, stays_inside
 
 if TYPE_CHECKING:
     from ckptool.files.paths import Url
@@ -126,7 +126,9 @@ class Hub:
                 files = {
                     each["rfilename"]: size if isinstance(size := each.get("size"), int) else -1
                     for each in siblings
-                    if isinstance(each, dict) and isinstance(each.get("rfilename"), str)
+                    if isinstance(each, dict)
+                    and isinstance(each.get("rfilename"), str)
+                    and stays_inside(each["rfilename"])
                 }
                 return Repository(name, commit, files)
         raise DownloadFailed(f"{url}: {shown(self._endpoint)} does not answer as the Hub does")

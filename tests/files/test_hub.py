@@ -117,6 +117,16 @@ def test_folders_and_names_that_are_not_there(files: dict[str, bytes]) -> None:
         assert "secret" not in named.value.message
 
 
+def test_names_that_lead_out_of_a_repository_are_not_in_it(
+    files: dict[str, bytes], far: Far
+) -> None:
+    files["../../secret.pth"] = files["/x.pth"] = GOOD
+    for name in ("../../secret.pth", "/x.pth"):
+        with pytest.raises(NoSuchFile):
+            ckptool.keys(f"hf://org/model/{name}")
+    assert all("/api/models/org/model/" in each.path for each in far.asked)
+
+
 def test_the_token_goes_to_the_hub_alone(
     files: dict[str, bytes], far: Far, cdn: Far, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
