@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ckptool.errors import *  # noqa: F403  (mypy and pyright take a star for public)
     from ckptool.files.budget import max_memory as max_memory
     from ckptool.files.download import Downloaded as Downloaded
+    from ckptool.model.layers import Layer as Layer, Layers as Layers, layers as layers
     from ckptool.model.loading import (
         Matching as Matching,
         load_matching as load_matching,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         download as download,
         info as info,
         keys as keys,
+        match as match,
         strip_prefix as strip_prefix,
         transfer as transfer,
         unwrap as unwrap,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.compare import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
+    from ckptool.verbs.match import Matched as Matched
     from ckptool.verbs.models import verify as verify
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
@@ -60,7 +63,8 @@ _PUBLIC = {
     name: module
     for module, names in {
         "ckptool.verbs.api": (
-            "add_prefix average check convert diff download info keys strip_prefix transfer unwrap"
+            "add_prefix average check convert diff download info keys match strip_prefix transfer "
+            "unwrap"
         ),
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
@@ -74,8 +78,10 @@ _PUBLIC = {
         "ckptool.files.budget": "max_memory",
         "ckptool.verbs.listing": "Listing",
         "ckptool.files.download": "Downloaded",
+        "ckptool.model.layers": "Layer Layers layers",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verification": "Run Verification",
+        "ckptool.verbs.match": "Matched",
         "ckptool.verbs.models": "verify",
         "ckptool.verbs.options": "WriteOptions",
         "ckptool.verbs.plan": "Dropped",

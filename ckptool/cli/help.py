@@ -17,7 +17,7 @@ FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
 SUBJECTS = (
     "writing selecting recipes dtypes containers whole-models plugins safety trust exit-codes json "
-    "python numbers architecture"
+    "python numbers scale architecture"
 ).split()
 
 

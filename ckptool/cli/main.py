@@ -31,8 +31,9 @@ from ckptool.text import quoted, visible
 
 GROUPS = {
     "Look": ("info", "keys", "show", "check", "diff"),
-    "Models": ("download", "verify"),
-    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average", "recipe"),
+    "Models": ("download", "layers", "verify"),
+    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"),
+    "Between models": ("match", "recipe"),
     "Manual": ("help",),
 }
 EXAMPLES = (
@@ -228,7 +229,7 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
-    reading = {*GROUPS["Look"], *GROUPS["Manual"], "verify"}
+    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"}
     return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
 
 

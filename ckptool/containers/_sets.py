@@ -9,18 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict
 from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
-from ckptool.pickles import safety
+from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.names import Level
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.text import counted, listed
 
 if TYPE_CHECKING:
+    from ckptool.containers._container import Container
     from ckptool.pickles.tree import Node
 
 MAX_SETS = 20  # that are named where one must be chosen
@@ -133,21 +135,19 @@ def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
     return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
-def read_part(path: str, before: int) -> Checkpoint:
-    """Read one file of a set as it is; so many files of it were read before."""
+def read_part(path: str, before: int, first: Container | None = None) -> Checkpoint:
+    """Read one file of a set as it is, by the container that is tried `first`, or any.
+
+    So many files of the set were read before.
+    """
     with Reader(path) as reader:
-        part = _registry.read(reader, shard=True)
+        part = _registry.read(reader, shard=True, first=first)
     fileio.spare(reader.file, before)
     return part
 
 
 def harmful(part: Checkpoint) -> Checkpoint:
     """Leave out of a part the calls that do nothing, and the names that they alone have."""
-    from dataclasses import replace
-    from itertools import islice
-
-    from ckptool.pickles import calls as shapes, safety
-
     named, calls = safety.without_nested(part)
     verdict = safety.judge(named, calls)
     shaped = {id(call) for call in verdict.calls}
@@ -162,8 +162,6 @@ def harmful(part: Checkpoint) -> Checkpoint:
 
 def slim(part: Checkpoint) -> Checkpoint:
     """Leave out of a part what only the first is asked for: the tree, calls that do nothing."""
-    from dataclasses import replace
-
     return replace(harmful(part), tree=None)
 
 

@@ -151,6 +151,11 @@ def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any
         raise BadInput(f"no input of shape {list(sizes)} can be made here") from error
 
 
+def known_shape(spec: ModelLike) -> bool:
+    """Check whether torchvision's registry has the shape that a model was trained on."""
+    return bool(getattr(_transforms(spec), "crop_size", None))
+
+
 def default_shape(spec: ModelLike) -> tuple[int, ...]:
     """Return the shape that a model was trained on, where torchvision's registry has it."""
     crop = getattr(_transforms(spec), "crop_size", None)

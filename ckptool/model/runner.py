@@ -67,8 +67,8 @@ def forward(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], f
     Raises `BadInput` for an input that the model cannot take.
     """
     torch = libraries.torch()
-    with torch.inference_mode(), _explained(subject, batch):
-        arguments = [_moved(torch, argument, place) for argument in batch.arguments]
+    with torch.inference_mode(), explained(subject.bare, batch):
+        arguments = [moved(argument, place) for argument in batch.arguments]
         devices.synchronize(place.device)
         started = time.perf_counter()
         output = subject.module(*arguments)
@@ -77,16 +77,17 @@ def forward(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], f
         return list(outputs.leaves(output)), seconds
 
 
-def _moved(torch: Any, argument: Any, place: Place) -> Any:
+def moved(argument: Any, place: Place) -> Any:
+    """Bring an input to its place."""
     dtype = place.dtype if argument.is_floating_point() else None
-    moved = argument.to(device=place.device, dtype=dtype)
-    if place.memory_format is not None and moved.dim() == 4:
-        moved = moved.to(memory_format=place.memory_format)
-    return moved
+    there = argument.to(device=place.device, dtype=dtype)
+    if place.memory_format is not None and there.dim() == 4:
+        there = there.to(memory_format=place.memory_format)
+    return there
 
 
 @contextmanager
-def _explained(subject: Subject, batch: Batch) -> Iterator[None]:
+def explained(model: Any, batch: Batch) -> Iterator[None]:
     """Turn whatever a model raises into one line, and the module where it happened."""
     try:
         yield
@@ -100,7 +101,7 @@ def _explained(subject: Subject, batch: Batch) -> Iterator[None]:
         shapes = ", ".join(str(list(argument.shape)) for argument in batch.arguments)
         raise BadInput(
             f"the model cannot run on an input of shape {shapes}: {last_line(error)}",
-            evidence=_innermost(subject.bare, error),
+            evidence=_innermost(model, error),
             hint="--input-shape gives another one, --dtype and --device another place",
         ) from error
 
@@ -144,7 +145,7 @@ def trace(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], Tra
         def note(module: Any, arguments: Any, output: Any) -> None:
             passed_on = type(module).forward is sequential and len(module) and steps
             known = steps[-1].digest if passed_on else _digest(output)
-            steps.append(Step(name, type(module).__name__, known, _shape(output), settings))
+            steps.append(Step(name, type(module).__name__, known, shape(output), settings))
 
         return note
 
@@ -167,7 +168,7 @@ def _digest(output: Any) -> bytes:
         return b""
 
 
-def _shape(output: Any) -> tuple[int, ...]:
+def shape(output: Any) -> tuple[int, ...]:
     """Return the shape of a tensor, or of the first of several."""
     if isinstance(output, tuple | list) and output:
         output = output[0]

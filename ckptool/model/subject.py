@@ -138,8 +138,8 @@ def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozens
     """
     wanted = zoo.shapes(recipe.spec, recipe.args)
     outer = wrapped(reference)
-    left = {outer.name(key): sizes for key, sizes in _shapes(reference.state).items()}
-    right = _shapes(candidate.state)
+    left = {outer.name(key): sizes for key, sizes in shapes(reference.state).items()}
+    right = shapes(candidate.state)
     common = frozenset(
         key for key, sizes in wanted.items() if left.get(key) == sizes == right.get(key)
     )
@@ -159,7 +159,8 @@ def left_out(recipe: Recipe, common: frozenset[str]) -> list[str]:
     return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
 
 
-def _shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
+def shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a state_dict."""
     return {
         key: tuple(value.shape)
         for key, value in state.entries.items()

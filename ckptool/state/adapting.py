@@ -364,6 +364,8 @@ def _input_channels(
             for at in range(0, have, 3)
         ]
         return values.joined(sums, 1), "every 3 channels summed"
+    if have not in (1, 3):
+        raise ValueError(f"{have} channels are summed, not repeated: {want} are wanted")
     kernel = Channels(value.dtype, have / want)
     scaled = values.computed(kernel, [value], value.dtype)
     ranges = [(0, min(have, want - at)) for at in range(0, want, have)]

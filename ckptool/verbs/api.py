@@ -24,7 +24,7 @@ from ckptool.files.copying import Begin, no_progress
 from ckptool.state import edits
 from ckptool.state.edit_options import recipe_edits, stripping
 from ckptool.state.edits import Edit
-from ckptool.text import parse_size, several
+from ckptool.text import parse_size, quoted, several
 from ckptool.verbs import surgery
 from ckptool.verbs.options import MIN_MATCH, Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.verbs.compare import Difference
     from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
+    from ckptool.verbs.match import Matched, Side
     from ckptool.verbs.survey import Survey
 
 
@@ -418,6 +419,60 @@ def transfer(
         )
 
 
+def match(
+    source: CheckpointLike,
+    like: CheckpointLike | None = None,
+    *,
+    at: str | None = None,
+    like_at: str | None = None,
+    model: ModelLike | None = None,
+    model_args: Mapping[str, object] | None = None,
+) -> Matched:
+    """Pair the keys of a checkpoint with those of another, or of a model: a recipe to review.
+
+    Each is a file, what `ckptool keys --json` printed (`.json`), a state_dict or an `nn.Module`;
+    `model` is a spec made with `model_args`. Reads no weights. Raises what reading raises.
+
+    >>> found = ckptool.match("data_parallel.pth", like="plain.pth")
+    >>> found.sure, found.paired
+    (True, 8)
+    """
+    from ckptool.verbs import match as verb
+
+    if (like is None) == (model is None):
+        raise EditError("a match has one target: --like or --model")
+    if model is None and model_args:
+        raise EditError("--model-arg needs --model")
+    if like is None and like_at is not None:
+        raise EditError("--like-at needs --like")
+    if model is not None:
+        target = _model_side(model, model_args or {})
+    elif like is not None:
+        target = _side(like, like_at, "--like-at")
+    return verb.matched(_side(source, at, "--at"), target)
+
+
+def _side(given: CheckpointLike, at: str | None, option: str) -> Side:
+    """Return the keys and shapes of what a match is of."""
+    from ckptool.model import live
+    from ckptool.state import checkpoint as places
+    from ckptool.verbs import match as verb
+
+    if not isinstance(given, str | PathLike | Mapping):  # a model, which may have no values
+        return _model_side(given, {})
+    if isinstance(given, str | PathLike) and (rows := verb.listed_keys(given)) is not None:
+        return verb.Side(str(given), rows)
+    with live.opened(given) as checkpoint:
+        return verb.side(checkpoint.path, places.find(checkpoint, at, option).entries)
+
+
+def _model_side(spec: ModelLike, args: Mapping[str, object]) -> Side:
+    from ckptool.model import zoo
+    from ckptool.verbs import match as verb
+
+    return verb.Side(zoo.named(spec), zoo.layout(spec, args)[0])
+
+
 def average(
     sources: str | Path | Sequence[str | Path],
     target: str | Path,
@@ -460,7 +515,12 @@ def _model(
 
     shapes, dtypes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
-    return fitting.reference(zoo.named(spec), shapes, ties, dtypes, anywhere=anywhere), fill
+    words = [quoted(zoo.argument(*each)) for each in args.items()]
+    option = (
+        " --model-arg ".join([f"--model {quoted(spec)}", *words]) if isinstance(spec, str) else ""
+    )
+    name = zoo.named(spec)
+    return fitting.reference(name, shapes, ties, dtypes, anywhere=anywhere, option=option), fill
 
 
 def download(

@@ -16,10 +16,19 @@ from ckptool.state import adapting, checkpoint as places, edits
 from ckptool.state.adapting import Adapted, Asked
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit, Value
+from ckptool.state.matching import match
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
-from ckptool.text import counted, listed, percent, quoted, shape, visible
+from ckptool.text import (
+    argument as file_argument,
+    counted,
+    listed,
+    percent,
+    quoted,
+    shape,
+    visible,
+)
 from ckptool.verbs import surgery
 from ckptool.verbs.options import MIN_MATCH
 from ckptool.verbs.plan import argument
@@ -37,13 +46,15 @@ Shape = tuple[int, ...]
 class Reference:
     """The keys and shapes of a target, without wrapper prefixes; `name` is for reports.
 
-    `ties` map keys to those that are the same tensor, `dtypes` to torch's names.
+    `ties` map keys to those that are the same tensor, `dtypes` to torch's names; `option` is how a
+    command names it.
     """
 
     name: str
     shapes: dict[str, Shape]
     ties: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    option: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,7 @@ def reference(
     dtypes: Mapping[str, str] | None = None,
     *,
     anywhere: bool = False,
+    option: str = "",
 ) -> Reference:
     """Make a reference of keys and shapes, wrappers peeled."""
     peel = peeling(shapes, anywhere=anywhere)
@@ -130,6 +142,7 @@ def reference(
         {new: tuple(sizes) for key, sizes in shapes.items() if (new := peel(key)) is not None},
         {peel.name(key): peel.name(first) for key, first in (tied or {}).items()},
         {peel.name(key): dtype for key, dtype in (dtypes or {}).items()},
+        option,
     )
 
 
@@ -138,6 +151,7 @@ def reference_of(
 ) -> Reference:
     """Take keys and shapes from another checkpoint."""
     entries = places.find(checkpoint, at, "--like-at").entries
+    where = f" --like-at {quoted(at)}" if at else ""
     dtypes = {
         key: value.dtype.torch_name for key, value in entries.items() if isinstance(value, TENSORS)
     }
@@ -147,6 +161,7 @@ def reference_of(
         ties(entries),
         dtypes,
         anywhere=anywhere,
+        option=f"--like {file_argument(checkpoint.path)}{where}",
     )
 
 
@@ -226,7 +241,9 @@ def transfer(
         step, found = _adapted(entries, found, like, adapt)
         steps = [*steps, *step]
     if found.filled < min_match:
-        raise _poor(found, _shapes(entries), like, min_match)
+        where = f" --at {quoted(options.at)}" if options.at else ""
+        named = f"{file_argument(checkpoint.path)}{where}"
+        raise _poor(found, _shapes(entries), like, min_match, named)
     mismatched = [each.key for each in found.mismatched]
     further = [
         edits.without(mismatched, edits.SHAPE_DIFFERS),
@@ -274,11 +291,18 @@ def _adapted(
     return [step], replace(fit(_shapes(after), like), adapted=tuple(done))
 
 
-def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float) -> PoorFit:
+def _poor(
+    found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float, source: str
+) -> PoorFit:
     total = len(like.shapes)
     option, share, others = _mending(shapes, like, found.filled)
     lower = int((share or found.filled) * 100) / 100
-    if lower and not (option and share >= min_match):
+    hint = f"would fill {percent(share)}{others}" if share else "accepts that" if lower else ""
+    paired = _paired(shapes, like, max(share, found.filled, min_match))
+    if paired:
+        command = f"ckptool match {source} {like.option} -o map.toml"
+        option, hint = "", f"{command}   {paired} pair up under other names"
+    elif lower and not (option and share >= min_match):
         option = f"{option} --min-match {lower}".strip()
     return PoorFit(
         f"only {percent(found.filled)} of the parameters of {like.name} would be filled; "
@@ -292,8 +316,26 @@ def _poor(found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: f
             *_compared("there", found.missing),
         ],
         option=option,
-        hint=f"would fill {percent(share)}{others}" if share else "accepts that" if option else "",
+        hint=hint,
     )
+
+
+def _paired(shapes: Mapping[str, Shape], like: Reference, least: float) -> str:
+    """Say how many tensors of a target pair up with others under other names, if many more do."""
+    if not like.option:
+        return ""
+    found = match(shapes, like.shapes)
+    units = [pair.there for pair in found.pairs]
+    for group in found.ambiguous:
+        units += [unit for node in group.there[: len(group.here)] for unit in node.all_units]
+    for each in found.fused:
+        units += [each.whole] if each.back else each.parts
+    keys = {key for unit in units for key in unit.keys.values()}
+    total = _elements(like, like.shapes)
+    if not total or _elements(like, keys) / total <= least:
+        return ""
+    every = len(keys) == len(like.shapes)
+    return f"all {len(keys)} shapes" if every else f"{len(keys)} of {len(like.shapes)} shapes"
 
 
 SHOWN = 8  # keys in another shape

@@ -384,6 +384,12 @@ def test_a_file_alone_is_a_part(run: Run, good: Path, name: str) -> None:
         found = run(command, path, "--json").document
         part = (found["files"][0] if command == "check" else found)["part"]
         assert part is not None
+    shutil.copytree(good / name, "set")
+    offered = run("info", f"set/{SETS[name]}", "--json").document["suggestions"]
+    commands = [each["command"].split() for each in offered]
+    assert [words[1] for words in commands] == ["convert", "keys"]
+    for words in commands:
+        assert run(*words[1:]).code == 0
     assert run("check", good / name).code == 0
     checked = run("check", good / name, "--json").document
     assert [each["part"] for each in checked["files"]] == [None]

@@ -27,10 +27,9 @@ FUSED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    return tmp_path
 
 
 def transferred(
@@ -227,6 +226,17 @@ def test_a_stem_of_space_to_depth_sums_three_at_a_time() -> None:
     weight = torch.randn(4, 12, 2, 2)
     out, _ = transferred({"stem.weight": weight}, {"stem.weight": (4, 4, 2, 2)}, adapt="in-chans")
     assert same(out["stem.weight"], weight.reshape(4, 4, 3, 2, 2).sum(dim=2))
+
+
+def test_other_channels_are_summed_and_never_repeated() -> None:
+    weight = torch.randn(4, 5, 2, 2)
+    out, _ = transferred({"stem.weight": weight}, {"stem.weight": (4, 1, 2, 2)}, adapt="in-chans")
+    torch.testing.assert_close(out["stem.weight"], weight.sum(1, keepdim=True))
+    with pytest.raises(EditError, match="5 channels are summed, not repeated"):
+        transferred({"stem.weight": weight}, {"stem.weight": (4, 7, 2, 2)}, adapt="in-chans")
+    grey = torch.randn(4, 1, 2, 2)
+    out, _ = transferred({"stem.weight": grey}, {"stem.weight": (4, 3, 2, 2)}, adapt="in-chans")
+    assert same(out["stem.weight"], grey.repeat(1, 3, 1, 1) * (1 / 3))
 
 
 # Judged by timm itself.

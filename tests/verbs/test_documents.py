@@ -39,6 +39,7 @@ LINES = {
     "transfer_like": "transfer model_best.pth.tar out.pth --like flowers.safetensors",
     "average": "average --weights 1,0.5 model_best.pth.tar plain.pth out.pth",
     "recipe": "recipe lightning-to-plain --from plain.pth --like changed.safetensors",
+    "match": "match data_parallel.pth --like flowers.safetensors",
     "info": "info model_best.pth.tar",
     "info_several": "info dino.pth",
     "info_foreign": "info foreign.pth",

@@ -1,0 +1,73 @@
+"""`ckptool match`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._options import Command, refuse_idle
+
+AMBIGUOUS, NOTHING = 1, 2
+
+
+@click.command("match", cls=Command)
+@click.argument("source", metavar="A")
+@click.option("--like", metavar="B", help="What has the names to come out: a file, or its keys.")
+@click.option("--model", metavar="SPEC", help="Or a model: resnet18, timm:NAME, file.py:factory.")
+@click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option("-o", "--output", "target", metavar="FILE", help="Where the recipe goes.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
+@click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+def command(
+    source: str,
+    like: str | None,
+    model: str | None,
+    model_arg: Sequence[str],
+    target: str | None,
+    force: bool,
+    at: str | None,
+    like_at: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Map the names of one checkpoint to those of another, as a recipe to review.
+
+    \b
+    ckptool match vit_b_16.pth --like timm_vit.safetensors -o map.toml
+    ckptool match resnet50.pth --model timm:resnet50 -o map.toml
+    ckptool match ours.pth --like theirs.json -o map.toml
+    ckptool convert --recipe map.toml vit_b_16.pth out.pth
+
+    Modules are paired by names, numbers in order, and the modules around them; what these do not
+    tell apart is a comment in the recipe, with a line for each choice. B may also be what `ckptool
+    keys --json` printed. No weights are read or written. Exit code 1 where something is ambiguous,
+    2 where nothing is alike.
+    """
+    from ckptool.cli import report, report_match
+    from ckptool.model import zoo
+    from ckptool.verbs import api, match as verb
+
+    refuse_idle({"like_at": "like", "model_arg": "model", "force": "target"})
+    if (like is None) == (model is None):
+        raise click.UsageError(
+            "name what to be like: --like B or --model SPEC", click.get_current_context()
+        )
+    found = api.match(
+        source, like=like, at=at, like_at=like_at, model=model, model_args=zoo.arguments(model_arg)
+    )
+    if not found.anything:
+        talk.say(report_match.nothing_lines(found))
+        return NOTHING
+    if target is not None:
+        verb.write(found, target, [source, *([like] if like else [])], force=force)
+    if as_json:
+        talk.put([report.document(found.to_dict())])
+    elif target is None:
+        talk.put(found.text.splitlines())
+    talk.say(report_match.lines(found, target), quiet=quiet)
+    return 0 if found.sure else AMBIGUOUS

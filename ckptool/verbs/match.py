@@ -1,0 +1,188 @@
+"""Map one naming scheme to another: the recipe that makes a checkpoint's keys those of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptool.containers import _json
+from ckptool.errors import LimitExceeded
+from ckptool.files import publish
+from ckptool.files.copying import PlannedFile, no_progress
+from ckptool.files.publish import Output
+from ckptool.state import matching, matching_recipe
+from ckptool.state.edits import Entries
+from ckptool.state.matching import Matching
+from ckptool.state.matching_recipe import Draft
+from ckptool.state.matching_units import Node
+from ckptool.tensors.tensor import TENSORS
+from ckptool.text import counted, length, listed, visible
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+Shapes = Mapping[str, tuple[int, ...]]
+MAX_NBYTES = 64 << 20  # of a list of keys
+SHOWN = 200  # keys that are left, in a comment of the recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A naming scheme: keys with shapes, and what it is called in messages."""
+
+    name: str
+    shapes: Shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """A map between two naming schemes, `text` as a recipe of it.
+
+    `left` and `missing` are the keys of the source and of the target that have no partner.
+    """
+
+    source: Side
+    like: Side
+    found: Matching
+    draft: Draft
+    left: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def sure(self) -> bool:
+        """Check that something is paired, and that nothing is left to be chosen."""
+        return bool(self.draft.wanted) and self.draft.sure
+
+    @property
+    def anything(self) -> bool:
+        """Check that something is paired, or may be."""
+        return bool(self.draft.wanted or self.draft.choices or self.draft.cuts)
+
+    @property
+    def paired(self) -> int:
+        """Count the keys of the target that are filled for sure."""
+        return len(self.like.shapes.keys() & set(self.draft.wanted.values()))
+
+    @property
+    def unsettled(self) -> int:
+        """Count the keys of the source that are ambiguous."""
+        return len(self.source.shapes) - len(self.draft.wanted) - len(self.left)
+
+    @property
+    def text(self) -> str:
+        """Return the recipe."""
+        title = [
+            f"From the names of {self.source.name} to those of {self.like.name}, by ckptool match.",
+            f"{counted(self.paired, 'key')} of {len(self.source.shapes)} are sure, "
+            f"{self.unsettled} are ambiguous; {self.like.name} has {len(self.like.shapes)}.",
+        ]
+        left = [
+            f"Without a partner in {side.name}, {counted(len(keys), 'key')}: {listed(keys, SHOWN)}"
+            for side, keys in ((self.source, self.left), (self.like, self.missing))
+            if keys
+        ]
+        whole = self.sure and not self.left
+        return matching_recipe.text(self.draft, title, left, whole=whole)
+
+    def __repr__(self) -> str:
+        names = f"{visible(self.source.name)} -> {visible(self.like.name)}"
+        return f"<Matched {names}: {self.paired} sure, {self.unsettled} ambiguous>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the document `match/1`."""
+        draft = self.draft
+        return {
+            "schema": "match/1",
+            "source": self.source.name,
+            "like": self.like.name,
+            "read": len(self.source.shapes),
+            "wanted": len(self.like.shapes),
+            "sure": self.sure,
+            "pairs": [
+                {"here": key, "there": new, "confidence": "sure", "why": draft.why[key]}
+                for key, new in draft.wanted.items()
+                if new in self.like.shapes
+            ],
+            "ambiguous": [
+                {"here": _paths(each.here), "there": _paths(each.there)}
+                for each in self.found.ambiguous
+            ],
+            "fused": [
+                {
+                    "whole": ".".join(each.whole.path),
+                    "parts": [".".join(part.path) for part in each.parts],
+                    "step": "fuse" if each.back else "split",
+                }
+                for each in self.found.fused
+            ],
+            "left": list(self.left),
+            "missing": list(self.missing),
+            "recipe": self.text,
+        }
+
+
+def _paths(nodes: Sequence[Node]) -> list[str]:
+    return [".".join(node.path) for node in nodes]
+
+
+def side(name: str, entries: Entries) -> Side:
+    """Return the tensors among entries as a side."""
+    return Side(
+        name, {key: value.shape for key, value in entries.items() if isinstance(value, TENSORS)}
+    )
+
+
+def listed_keys(path: str | Path) -> Shapes | None:
+    """Read a document of `ckptool keys --json`; None where a file is not one.
+
+    Raises `Malformed` for JSON that breaks its rules.
+    """
+    if not str(path).endswith(".json"):
+        return None
+    with open(path, "rb") as opened:
+        data = opened.read(MAX_NBYTES + 1)
+    if len(data) > MAX_NBYTES:
+        raise LimitExceeded(f"{path} has more than 64 MiB")
+    rows: Any = _json.load(data, str(path)).get("tensors")
+    try:
+        return {row["key"]: tuple(_size(size) for size in row["shape"]) for row in rows}
+    except (KeyError, TypeError):
+        return None
+
+
+def _size(stated: object) -> int:
+    size = length(stated)
+    if size is None:
+        raise TypeError(f"{stated!r} is not a size")
+    return size
+
+
+def matched(source: Side, like: Side) -> Matched:
+    """Pair the keys of two sides, and write down how."""
+    found = matching.match(source.shapes, like.shapes)
+    draft = matching_recipe.draft(found, source.shapes, like.shapes)
+    units = [unit for each in found.fused for unit in (each.whole, *each.parts)]
+    for each in found.ambiguous:
+        units += [unit for node in (*each.here, *each.there) for unit in node.all_units]
+    open_keys = {key for unit in units for key in unit.keys.values()}
+    filled = {*draft.wanted.values()}
+    return Matched(
+        source,
+        like,
+        found,
+        draft,
+        tuple(key for key in source.shapes if key not in draft.wanted and key not in open_keys),
+        tuple(key for key in like.shapes if key not in filled and key not in open_keys),
+    )
+
+
+def write(done: Matched, target: str | Path, sources: Sequence[str], *, force: bool) -> None:
+    """Write the recipe to a file.
+
+    Raises `SameFile`, `OutputExists` or `WriteError`.
+    """
+    data = done.text.encode()
+    place = publish.refuse_target(target, sources, force=force, sync=True)
+    output = Output((PlannedFile("", len(data), [(0, data)]),))
+    publish.publish(place, output, no_progress(0), lambda *_: None)
