@@ -13,6 +13,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from types import ModuleType
 
 from ckptool.containers._container import Container
@@ -96,10 +97,19 @@ def head_of(reader: Reader) -> bytes:
     return reader.read(0, min(HEAD, reader.nbytes))
 
 
-def read(reader: Reader, *, shard: bool = False, use_plugins: bool = False) -> Checkpoint:
-    """Read a file by the first container that recognises it; a `shard` is no set itself."""
+def read(
+    reader: Reader,
+    *,
+    shard: bool = False,
+    use_plugins: bool = False,
+    first: Container | None = None,
+) -> Checkpoint:
+    """Read a file by the first container that recognises it; a `shard` is no set itself.
+
+    One that is `first` is tried before all others.
+    """
     head = head_of(reader)
-    for container in _every(use_plugins=use_plugins):
+    for container in chain(filter(None, [first]), _every(use_plugins=use_plugins)):
         if (shard and container.traits.beside_files) or not container.sniff(head):
             continue
         checkpoint = read_by(container, container.read, reader)

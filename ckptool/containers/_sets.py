@@ -22,6 +22,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.text import counted, listed
 
 if TYPE_CHECKING:
+    from ckptool.containers._container import Container
     from ckptool.pickles.tree import Node
 
 MAX_SETS = 20  # that are named where one must be chosen
@@ -134,10 +135,13 @@ def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
     return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
-def read_part(path: str, before: int) -> Checkpoint:
-    """Read one file of a set as it is; so many files of it were read before."""
+def read_part(path: str, before: int, first: Container | None = None) -> Checkpoint:
+    """Read one file of a set as it is, by the container that is tried `first`, or any.
+
+    So many files of the set were read before.
+    """
     with Reader(path) as reader:
-        part = _registry.read(reader, shard=True)
+        part = _registry.read(reader, shard=True, first=first)
     fileio.spare(reader.file, before)
     return part
 

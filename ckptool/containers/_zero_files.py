@@ -89,14 +89,47 @@ class Model(Rank):
         """Return the shapes of all parameters."""
         return {key: shape for each in (*self.groups, self.frozen) for key, shape in each.items()}
 
+    def of_another(self, part: Checkpoint) -> Model:
+        """Return the model in the file of another rank, whose pickle is the same."""
+        rank = _rank(part)
+        return replace(
+            self,
+            name=rank.name,
+            path=rank.path,
+            rank=rank.rank,
+            mp_rank=rank.mp_rank,
+            entries=_moved({key: self.entries.get(key) for key in self.buffers}, part),
+            fragments=_moved(self.fragments, part),
+        )
+
+
+def _moved(tensors: Mapping[str, Node], part: Checkpoint) -> dict[str, Node]:
+    """Return tensors with the storages of another file that are under the same keys."""
+    moved: dict[str, Node] = {}
+    for name, value in tensors.items():
+        if isinstance(value, TensorInfo):
+            own = value.storage
+            storage = replace(
+                part.records[f"data/{own.key}"],
+                key=own.key,
+                dtype=own.dtype,
+                location=own.location,
+                byteorder=own.byteorder,
+            )
+            moved[name] = replace(value, storage=storage)
+    return moved
+
+
+def _rank(part: Checkpoint) -> Rank:
+    name = os.path.basename(part.path)
+    match = _NAME.search(name)
+    return Rank(name, part.path, _number(match, 1), _number(match, 2))
+
 
 def found_in(part: Checkpoint) -> Slices | Model | dict[str, Node] | None:
     """Return what a file holds, of experts the tensors; None where it is no part of ZeRO."""
-    path, name = part.path, os.path.basename(part.path)
-    top = dict(named_items(part.tree))
-    match = _NAME.search(name)
-    rank = Rank(name, path, _number(match, 1), _number(match, 2))
-    if EXPERT.fullmatch(name):
+    rank, top = _rank(part), dict(named_items(part.tree))
+    if EXPERT.fullmatch(rank.name):
         return {key: value for key, value in top.items() if isinstance(value, TENSORS)}
     state = dict(named_items(top.get("optimizer_state_dict")))
     key = next((key for key in _FLAT if key in state), None)
@@ -105,7 +138,7 @@ def found_in(part: Checkpoint) -> Slices | Model | dict[str, Node] | None:
     groups = top.get("param_shapes")
     if "module" not in top or not isinstance(groups, list):
         return None
-    return _model(rank, top, [_shapes(group, path) for group in groups])
+    return _model(rank, top, [_shapes(group, part.path) for group in groups])
 
 
 def _number(match: re.Match[str] | None, group: int) -> int:

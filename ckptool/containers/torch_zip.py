@@ -12,6 +12,7 @@ compute offsets from the exact layout of torch's own writer (torch/serialization
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,29 @@ def read(reader: Reader) -> Checkpoint | None:
         records=records.described(),
         unlisted=records.unlisted,
         flaws=() if "version" in members else ("there is no `version` record; torch demands one",),
+    )
+
+
+def read_like(reader: Reader, like: Checkpoint, pickled: bytes) -> Checkpoint | None:
+    """Read an archive whose pickle is, byte for byte, that of one like it: its records alone.
+
+    What the pickle says is then known, and no tree is made. None for any other archive.
+    """
+    records = read_records(reader, "data.pkl")
+    if records is None or {*records.members} != {*like.records}:
+        return None
+    if records.small("data.pkl") != pickled or records.byteorder() != like.byteorder:
+        return None
+    unlisted, found = records.unlisted, records.described()
+    if any(each.nbytes != like.records[name].nbytes for name, each in found.items()):
+        return None
+    return replace(
+        like,
+        path=reader.path,
+        nbytes=reader.nbytes,
+        records=found,
+        unlisted=unlisted,
+        files=((reader.file, reader.stamp),),
     )
 
 

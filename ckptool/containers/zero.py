@@ -14,21 +14,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from math import prod
 
-from ckptool.containers import _zero_agreement as agreement
+from ckptool.containers import _zero_agreement as agreement, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._sets import combined, nothing, read_part, slim
 from ckptool.containers._zero_files import Model, Shapes, Slices, found_in
 from ckptool.errors import EditError, Malformed
 from ckptool.files import budget, paths
+from ckptool.files.blocks import blocks
+from ckptool.files.fileio import Readers
 from ckptool.pickles.pickle_reader import remembered
-from ckptool.pickles.tree import Node
+from ckptool.pickles.tree import Dict, Node
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors import values as cuts
-from ckptool.tensors.tensor import TENSORS, TensorInfo
+from ckptool.tensors.dtype import DType
+from ckptool.tensors.tensor import TENSORS, Packing, TensorInfo
 from ckptool.text import counted, length, listed
 
 NAME = "deepspeed-zero"
@@ -71,19 +76,40 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
 def _read(
     files: Sequence[str], parts: dict[str, Checkpoint]
 ) -> Iterator[tuple[str, Slices | Model | dict[str, Node] | None]]:
-    """Read files, and keep in `parts` what is needed of each beside what is found in it."""
+    """Read files, and keep in `parts` what is needed of each beside what is found in it.
+
+    In stage 3 the pickles of all models but the first are alike: of hundreds, two are parsed.
+    """
     spending = budget.current()
+    parsed: Model | None = None
+    again: Container | None = None
+    known = Dict()  # instead of a tree
     for count, path in enumerate(files, 1):
         spending.share = count / len(files)
         spent = spending.spent
-        part = read_part(path, count)
-        found = found_in(part)
+        part = read_part(path, count, again)
         name = os.path.basename(path)
+        alike = part.tree is known
+        found = parsed.of_another(part) if parsed and alike else found_in(part)
         parts[name] = slim(part)
-        if not isinstance(found, Model):
+        if parsed or not isinstance(found, Model):
             spending.spent = spent
             spending.spend(len(part.records) * budget.TENSOR)
+        if isinstance(found, Model) and not alike:
+            parsed, again = found, _like(replace(parts[name], tree=known))
         yield name, found
+
+
+def _like(part: Checkpoint) -> Container | None:
+    """Return what reads archives with the very pickle of a part."""
+    record = part.records.get("data.pkl")
+    if record is None or record.packing is not Packing.PLAIN:
+        return None
+    data = TensorInfo(DType.U8, (record.nbytes,), (1,), record)
+    with closing(Readers()) as readers:
+        pickled = b"".join(map(bytes, blocks(data, readers)))
+    (container,) = torch_zip.CONTAINERS
+    return container._replace(read=partial(torch_zip.read_like, like=part, pickled=pickled))
 
 
 def _said(slices: Sequence[Slices], model: Model, *, masters: bool) -> str:
