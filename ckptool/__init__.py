@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from ckptool.errors import *  # noqa: F403  (mypy and pyright take a star for public)
     from ckptool.files.budget import max_memory as max_memory
     from ckptool.files.download import Downloaded as Downloaded
+    from ckptool.model.layers import Layer as Layer, Layers as Layers, layers as layers
     from ckptool.model.loading import (
         Matching as Matching,
         load_matching as load_matching,
         load_state_dict as load_state_dict,
     )
-    from ckptool.model.verify import Run as Run, Verification as Verification
+    from ckptool.model.verification import Run as Run, Verification as Verification
     from ckptool.state import edits as edits
     from ckptool.state.checkpoint import Checkpoint as Checkpoint, StateDict as StateDict
     from ckptool.state.edits import Edit as Edit
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
         strip_prefix as strip_prefix,
         transfer as transfer,
         unwrap as unwrap,
-        verify as verify,
     )
     from ckptool.verbs.casting import Cast as Cast
     from ckptool.verbs.checking import Checked as Checked, Status as Status
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
     from ckptool.verbs.match import Matched as Matched
+    from ckptool.verbs.models import verify as verify
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
     from ckptool.verbs.showing import Shown as Shown, show as show
@@ -63,7 +64,7 @@ _PUBLIC = {
     for module, names in {
         "ckptool.verbs.api": (
             "add_prefix average check convert diff download info keys match strip_prefix transfer "
-            "unwrap verify"
+            "unwrap"
         ),
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checking": "Checked Status",
@@ -77,9 +78,11 @@ _PUBLIC = {
         "ckptool.files.budget": "max_memory",
         "ckptool.verbs.listing": "Listing",
         "ckptool.files.download": "Downloaded",
+        "ckptool.model.layers": "Layer Layers layers",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
-        "ckptool.model.verify": "Run Verification",
+        "ckptool.model.verification": "Run Verification",
         "ckptool.verbs.match": "Matched",
+        "ckptool.verbs.models": "verify",
         "ckptool.verbs.options": "WriteOptions",
         "ckptool.verbs.plan": "Dropped",
         "ckptool.verbs.showing": "Shown show",

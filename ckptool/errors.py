@@ -227,7 +227,13 @@ class DownloadError(CkptoolError):
 
 
 class DownloadFailed(DownloadError):
-    """The server or the network did not give the file."""
+    """The server or the network did not give the file.
+
+    `status` is what the server answered, where that is why; what was `lost` may come again.
+    """
+
+    status = 0
+    lost = False
 
 
 class HashMismatch(DownloadError):

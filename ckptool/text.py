@@ -12,6 +12,7 @@ _INVISIBLE = (  # compiled when it is met: most texts are plain ASCII
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+HIDDEN = "?..."  # for what may be a secret in a URL
 SHOWN = 12  # names in a line of talk before "and N more"
 
 

@@ -129,13 +129,14 @@ def _send(handler: BaseHTTPRequestHandler, reply: Reply, asked: dict[str, str]) 
                 reply.go.wait(piece)
         return
     body, status, more = reply.body, reply.status, dict(reply.headers)
-    start = _range_start(reply, asked)
-    if start is not None and status == 200:
+    wanted = _range(reply, asked)
+    if wanted is not None and status == 200:
+        start, last = wanted[0], min(wanted[1], len(body) - 1)
         if start >= len(body):
             body, status, more["Content-Range"] = b"", 416, f"bytes */{len(body)}"
         else:
-            more["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            body, status = body[start:], 206
+            more["Content-Range"] = f"bytes {start}-{last}/{len(body)}"
+            body, status = body[start : last + 1], 206
             more.update(reply.headers)
     if reply.packed:
         body = gzip.compress(body)
@@ -156,14 +157,15 @@ def _send(handler: BaseHTTPRequestHandler, reply: Reply, asked: dict[str, str]) 
     _send_body(handler, reply, body)
 
 
-def _range_start(reply: Reply, asked: dict[str, str]) -> int | None:
+def _range(reply: Reply, asked: dict[str, str]) -> tuple[int, int] | None:
     wanted = asked.get("range")
     if wanted is None or not reply.ranges:
         return None
     condition = asked.get("if-range")
     if condition is not None and reply.if_range and condition not in (reply.etag, reply.modified):
         return None
-    return int(wanted.removeprefix("bytes=").rstrip("-"))
+    start, _, last = wanted.removeprefix("bytes=").partition("-")
+    return int(start), int(last or 1 << 62)
 
 
 def _send_body(handler: BaseHTTPRequestHandler, reply: Reply, body: bytes) -> None:

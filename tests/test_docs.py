@@ -111,8 +111,9 @@ def test_the_table_of_containers_is_that_of_the_formats() -> None:
     from ckptool import containers as formats
 
     containers = list(formats.built_in())
+    page = (ROOT / "ckptool" / "manual" / "containers.md").read_text(encoding="utf-8")
     table = re.search(
-        r"^\| container \| read \| write .*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE
+        r"^\| container \| read \| write .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE
     )
     assert table
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[1].splitlines()]
@@ -131,9 +132,14 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     for name, fixture in FILES.items():
         shutil.copy(ROOT / "fixtures" / fixture, tmp_path / name)
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 2
-    shown = [run_python(block, tmp_path) for block in blocks]
+    page = (ROOT / "ckptool" / "manual" / "python.md").read_text(encoding="utf-8")
+    in_page, in_readme = (
+        re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for text in (page, README)
+    )
+    assert in_readme == in_page[:1]
+    assert len(in_page) >= 2
+    shown = [run_python(block, tmp_path) for block in in_page]
     assert shown[0].splitlines() == [
         "['module.features.0.weight', 'module.features.1.weight'] ('state_dict',)",
         "8 8 8",
@@ -154,3 +160,31 @@ def run_python(source: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    """Headings, code, what is in backquotes, and numbers are those of the README, in its order."""
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+
+    def skeleton(text: str) -> list[tuple[int, int]]:
+        return [
+            (len(mark), len(re.findall(r"^\| ", body, re.MULTILINE)))
+            for mark, body in re.findall(r"^(#+) .*\n((?:(?!#).*\n)*)", text, re.MULTILINE)
+        ]
+
+    def blocks(text: str) -> list[str]:
+        return re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+
+    def quoted(text: str) -> list[str]:
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        return sorted(re.findall(r"`[^`\n]+`", prose))
+
+    def numbers(text: str) -> list[str]:
+        return sorted(re.findall(r"\d+(?:\.\d+)?(?= x| MiB)", text))
+
+    for each in (skeleton, blocks, quoted, numbers):
+        assert each(chinese) == each(README)

@@ -94,14 +94,25 @@ OWNERS = {
     r"ctypes": ("files/moves.py",),
     r"logging|warnings": ("model/*.py", "files/http.py"),
     r"torch|torchvision|torchaudio|safetensors|timm|transformers|PIL": ("model/*.py",),
-    r"numpy": ("model/*.py", "tensors/numbers.py", "tensors/statistics.py", "files/blocks.py"),
+    r"numpy": (
+        "model/*.py",
+        "tensors/numbers.py",
+        "tensors/resampling.py",
+        "tensors/statistics.py",
+        "files/blocks.py",
+    ),
     r"ml_dtypes": ("tensors/numbers.py",),
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
         "files/download.py",
+        "files/connections.py",
+        "files/web.py",
+        "files/hub.py",
+        "files/sites.py",
         "files/filename.py",
         "files/patience.py",
     ),
+    r"fsspec|s3fs|gcsfs|adlfs": ("files/stores.py",),
     r"click": ("cli/*.py",),
     r"tqdm": ("cli/*.py",),
     r"tempfile|shutil": (
@@ -141,6 +152,7 @@ TEXT_NUMBERS = {
     "containers/_script_source.py": 1,  # an octal escape
     "containers/dcp.py": 1,  # a number already
     "containers/_sets.py": 1,  # of a file name, to sort by
+    "containers/_zero_agreement.py": 1,  # a float, which a tensor holds
     "pickles/pickle_reader.py": 1,  # a value, as CPython reads it
     "containers/_json.py": 1,  # a number of JSON as its grammar has it
 }

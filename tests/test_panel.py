@@ -55,7 +55,7 @@ def test_it_complains_of_a_check_that_is_blind(
 ) -> None:
     monkeypatch.setattr(ckptool, "check", lambda path: Checked(str(path), Status.OK, ""))
     checkpoint = panel.containers.read(FIXTURES / "good/plain.pth")
-    monkeypatch.setattr(panel.containers, "read", lambda path: checkpoint)
+    monkeypatch.setattr(panel.containers, "read", lambda path, alone: checkpoint)
     for name in ("os_system.pth", "legacy_os_system.pth", "tar_os_system.tar", "bare_pickle.pkl"):
         found = list(panel.complaints(FIXTURES / "hostile" / name, asked))
         assert any("looks up" in each and "system" in each for each in found), name

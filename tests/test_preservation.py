@@ -69,7 +69,10 @@ HOW: dict[str, dict[str, Any]] = {
     "python2_training.pth": {"encoding": "latin1"},
 }
 # Needs a GPU in torch, or is in pieces; its twin holds the same tensors.
-TWIN = {"tensors_2017_cuda.pth": "tensors_2017.pth", "fsdp2_ranks": "plain.pth"}
+TWIN = {
+    "tensors_2017_cuda.pth": "tensors_2017.pth",
+    **dict.fromkeys(("fsdp2_ranks", "zero1_ranks", "zero3_ranks"), "plain.pth"),
+}
 # The README says of each file whether torch takes it with weights_only=True.
 ACCEPTED = {
     name

@@ -33,19 +33,45 @@ def _limit(context: click.Context, _: click.Parameter, size: str | None) -> None
     context.with_resource(budget.run(most, anew=True))
 
 
+def _ask(context: click.Context, _: click.Parameter, seconds: int) -> None:
+    """Ask servers as the command line says, and each of them once for all that is read."""
+    from ckptool.files.sites import Manner, asking
+
+    def quiet() -> bool:
+        return bool(context.params.get("quiet"))
+
+    def say(line: str) -> None:
+        talk.say([visible(line)], quiet=quiet())
+
+    def progress(what: str) -> talk.Progress:
+        return talk.Progress(what, quiet=quiet())
+
+    context.with_resource(asking(Manner(float(seconds), say, progress, {})))
+
+
 class Command(click.Command):
     """A command with examples in its help: the second paragraph of its docstring.
 
-    All commands have the option that lets them take more memory.
+    All commands that read have the options for how long, and how much memory, they may take.
     """
 
-    def __init__(self, *args: Any, **given: Any) -> None:
+    def __init__(self, *args: Any, reads: bool = True, **given: Any) -> None:
         super().__init__(*args, **given)
+        timeout = click.Option(
+            ["--timeout"],
+            type=click.IntRange(1, 86_400),
+            metavar="SECONDS",
+            default=60,
+            show_default=True,
+            expose_value=False,
+            callback=_ask,
+            help="Give up on a server that sends less than 1 KiB/s for so long.",
+        )
         what = "Memory that reading metadata may take.  [default: by its size, at most 256MiB]"
-        option = click.Option(
+        memory = click.Option(
             ["--max-memory"], metavar="SIZE", help=what, expose_value=False, callback=_limit
         )
-        self.params.append(option)
+        self.params += [timeout, memory] if reads else []
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write usage, what the command does, examples, options."""
@@ -112,6 +138,9 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option("--untie", is_flag=True, help="Write tied tensors as copies."),
     click.option(
         "--allow-expand", is_flag=True, help="Allow an output of more than 4 times the input."
+    ),
+    click.option(
+        "--map-location", metavar="DEVICE", help="Tag every storage with a device: cpu, cuda:0."
     ),
     click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system."),
 )
@@ -212,7 +241,9 @@ class Request:
     silent: bool = False  # another process says it all
 
 
-_OPTIONS = "at to keep_records force in_place dry_run tensors_only untie allow_expand".split()
+_OPTIONS = (
+    "at to keep_records force in_place dry_run tensors_only untie allow_expand map_location"
+).split()
 
 
 def _request(given: dict[str, Any]) -> Request:

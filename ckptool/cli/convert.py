@@ -54,6 +54,11 @@ class _InOrder(Command):
     default="refuse",
     help="What --dtype does with what is beyond its largest number.  [default: refuse]",
 )
+@click.option(
+    "--values",
+    type=click.Choice(["module"]),
+    help="Of DeepSpeed ZeRO: weights in the training dtype, not the float32 masters.",
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
 @click.option("--distributed", is_flag=True, help="Write with all ranks that torchrun started.")
 def command(request: Request, **given: Any) -> None:
@@ -90,6 +95,7 @@ def _convert(request: Request, given: Mapping[str, Any]) -> None:
     for name in ("dtype_only", "dtype_except"):
         cast[name] = patterns(cast[name])
     form = {name: given[name] for name in ("unwrap", "max_shard_size", "distributed")}
+    form["values"] = given["values"] or ""
     result = run(request, api.convert, steps=steps, **cast, **form)
     if form["unwrap"] and result.at == () and not result.not_carried:
         talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)

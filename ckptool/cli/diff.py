@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command, patterns, refuse_idle
 
 DIFFERENT = 1
@@ -33,7 +31,6 @@ DIFFERENT = 1
 @click.option("--anywhere", is_flag=True, help="Ignore it inside keys too.")
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
 @click.option("--rtol", default=0.0, show_default=True, help="Allowed relative to A's value.")
-@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -96,10 +93,8 @@ def command(
         ignore_prefix=ignore_prefix,
         anywhere=anywhere,
     )
-    progress = talk.Progress(right, quiet=quiet)
-    with local(left, quiet=quiet) as one, local(right, quiet=quiet) as other, progress:
-        first = replace(containers.read(one), path=left)
-        second = replace(containers.read(other), path=right)
+    first, second = containers.read(left), containers.read(right)
+    with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
             warning, *evidence = report.danger_lines(checkpoint) or [""]
             if warning:

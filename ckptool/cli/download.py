@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import checked, takes_urls, timeout
 from ckptool.cli._options import Command, refuse_idle
 from ckptool.text import readable, table, visible
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace a file that is another one.")
 @click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system.")
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
-@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -63,7 +61,7 @@ def command(
         return
     if what is None:
         raise click.UsageError("name weights or a URL, or use --list", click.get_current_context())
-    from ckptool.files import http
+    from ckptool.files import http, sites
     from ckptool.verbs import api
 
     url = what if "://" in what else _url(what, quiet=quiet)
@@ -74,7 +72,7 @@ def command(
             sha256=sha256,
             force=force,
             sync=not no_sync,
-            timeout=timeout(),
+            timeout=sites.manner().timeout,
             progress=progress.reached,
         )
     if as_json:
@@ -83,6 +81,13 @@ def command(
         talk.put([visible(done.path)])
     talk.warn(map(visible, done.warnings))
     talk.say(_lines(done), quiet=quiet)
+
+
+def _checked(done: Downloaded) -> str:
+    """Return what a download was checked against, in words."""
+    if done.checked in ("nothing to check against", "size"):
+        return "not checked: no hash is known"
+    return f"checked: {done.checked}"
 
 
 def _url(name: str, *, quiet: bool) -> str:
@@ -103,11 +108,11 @@ def _lines(done: Downloaded) -> list[str]:
     """Return what a download did, in lines of talk."""
     sha256 = f"sha256 {done.sha256}"
     if done.already_there:
-        how = checked(done)
+        how = _checked(done)
         if done.checked == "size":
             how += ", and its size is the server's; --force downloads it again"
         return [f"{visible(done.path)} is there already and was left alone; {how}", sha256]
-    written = f"{visible(done.path)}: {readable(done.nbytes)}, {checked(done)}"
+    written = f"{visible(done.path)}: {readable(done.nbytes)}, {_checked(done)}"
     if done.resumed_from:
         resumed = f"went on after {readable(done.resumed_from)} that were there"
         return [resumed, written, sha256]

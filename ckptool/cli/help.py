@@ -16,8 +16,8 @@ from ckptool.errors import NoSuchCommand, of_system
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
 SUBJECTS = (
-    "selecting recipes dtypes containers whole-models plugins safety trust exit-codes json python "
-    "numbers architecture"
+    "writing selecting recipes dtypes containers whole-models plugins safety trust exit-codes json "
+    "python numbers scale architecture"
 ).split()
 
 
@@ -65,7 +65,7 @@ def _complete(context: click.Context, _: click.Parameter, start: str) -> list[An
     return [CompletionItem(name, help=title(name)) for name in names if name.startswith(start)]
 
 
-@click.command("help", cls=Command)
+@click.command("help", cls=Command, reads=False)
 @click.argument("topic", required=False, shell_complete=_complete)
 @click.pass_context
 def command(context: click.Context, topic: str | None) -> None:

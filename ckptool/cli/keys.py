@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command, patterns, refuse_idle
 
 
@@ -28,7 +26,6 @@ from ckptool.cli._options import Command, patterns, refuse_idle
     help="Order of the list; the last three need --stats.",
 )
 @click.option("--stats", is_flag=True, help="Least, largest, mean ... of the values.")
-@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -67,14 +64,13 @@ def command(
     if len(wanted) > 1:
         what = f"{' and '.join(wanted)} do not go together"
         raise click.UsageError(what, click.get_current_context())
-    with local(file, quiet=quiet) as path:
-        checkpoint = replace(containers.read(path, alone=every), path=file)
-        found = listing.listing(checkpoint, at, every=every)
-        with talk.Progress(file, quiet=quiet) as progress:
-            begin = progress.begin if stats else None
-            found = listing.chosen(
-                found, patterns(select), sort, begin, cells=talk.on_terminal() and not as_json
-            )
+    checkpoint = containers.read(file, alone=every)
+    found = listing.listing(checkpoint, at, every=every)
+    with talk.Progress(checkpoint.path, quiet=quiet) as progress:
+        begin = progress.begin if stats else None
+        found = listing.chosen(
+            found, patterns(select), sort, begin, cells=talk.on_terminal() and not as_json
+        )
     warning, *evidence = report.danger_lines(checkpoint) or [""]
     if warning:
         talk.warn([warning])

@@ -31,17 +31,9 @@ from ckptool.text import quoted, visible
 
 GROUPS = {
     "Look": ("info", "keys", "show", "check", "diff"),
-    "Models": ("download", "verify"),
-    "Edit": (
-        "strip-prefix",
-        "add-prefix",
-        "unwrap",
-        "transfer",
-        "convert",
-        "average",
-        "recipe",
-        "match",
-    ),
+    "Models": ("download", "layers", "verify"),
+    "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"),
+    "Between models": ("match", "recipe"),
     "Manual": ("help",),
 }
 EXAMPLES = (
@@ -237,7 +229,7 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
-    reading = {*GROUPS["Look"], *GROUPS["Manual"], "verify"}
+    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"}
     return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
 
 
@@ -273,6 +265,15 @@ def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
     return error
 
 
+def _without_secrets(word: str) -> str:
+    """Return an argument as it may be shown."""
+    if "://" not in word:
+        return word
+    from ckptool.files.http import shown
+
+    return shown(word)
+
+
 # Options of one meaning under other names: what errors call it -> command -> its own.
 _OWN_NAMES = {"--prefix": {"convert": "--strip-prefix", "diff": "--ignore-prefix"}}
 
@@ -283,7 +284,7 @@ def _retried(arguments: list[str], option: str) -> str:
     name = _OWN_NAMES.get(name, {}).get(arguments[0], name)
     same = f"{value.partition('=')[0]}=" if "=" in value else ""  # --model-arg NAME=VALUE
     kept: list[str] = []
-    words = iter(arguments)
+    words = iter([_without_secrets(word) for word in arguments])
     for word in words:
         if word == "--":  # no option stands behind it
             words = iter([word, *words])

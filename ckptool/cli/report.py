@@ -299,12 +299,25 @@ def _dropped_lines(result: Rewrite) -> list[str]:
     return lines
 
 
-def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
+OWN = "from the model's own initialisation"
+
+
+def fit_lines(
+    fit: Fit, *, added: Sequence[str] = (), ruled: bool = False, model: bool = False
+) -> list[str]:
     """Return how a checkpoint fits the target: shapes that differ, and what stays unfilled.
 
-    `added` entries came from the model's own initialisation instead.
+    Entries that were `added` came from the model's own initialisation instead, or by rules.
     """
     lines = []
+    if fit.adapted:
+        lines.append("adapted:")
+        lines += table(
+            [
+                (f"    {visible(each.key)}", shape(each.here), f"to {shape(each.there)}", each.how)
+                for each in fit.adapted
+            ]
+        )
     if fit.mismatched:
         lines.append("dropped, shape differs:")
         rows = [
@@ -319,12 +332,13 @@ def fit_lines(fit: Fit, *, added: int = 0, model: bool = False) -> list[str]:
     unfilled = [*(each.key for each in fit.mismatched), *fit.missing]
     total = len(fit.matched) + len(unfilled)
     rest = ""
-    if unfilled:
-        what = "from the model's own initialisation" if added else "not filled"
-        rest = f"; {what}: {listed(unfilled)}"
+    if added:
+        rest = f"; {'initialised' if ruled else OWN}: {listed(added)}"
+    if others := [key for key in unfilled if key not in added]:
+        rest += f"; not filled: {listed(others)}"
     share = f"{percent(fit.filled)} of the parameters"
     lines.append(f"fills {len(fit.matched)} of {total} tensors, {share}{rest}")
-    if model and unfilled and not added:
+    if model and others and not added:
         lines.append(
             "load_state_dict(strict=False) leaves these as the model has them; "
             "--init-missing writes them too"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import Command
 
 
@@ -15,7 +14,6 @@ from ckptool.cli._options import Command
 @click.option("--slice", "index", default="", metavar="INDEX", help="Elements, as torch: '0,:5'.")
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Up to 1 000 000 values, not 1 000.")
-@takes_urls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -31,11 +29,8 @@ def command(
     KEY is a key of the state_dict, or a path that `keys --all` lists, or one of what is beside
     them: args.lr, optimizer.param_groups.0.lr. Nothing is executed.
     """
-    from dataclasses import replace
-
     from ckptool.cli import report, report_show
     from ckptool.verbs.showing import show
 
-    with local(file, quiet=quiet) as path:
-        shown = replace(show(path, key, at=at, slice=index, all=every), file=file)
+    shown = show(file, key, at=at, slice=index, all=every)
     talk.put([report.document(shown.to_dict())] if as_json else report_show.value_lines(shown))

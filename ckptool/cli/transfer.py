@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._fetch import local, takes_urls
 from ckptool.cli._options import (
     Command,
     Request,
@@ -30,8 +28,24 @@ from ckptool.cli._options import (
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
 @click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option(
+    "--adapt",
+    multiple=True,
+    metavar="WHAT",
+    help="Adapt shapes: pos-embed, in-chans, classes, vocab, KEY, KEY=KIND.",
+)
+@click.option("--classes", metavar="FILE", help="For --adapt: a row or name for each class.")
+@click.option("--class-names", metavar="FILE", help="Names of the rows for --classes.")
+@click.option("--pos-grid", metavar="HxW", help="Grid of the target, or OLD:NEW.")
+@click.option("--pos-prefix", type=click.IntRange(0), metavar="N", help="Tokens before the grid.")
+@click.option(
+    "--init",
+    multiple=True,
+    metavar="PATTERN=HOW",
+    help="Fill new keys: '*.bias=zeros', fc=normal:std=0.01, xavier_uniform ...",
+)
 @click.option("--init-missing", is_flag=True, help="Fill the rest as the model initialises it.")
-@click.option("--seed", default=0, show_default=True, help="For --init-missing.")
+@click.option("--seed", default=0, show_default=True, help="For --init and --init-missing.")
 @click.option(
     "--min-match",
     type=click.FloatRange(0, 1),
@@ -39,7 +53,6 @@ from ckptool.cli._options import (
     show_default=True,
     help="Share of the target's parameters that must be filled.",
 )
-@takes_urls
 def command(
     request: Request,
     drop: Sequence[str],
@@ -53,6 +66,12 @@ def command(
     like_at: str | None,
     model: str | None,
     model_arg: Sequence[str],
+    adapt: Sequence[str],
+    classes: str | None,
+    class_names: str | None,
+    pos_grid: str | None,
+    pos_prefix: int | None,
+    init: Sequence[str],
     init_missing: bool,
     seed: int,
     min_match: float,
@@ -69,23 +88,24 @@ def command(
     matched against the peeled keys.
     """
     refuse_idle(
-        {"like_at": "like", "seed": "init_missing", "min_match": "like model", "model_arg": "model"}
-        | {"reverse": "recipe"}
+        {
+            "like_at": "like",
+            "seed": "init init_missing",
+            "min_match": "like model",
+            "model_arg": "model",
+        }
+        | {"reverse": "recipe", "adapt": "like model", "init": "like model", "classes": "adapt"}
+        | {"class_names": "classes", "pos_grid": "adapt", "pos_prefix": "adapt"}
     )
     from ckptool.cli import report
     from ckptool.model import zoo
     from ckptool.state.renaming import read_rule
     from ckptool.verbs import api
 
-    if request.options["in_place"] and "://" in request.source:
-        raise click.UsageError("--in-place needs a file; name an output for what a URL holds")
     name = request.target or request.source
-    with (
-        local(request.source, quiet=request.quiet) as source,
-        talk.Progress(name, quiet=request.quiet) as progress,
-    ):
+    with talk.Progress(name, quiet=request.quiet) as progress:
         done = api.transfer(
-            source,
+            request.source,
             request.target,
             drop=patterns(drop),
             keep=patterns(keep),
@@ -98,12 +118,19 @@ def command(
             like_at=like_at,
             model=model,
             model_args=zoo.arguments(model_arg),
+            adapt=adapt,
+            classes=classes,
+            class_names=class_names or (),
+            pos_grid=pos_grid,
+            pos_prefix=pos_prefix,
+            init=init,
             init_missing=init_missing,
             seed=seed,
             min_match=min_match,
             progress=progress.begin,
             **request.options,
         )
-    result, fit = replace(done.rewrite, source=request.source), done.fit
-    more = report.fit_lines(fit, added=result.added, model=model is not None) if fit else []
-    tell(request, result, more=more, document=replace(done, rewrite=result).to_dict())
+    result, fit = done.rewrite, done.fit
+    added, of_model = done.initialised, model is not None
+    more = report.fit_lines(fit, added=added, ruled=bool(init), model=of_model) if fit else []
+    tell(request, result, more=more, document=done.to_dict())

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command
+from ckptool.cli._options import Command, refuse_idle
 from ckptool.errors import CkptoolError
 
 DIFFERENT = 1
@@ -17,11 +17,15 @@ DIFFERENT = 1
 
 @click.command("verify", cls=Command)
 @click.argument("reference", metavar="REFERENCE")
-@click.argument("candidate", metavar="CANDIDATE")
+@click.argument("candidate", metavar="[CANDIDATE]", required=False)
 @click.option(
     "--model", required=True, metavar="SPEC", help="resnet18, file.py:factory, package:factory."
 )
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option("--candidate-model", metavar="SPEC", help="Of CANDIDATE, if it is another model.")
+@click.option(
+    "--candidate-arg", multiple=True, metavar="NAME=VALUE", help="For the candidate's factory."
+)
 @click.option(
     "--device",
     multiple=True,
@@ -40,11 +44,16 @@ DIFFERENT = 1
 @click.option("--input", metavar="PICTURE", help="Run on a picture instead.")
 @click.option("--data", metavar="FOLDER", help="Run on folders of pictures by class.")
 @click.option("--dtype", metavar="NAME", help="f32, f16, bf16 or f64 (float32 ... too).")
-@click.option("--channels-last", is_flag=True, help="Lay weights and pictures out channels last.")
+@click.option("--channels-last", is_flag=True, help="Use torch's channels_last memory format.")
 @click.option("--seed", default=0, show_default=True, help="Of inputs, and all that is random.")
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
 @click.option("--rtol", default=0.0, show_default=True, help="Relative difference allowed.")
-@click.option("--allow-tf32", is_flag=True, help="Let a GPU shorten float32 products.")
+@click.option("--allow-tf32", is_flag=True, help="Let a GPU use TF32 for float32 products.")
+@click.option(
+    "--allow-inconclusive",
+    is_flag=True,
+    help="Exit 0 where outputs say nothing, but all modules return equal bytes.",
+)
 @click.option("--partial", is_flag=True, help="Compare what both files have and the model takes.")
 @click.option("--at", metavar="NAME", help="Where the reference's state_dict sits.")
 @click.option("--candidate-at", metavar="NAME", help="Where the candidate's state_dict sits.")
@@ -52,11 +61,13 @@ DIFFERENT = 1
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
     reference: str,
-    candidate: str,
+    candidate: str | None,
     model: str,
     model_arg: Sequence[str],
+    candidate_arg: Sequence[str],
     device: Sequence[str],
     input_shape: Sequence[str],
+    allow_inconclusive: bool,
     as_json: bool,
     quiet: bool,
     **how: Any,
@@ -66,29 +77,43 @@ def command(
     \b
     ckptool verify --model resnet18 model_best.pth.tar clean.pth
     ckptool verify --model ghost_net.py:ghost_net --device cpu --device cuda old.pth new.pth
-    ckptool verify --model resnet18 --input dog.jpg old.pth new.safetensors
+    ckptool verify --model resnet18 --input dog.jpg model_best.pth.tar
     ckptool verify --model resnet18 --model-arg num_classes=10 --partial old.pth init.pth
+    ckptool verify --model vit_b_16 --candidate-model timm:vit_base_patch16_224 a.pth b.pth
 
-    The reference is loaded as its author would, the candidate must load strictly. Exit code 1
-    where the outputs differ, or where the reference differs from itself.
+    The reference is loaded as its author would, the candidate must load strictly. `identical`
+    (exit 0): outputs, and what every module returns, are equal in all bytes, and outputs depend on
+    the input. `different` (exit 1): outputs differ; the first module that does is named.
+    `inconclusive` (exit 1): outputs are constant, NaN or the same for every input, modules differ
+    on the way, or the reference differs from itself. One file alone is run on a picture or folder.
     """
-    for path in (reference, candidate):
+    refuse_idle(
+        {
+            "candidate_at": "candidate",
+            "candidate_model": "candidate",
+            "candidate_arg": "candidate",
+            "allow_inconclusive": "candidate",
+        }
+    )
+    for path in filter(None, (reference, candidate)):
         _warn(path)
     from ckptool.cli import report, report_model
     from ckptool.model import zoo
-    from ckptool.verbs import api
+    from ckptool.model.verification import IDENTICAL, INCONCLUSIVE
+    from ckptool.verbs import models
 
     with talk.Progress("", quiet=quiet, unit="batch") as bar:
 
         def progress(what: str, done: int, total: int) -> None:
-            if total > 2:  # a single batch on each side is no progress
+            if total > 4:  # a batch and a random one on each side are no progress
                 bar.reached(done, total, what)
 
-        verification = api.verify(
+        verification = models.verify(
             reference,
             candidate,
             model,
             model_args=zoo.arguments(model_arg),
+            candidate_args=zoo.arguments(candidate_arg) if candidate_arg else None,
             devices=device,
             input_shapes=input_shape,
             progress=progress,
@@ -97,10 +122,11 @@ def command(
     if as_json:
         talk.put([report.document(verification.to_dict())])
     else:
-        rows = report_model.run_table if talk.on_terminal() else report_model.run_rows
-        talk.put(rows(verification))
+        talk.put(report_model.rows(verification, wide=talk.on_terminal()))
     talk.say(report_model.verification_lines(verification), quiet=quiet)
-    return 0 if verification.identical else DIFFERENT
+    allowed = verification.verdict == INCONCLUSIVE and verification.same_digests
+    done = verification.verdict in (None, IDENTICAL) or (allow_inconclusive and allowed)
+    return 0 if done else DIFFERENT
 
 
 def _warn(path: str) -> None:

@@ -25,8 +25,8 @@ from ckptool.containers._registry import (
     suffixes as suffixes,
     without_collection as without_collection,
 )
-from ckptool.errors import EditError, FormatError, Malformed
-from ckptool.files import budget
+from ckptool.errors import CkptoolError, EditError, FormatError, Malformed
+from ckptool.files import budget, paths, sites
 from ckptool.files.fileio import MARK, OpenFile, Reader, refuse_changed
 from ckptool.state.checkpoint import Checkpoint
 
@@ -53,33 +53,31 @@ def read(
     >>> ckptool.read("model_best.pth.tar")
     <Checkpoint model_best.pth.tar: torch-zip, 6.6 KiB>
     """
-    shown = str(path)
+    place = sites.of(path)
+    shown = place if paths.is_url(place) else str(place)
     if not isinstance(path, OpenFile) and _split(shown)[1]:
         return _read_member(shown, plugins)
-    checkpoint, file = _read_whole(path, plugins, alone, values)
-    notes = (*checkpoint.notes, *_notes(shown, file))
+    checkpoint, file = _read_whole(place, plugins, alone, values)
+    far = dict.fromkeys(getattr(each, "note", "") for each, _ in checkpoint.files)
+    notes = (*checkpoint.notes, *_notes(shown, file), *filter(None, far))
     return replace(checkpoint, path=shown, notes=notes)
 
 
-def _read_whole(
-    path: str | Path, plugins: bool, alone: bool, values: str
-) -> tuple[Checkpoint, str]:
+def _read_whole(path: str, plugins: bool, alone: bool, values: str) -> tuple[Checkpoint, str]:
     """Read a file, or the files of a set, which are opened one after the other: all of one time.
 
     Where its names are those of other files by then, the set was replaced, and is read anew.
     Returns the file that was read first, too.
     """
-    shown, reader = str(path), None
+    shown, reader = path if paths.is_url(path) else str(path), None
     for _ in range(ATTEMPTS):
         before = _node(shown)
         try:
-            is_folder = os.path.isdir(shown)
+            is_folder = paths.is_folder(shown)
             reader = Reader(_file_in(shown) if is_folder else path)
             joined = None if alone and not is_folder else _joined(reader, values)
             if values and joined is None:
-                raise EditError(
-                    f"{shown} is no set of files of ranks, of whose values some are chosen"
-                )
+                raise EditError(f"{shown} holds one value of each tensor: leave out --values")
             checkpoint = joined or _registry.read(reader, use_plugins=plugins)
             files = [file for file, _ in checkpoint.files if isinstance(file, OpenFile)]
             if len(files) < 2 or not any(file.replaced() for file in files):
@@ -135,7 +133,7 @@ def _file_in(folder: str) -> str:
 
 def _notes(path: str, file: str) -> list[str]:
     """Note which file was read for a folder, and a file that is one shard of a set."""
-    name = os.path.basename(file)
+    name = paths.name_of(file)
     notes = []
     if file != path and not is_index(name):
         notes.append(f"{path} is a folder; this is {name} in it")
@@ -153,14 +151,14 @@ def members(path: str) -> list[ArchiveMember]:
     from ckptool.files import archives
 
     with ExitStack() as stack:
-        archive = archives.enter(stack, stack.enter_context(Reader(path)))
+        archive = archives.enter(stack, stack.enter_context(Reader(sites.of(path))))
         return archive.members(suffixes) if archive else []
 
 
 def member_of(path: str) -> str:
     """Return the archive that a path names a member of; an empty text for any other path."""
     file, names = _split(path)
-    return file if names and os.path.isfile(file) else ""
+    return file if names and paths.is_file(file) else ""
 
 
 def sets_of_ranks(folder: str) -> list[tuple[str, ...]]:
@@ -168,6 +166,16 @@ def sets_of_ranks(folder: str) -> list[tuple[str, ...]]:
     from ckptool.containers import _sets
 
     return [each.files for each in _sets.in_folder(folder)]
+
+
+def is_joined(path: str) -> bool:
+    """Check for a file that makes one checkpoint with others that ranks wrote, which are there."""
+    from ckptool.containers import _sets
+
+    try:
+        return not _split(path)[1] and bool(_sets.of_file(path) and read(path).shards)
+    except CkptoolError:
+        return False
 
 
 def lacks_index(folder: str) -> bool:

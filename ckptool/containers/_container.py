@@ -20,10 +20,11 @@ class Traits(NamedTuple):
 
     `around` is the dict around the state_dict, `strides` views of storages as they are, `ties`
     tensors that share one, `module_metadata` the versions of modules, `objects` what a pickle
-    names, `records` files of its own beside them. With `beside_files` it is read from an index and
-    the files that this names; with `remade` its tree is made of theirs, and nothing that they name
-    is carried but what is in that; `memory_mapped` says whether `torch.load(mmap=True)` takes it;
-    `read_as` as what else its files may be read, all of which `read` tells: "pickle", "tar", "zip".
+    names, `records` files of its own beside them, `device_tags` which device a storage was on. With
+    `beside_files` it is read from an index and the files that this names; with `remade` its tree is
+    made of theirs, and nothing that they name is carried but what is in that; `memory_mapped` says
+    whether `torch.load(mmap=True)` takes it; `read_as` as what else its files may be read, all of
+    which `read` tells: "pickle", "tar", "zip".
     """
 
     around: bool = True
@@ -32,6 +33,7 @@ class Traits(NamedTuple):
     module_metadata: bool = True
     objects: bool = True
     records: bool = False
+    device_tags: bool = False
     beside_files: bool = False
     remade: bool = False
     memory_mapped: bool = False

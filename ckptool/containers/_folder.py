@@ -17,11 +17,12 @@ from ckptool.containers._others import STEMS
 from ckptool.errors import (
     AmbiguousStateDict,
     CkptoolError,
+    FormatError,
     Malformed,
     NotACheckpoint,
-    PartialCheckpoint,
-    of_system,
 )
+from ckptool.files import paths
+from ckptool.files.paths import Entry
 from ckptool.text import argument, counted, readable, table
 
 MAX_NAMES = 10_000
@@ -59,7 +60,7 @@ def checkpoint_in(folder: str) -> str:
     Raises `AmbiguousStateDict` where there are several, `Malformed` for shards without their
     index, `NotACheckpoint` for any other folder and `NoSuchFile` for one that cannot be listed.
     """
-    entries = _scanned(folder)
+    entries = paths.listing(folder)
     files = _file_names(entries)
     checkpoints = _checkpoints(files)
     if len(checkpoints) > 1:
@@ -70,17 +71,17 @@ def checkpoint_in(folder: str) -> str:
         )
     if not checkpoints:
         _refuse_interrupted(folder, entries)
-        if part := _sets.file_in(folder, files, [each.name for each in entries if each.is_dir()]):
+        if part := _sets.file_in(folder, files, [each.name for each in entries if each.is_folder]):
             return part
         _refuse_shards(folder, files)
-        raise _refusal(folder, entries[:MAX_NAMES])
-    return os.path.join(folder, checkpoints[0])
+        raise _refusal(folder)
+    return paths.join(folder, checkpoints[0])
 
 
 def lacks_index(folder: str) -> bool:
     """Check for shards of a checkpoint in a folder without the index that joins them."""
     try:
-        files = _file_names(_scanned(folder))
+        files = _file_names(paths.listing(folder))
     except CkptoolError:
         return False
     return not _checkpoints(files) and any(map(shard_of, files))
@@ -96,37 +97,29 @@ def shard_of(name: str) -> tuple[str, int, int] | None:
 
 def shard_notes(path: str) -> list[str]:
     """Note that a file is one shard of a set; nothing of any other."""
-    folder, name = os.path.split(path)
+    folder, name = paths.split(path)
     shard = shard_of(name)
     if shard is None:
         return []
     whole, number, count = shard
     index = f"{whole}.index.json"
-    has_index = os.path.isfile(os.path.join(folder, index))
+    has_index = paths.is_file(paths.join(folder, index))
     more = f"; {index} beside it stands for all" if has_index else ""
     return [f"this is shard {number} of {count}{more}"]
 
 
-def _scanned(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise of_system(error, folder, "opened") from None
-
-
-def _file_names(entries: Sequence[os.DirEntry[str]]) -> list[str]:
-    return [entry.name for entry in entries if entry.is_file()]
+def _file_names(entries: Sequence[Entry]) -> list[str]:
+    return [entry.name for entry in entries if entry.is_file]
 
 
 def _checkpoints(names: Sequence[str]) -> list[str]:
     return [name for name in names if _registry.is_index(name) or _USUAL.fullmatch(name)]
 
 
-def _refuse_interrupted(folder: str, entries: Sequence[os.DirEntry[str]]) -> None:
+def _refuse_interrupted(folder: str, entries: Sequence[Entry]) -> None:
     """Say where the files are that a killed run of ours had moved aside, to be replaced."""
     temporary = [entry for entry in entries if entry.name.endswith(".tmp")]
-    if not temporary:
+    if not temporary or paths.is_url(folder):
         return
     from ckptool.files.moves import ASIDE, TEMPORARY
 
@@ -142,14 +135,6 @@ def _refuse_interrupted(folder: str, entries: Sequence[os.DirEntry[str]]) -> Non
 
 
 def _refuse_shards(folder: str, names: Sequence[str]) -> None:
-    of_ranks = [name for name in names if _OF_RANK.fullmatch(name)]
-    if of_ranks:
-        raise PartialCheckpoint(
-            f"{folder} is a distributed checkpoint in safetensors, of "
-            f"{counted(len(of_ranks), 'shard')} with pieces of tensors: ckptool joins none",
-            path=folder,
-            hint=f"ckptool info {argument(os.path.join(folder, of_ranks[0]))}",
-        )
     sets = Counter((shard[0], shard[2]) for name in names if (shard := shard_of(name)))
     if sets:
         (whole, count), present = next(iter(sets.items()))
@@ -161,21 +146,22 @@ def _refuse_shards(folder: str, names: Sequence[str]) -> None:
         )
 
 
-def _refusal(folder: str, entries: Sequence[os.DirEntry[str]]) -> NotACheckpoint:
+def _refusal(folder: str) -> NotACheckpoint:
     """Return the error for a folder: what it looks like, what may be read in it, the likeliest."""
     from ckptool.files import archives
 
     try:
-        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    except OSError:  # a folder that may be listed, and not entered
+        entries = paths.listing(folder, sizes=True)[:MAX_NAMES]
+    except FormatError:  # a folder that may be listed, and not entered
         return NotACheckpoint(f"{folder} is a folder", path=folder)
+    sizes = {entry.name: entry.nbytes for entry in entries if entry.is_file}
     names = {entry.name for entry in entries}
     kind = next((f", {what}" for needed, what in _KINDS if names.issuperset(needed.split())), "")
     endings = (*_registry.suffixes(), *archives.SUFFIXES, ".model", ".index.json")
     weights = [name for name in sizes if name.endswith(endings)]
     weights.sort(key=lambda name: (-sizes[name], name))
-    folders = [entry.name for entry in entries if entry.is_dir()][:MAX_FOLDERS]
-    inside = [name for name in folders if _is_checkpoint(os.path.join(folder, name))]
+    folders = [entry.name for entry in entries if entry.is_folder][:MAX_FOLDERS]
+    inside = [name for name in folders if _is_checkpoint(paths.join(folder, name))]
     likely = sorted(weights + inside, key=lambda name: name.startswith(_STATES))
     return NotACheckpoint(
         f"{folder} is a folder{kind} ({_counts(len(sizes), len(entries) - len(sizes))})",
@@ -185,14 +171,14 @@ def _refusal(folder: str, entries: Sequence[os.DirEntry[str]]) -> NotACheckpoint
             + [(f"{name}/", "a checkpoint") for name in inside[:MAX_SHOWN]],
             (1,),
         ),
-        hint=f"ckptool info {argument(os.path.join(folder, likely[0]))}" if likely else "",
+        hint=f"ckptool info {argument(paths.join(folder, likely[0]))}" if likely else "",
     )
 
 
 def _is_checkpoint(folder: str) -> bool:
     """Check whether a folder has the files of one checkpoint, by their names alone."""
     try:
-        return len(_checkpoints(_file_names(_scanned(folder)))) == 1
+        return len(_checkpoints(_file_names(paths.listing(folder)))) == 1
     except CkptoolError:
         return False
 

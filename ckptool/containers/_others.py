@@ -14,7 +14,7 @@ from typing import Any
 
 from ckptool.containers import _json as json_text, _pickles
 from ckptool.errors import LimitExceeded
-from ckptool.files import budget, tars, zips
+from ckptool.files import budget, paths, tars, zips
 from ckptool.files.fileio import Reader
 from ckptool.text import argument, listed, quoted, readable
 
@@ -154,7 +154,7 @@ def _pointer(reader: Reader, head: bytes) -> Description | None:
         f"the file{real} is on a server"
     )
     path = os.path.abspath(reader.file)
-    root = _repository(path)
+    root = None if paths.is_url(reader.file) else _repository(path)
     if root is None:
         return what, "git lfs pull   in a clone of the repository that it came from"
     inside = os.path.relpath(path, root)
@@ -222,7 +222,7 @@ def _onnx(reader: Reader, head: bytes) -> Description | None:
 
 def _tensorflow(reader: Reader, head: bytes) -> Description | None:
     """Recognise what TensorFlow writes by its name, or by the end of a LevelDB table."""
-    size, name = readable(reader.nbytes), os.path.basename(reader.path)
+    size, name = readable(reader.nbytes), paths.name_of(reader.path)
     end = reader.read(reader.nbytes - 8, 8) if reader.nbytes > 48 else b""
     if end == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb":
         return f"the index of a TensorFlow checkpoint ({size})", _TENSORFLOW
@@ -338,9 +338,9 @@ def _json(reader: Reader, size: str) -> Description:
 
 def _weights_beside(path: str) -> str:
     """Return the command for the weights in the same folder."""
-    for name in _WEIGHTS:
-        file = os.path.join(os.path.dirname(path), name)
-        if os.path.isfile(file) and file != path:
+    for name in _WEIGHTS if paths.can_list(path) else ():
+        file = paths.join(paths.folder_of(path), name)
+        if paths.is_file(file) and file != path:
             return f"ckptool info {argument(file)}   are the weights beside it"
     return ""
 

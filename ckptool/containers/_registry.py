@@ -25,7 +25,8 @@ from ckptool.state.walk import refuse_deep
 
 MODULES = (
     "torch_zip safetensors torch_tar torch_legacy torchscript torch_export dcp sharded "
-    "torch_folder plain_pickle rank_files dcp_safetensors"
+    "torch_folder plain_pickle rank_files zero dcp_safetensors "
+    "megatron"
 ).split()
 HEAD = 4096
 # Of formats that ckptool does not write, in names of outputs.

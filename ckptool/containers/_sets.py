@@ -6,20 +6,23 @@ is in them whether they are parts; where they are not, each is a checkpoint of i
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
-from ckptool.errors import AmbiguousStateDict, of_system
-from ckptool.files import fileio
+from ckptool.errors import AmbiguousStateDict
+from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
-from ckptool.text import counted
+from ckptool.pickles import calls as shapes, safety
+from ckptool.pickles.names import Level
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.text import counted, listed
 
 if TYPE_CHECKING:
     from ckptool.pickles.tree import Node
-    from ckptool.state.checkpoint import Checkpoint
 
 MAX_SETS = 20  # that are named where one must be chosen
 LATEST = "latest"  # of DeepSpeed (engine.py, `_save_checkpoint`): the folder of the last step
@@ -34,9 +37,21 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
         "dcp_safetensors",
         re.compile(r"shard-(?P<part>\d{5}-model-\d{5})-of-\d{5}\.safetensors", re.ASCII),
     ),
+    # deepspeed/runtime/engine.py, `_get_ckpt_name`, `_get_zero_ckpt_name`
+    (
+        "zero",
+        re.compile(
+            r"(?P<part>\w*?((zero_pp|expp)_rank_\d+_)?mp_rank_\d+_(model|optim)_states)\.pt",
+            re.ASCII,
+        ),
+    ),
     # verl, torchtune, accelerate and others: model_world_size_2_rank_0.pt, model.rank_0.pth
     ("rank_files", re.compile(r".*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt)", re.ASCII)),
 )
+# Megatron-LM and NeMo have a folder for each rank of a model, with a file of one name in each
+# (megatron/training/checkpointing.py, `get_checkpoint_name`).
+_FOLDER = re.compile(r"[mt]p_rank_\d+(_(pp_rank_)?\d+)?", re.ASCII)
+_IN_FOLDER = re.compile(r"model(_\w+)?\.(pt|ckpt)", re.ASCII)
 
 
 class FileSet(NamedTuple):
@@ -58,21 +73,27 @@ class FileSet(NamedTuple):
 
 def of_file(path: str) -> FileSet | None:
     """Return the files that a file may be in one set with, itself among them."""
-    folder, name = os.path.split(path)
+    folder, name = paths.split(path)
+    if _IN_FOLDER.fullmatch(name) and _FOLDER.fullmatch(paths.split(folder)[1]):
+        return _of_folders(paths.split(folder)[0], name)
     if _kind(name) is None:
         return None
-    path = os.path.join(folder, name)
+    path = paths.join(folder, name)
     return next((each for each in in_folder(folder) if path in each.files), None)
 
 
 def in_folder(folder: str) -> list[FileSet]:
     """List the sets that names in a folder are those of."""
-    try:
-        with os.scandir(folder or ".") as entries:
-            names = [entry.name for entry in entries if _kind(entry.name) and entry.is_file()]
-    except OSError as error:
-        raise of_system(error, folder, "listed") from None
-    return grouped(folder, names)
+    entries = paths.listing(folder)
+    return grouped(folder, [each.name for each in entries if each.is_file and _kind(each.name)])
+
+
+def _of_folders(parent: str, name: str) -> FileSet:
+    """Return the files of one name in the folders of ranks."""
+    names = (each.name for each in paths.listing(parent))
+    folders = sorted(filter(_FOLDER.fullmatch, names), key=by_number)
+    files = (paths.join(parent, folder, name) for folder in folders)
+    return FileSet("megatron", tuple(filter(paths.is_file, files)))
 
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
@@ -81,7 +102,7 @@ def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
     for name in sorted(names, key=by_number):
         kind = _kind(name)
         if kind is not None:
-            found.setdefault(kind, []).append(os.path.join(folder, name))
+            found.setdefault(kind, []).append(paths.join(folder, name))
     return [FileSet(module, tuple(files)) for (module, _), files in sorted(found.items())]
 
 
@@ -97,13 +118,20 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
             steps = [latest]
         if len(steps) > 1:
             steps.sort(key=by_number)
-            raise _several(folder, "steps", [os.path.join(folder, step) for step in steps], 0)
-        sets = in_folder(os.path.join(folder, steps[0])) if steps else []
+            raise _several(folder, "steps", [paths.join(folder, step) for step in steps], 0)
+        sets = in_folder(paths.join(folder, steps[0])) if steps else _in_folders(folder, folders)
     if len(sets) > 1:
         files = [counted(len(each.files), "file") for each in sets]
         shown = [f"{each.files[0]}   {count}" for each, count in zip(sets, files, strict=True)]
         raise _several(folder, "sets of files", shown, len(sets))
     return sets[0].files[0] if sets else ""
+
+
+def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
+    """List the sets that have a file in the folder of each rank."""
+    first = next(filter(_FOLDER.fullmatch, folders), None)
+    names = [each.name for each in paths.listing(paths.join(folder, first))] if first else []
+    return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
 def read_part(path: str, before: int) -> Checkpoint:
@@ -112,6 +140,25 @@ def read_part(path: str, before: int) -> Checkpoint:
         part = _registry.read(reader, shard=True)
     fileio.spare(reader.file, before)
     return part
+
+
+def harmful(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part the calls that do nothing, and the names that they alone have."""
+    named, calls = safety.without_nested(part)
+    verdict = safety.judge(named, calls)
+    shaped = {id(call) for call in verdict.calls}
+    found = (
+        call
+        for call in calls
+        if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
+    )
+    kept = [*islice(found, safety.MAX_CALLS)] if verdict.dangerous else []
+    return replace(part, globals=named, calls=kept)
+
+
+def slim(part: Checkpoint) -> Checkpoint:
+    """Leave out of a part what only the first is asked for: the tree, calls that do nothing."""
+    return replace(harmful(part), tree=None)
 
 
 def nothing(reader: Reader) -> None:
@@ -133,7 +180,7 @@ def by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _latest(folder: str) -> str:
-    with Reader(os.path.join(folder, LATEST)) as reader:
+    with Reader(paths.join(folder, LATEST)) as reader:
         return reader.read(0, min(reader.nbytes, MAX_LATEST)).decode("utf-8", "replace").strip()
 
 
@@ -152,22 +199,41 @@ def combined(
     parts: Mapping[str, Checkpoint],
     notes: Sequence[str] = (),
 ) -> Checkpoint:
-    """Return a checkpoint that is made of parts, by their names."""
-    from dataclasses import replace
-
+    """Return a checkpoint whose tree was made of parts, given by the names of their files."""
     first = next(iter(parts.values()))
-    return replace(
-        first,
-        path=path,
-        container=container,
-        tree=tree,
-        nbytes=sum(each.nbytes for each in parts.values()),
+    called = {name: f"{name}: {each.pickle_name}" for name, each in parts.items()}
+    return Checkpoint(
+        path,
+        container,
+        tree,
+        sum(each.nbytes for each in parts.values()),
         globals={name: at for each in parts.values() for name, at in each.globals.items()},
         calls=[call for each in parts.values() for call in each.calls],
-        records={f"{n}/{name}": r for n, s in parts.items() for name, r in s.records.items()},
+        pickle_name=_pickle_name(parts),
+        byteorder=next((p.byteorder for p in parts.values() if p.byteorder != "little"), "little"),
+        generation=first.generation,
+        protocol=first.protocol,
+        unread=tuple(f"{name}: {what}" for name, each in parts.items() for what in each.unread),
+        unread_nbytes=sum(each.unread_nbytes for each in parts.values()),
+        records={f"{n}/{name}": r for n, p in parts.items() for name, r in p.records.items()},
         unlisted=sum(each.unlisted for each in parts.values()),
         flaws=tuple(f"{name}: {flaw}" for name, each in parts.items() for flaw in each.flaws),
-        files=tuple(f for s in parts.values() for f in s.files),
-        shards=tuple(parts.values()),
-        notes=(*notes, *(note for each in parts.values() for note in each.notes)),
+        files=tuple(file for each in parts.values() for file in each.files),
+        shards=tuple(
+            replace(each, pickle_name=called[name] if each.pickle_name else "")
+            for name, each in parts.items()
+        ),
+        notes=(
+            *notes,
+            *(f"{name}: {note}" for name, each in parts.items() for note in each.notes),
+        ),
     )
+
+
+def _pickle_name(parts: Mapping[str, Checkpoint]) -> str:
+    """Name the parts that would run code when loaded, or all, if there is a pickle in them."""
+    pickles = [name for name, part in parts.items() if part.pickle_name]
+    dangerous = [
+        name for name in pickles if safety.judge_file(parts[name]).level is Level.DANGEROUS
+    ]
+    return listed(dangerous or pickles, 3)

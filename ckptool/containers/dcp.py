@@ -9,7 +9,6 @@ It is written in `_dcp_output.py`.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,9 +24,8 @@ from ckptool.errors import (
     Malformed,
     TooCostly,
     Unsupported,
-    of_system,
 )
-from ckptool.files import budget, fileio
+from ckptool.files import budget, fileio, paths
 from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
@@ -63,7 +61,7 @@ def sniff(head: bytes) -> bool:
 
 def read(reader: Reader) -> Checkpoint:
     """Read the index, and of every saved object the directory and the pickle."""
-    folder, name = os.path.split(reader.file)
+    folder, name = paths.split(reader.file)
     spending, seen = budget.current(), _Seen()
     spent = spending.spent
     spending.read(reader.nbytes)
@@ -105,12 +103,7 @@ def read(reader: Reader) -> Checkpoint:
 
 def _files(folder: str) -> dict[str, int]:
     """Give the files of a folder by name, with their sizes."""
-    try:
-        with os.scandir(folder or ".") as found:
-            sizes = {each.name: each.stat().st_size for each in found if each.is_file()}
-    except OSError as error:
-        raise of_system(error, folder, "listed") from error
-    return dict(sorted(sizes.items()))
+    return {each.name: each.nbytes for each in paths.listing(folder, sizes=True) if each.is_file}
 
 
 def _notes(folder: str, unread: Iterable[str]) -> Iterator[str]:
@@ -118,7 +111,7 @@ def _notes(folder: str, unread: Iterable[str]) -> Iterator[str]:
     if shards:
         yield f"no entry lies in {listed(shards)}: left from another save, or its index is older"
     if _COMMON in unread:
-        path = os.path.join(folder, _COMMON)
+        path = paths.join(folder, _COMMON)
         yield f"Megatron core keeps what is not sharded in {path}, a checkpoint of its own"
 
 
@@ -168,10 +161,12 @@ def _read_parts(
     for entry in index.entries:
         for box in entry.boxes:
             wanted.setdefault(box.part.file, []).append((box, entry))
+    if not paths.can_list(folder):
+        beside = [name for name in wanted if _is_beside(folder, name)]
     _refuse_missing(wanted, beside, index)
     parts: dict[Part, Node] = {}
     for name in sorted(wanted):
-        with Reader(os.path.join(folder, name)) as shard:
+        with Reader(paths.join(folder, name)) as shard:
             seen.files.append((shard.file, shard.stamp))
             end = 0
             for box, entry in sorted(wanted[name], key=lambda each: each[0].part.offset):
@@ -188,6 +183,10 @@ def _read_parts(
             seen.unlisted += shard.nbytes - end
         fileio.spare(shard.file, len(seen.files))
     return parts
+
+
+def _is_beside(folder: str, name: str) -> bool:
+    return paths.stays_inside(name) and paths.is_file(paths.join(folder, name))
 
 
 def _refuse_missing(
@@ -235,7 +234,7 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
     if found is None:
         raise Malformed(f"{entry.key} is no torch zip", path=shard.path, offset=part.offset)
     chunk = f" at {shape_text(box.offsets)}" if len(entry.boxes) > 1 else ""
-    pickle = f"{os.path.basename(shard.file)} ({entry.key}{chunk})"
+    pickle = f"{paths.name_of(shard.file)} ({entry.key}{chunk})"
     kept = {name: each for name, each in found.records.items() if name not in small}
     seen.records |= {f"{pickle}/{name}": record for name, record in kept.items()}
     seen.unlisted += found.unlisted

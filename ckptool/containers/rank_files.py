@@ -13,24 +13,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
 from typing import Any
 
 from ckptool.containers import _pieces
+from ckptool.containers._agreement import agree
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part
-from ckptool.errors import EditError, Malformed, PartialCheckpoint, Unsupported
+from ckptool.containers._sets import combined, harmful, nothing, read_part
+from ckptool.errors import EditError, FormatError, Malformed, PartialCheckpoint, Unsupported
 from ckptool.files import budget
-from ckptool.files.blocks import blocks, equal
 from ckptool.files.fileio import Readers
-from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.holdings import Holding, Meshes, call_of, held
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, named_items
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import is_flat
 from ckptool.state.walk import Path, dotted, tensors
-from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import FLOATS
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, TensorInfo
 from ckptool.text import counted, listed
@@ -67,19 +64,9 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
     where ranks do not agree.
     """
     ranks: list[_Rank] = []
-    spending = budget.current()
     with remembered(each.read for each in ranks):
-        for count, path in enumerate(files, 1):
-            spending.share = count / len(files)
-            spent = spending.spent
-            rank = _rank(read_part(path, count))
-            if ranks:  # what is said of each piece takes more than all else
-                rank = _small(rank)
-                spending.spent = spent
-                spending.spend(len(rank.held) * _PIECE + len(rank.tensors) * budget.TENSOR)
-            if not ranks and not rank.held and not _flat(rank):
-                return None
-            ranks.append(rank)
+        if not _read_all(files, ranks):
+            return None
         _refuse_flat(ranks)
         if all(each.whole is not None for rank in ranks for each in rank.held.values()):
             return None
@@ -88,6 +75,36 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
         _refuse_missing(ranks)
         _refuse_steps(ranks)
         return _joined(ranks)
+
+
+def _read_all(files: Sequence[str], ranks: list[_Rank]) -> bool:
+    """Read all files into `ranks`; stop at the first that is readable and holds no pieces.
+
+    One that is not readable is a fault of the set where the others are one: names prove nothing.
+    """
+    spending = budget.current()
+    broken: FormatError | None = None
+    for count, path in enumerate(files, 1):
+        spending.share = count / len(files)
+        spent = spending.spent
+        try:
+            rank = _rank(read_part(path, count))
+        except FormatError as error:
+            if ranks:
+                raise
+            broken = broken or error
+            continue
+        if not ranks and not rank.held and not _flat(rank):
+            return False
+        if broken is not None:
+            raise broken
+        if ranks:  # what is said of each piece takes more than all else
+            plain = {path: each for path, each in rank.tensors.items() if path not in rank.held}
+            rank = replace(rank, read=replace(rank.read, tree=None), tensors=plain)
+            spending.spent = spent
+            spending.spend(len(rank.held) * _PIECE + len(rank.tensors) * budget.TENSOR)
+        ranks.append(rank)
+    return bool(ranks)
 
 
 def _rank(read: Checkpoint) -> _Rank:
@@ -103,21 +120,7 @@ def _rank(read: Checkpoint) -> _Rank:
     steps = {
         key: value for key, value in named_items(read.tree) if key in _STEPS and type(value) is int
     }
-    return _Rank(os.path.basename(read.path), read, found, pieces, steps)
-
-
-def _small(rank: _Rank) -> _Rank:
-    """Leave out of a rank what only the first is asked for: the tree, calls that are harmless."""
-    verdict = safety.judge_file(rank.read)
-    shaped = {id(call) for call in verdict.calls}
-    calls = (
-        call
-        for call in rank.read.calls
-        if id(call) in shaped or shapes.innermost(call.callee) in verdict.dangerous
-    )
-    kept = [*islice(calls, safety.MAX_CALLS)] if verdict.dangerous else []
-    plain = {path: each for path, each in rank.tensors.items() if path not in rank.held}
-    return replace(rank, read=replace(rank.read, tree=None, calls=kept), tensors=plain)
+    return _Rank(os.path.basename(read.path), harmful(read), found, pieces, steps)
 
 
 def _is_piece(tensor: AnyTensor) -> bool:
@@ -243,36 +246,8 @@ class _Joining:
             break
 
     def agree(self, one: AnyTensor, other: AnyTensor) -> bool:
-        """Check two tensors for the same bytes: by recorded checksums, else as they are read."""
-        if isinstance(one, TensorInfo) and isinstance(other, TensorInfo):
-            if (one.dtype, one.shape, one.lazy) != (other.dtype, other.shape, other.lazy):
-                return False
-            known = _recorded(one)
-            return (known is not None and known == _recorded(other)) or self._equal(one, other)
-        parts = [each.parts if isinstance(each, CompositeTensor) else () for each in (one, other)]
-        return len(parts[0]) == len(parts[1]) > 0 and all(map(self.agree, *parts))
-
-    def _equal(self, one: TensorInfo, other: TensorInfo) -> bool:
-        """Compare bytes; of elements that are there many times, the storages."""
-        if any(each.nbytes > each.storage.nbytes for each in (one, other)):
-            if (one.stride, one.storage_offset) != (other.stride, other.storage_offset):
-                return False
-            one, other = _storage(one), _storage(other)
-        pairs = zip_longest(blocks(one, self.readers), blocks(other, self.readers))
-        return all(a is not None and b is not None and equal(a, b) for a, b in pairs)
-
-
-def _recorded(tensor: TensorInfo) -> tuple[object, ...] | None:
-    """Return what tells the bytes of a view from others, None where no checksum is recorded."""
-    storage = tensor.storage
-    if storage.crc32 is None:
-        return None
-    place = (tensor.stride, tensor.storage_offset, storage.byteorder)
-    return (storage.crc32, storage.nbytes, *place)
-
-
-def _storage(tensor: TensorInfo) -> TensorInfo:
-    return TensorInfo(DType.U8, (tensor.storage.nbytes,), (1,), tensor.storage)
+        """Check that two ranks hold the same."""
+        return agree(one, other, self.readers)
 
 
 def _is_parameter(path: Path, tensor: AnyTensor) -> bool:

@@ -12,7 +12,6 @@ under `ckptool`, and `_metadata` where the shards have no place for it.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,20 +22,19 @@ from ckptool.containers import _json
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._folder import shard_of
 from ckptool.containers._order import NOTE, restored
-from ckptool.containers._sets import by_number, read_part
+from ckptool.containers._sets import by_number, combined, read_part
 from ckptool.errors import (
     AmbiguousStateDict,
+    FormatError,
     LimitExceeded,
     Malformed,
     NoStateDict,
     NotACheckpoint,
 )
-from ckptool.files import budget
+from ckptool.files import budget, paths
 from ckptool.files.fileio import Reader
-from ckptool.pickles import safety
-from ckptool.pickles.names import Level
 from ckptool.pickles.pickle_reader import remembered
-from ckptool.pickles.tree import Global, Node, Object
+from ckptool.pickles.tree import Node
 from ckptool.state import module_metadata
 from ckptool.state.checkpoint import (
     Checkpoint,
@@ -73,7 +71,7 @@ def read(reader: Reader) -> Checkpoint:
     Raises `Malformed` where they disagree, and what reading a shard raises.
     """
     weight_map, metadata, note = _index(reader)
-    folder = os.path.dirname(reader.file)
+    folder = paths.folder_of(reader.file)
     names = _shard_names(weight_map)
     budget.current().spend(len(weight_map) * budget.NODE + len(names) * budget.NAME)
     _refuse_absent(folder, names)
@@ -81,36 +79,27 @@ def read(reader: Reader) -> Checkpoint:
     with remembered(shards.values()):
         for count, name in enumerate(names, 1):
             budget.current().share = count / len(names)
-            shards[name] = _read_shard(folder, name, count)
+            shards[name] = read_part(paths.join(folder, name), count)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
     entries, versions, notes = restored(entries, note)
     texts, differing = _texts([_said(each, parts[name]) for name, each in shards.items()], metadata)
-    pickle_name = _pickle_name(shards)
-    sizes = _size_notes(metadata.get("total_size"), entries)
     state_dict = make_state_dict(entries, versions or _module_metadata(parts.values()))
-    return Checkpoint(
-        reader.path,
-        "torch-sharded" if pickle_name else "safetensors-sharded",
-        module_metadata.with_texts(state_dict, texts),
-        reader.nbytes + sum(shard.nbytes for shard in shards.values()),
-        globals=_globals(shards),
-        calls=_calls(shards),
-        pickle_name=pickle_name,
-        byteorder=next((s.byteorder for s in shards.values() if s.byteorder != "little"), "little"),
+    has_pickles = any(shard.pickle_name for shard in shards.values())
+    name = "torch-sharded" if has_pickles else "safetensors-sharded"
+    tree = module_metadata.with_texts(state_dict, texts)
+    made = combined(reader.path, name, tree, shards, (*notes, *differing))
+    return replace(
+        made,
+        nbytes=reader.nbytes + made.nbytes,
+        generation="",
+        protocol=None,
         metadata=texts,
         unread=tuple(_left_behind(shards, parts, metadata)),
-        unread_nbytes=sum(shard.unread_nbytes for shard in shards.values()),
-        records={f"{n}/{name}": r for n, s in shards.items() for name, r in s.records.items()},
-        unlisted=sum(shard.unlisted for shard in shards.values()),
-        flaws=tuple(f"{name}: {flaw}" for name, shard in shards.items() for flaw in shard.flaws),
-        files=((reader.file, reader.stamp), *(f for s in shards.values() for f in s.files)),
-        shards=tuple(shards.values()),
+        files=((reader.file, reader.stamp), *made.files),
         notes=(
-            *notes,
-            *differing,
-            *(note for shard in shards.values() for note in shard.notes),
-            *sizes,
+            *made.notes,
+            *_size_notes(metadata.get("total_size"), entries),
             *_unnamed_notes(folder, names),
         ),
     )
@@ -139,7 +128,7 @@ def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
 def _shard_names(weight_map: Mapping[str, Any]) -> list[str]:
     """List the shards by their number, then name; refuse names that lead out of the folder."""
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not _stays_inside(name):
+        if not isinstance(name, str) or not paths.stays_inside(name):
             what = f"the index puts {key} into {str(name)[:80]!r}: no name of a file beside it"
             raise Malformed(what)
     if not weight_map:
@@ -147,14 +136,8 @@ def _shard_names(weight_map: Mapping[str, Any]) -> list[str]:
     return sorted(set(weight_map.values()), key=by_number)
 
 
-def _stays_inside(name: str) -> bool:
-    """Check for a relative path without detours, on any system."""
-    steps = name.split("/")
-    return not re.search(r"[\x00-\x1f\\:]", name) and not {"", ".", ".."} & set(steps)
-
-
 def _refuse_absent(folder: str, names: Sequence[str]) -> None:
-    absent = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    absent = [name for name in names if not paths.is_file(paths.join(folder, name))]
     if absent:
         raise Malformed(
             f"{len(absent)} of {counted(len(names), 'shard')} that the index names are not there",
@@ -167,8 +150,8 @@ def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
     """Note files in the folder that look like shards of this set, and that no key is in."""
     sets = {shard[0] for name in names if (shard := shard_of(name))}
     beside: set[str] = set()
-    with suppress(OSError):  # a folder that may be entered, and not listed
-        beside.update(os.listdir(folder or "."))
+    with suppress(FormatError):  # a folder that may be entered, and not listed
+        beside.update(each.name for each in paths.listing(folder))
     others = [
         name for name in sorted(beside - {*names}) if (shard := shard_of(name)) and shard[0] in sets
     ]
@@ -176,13 +159,6 @@ def _unnamed_notes(folder: str, names: Sequence[str]) -> list[str]:
 
 
 # The shards.
-
-
-def _read_shard(folder: str, name: str, before: int) -> Checkpoint:
-    shard = read_part(os.path.join(folder, name), before)
-    pickle_name = f"{name}: {shard.pickle_name}" if shard.pickle_name else ""
-    notes = tuple(f"{name}: {note}" for note in shard.notes)
-    return replace(shard, pickle_name=pickle_name, notes=notes)
 
 
 def _entries(shard: Checkpoint, weight_map: Mapping[str, str], name: str) -> StateDict:
@@ -251,23 +227,6 @@ def _refuse_other_keys(
 
 
 # What is beside the entries.
-
-
-def _globals(shards: Mapping[str, Checkpoint]) -> dict[Global, int]:
-    return {name: at for shard in shards.values() for name, at in shard.globals.items()}
-
-
-def _calls(shards: Mapping[str, Checkpoint]) -> list[Object]:
-    return [call for shard in shards.values() for call in shard.calls]
-
-
-def _pickle_name(shards: Mapping[str, Checkpoint]) -> str:
-    """Name the shards that would run code when loaded, or all, if there is a pickle in them."""
-    pickles = [name for name, shard in shards.items() if shard.pickle_name]
-    dangerous = [
-        name for name in pickles if safety.judge_file(shards[name]).level is Level.DANGEROUS
-    ]
-    return listed(dangerous or pickles, 3)
 
 
 def _module_metadata(parts: Iterable[StateDict]) -> Node:

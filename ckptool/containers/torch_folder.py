@@ -5,13 +5,12 @@ Read only: what is written is a torch zip.
 
 from __future__ import annotations
 
-import os
 import re
 
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._pickles import is_pickle
-from ckptool.errors import LimitExceeded, Malformed, NoSuchFile
-from ckptool.files import fileio
+from ckptool.errors import LimitExceeded, Malformed
+from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
@@ -25,14 +24,15 @@ PICKLE = "data.pkl"
 
 def read(reader: Reader) -> Checkpoint | None:
     """Read the pickle; the storages stay where they are. None for a pickle of another folder."""
-    folder, name = os.path.split(reader.file)
-    is_unpacked = os.path.isfile(os.path.join(folder, "version"))
-    if name != PICKLE or not is_unpacked or os.path.exists(os.path.join(folder, "constants.pkl")):
+    folder, name = paths.split(reader.file)
+    if name != PICKLE or not paths.is_file(paths.join(folder, "version")):
+        return None
+    if paths.is_file(paths.join(folder, "constants.pkl")):
         return None
     if reader.nbytes > MAX_PICKLE:
         raise LimitExceeded(f"{PICKLE} has {readable(reader.nbytes)}")
     files: dict[str, fileio.Stamp] = {reader.file: reader.stamp}
-    byteorder = _byteorder(os.path.join(folder, "byteorder"))
+    byteorder = _byteorder(paths.join(folder, "byteorder"))
     total = reader.nbytes
     known: dict[str, Reader] = {}
 
@@ -40,11 +40,10 @@ def read(reader: Reader) -> Checkpoint | None:
         nonlocal total
         if not re.fullmatch(r"\w{1,40}", said.key, re.ASCII):
             raise Malformed(f"a storage named {said.key!r}"[:100])
-        path = os.path.join(folder, "data", said.key)
-        try:
-            found = known[path] = known.get(path) or Reader(path)
-        except NoSuchFile:
-            raise Malformed(f"there is no file of storage {said.key}") from None
+        path = paths.join(folder, "data", said.key)
+        if path not in known and not paths.is_file(path):
+            raise Malformed(f"there is no file of storage {said.key}")
+        found = known[path] = known.get(path) or Reader(path)
         nbytes, files[found.file] = found.nbytes, found.stamp
         if nbytes != said.nbytes:
             what = f"storage {said.key} should have {said.nbytes} bytes and has {nbytes}"
@@ -72,11 +71,10 @@ def read(reader: Reader) -> Checkpoint | None:
 
 
 def _byteorder(path: str) -> str:
-    try:
-        with Reader(path) as reader:
-            order = reader.read(0, min(16, reader.nbytes)).decode("latin-1")
-    except NoSuchFile:
+    if not paths.is_file(path):
         return "little"
+    with Reader(path) as reader:
+        order = reader.read(0, min(16, reader.nbytes)).decode("latin-1")
     if order not in ("little", "big"):
         raise Malformed(f"the byteorder record says {order!r}")
     return order

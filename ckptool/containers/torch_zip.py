@@ -100,25 +100,26 @@ def lay_out(checkpoint: Checkpoint, entries: dict[str, Node] | None, untie: bool
         for each in (entries or {}).values()
     ):
         raise NotRepresentable("torch has no dtype for six-bit floats")
-    return archive(
-        checkpoint.tree, further={name: checkpoint.records[name] for name in checkpoint.kept}
-    )
+    further = {name: checkpoint.records[name] for name in checkpoint.kept}
+    return archive(checkpoint.tree, further=further, location=checkpoint.location)
 
 
 def archive(
     tree: Node,
     job: Callable[[Storage, int], Copy] | None = None,
     further: Mapping[str, Storage] | None = None,
+    location: str = "",
 ) -> PlannedFile:
     """Plan an archive that holds a tree, the storages that it uses, and `further` records.
 
-    `job` returns what writes the bytes of a storage to a place in the archive: a copy.
+    `job` returns what writes the bytes of a storage to a place in the archive: a copy. With a
+    `location`, all storages are tagged with that device.
     """
     from ckptool.files import planner
     from ckptool.files.copying import Copy, PlannedFile
     from ckptool.pickles import pickle_writer
 
-    lowering = Lowering()
+    lowering = Lowering(location)
     pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
     if len(orders) > 1:
@@ -163,7 +164,7 @@ CONTAINERS = (
         sniff,
         read,
         Writer(lay_out, ".pth", "pytorch_model", ".bin"),
-        Traits(records=True, memory_mapped=True),
+        Traits(records=True, device_tags=True, memory_mapped=True),
         library="torch",
     ),
 )

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ckptool.errors import FormatError, LimitExceeded, NoSuchFile, Unsupported
-from ckptool.files import tars, zips
+from ckptool.files import paths, tars, zips
 from ckptool.files.fileio import MARK, Reader
 from ckptool.files.spool import Spool, gunzipped, limit
 from ckptool.text import argument, counted, quoted, readable, table
@@ -58,6 +58,8 @@ class Inside:
 
 def split(path: str) -> tuple[str, list[str]]:
     """Split what may name a member into the file and the names in it; none for a plain file."""
+    if isinstance(path, paths.Url):
+        return path.members()
     if MARK not in path or os.path.lexists(path):
         return path, []
     steps = path.split(MARK)
@@ -79,7 +81,7 @@ def enter(stack: ExitStack, reader: Reader) -> Inside | None:
         return Inside(reader, tars.read_members(reader))
     if not packed:
         return None
-    name = os.path.basename(reader.path.rpartition(MARK)[2])
+    name = paths.name_of(reader.path.rpartition(MARK)[2])
     name = name.removesuffix(".gz") or name
     return Inside(reader, {name: tars.TarMember(name, 0, reader.nbytes, "file")})
 

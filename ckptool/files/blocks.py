@@ -172,15 +172,17 @@ def runs(storage: Storage, start: int, nbytes: int) -> Iterator[tuple[Storage, i
     if chunked is None or nbytes < LONG * len(chunked.chunks):
         yield storage, start, nbytes
         return
-    size = chunked.itemsize
-    found = [*pieces(chunked, start // size, nbytes // size)]
-    places = [_place_in_order(chunked, piece, start // size) for piece in found]
+    size, end = chunked.itemsize, start + nbytes
+    first = start // size
+    found = [*pieces(chunked, first, -(-end // size) - first)]
+    places = [_place_in_order(chunked, piece, first) for piece in found]
     if None in places or not all(_is_plain(piece.chunk.source, storage) for piece in found):
         yield storage, start, nbytes
         return
-    for _, piece in sorted(zip(places, found, strict=True), key=lambda each: each[0] or 0):
-        source = piece.chunk.source
-        yield from runs(source.storage, source.start + piece.first * size, piece.count * size)
+    for place, piece in sorted(zip(places, found, strict=True), key=lambda each: each[0] or 0):
+        source, at = piece.chunk.source, (first + (place or 0)) * size
+        before, count = max(start - at, 0), min(end - at, piece.count * size)
+        yield from runs(source.storage, source.start + piece.first * size + before, count - before)
 
 
 def _is_plain(value: TensorInfo, whole: Storage) -> bool:

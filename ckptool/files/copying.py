@@ -25,6 +25,7 @@ from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
 from ckptool.tensors.tensor import Packing, Storage
+from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
 TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
@@ -161,29 +162,22 @@ def run_jobs(
     """
     done, parts, known = [NOTHING] * len(jobs), list[Part](), dict[Storage, int]()
     for reading in (False, True):
-        left, plain = [], list[Copy]()
+        left = []
         for number, job in enumerate(jobs):
             if (job.target is None) is not reading:
                 continue
             if job.whole and job.storage in known:
                 done[number] = Done(known[job.storage], job.nbytes)
                 progress(job.nbytes)
-                continue
-            for piece in _taken_apart(job):
+            else:
                 left.append(number)
-                plain.append(piece)
-        moved, found = move(plain, target, progress, sync=sync)
+        moved, found = move([jobs[number] for number in left], target, progress, sync=sync)
         parts += found
         for number, each in zip(left, moved, strict=True):
-            done[number] = done[number].followed_by(each)
+            done[number] = each
         if reading or all(job.target is not None for job in jobs):
             break
         known = checksums.checksums(parts)
-        known |= {
-            job.storage: each.crc32
-            for job, each in zip(plain, moved, strict=True)
-            if job.whole and job.storage.crc32 is not None
-        }
     checksums.compare(parts)
     return done
 
@@ -191,9 +185,23 @@ def run_jobs(
 def move(
     jobs: Sequence[Copy], target: int | None, progress: Progress, *, sync: bool = False
 ) -> tuple[list[Done], list[Part]]:
-    """Do jobs in any order; return what each has moved, and what that was of recorded storages."""
-    run = _Run(jobs, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
-    return run.done, run.finished() if jobs else []
+    """Do jobs in any order; return what each has moved, and what that was of recorded storages.
+
+    Of those that a job copies whole, what agrees with their checksum is left out.
+    """
+    numbers, plain = list[int](), list[Copy]()
+    for number, job in enumerate(jobs):
+        for piece in _taken_apart(job):
+            numbers.append(number)
+            plain.append(piece)
+    run = _Run(plain, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
+    parts, done = run.finished() if jobs else [], [NOTHING] * len(jobs)
+    for number, piece, moved in zip(numbers, plain, run.done, strict=True):
+        done[number] = done[number].followed_by(moved)
+        if piece.storage is not jobs[number].storage and piece.whole:
+            found = checksums.part(piece.storage, 0, piece.nbytes)
+            parts += [found._replace(crc32=moved.crc32)] if found else []
+    return done, parts
 
 
 def _taken_apart(job: Copy) -> Iterator[Copy]:
@@ -218,7 +226,7 @@ class _Run:
     ) -> None:
         self.done = [NOTHING] * len(jobs)
         self.parts: list[Part] = []
-        self.readers = Readers()
+        self.readers = Readers(lambda: (each for job in jobs for each in stored(job.storage)))
         self._target, self._progress, self._write_back = target, progress, write_back
         self._jobs, self._tasks = jobs, _tasks(jobs)
         self._lock = allocate_lock()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -81,6 +81,7 @@ class _Job:
     resumable: bool
     progress: Progress
     limits: Limits
+    headers: Mapping[str, str]
 
     def fits(self, sha256: str) -> bool:
         """Return whether a file of this sha256 is the expected one."""
@@ -114,6 +115,7 @@ def download(
     resumable: bool = True,
     progress: Progress | None = None,
     limits: Limits | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Downloaded:
     """Download a URL into a folder or to a file, and check it.
 
@@ -126,23 +128,33 @@ def download(
     http.parsed(url)
     limits = limits or Limits()
     with _folder(target) as folder:
-        name = filename.of_url(url) or (_served_name(url, limits) if folder else "")
+        name = filename.of_url(url) or (_served_name(url, limits, headers or {}) if folder else "")
         path = os.path.join(folder, name) if folder else os.fspath(target)
         hashes = _hashes(name, sha256, expected_prefix)
         show = progress or (lambda done, total: None)
-        job = _Job(url, path, *hashes, force, sync, resumable, show, limits)
+        job = _Job(url, path, *hashes, force, sync, resumable, show, limits, headers or {})
         return _existing(job) or _fetched(job)
 
 
 @contextmanager
 def temporary(
-    url: str, *, progress: Progress | None = None, limits: Limits | None = None
+    url: str,
+    *,
+    progress: Progress | None = None,
+    limits: Limits | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Iterator[Downloaded]:
     """Download to a temporary folder, gone when the block ends."""
     with temporary_folder() as folder:
         try:
             done = download(
-                url, folder, sync=False, resumable=False, progress=progress, limits=limits
+                url,
+                folder,
+                sync=False,
+                resumable=False,
+                progress=progress,
+                limits=limits,
+                headers=headers,
             )
         except WriteError as error:
             error.hint = ELSEWHERE
@@ -193,9 +205,9 @@ def _folder(target: str | Path) -> Iterator[str]:
         raise
 
 
-def _served_name(url: str, limits: Limits) -> str:
+def _served_name(url: str, limits: Limits, headers: Mapping[str, str]) -> str:
     """Return the file name that the server gives where the URL has none."""
-    with http.asked(url, {}, limits) as answer:
+    with http.asked(url, headers, limits) as answer:
         disposition = filename.of_disposition(answer.header("Content-Disposition"))
         name = disposition or filename.of_url(answer.url)
     if not name:
@@ -211,7 +223,7 @@ def _existing(job: _Job) -> Downloaded | None:
     hint = "--force replaces it, -o names another output"
     nbytes = os.path.getsize(job.path)
     if not job.prefixes:
-        with http.asked(job.url, {}, job.limits) as answer:
+        with http.asked(job.url, job.headers, job.limits) as answer:
             if nbytes != answer.nbytes:
                 what = "exists, in another size than the server's, and no hash is known"
                 raise OutputExists(f"{job.path} {what}", hint=hint)
@@ -249,13 +261,13 @@ def _grown(job: _Job, target: Target, part: Part) -> Downloaded:
     partial = _left(part, job.url)
     part.kept = partial.nbytes > 0
     if partial.nbytes:
-        headers = {"Range": f"bytes={partial.nbytes}-", "If-Range": partial.validator}
-        with http.asked(job.url, headers, job.limits) as answer:
+        ranged = {"Range": f"bytes={partial.nbytes}-", "If-Range": partial.validator}
+        with http.asked(job.url, {**job.headers, **ranged}, job.limits) as answer:
             if _continues(answer, partial):
                 return _taken(job, target, part, answer, partial)
             if answer.body.status == 200:
                 return _taken(job, target, part, answer, _Partial())
-    with http.asked(job.url, {}, job.limits) as answer:
+    with http.asked(job.url, job.headers, job.limits) as answer:
         return _taken(job, target, part, answer, _Partial())
 
 
@@ -323,7 +335,7 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, partial: _Part
     while len(head) < http.HEAD and (data := next(stream, b"")):
         head += data
     if not done:
-        http.refuse_page(job.url, answer, head)
+        http.refuse_page(job.url, answer, head, answer.nbytes)
     limit = _room(job, target, total, done)
     resumable = bool(done) or (_begun(part, job.url, answer) and job.resumable)
     job.progress(done, total)

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from copy import copy
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ from ckptool.errors import (
     is_out_of_memory,
     of_system,
 )
+from ckptool.files import paths
+from ckptool.files.paths import MARK as MARK
 from ckptool.tensors.tensor import Storage
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -29,7 +31,6 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from _typeshed import WriteableBuffer
 
 CHUNK = 1 << 19  # fits the second-level cache of a core, with what the kernel needs of it
-MARK = "::"  # between an archive and the name of a member in it
 
 Stamp = tuple[int, int, int]  # which file it is, its size, and when it was written to
 
@@ -43,6 +44,8 @@ class OpenFile(str):
     """
 
     stamp: Stamp
+    far = False  # each read is a request to a server
+    note = ""  # what is odd about how it is had
     _fd: int
 
     def __new__(cls, path: str, fd: int = -1) -> OpenFile:
@@ -82,6 +85,13 @@ class OpenFile(str):
                 self._fd, again._fd = again._fd, -1
             return self._fd
 
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Learn which bytes will be read."""
+
+    def later(self, start: int, stop: int, check: Callable[[], None]) -> None:
+        """Do a check of what is beside a range of bytes, at the latest when they are read."""
+        check()
+
     def changed(self) -> bool:
         """Return whether the file was written to since it was opened."""
         return self._fd >= 0 and _stamp(os.fstat(self._fd)) != self.stamp
@@ -103,6 +113,14 @@ class OpenFile(str):
     __del__ = close
 
 
+def opened(path: str | Path) -> OpenFile:
+    """Open a file, of this machine or of a URL."""
+    if isinstance(path, paths.Url):
+        far: OpenFile = path.view.opened(path)
+        return far
+    return OpenFile(str(path))
+
+
 class Reader:
     """A file open for positioned reads; safe to share between threads.
 
@@ -112,7 +130,7 @@ class Reader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self.file = path if isinstance(path, OpenFile) else OpenFile(self.path)
+        self.file = path if isinstance(path, OpenFile) else opened(path)
         self.base = 0
         self.stamp = self.file.stamp
         self.nbytes = self.stamp[1]
@@ -227,9 +245,6 @@ def _open_regular(path: str) -> int:
         _refuse_irregular(path, os.stat(path).st_mode)
         fd = _open(path)
     except FileNotFoundError:
-        if path.lower().startswith(("http://", "https://")):
-            hint = f"ckptool download {path}"
-            raise NoSuchFile(f"{path} is a URL; a file is needed", hint=hint) from None
         raise NoSuchFile(f"{path or repr(path)} does not exist", path=path) from None
     except ValueError as error:
         raise NoSuchFile(f"{path} cannot be opened: {error}", path=path) from None
@@ -328,9 +343,14 @@ KEPT_UNPACKED = 2  # the two sides of a comparison, or one for each worker of a 
 
 
 class Readers:
-    """The readers of a run, by path, and what of them was unpacked last."""
+    """The readers of a run, by path, and what of them was unpacked last.
 
-    def __init__(self) -> None:
+    `planned` are the storages that will be read, where that is known: asked for files far away.
+    """
+
+    def __init__(self, planned: Callable[[], Iterable[Storage]] = tuple) -> None:
+        self._planned = planned
+        self._ranges: dict[str, list[tuple[int, int]]] | None = None
         self._open: dict[str, Reader] = {}
         self._unpacked: dict[Storage, Reader] = {}
         self._lock = threading.Lock()
@@ -340,7 +360,17 @@ class Readers:
         with self._lock:
             if path not in self._open:
                 self._open[path] = Reader(path)
+                if self._open[path].file.far:
+                    self._expect(path)
             return self._open[path]
+
+    def _expect(self, path: str) -> None:
+        if self._ranges is None:
+            self._ranges = {}
+            for each in self._planned():
+                stop = each.start + (each.packed_nbytes or each.nbytes)
+                self._ranges.setdefault(each.path, []).append((each.start, stop))
+        self._open[path].file.expect(self._ranges.get(path, ()))
 
     def unpacked(self, storage: Storage) -> Reader:
         """Return a reader of the bytes of a deflated storage; the last few are kept."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from ckptool.errors import DownloadFailed
+from ckptool.files.connections import Connections
 from ckptool.files.patience import IDLE, Patience
-from ckptool.text import length
+from ckptool.text import HIDDEN, length
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager, Retry
@@ -28,6 +29,7 @@ MAX_REDIRECTS = 10
 SHOWN = 200  # characters of what a server says
 HEAD = 512  # bytes that show what a body is
 CHUNK = 1 << 17
+OF_HUB = ("X-Linked-Size", "X-Linked-Etag", "X-Repo-Commit")
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "ckptool"}
 _CHUNK = re.compile(rb"([^\s;]*)(?:[ \t]*;[^\n]*)?\r\n")  # white space is allowed before extensions
 _HINTS = {
@@ -58,17 +60,22 @@ class Limits:
 class Answer:
     """A server's answer with its body unread; `url` is where redirects ended.
 
-    `linked` is the size that a model hub stated on the way there (X-Linked-Size).
+    `said` is what a model hub said on the way there, of the headers in `OF_HUB`.
     """
 
     url: str
     body: BaseHTTPResponse
     patience: Patience
-    linked: int | None = None
+    said: Mapping[str, str]
 
     def header(self, name: str) -> str:
         """Return a header, an empty string for none."""
         return self.body.headers.get(name, "").strip()
+
+    @property
+    def linked(self) -> int | None:
+        """Return the size of the file that a model hub stated, None for none."""
+        return length(self.said.get("X-Linked-Size"), 10)
 
     @property
     def nbytes(self) -> int | None:
@@ -87,13 +94,20 @@ class Answer:
                     self.patience.progress(len(data))
                     left -= len(data)
                     yield data
+                if not left and not self._chunked:
+                    self._release()
                 if self._chunked and left:
                     raise ConnectionError("the body ended inside a chunk")
                 if self._chunked and reader.read(2) != b"\r\n":
                     what = ": a chunk is longer than the server states"
                     raise failed(self.url, what, "look for another link")
         except OSError as error:
-            raise _failure(self.url, error) from error
+            raise _failure(self.url, error) from None  # whose words may hold the query
+
+    def _release(self) -> None:
+        """Give the connection back, for the next request."""
+        self.patience.response.close()
+        self.body.release_conn()
 
     @property
     def _chunked(self) -> bool:
@@ -113,12 +127,18 @@ class Answer:
 
 
 def shown(url: str) -> str:
-    """Return a URL without what may be a secret: user, password, query, fragment."""
+    """Return a URL with `?...` for what may be a secret: user, password, query."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return re.split(r"[?#]", url)[0].rpartition("@")[2][:SHOWN]
-    return _without_login(parts._replace(query=""))
+    hidden = HIDDEN if parts.query or "@" in parts.netloc else ""
+    return _without_login(parts._replace(query="")) + hidden
+
+
+def without_login(url: str) -> str:
+    """Return a URL that can be downloaded without user, password and fragment."""
+    return _without_login(parsed(url))
 
 
 def _without_login(parts: SplitResult) -> str:
@@ -146,7 +166,9 @@ def parsed(url: str) -> SplitResult:
 
 
 @contextmanager
-def asked(url: str, headers: Mapping[str, str], limits: Limits) -> Iterator[Answer]:
+def asked(
+    url: str, headers: Mapping[str, str], limits: Limits, connections: Connections | None = None
+) -> Iterator[Answer]:
     """Request a URL and yield an answer that may hold its file; redirects are followed.
 
     The status is 200, after a `Range` also 206 or 416. Raises `DownloadFailed`, also for what
@@ -155,15 +177,17 @@ def asked(url: str, headers: Mapping[str, str], limits: Limits) -> Iterator[Answ
     from urllib3.exceptions import HTTPError
 
     try:
-        answer = _followed(url, headers, limits)
+        answer = _followed(url, headers, limits, connections or Connections())
         with closing(answer.body):
             _refuse(url, answer, ranged="Range" in headers)
             yield answer
     except (HTTPError, UnicodeError) as error:
-        raise _failure(url, error) from error
+        raise _failure(url, error) from None
 
 
-def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
+def _followed(
+    url: str, headers: Mapping[str, str], limits: Limits, connections: Connections
+) -> Answer:
     from urllib3.util import make_headers
 
     parts = parsed(url)
@@ -171,14 +195,15 @@ def _followed(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
     headers = {**HEADERS, **headers, **make_headers(basic_auth=login or None)}
     patience, retries = Patience(limits.timeout, partial(failed, url)), _retry(limits)
     url = _without_login(parts)
-    seen, linked = [url], None
+    seen, said = [url], dict[str, str]()
     while True:
-        response = _requested(url, headers, limits, patience, retries)
+        manager = connections.manager(url, patience)
+        response = _requested(url, headers, limits, retries, manager)
         retries = response.retries or retries
-        linked = linked or length(response.headers.get("X-Linked-Size"), 10)
+        said |= {name: response.headers.get(name, "") for name in OF_HUB if not said.get(name)}
         location = response.get_redirect_location()
         if location is False:
-            return Answer(url, response, patience, linked)
+            return Answer(url, response, patience, said)
         response.close()
         target = redirected(url, (location or "").strip())
         if target in seen or len(seen) > MAX_REDIRECTS:
@@ -210,12 +235,12 @@ def redirected(url: str, location: str) -> str:
 
 
 def _requested(
-    url: str, headers: Mapping[str, str], limits: Limits, patience: Patience, retries: Retry
+    url: str, headers: Mapping[str, str], limits: Limits, retries: Retry, manager: PoolManager
 ) -> BaseHTTPResponse:
     from urllib3 import Timeout
 
     connect = min(limits.connect, limits.timeout)
-    return _pool(url, patience).urlopen(
+    return manager.urlopen(
         "GET",
         url,
         headers=headers,
@@ -260,38 +285,6 @@ def _retry(limits: Limits) -> Retry:
     )
 
 
-def _pool(url: str, patience: Patience) -> PoolManager:
-    """Return connections by way of the proxy that the environment names for a URL, if any."""
-    manager = _proxied(url)
-    pool = manager.connection_from_url(url)
-    make: Any = pool.ConnectionCls
-
-    def connection(*args: Any, **kwargs: Any) -> Any:
-        made = make(*args, **kwargs)
-        made.response_class = patience.respond  # what `http.client` makes of a connection
-        return made
-
-    pool.ConnectionCls = connection  # type: ignore[assignment]
-    return manager
-
-
-def _proxied(url: str) -> PoolManager:
-    from urllib.request import getproxies, proxy_bypass
-
-    from urllib3 import PoolManager, ProxyManager
-    from urllib3.util import make_headers
-
-    parts = urlsplit(url)
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(parts.netloc):
-        return PoolManager()
-    if "://" not in proxy:
-        proxy = f"http://{proxy}"
-    login = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
-    return ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
-
-
 def _failure(url: str, error: Exception) -> DownloadFailed:
     """Return what urllib3 raised as an error for users."""
     from http.client import HTTPException
@@ -299,7 +292,7 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
     from urllib3 import exceptions as known
 
     host = parsed(url).hostname
-    hint = "check the link and the network"
+    hint, lost = "check the link and the network", False
     match error:
         case known.MaxRetryError(reason=Exception() as reason):
             return _failure(url, reason)
@@ -323,8 +316,10 @@ def _failure(url: str, error: Exception) -> DownloadFailed:
         case known.LocationValueError() | UnicodeError():
             what, hint = "this is not a URL", _HINTS[404]
         case _:
-            what, hint = f"the connection to {host} was lost", "run it again"
-    return failed(url, f": {what}", hint, evidence=[_reason(error)])
+            what, hint, lost = f"the connection to {host} was lost", "run it again", True
+    raised = failed(url, f": {what}", hint, evidence=[_reason(error)])
+    raised.lost = lost
+    return raised
 
 
 def _reason(error: Exception) -> str:
@@ -346,7 +341,9 @@ def _refuse(url: str, answer: Answer, *, ranged: bool) -> None:
         raise failed(url, ": the server sends a part where all was asked for")
     reason = f" {answer.body.reason}"[:SHOWN] if answer.body.reason else ""
     hint = "the server is in trouble; run it again later" if status >= 500 else ""
-    raise failed(url, f": the server says {status}{reason}", hint or _HINTS.get(status, ""))
+    error = failed(url, f": the server says {status}{reason}", hint or _HINTS.get(status, ""))
+    error.status = status
+    raise error
 
 
 def _refuse_framing(url: str, answer: Answer) -> None:
@@ -367,8 +364,8 @@ def _no_length(url: str, of: str, stated: str) -> DownloadFailed:
     return failed(url, what, "look for another link", evidence=evidence)
 
 
-def refuse_page(url: str, answer: Answer, head: bytes) -> None:
-    """Raise `DownloadFailed` where a body begins as a page, a pointer or nothing."""
+def refuse_page(url: str, answer: Answer, head: bytes | bytearray, nbytes: int | None) -> None:
+    """Raise `DownloadFailed` where a file of that size begins as a page, a pointer or nothing."""
     start = head[:HEAD].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     html = answer.header("Content-Type").lower().startswith(("text/html", "application/xhtml"))
     if start.startswith((b"<!doctype", b"<html", b"<head")) or (html and b"\0" not in head):
@@ -385,8 +382,8 @@ def refuse_page(url: str, answer: Answer, head: bytes) -> None:
             "use the link behind `download` on the file's page "
             "(/resolve/ or media.githubusercontent.com, not /raw/), or git lfs pull",
         )
-    if not head and not answer.nbytes:
+    if not head and not nbytes:
         raise failed(url, ": the server sends an empty file")
-    if answer.linked not in (None, answer.nbytes):
-        what = f": {answer.linked} bytes were announced, and {answer.nbytes} come"
+    if answer.linked not in (None, nbytes):
+        what = f": {answer.linked} bytes were announced, and {nbytes} come"
         raise failed(url, what, "look for another link")

@@ -35,6 +35,7 @@ class Patience:
     came: int = 0
     idle: int = 0  # bytes since the last one of the file
     reader: io.BufferedReader = field(init=False)
+    response: HTTPResponse = field(init=False)
 
     def respond(self, sock: socket, *args: Any, **kwargs: Any) -> HTTPResponse:
         """Return a response of `http.client` that reads from its socket under these rules."""
@@ -50,6 +51,7 @@ class Patience:
         response = Final(sock, *args, **kwargs)
         self.reader = io.BufferedReader(_Received(response.fp.detach(), sock, self))
         response.fp = self.reader
+        self.response = response
         return response
 
     def left(self) -> float:

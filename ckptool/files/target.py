@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ckptool.files import temporary
 from ckptool.files.copying import Copy, PlannedFile
+from ckptool.files.paths import Url
 
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
 
@@ -15,17 +17,21 @@ Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was 
 class Target:
     """A place for output: the file behind any symlink, and whether it may be replaced.
 
-    With `inside` it is a folder that exists, and output goes into it.
+    With `inside` it is a folder that exists, and output goes into it. With `url` it is in a store,
+    and `path` is how that is shown.
     """
 
     path: str
     force: bool = False
     sync: bool = True
     inside: bool = False
+    url: Url | None = None
 
     @property
     def folder(self) -> str:
         """Return the folder of the output and of what is temporary."""
+        if self.url is not None:
+            return temporary.where()
         return self.path if self.inside else os.path.dirname(self.path) or "."
 
 

@@ -30,12 +30,25 @@ def temporary() -> Iterator[None]:
         raise raised from error
 
 
+def where() -> str:
+    """Name the folder of temporary files."""
+    from tempfile import gettempdir
+
+    return gettempdir()
+
+
+def unnamed() -> IO[bytes]:
+    """Make a temporary file without a name, gone when it is closed."""
+    from tempfile import TemporaryFile
+
+    with temporary():
+        return TemporaryFile()
+
+
 @contextmanager
 def temporary_file() -> Iterator[IO[bytes]]:
     """Make a temporary file without a name."""
-    from tempfile import TemporaryFile
-
-    with temporary(), TemporaryFile() as file:
+    with temporary(), unnamed() as file:
         yield file
 
 

@@ -20,56 +20,36 @@ from zlib_ng.zlib_ng import crc32
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
 from ckptool.files.fileio import CHUNK, Reader, spooled, unpacked
+from ckptool.files.zip_headers import (
+    BIG16 as BIG16,
+    BIG32 as BIG32,
+    COMMON as COMMON,
+    DEFLATED as DEFLATED,
+    LARGEST_DESCRIPTOR,
+    LOCAL_NBYTES as LOCAL_NBYTES,
+    STORED as STORED,
+    FarHeaders,
+    Header,
+    LocalHeaders,
+    Member as Member,
+    fail,
+    refuse_packing,
+    text,
+)
 from ckptool.tensors.tensor import Packing, Storage
 
 MAX_MEMBERS = 1_000_000
-STORED, DEFLATED = 0, 8
 
 END = struct.Struct("<4s4H2LH")
 END64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR = struct.Struct("<4sLQL")
-COMMON = struct.Struct("<5H3L2H")  # of a local header and an entry of the directory: `_Header`
 REST = struct.Struct("<3H2L")  # of an entry: comment, disk, attributes, local header
-_LOCAL = struct.Struct("<4s" + COMMON.format[1:])
 _CENTRAL = struct.Struct("<4sH" + COMMON.format[1:] + REST.format[1:])
-LOCAL_NBYTES, CENTRAL_NBYTES = _LOCAL.size, _CENTRAL.size
+CENTRAL_NBYTES = _CENTRAL.size
 _MAX_COMMENT = 0xFFFF
-BIG16, BIG32 = 0xFFFF, 0xFFFFFFFF
-_ENCRYPTED = 0x2041  # encrypted, strongly encrypted, masked headers
-_PATCHED = 0x0020
 _UNICODE_PATH = 0x7075  # "up", in an extra field: a version, the name's checksum, another name
-_DESCRIPTOR = 0x0008
 _FOLDER = 0x10  # of MS-DOS: miniz, and so torch, reads no byte of such a record, whoever wrote it
-_HEADERS_AT_ONCE = 1 << 16
 _VOLUMES = "an archive in several volumes"
-_LARGEST_DESCRIPTOR = 24  # signature, checksum and two sizes of eight bytes
-
-
-class Member(NamedTuple):
-    """One record of an archive; `start` is where its packed bytes begin."""
-
-    name: str
-    method: int
-    crc32: int
-    packed_nbytes: int
-    nbytes: int
-    header: int
-    start: int
-
-
-class _Header(NamedTuple):
-    """What a local header and an entry of the directory both have."""
-
-    version: int
-    flags: int
-    method: int
-    time: int
-    date: int
-    crc32: int
-    packed: int
-    nbytes: int
-    name_size: int
-    extra_size: int
 
 
 class Directory(NamedTuple):
@@ -92,9 +72,12 @@ def read_directory(reader: Reader) -> Directory:
     spending.read(nbytes, 2 * nbytes)  # local headers say the same
     spending.spend(min(count, nbytes // CENTRAL_NBYTES) * budget.MEMBER)
     data = reader.read(offset, nbytes)
-    entries = list(islice(_central_entries(reader, data, offset), count + 1))
+    headers = FarHeaders(reader) if reader.file.far else LocalHeaders(reader)
+    entries = list(islice(_central_entries(reader, data, offset, headers), count + 1))
+    if isinstance(headers, FarHeaders):
+        entries = headers.placed(entries, offset)
     if len(entries) != count:
-        _fail(reader, f"the archive lists {len(entries)} records and counts {count}", offset)
+        fail(reader, f"the archive lists {len(entries)} records and counts {count}", offset)
     spending.spend(-nbytes)  # of `data`, which has been read by now
     unlisted = _unlisted(reader, entries, offset)
     members = [member for member in entries if not member.name.endswith("/")]
@@ -105,11 +88,12 @@ def read_directory(reader: Reader) -> Directory:
 
 def _find_directory(reader: Reader) -> tuple[int, int, int]:
     """Return offset, size and entry count of the central directory."""
-    data, at = _end_record(reader)
-    if at >= 0:
-        fields = END.unpack_from(data, at)
-        if at + END.size + fields[-1] == len(data):
-            return _directory_of(reader, fields, reader.nbytes - len(data) + at)
+    for most in (END.size, END.size + _MAX_COMMENT):  # torch writes no comment
+        data, at = _end_record(reader, most)
+        if at >= 0:
+            fields = END.unpack_from(data, at)
+            if at + END.size + fields[-1] == len(data):
+                return _directory_of(reader, fields, reader.nbytes - len(data) + at)
     raise Malformed(
         "the zip archive has no end record; the file is truncated or not whole",
         path=reader.path,
@@ -118,19 +102,19 @@ def _find_directory(reader: Reader) -> tuple[int, int, int]:
     )
 
 
-def _end_record(reader: Reader) -> tuple[bytes, int]:
+def _end_record(reader: Reader, most: int) -> tuple[bytes, int]:
     """Return the end of a file, and where in it the end record of an archive is; -1 without one.
 
     The last one with room behind it, as miniz takes it: an earlier one must not be believed.
     """
-    tail = min(reader.nbytes, _MAX_COMMENT + END.size)
+    tail = min(reader.nbytes, most)
     data = reader.read(reader.nbytes - tail, tail)
     return data, data.rfind(b"PK\5\6", 0, max(0, len(data) - END.size + 4))
 
 
 def at_end(reader: Reader) -> bool:
     """Check for an archive behind other bytes, which lax readers find from its end."""
-    data, at = _end_record(reader)
+    data, at = _end_record(reader, END.size + _MAX_COMMENT)
     if at < 0:
         return False
     *_, nbytes, offset, _ = END.unpack_from(data, at)
@@ -148,12 +132,12 @@ def _directory_of(reader: Reader, fields: tuple[int, ...], end_at: int) -> tuple
         stop, disk, directory_disk, here, *wide = end64
         pairs = zip(small, wide, (BIG16, BIG32, BIG32), strict=True)
         if any(short not in (long, unknown) for short, long, unknown in pairs):
-            _fail(reader, "the two end records of the archive disagree", stop)
+            fail(reader, "the two end records of the archive disagree", stop)
     count, nbytes, offset = wide
     if disk or directory_disk or here != count:
         raise Unsupported(_VOLUMES, path=reader.path, offset=end_at)
     if offset + nbytes != stop:
-        _fail(reader, "the archive's directory does not end where its end record starts", stop)
+        fail(reader, "the archive's directory does not end where its end record starts", stop)
     return offset, nbytes, count
 
 
@@ -170,7 +154,7 @@ def _zip64_end(reader: Reader, end_at: int) -> tuple[int, ...] | None:
         _refuse_shifted(reader, stop, end_at)
     signature, _, _, _, *fields = END64.unpack(reader.read(stop, END64.size))
     if signature != b"PK\6\6":
-        _fail(reader, "the zip64 end record is damaged", stop)
+        fail(reader, "the zip64 end record is damaged", stop)
     return (stop, *fields)
 
 
@@ -185,42 +169,41 @@ def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> NoReturn:
             offset=here,
             hint="give the folder that it lies in, with its .metadata",
         )
-    _fail(reader, "the zip64 end record is not where it should be", end_at)
+    fail(reader, "the zip64 end record is not where it should be", end_at)
 
 
-def _fail(reader: Reader, what: str, offset: int) -> NoReturn:
-    raise Malformed(what, path=reader.path, offset=offset)
-
-
-def _central_entries(reader: Reader, data: bytes, base: int) -> Iterator[Member]:
-    position, local = 0, _LocalHeaders(reader)
+def _central_entries(
+    reader: Reader, data: bytes, base: int, headers: LocalHeaders | FarHeaders
+) -> Iterator[Member]:
+    position = 0
     while position < len(data):
         if len(data) - position < CENTRAL_NBYTES:
-            _fail(reader, "the archive's directory is cut off", base + position)
+            fail(reader, "the archive's directory is cut off", base + position)
         signature, _, *common, comment_size, disk, _, attributes, header = _CENTRAL.unpack_from(
             data, position
         )
-        entry = _Header._make(common)
+        entry = Header._make(common)
         name_at = position + CENTRAL_NBYTES
         extra_at = name_at + entry.name_size
         comment_at = extra_at + entry.extra_size
         end = comment_at + comment_size
         if signature != b"PK\1\2" or end > len(data):
-            _fail(reader, "an entry of the archive's directory is damaged", base + position)
+            fail(reader, "an entry of the archive's directory is damaged", base + position)
         if BIG32 in (entry.packed, entry.nbytes, header):
             small = (entry.nbytes, entry.packed, header)
             extra = data[extra_at:comment_at]
             nbytes, packed, header = _wide(reader, extra, small, base + position)
             entry = entry._replace(nbytes=nbytes, packed=packed)
         raw_name = data[name_at:extra_at]
-        name = _text(raw_name)
+        name = text(raw_name)
         if _second_name(data[extra_at:comment_at]) not in (b"", raw_name):
-            _fail(reader, f"record {name} has two names", base + position)
+            fail(reader, f"record {name} has two names", base + position)
         if disk > 1:  # torch takes 1 for 0 (miniz, `mz_zip_reader_read_central_dir`)
-            _fail(reader, f"record {name} lies in another part of the archive", base + position)
+            fail(reader, f"record {name} lies in another part of the archive", base + position)
         if attributes & _FOLDER and entry.nbytes:
-            _fail(reader, f"record {name} says that it is a folder, and has data", base + position)
-        start = local.data_start(raw_name, entry, header)
+            fail(reader, f"record {name} says that it is a folder, and has data", base + position)
+        refuse_packing(reader, name, entry)
+        start = headers.data_start(raw_name, entry, header)
         sizes = (entry.crc32, entry.packed, entry.nbytes)
         yield Member(name, entry.method, *sizes, header, start)
         position = end
@@ -237,13 +220,6 @@ def _second_name(extra: bytes) -> bytes:
     return b""
 
 
-def _text(name: bytes) -> str:
-    try:
-        return name.decode("utf-8")
-    except UnicodeDecodeError:
-        return name.decode("cp437")
-
-
 def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) -> tuple[int, ...]:
     """Take the 64-bit numbers of the zip64 extra field for those that do not fit 32 bits."""
     position = 0
@@ -256,66 +232,7 @@ def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) ->
                 break
             return tuple(wide.pop(0) if value == BIG32 else value for value in values)
         position += 4 + size
-    _fail(reader, "a zip64 entry without its sizes", offset)
-
-
-class _LocalHeaders:
-    """The local headers of an archive, many in one read where its records are small."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._start, self._data = 0, b""
-
-    def _find(self, start: int, nbytes: int) -> int:
-        """Return where in `_data` a header starts."""
-        end = self._start + len(self._data)
-        if not self._start <= start <= end - nbytes:
-            near = self._start <= start <= end + _HEADERS_AT_ONCE
-            size = max(nbytes, _HEADERS_AT_ONCE if near else 0)
-            self._data = self._reader.read(start, min(size, self._reader.nbytes - start))
-            self._start = start
-        return start - self._start
-
-    def data_start(self, name: bytes, entry: _Header, header: int) -> int:
-        """Check a local header against its entry, and return where the data starts."""
-        reader, name_end = self._reader, LOCAL_NBYTES + len(name)
-        if entry.flags & (_ENCRYPTED | _PATCHED):
-            raise Unsupported(f"record {_text(name)} is encrypted or a patch", path=reader.path)
-        if entry.method not in (STORED, DEFLATED):
-            what = f"record {_text(name)} has compression method {entry.method}"
-            raise Unsupported(what, path=reader.path)
-        if header + name_end > reader.nbytes:
-            _fail(reader, f"the header of record {_text(name)} lies beyond the end", header)
-        at = self._find(header, name_end)
-        signature, *common = _LOCAL.unpack_from(self._data, at)
-        local = _Header._make(common)
-        local_name = self._data[at + LOCAL_NBYTES : at + name_end]
-        if signature != b"PK\3\4" or local.name_size != len(name) or local_name != name:
-            what = f"the header of record {_text(name)} is not where the directory says"
-            _fail(reader, what, header)
-        odd = local.method != entry.method or local.flags & (_ENCRYPTED | _PATCHED)
-        if odd or not _sizes_agree(local, entry):
-            _fail(reader, f"the two headers of record {_text(name)} disagree", header)
-        if entry.method == STORED and entry.packed != entry.nbytes:
-            _fail(reader, f"record {_text(name)} is stored and has two sizes", header)
-        return header + name_end + local.extra_size
-
-
-def _sizes_agree(local: _Header, entry: _Header) -> bool:
-    """Compare CRC and sizes; a local header may defer them, or leave sizes to its zip64 field."""
-    if local[5:8] == entry[5:8]:
-        return True
-    deferred = bool(local.flags & _DESCRIPTOR)
-    if deferred and not any(local[5:8]):  # as torch writes all of them
-        return True
-    return all(
-        here in (there, unknown) or (here == 0 and deferred)
-        for here, there, unknown in (
-            (local.crc32, entry.crc32, 0),
-            (local.packed, entry.packed, BIG32),
-            (local.nbytes, entry.nbytes, BIG32),
-        )
-    )
+    raise Malformed("a zip64 entry without its sizes", path=reader.path, offset=offset)
 
 
 def _unlisted(reader: Reader, members: Sequence[Member], directory: int) -> int:
@@ -323,16 +240,16 @@ def _unlisted(reader: Reader, members: Sequence[Member], directory: int) -> int:
     end, before, unlisted = 0, "", 0
     for member in sorted(members, key=lambda member: member.header):
         if member.header < end:
-            _fail(reader, f"records {before} and {member.name} overlap", member.header)
+            fail(reader, f"records {before} and {member.name} overlap", member.header)
         unlisted += _beyond_descriptor(member.header - end, before)
         end, before = member.start + member.packed_nbytes, member.name
     if end > directory:
-        _fail(reader, f"record {before} reaches into the archive's directory", directory)
+        fail(reader, f"record {before} reaches into the archive's directory", directory)
     return unlisted + _beyond_descriptor(directory - end, before)
 
 
 def _beyond_descriptor(gap: int, before: str) -> int:
-    return gap if gap > (_LARGEST_DESCRIPTOR if before else 0) else 0
+    return gap if gap > (LARGEST_DESCRIPTOR if before else 0) else 0
 
 
 def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
@@ -341,10 +258,10 @@ def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
         folded = member.name.casefold()
         if folded in seen:
             first = next(other.name for other in members if other.name.casefold() == folded)
-            _fail(reader, f"two records are named {first} and {member.name}", member.header)
+            fail(reader, f"two records are named {first} and {member.name}", member.header)
         seen.add(folded)
         if _ODD_NAME.search(member.name):
-            _fail(reader, f"a record named {member.name!r}", member.header)
+            fail(reader, f"a record named {member.name!r}", member.header)
 
 
 _ODD_NAME = re.compile(r"\A(/|\Z)|[\0\\]|(\A|/)\.\.(/|\Z)")
@@ -389,7 +306,7 @@ def blocks(reader: Reader, member: Member) -> Iterator[bytes]:
         checksum = crc32(block, checksum)
         yield block
     if checksum != member.crc32 and member.crc32:
-        _fail(reader, f"record {member.name} does not match its checksum", member.start)
+        fail(reader, f"record {member.name} does not match its checksum", member.start)
 
 
 def part(reader: Reader, member: Member) -> Reader:

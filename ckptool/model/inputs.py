@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,9 @@ class Batch:
 class Inputs:
     """Batches, what they are in words, and the names of classes where they are known.
 
-    `source` returns the batches anew each time; `kind` is `random`, `picture` or `folder`.
+    `source` returns the batches anew each time; `kind` is `random`, `picture` or `folder`. After
+    them comes a random batch like the first: pictures may all be one, and outputs for one input do
+    not show whether they depend on it.
     """
 
     kind: str
@@ -58,13 +60,25 @@ class Inputs:
     count: int
     source: Any
     classes: tuple[str, ...] = ()
+    seed: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.source())
+        first = None
+        for batch in self.source():
+            first = first or batch
+            yield batch
+        if first is not None:
+            yield _like(first, self.seed + 1)
+
+    @property
+    def total(self) -> int:
+        """Return the number of batches, with the random one at the end."""
+        return self.count + 1
 
     def first(self) -> Batch:
         """Return the first batch."""
-        return next(iter(self))
+        batch: Batch = next(iter(self.source()))
+        return batch
 
 
 def make(spec: ModelLike, options: Options) -> Inputs:
@@ -74,10 +88,12 @@ def make(spec: ModelLike, options: Options) -> Inputs:
     if sum((bool(options.shapes), options.picture is not None, options.folder is not None)) > 1:
         raise BadInput("--input-shape, --input and --data exclude each other")
     if options.picture is not None:
-        return _picture(spec, options.picture, options.batch_size or 1)
-    if options.folder is not None:
-        return _folder(spec, options.folder, options.batch_size or 32)
-    return _random(spec, options)
+        made = _picture(spec, options.picture, options.batch_size or 1)
+    elif options.folder is not None:
+        made = _folder(spec, options.folder, options.batch_size or 32)
+    else:
+        made = _random(spec, options)
+    return replace(made, seed=options.seed)
 
 
 def dtype(name: str | None) -> Any:
@@ -102,7 +118,16 @@ def _random(spec: ModelLike, options: Options) -> Inputs:
     generator = torch.Generator().manual_seed(options.seed)
     made = tuple(_drawn(torch, generator, sizes, kind) for sizes, kind in asked)
     what = ", ".join(str(list(sizes)) + (f" {kind}" if kind else "") for sizes, kind in asked)
-    return Inputs("random", f"random {what}, seed {options.seed}", 1, lambda: [Batch(made)])
+    what = f"2 random inputs of {what}, seed {options.seed}"
+    return Inputs("random", what, 1, lambda: [Batch(made)])
+
+
+def _like(batch: Batch, seed: int) -> Batch:
+    """Draw a batch of the shapes and dtypes of another."""
+    torch = libraries.torch()
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(tuple(each.shape), str(each.dtype).partition(".")[2]) for each in batch.arguments]
+    return Batch(tuple(_drawn(torch, generator, *each) for each in sizes))
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], str]:
@@ -124,6 +149,11 @@ def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any
         return torch.randint(high, sizes, generator=generator).to(dtype)
     except (RuntimeError, MemoryError) as error:
         raise BadInput(f"no input of shape {list(sizes)} can be made here") from error
+
+
+def known_shape(spec: ModelLike) -> bool:
+    """Check whether torchvision's registry has the shape that a model was trained on."""
+    return bool(getattr(_transforms(spec), "crop_size", None))
 
 
 def default_shape(spec: ModelLike) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool import containers
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
 from ckptool.files.copying import Copy, run_jobs
-from ckptool.model import libraries, live
+from ckptool.model import libraries, live, staging
 from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike
 from ckptool.model.revive import Reviver
@@ -91,6 +91,7 @@ def load_state_dict(
 ) -> OrderedDict[str, torch.Tensor]:
     """Load a state_dict as torch tensors, mapped from the file where that is possible.
 
+    On a GPU they are in one allocation, which is free again when the last of them is.
     Takes any container that ckptool reads; `at` chooses among several state_dicts. `check` reads
     every byte once and compares the checksums that the file records. A value that is neither a
     tensor nor plain is left out, with a warning that names it. Raises what reading raises,
@@ -123,6 +124,8 @@ def revive(checkpoint: Checkpoint, state: StateDict, device: str = "cpu") -> Loa
     with on_device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, on dtypes and layouts that it calls unfinished
         make = Reviver(checkpoint.path, device)
+        if device.partition(":")[0] == "cuda":
+            make.stage(state.entries.values(), staging.of_cuda(device))
         for key, node in state.entries.items():
             try:
                 values[key] = make(node)

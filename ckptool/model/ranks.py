@@ -239,7 +239,7 @@ class Ranks:
             self._pulse.put(f"left/{self.rank}", b"-")
         until = monotonic() + LINGER
         for rank in others:  # that are there: none comes back to say so
-            while self._pulse.is_fresh(rank) and monotonic() < until:
+            while self._pulse.is_fresh(rank) and not self._pulse.lost and monotonic() < until:
                 if self._pulse.wait(f"left/{rank}", BEAT, to_the_end=True):
                     break
         if not self.rank:

@@ -11,13 +11,14 @@ Names are only ever compared with the tables here. What is in none of them is no
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from typing import Any
 
 from ckptool.errors import CkptoolError, Malformed, Unsupported
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Reader, Readers
-from ckptool.model import libraries
+from ckptool.model import libraries, staging
 from ckptool.pickles.names import python3_name
 from ckptool.pickles.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
 from ckptool.state.checkpoint import items
@@ -53,6 +54,17 @@ class Reviver:
         self._maps: dict[str, Any] = {}
         self._storages: dict[Storage, Any] = {}
         self._made: dict[int, tuple[Node, Any]] = {}
+
+    def stage(self, tensors: Iterable[Node], copies: staging.Copies) -> None:
+        """Bring the bytes of tensors to the device at once, where they are in order in a file."""
+        plain = {
+            part.storage
+            for tensor in tensors
+            for part in getattr(tensor, "parts", (tensor,))
+            if isinstance(part, TensorInfo) and part.storage.nbytes
+            if _is_in_order(part.storage, part.dtype)
+        }
+        self._storages |= staging.load(plain, self._device, copies)
 
     def __call__(self, node: Node) -> Any:
         """Return the value of a node.
@@ -238,8 +250,8 @@ class Reviver:
         if is_meta or not storage.nbytes:
             device = "meta" if is_meta else "cpu"
             return self._torch.UntypedStorage(storage.nbytes, device=device)
-        swapped = needs_swap(storage, dtype.swap)
-        if storage.packing is Packing.PLAIN and not swapped and not storage.start % dtype.swap:
+        in_place = _is_in_order(storage, dtype) and not Reader(storage.path).file.far
+        if in_place and not storage.start % dtype.swap:
             return self._mapped(storage.path)[storage.start : storage.start + storage.nbytes]
         data = memoryview(bytearray(storage.nbytes))
         with closing(Readers()) as readers:
@@ -247,7 +259,7 @@ class Reviver:
             for block in blocks(TensorInfo(DType.U8, (len(data),), (1,), storage), readers):
                 data[start : start + len(block)] = block
                 start += len(block)
-        if swapped:
+        if needs_swap(storage, dtype.swap):
             swap(data[: len(data) // dtype.swap * dtype.swap], dtype.swap)
         return self._torch.frombuffer(data, dtype=self._torch.uint8).untyped_storage()
 
@@ -256,6 +268,11 @@ class Reviver:
             data = Reader(path).file.mapped()
             self._maps[path] = self._torch.frombuffer(data, dtype=self._torch.uint8)
         return self._maps[path].untyped_storage()
+
+
+def _is_in_order(storage: Storage, dtype: DType) -> bool:
+    """Check whether the bytes of a file are those of memory."""
+    return storage.packing is Packing.PLAIN and not needs_swap(storage, dtype.swap)
 
 
 def _quantizer(origin: Node) -> tuple[Node, ...] | None:

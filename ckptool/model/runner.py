@@ -1,4 +1,8 @@
-"""Forward passes: what comes out, how long they take, and what each module returns on the way."""
+"""Forward passes: what comes out, how long they take, and what each module returns on the way.
+
+A first pass pays for what torch prepares once (memory, kernels, cuDNN's plans): it is the one
+whose modules are watched, and later ones are timed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from traceback import walk_tb
 from typing import Any
 
@@ -18,7 +21,6 @@ from ckptool.model.subject import Subject
 from ckptool.model.zoo import last_line
 
 MAX_KEPT = 512 << 20  # bytes of outputs kept to measure differences; beyond, digests only
-Trace = list[tuple[str, bytes]]  # module names in the order in which they finish, and digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +39,26 @@ class Output:
     leaves: tuple[Leaf, ...] | None
     digest: bytes
     predictions: Any  # the likeliest class of each element of a batch, where there are classes
-    seconds: float
 
 
 @dataclass(slots=True)
 class Kept:
-    """Outputs of several batches, with a bound on what is kept of them."""
+    """Outputs of several batches, with a bound on what is kept of them, and the times taken."""
 
     outputs: list[Output] = field(default_factory=list)
     nbytes: int = 0
+    seconds: tuple[float, ...] = ()
 
-    def add(self, leaves: Sequence[Leaf], seconds: float) -> None:
-        """Keep an output, or its digest."""
+    def add(self, leaves: Sequence[Leaf], seconds: float | None = None) -> None:
+        """Keep an output, or its digest, and the seconds of a pass that was timed."""
         tensor = libraries.torch().Tensor
         self.nbytes += sum(value.nbytes for _, value in leaves if isinstance(value, tensor))
         keep = self.nbytes <= MAX_KEPT
         digest = b"" if keep else outputs.digest(dict(leaves))
         scores = outputs.scores(leaves)
         predictions = None if scores is None else scores.argmax(1)
-        self.outputs.append(Output(tuple(leaves) if keep else None, digest, predictions, seconds))
+        self.outputs.append(Output(tuple(leaves) if keep else None, digest, predictions))
+        self.seconds += () if seconds is None else (seconds,)
 
 
 def forward(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], float]:
@@ -64,8 +67,8 @@ def forward(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], f
     Raises `BadInput` for an input that the model cannot take.
     """
     torch = libraries.torch()
-    with torch.inference_mode(), _explained(subject, batch):
-        arguments = [_moved(torch, argument, place) for argument in batch.arguments]
+    with torch.inference_mode(), explained(subject.bare, batch):
+        arguments = [moved(argument, place) for argument in batch.arguments]
         devices.synchronize(place.device)
         started = time.perf_counter()
         output = subject.module(*arguments)
@@ -74,16 +77,17 @@ def forward(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], f
         return list(outputs.leaves(output)), seconds
 
 
-def _moved(torch: Any, argument: Any, place: Place) -> Any:
+def moved(argument: Any, place: Place) -> Any:
+    """Bring an input to its place."""
     dtype = place.dtype if argument.is_floating_point() else None
-    moved = argument.to(device=place.device, dtype=dtype)
-    if place.memory_format is not None and moved.dim() == 4:
-        moved = moved.to(memory_format=place.memory_format)
-    return moved
+    there = argument.to(device=place.device, dtype=dtype)
+    if place.memory_format is not None and there.dim() == 4:
+        there = there.to(memory_format=place.memory_format)
+    return there
 
 
 @contextmanager
-def _explained(subject: Subject, batch: Batch) -> Iterator[None]:
+def explained(model: Any, batch: Batch) -> Iterator[None]:
     """Turn whatever a model raises into one line, and the module where it happened."""
     try:
         yield
@@ -97,7 +101,7 @@ def _explained(subject: Subject, batch: Batch) -> Iterator[None]:
         shapes = ", ".join(str(list(argument.shape)) for argument in batch.arguments)
         raise BadInput(
             f"the model cannot run on an input of shape {shapes}: {last_line(error)}",
-            evidence=_innermost(subject.bare, error),
+            evidence=_innermost(model, error),
             hint="--input-shape gives another one, --dtype and --device another place",
         ) from error
 
@@ -115,31 +119,73 @@ def _innermost(model: Any, error: BaseException) -> list[str]:
     return lines[-1:]
 
 
-def trace(subject: Subject, batch: Batch, place: Place) -> Trace:
-    """Run a model once; return the digest of what each of its modules returns."""
-    digests: Trace = []
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a module returned: its checksum, and the shape of its first tensor.
 
-    def watch(name: str) -> Callable[[Any, Any, Any], None]:
+    `kind` is the name of the module's class, `settings` its plain attributes (`eps`, `padding`).
+    """
+
+    name: str
+    kind: str
+    digest: bytes
+    shape: tuple[int, ...]
+    settings: tuple[tuple[str, object], ...]
+
+
+Trace = list[Step]  # in the order in which modules finish
+
+
+def trace(subject: Subject, batch: Batch, place: Place) -> tuple[list[Leaf], Trace]:
+    """Run a model once; return its outputs, and what each of its modules returned."""
+    steps: Trace = []
+    sequential = libraries.torch().nn.Sequential.forward
+
+    def watch(name: str, settings: tuple[tuple[str, object], ...]) -> Callable[..., None]:
         def note(module: Any, arguments: Any, output: Any) -> None:
-            try:
-                digests.append((name, outputs.digest(output)))
-            except BadInput:  # an object of the model's own between its modules
-                digests.append((name, b""))
+            passed_on = type(module).forward is sequential and len(module) and steps
+            known = steps[-1].digest if passed_on else _digest(output)
+            steps.append(Step(name, type(module).__name__, known, shape(output), settings))
 
         return note
 
     hooks = [
-        module.register_forward_hook(watch(name)) for name, module in subject.bare.named_modules()
+        module.register_forward_hook(watch(name, _settings(module)))
+        for name, module in subject.bare.named_modules()
     ]
     try:
-        forward(subject, batch, place)
+        leaves, _ = forward(subject, batch, place)
     finally:
         for hook in hooks:
             hook.remove()
-    return digests
+    return leaves, steps
 
 
-def first_difference(reference: Trace, candidate: Trace) -> str | None:
-    """Name the first module whose output differs; the model itself is an empty name."""
-    pairs = zip_longest(reference, candidate)
-    return next(((left or right)[0] for left, right in pairs if left != right), None)
+def _digest(output: Any) -> bytes:
+    try:
+        return outputs.digest(output)
+    except BadInput:  # an object of the model's own between its modules
+        return b""
+
+
+def shape(output: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor, or of the first of several."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return tuple(getattr(output, "shape", ()))
+
+
+def _settings(module: Any) -> tuple[tuple[str, object], ...]:
+    """List the hyper-parameters of a module that decide what it returns in eval mode."""
+    found = [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in ("training", "inplace")
+    ]
+    return tuple((name, value) for name, value in found if _is_plain(value))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | type(None))

@@ -12,7 +12,7 @@ from typing import Any
 
 from ckptool import text
 from ckptool.errors import DoesNotLoad
-from ckptool.model import devices, libraries, live, loading, native, zoo
+from ckptool.model import deferred, devices, libraries, live, loading, native, zoo
 from ckptool.model.loading import Fit, Mismatch
 from ckptool.model.native import Source
 from ckptool.model.zoo import ModelLike, argument, named
@@ -28,7 +28,7 @@ SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to make the model of both sides.
+    """How to make the model of a side, or of both.
 
     `common` are the keys to load, None for all; `initial` collects what all other keys get on
     both sides: the values that they had in the first model made.
@@ -61,7 +61,18 @@ def wrapped(source: Source) -> Peeling:
 def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Subject:
     """Make the model, load one side's weights into it, and bring it to a device."""
     devices.seed_everything(recipe.seed)
-    model = zoo.build(recipe.spec, recipe.args, "cpu").eval()
+    with deferred.initial_values():
+        model = zoo.build(recipe.spec, recipe.args, "cpu").eval()
+        loaded, parallel, notes = _loaded(model, recipe, source, reference)
+    model = model.to(device=device, dtype=recipe.dtype, memory_format=recipe.memory_format)
+    module = _parallel(model, device) if parallel else model
+    return Subject(module, model, loaded.loader, tuple(notes))
+
+
+def _loaded(
+    model: Any, recipe: Recipe, source: Source, reference: bool
+) -> tuple[native.Native, bool, list[str]]:
+    """Load a file into a model; return also whether it goes in a wrapper, and what to note."""
     loaded = native.load(source)
     notes = list(loaded.notes)
     state, outer = loaded.state_dict, wrapped(source) if reference else Peeling()
@@ -74,9 +85,7 @@ def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Sub
         _strictly(_parallel(model) if parallel else model, state, recipe, source, reference)
     else:
         _partly(model, state, recipe)
-    model = model.to(device=device, dtype=recipe.dtype, memory_format=recipe.memory_format)
-    module = _parallel(model, device) if parallel else model
-    return Subject(module, model, loaded.loader, tuple(notes))
+    return loaded, parallel, notes
 
 
 def _parallel(model: Any, device: Any = None) -> Any:
@@ -129,8 +138,8 @@ def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozens
     """
     wanted = zoo.shapes(recipe.spec, recipe.args)
     outer = wrapped(reference)
-    left = {outer.name(key): sizes for key, sizes in _shapes(reference.state).items()}
-    right = _shapes(candidate.state)
+    left = {outer.name(key): sizes for key, sizes in shapes(reference.state).items()}
+    right = shapes(candidate.state)
     common = frozenset(
         key for key, sizes in wanted.items() if left.get(key) == sizes == right.get(key)
     )
@@ -150,7 +159,8 @@ def left_out(recipe: Recipe, common: frozenset[str]) -> list[str]:
     return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
 
 
-def _shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
+def shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a state_dict."""
     return {
         key: tuple(value.shape)
         for key, value in state.entries.items()

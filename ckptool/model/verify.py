@@ -1,34 +1,45 @@
-"""Do two files give the same outputs? One model, one set of inputs, both weights, bit for bit.
+"""Do two files give the same outputs? The same inputs, both weights, compared bit for bit.
 
-The reference runs twice first: a model that differs from itself proves nothing. One model is in
-memory at a time. Where outputs differ, both run once more with a hook on every module, and the
-first module whose output differs is the place to look; layout, TF32 and cuDNN's choice of
-algorithm are fixed before, since they change the last bits of a convolution on their own.
+The first input runs with a hook on every module: where outputs part, and what differs on the way
+though outputs do not, is known from the same pass. Another input shows whether outputs depend on
+it at all. Both sides start with other seeds, so that a model that draws numbers differs; where
+anything does, the reference runs once more: a model that differs from itself proves nothing. One
+model is in memory at a time; layout, TF32 and cuDNN's choice of algorithm are fixed before, since
+they change the last bits of a convolution on their own.
 
 With `partial`, what is not in both files gets the same values on both sides, so that everything
-behind it can be compared as well.
+that follows it can be compared as well.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from ckptool.errors import BadInput
-from ckptool.model import devices, inputs, libraries, native, outputs, runner, subject
+from ckptool.model import devices, inputs, libraries, native, outputs, parting, runner, subject
 from ckptool.model.inputs import Batch, Inputs
 from ckptool.model.live import CheckpointLike
 from ckptool.model.native import Source
 from ckptool.model.outputs import Difference
 from ckptool.model.runner import Kept, Place
 from ckptool.model.subject import Recipe
+from ckptool.model.verification import (
+    DIFFERENT,
+    IDENTICAL,
+    INCONCLUSIVE,
+    Accuracy,
+    Class,
+    Run,
+    Verification,
+)
 from ckptool.model.zoo import ModelLike, named
-from ckptool.text import several, visible
+from ckptool.text import several
 
 TOP = 5
 Progress = Callable[[str, int, int], None]  # what is run, batches done, batches in all
@@ -36,7 +47,11 @@ Progress = Callable[[str, int, int], None]  # what is run, batches done, batches
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to compare; devices are `auto`, `cpu`, `cuda`, `cuda:N`, `mps`."""
+    """How to compare; devices are `auto`, `cpu`, `cuda`, `cuda:N`, `mps`.
+
+    The candidate's model is that of the reference, but for what names another one; arguments
+    alone are added to those of the reference.
+    """
 
     devices: str | Sequence[str] = ("auto",)
     inputs: inputs.Options = field(default_factory=inputs.Options)
@@ -48,112 +63,25 @@ class Options:
     allow_tf32: bool = False
     at: str | None = None
     candidate_at: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Class:
-    """One of the likeliest classes of a picture."""
-
-    index: int
-    name: str
-    probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Predictions over a folder: the share that is right, by either file."""
-
-    count: int
-    reference: float
-    candidate: float
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What was measured on one device.
-
-    `identical` is None where the reference differs from itself. `bitwise` says whether all bytes
-    are equal, with or without a tolerance. `first_difference` is the first module in execution
-    order whose output differs, by its name in the bare model, an empty text for the model itself.
-    `seconds` are those of the forward passes.
-    """
-
-    device: str
-    device_name: str
-    identical: bool | None
-    deterministic: bool
-    bitwise: bool = False
-    max_abs_diff: float | None = None
-    max_ulp: int | None = None
-    nan_differs: int = 0
-    first_difference: str | None = None
-    differences: tuple[Difference, ...] = ()
-    parameters: tuple[str, ...] = ()
-    top1_agreement: float | None = None
-    top_reference: tuple[Class, ...] = ()
-    top_candidate: tuple[Class, ...] = ()
-    accuracy: Accuracy | None = None
-    modules: int = 0
-    seconds_reference: tuple[float, ...] = ()
-    seconds_candidate: tuple[float, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was compared, and the result on each device.
-
-    `left_out` names the modules that are not in both files, with `partial`.
-    """
-
-    reference: str
-    candidate: str
-    model: str
-    inputs: str
-    dtype: str
-    torch: str
-    left_out: tuple[str, ...]
-    notes: tuple[str, ...]
-    runs: tuple[Run, ...]
-
-    @property
-    def identical(self) -> bool:
-        """Return whether the outputs are the same on every device."""
-        return all(run.identical is True for run in self.runs)
-
-    def __len__(self) -> int:
-        return len(self.runs)
-
-    def __iter__(self) -> Iterator[Run]:
-        return iter(self.runs)
-
-    def __repr__(self) -> str:
-        files = f"{visible(self.reference)}, {visible(self.candidate)}"
-        word = "identical" if self.identical else "not identical"
-        return f"<Verification of {files}: {word} on {', '.join(run.device for run in self.runs)}>"
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the document `verify/1`; a number that JSON does not have is null."""
-        fields = _finite(asdict(self))
-        return {"schema": "verify/1", "identical": self.identical, **fields}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    candidate_model: ModelLike | None = None
+    candidate_args: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
+    """What to compare: both recipes are one where both sides are one model."""
+
     reference: Source
-    candidate: Source
+    candidate: Source | None
     recipe: Recipe
+    other: Recipe
     inputs: Inputs
     options: Options
     progress: Progress
+
+    @property
+    def tolerant(self) -> bool:
+        return bool(self.options.atol or self.options.rtol)
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -162,26 +90,41 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 def verify(
     reference: CheckpointLike,
-    candidate: CheckpointLike,
+    candidate: CheckpointLike | None,
     model: ModelLike,
     model_args: Mapping[str, Any] | None = None,
     options: Options | None = None,
     progress: Progress = no_progress,
 ) -> Verification:
-    """Run a model on the weights of two files and compare the outputs.
+    """Run a model on the weights of two files and compare the outputs; or on one, and look.
 
     Raises `DoesNotLoad` where a file does not load strictly (or, with `partial`, where nothing
     fits), `NoDevice`, `OutOfMemory`, `NoSuchModel`, `BadInput`, and what reading a file can raise.
     """
     options = options or Options()
     chosen = list(dict.fromkeys(devices.resolve(name) for name in several(options.devices)))
+    _refuse(options, alone=candidate is None)
+    with ExitStack() as files:
+        one = files.enter_context(native.opened(reference, options.at, "--at"))
+        other = None
+        if candidate is not None:
+            opened = native.opened(candidate, options.candidate_at, "--candidate-at")
+            other = files.enter_context(opened)
+        return _verified(_plan(one, other, model, model_args or {}, options, progress), chosen)
+
+
+def _refuse(options: Options, *, alone: bool) -> None:
+    """Raise `BadInput` for options that do not go together."""
     if min(options.atol, options.rtol) < 0:
         raise BadInput("a tolerance is not negative")
-    with (
-        native.opened(reference, options.at, "--at") as one,
-        native.opened(candidate, options.candidate_at, "--candidate-at") as other,
-    ):
-        return _verified(_plan(one, other, model, model_args or {}, options, progress), chosen)
+    two = options.candidate_model is not None or options.candidate_args is not None
+    if two and options.partial:
+        raise BadInput("--partial compares within one model", hint="leave out --candidate-model")
+    if alone and options.inputs.picture is None and options.inputs.folder is None:
+        raise BadInput(
+            "there is nothing to compare the file with",
+            hint="name a CANDIDATE, or look at one file with --input PICTURE or --data FOLDER",
+        )
 
 
 def _verified(plan: _Plan, places: Sequence[Any]) -> Verification:
@@ -192,8 +135,9 @@ def _verified(plan: _Plan, places: Sequence[Any]) -> Verification:
     shared = [note for note in runs[0].notes if all(note in run.notes for run in runs)]
     return Verification(
         reference=plan.reference.path,
-        candidate=plan.candidate.path,
+        candidate=plan.candidate.path if plan.candidate else None,
         model=named(plan.recipe.spec),
+        candidate_model=None if plan.other is plan.recipe else named(plan.other.spec),
         inputs=plan.inputs.what,
         dtype=str(plan.recipe.dtype or torch.float32).removeprefix("torch."),
         torch=str(torch.__version__),
@@ -208,19 +152,24 @@ def _verified(plan: _Plan, places: Sequence[Any]) -> Verification:
 
 def _plan(
     left: Source,
-    right: Source,
+    right: Source | None,
     model: ModelLike,
     model_args: Mapping[str, Any],
     options: Options,
     progress: Progress,
 ) -> _Plan:
     channels_last = libraries.torch().channels_last if options.channels_last else None
-    recipe = Recipe(
+    recipe = other = Recipe(
         model, model_args, options.inputs.seed, inputs.dtype(options.dtype), channels_last
     )
-    if options.partial:
-        recipe = replace(recipe, common=subject.common_keys(recipe, left, right))
-    return _Plan(left, right, recipe, inputs.make(model, options.inputs), options, progress)
+    if options.partial and right is not None:
+        recipe = other = replace(recipe, common=subject.common_keys(recipe, left, right))
+    if options.candidate_model is not None:
+        other = replace(recipe, spec=options.candidate_model, args=options.candidate_args or {})
+    elif options.candidate_args is not None:
+        other = replace(recipe, args={**model_args, **options.candidate_args})
+    made = inputs.make(model, options.inputs)
+    return _Plan(left, right, recipe, other, made, options, progress)
 
 
 def _run(plan: _Plan, device: Any) -> Run:
@@ -240,6 +189,14 @@ def _run(plan: _Plan, device: Any) -> Run:
     return replace(run, notes=(*run.notes, *notes[:3]))
 
 
+@dataclass(slots=True)
+class _Side:
+    """What one side gave: outputs of all batches, and of all modules for the first one."""
+
+    kept: Kept
+    trace: runner.Trace
+
+
 class _Comparison:
     """The passes on one device, and what they show."""
 
@@ -249,64 +206,71 @@ class _Comparison:
         self._place = Place(device, plan.recipe.dtype, plan.recipe.memory_format)
         self._notes: list[str] = []
         self._labels: list[Any] = []
-        self._traces: list[runner.Trace] = []
-        self._deterministic = True
         self.last: Callable[[], Any] = lambda: None
 
     def run(self) -> Run:
-        """Run the reference twice and the candidate once, and compare."""
-        blank = Run(str(self._device), devices.describe(self._device), None, False)
-        left = self._pass(self._plan.reference, reference=True)
-        if left is None:
-            return replace(blank, notes=tuple(self._notes))
-        right = self._pass(self._plan.candidate, reference=False)
-        assert right is not None
-        run = self._compared(replace(blank, deterministic=self._deterministic), left, right)
-        if self._traces and not (self._plan.options.atol or self._plan.options.rtol):
-            first = runner.first_difference(*self._traces)
-            if first is not None:
-                run = replace(run, identical=False, bitwise=False, first_difference=first)
-        elif not run.identical:
-            run = replace(run, first_difference=self._located(left, right))
+        """Run both sides and compare; where they differ, run the reference again."""
+        plan = self._plan
+        run = Run(str(self._device), devices.describe(self._device), None, False)
+        left = self._pass(plan.reference, plan.recipe)
+        if plan.candidate is None:
+            return replace(run, **self._looked(left), notes=tuple(self._notes))
+        right = self._pass(plan.candidate, plan.other)
+        run = self._compared(run, left, right)
+        if not run.same_digests:
+            again = self._repeated(left)
+            if again is None:
+                blank = Run(run.device, run.device_name, None, False, notes=tuple(self._notes))
+                return replace(blank, verdict=INCONCLUSIVE, why="not-deterministic")
+            run = replace(run, deterministic=again)
+        if run.verdict == DIFFERENT and not run.differing:
+            run = _named(run, self._located(left, right))
         return run
 
-    def _pass(self, source: Source, *, reference: bool) -> Kept | None:
-        """Run all batches on one side; None where the reference differs from itself."""
-        kept, first = Kept(), None
-        model = self._model(source, reference)
-        devices.seed_everything(self._plan.recipe.seed)
-        for index, batch in enumerate(self._plan.inputs):
-            kept.add(*runner.forward(model, batch, self._place))
-            if reference and index == 0 and not self._repeats(model, batch, kept):
-                return None
+    def _pass(self, source: Source, recipe: Recipe) -> _Side:
+        """Run all batches on one side."""
+        plan, reference = self._plan, source is self._plan.reference
+        kept, steps = Kept(), runner.Trace()
+        model = self._model(source, recipe)
+        devices.seed_everything(recipe.seed + (0 if reference else 1))
+        for index, batch in enumerate(plan.inputs):
+            if index == 0:
+                leaves, steps = runner.trace(model, batch, self._place)
+                kept.add(leaves)
+            else:
+                kept.add(*runner.forward(model, batch, self._place))
             if reference:
                 self._labels.append(batch.labels)
-            first = first or batch
-            done = index + 1 if reference else self._plan.inputs.count + index + 1
-            self._plan.progress(source.path, done, 2 * self._plan.inputs.count)
-        if self._plan.recipe.common is not None and first is not None:
-            self._traces.append(runner.trace(model, first, self._place))
-        return kept
+            done = index + 1 if reference else plan.inputs.total + index + 1
+            sides = 1 if plan.candidate is None else 2
+            plan.progress(source.path, done, sides * plan.inputs.total)
+        return _Side(kept, steps)
 
-    def _model(self, source: Source, reference: bool) -> subject.Subject:
+    def _model(self, source: Source, recipe: Recipe) -> subject.Subject:
         """Make one side's model, after the memory of the other side's was released."""
         devices.free(self._device, self.last)
-        made = subject.make(self._plan.recipe, source, self._device, reference=reference)
+        reference = source is self._plan.reference
+        made = subject.make(recipe, source, self._device, reference=reference)
         self.last = weakref.ref(made.bare)
         self._notes += [note for note in made.notes if note not in self._notes]
         return made
 
-    def _repeats(self, model: subject.Subject, batch: Batch, kept: Kept) -> bool:
-        """Run the first batch again; return whether its output is the same within the tolerance."""
-        again = Kept()
-        again.add(*runner.forward(model, batch, self._place))
-        one, other = kept.outputs[0], again.outputs[0]
-        kept.outputs[0] = replace(one, seconds=min(one.seconds, other.seconds))
-        apart = self._apart(one, other)
-        self._deterministic = not apart
-        if apart:
+    def _repeated(self, left: _Side) -> bool | None:
+        """Run the reference again; return whether all bytes are the same.
+
+        None where it differs from itself, within the tolerance if there is one.
+        """
+        plan, again = self._plan, Kept()
+        model = self._model(plan.reference, plan.recipe)
+        devices.seed_everything(plan.recipe.seed + 2)
+        leaves, steps = runner.trace(model, plan.inputs.first(), self._place)
+        again.add(leaves)
+        apart = self._apart(left.kept.outputs[0], again.outputs[0])
+        same = not apart and not parting.differing(left.trace, steps)
+        if not same:
             self._notes.append("the reference gave two outputs for one input")
-        return not any(difference.beyond for difference in apart)
+        beyond = any(each.beyond for each in apart) or not (same or plan.tolerant)
+        return None if beyond else same
 
     def _apart(self, one: runner.Output, other: runner.Output) -> list[Difference]:
         if one.leaves is None or other.leaves is None:
@@ -315,31 +279,51 @@ class _Comparison:
         options = self._plan.options
         return outputs.differences(one.leaves, other.leaves, options.atol, options.rtol)
 
-    def _compared(self, run: Run, left: Kept, right: Kept) -> Run:
-        pairs = list(zip(left.outputs, right.outputs, strict=True))
+    def _compared(self, run: Run, left: _Side, right: _Side) -> Run:
+        pairs = list(zip(left.kept.outputs, right.kept.outputs, strict=True))
         apart = [difference for pair in pairs for difference in self._apart(*pair)]
         gaps = [difference.max_abs for difference in apart if difference.max_abs is not None]
         ulps = [difference.ulp for difference in apart if difference.ulp is not None]
-        same = not apart
-        return replace(
+        run = replace(
             run,
-            identical=not any(difference.beyond for difference in apart),
-            bitwise=same,
-            max_abs_diff=0.0 if same else max(gaps, default=None),
-            max_ulp=0 if same else max(ulps, default=None),
+            deterministic=True,
+            bitwise=not apart,
+            max_abs_diff=max(gaps, default=None) if apart else 0.0,
+            max_ulp=max(ulps, default=None) if apart else 0,
             nan_differs=sum(difference.nan for difference in apart),
-            differences=tuple(apart),
+            differences=tuple({each.path: each for each in reversed(apart)}.values())[::-1],
             # Listed even where the outputs agree: a difference may be too small to reach them.
             parameters=tuple(_parameters(self._plan)),
-            modules=len(dict(self._traces[0])) if self._traces else 0,
             top1_agreement=_agreement(pairs),
-            top_reference=self._top(left),
-            top_candidate=self._top(right),
-            accuracy=_accuracy(pairs, self._labels),
-            seconds_reference=tuple(output.seconds for output in left.outputs),
-            seconds_candidate=tuple(output.seconds for output in right.outputs),
+            top_candidate=self._top(right.kept),
+            seconds_candidate=right.kept.seconds,
+            **self._looked(left, right),
             notes=tuple(self._notes),
         )
+        return self._judged(run, left, right, any(difference.beyond for difference in apart))
+
+    def _judged(self, run: Run, left: _Side, right: _Side, beyond: bool) -> Run:
+        """Add the verdict, and the modules that differ."""
+        two = self._plan.other is not self._plan.recipe
+        if two:
+            run = replace(run, settings=parting.settings(left.trace, right.trace))
+        # Another model may do on the way what it likes, and within a tolerance all may differ.
+        if beyond or not (two or self._plan.tolerant):
+            run = _named(run, parting.differing(left.trace, right.trace))
+        why = _indifference(left.kept.outputs) or ("inside" if run.differing else "")
+        verdict = DIFFERENT if beyond else INCONCLUSIVE if why else IDENTICAL
+        why = why if verdict == INCONCLUSIVE else ""
+        return replace(run, verdict=verdict, why=why, identical=verdict == IDENTICAL)
+
+    def _looked(self, left: _Side, right: _Side | None = None) -> dict[str, Any]:
+        """Return what one file is enough for: classes, accuracy, time."""
+        sides = [side.kept.outputs for side in (left, right) if side is not None]
+        return {
+            "modules": len({step.name for step in left.trace}),
+            "top_reference": self._top(left.kept),
+            "accuracy": _accuracy(sides, self._labels),
+            "seconds_reference": left.kept.seconds,
+        }
 
     def _top(self, kept: Kept) -> tuple[Class, ...]:
         leaves = kept.outputs[0].leaves
@@ -354,18 +338,42 @@ class _Comparison:
             for index, chance in zip(indices.tolist(), chances.tolist(), strict=True)
         )
 
-    def _located(self, left: Kept, right: Kept) -> str | None:
-        """Find the first module that differs, on the first batch whose outputs do."""
-        pairs = zip(left.outputs, right.outputs, strict=True)
+    def _located(self, left: _Side, right: _Side) -> list[tuple[str, str]]:
+        """Find the modules that differ, on the first batch whose outputs do."""
+        plan = self._plan
+        assert plan.candidate is not None
+        pairs = zip(left.kept.outputs, right.kept.outputs, strict=True)
         wanted = next(index for index, pair in enumerate(pairs) if self._apart(*pair))
-        batch = next(islice(self._plan.inputs, wanted, None))
+        batch: Batch = next(islice(plan.inputs, wanted, None))
         traces = []
-        for source, reference in ((self._plan.reference, True), (self._plan.candidate, False)):
-            model = self._model(source, reference)
-            devices.seed_everything(self._plan.recipe.seed)
-            traces.append(runner.trace(model, batch, self._place))
+        for source, recipe in ((plan.reference, plan.recipe), (plan.candidate, plan.other)):
+            model = self._model(source, recipe)
+            devices.seed_everything(recipe.seed)
+            traces.append(runner.trace(model, batch, self._place)[1])
             del model
-        return runner.first_difference(*traces)
+        return parting.differing(*traces)
+
+
+def _named(run: Run, pairs: Sequence[tuple[str, str]]) -> Run:
+    """Name the modules whose outputs differ, the first of them apart."""
+    if not pairs:
+        return run
+    (first, partner), names = pairs[0], tuple(dict.fromkeys(left for left, _ in pairs))
+    return replace(run, differing=names, first_difference=first, candidate_difference=partner)
+
+
+def _indifference(kept: Sequence[runner.Output]) -> str:
+    """Return why outputs for several inputs say nothing, or an empty text."""
+    first, *others = kept
+    whys = []
+    for other in others:
+        if first.leaves is None or other.leaves is None:
+            whys.append("" if first.digest != other.digest else "independent")
+        else:
+            whys.append(outputs.indifference(first.leaves, other.leaves))
+        if not whys[-1]:
+            return ""
+    return whys[0]
 
 
 def _agreement(pairs: Sequence[tuple[runner.Output, runner.Output]]) -> float | None:
@@ -380,22 +388,22 @@ def _agreement(pairs: Sequence[tuple[runner.Output, runner.Output]]) -> float | 
     return same / total if total else None
 
 
-def _accuracy(
-    pairs: Sequence[tuple[runner.Output, runner.Output]], labels: Sequence[Any]
-) -> Accuracy | None:
-    right = [0, 0]
-    total = 0
-    for pair, truth in zip(pairs, labels, strict=True):
-        if truth is None or any(output.predictions is None for output in pair):
-            return None
-        total += truth.numel()
-        for side, output in enumerate(pair):
-            right[side] += int((output.predictions == truth).sum())
-    return Accuracy(total, right[0] / total, right[1] / total) if total else None
+def _accuracy(sides: Sequence[Sequence[runner.Output]], labels: Sequence[Any]) -> Accuracy | None:
+    """Return the share of each side's predictions that is right, where the truth is known."""
+    known = [index for index, truth in enumerate(labels) if truth is not None]
+    total = sum(labels[index].numel() for index in known)
+    if not total or any(side[index].predictions is None for side in sides for index in known):
+        return None
+    shares = [
+        sum(int((side[index].predictions == labels[index]).sum()) for index in known) / total
+        for side in sides
+    ]
+    return Accuracy(total, shares[0], shares[1] if len(shares) > 1 else None)
 
 
 def _parameters(plan: _Plan) -> list[str]:
     """List the keys whose values differ in their bytes between the two files."""
+    assert plan.candidate is not None
     tensor = libraries.torch().Tensor
     outer = subject.wrapped(plan.reference)
     left = {outer.name(key): value for key, value in native.load(plan.reference).state_dict.items()}
@@ -405,5 +413,5 @@ def _parameters(plan: _Plan) -> list[str]:
         key
         for key, *pair in pairs
         if all(isinstance(value, tensor) for value in pair)
-        and not outputs.same_bytes(*(next(outputs.leaves(value))[1] for value in pair))
+        and not outputs.same_bytes(*(next(outputs.leaves(each, copy=False))[1] for each in pair))
     ]

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ckptool.errors import BadInput, MissingExtra, NoSuchModel, OutOfMemory
 from ckptool.model import libraries
@@ -95,11 +95,19 @@ Shapes = dict[str, tuple[int, ...]]
 
 def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> Shapes:
     """Return the shapes of the tensors of a model's state_dict, in order."""
-    return layout(spec, args)[0]
+    return layout(spec, args).shapes
 
 
-def layout(spec: ModelLike, args: Mapping[str, Any] | None = None) -> tuple[Shapes, dict[str, str]]:
-    """Return the shapes of the tensors of a model's state_dict, and which keys are tied to which.
+class Layout(NamedTuple):
+    """What a model's state_dict holds: shapes, torch's names of dtypes, and ties, each by key."""
+
+    shapes: Shapes
+    dtypes: dict[str, str]
+    ties: dict[str, str]
+
+
+def layout(spec: ModelLike, args: Mapping[str, Any] | None = None) -> Layout:
+    """Return the shapes and dtypes of a model's state_dict, and which keys are tied to which.
 
     The model is made on the meta device, and on the CPU where its factory cannot do that.
     """
@@ -115,7 +123,9 @@ def layout(spec: ModelLike, args: Mapping[str, Any] | None = None) -> tuple[Shap
     }
     firsts: dict[int, str] = {}
     ties = {key: firsts.setdefault(id(value), key) for key, value in tensors.items()}
-    return {key: tuple(value.shape) for key, value in tensors.items()}, ties
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    dtypes = {key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()}
+    return Layout(shapes, dtypes, ties)
 
 
 def registered(spec: ModelLike) -> str | None:

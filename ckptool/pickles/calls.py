@@ -26,6 +26,9 @@ from ckptool.pickles.tree import (
 # one, and sets its fields (Cython/Compiler/ParseTreeTransforms.py, `_inject_pickle_methods`).
 _OF_CYTHON = "__pyx_unpickle_"
 _PARTIAL = Global("functools", "partial")
+# Classes inside classes of torch, which protocols below 4 name by a call (Lib/pickle.py,
+# `save_global`): that of ShardedTensor is an empty dataclass, which BUILD fills.
+_NESTED = {("torch.distributed._shard.sharded_tensor.api", "ShardedTensor", "ProcessGroupState")}
 # Nodes that are searched again for a function; after that, whatever may call one has one.
 _PATIENCE = 1_000_000
 # They return what others use too: no pickler gives that a state.
@@ -44,6 +47,57 @@ def dangerous(calls: Iterable[Object]) -> Iterator[tuple[Object, Node]]:
         called = shapes.called(call)
         if called is not None:
             yield call, called
+
+
+def only_nested(calls: Iterable[Object], tree: Node) -> tuple[set[Global], list[Object]]:
+    """Return the names of `getattr` that do nothing but name nested classes, and the other calls.
+
+    `calls` are all of a pickle. No name where one of them is used in any other way: that is a call,
+    or an argument, or a value in the tree.
+    """
+    calls = list(calls)
+    kept, named = list[Object](), set[Global]()
+    for call in calls:
+        if _names_nested(call):
+            named.add(call.callee)
+        elif not _makes_nested(call):
+            kept.append(call)
+    if any(each in named for each in _names_in([*kept, tree])):
+        return set(), calls
+    return named, kept
+
+
+def _names_nested(node: Node) -> bool:
+    """Check for a call of `getattr` that gives a known class inside another."""
+    if not isinstance(node, Object) or node.how != "reduce" or node.steps or node.kwargs:
+        return False
+    match node.callee, node.args:
+        case Global() as callee, (Global() as holder, str(name)):
+            is_getattr = python3_name(callee) == ("builtins", "getattr")
+            return is_getattr and (holder.module, holder.name, name) in _NESTED
+    return False
+
+
+def _makes_nested(call: Object) -> bool:
+    """Check for a new object of such a class, without arguments, and with plain attributes."""
+    kinds = [kind for kind, _ in call.steps]
+    plain = kinds in ([], ["build"]) and isinstance(call.state, Dict | None)
+    pairs = call.state.pairs if isinstance(call.state, Dict) else []
+    plain &= all(type(key) is str and type(value) is int for key, value in pairs)
+    made = call.how == "newobj" and not call.args and call.kwargs is None
+    return plain and made and _names_nested(call.callee)
+
+
+def _names_in(nodes: list[Node]) -> Iterator[Global]:
+    """Yield the names in nodes, but for those in calls that give a nested class."""
+    seen: set[int] = set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, Global):
+            yield node
+        elif not isinstance(node, str | int | float | bytes | None) and id(node) not in seen:
+            seen.add(id(node))
+            nodes += () if _names_nested(node) else children(node)
 
 
 def calls_argument(callee: Node) -> bool:

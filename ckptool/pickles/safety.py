@@ -69,7 +69,17 @@ def judge(named: Mapping[Global, int], calls: Iterable[Object] = ()) -> Verdict:
 
 def judge_file(checkpoint: Pickled) -> Verdict:
     """Judge all that a checkpoint names and calls, in its tree or not."""
-    return judge(checkpoint.globals, checkpoint.calls)
+    named, calls = without_nested(checkpoint)
+    return judge(named, calls)
+
+
+def without_nested(checkpoint: Pickled) -> tuple[dict[Global, int], list[Object]]:
+    """Return the names and calls of a checkpoint but for what names nested classes of torch."""
+    calls = list(checkpoint.calls)
+    if all(each.name != "getattr" for each in checkpoint.globals):
+        return dict(checkpoint.globals), calls
+    inert, kept = shapes.only_nested(calls, checkpoint.tree)
+    return {each: at for each, at in checkpoint.globals.items() if each not in inert}, kept
 
 
 def judge_tree(tree: Node) -> Verdict:

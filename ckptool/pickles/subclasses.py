@@ -120,6 +120,16 @@ def _of_device(node: Object) -> TensorInfo | None:
     return None
 
 
+def on_device(node: Object, device: str) -> Object:
+    """Return the call of a tensor of a device without storages with another device."""
+    match node:
+        case Object(callee=Global(name=name), args=(data, dtype, str(), *rest)) if (
+            name in _DEVICE_REBUILDS
+        ):
+            return replace(node, args=(data, dtype, device, *rest))
+    return node
+
+
 REBUILDS: dict[str, Callable[[Object], AnyTensor | None]] = {
     "_rebuild_sparse_tensor": _sparse,
     "_rebuild_nested_tensor": _nested,

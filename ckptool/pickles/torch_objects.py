@@ -469,9 +469,13 @@ def _unwrapped(origin: Node) -> Node:
 
 
 class Lowering:
-    """Turn tensors back into torch's calls, and number their storages in order of first use."""
+    """Turn tensors back into torch's calls, and number their storages in order of first use.
 
-    def __init__(self) -> None:
+    With a `location`, that is the device of all of them.
+    """
+
+    def __init__(self, location: str = "") -> None:
+        self._location = location
         self.storages: dict[Storage, str] = {}
         self._spelled: dict[tuple[object, ...], tuple[bytes, Struct, list[bytes], TensorInfo]] = {}
 
@@ -510,7 +514,8 @@ class Lowering:
             case StorageView(storage=storage):
                 return self._storage(_cut(node, storage))
             case TensorInfo():
-                return _rebuild(node)
+                made = _rebuild(node)
+                return subclasses.on_device(made, self._location) if self._location else made
             case CompositeTensor():
                 return node.origin
         raise TypeError(f"no place in a tree for a {type(node).__name__}")
@@ -522,7 +527,8 @@ class Lowering:
         else:
             kind = Global("torch", storage.dtype.storage_class)
             numel = storage.nbytes // storage.dtype.itemsize
-        return PersistentId(("storage", kind, key, storage.location, numel))
+        location = self._location or storage.location
+        return PersistentId(("storage", kind, key, location, numel))
 
 
 def _spelling(info: TensorInfo) -> tuple[object, ...]:

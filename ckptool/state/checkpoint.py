@@ -65,7 +65,8 @@ class Checkpoint:
     bytes that belong to nothing the container lists;
     `flaws` are what torch would not load it for; `files` are all that were read, with what tells
     whether each is still the same; `shards` are those of a set, each as it was read; `notes` are
-    for the user; `held` lives as long as the bytes may be read (what an archive was unpacked to).
+    for the user; `location` is the device that an output tags its storages with, empty for their
+    own; `held` lives as long as the bytes may be read (what an archive was unpacked to).
     """
 
     path: str
@@ -89,6 +90,7 @@ class Checkpoint:
     files: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     shards: tuple[Checkpoint, ...] = ()
     notes: tuple[str, ...] = ()
+    location: str = ""
     held: tuple[object, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:

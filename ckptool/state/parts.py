@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from ckptool.errors import PartialCheckpoint
+from ckptool.files import paths
 from ckptool.pickles.holdings import Meshes, held
 from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
@@ -286,12 +287,13 @@ def _refers(top: Mapping[str, Node]) -> bool:
 
 def _named(file: File) -> Part | None:
     """Recognise a part by its name, where the folder has others."""
-    folder, name = os.path.split(file.path)
+    folder, name = paths.split(file.path)
     for pattern, kind in _OF_RANK.items() if file.entries else ():
         match = re.fullmatch(pattern, name)
-        if match is None or not os.path.isdir(folder or "."):
+        if match is None or not paths.is_folder(folder or "."):
             continue
-        matches = filter(None, (re.fullmatch(pattern, each) for each in os.listdir(folder or ".")))
+        names = [each.name for each in paths.listing(folder)]
+        matches = filter(None, (re.fullmatch(pattern, each) for each in names))
         ranks = {each[0]: each[1] or each[0] for each in matches}
         rank = match[1] or name
         others = sorted(each for each in ranks if ranks[each] != rank)

@@ -96,6 +96,11 @@ def _widened(bits: Any, dtype: DType) -> Any:
     return floats if dtype is DType.F64 else floats.astype("f4", copy=False)
 
 
+def block_floats(block: Block, dtype: DType) -> Any:
+    """Return the real floats of a block: in double precision F64, in single others."""
+    return _widened(bits_of(block, dtype), dtype)
+
+
 def floats_of(bits: Any, dtype: DType) -> Any:
     """Return the floats that bit patterns stand for, in double precision, which holds all."""
     return _widened(bits, dtype).astype("f8")
@@ -142,7 +147,7 @@ def cast(
 
     edges = _edges(source, target)
     with np.errstate(all="ignore"):
-        floats = _widened(bits_of(block, source), source)
+        floats = block_floats(block, source)
         made = rounded(floats, target)
         if edges is None:
             return made, Losses()

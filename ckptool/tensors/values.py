@@ -150,6 +150,11 @@ def in_order(value: TensorInfo) -> TensorInfo:
     return _copied(value, "little")
 
 
+def in_byteorder(value: TensorInfo, byteorder: str) -> TensorInfo:
+    """Return the same elements in a byte order: a torch file has one for all tensors."""
+    return value if value.storage.byteorder == byteorder else _copied(value, byteorder)
+
+
 def own(value: TensorInfo) -> TensorInfo:
     """Return the same elements, contiguous, in a storage that holds nothing else.
 
@@ -269,6 +274,7 @@ def _chunked(
     storage = _storage([like], shape, like.dtype, Packing.CHUNKED)
     storage.byteorder = byteorder
     storage.chunked = Chunked(shape, like.dtype.itemsize, tuple(chunks))
+    storage.key = f"chunked {id(storage.chunked):x}"  # storages are told apart by that quickly
     stride = contiguous_stride(shape)
     return TensorInfo(like.dtype, shape, stride, storage, requires_grad=like.requires_grad)
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.files.download import Downloaded
     from ckptool.model.initial import Fill
     from ckptool.model.live import CheckpointLike
-    from ckptool.model.verify import Progress, Verification
     from ckptool.model.zoo import ModelLike
+    from ckptool.state.classes import Lines
     from ckptool.verbs.checking import Checked
     from ckptool.verbs.combining import Averaged
     from ckptool.verbs.compare import Difference
@@ -260,6 +260,7 @@ def convert(
     unwrap: bool = False,
     max_shard_size: int | str | None = None,
     distributed: bool = False,
+    values: str = "",
     progress: Begin = no_progress,
     **options: Unpack[WriteOptions],
 ) -> Rewrite:
@@ -271,8 +272,9 @@ def convert(
     to the largest. With `to="dcp"`, the target is the folder of a distributed
     checkpoint. With `max_shard_size`, bytes or text such as `5GB`, it is a folder of shards.
     `distributed` writes with all ranks of a launcher, each of which calls this; what is lost in
-    casts is in the result of rank 0. Raises `EditError`, `FormatError` for the source, `WriteError`
-    for the target, and `RankLost`.
+    casts is in the result of rank 0. Of DeepSpeed's ZeRO, the float32 masters are written, or with
+    `values="module"` the weights in the training dtype. Raises `EditError`, `FormatError` for the
+    source, `WriteError` for the target, and `RankLost`.
 
     >>> steps = [ckptool.edits.drop("classifier")]
     >>> ckptool.convert("plain.pth", "plain.safetensors", steps=steps, force=True)
@@ -290,8 +292,17 @@ def convert(
         form = surgery.Form(distributed=True)
     elif max_shard_size is not None:
         form = surgery.Form(parse_size(str(max_shard_size), "--max-shard-size 5GB"))
-    places = (source, target)
-    write = partial(surgery.rewrite, *places, steps, bare=unwrap, progress=progress, form=form)
+    opened = containers.read(source, values=values) if values else None
+    write = partial(
+        surgery.rewrite,
+        source,
+        target,
+        steps,
+        bare=unwrap,
+        progress=progress,
+        form=form,
+        opened=opened,
+    )
     if not distributed:
         return write(options=how)
     from ckptool.model import ranks
@@ -320,6 +331,12 @@ def transfer(
     like_at: str | None = None,
     model: ModelLike | None = None,
     model_args: Mapping[str, object] | None = None,
+    adapt: str | Sequence[str] = (),
+    classes: Lines | None = None,
+    class_names: Lines = (),
+    pos_grid: str | None = None,
+    pos_prefix: int | None = None,
+    init: str | Sequence[str] = (),
     init_missing: bool = False,
     seed: int = 0,
     min_match: float = MIN_MATCH,
@@ -334,14 +351,22 @@ def transfer(
     keys too; what a wrapper keeps for itself goes with it, unless `keep_bookkeeping`; `rename`
     are rules as of `--rename`, all of one step, and `recipe` names recipes that come after them,
     backwards with `reverse`.
-    `init_missing` writes what is not filled as the model has it. Raises `PoorFit` where less than
-    `min_match` of the target's elements would be filled, `EditError`, `FormatError` and
-    `WriteError`.
+    `adapt` are kinds of tensors to bring into the target's shape (`pos-embed`, `in-chans`,
+    `classes`, `vocab`), patterns of keys, or `PATTERN=KIND`; `classes` is a file or a list with
+    the row or the name of what each class was, `class_names` one with the names in the file;
+    `pos_grid` and `pos_prefix` are the grids of position embeddings (`14x14:16x24`) and the count
+    of tokens before them. What is not filled then is written with values of `init`, rules as of
+    `--init`, and with `init_missing` as the model has it, from a `seed`. Raises `PoorFit` where
+    less than `min_match` of the target's elements would be filled, `EditError`, `FormatError`,
+    `WriteError`, and `MissingExtra` where torch is needed and not installed.
 
     >>> done = ckptool.transfer("model_best.pth.tar", "init.pth", like="flowers.safetensors")
     >>> done.rewrite.written, [mismatch.key for mismatch in done.fit.mismatched]
     (6, ['classifier.weight', 'classifier.bias'])
     """
+    from ckptool.model.initial import one_after_other, read_rule, ruled_values
+    from ckptool.state.adapting import read_asked
+    from ckptool.state.classes import read_rows
     from ckptool.verbs import fitting
 
     if like is not None and model is not None:
@@ -350,16 +375,28 @@ def transfer(
         raise EditError("--model-arg and --init-missing need --model")
     if like is None and like_at is not None:
         raise EditError("--like-at needs --like")
+    if like is None and model is None and (adapt or init):
+        raise EditError("--adapt and --init need --like or --model")
+    asked = None
+    if adapt:
+        rows = read_rows(classes, class_names) if classes is not None else None
+        asked = read_asked(several(adapt), classes=rows, grid=pos_grid, prefix=pos_prefix)
+    elif classes is not None or class_names or pos_grid is not None or pos_prefix is not None:
+        raise EditError("--classes, --class-names, --pos-grid and --pos-prefix need --adapt")
     pairs = list(rename.items() if isinstance(rename, Mapping) else rename)
     moves = [edits.renames(pairs)] if pairs else []
     moves += recipe_edits(recipe, reverse=reverse)
     reference: Reference | None = None
     fill: Fill | None = None
+    rules = [read_rule(each) for each in several(init)]
     if like is not None:
         reference = _like(like, like_at, anywhere)
     elif model is not None:
         given = model_args or {}
         reference, fill = _model(model, given, seed if init_missing else None, anywhere)
+    if rules and reference is not None:
+        by_rules = ruled_values(rules, reference.shapes, reference.dtypes, seed)
+        fill = one_after_other(by_rules, fill) if fill else by_rules
     how = Options(**options)
     if how.in_place and not isinstance(source, str | PathLike):
         raise EditError("--in-place needs a file", hint="name an output")
@@ -377,6 +414,7 @@ def transfer(
             options=how,
             progress=progress,
             fill=fill,
+            adapt=asked,
             opened=checkpoint,
         )
 
@@ -475,14 +513,14 @@ def _model(
     from ckptool.model import initial, zoo
     from ckptool.verbs import fitting
 
-    shapes, ties = zoo.layout(spec, args)
+    shapes, dtypes, ties = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
     words = [quoted(zoo.argument(*each)) for each in args.items()]
     option = (
         " --model-arg ".join([f"--model {quoted(spec)}", *words]) if isinstance(spec, str) else ""
     )
     name = zoo.named(spec)
-    return fitting.reference(name, shapes, ties, anywhere=anywhere, option=option), fill
+    return fitting.reference(name, shapes, ties, dtypes, anywhere=anywhere, option=option), fill
 
 
 def download(
@@ -520,61 +558,3 @@ def download(
         limits=Limits(timeout=timeout),
     )
     return replace(done, weights=known.member if known else None)
-
-
-def verify(
-    reference: CheckpointLike,
-    candidate: CheckpointLike,
-    model: ModelLike,
-    *,
-    model_args: Mapping[str, object] | None = None,
-    devices: str | Sequence[str] = "auto",
-    input_shapes: str | Sequence[str] = (),
-    batch_size: int | None = None,
-    input: str | None = None,
-    data: str | None = None,
-    dtype: str | None = None,
-    channels_last: bool = False,
-    seed: int = 0,
-    atol: float = 0.0,
-    rtol: float = 0.0,
-    allow_tf32: bool = False,
-    partial: bool = False,
-    at: str | None = None,
-    candidate_at: str | None = None,
-    progress: Progress | None = None,
-) -> Verification:
-    """Run a model on the weights of two checkpoints and compare the outputs, bit for bit.
-
-    Each is a file, a state_dict or an `nn.Module`; `model` is a spec (`resnet18`,
-    `file.py:factory`) made with `model_args`, or an `nn.Module`. It runs on each of `devices`
-    (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`), on random inputs of `input_shapes` (`1,3,224,224`,
-    `1,16:int64`; one for each argument), on the picture `input` or the folder `data`. `partial`
-    compares what both have and the model takes; `at` and `candidate_at` choose among several
-    state_dicts. Raises `DoesNotLoad`, `NoDevice`, `NoSuchModel`, `BadInput`, `MissingExtra`,
-    `OutOfMemory`, and what reading raises.
-
-    >>> from torch import nn
-    >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
-    >>> ckptool.verify(one, other, one, devices="cpu", input_shapes="3,4")
-    <Verification of (Linear), (Linear): not identical on cpu>
-    """
-    from ckptool.model import inputs, verify as room
-
-    options = room.Options(
-        devices=devices,
-        inputs=inputs.Options(
-            shapes=input_shapes, batch_size=batch_size, picture=input, folder=data, seed=seed
-        ),
-        dtype=dtype,
-        channels_last=channels_last,
-        partial=partial,
-        atol=atol,
-        rtol=rtol,
-        allow_tf32=allow_tf32,
-        at=at,
-        candidate_at=candidate_at,
-    )
-    return room.verify(
-        reference, candidate, model, model_args, options, progress or room.no_progress
-    )

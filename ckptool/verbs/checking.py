@@ -12,7 +12,6 @@ numbers beyond those of a dtype: no status is its own, and the answer to "can th
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -32,9 +31,9 @@ from ckptool.errors import (
     Unreadable,
     Unsupported,
 )
-from ckptool.files import budget, fileio
+from ckptool.files import budget, fileio, paths, sites
 from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
-from ckptool.files.fileio import CHUNK, OpenFile, Reader
+from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.filename import hash_in
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -201,12 +200,12 @@ def check(
     calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
     container of ckptool is. A file that cannot be read is a result, not an error.
     """
-    file = path = str(path)
+    file = path = sites.of(path)
     found = _Findings()
     target = None if as_dtype is None else casting.target(as_dtype)
-    said = hash_in(os.path.basename(path))
+    said = hash_in(paths.name_of(path))
     with suppress(FormatError):  # its reader says why
-        file = OpenFile(path)  # once for all that is asked of it
+        file = fileio.opened(path)  # once for all that is asked of it
     try:
         checkpoint = containers.read(file, plugins=plugins, alone=alone)
     except FormatError as error:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import PoorFit
 from ckptool.files.copying import Begin, no_progress
-from ckptool.state import checkpoint as places, edits
+from ckptool.state import adapting, checkpoint as places, edits
+from ckptool.state.adapting import Adapted, Asked
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import Edit
+from ckptool.state.edits import Edit, Value
 from ckptool.state.matching import match
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.wrappers import peeling
@@ -45,12 +46,14 @@ Shape = tuple[int, ...]
 class Reference:
     """The keys and shapes of a target, without wrapper prefixes; `name` is for reports.
 
-    `ties` map keys to those that are the same tensor; `option` is how a command names it.
+    `ties` map keys to those that are the same tensor, `dtypes` to torch's names; `option` is how a
+    command names it.
     """
 
     name: str
     shapes: dict[str, Shape]
     ties: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     option: str = ""
 
 
@@ -67,7 +70,8 @@ class Mismatch:
 class Fit:
     """How a checkpoint fits a target; `filled` is the share of the target's elements.
 
-    A tensor that is tied counts once in it.
+    A tensor that is tied counts once in it. `adapted` are among those that match, and were
+    brought into the target's shape.
     """
 
     target: str
@@ -76,6 +80,7 @@ class Fit:
     missing: tuple[str, ...]
     absent: tuple[str, ...]
     filled: float
+    adapted: tuple[Adapted, ...] = ()
 
     def __repr__(self) -> str:
         counts = f"{len(self.matched)} match, {len(self.mismatched)} differ in shape"
@@ -85,10 +90,14 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
-    """What a transfer wrote, and how it fits its target, if it had one."""
+    """What a transfer wrote, and how it fits its target, if it had one.
+
+    `initialised` are the keys that the source did not fill and that were written all the same.
+    """
 
     rewrite: Rewrite
     fit: Fit | None
+    initialised: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return the document `transfer/1`."""
@@ -103,6 +112,17 @@ class Transferred:
             ],
             "missing": list(fit.missing) if fit else [],
             "filled": fit.filled if fit else None,
+            "adapted": [
+                {
+                    "key": each.key,
+                    "kind": each.kind,
+                    "here": list(each.here),
+                    "there": list(each.there),
+                    "how": each.how,
+                }
+                for each in (fit.adapted if fit else ())
+            ],
+            "initialised": list(self.initialised),
         }
 
 
@@ -110,6 +130,7 @@ def reference(
     name: str,
     shapes: Mapping[str, Shape],
     tied: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
     *,
     anywhere: bool = False,
     option: str = "",
@@ -120,6 +141,7 @@ def reference(
         name,
         {new: tuple(sizes) for key, sizes in shapes.items() if (new := peel(key)) is not None},
         {peel.name(key): peel.name(first) for key, first in (tied or {}).items()},
+        {peel.name(key): dtype for key, dtype in (dtypes or {}).items()},
         option,
     )
 
@@ -128,12 +150,16 @@ def reference_of(
     checkpoint: Checkpoint, at: str | None = None, *, anywhere: bool = False
 ) -> Reference:
     """Take keys and shapes from another checkpoint."""
-    state = places.find(checkpoint, at, "--like-at")
+    entries = places.find(checkpoint, at, "--like-at").entries
     where = f" --like-at {quoted(at)}" if at else ""
+    dtypes = {
+        key: value.dtype.torch_name for key, value in entries.items() if isinstance(value, TENSORS)
+    }
     return reference(
         checkpoint.path,
-        {key: value.shape for key, value in state.entries.items() if isinstance(value, TENSORS)},
-        ties(state.entries),
+        _shapes(entries),
+        ties(entries),
+        dtypes,
         anywhere=anywhere,
         option=f"--like {file_argument(checkpoint.path)}{where}",
     )
@@ -192,13 +218,15 @@ def transfer(
     options: Options | None = None,
     progress: Begin = no_progress,
     fill: Fill | None = None,
+    adapt: Asked | None = None,
     opened: Checkpoint | None = None,
 ) -> Transferred:
     """Write the bare state_dict with what fits the target alone.
 
-    `steps` come first (`first_steps`); `fill` gives what the source lacks; `opened` is the source
-    where it was read before. Raises `PoorFit` where
-    less than `min_match` of the target's elements would be filled, and what `rewrite` raises.
+    `steps` come first (`first_steps`); `adapt` says what is brought into the target's shape,
+    `fill` gives what the source lacks; `opened` is the source where it was read before. Raises
+    `PoorFit` where less than `min_match` of the target's elements would be filled, and what
+    `rewrite` raises.
     """
     options = options or Options()
     checkpoint = opened or containers.read(source)
@@ -207,11 +235,15 @@ def transfer(
             source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint
         )
         return Transferred(result, None)
-    shapes = _shapes_after(checkpoint, steps, options)
-    found = fit(shapes, like)
+    entries = _entries_after(checkpoint, steps, options)
+    found = fit(_shapes(entries), like)
+    if adapt is not None:
+        step, found = _adapted(entries, found, like, adapt)
+        steps = [*steps, *step]
     if found.filled < min_match:
         where = f" --at {quoted(options.at)}" if options.at else ""
-        raise _poor(found, shapes, like, min_match, f"{file_argument(checkpoint.path)}{where}")
+        named = f"{file_argument(checkpoint.path)}{where}"
+        raise _poor(found, _shapes(entries), like, min_match, named)
     mismatched = [each.key for each in found.mismatched]
     further = [
         edits.without(mismatched, edits.SHAPE_DIFFERS),
@@ -230,17 +262,33 @@ def transfer(
             added=added,
             order=list(like.shapes) if added else (),
         )
-    return Transferred(result, found)
+        return Transferred(result, found, tuple(added))
 
 
-def _shapes_after(
+def _entries_after(
     checkpoint: Checkpoint, steps: Sequence[Edit], options: Options
-) -> dict[str, Shape]:
-    """Return which keys and shapes are there after the first edits."""
+) -> dict[str, Value]:
+    """Return what is there after the first edits."""
     state = places.find(checkpoint, options.at)
-    key_map, _ = edits.apply(steps, state.entries, argument(checkpoint, options))
-    values = key_map.entries.items()
-    return {key: value.shape for key, value in values if isinstance(value, TENSORS)}
+    return edits.apply(steps, state.entries, argument(checkpoint, options))[0].entries
+
+
+def _shapes(entries: Mapping[str, Value]) -> dict[str, Shape]:
+    return {key: value.shape for key, value in entries.items() if isinstance(value, TENSORS)}
+
+
+def _adapted(
+    entries: Mapping[str, Value], found: Fit, like: Reference, asked: Asked
+) -> tuple[list[Edit], Fit]:
+    """Return the edit that adapts what was asked for, if there is any of it, and the fit then."""
+    wanted = {each.key: each.there for each in found.mismatched}
+    wanted |= adapting.regridded(entries, found.matched, asked)
+    kinds = adapting.plan(entries, wanted, asked)
+    if not kinds:
+        return [], found
+    step, done = adapting.edit(kinds, wanted, asked)
+    after = edits.apply([step], entries)[0].entries
+    return [step], replace(fit(_shapes(after), like), adapted=tuple(done))
 
 
 def _poor(

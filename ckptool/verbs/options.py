@@ -17,8 +17,9 @@ class WriteOptions(TypedDict, total=False):
     several) leaves out what is beside the state_dict, `keep_records` keeps further records of a
     torch zip; `force` replaces the target, `in_place` the source; `dry_run` plans alone;
     `tensors_only` leaves behind what is neither a tensor nor plain, `untie` writes tied tensors as
-    copies, `allow_expand` allows an output of more than 4 times the input; without `sync` the
-    flush to disk is left to the system.
+    copies, `allow_expand` allows an output of more than 4 times the input; `map_location` tags
+    every storage of a torch file with a device; without `sync` the flush to disk is left to the
+    system.
     """
 
     at: str | None
@@ -31,6 +32,7 @@ class WriteOptions(TypedDict, total=False):
     tensors_only: bool
     untie: bool
     allow_expand: bool
+    map_location: str | None
     sync: bool
 
 
@@ -48,4 +50,5 @@ class Options:
     tensors_only: bool = False
     untie: bool = False
     allow_expand: bool = False
+    map_location: str | None = None
     sync: bool = True

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptool import containers
+from ckptool.files import paths
 from ckptool.files.fileio import MARK
-from ckptool.pickles import pruning
+from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.subclasses import as_pickled, class_of
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without, worn
 from ckptool.tensors.tensor import CompositeTensor
-from ckptool.text import argument, counted, listed, percent, quoted, readable
+from ckptool.text import HIDDEN, argument, counted, listed, percent, quoted, readable
 from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
 WORTH = 0.1  # share of the file from which what is beside the weights is worth leaving out
@@ -45,6 +46,9 @@ class Advice:
 
 def suggestions(facts: Survey) -> list[Suggestion]:
     """List what would help, the most useful first; each command works when pasted."""
+    path = facts.checkpoint.path
+    if paths.is_url(path) and path.endswith(HIDDEN):
+        return []  # a command without what lets us in does not work
     joined: dict[tuple[object, ...], list[Advice]] = {}
     for rule in (_part,) if facts.part else _RULES:
         for advice in rule(facts):
@@ -77,6 +81,8 @@ def _named_after(facts: Survey) -> str:
     For files of a set it is that of their folder; a member of an archive is named beside that.
     """
     path = facts.checkpoint.path
+    if paths.is_url(path):
+        return paths.name_of(path)
     archive = containers.member_of(path)
     if archive:
         return os.path.join(os.path.dirname(archive), os.path.basename(path.rpartition(MARK)[2]))
@@ -246,6 +252,9 @@ def _safety(facts: Survey) -> Advised:
             reason = "the tensors and plain values, without what would run"
             yield Advice(reason, "convert", ("--tensors-only",), "tensors")
     elif facts.verdict.level is Level.FOREIGN and _holds_dicts(facts):
+        remade = containers.by_name(facts.checkpoint.container).traits.remade
+        if remade and safety.judge_tree(facts.checkpoint.tree).level is Level.PLAIN:
+            return  # what is written names none of it
         if not _stays_without_objects(facts):
             return  # what holds weights is never to be left out
         names = listed((str(name) for name in facts.verdict.foreign), 2)
@@ -310,14 +319,14 @@ def _much(facts: Survey, nbytes: int) -> bool:
 
 def _portable(facts: Survey) -> Advised:
     """Offer what loads on other machines: little-endian, and without device tags."""
-    if not _fits_safetensors(facts):
-        return
+    fits = _fits_safetensors(facts)
     devices = [device for device in facts.devices if device != "cpu"]
-    if facts.checkpoint.byteorder != "little":
+    if fits and facts.checkpoint.byteorder != "little":
         yield Advice("its numbers are big-endian", *_SAFETENSORS)
-    elif devices:
+    elif devices and (fits or facts.verdict.level is not Level.DANGEROUS):
         reason = f"tagged {listed(devices, 3)}: torch.load needs map_location on other machines"
-        yield Advice(reason, *_SAFETENSORS)
+        tagged = ("convert", ("--map-location", "cpu"), "cpu")  # keeps the optimizer
+        yield Advice(reason, *(_SAFETENSORS if fits and not facts.beside else tagged))
 
 
 def _newer(facts: Survey) -> Advised:
@@ -342,7 +351,14 @@ def _newer(facts: Survey) -> Advised:
         yield Advice(reason, "convert", (), "new")
 
 
+def _ranks(facts: Survey) -> Advised:
+    """Offer what all ranks wrote together, where a file is one of theirs."""
+    if len(facts.checkpoint.files) == 1 and containers.is_joined(facts.checkpoint.path):
+        yield Advice("the weights of all ranks, joined", "convert", (), "joined", ".pth")
+
+
 def _part(facts: Survey) -> Advised:
+    yield from _ranks(facts)
     if facts.total.count:
         yield Advice("what is in this part: all tensors, by their path", "keys", ("--all",))
 
@@ -354,6 +370,7 @@ def _nothing(facts: Survey) -> Advised:
 
 # The order in which what helps is shown.
 _RULES: tuple[Callable[[Survey], Advised], ...] = (
+    _ranks,
     _several,
     _prefixes,
     _inner,

@@ -7,6 +7,8 @@ happened to every entry of the state_dict.
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import EditError, FormatError, OutputExists, WriteError
-from ckptool.files import budget, fileio, publish
-from ckptool.files.copying import Begin, Moved, no_progress
+from ckptool.files import budget, fileio, paths, publish, sites
+from ckptool.files.copying import Begin, Moved, Progress, no_progress
 from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
@@ -26,7 +28,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
-from ckptool.text import quoted, readable, visible
+from ckptool.text import counted, listed, quoted, readable, visible
 from ckptool.verbs import agreement, casting
 from ckptool.verbs.casting import Cast
 from ckptool.verbs.layout import (
@@ -50,6 +52,7 @@ __all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
 
 MAX_EXPANSION = 4
 MAX_INFLATION = 16  # times that: each view of a deflated storage inflates it anew
+Check = Callable[[str, Moved], None]
 SMALL_OUTPUT = 1 << 20  # below this, growth is headers and alignment
 
 
@@ -156,13 +159,14 @@ def rewrite(
     `CkptoolError`; the target is then as it was.
     """
     options = options or Options()
+    target = None if target is None else sites.of(target)
     if form is not FILE:
         _refuse_no_folder(target, form, options)
     checkpoint = opened or containers.read(source)
     if form is FILE:
         target, options = _in_place(checkpoint, source, target, options)
         _refuse_member(str(target))
-    target = str(target)
+    target = target if isinstance(target, paths.Url) else str(target)
     container = _container(checkpoint, target, form, options)
     place = _place(checkpoint, target, container, form, options)
     bare = bare or form.max_shard_size is not None
@@ -171,6 +175,8 @@ def rewrite(
         plan.notes += _suffix_notes(target, container, options)
     if added:
         add_entries(plan, added, order)
+    if options.map_location is not None:
+        _tag(plan, options.map_location, form)
     laid = lay_out(plan, form, options)
     _refuse_expansion(checkpoint, laid.output, options)
     result = _result(plan, target, laid, place, options)
@@ -184,8 +190,43 @@ def rewrite(
     check = partial(_check, plan, accept, place, *meant, options.in_place)
     begun, outputs = progress(laid.output.job_nbytes), [laid.output]
     del laid
-    late = publish.publish(place, outputs.pop(), begun, check, group)  # who alone keeps its jobs
+    send = _send if place.url else publish.publish
+    late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
+
+
+DEVICES = r"cpu|mps|(cuda|xpu|hpu)(:\d{1,3})?"  # that torch.load restores
+
+
+def _tag(plan: Plan, location: str, form: Form) -> None:
+    """Have all storages tagged with a device; refuse where the output has no tags."""
+    if not re.fullmatch(DEVICES, location, re.ASCII):
+        raise EditError(f"`{location}` is not a device", hint="--map-location cpu, or cuda:0")
+    container = containers.by_name(plan.container)
+    if form.distributed or not container.traits.device_tags:
+        raise EditError(
+            f"{container.title} has no device tags: --map-location is for torch files",
+            hint="leave it out: what loads the file chooses the device",
+        )
+    location = "cuda:0" if location == "cuda" else location
+    found = {storage for storage in _stored(plan.checkpoint.tree) if storage.location != location}
+    tags = Counter(storage.location for storage in found)
+    were = [f"{counted(count, 'storage')} of {tag}" for tag, count in tags.items()]
+    plan.notes.append(f"tagged {location}: {listed(were) if were else 'all storages were'}")
+    plan.checkpoint = replace(plan.checkpoint, location=location)
+
+
+def _send(
+    place: Target, output: Output, progress: Progress, check: Check, group: Group
+) -> list[str]:
+    from ckptool.files import uploads
+
+    if group is not ALONE:
+        raise EditError(
+            f"{place.path} is in a store: all ranks write to one file system",
+            hint="name a folder as the output",
+        )
+    return uploads.publish(place, output, progress, check)
 
 
 def _refuse_member(target: str) -> None:
@@ -218,6 +259,11 @@ def _place(
     """Return where the output goes, or refuse to write there."""
     sources = [path for path, _ in checkpoint.files] if not options.in_place else []
     force, sync = options.force, options.sync
+    if isinstance(target, paths.Url):
+        from ckptool.files import uploads
+
+        owns = None if form is FILE else names(container).owns if form.max_shard_size else bool
+        return uploads.refuse(target, sources, owns, force=force)
     if form.distributed:
         from ckptool.containers import _dcp_output
 
@@ -234,6 +280,11 @@ def _in_place(
     if options.in_place:
         if target is not None:
             raise EditError("--in-place takes the input alone, without an output")
+        if paths.is_url(source):
+            raise EditError(
+                f"{checkpoint.path} is far away: --in-place replaces a file of this machine",
+                hint="name an output",
+            )
         if len(checkpoint.files) > 1 or os.path.isdir(source):
             what = "a folder" if os.path.isdir(source) else f"{len(checkpoint.files)} files"
             raise EditError(

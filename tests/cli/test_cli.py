@@ -320,12 +320,13 @@ def test_every_edit_has_a_command_or_option_with_help() -> None:
         assert not option or getattr(found[0], "help", None), (name, option)
 
 
-def test_readme_has_a_line_for_every_command_and_edit() -> None:
+def test_readme_has_a_line_for_every_command_and_the_manual_for_every_edit() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in COMMANDS:
         assert f"ckptool {name} " in readme, name
     for name, option in (pair for pairs in OFFERED.values() for pair in pairs):
-        assert option in readme, (name, option)
+        page = (PACKAGE / "manual" / f"{name}.md").read_text(encoding="utf-8")
+        assert option in page, (name, option)
 
 
 def test_console_script_is_declared() -> None:

@@ -40,7 +40,7 @@ def test_the_document_says_it_all(run: Run, server: Server, here: Path) -> None:
     url = server.on("/f.pth?token=hidden", Reply(BODY))
     assert run("download", url, "-o", "mine.pth", "--json", "--sha256", SHA).document == {
         "schema": "download/1",
-        "url": f"{server.root}/f.pth",
+        "url": f"{server.root}/f.pth?...",
         "path": "mine.pth",
         "nbytes": len(BODY),
         "sha256": SHA,

@@ -59,7 +59,7 @@ def verify(run: Run, files: dict[str, Any]) -> Run:
 
 def test_identical(verify: Run) -> None:
     done = verify("trained.pth", "clean.pth")
-    assert (done.code, done.out) == (0, "cpu\tidentical\t0\t0\t\n")
+    assert (done.code, done.out) == (0, "identical\tcpu\t0\t0\t\n")
     assert "the outputs are the same, bit for bit" in done.err
     assert f"torch {torch.__version__}" in done.err
     assert verify("trained.pth", "clean.pth", "-q").err == ""
@@ -68,11 +68,12 @@ def test_identical(verify: Run) -> None:
 def test_different(verify: Run) -> None:
     done = verify("trained.pth", "flipped.pth")
     assert done.code == 1
-    device, result, gap, ulp, module = done.out.rstrip("\n").split("\t")
+    result, device, gap, ulp, module = done.out.rstrip("\n").split("\t")
     assert (device, result, module) == ("cpu", "different", "features.1.primary.0")
+    assert done.err.startswith("different: cpu (")
     assert float(gap) > 0
     assert int(ulp) > 0
-    assert "1 tensor with other bytes: features.1.primary.0.weight" in done.err
+    assert "1 tensor differs: features.1.primary.0.weight" in done.err
 
 
 def test_the_document(verify: Run) -> None:
@@ -108,7 +109,7 @@ def test_the_document_has_no_number_that_json_has_not(verify: Run, files: dict[s
 def test_within_a_tolerance(verify: Run) -> None:
     done = verify("trained.pth", "flipped.pth", "--atol", "100")
     assert done.code == 0
-    assert done.out.startswith("cpu\twithin-tolerance\t")
+    assert done.out.startswith("identical\tcpu\t")
     assert "within the tolerance: at most" in done.err
 
 
@@ -123,7 +124,7 @@ def test_what_differs_from_itself(verify: Run, tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(4, 4).state_dict(), "linear.pth")
     more = ("--input-shape", "1,4")
     done = verify("linear.pth", "linear.pth", *more, model="net.py:Net")
-    assert (done.code, done.out) == (1, "cpu\tnot-deterministic\t\t\t\n")
+    assert (done.code, done.out) == (1, "inconclusive\tcpu\t\t\t\n")
     assert "nothing can be concluded" in done.err
     found = verify("linear.pth", "linear.pth", *more, "--json", model="net.py:Net").document
     assert (found["identical"], found["runs"][0]["identical"]) == (False, None)
@@ -139,8 +140,8 @@ def test_partial(verify: Run, files: dict[str, Any]) -> None:
     assert "missing: classifier.weight" in done.err
     assert "--init-missing" in done.err
     done = verify("trained.pth", "bare.pth", "--partial")
-    assert (done.code, done.out) == (0, "cpu\tidentical\t0\t0\t\n")
-    assert "left out, as not in both files: classifier;" in done.err
+    assert (done.code, done.out) == (0, "identical\tcpu\t0\t0\t\n")
+    assert "classifier: not in both files; set to the same values on both sides" in done.err
     found = verify("trained.pth", "bare.pth", "--partial", "--json").document
     assert found["left_out"] == ["classifier"]
 
@@ -162,7 +163,7 @@ def test_another_head_is_mended_by_transfer(verify: Run, run: Run, files: dict[s
     assert done.code == 1
     hint = done.err.rpartition("hint: ")[2].partition("   ")[0]
     assert run(*hint.replace("OUT", "mended.pth").split()[1:]).code == 0
-    assert verify("trained.pth", "mended.pth").out.startswith("cpu\tdifferent")  # a head anew
+    assert verify("trained.pth", "mended.pth").out.startswith("different\tcpu")  # a head anew
     assert verify("trained.pth", "four.pth", "--partial").code == 0
 
 
@@ -176,8 +177,8 @@ def test_a_thousand_classes_become_ten(verify: Run, run: Run) -> None:
     model.load_state_dict(torch.load("init.pth"), strict=True)
     assert load_matching(ghost_net(10, 8), "init.pth").filled == 1.0
     done = verify("imagenet.pth.tar", "init.pth", "--partial")
-    assert (done.code, done.out) == (0, "cpu\tidentical\t0\t0\t\n")
-    assert "left out, as not in both files: classifier;" in done.err
+    assert (done.code, done.out) == (0, "identical\tcpu\t0\t0\t\n")
+    assert "classifier: not in both files; set to the same values on both sides" in done.err
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_a_folder(verify: Run, picture: str, tmp_path: Path) -> None:
         (tmp_path / "data" / name / "1.png").write_bytes(Path(picture).read_bytes())
     done = verify("trained.pth", "clean.pth", "--data", "data", "--batch-size", "1")
     assert done.code == 0
-    assert "of 2 pictures, " in done.err
+    assert " of 2 pictures are right" in done.err
 
 
 def test_progress_is_whole_lines_off_a_terminal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -141,12 +142,14 @@ def sharded(rank: int, value: Any, starts: list[int]) -> Shard:
 
 
 def test_sharded_tensors_of_fsdp1(run: Run) -> None:
-    """A rank may hold no shard; what their files call is not carried into the output."""
+    """A rank may hold no shard; what their files name is inert, and not carried."""
     for rank in range(3):
         held = {"a": sharded(rank, WEIGHT, [0, 3]), "b": sharded(rank, WEIGHT, [0, 2, 4])}
         write(Path(f"sharded_rank_{rank}.pt"), at(Mesh((3,)), rank), held)
     for out in ("out.pth", "out.safetensors"):
-        assert run("convert", "sharded_rank_2.pt", out).code == 0
+        done = run("convert", "sharded_rank_2.pt", out)
+        assert (done.code, "would run code" in done.err) == (0, False)
+    assert run("check", ".").code == 0
     assert equal(judge.load("out.pth", weights_only=True), {"a": WEIGHT, "b": WEIGHT})
     assert equal(safetensors_torch.load_file("out.safetensors"), {"a": WEIGHT, "b": WEIGHT})
 
@@ -172,6 +175,60 @@ def test_orders_are_merged() -> None:
     assert merged([["a", "c", "d"], ["b", "c", "d", "e"]]) == ["a", "b", "c", "d", "e"]
     assert merged([["a", "b"], ["x", "y"], ["a", "c"]]) == ["a", "c", "b", "x", "y"]
     assert merged([]) == []
+
+
+# Megatron: parts side by side.
+
+
+def megatron(world: int = 2) -> dict[str, Any]:
+    """Cut a small model as Megatron-LM does, a folder for each rank; return the model."""
+    torch.manual_seed(0)
+    shapes = {"linear_qkv.weight": (24, 8), "linear_fc1.weight": (32, 8), "linear_fc1.bias": (32,)}
+    shapes |= {"linear_proj.weight": (8, 8), "linear_fc2.weight": (8, 32), "norm.weight": (8,)}
+    model = {"embedding.word_embeddings.weight": torch.rand(32, 8)}
+    model |= {f"decoder.layers.0.{key}": torch.rand(shape) for key, shape in shapes.items()}
+    for rank in range(world):
+        held = {
+            key: value
+            if "norm" in key
+            else value.chunk(world, int("proj" in key or "fc2" in key))[rank].clone()
+            for key, value in model.items()
+        }
+        args = argparse.Namespace(tensor_model_parallel_size=world)
+        os.makedirs(f"iter/mp_rank_{rank:02}")
+        path = f"iter/mp_rank_{rank:02}/model_optim_rng.pt"
+        torch.save({"args": args, "model": held, "iteration": 10}, path)
+    return model
+
+
+def test_parts_of_megatron_are_listed_and_a_recipe_fuses_them(run: Run) -> None:
+    """The recipe of the manual; without it each part keeps a key of its own."""
+    model = megatron()
+    for source in ("iter", "iter/mp_rank_01/model_optim_rng.pt"):
+        done = run("keys", source)
+        keys = [line.split("\t")[0] for line in done.out.splitlines()]
+        assert keys == [f"mp_rank_{rank:02}.{key}" for rank in range(2) for key in model]
+        assert "a recipe with `fuse` joins them" in done.err
+    page = (Path(ckptool.__file__).parent / "manual" / "containers.md").read_text()
+    Path("two.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    done = run("convert", "iter", "out.safetensors", "--recipe", "two.toml")
+    assert done.code == 0
+    assert equal(safetensors_torch.load_file("out.safetensors"), model, order=False)
+
+
+def test_a_missing_rank_of_megatron_is_refused(run: Run) -> None:
+    megatron()
+    shutil.rmtree("iter/mp_rank_00")
+    for source in ("iter", "iter/mp_rank_01/model_optim_rng.pt"):
+        assert "1 of 2 ranks" in lines(run("convert", source, "out.pth"))
+    assert run("keys", "--all", "iter/mp_rank_01/model_optim_rng.pt").code == 0
+
+
+def test_a_model_of_megatron_that_was_not_cut_is_whole(run: Run) -> None:
+    model = megatron(1)
+    done = run("unwrap", "iter/mp_rank_00/model_optim_rng.pt", "out.pth", "--at", "model")
+    assert done.code == 0
+    assert equal(judge.load("out.pth"), model)
 
 
 # What is no piece.
@@ -252,6 +309,17 @@ def test_each_file_that_is_cut_off_is_named(run: Run, good: Path, name: str) -> 
         shutil.rmtree("set")
 
 
+def test_a_damaged_file_of_another_model_is_in_no_way(run: Run) -> None:
+    """`lora_rank4.pt` and `lora_rank16.pt` are named as ranks are, and are none."""
+    Path("lora_rank4.pt").write_bytes(b"PK")
+    torch.save({"a.weight": WEIGHT}, "lora_rank16.pt")
+    assert run("convert", "lora_rank16.pt", "out.pth").code == 0
+    saved(of_two())
+    Path("model_rank_0.pt").write_bytes(b"PK")
+    os.unlink("out.pth")
+    assert "model_rank_0.pt" in lines(run("convert", "model_rank_1.pt", "out.pth"))
+
+
 def test_a_missing_shard_of_the_first_rank_leaves_a_gap(run: Run, good: Path) -> None:
     shutil.copytree(good / "dcp_safetensors", "set")
     os.unlink("set/shard-00001-model-00002-of-00002.safetensors")
@@ -316,6 +384,12 @@ def test_a_file_alone_is_a_part(run: Run, good: Path, name: str) -> None:
         found = run(command, path, "--json").document
         part = (found["files"][0] if command == "check" else found)["part"]
         assert part is not None
+    shutil.copytree(good / name, "set")
+    offered = run("info", f"set/{SETS[name]}", "--json").document["suggestions"]
+    commands = [each["command"].split() for each in offered]
+    assert [words[1] for words in commands] == ["convert", "keys"]
+    for words in commands:
+        assert run(*words[1:]).code == 0
     assert run("check", good / name).code == 0
     checked = run("check", good / name, "--json").document
     assert [each["part"] for each in checked["files"]] == [None]

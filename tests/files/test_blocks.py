@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from ckptool.errors import Malformed
-from ckptool.files.blocks import blocks, equal
+from ckptool.files.blocks import blocks, equal, runs
 from ckptool.files.fileio import Reader, Readers
 from ckptool.tensors import numbers
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import Packing, Storage, TensorInfo
+from ckptool.tensors.values import joined, literal
 
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
@@ -282,3 +283,21 @@ def test_swap_reverses_every_number(width: int) -> None:
     assert data == turned
     numbers.swap(memoryview(data), width)
     assert data == bytearray(range(48))
+
+
+def test_runs_of_any_bytes_of_what_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks, one may write the first byte of an element and another the rest."""
+    monkeypatch.setattr("ckptool.files.blocks.LONG", 1)
+    data = bytes(range(96))
+    parts = [
+        literal(data[:32], DType.F32, (2, 4), "a"),
+        literal(data[32:48], DType.F32, (1, 4), "b"),
+        literal(data[48:], DType.F32, (3, 4), "c"),
+    ]
+    storage = joined(parts, 0).storage
+    for start in range(96):
+        for end in range(start + 3, 97):
+            found = [*runs(storage, start, end - start)]
+            assert storage not in [each for each, _, _ in found]
+            read = [each.computed.kernel(at, at + nbytes) for each, at, nbytes in found]
+            assert b"".join(read) == data[start:end]

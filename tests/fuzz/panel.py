@@ -269,7 +269,7 @@ def complaints(path: Path, panel: Panel) -> Iterator[str]:
     for who, said in panel.ask(path).items():
         if status == "ok":
             yield from (f"{path.name}: {who} would run {what}" for what in said["ran"])
-            checkpoint = containers.read(path)
+            checkpoint = containers.read(path, alone=True)
             reported = {f"{name.module}.{name.name}" for name in checkpoint.globals}
             for name in said["names"]:
                 # As torch.load does; classes of a TorchScript archive are in no module of Python.

@@ -22,13 +22,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, environment, listing, sampled
+from conftest import FIXTURES, Outcome, environment, listing, sampled
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 import ckptool
 from ckptool.errors import CkptoolError
-from ckptool.files import publish, writing
+from ckptool.files import blocks, publish, writing
 from ckptool.files.copying import Copy, PlannedFile
 from ckptool.model import pulse, ranks
 from ckptool.model.ranks import Launched
@@ -174,6 +174,7 @@ def test_bytes_are_those_of_one_process(
     """Cut anywhere, in elements too: on a file system, ranges end at 64 KiB at least."""
     monkeypatch.setattr(writing, "LEAST_CUT", 1)
     monkeypatch.setattr(writing, "PIECES", 1 << 30)
+    monkeypatch.setattr(blocks, "LONG", 1)
     alone, together = tmp_path / "alone" / form, tmp_path / "together" / form
     alone.parent.mkdir(), together.parent.mkdir()
     expected = ckptool.convert(inputs[source], alone, **FORMS[form])
@@ -186,6 +187,36 @@ def test_bytes_are_those_of_one_process(
     assert bytes_of(together) == bytes_of(alone)
     assert [path.name for path in together.parent.iterdir()] == [form]
     assert found[0].casts == expected.casts
+
+
+SOURCES = sampled(sorted((FIXTURES / "good").iterdir()), 12)
+
+
+@pytest.mark.product(3)
+@pytest.mark.parametrize("form", ["out.pth", "out.safetensors", "dcp"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_whatever_there_is_to_copy(
+    threads: Threads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, form: str
+) -> None:
+    """Deflated, big-endian, strided, in pieces; what is refused, is refused alike."""
+    monkeypatch.setattr(writing, "LEAST_CUT", 1)
+    monkeypatch.setattr(writing, "PIECES", 1 << 30)
+    monkeypatch.setattr(blocks, "LONG", 1)
+    options: dict[str, Any] = {"to": "dcp"} if form == "dcp" else {}
+
+    for name in ("alone", "together"):
+        (tmp_path / name).mkdir()
+
+    def convert(name: str, *, distributed: bool) -> object:
+        target = tmp_path / name / form
+        try:
+            ckptool.convert(source, target, distributed=distributed, **options)
+        except CkptoolError as error:
+            return error.slug, error.message.replace(name, "")
+        return bytes_of(target)
+
+    alone = convert("alone", distributed=False)
+    assert threads.run(3, lambda _: convert("together", distributed=True)) == [alone] * 3
 
 
 # What one rank cannot do, none does.

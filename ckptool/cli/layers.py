@@ -1,0 +1,69 @@
+"""`ckptool layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from ckptool.cli import talk
+from ckptool.cli._options import Command, refuse_idle
+
+
+@click.command("layers", cls=Command)
+@click.argument("file", metavar="[FILE]", required=False)
+@click.option(
+    "--model", required=True, metavar="SPEC", help="resnet18, file.py:factory, package:factory."
+)
+@click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
+@click.option(
+    "--input-shape",
+    multiple=True,
+    metavar="SHAPE",
+    help="1,3,224,224, or 1,16:int64; once for each argument of the model.",
+)
+@click.option("--depth", type=click.IntRange(0), metavar="N", help="Fold modules deeper than N.")
+@click.option("--at", metavar="NAME", help="Where the state_dict of FILE sits (dotted).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+def command(
+    file: str | None,
+    model: str,
+    model_arg: Sequence[str],
+    input_shape: Sequence[str],
+    depth: int | None,
+    at: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """List the layers of a model in the order in which they run.
+
+    \b
+    ckptool layers --model resnet50
+    ckptool layers --model resnet50 --depth 1
+    ckptool layers --model net.py:Net --input-shape 1,3,32,32
+    ckptool layers --model resnet50 model_best.pth.tar
+
+    Class, kernel shape (inputs before outputs), output shape, parameters, multiply-adds (products
+    of convolutions and matrices, for the whole input) and dtype. With FILE also how many of a
+    layer's keys it fills, wrappers removed, and the keys that no layer has. The model runs without
+    memory for its values where it can.
+    """
+    from ckptool.cli import report, report_layers
+    from ckptool.model import layers, zoo
+
+    refuse_idle({"at": "file"})
+    found = layers.layers(
+        model,
+        file,
+        model_args=zoo.arguments(model_arg),
+        input_shapes=input_shape,
+        depth=depth,
+        at=at,
+    )
+    if as_json:
+        talk.put([report.document(found.to_dict())])
+    else:
+        talk.put(report_layers.rows(found, wide=talk.on_terminal()))
+    talk.say(report_layers.lines(found), quiet=quiet)
+    return 0

@@ -1,0 +1,81 @@
+"""What URLs are on, by their scheme, and how servers are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ckptool.files import paths
+
+if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
+    from pathlib import Path
+
+    from ckptool.files.remote import View
+
+
+class Manner(NamedTuple):
+    """How long to wait for a server, in seconds, and who is told what takes longer than expected.
+
+    `progress` shows how a file comes that is fetched as a whole. What is known of sites is shared
+    by all that is read while they are asked so; without `views`, by the files of a set.
+    """
+
+    timeout: float = 60.0
+    say: Callable[[str], None] | None = None
+    progress: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    views: dict[str, View] | None = None
+
+
+_manner: ContextVar[Manner | None] = ContextVar("manner", default=None)
+
+
+def manner() -> Manner:
+    """Return how servers are asked now."""
+    return _manner.get() or Manner()
+
+
+@contextmanager
+def asking(manner: Manner) -> Iterator[None]:
+    """Ask servers in this manner for a while."""
+    token = _manner.set(manner)
+    try:
+        yield
+    finally:
+        _manner.reset(token)
+
+
+def of(path: str | Path) -> str:
+    """Return a path as text, an open file as it is, and a URL as what can be opened and shown."""
+    if not isinstance(path, str):
+        return str(path)
+    if not paths.is_url(path) or isinstance(path, paths.Url) or hasattr(path, "url"):
+        return path
+    scheme, views = path.partition("://")[0].lower(), manner().views
+    view = views.get(scheme) if views is not None else None
+    if view is None:
+        view = _view(scheme)
+    if views is not None:
+        views[scheme] = view
+    return paths.Url(path, view)
+
+
+def _view(scheme: str) -> View:
+    from urllib.parse import quote, unquote
+
+    from ckptool.files import remote
+
+    if scheme in paths.STORES:
+        from ckptool.files import stores
+
+        return remote.View(stores.Store(scheme))
+    from ckptool.files import web
+
+    asked = manner()
+    servers = web.Web(asked.timeout, asked.say, asked.progress)
+    if scheme == "hf":
+        from ckptool.files import hub
+
+        return remote.View(hub.Hub(servers))
+    return remote.View(servers, can_list=False, quote=quote, unquote=unquote)
