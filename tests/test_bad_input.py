@@ -83,6 +83,8 @@ REFUSED = {
         ranks_other_step ranks_other_world ranks_parameter_differs ranks_replicas_differ
         ranks_sharded_beyond ranks_sharded_gap ranks_sharded_overlap ranks_short_piece
         ranks_truncated ranks_twice
+        zero_huge_shape zero_left_over zero_negative_shape zero_other_step zero_other_world
+        zero_paddings zero_short zero_truncated
         dcp_safetensors_dimensions dcp_safetensors_far dcp_safetensors_gap
         dcp_safetensors_negative dcp_safetensors_no_key dcp_safetensors_overlap
         dcp_safetensors_text
@@ -114,7 +116,7 @@ REFUSED = {
         script_json_deep.pt sharded_deep module_deep.pth dcp_deep
         dcp_safetensors_deep
     """,
-    "partial-checkpoint": "ranks_flat ranks_huge_mesh ranks_missing",
+    "partial-checkpoint": "ranks_flat ranks_huge_mesh ranks_missing zero_missing zero_no_model",
 }
 # Files that would run code: `keys` warns, a torch file is refused, the tensors can be kept. Beside
 # each, what converting it to safetensors says.
@@ -155,6 +157,7 @@ DANGEROUS = {
     "reduce_os_system.pth": "no-state-dict",
     "sharded_os_system": "ok",
     "stack_global_os_system.pth": "ok",
+    "zero_call": "ok",
 }
 # Files that are odd, yet do no harm.
 HARMLESS = {
@@ -292,6 +295,7 @@ WARM_UP = """
     plain_legacy.pth strided_legacy.pth python2.pth plain.safetensors shapes.safetensors
     plain_pickle.pkl torch_0_1.tar expanded_far.pth script.pt script_2019.pt
     sharded_safetensors sharded_bin transformers dcp dcp_two_ranks fsdp2_ranks dcp_safetensors
+    zero1_ranks zero3_ranks
 """
 WATCH = str(Path(__file__).with_name("watch.py"))
 

@@ -420,6 +420,7 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     named = {each: at for each, at in source.globals.items() if not each.followed}
     carried = safety.judge(named, source.calls)
     remade = containers.by_name(source.container).traits.remade
+    remade &= whole.level is not Level.DANGEROUS  # one such file of a set makes it suspect
     if bare or remade or options.tensors_only or options.drop_beside:
         carried = safety.judge_tree(source.tree)
     if not containers.by_name(plan.container).traits.objects:

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/zero.py --size 1GiB --rounds 5
 
-The sets are made with torch. A join is paired with `cat` of the files that hold its slices,
-in rounds that rotate; printed are the medians, the ratio of the pairs, and the largest peak memory.
+The sets are made with torch. A join is paired with `cat` of the files that hold its slices into
+one, in rounds that rotate; printed are the medians, the ratio of the pairs, and the largest peak
+memory.
 Limits: 1.3 times `cat`, 96 MiB; `keys` of 64 ranks, 1 second.
 """
 

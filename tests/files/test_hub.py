@@ -207,3 +207,14 @@ def test_huggingface_hub_reads_the_same(
     assert f"{API}v1" in ours & theirs
     resolved = {path for path in theirs if "/resolve/" in path}
     assert {path.replace("/v1/", f"/{COMMIT}/") for path in resolved} <= ours
+
+
+@pytest.mark.parametrize("name", ["fsdp2_ranks", "mesh_ranks", "dcp", "dcp_safetensors"])
+def test_folders_of_ranks(files: dict[str, bytes], name: str) -> None:
+    folder = FIXTURES / "good" / name
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files[f"{folder.name}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+    url = f"hf://org/model/{folder.name}"
+    assert ckptool.diff(url, folder).equal
+    assert ckptool.check(url).status is ckptool.check(folder).status
