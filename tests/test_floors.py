@@ -345,6 +345,7 @@ LINES = [
     "convert {g}/dcp out.safetensors",
     "convert {g}/plain.safetensors out.pth",
     "transfer {g}/model_best.pth.tar out.pth --like {g}/plain.pth",
+    "match {g}/data_parallel.pth --like {g}/plain.pth",
     "info {g}/model_best.pth.tar",
     "info --json {g}/huge_view.pth",
     "diff --help",
@@ -390,7 +391,7 @@ def test_no_library_is_loaded_without_need(
     code, modules = loaded(line)
     assert code == (3 if "missing" in line else 0)
     assert not modules & (UNWANTED - NUMPY if line in COMPUTING else UNWANTED)
-    if not line.startswith("transfer"):  # it knows of --model
+    if not line.startswith(("transfer", "match")):  # they know of --model
         assert not any(module.startswith("ckptool.model.") for module in modules)
     if line == "import" or line.endswith("--help"):
         assert not modules & {

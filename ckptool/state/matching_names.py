@@ -25,7 +25,7 @@ SYNONYMS = {
         "norm normalization norms bn batchnorm ln layernorm gn groupnorm rmsnorm",
         "shortcut downsample skip identity residual",
         "head heads fc classifier logits",
-        "first 1 before input",
+        "first 1 before input pre",
         "second 2 after post",
         "conv convolution",
         "dw depthwise",
@@ -44,6 +44,8 @@ SYNONYMS = {
     )
     for word in words.split()
 }
+# A norm after the attention is none of the attention: `post_attention_layernorm` of Llama.
+PREPOSITIONS = frozenset("post pre after before".split())
 # What a name may have or not without a change of what it names.
 PLAIN = frozenset(
     "layer layers block blocks stage stages module modules model net h weight parameter "
@@ -71,8 +73,13 @@ def words_of(component: str) -> Words:
     """Return the words of one component, as the table calls them."""
     if len(component) > MAX_NAME:
         return frozenset([component])
-    found = (word.lower() for word in _WORD.findall(component))
-    return frozenset(SYNONYMS.get(word, word) for word in found)
+    found, where = set[str](), False
+    for word in map(str.lower, _WORD.findall(component)):
+        meant = SYNONYMS.get(word, word)
+        if meant == "norm" or not where:
+            found.add(meant)
+        where = (where or word in PREPOSITIONS) and meant != "norm"
+    return frozenset(found)
 
 
 def words(components: Iterable[str]) -> Words:

@@ -6,8 +6,7 @@ import json
 import random
 import re
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,9 @@ def sure(here: Shapes, there: Shapes) -> dict[str, str]:
     return {old: new for old, new in names(found).items() if new in there}
 
 
-def made_by(how: Plan, key: str) -> str:
-    return Renaming(how.then)(Renaming(how.first)(key))
+def made_by(how: Plan, keys: Iterable[str]) -> dict[str, str]:
+    first, then = Renaming(how.first), Renaming(how.then)
+    return {key: then(first(key)) for key in keys}
 
 
 class Renamer:
@@ -75,11 +75,10 @@ class Renamer:
         return self.words[word]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.product(4)
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_wrong_is_sure_under_any_names(name: str, seed: int) -> None:
-    if (MODELS.index(name) + seed) % 3 and name not in sampled(MODELS, 3):
-        return
     here = of_model(name)
     rename = Renamer(seed, offset=seed)
     pairs = [(rename(key), shape) for key, shape in here.items()]
@@ -91,7 +90,7 @@ def test_nothing_wrong_is_sure_under_any_names(name: str, seed: int) -> None:
     assert len(found) > 0.3 * len(here)
 
 
-@pytest.mark.parametrize("name", sampled(MODELS, 2))
+@pytest.mark.parametrize("name", sampled(MODELS, 4))
 def test_rules_say_what_the_pairs_say(name: str) -> None:
     """Blocks that are flattened, or cut in stages, are numbered anew, and so in the rules."""
     here = of_model(name)
@@ -100,7 +99,7 @@ def test_rules_say_what_the_pairs_say(name: str) -> None:
     matching = match(here, there)
     wanted = names(matching.pairs)
     how = plan(list(here), wanted, blocks_of(matching.pairs))
-    assert {key: made_by(how, key) for key in here if key in wanted} == wanted
+    assert made_by(how, wanted) == wanted
     assert how.count <= len({key.rpartition(".")[0] for key in here})
 
 
@@ -150,6 +149,11 @@ def test_a_model_that_is_twice_there_is_ambiguous() -> None:
 CASES = {
     "q k v": (["q", "k", "v"], ["query", "key", "value"], True),
     "norms": (["ln_1", "ln_2"], ["input_layernorm", "post_attention_layernorm"], True),
+    "norms of Llama": (
+        ["input_layernorm", "post_attention_layernorm"],
+        ["attention_norm", "ffn_norm"],
+        False,
+    ),
     "before": (["norm1", "norm2"], ["layernorm_before", "layernorm_after"], True),
     "order": (["conv1", "conv2", "conv3"], ["layer.0", "layer.1", "layer.2"], True),
     "offset": (["conv1", "conv2"], ["conv0", "conv1"], True),
@@ -202,21 +206,21 @@ def _tensors(given: Shapes) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["deep", "wide", "one shape", "long names", "odd names"])
-def test_hostile_names_take_no_time(kind: str) -> None:
+def test_hostile_names_are_paired_or_left_alone(kind: str) -> None:
     keys = {
-        "deep": [".".join(["a"] * (i % 300)) + f".w{i}" for i in range(3000)],
-        "wide": [f"m{i}x.weight" for i in range(3000)],
-        "one shape": [f"{chr(97 + i % 26)}{i}.{i % 7}.b{i % 3}.weight" for i in range(3000)],
+        "deep": [".".join(["a"] * (i % 100)) + f".w{i}" for i in range(1000)],
+        "wide": [f"m{i}x.weight" for i in range(1000)],
+        "one shape": [f"{chr(97 + i % 26)}{i}.{i % 7}.b{i % 3}.weight" for i in range(1000)],
         "long names": [f"{'ab_' * 1000}{i}.weight" for i in range(300)],
         "odd names": [f"{{i}}*{i}.[re:\\{i}'\n.weight" for i in range(300)],
     }[kind]
     shape = (lambda i: (4, 4)) if kind != "wide" else (lambda i: (i % 50 + 2, 4))
     here = {key: shape(i) for i, key in enumerate(keys)}
     there = {f"x.{key}": shape(i) for i, key in enumerate(reversed(keys))}
-    started = time.process_time()
     matching = match(here, there)
-    plan(list(here), names(matching.pairs), blocks_of(matching.pairs))
-    assert time.process_time() - started < 20
+    wanted = names(matching.pairs)
+    how = plan(list(here), wanted, blocks_of(matching.pairs))
+    assert made_by(how, here) == {key: wanted.get(key, key) for key in here}
 
 
 def test_a_module_goes_as_a_whole() -> None:
