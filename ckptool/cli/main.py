@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from ckptool import __version__
-from ckptool.cli.talk import complain, put, refusal, say, silence
+from ckptool.cli.talk import complain, put, refusal, say, silence, without_secrets
 from ckptool.errors import (
     CkptoolError,
     MissingExtra,
@@ -265,15 +265,6 @@ def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
     return error
 
 
-def _without_secrets(word: str) -> str:
-    """Return an argument as it may be shown."""
-    if "://" not in word:
-        return word
-    from ckptool.files.http import shown
-
-    return shown(word)
-
-
 # Options of one meaning under other names: what errors call it -> command -> its own.
 _OWN_NAMES = {"--prefix": {"convert": "--strip-prefix", "diff": "--ignore-prefix"}}
 
@@ -284,7 +275,7 @@ def _retried(arguments: list[str], option: str) -> str:
     name = _OWN_NAMES.get(name, {}).get(arguments[0], name)
     same = f"{value.partition('=')[0]}=" if "=" in value else ""  # --model-arg NAME=VALUE
     kept: list[str] = []
-    words = iter([_without_secrets(word) for word in arguments])
+    words = iter([without_secrets(word) for word in arguments])
     for word in words:
         if word == "--":  # no option stands behind it
             words = iter([word, *words])

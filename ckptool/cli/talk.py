@@ -89,11 +89,20 @@ def warn(lines: Iterable[str]) -> None:
     say(f"{coloured('warning', 'yellow')}: {line}" for line in lines)
 
 
+def without_secrets(word: str) -> str:
+    """Return an argument as it may be shown: a URL without user, password and query."""
+    if "://" not in word:
+        return word
+    from ckptool.files.http import shown
+
+    return shown(word)
+
+
 class Progress:
     """A bar on a terminal once a job takes longer than a second, plain lines elsewhere."""
 
     def __init__(self, what: str, *, quiet: bool, unit: str = "B") -> None:
-        self._what = visible(os.path.basename(what))
+        self._what = visible(os.path.basename(without_secrets(what)))
         self._unit = unit
         self._total = 0
         self._quiet = quiet

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ckptool.errors import DownloadFailed, NoSuchFile
-from ckptool.files import http
+from ckptool.files import budget, http
 from ckptool.files.http import shown
-from ckptool.files.paths import Entry
+from ckptool.files.paths import Entry, stays_inside
 
 if TYPE_CHECKING:
     from ckptool.files.paths import Url
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ckptool.files.web import Web
 
 ENDPOINT = "https://huggingface.co"
-MAX_ANSWER = 64 << 20  # of the list of a repository's files
+MAX_ANSWER = 16 << 20  # of the list of a repository's files
 _REF = re.compile(r"refs/(?:convert|pr)/[\w.-]+")  # the revisions with a slash that are not quoted
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -116,6 +116,7 @@ class Hub:
                         raise DownloadFailed(f"{url}: the list of its files does not end")
         except DownloadFailed as error:
             raise _named(error, url, shown(address)) from error
+        budget.current().read(len(data))
         try:
             told: Any = json.loads(data)
         except (ValueError, RecursionError):
@@ -125,7 +126,9 @@ class Hub:
                 files = {
                     each["rfilename"]: size if isinstance(size := each.get("size"), int) else -1
                     for each in siblings
-                    if isinstance(each, dict) and isinstance(each.get("rfilename"), str)
+                    if isinstance(each, dict)
+                    and isinstance(each.get("rfilename"), str)
+                    and stays_inside(each["rfilename"])
                 }
                 return Repository(name, commit, files)
         raise DownloadFailed(f"{url}: {shown(self._endpoint)} does not answer as the Hub does")

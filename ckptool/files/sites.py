@@ -66,13 +66,13 @@ def _view(scheme: str) -> View:
 
     from ckptool.files import remote
 
+    asked = manner()
     if scheme in paths.STORES:
         from ckptool.files import stores
 
-        return remote.View(stores.Store(scheme))
+        return remote.View(stores.Store(scheme, asked.timeout))
     from ckptool.files import web
 
-    asked = manner()
     servers = web.Web(asked.timeout, asked.say, asked.progress)
     if scheme == "hf":
         from ckptool.files import hub

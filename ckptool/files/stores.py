@@ -43,8 +43,8 @@ _REASON = 200  # characters of what a library says
 class Store:
     """What is asked of a store in one run."""
 
-    def __init__(self, scheme: str) -> None:
-        self._system = _system(scheme)
+    def __init__(self, scheme: str, timeout: float) -> None:
+        self._system = _system(scheme, timeout)
 
     def open(self, url: Url) -> Object:
         """Open an object; raises what says why it cannot be."""
@@ -128,7 +128,7 @@ def _version(found: dict[str, Any]) -> str:
     return repr([found["size"], *(str(found.get(name)) for name in _VERSION)])
 
 
-def _system(scheme: str) -> Any:
+def _system(scheme: str, timeout: float) -> Any:
     """Return fsspec's file system, without what it would keep of listings."""
     try:
         import fsspec
@@ -140,7 +140,9 @@ def _system(scheme: str) -> Any:
             hint="pip install 'ckptool[remote]'",
         ) from error
     with _calling(lambda what: DownloadFailed(f"{scheme}:// cannot be used{what}")):
-        return made(use_listings_cache=False, skip_instance_cache=True)
+        waits = {"connect_timeout": min(timeout, 10), "read_timeout": timeout}  # of botocore
+        how = {"config_kwargs": waits} if scheme == "s3" else {}
+        return made(use_listings_cache=False, skip_instance_cache=True, **how)
 
 
 @contextmanager

@@ -23,12 +23,12 @@ _FILLS = frozenset(
     "uniform_ normal_ zero_ fill_ log_normal_ exponential_ cauchy_ geometric_ random_".split()
 )
 _CHANGES = frozenset("erfinv_ mul_ add_ sub_ div_ clamp_ clamp_min_ clamp_max_ neg_".split())
-# What tells about a tensor without its values, or returns one that shares its memory.
+# What tells about a tensor without its values, returns one that shares its memory, or takes none.
 _LOOKS = frozenset(
     "shape dim size ndim numel nelement dtype device is_meta layout requires_grad is_leaf stride "
     "is_contiguous element_size is_floating_point is_complex is_sparse is_quantized is_cuda nbytes "
     "is_mkldnn itemsize grad grad_fn requires_grad_ storage_offset is_nested is_inference __len__ "
-    "data detach view".split()
+    "data detach view _set_grad_enabled empty zeros ones tensor".split()
 )
 
 

@@ -7,7 +7,7 @@ paired first, and in the gaps between them the first two of one shape are where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
@@ -54,16 +54,27 @@ def _leaves(trace: Trace) -> Trace:
 
 
 def _in_gaps(left: Trace, right: Trace) -> Iterator[Pair]:
-    """Yield modules of one shape from the gaps between equal outputs."""
+    """Yield modules alike in work or shape from the gaps between equal outputs."""
     for what, *ends in _aligned([s.digest for s in left], [s.digest for s in right]):
         if what == "equal":
             continue
         start, end, other, last = ends
         gap, opposite = left[start:end], right[other:last]
-        shapes = ([step.shape for step in gap], [step.shape for step in opposite])
-        for same, first, stop, second, _ in _aligned(*shapes):
-            if same == "equal":
-                yield from zip(gap[first:stop], opposite[second:], strict=False)
+        pairs = [*_first_alike(gap, opposite, _work)]
+        yield from pairs or _first_alike(gap, opposite, lambda step: step.shape)
+
+
+def _first_alike(
+    left: Sequence[Step], right: Sequence[Step], what: Callable[[Step], object]
+) -> Iterator[Pair]:
+    """Pair each step with the next one of the other side that is alike, in order."""
+    ahead = list(right)
+    for step in left:
+        kinds = [what(other) for other in ahead]
+        if what(step) in kinds:
+            place = kinds.index(what(step))
+            yield step, ahead[place]
+            del ahead[: place + 1]
 
 
 def _aligned(

@@ -45,10 +45,14 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to run: `module` may be a wrapper of `bare`, whose names are the model's own."""
+    """A model to run: `module` may be a wrapper of `bare`, whose names are the model's own.
+
+    `state` is what was loaded, as it is in the file.
+    """
 
     module: Any
     bare: Any
+    state: Mapping[str, Any]
     loader: str
     notes: tuple[str, ...]
 
@@ -61,19 +65,19 @@ def wrapped(source: Source) -> Peeling:
 def make(recipe: Recipe, source: Source, device: Any, *, reference: bool) -> Subject:
     """Make the model, load one side's weights into it, and bring it to a device."""
     devices.seed_everything(recipe.seed)
+    loaded = native.load(source)
     with deferred.initial_values():
         model = zoo.build(recipe.spec, recipe.args, "cpu").eval()
-        loaded, parallel, notes = _loaded(model, recipe, source, reference)
+        parallel, notes = _into(model, loaded, recipe, source, reference)
     model = model.to(device=device, dtype=recipe.dtype, memory_format=recipe.memory_format)
     module = _parallel(model, device) if parallel else model
-    return Subject(module, model, loaded.loader, tuple(notes))
+    return Subject(module, model, loaded.state_dict, loaded.loader, tuple(notes))
 
 
-def _loaded(
-    model: Any, recipe: Recipe, source: Source, reference: bool
-) -> tuple[native.Native, bool, list[str]]:
-    """Load a file into a model; return also whether it goes in a wrapper, and what to note."""
-    loaded = native.load(source)
+def _into(
+    model: Any, loaded: native.Native, recipe: Recipe, source: Source, reference: bool
+) -> tuple[bool, list[str]]:
+    """Load weights into a model; return whether it goes in a wrapper, and what to note."""
     notes = list(loaded.notes)
     state, outer = loaded.state_dict, wrapped(source) if reference else Peeling()
     parallel = outer.only_default and not outer.bookkeeping and recipe.common is None
@@ -85,7 +89,7 @@ def _loaded(
         _strictly(_parallel(model) if parallel else model, state, recipe, source, reference)
     else:
         _partly(model, state, recipe)
-    return loaded, parallel, notes
+    return parallel, notes
 
 
 def _parallel(model: Any, device: Any = None) -> Any:

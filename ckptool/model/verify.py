@@ -191,10 +191,11 @@ def _run(plan: _Plan, device: Any) -> Run:
 
 @dataclass(slots=True)
 class _Side:
-    """What one side gave: outputs of all batches, and of all modules for the first one."""
+    """What one side gave: outputs of all batches, of all modules for the first one; its weights."""
 
     kept: Kept
     trace: runner.Trace
+    state: Mapping[str, Any]
 
 
 class _Comparison:
@@ -244,7 +245,7 @@ class _Comparison:
             done = index + 1 if reference else plan.inputs.total + index + 1
             sides = 1 if plan.candidate is None else 2
             plan.progress(source.path, done, sides * plan.inputs.total)
-        return _Side(kept, steps)
+        return _Side(kept, steps, model.state)
 
     def _model(self, source: Source, recipe: Recipe) -> subject.Subject:
         """Make one side's model, after the memory of the other side's was released."""
@@ -293,7 +294,7 @@ class _Comparison:
             nan_differs=sum(difference.nan for difference in apart),
             differences=tuple({each.path: each for each in reversed(apart)}.values())[::-1],
             # Listed even where the outputs agree: a difference may be too small to reach them.
-            parameters=tuple(_parameters(self._plan)),
+            parameters=tuple(_parameters(self._plan.reference, left.state, right.state)),
             top1_agreement=_agreement(pairs),
             top_candidate=self._top(right.kept),
             seconds_candidate=right.kept.seconds,
@@ -401,13 +402,13 @@ def _accuracy(sides: Sequence[Sequence[runner.Output]], labels: Sequence[Any]) -
     return Accuracy(total, shares[0], shares[1] if len(shares) > 1 else None)
 
 
-def _parameters(plan: _Plan) -> list[str]:
+def _parameters(
+    source: Source, reference: Mapping[str, Any], right: Mapping[str, Any]
+) -> list[str]:
     """List the keys whose values differ in their bytes between the two files."""
-    assert plan.candidate is not None
     tensor = libraries.torch().Tensor
-    outer = subject.wrapped(plan.reference)
-    left = {outer.name(key): value for key, value in native.load(plan.reference).state_dict.items()}
-    right = native.load(plan.candidate).state_dict
+    outer = subject.wrapped(source)
+    left = {outer.name(key): value for key, value in reference.items()}
     pairs = [(key, value, right.get(key)) for key, value in left.items()]
     return [
         key

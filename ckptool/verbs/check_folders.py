@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ckptool import containers
 from ckptool.errors import CkptoolError
-from ckptool.files import archives, budget
+from ckptool.files import archives, budget, sites
 from ckptool.verbs.checking import Checked, Status
 
 
@@ -52,6 +52,7 @@ def groups(paths: Sequence[str]) -> list[Group]:
 
 
 def _group(path: str) -> Group:
+    path = sites.of(path)
     if not os.path.isdir(path):
         return Group(path, files=[path])
     group = Group(path, folder=True)

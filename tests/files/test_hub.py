@@ -117,6 +117,16 @@ def test_folders_and_names_that_are_not_there(files: dict[str, bytes]) -> None:
         assert "secret" not in named.value.message
 
 
+def test_names_that_lead_out_of_a_repository_are_not_in_it(
+    files: dict[str, bytes], far: Far
+) -> None:
+    files["../../secret.pth"] = files["/x.pth"] = GOOD
+    for name in ("../../secret.pth", "/x.pth"):
+        with pytest.raises(NoSuchFile):
+            ckptool.keys(f"hf://org/model/{name}")
+    assert all("/api/models/org/model/" in each.path for each in far.asked)
+
+
 def test_the_token_goes_to_the_hub_alone(
     files: dict[str, bytes], far: Far, cdn: Far, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
@@ -207,3 +217,14 @@ def test_huggingface_hub_reads_the_same(
     assert f"{API}v1" in ours & theirs
     resolved = {path for path in theirs if "/resolve/" in path}
     assert {path.replace("/v1/", f"/{COMMIT}/") for path in resolved} <= ours
+
+
+@pytest.mark.parametrize("name", ["fsdp2_ranks", "mesh_ranks", "dcp", "dcp_safetensors"])
+def test_folders_of_ranks(files: dict[str, bytes], name: str) -> None:
+    folder = FIXTURES / "good" / name
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files[f"{folder.name}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+    url = f"hf://org/model/{folder.name}"
+    assert ckptool.diff(url, folder).equal
+    assert ckptool.check(url).status is ckptool.check(folder).status

@@ -391,3 +391,21 @@ def test_the_last_look_is_at_all_files(far: Far) -> None:
     found = ckptool.read(shards(far))
     assert len(found.files) == 5
     assert places.find(found).entries.keys() == STATE.keys()
+
+
+def test_files_beside_files_where_nothing_can_be_listed(far: Far, tmp_path: Path) -> None:
+    import zipfile
+
+    zipfile.ZipFile(GOOD).extractall(tmp_path)
+    unpacked = next(path.parent for path in tmp_path.rglob("data.pkl"))
+    for folder, name in ((FIXTURES / "good" / "dcp", ".metadata"), (unpacked, "data.pkl")):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                far.put(f"/{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        assert ckptool.diff(f"{far.root}/{name}/{name}", folder).equal
+
+
+def test_one_shard_says_that_it_is_one(far: Far) -> None:
+    shards(far)
+    found = ckptool.read(f"{far.root}/set/model-00001-of-00004.safetensors")
+    assert any("this is shard 1 of 4" in note for note in found.notes)

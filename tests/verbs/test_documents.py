@@ -57,6 +57,7 @@ LINES = {
     "diff_structure": "diff --structure --all optimizer.pth model_best.pth.tar",
 }
 MODEL_LINES = {
+    "layers": "layers --model net.py:Net --input-shape 2,4 c.pth",
     "verify": "verify --model net.py:Net --device cpu --input-shape 2,4 a.pth b.pth",
     "verify_partial": (
         "verify --partial --model net.py:Net --device cpu --input-shape 2,4 a.pth c.pth"
