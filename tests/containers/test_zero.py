@@ -325,6 +325,17 @@ def test_each_file_that_is_truncated_is_named(run: Run, stage: int) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_byte_of_a_slice_that_was_changed_is_found(run: Run, stage: int) -> None:
+    model = saved(stage, 2)
+    half = model.masters["fc.bias"][:1].numpy().tobytes()  # in the file of rank 0
+    path = Path(f"run/global_step3/bf16_{OPTIM.format(0)}")
+    content = path.read_bytes()
+    at = content.index(half)
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    refused(run, "run", path.name, "checksum")
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("other", ["step", "world", "stage", "shapes"])
 def test_each_file_of_another_save_is_named(run: Run, stage: int, other: str) -> None:
