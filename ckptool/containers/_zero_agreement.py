@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 from ckptool.containers._agreement import agree
 from ckptool.containers._zero_files import EXPERT, Model, Rank, Slices
-from ckptool.errors import Malformed, PartialCheckpoint, Unsupported
+from ckptool.errors import FormatError, Malformed, PartialCheckpoint, Unsupported
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
 from ckptool.pickles.tree import Node
@@ -122,7 +123,15 @@ def _refuse_experts(
 # All there, and of one save.
 
 
-def _without_masters(model: Model) -> PartialCheckpoint:
+def _without_masters(model: Model) -> FormatError:
+    folder = os.path.join(os.path.dirname(model.path), "zero")
+    if os.path.isdir(folder):  # deepspeed/checkpoint/ds_to_universal.py
+        return Unsupported(
+            f"{model.name} is of a universal checkpoint of DeepSpeed, with a file of each "
+            f"parameter in {folder}",
+            path=model.path,
+            hint="convert the step that it was made of",
+        )
     whole = all(
         isinstance(value := model.entries.get(key), TENSORS) and value.shape == shape
         for key, shape in model.noted.items()
