@@ -41,12 +41,11 @@ def command(
     ckptool match vit_b_16.pth --like timm_vit.safetensors -o map.toml
     ckptool match resnet50.pth --model timm:resnet50 -o map.toml
     ckptool match ours.pth --like theirs.json -o map.toml
-    ckptool convert --recipe map.toml vit_b_16.pth out.pth
 
     Modules are paired by names, numbers in order, and the modules around them; what these do not
     tell apart is a comment in the recipe, with a line for each choice. B may also be what `ckptool
-    keys --json` printed. No weights are read or written. Exit code 1 where something is ambiguous,
-    2 where nothing is alike.
+    keys --json` printed. No weights are read or written: `ckptool convert --recipe map.toml A OUT`
+    does that. Exit code 1 where something is ambiguous, 2 where nothing is alike.
     """
     from ckptool.cli import report, report_match
     from ckptool.model import zoo
