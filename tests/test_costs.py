@@ -171,7 +171,8 @@ def test_a_size_is_a_size(run: Run, good: Path, size: str) -> None:
 def test_every_command_takes_it(run: Run) -> None:
     from ckptool.cli import main
 
-    for name in (name for names in main.GROUPS.values() for name in names):
+    reading = {name for names in main.GROUPS.values() for name in names} - {"help"}
+    for name in reading:
         assert "--max-memory SIZE" in run(name, "--help").out
 
 

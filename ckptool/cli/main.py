@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+from contextvars import copy_context
 from types import FrameType
 from typing import Any
 
@@ -163,7 +164,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         _refuse_no_room()
-        return _invoke(arguments)
+        return copy_context().run(_invoke, arguments)  # what a usage error leaves set goes with it
     except CkptoolError as error:
         if not error.said_elsewhere:
             complain(_with_hint(error, arguments))
