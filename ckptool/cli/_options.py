@@ -19,23 +19,27 @@ from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
 
 if TYPE_CHECKING:
+    from ckptool.files.sites import Manner
     from ckptool.verbs.surgery import Rewrite
 
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
 
 
-def _limit(context: click.Context, _: click.Parameter, size: str | None) -> None:
-    """Read what the command reads under one budget."""
-    from ckptool.files import budget
+_MOST, _SECONDS = "ckptool.max_memory", "ckptool.timeout"
 
-    most = None if size is None else parse_size(size, "--max-memory 2GiB")
-    context.with_resource(budget.run(most, anew=True))
+
+def _limit(context: click.Context, _: click.Parameter, size: str | None) -> None:
+    context.meta[_MOST] = None if size is None else parse_size(size, "--max-memory 2GiB")
 
 
 def _ask(context: click.Context, _: click.Parameter, seconds: int) -> None:
-    """Ask servers as the command line says, and each of them once for all that is read."""
-    from ckptool.files.sites import Manner, asking
+    context.meta[_SECONDS] = float(seconds)
+
+
+def _manner(context: click.Context) -> Manner:
+    """Return how servers are asked: each of them once for all that the command reads."""
+    from ckptool.files.sites import Manner
 
     def quiet() -> bool:
         return bool(context.params.get("quiet"))
@@ -46,7 +50,7 @@ def _ask(context: click.Context, _: click.Parameter, seconds: int) -> None:
     def progress(what: str) -> talk.Progress:
         return talk.Progress(what, quiet=quiet())
 
-    context.with_resource(asking(Manner(float(seconds), say, progress, {})))
+    return Manner(context.meta[_SECONDS], say, progress, {})
 
 
 class Command(click.Command):
@@ -72,6 +76,15 @@ class Command(click.Command):
             ["--max-memory"], metavar="SIZE", help=what, expose_value=False, callback=_limit
         )
         self.params += [timeout, memory] if reads else []
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Do it under one budget, and ask servers as the command line says."""
+        if _MOST not in ctx.meta:
+            return super().invoke(ctx)
+        from ckptool.files import budget, sites
+
+        with budget.run(ctx.meta[_MOST], anew=True), sites.asking(_manner(ctx)):
+            return super().invoke(ctx)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write usage, what the command does, examples, options."""

@@ -11,7 +11,6 @@ import io
 import os
 import signal
 import sys
-from contextvars import copy_context
 from types import FrameType
 from typing import Any
 
@@ -164,7 +163,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         _refuse_no_room()
-        return copy_context().run(_invoke, arguments)  # what a usage error leaves set goes with it
+        return _invoke(arguments)
     except CkptoolError as error:
         if not error.said_elsewhere:
             complain(_with_hint(error, arguments))

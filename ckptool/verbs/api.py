@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
     from ckptool.files.download import Downloaded
-    from ckptool.model.initial import Fill
+    from ckptool.model.initial import Fill, Rule
     from ckptool.model.live import CheckpointLike
     from ckptool.model.zoo import ModelLike
     from ckptool.state.classes import Lines
@@ -364,7 +364,6 @@ def transfer(
     >>> done.rewrite.written, [mismatch.key for mismatch in done.fit.mismatched]
     (6, ['classifier.weight', 'classifier.bias'])
     """
-    from ckptool.model.initial import one_after_other, read_rule, ruled_values
     from ckptool.state.adapting import read_asked
     from ckptool.state.classes import read_rows
     from ckptool.verbs import fitting
@@ -388,13 +387,19 @@ def transfer(
     moves += recipe_edits(recipe, reverse=reverse)
     reference: Reference | None = None
     fill: Fill | None = None
-    rules = [read_rule(each) for each in several(init)]
+    rules: list[Rule] = []
+    if init:
+        from ckptool.model.initial import read_rule
+
+        rules = [read_rule(each) for each in several(init)]
     if like is not None:
         reference = _like(like, like_at, anywhere)
     elif model is not None:
         given = model_args or {}
         reference, fill = _model(model, given, seed if init_missing else None, anywhere)
     if rules and reference is not None:
+        from ckptool.model.initial import one_after_other, ruled_values
+
         by_rules = ruled_values(rules, reference.shapes, reference.dtypes, seed)
         fill = one_after_other(by_rules, fill) if fill else by_rules
     how = Options(**options)
