@@ -191,9 +191,10 @@ def test_every_byte_is_read_a_few_times(path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fileio.Reader, "read_into", counting)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         main(["check", "--finite", "--sha256", str(path)])
-    inside = filter(Path.is_file, path.rglob("*")) if path.is_dir() else [path]
+    inside = [*filter(Path.is_file, path.rglob("*"))] if path.is_dir() else [path]
     nbytes = sum(each.stat().st_size for each in inside)
-    assert read <= 10 * nbytes + 4 * 4096
+    # Heads and ends are read in windows, of each file of a broken set as of a file alone.
+    assert read <= 10 * nbytes + 4 * 4096 * len(inside)
 
 
 # In a process that may not have more memory than this: what it would need is refused, not swapped.
