@@ -560,6 +560,14 @@ def test_one_text_is_one_pattern_everywhere() -> None:
     named = ckptool.diff("seq.pth", "seq.pth", recipe="1.toml").to_dict()["only_left"]
     assert named == ["12.weight", "12.bias"]
     assert ckptool.average("seq.pth", "e.pth").rewrite.written == len(names)
+    torch.save({"10.weight": torch.zeros(9, 2)}, "more.pth")
+    torch.save({"10.weight": torch.zeros(3, 2)}, "less.pth")
+    how = {"like": "more.pth", "min_match": 0, "force": True}
+    assert ckptool.transfer("less.pth", "h.pth", init="10=zeros", **how).initialised == (
+        "10.weight",
+    )
+    done = ckptool.transfer("less.pth", "h.pth", adapt="10.weight=vocab", **how)
+    assert [each["key"] for each in done.to_dict()["adapted"]] == ["10.weight"]
 
 
 def test_every_keyword_that_takes_several_takes_one_text() -> None:
@@ -567,7 +575,7 @@ def test_every_keyword_that_takes_several_takes_one_text() -> None:
     tried = {
         "select", "drop", "keep", "devices", "input_shapes", "patterns", "only", "except_",
         "unwanted", "drop_beside", "sources", "dtype_only", "dtype_except", "recipe",
-        "prefix", "ignore_prefix",
+        "prefix", "ignore_prefix", "adapt", "init",
     }  # fmt: skip
     functions = [getattr(ckptool, name) for name in ckptool.__all__]
     functions += [each for each in vars(ckptool.edits).values() if inspect.isfunction(each)]
