@@ -9,7 +9,7 @@ import click
 from ckptool.cli import talk
 from ckptool.cli._options import Command, refuse_idle
 
-AMBIGUOUS, NOTHING = 1, 2
+AMBIGUOUS = 1
 
 
 @click.command("match", cls=Command)
@@ -60,8 +60,7 @@ def command(
         source, like=like, at=at, like_at=like_at, model=model, model_args=zoo.arguments(model_arg)
     )
     if not found.anything:
-        talk.say(report_match.nothing_lines(found))
-        return NOTHING
+        raise report_match.nothing_alike(found)
     if target is not None:
         verb.write(found, target, [source, *([like] if like else [])], force=force)
     if as_json:

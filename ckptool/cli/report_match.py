@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+from ckptool.errors import EditError
 from ckptool.text import argument, counted, listed, visible
 from ckptool.verbs.match import Matched
 
@@ -39,12 +40,11 @@ def _ambiguous(found: Matched) -> Iterator[str]:
             yield f"{what}: the order of {listed(each.keys, 2)}"
 
 
-def nothing_lines(found: Matched) -> Sequence[str]:
-    """Say that nothing is alike, with a key of each side."""
+def nothing_alike(found: Matched) -> EditError:
+    """Return the error that nothing is alike, with a key of each side."""
     examples = (next(iter(side.shapes), "no tensor") for side in (found.source, found.like))
-    here, there = map(visible, examples)
-    names = visible(found.source.name), visible(found.like.name)
-    return [
-        f"nothing in {names[0]} has the shapes of anything in {names[1]}",
-        f"    keys are like {here}, and like {there}",
-    ]
+    here, there = examples
+    return EditError(
+        f"nothing in {found.source.name} has the shapes of anything in {found.like.name}",
+        evidence=[f"keys are like {here}, and like {there}"],
+    )

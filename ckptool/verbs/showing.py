@@ -20,7 +20,7 @@ from ckptool.state.selecting import close_matches
 from ckptool.tensors import numbers, statistics, values
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor, TensorInfo
-from ckptool.text import counted, length, shape, visible
+from ckptool.text import argument, counted, length, shape, visible
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,11 +134,10 @@ def _find(checkpoint: Checkpoint, key: str, at: str | None) -> Node:
     if not found:
         names = [*(state.entries if state else ()), *known, *_tops(checkpoint.tree)]
         close = close_matches(key, names)
+        lists = f"ckptool keys --all {argument(checkpoint.path)}   lists all tensors by path"
         raise NoSuchKey(
             f"there is no `{key}` in {checkpoint.path}",
-            hint=f"did you mean {' or '.join(close)}?"
-            if close
-            else "ckptool keys --all lists more",
+            hint=f"did you mean {' or '.join(close)}?" if close else lists,
         )
     return found[0]
 

@@ -102,6 +102,9 @@ def test_plain_values_are_data(run: Run, good: Path) -> None:
     done = run("show", good / "model_best.pth.tar", "epohc")
     assert (done.code, done.out) == (2, "")
     assert "did you mean epoch?" in done.err
+    done = run("show", good / "model_best.pth.tar", "nothing.like.it")
+    command = f"ckptool keys --all {good / 'model_best.pth.tar'}   lists all tensors by path"
+    assert (done.code, f"hint: {command}\n" in done.err) == (2, True)
 
 
 def test_nothing_is_executed(run: Run) -> None:
