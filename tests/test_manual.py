@@ -12,10 +12,10 @@ from pathlib import Path
 
 import click
 import pytest
+from test_docs import FILES, ROOT, examples, matches, on_terminal
 
 from ckptool.cli import help as manual
 from ckptool.cli.main import ckptool
-from tests.test_docs import FILES, ROOT, examples, matches, on_terminal
 
 PAGES = sorted(path.stem for path in Path(manual.FOLDER).glob("*.md"))
 OPTIONS = re.compile(r"(?<=\n## Options\n\n```text\n).*?(?=```\n)", re.DOTALL)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import FIXTURES, step
 
 import ckptool
 from ckptool.cli.report_show import value_lines
 from ckptool.verbs.showing import show
-from tests.conftest import FIXTURES, step
 
 Run = Callable[..., Any]
 DTYPES = [

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import FIXTURES, sampled
 
 import ckptool
 from ckptool.cli.report_stats import bar
-from tests.conftest import FIXTURES, sampled
 
 Run = Callable[..., Any]
 GOOD = sorted(path.name for path in (FIXTURES / "good").glob("*.pth"))
