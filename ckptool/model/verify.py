@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import islice
 from typing import Any
 
@@ -39,6 +39,7 @@ from ckptool.model.verification import (
     Verification,
 )
 from ckptool.model.zoo import ModelLike, named
+from ckptool.records import dataclass
 from ckptool.text import several
 
 TOP = 5
