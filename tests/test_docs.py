@@ -46,11 +46,11 @@ def examples(text: str) -> list[tuple[str, list[str]]]:
 
 
 def on_terminal(command: str, folder: Path) -> list[str]:
-    """Run a command on a terminal of 100 columns; give the lines it shows."""
+    """Run a command on a terminal of 200 columns; give the lines it shows."""
     arguments = shlex.split(command)
     assert arguments[0] == "ckptool"
     parent, child = pty.openpty()
-    environment = {**os.environ, "TERM": "dumb", "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", "ckptool", *arguments[1:]],
         cwd=folder,

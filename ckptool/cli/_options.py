@@ -6,6 +6,7 @@ needs none of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import cleandoc
@@ -302,14 +303,15 @@ def tell(
     counts: str = "",
 ) -> None:
     """Print the document, the plan or the talk of a rewrite, with other `counts` than its own."""
-    from ckptool.cli import report
+    from ckptool.cli import report, report_plan
 
     talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
         talk.put([report.document(document or result.to_dict())])
     elif result.dry_run:
-        talk.put(report.plan_lines(result, counts))
-    what, written = report.rewrite_lines(result), report.written_lines(result, counts)
+        talk.put(report_plan.plan_lines(result, counts, talk.columns()))
+    what = report.rewrite_lines(result, fold=talk.columns(sys.stderr) is not None)
+    written = report.written_lines(result, counts)
     planned = result.dry_run and not request.as_json  # the plan counts too
     talk.say([*what, *more, *([] if planned else written)], quiet=request.quiet)
 

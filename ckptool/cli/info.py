@@ -35,5 +35,5 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     if as_json:
         talk.put([report.document(facts.to_dict())])
     else:
-        rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
-        talk.put(rows(facts))
+        width = talk.columns()
+        talk.put(report_info.info_table(facts, width) if width else report_info.info_rows(facts))

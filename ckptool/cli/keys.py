@@ -26,6 +26,7 @@ from ckptool.cli._options import Command, patterns, refuse_idle
     help="Order of the list; the last three need --stats.",
 )
 @click.option("--stats", is_flag=True, help="Least, largest, mean ... of the values.")
+@click.option("--no-fold", "every_row", is_flag=True, help="A row for each, on a terminal too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -38,6 +39,7 @@ def command(
     depth: int | None,
     sort: str,
     stats: bool,
+    every_row: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -50,6 +52,7 @@ def command(
     ckptool keys --all model_best.pth.tar        (optimizer too)
     ckptool keys --stats --sort absmax model.safetensors
 
+    On a terminal, keys that differ in numbers alone are a row: layers.{0-47}.mlp.weight ... x 48.
     Off a terminal, lines are separated by tabs and never cut.
     """
     from ckptool import containers
@@ -57,6 +60,7 @@ def command(
     from ckptool.verbs import listing
 
     refuse_idle({"depth": "tree", "at": "not every", "sort": "not tree", "stats": "not tree names"})
+    refuse_idle({"every_row": "not names tree stats as_json"})
     if sort in ("absmax", "nan", "std") and not stats:
         raise click.UsageError(f"--sort {sort} needs --stats", click.get_current_context())
     forms = {"--names": names, "--tree": tree, "--json": as_json}
@@ -71,6 +75,7 @@ def command(
         found = listing.chosen(
             found, patterns(select), sort, begin, cells=talk.on_terminal() and not as_json
         )
+    width = talk.columns()
     warning, *evidence = report.danger_lines(checkpoint) or [""]
     if warning:
         talk.warn([warning])
@@ -78,14 +83,15 @@ def command(
     if as_json:
         talk.put([report.document(found.to_dict())])
     elif tree:
-        talk.put(report.tree_table(found.entries, depth, wide=talk.on_terminal()))
+        talk.put(report.tree_table(found.entries, depth, width))
     elif names:
         talk.put(report.key_names(found.entries))
     elif stats:
         from ckptool.cli.report_stats import stat_rows, stat_table
 
-        talk.put((stat_table if talk.on_terminal() else stat_rows)(found))
+        talk.put(stat_table(found, width) if width else stat_rows(found))
+    elif width:
+        talk.put(report.key_table(found.entries, width, fold=not every_row))
     else:
-        rows = report.key_table if talk.on_terminal() else report.key_rows
-        talk.put(rows(found.entries))
+        talk.put(report.key_rows(found.entries))
     talk.say(report.listing_lines(found, every=every), quiet=quiet)

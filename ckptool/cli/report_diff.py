@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from ckptool.cli import report
 from ckptool.tensors.counts import Values
-from ckptool.text import counted, listed, readable, shape, table, visible
+from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.compare import Change, Difference, Found, Side
 
 _BESIDE = "beside-"
 MANY_ULP = 1_000_000  # from here on they tell people nothing
 
 
-def difference_rows(found: Difference) -> list[str]:
-    """List what differs for programs, with tabs between: what, the key, and the two sides."""
-    rows = [*_rows(found.state, ""), *_rows(found.beside, _BESIDE)]
-    return ["\t".join(row) for row in rows]
+def differences(found: Difference, width: int | None) -> list[str]:
+    """List what differs: for people, or what, key and the two sides with tabs between."""
+    if width is None:
+        rows = [*_rows(found.state, ""), *_rows(found.beside, _BESIDE)]
+        return ["\t".join(row) for row in rows]
+    told = [*_told(found.state), *_told(found.beside)]
+    return report.folded_table(("WHAT", "KEY", "DIFFERENCE"), told, width, key=1) if told else []
 
 
 def _rows(found: Found, prefix: str) -> Iterator[list[str]]:
@@ -50,12 +54,6 @@ def _number(number: float | None) -> str:
     if number is None:
         return ""
     return f"{number:.6g}" if isinstance(number, float) else str(number)
-
-
-def difference_table(found: Difference) -> list[str]:
-    """List what differs for people."""
-    rows = [*_told(found.state), *_told(found.beside)]
-    return table([("WHAT", "KEY", "DIFFERENCE"), *rows]) if rows else []
 
 
 def _told(found: Found) -> Iterator[tuple[str, str, str]]:

@@ -14,17 +14,20 @@ from typing import Any, TextIO
 
 import click
 
+from ckptool.cli.screen import wrapped
 from ckptool.errors import CkptoolError, WriteError, of_system, reason
 from ckptool.text import readable, visible
 
+COLUMNS = 80  # of a terminal that does not know
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
 LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
 
 
 def say(lines: Iterable[str], *, quiet: bool = False) -> None:
-    """Write lines of talk to stderr."""
+    """Write lines of talk to stderr; on a terminal, broken between words."""
     if not quiet:
-        text = "".join(f"{line}\n" for line in lines)
+        width = columns(sys.stderr)
+        text = "".join(f"{part}\n" for line in lines for part in wrapped(line, width))
         with suppress(OSError):  # nobody listens: the work goes on
             sys.stderr.write(text)
             sys.stderr.flush()
@@ -57,6 +60,19 @@ def silence() -> None:
 def on_terminal() -> bool:
     """Return whether data goes to a terminal."""
     return sys.stdout.isatty()
+
+
+def columns(stream: TextIO | None = None) -> int | None:
+    """Return how wide the terminal is that a stream, or data, goes to; None for no terminal."""
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return None
+    stated = os.environ.get("COLUMNS", "")
+    if stated.isdecimal() and int(stated):
+        return int(stated)
+    with suppress(OSError, ValueError):  # a terminal in the tests has no file
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    return COLUMNS
 
 
 def coloured(text: str, colour: str, *, data: bool = False) -> str:

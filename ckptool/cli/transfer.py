@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import click
@@ -131,6 +132,9 @@ def command(
             **request.options,
         )
     result, fit = done.rewrite, done.fit
-    added, of_model = done.initialised, model is not None
-    more = report.fit_lines(fit, added=added, ruled=bool(init), model=of_model) if fit else []
+    more = []
+    if fit:
+        told = {"ruled": bool(init), "model": model is not None}
+        width = talk.columns(sys.stderr)
+        more = report.fit_lines(fit, added=done.initialised, width=width, **told)
     tell(request, result, more=more, document=done.to_dict())
