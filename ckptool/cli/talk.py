@@ -18,6 +18,7 @@ from ckptool.cli.screen import wrapped
 from ckptool.errors import CkptoolError, WriteError, of_system, reason
 from ckptool.text import readable, visible
 
+TYPED = "^C"  # how a terminal shows it
 COLUMNS = 80  # of a terminal that does not know
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
 LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
@@ -153,11 +154,8 @@ class Progress:
 
     def _show(self, now: float) -> None:
         if sys.stderr.isatty():
-            from shutil import get_terminal_size
-
             from tqdm import tqdm
 
-            size = get_terminal_size()
             self._bar = tqdm(
                 total=self._total or None,
                 desc=self._what,
@@ -167,8 +165,8 @@ class Progress:
                 ascii=True,
                 leave=False,
                 # tqdm draws nothing where a terminal does not know its own size.
-                ncols=size.columns,
-                nrows=size.lines,
+                ncols=(columns(sys.stderr) or COLUMNS) - len(TYPED) - 1,
+                nrows=24,
             )
             self._bar.start_t -= now - self._started
             self._bar.last_print_t -= now - self._started
@@ -196,3 +194,6 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+            if kind is KeyboardInterrupt:  # what the terminal wrote behind the bar is still there
+                blank = " " * ((columns(sys.stderr) or COLUMNS) - 1)
+                sys.stderr.write(f"\r{blank}\r{TYPED}")
