@@ -12,6 +12,7 @@ from ckptool.verbs.checking import BYTES_UNSEEN, Checked, Status
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8
 _COLOURS = {Status.OK: "green", Status.DAMAGED: "red", Status.UNSAFE: "red"}
+_DETAIL = 36  # columns for it, beside names of files
 _WIDEST_STATUS = max(len(status.value) for status in Status)
 
 
@@ -31,8 +32,10 @@ def aligned(
         return ["\t".join(cells)]
     name, status, detail = cells
     names = max(measured(visible(each)) for each in (HEAD[0], *files))
-    widths = screen.fitted([names, _WIDEST_STATUS, width], width, right=[1])
-    alone = [name] if measured(name) > widths[0] else []  # a path, which is not cut
+    if names + _WIDEST_STATUS + _DETAIL > width:  # long paths are above what is said of them
+        names = len(HEAD[0])
+    widths = screen.fitted([names, _WIDEST_STATUS, width], width, right=[0, 1])
+    alone = [name] if measured(name) > names else []
     lines = screen.pieces(["" if alone else name, status, detail], widths)
     if found is not None:
         lines[0][1] = paint(f"{status:{_WIDEST_STATUS}}", _COLOURS.get(found.status, "yellow"))

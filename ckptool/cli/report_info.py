@@ -57,7 +57,10 @@ def info_table(facts: Survey, width: int) -> list[str]:
     first = max(len(fact[0]) for fact in found)
     lines = []
     for name, group in groupby(found, key=lambda fact: fact[0]):
-        group_lines = _aligned([fact[1:] for fact in group], width - first - 2)
+        cells = [fact[1:] for fact in group]
+        if name == "file":  # a path, which is not cut
+            cells = [("  ".join(*cells),)]
+        group_lines = _aligned(cells, width - first - 2)
         names = [name, *[""] * (len(group_lines) - 1)]
         lines += table(list(zip((f"{each:{first}}" for each in names), group_lines, strict=True)))
     for each in facts.suggestions:

@@ -1,4 +1,4 @@
-"""What fits a terminal: words that wrap, keys that are cut in the middle, tables that shrink.
+"""What fits a terminal: sentences that wrap, keys cut in the middle, tables that shrink.
 
 Widths are columns as displayed: a CJK character takes two, a combining mark none (Unicode
 Standard Annex #11). Commands and paths are never cut, nor broken, so that they can be pasted.
@@ -7,6 +7,7 @@ Standard Annex #11). Commands and paths are never cut, nor broken, so that they 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ CUT = "..."
 MORE = "  "  # before what a line goes on with
 LEAST = 8  # columns that a column of a table keeps
 ENOUGH = 24  # columns of a key that are worth the room of a column that can be missed
+_PASTED = ("ckptool ", "/", "`")
 # A command up to the words behind it, a text in backticks, a word.
 _ATOM = re.compile(r"( *)(`[^`]*`\S*|ckptool (?:(?!   |; ).)*|\S+)")
 
@@ -26,7 +28,7 @@ def shortened(text: str, width: int) -> str:
         return text
     sizes = [measured(character) for character in text]
     ends = [0, *accumulate(sizes)]
-    digits = [0, *accumulate(character.isdecimal() for character in text)]
+    digits = [0, *accumulate(character.isdecimal() or character in "{}" for character in text)]
     keep = max(width - len(CUT), 2)
     cuts = []
     stop = 0
@@ -44,7 +46,10 @@ def shortened(text: str, width: int) -> str:
 
 
 def wrapped(line: str, width: int | None) -> list[str]:
-    """Break a line between words; what goes on is indented, and a key alone is cut."""
+    """Break a line between words, and a word that is too long anywhere; what follows is indented.
+
+    Nothing is left out: it may be what a file would run.
+    """
     if width is None or measured(line) <= width:
         return [line]
     indent = line[: len(line) - len(line.lstrip())]
@@ -53,8 +58,11 @@ def wrapped(line: str, width: int | None) -> list[str]:
         if measured(current + gap + atom) > width and current.strip():
             lines.append(current)
             current, gap = "", indent + MORE
-        pasted = "ckptool " in atom or "/" in atom or "`" in atom
-        current += gap + (atom if pasted else shortened(atom, width - len(gap)))
+        current += gap + atom
+        while measured(current) > width and not any(sign in atom for sign in _PASTED):
+            fits = bisect_right(range(len(current)), width, key=lambda at: measured(current[:at]))
+            lines.append(current[: fits - 1])
+            current = indent + MORE + current[fits - 1 :]
     return [*lines, current]
 
 

@@ -382,3 +382,14 @@ def test_the_size_is_that_of_the_terminal(folder: Path) -> None:
     lines = shown.decode().replace("\r\n", "\n").splitlines()
     assert max(columns(line) for line in lines if "ckptool " not in line) <= 60
     assert any(columns(line) > 55 for line in lines)
+
+
+def test_sentences_lose_nothing() -> None:
+    """An error may show what a file would run, in one long word."""
+    word = "builtins.eval(" + "编a1" * 60 + ")"
+    for width in (20, 33, 80):
+        lines = screen.wrapped(f"    data.pkl: {word} at `hook`", width)
+        assert max(map(columns, lines)) <= width
+        assert (
+            "".join(line.strip() for line in lines).replace(" ", "") == f"data.pkl:{word}at`hook`"
+        )
