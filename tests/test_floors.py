@@ -224,7 +224,10 @@ WRITERS: dict[str, set[str]] = {
     # Of what publish made; other ranks than the first open it by its name.
     "files/writing.py": {"os.ftruncate", "os.open", "os.fsync"},
     "files/spool.py": {"os.unlink"},  # of a temporary file that it made
-    "files/publish.py": {"os.mkdir", "os.chmod", "os.open", "os.fsync", "os.rename"},
+    "files/publish.py": {
+        *("os.mkdir", "os.makedirs", "os.rmdir"),
+        *("os.chmod", "os.open", "os.fsync", "os.rename"),
+    },
     "files/moves.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
     "files/parts.py": {"os.open", "os.unlink"},
     "files/download.py": {"os.makedirs", "os.rmdir", "os.ftruncate"},  # its folder; a part

@@ -22,7 +22,7 @@ from ckptool.cli._options import PREFIX, Command, Request, run, strips, writes
 @strips
 def command(
     request: Request, prefix: Sequence[str], every: bool, anywhere: bool, keep_bookkeeping: bool
-) -> None:
+) -> int:
     """Take the DataParallel prefix `module.` off keys.
 
     \b
@@ -35,7 +35,7 @@ def command(
     """
     from ckptool.verbs import api
 
-    run(
+    return run(
         request,
         api.strip_prefix,
         prefix=prefix,

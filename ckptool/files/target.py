@@ -17,14 +17,16 @@ Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was 
 class Target:
     """A place for output: the file behind any symlink, and whether it may be replaced.
 
-    With `inside` it is a folder that exists, and output goes into it. With `url` it is in a store,
-    and `path` is how that is shown.
+    With `inside` it is a folder that exists, and output goes into it. With `parents` the folders
+    that it is in are made where they are not there. With `url` it is in a store, and `path` is how
+    that is shown.
     """
 
     path: str
     force: bool = False
     sync: bool = True
     inside: bool = False
+    parents: bool = False
     url: Url | None = None
 
     @property
@@ -33,6 +35,21 @@ class Target:
         if self.url is not None:
             return temporary.where()
         return self.path if self.inside else os.path.dirname(self.path) or "."
+
+    @property
+    def missing(self) -> list[str]:
+        """List the folders that will be made, the outermost first."""
+        found, folder = list[str](), self.folder
+        while self.parents and not os.path.lexists(folder):
+            found.insert(0, folder)
+            folder = os.path.dirname(folder)
+        return found
+
+    @property
+    def standing(self) -> str:
+        """Return the folder that is there, in which the output or folders around it are made."""
+        missing = self.missing
+        return os.path.dirname(missing[0]) if missing else self.folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class Rewrite:
     module: str = ""
     shards: tuple[Shard, ...] = ()
     casts: tuple[Cast, ...] = ()
+    files: tuple[str, ...] = ()  # that it is read from
 
     @property
     def read(self) -> int:
@@ -258,20 +259,19 @@ def _place(
 ) -> Target:
     """Return where the output goes, or refuse to write there."""
     sources = [path for path, _ in checkpoint.files] if not options.in_place else []
-    force, sync = options.force, options.sync
     if isinstance(target, paths.Url):
         from ckptool.files import uploads
 
         owns = None if form is FILE else names(container).owns if form.max_shard_size else bool
-        return uploads.refuse(target, sources, owns, force=force)
+        return uploads.refuse(target, sources, owns, force=options.force)
+    how = {"force": options.force, "sync": options.sync, "parents": options.parents}
     if form.distributed:
         from ckptool.containers import _dcp_output
 
-        return publish.refuse_folder(target, sources, _dcp_output.owns, force=force, sync=sync)
+        return publish.refuse_folder(target, sources, _dcp_output.owns, **how)
     if form.max_shard_size is not None:
-        owns = names(container).owns
-        return publish.refuse_set(target, sources, owns, force=force, sync=sync)
-    return publish.refuse_target(target, sources, force=force, sync=sync)
+        return publish.refuse_set(target, sources, names(container).owns, **how)
+    return publish.refuse_target(target, sources, **how)
 
 
 def _in_place(
@@ -389,6 +389,7 @@ def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options
         free=publish.free_space(place),
         shards=laid.shards,
         casts=tuple(map(casting.planned, plan.key_map.casts)),
+        files=tuple(str(path) for path, _ in plan.checkpoint.files),
     )
 
 
