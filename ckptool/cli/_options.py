@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
+from ckptool.cli._input import INPUT as INPUT, STANDARD, standard_output
 from ckptool.cli._request import Request as Request, Told as Told, tell as tell
 from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
@@ -186,12 +187,13 @@ def writes(function: Function) -> Function:
 
     @wraps(function)
     def gathered(paths: tuple[str, ...], **given: Any) -> Any:
-        sources, target = (paths[:-1], paths[-1]) if len(paths) > 1 else (paths, None)
+        read, target = (paths[:-1], paths[-1]) if len(paths) > 1 else (paths, None)
+        context = click.get_current_context()
+        sources = [INPUT.convert(each, None, context) for each in read]
         is_set = bool(given.get("max_shard_size")) or given["to"] == "dcp"
         whole = target is None or given["in_place"]
         folder = not whole and _is_folder(sources, str(target), is_set)
         if folder and given.get("distributed"):
-            context = click.get_current_context()
             raise click.UsageError("--distributed writes one output: name it", context)
         request = _request(sources, target, given)
         return function(replace(request, folder=folder, is_set=is_set), **given)
@@ -218,7 +220,9 @@ def combines(function: Function) -> Function:
         if len(paths) < 2 and not given["in_place"]:
             raise click.UsageError("name an output OUT last", click.get_current_context())
         *sources, target = paths
-        return function(_request(sources or paths, target, given), **given)
+        context = click.get_current_context()
+        read = [INPUT.convert(each, None, context) for each in sources or paths]
+        return function(_request(read, target, given), **given)
 
     argument = click.argument("paths", metavar="IN IN... OUT", nargs=-1, required=True)
     in_place = click.option("--in-place", is_flag=True, hidden=True)  # refused: it has several
@@ -266,6 +270,8 @@ def _request(sources: Sequence[str], target: str | None, given: dict[str, Any]) 
     """Take what all commands share out of what was given."""
     if target is None and not given["in_place"]:
         raise click.UsageError("name an output OUT, or use --in-place", click.get_current_context())
+    if target == STANDARD and not given["in_place"]:
+        target = standard_output(as_json=given["as_json"], is_data=not given["dry_run"])
     options = {name: given.pop(name) for name in _OPTIONS}
     return Request(
         sources=sources,

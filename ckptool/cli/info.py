@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptool.cli import _many, talk
-from ckptool.cli._options import Command
+from ckptool.cli._options import INPUT, Command
 
 if TYPE_CHECKING:
     from ckptool.cli._many import Put
 
 
 @click.command("info", cls=Command)
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")

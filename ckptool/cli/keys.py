@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import _many, talk
-from ckptool.cli._options import Command, patterns, refuse_idle
+from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
 
 if TYPE_CHECKING:
     from ckptool.cli._many import Put
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("keys", cls=Command)
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Every tensor of the file, by its path.")
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptool.cli._options import (
+    INPUT,
     Command,
     Request,
     Told,
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 @edits("--drop", "--keep", "--rename", "--recipe")
 @click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
 @strips
-@click.option("--like", metavar="FILE", help="Keep what FILE has too, in the same shape.")
+@click.option(
+    "--like", metavar="FILE", type=INPUT, help="Keep what FILE has too, in the same shape."
+)
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
 @click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")

@@ -173,7 +173,7 @@ def _is_read_only(folder: str) -> bool:
 
 def free_space(target: Target) -> int | None:
     """Count the bytes free for output, None where the system does not tell."""
-    if not hasattr(os, "statvfs"):
+    if target.pipe is not None or not hasattr(os, "statvfs"):
         return None
     try:
         system = os.statvfs(target.standing)

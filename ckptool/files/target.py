@@ -5,12 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ckptool.files import temporary
-from ckptool.files.copying import Copy, PlannedFile
 from ckptool.files.paths import Url
 
+if TYPE_CHECKING:
+    from ckptool.files.copying import Copy, PlannedFile
+
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
+
+
+class Pipe(str):
+    """What is said for an open descriptor that takes bytes one after the other."""
+
+    fd: int
+
+    def __new__(cls, name: str, fd: int) -> Pipe:
+        """Name a descriptor."""
+        self = super().__new__(cls, name)
+        self.fd = fd
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +34,7 @@ class Target:
 
     With `inside` it is a folder that exists, and output goes into it. With `parents` the folders
     that it is in are made where they are not there. With `url` it is in a store, and `path` is how
-    that is shown.
+    that is shown; with `pipe` it is no place on a disk.
     """
 
     path: str
@@ -28,6 +43,7 @@ class Target:
     inside: bool = False
     parents: bool = False
     url: Url | None = None
+    pipe: Pipe | None = None
 
     @property
     def folder(self) -> str:

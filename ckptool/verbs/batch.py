@@ -20,7 +20,7 @@ def name(source: str) -> str:
     An index is called as transformers calls the file that was cut, or else as its folder. Raises
     `EditError` for what has no name.
     """
-    found = _last(source)
+    found = "" if source == "-" else _last(source)
     if containers.is_index(found):
         whole, _, kind = found.partition(".index.")
         found = whole if kind or _known(found) else _last(source.rpartition("/")[0] or ".")
