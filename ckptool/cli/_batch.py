@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NoReturn
 
 from ckptool.cli import _many, report, talk
@@ -17,6 +17,7 @@ from ckptool.cli._request import Request, Told, tell
 from ckptool.errors import CkptoolError, NoSpace, SameFile, WriteError
 from ckptool.files import budget, paths, sites
 from ckptool.files.publish import Target, free_space
+from ckptool.records import dataclass
 from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs import batch
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ckptool.files.target import Pipe
+    from ckptool.files.stream import Pipe
 
 STANDARD = "-"
 _TAKEN = "ckptool.standard_input"
@@ -40,7 +40,7 @@ INPUT = Input()
 
 def standard_output(*, as_json: bool, is_data: bool) -> Pipe:
     """Return standard output as a place for bytes; it takes no document with them."""
-    from ckptool.files.target import Pipe
+    from ckptool.files.stream import Pipe
 
     context = click.get_current_context()
     if is_data and as_json:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptool.cli import talk
+from ckptool.records import dataclass
 from ckptool.text import visible
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from ckptool.errors import CkptoolError, Malformed
 from ckptool.files.copying import Copy, PlannedFile, Progress, no_bytes, run_jobs
-from ckptool.files.stream import Stream
-from ckptool.files.target import Pipe
+from ckptool.files.stream import Pipe, Stream
 from ckptool.tensors import values
 
 _CUT_OFF = "the output is cut off"

@@ -6,10 +6,21 @@ import os
 from collections.abc import Iterable
 
 from ckptool.errors import of_system
-from ckptool.files.target import Pipe
 
 Bytes = bytes | bytearray | memoryview
 GAP = 1 << 16  # zeros at once
+
+
+class Pipe(str):
+    """What is said for an open descriptor that takes bytes one after the other."""
+
+    fd: int
+
+    def __new__(cls, name: str, fd: int) -> Pipe:
+        """Name a descriptor."""
+        self = super().__new__(cls, name)
+        self.fd = fd
+        return self
 
 
 class Stream:

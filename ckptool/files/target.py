@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ckptool.files import temporary
+from ckptool.files.copying import Copy, PlannedFile
 from ckptool.files.paths import Url
-
-if TYPE_CHECKING:
-    from ckptool.files.copying import Copy, PlannedFile
+from ckptool.files.stream import Pipe
+from ckptool.records import dataclass
 
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
-
-
-class Pipe(str):
-    """What is said for an open descriptor that takes bytes one after the other."""
-
-    fd: int
-
-    def __new__(cls, name: str, fd: int) -> Pipe:
-        """Name a descriptor."""
-        self = super().__new__(cls, name)
-        self.fd = fd
-        return self
 
 
 @dataclass(frozen=True, slots=True)
