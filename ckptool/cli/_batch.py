@@ -47,13 +47,25 @@ def _target(request: Request, source: str) -> str:
 
 @dataclass(slots=True)
 class _Item:
-    """An input on its way: where it goes, how large that is, which files it is read from."""
+    """An input on its way: where it goes, how large that is, which files it is read from.
+
+    `before` identifies what was at the target; it was `written` there, and `ended` where that was
+    told.
+    """
 
     source: str
     target: str = ""
     nbytes: int = 0
     files: Sequence[str] = ()
     failure: Document | None = None
+    before: int | None = None
+    written: bool = False
+    ended: bool = False
+
+    def look(self) -> bool:
+        """Return whether it was written, which a run that is interrupted may not know."""
+        self.written |= not self.failure and _node(self.target) not in (None, self.before)
+        return self.written
 
 
 @dataclass(slots=True)
@@ -64,7 +76,6 @@ class _Batch:
     call: Callable[..., Told]
     items: list[_Item] = field(default_factory=list)
     worst: int = 0
-    done: int = 0
     left: list[str] = field(default_factory=list)  # inputs that were not reached
     details: dict[str, list[str]] = field(default_factory=dict)  # what is said -> of which inputs
 
@@ -78,10 +89,13 @@ class _Batch:
             for item in self.items:
                 self._plan(item, add)
         self._refuse_together()
-        if not only_plan:
-            with _many.documents(self.request.as_json) as add:
-                self._write(add)
-        self._tell_rest()
+        with _many.documents(self.request.as_json and not only_plan) as add:
+            try:
+                if not only_plan:
+                    self._write(add)
+                self._tell_rest()
+            except (KeyboardInterrupt, SystemExit) as error:
+                self._interrupted(error, add)
         return self.worst
 
     def _named(self, source: str) -> _Item:
@@ -106,25 +120,28 @@ class _Batch:
                 if only_plan:
                     self._finished(item, told, add)
         if item.failure and only_plan:
-            add(item.failure)
+            self._end(item, item.failure, add)
 
     def _write(self, add: Add) -> None:
-        """Write what is planned; a full disk, or an interruption, leaves out the rest."""
-        for number, item in enumerate(self.items):
+        """Write what is planned; a full disk leaves out the rest."""
+        for item in self.items:
             told = refused = None
             try:
+                item.before = _node(item.target)
                 told = None if item.failure else self._called(item)
             except Exception as error:
                 refused = self._failed(item, error)
-            except (KeyboardInterrupt, SystemExit) as error:
-                self._interrupted(number, error, add)
             if told:
                 self._finished(item, told, add)
-            elif item.failure:
-                add(item.failure)
+            else:
+                self._end(item, item.failure or {}, add)
             if isinstance(refused, NoSpace):
-                self._leave(number + 1, "the disk is full", refused.exit_code, add)
+                self._leave("the disk is full", refused.exit_code, add)
                 return
+
+    def _end(self, item: _Item, document: Document, add: Add) -> None:
+        item.ended = True
+        add(document)
 
     def _called(self, item: _Item, **more: Any) -> Told:
         with budget.run(anew=True):
@@ -133,11 +150,11 @@ class _Batch:
     def _finished(self, item: _Item, told: Told, add: Add) -> None:
         """Say in a line what was done, or would be; keep what else there is to say."""
         result, request = told.result, self.request
-        self.done += 1
+        item.written = True
         for line in result.warnings:
             talk.warn([visible(line if item.source in line else f"{item.source}: {line}")])
         self._keep(item, [*report.rewrite_lines(result), *told.more])
-        add(told.document or result.to_dict())
+        self._end(item, told.document or result.to_dict(), add)
         line = report.output_line(result)
         if result.dry_run and not request.as_json:
             talk.put([line])
@@ -160,24 +177,25 @@ class _Batch:
         for line in lines:
             self.details.setdefault(line, []).append(visible(item.source))
 
-    def _leave(self, number: int, why: str, exit_code: int, add: Add) -> None:
+    def _leave(self, why: str, exit_code: int, add: Add) -> None:
         """Name what was not reached."""
-        for item in self.items[number:]:
-            if not item.failure:
+        for item in self.items:
+            if item.ended:
+                continue
+            if item.look():
+                document = _unfinished(item, "interrupted", f"{item.target} was written", exit_code)
+            elif item.failure:
+                document = item.failure
+            else:
                 self.left.append(item.source)
                 message = f"{item.source} was not written: {why}"
-                item.failure = _unfinished(item, "not-reached", message, exit_code)
-            add(item.failure)
+                document = _unfinished(item, "not-reached", message, exit_code)
+            self._end(item, document, add)
 
-    def _interrupted(self, number: int, error: BaseException, add: Add) -> NoReturn:
+    def _interrupted(self, error: BaseException, add: Add) -> NoReturn:
         """Name what was not reached, and say what was done in the words of what ends the run."""
-        by_hand = isinstance(error, KeyboardInterrupt)
-        if by_hand and str(error):  # this one was published already
-            add(_unfinished(self.items[number], "interrupted", str(error), STOPPED))
-            self.done += 1
-            number += 1
-        self._leave(number, "interrupted", STOPPED, add)
-        if by_hand:
+        self._leave("interrupted", STOPPED, add)
+        if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(self._summary()) from None
         talk.say([self._summary()])
         raise error
@@ -232,8 +250,15 @@ class _Batch:
             room = "unknown" if free is None else readable(free)
             verb = f"would be written, {nbytes} to write, {room} free"
         left = f"; not reached: {listed(self.left, SHOWN)}" if self.left else ""
-        done = f"{self.done} of {counted(count, 'file')} {verb}{left}"
+        done = (
+            f"{sum(item.written for item in self.items)} of {counted(count, 'file')} {verb}{left}"
+        )
         return f"{visible(str(self.request.target))}: {done}"
+
+
+def _node(path: str) -> int | None:
+    """Identify what is at a path, None where nothing is."""
+    return os.stat(path).st_ino if os.path.exists(path) else None
 
 
 def _size(path: str) -> int:

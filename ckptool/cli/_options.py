@@ -206,6 +206,9 @@ def _is_folder(sources: Sequence[str], target: str, is_set: bool) -> bool:
     several = len(sources) > 1
     if target.endswith(("/", os.sep)):
         return several or not is_set
+    if several and target == STANDARD:
+        what = "several inputs need a folder as the output: - is a pipe for one"
+        raise click.UsageError(what, click.get_current_context())
     if several:
         what = f"several inputs need a folder as the output, which ends in a slash: {target}/"
         raise click.UsageError(what, click.get_current_context())
