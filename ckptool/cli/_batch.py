@@ -117,6 +117,7 @@ class _Batch:
                 self._failed(item, error)
             else:
                 item.nbytes, item.files = told.result.nbytes, told.result.files
+                item.before = _node(item.target)
                 if only_plan:
                     self._finished(item, told, add)
         if item.failure and only_plan:
@@ -127,7 +128,6 @@ class _Batch:
         for item in self.items:
             told = refused = None
             try:
-                item.before = _node(item.target)
                 told = None if item.failure else self._called(item)
             except Exception as error:
                 refused = self._failed(item, error)

@@ -485,6 +485,16 @@ def test_an_interruption_says_what_was_written(
     )
 
 
+def test_an_interruption_counts_no_old_outputs(
+    run: Run, here: Path, batch: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("convert", *batch[:6], "out/", "--no-sync").code == 0
+    ending_at(2, KeyboardInterrupt(), monkeypatch)
+    done = run("convert", *batch[:6], "out/", "--no-sync", "--force")
+    assert done.code == 130
+    assert "out/: 2 of 6 files written; not reached: in/002.pth, in/003.pth" in done.err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_whole_outputs(
