@@ -81,6 +81,7 @@ def command(request: Request, **given: Any) -> int:
     ckptool convert --dtype bf16 --dtype-except '*norm*' in.pth out.safetensors
     ckptool convert --max-shard-size 5GB in.pth out_folder
     ckptool convert --to dcp in.pth out_dir      (for a cluster)
+    ckptool convert --to safetensors *.pth out_folder/
 
     Edits are applied in the order given. To safetensors the state_dict is taken out; what
     else is in the file is not written, and named.

@@ -28,6 +28,7 @@ def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) ->
     ckptool info mystery.pth
     ckptool info --json model_best.pth.tar
     ckptool info --at teacher dino.pth
+    ckptool info *.pth
 
     A file that is no checkpoint is named for what it is, exit 3.
     """

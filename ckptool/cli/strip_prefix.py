@@ -29,6 +29,7 @@ def command(
     ckptool strip-prefix in.pth out.pth
     ckptool strip-prefix --prefix auto compiled.pth out.pth
     ckptool strip-prefix --prefix module --anywhere in.pth out.pth
+    ckptool strip-prefix *.pth out_folder/
 
     A prefix is removed from the start of a key, once. What a wrapper keeps for itself
     (n_averaged, step, initted) goes with it. The rest of the file stays as it is.
