@@ -221,10 +221,14 @@ CHANGES = set(
 # A file may be opened for writing, renamed or removed there alone; beyond it, what is named here.
 WRITERS: dict[str, set[str]] = {
     "files/fileio.py": {"os.open", "os.write", "os.pwrite"},  # of a descriptor that publish opened
+    "files/stream.py": {"os.write"},  # of a pipe
     # Of what publish made; other ranks than the first open it by its name.
     "files/writing.py": {"os.ftruncate", "os.open", "os.fsync"},
     "files/spool.py": {"os.unlink"},  # of a temporary file that it made
-    "files/publish.py": {"os.mkdir", "os.chmod", "os.open", "os.fsync", "os.rename"},
+    "files/publish.py": {
+        *("os.mkdir", "os.makedirs", "os.rmdir"),
+        *("os.chmod", "os.open", "os.fsync", "os.rename"),
+    },
     "files/moves.py": {*(f"os.{name}" for name in CHANGES), "os.open"},
     "files/parts.py": {"os.open", "os.unlink"},
     "files/download.py": {"os.makedirs", "os.rmdir", "os.ftruncate"},  # its folder; a part

@@ -214,12 +214,19 @@ def _whereabouts(module: str, at: Sequence[str] | None) -> str:
 
 def written_lines(result: Rewrite, counts: str = "") -> list[str]:
     """Return lines that describe what was written, with counts."""
-    if result.dry_run:
-        return [counts or counts_line(result)]
+    return [*([] if result.dry_run else [_output(result)]), counts or counts_line(result)]
+
+
+def output_line(result: Rewrite) -> str:
+    """Describe an output with its counts, in a line."""
+    return f"{_output(result)}; {counts_line(result)}"
+
+
+def _output(result: Rewrite) -> str:
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return [f"{visible(result.target)}: {size}", counts or counts_line(result)]
+    return f"{visible(result.target)}: {size}"
 
 
 def average_lines(result: Averaged) -> list[str]:

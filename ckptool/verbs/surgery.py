@@ -22,6 +22,7 @@ from ckptool.files import budget, fileio, paths, publish, sites
 from ckptool.files.copying import Begin, Moved, Progress, no_progress
 from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
+from ckptool.files.stream import Pipe
 from ckptool.pickles.tree import Node
 from ckptool.records import dataclass
 from ckptool.state import walk
@@ -84,6 +85,7 @@ class Rewrite:
     module: str = ""
     shards: tuple[Shard, ...] = ()
     casts: tuple[Cast, ...] = ()
+    files: tuple[str, ...] = ()  # that it is read from
 
     @property
     def read(self) -> int:
@@ -167,12 +169,12 @@ def rewrite(
     if form is FILE:
         target, options = _in_place(checkpoint, source, target, options)
         _refuse_member(str(target))
-    target = target if isinstance(target, paths.Url) else str(target)
+    target = target if isinstance(target, paths.Url | Pipe) else str(target)
     container = _container(checkpoint, target, form, options)
     place = _place(checkpoint, target, container, form, options)
     bare = bare or form.max_shard_size is not None
     plan = make_plan(checkpoint, steps, container, bare=bare, unwrap=unwrap, options=options)
-    if form is FILE:
+    if form is FILE and place.pipe is None:
         plan.notes += _suffix_notes(target, container, options)
     if added:
         add_entries(plan, added, order)
@@ -191,11 +193,16 @@ def rewrite(
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
     meant = (laid.tensors, laid.output.nbytes)
-    check = partial(_check, plan, accept, place, *meant, options.in_place)
-    begun, outputs = progress(laid.output.job_nbytes), [laid.output]
-    del laid
-    send = _send if place.url else publish.publish
-    late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
+    judge = partial(_accept, plan, accept, place, options.in_place)
+    check = partial(_check, plan, judge, place, *meant)
+    outputs = [laid.output]
+    if place.pipe is not None:
+        late = _pipe(place.pipe, laid.output, progress, judge)
+    else:
+        begun = progress(laid.output.job_nbytes)
+        del laid
+        send = _send if place.url else publish.publish
+        late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
 
 
@@ -233,6 +240,15 @@ def _send(
     return uploads.publish(place, output, progress, check)
 
 
+def _pipe(pipe: Pipe, output: Output, progress: Begin, accept: Callable[[], None]) -> list[str]:
+    from ckptool.files import piping
+
+    (file,) = output.files
+    times = 2 if piping.is_read_twice(file) else 1
+    piping.publish(pipe, file, progress(times * output.job_nbytes), accept)
+    return []
+
+
 def _refuse_member(target: str) -> None:
     archive = containers.member_of(target)
     if archive:
@@ -242,7 +258,15 @@ def _refuse_member(target: str) -> None:
         )
 
 
+_WRITES = ("--max-shard-size", "--to dcp")  # unless distributed, and if it is
+
+
 def _refuse_no_folder(target: str | Path | None, form: Form, options: Options) -> None:
+    if isinstance(target, Pipe):
+        raise WriteError(
+            f"{_WRITES[form.distributed]} writes a folder, and a pipe takes one file",
+            hint="name a folder as the output",
+        )
     if form.distributed:
         if target is None or options.in_place:
             raise EditError("a distributed checkpoint is a folder: name one as the output")
@@ -251,8 +275,7 @@ def _refuse_no_folder(target: str | Path | None, form: Form, options: Options) -
     there = form.distributed and os.path.lexists(str(target))  # which is refused as what it is
     if suffix(str(target)) in containers.suffixes(written=True) and not there:
         raise EditError(
-            f"{'--to dcp' if form.distributed else '--max-shard-size'} writes a folder, and "
-            f"{target} is the name of a file",
+            f"{_WRITES[form.distributed]} writes a folder, and {target} is the name of a file",
             hint="name a folder as the output",
         )
 
@@ -261,21 +284,22 @@ def _place(
     checkpoint: Checkpoint, target: str, container: str, form: Form, options: Options
 ) -> Target:
     """Return where the output goes, or refuse to write there."""
+    if isinstance(target, Pipe):
+        return Target(str(target), pipe=target)
     sources = [path for path, _ in checkpoint.files] if not options.in_place else []
-    force, sync = options.force, options.sync
     if isinstance(target, paths.Url):
         from ckptool.files import uploads
 
         owns = None if form is FILE else names(container).owns if form.max_shard_size else bool
-        return uploads.refuse(target, sources, owns, force=force)
+        return uploads.refuse(target, sources, owns, force=options.force)
+    how = {"force": options.force, "sync": options.sync, "parents": options.parents}
     if form.distributed:
         from ckptool.containers import _dcp_output
 
-        return publish.refuse_folder(target, sources, _dcp_output.owns, force=force, sync=sync)
+        return publish.refuse_folder(target, sources, _dcp_output.owns, **how)
     if form.max_shard_size is not None:
-        owns = names(container).owns
-        return publish.refuse_set(target, sources, owns, force=force, sync=sync)
-    return publish.refuse_target(target, sources, force=force, sync=sync)
+        return publish.refuse_set(target, sources, names(container).owns, **how)
+    return publish.refuse_target(target, sources, **how)
 
 
 def _in_place(
@@ -393,6 +417,7 @@ def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options
         free=publish.free_space(place),
         shards=laid.shards,
         casts=tuple(map(casting.planned, plan.key_map.casts)),
+        files=tuple(str(path) for path, _ in plan.checkpoint.files),
     )
 
 
@@ -402,21 +427,8 @@ def _rearranged(key_map: KeyMap) -> tuple[str, ...]:
     return tuple(old for old in same if old in key_map.remade)
 
 
-@containers.without_collection()
-def _check(
-    plan: Plan,
-    accept: Callable[[], None],
-    place: Target,
-    tensors: Tensors,
-    nbytes: int,
-    in_place: bool,
-    path: str,
-    moved: Moved,
-) -> None:
-    """Read the output with the strict reader and compare it with what was meant.
-
-    What was to be refused for its values is known by now, and raises `Overflow`.
-    """
+def _accept(plan: Plan, accept: Callable[[], None], place: Target, in_place: bool) -> None:
+    """Raise what is wrong with what was read, once all of it was: `Overflow`, for one."""
     accept()
     plan.casts += map(casting.written, plan.key_map.casts)
     for source, _ in plan.checkpoint.files:
@@ -426,6 +438,20 @@ def _check(
                 f"{place.path} was replaced by someone else meanwhile; it was left alone",
                 hint="run it again",
             )
+
+
+@containers.without_collection()
+def _check(
+    plan: Plan,
+    accept: Callable[[], None],
+    place: Target,
+    tensors: Tensors,
+    nbytes: int,
+    path: str,
+    moved: Moved,
+) -> None:
+    """Read the output with the strict reader and compare it with what was meant."""
+    accept()
     try:
         with budget.run(budget.UNBOUNDED):  # the run has it in memory already
             written = containers.read(path)
