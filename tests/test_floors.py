@@ -75,6 +75,12 @@ def test_files_import_from_rooms_below(name: str) -> None:
         assert room_of(other) <= room_of(name), f"{name} imports {other}"
 
 
+def test_dataclasses_are_those_that_start_fast() -> None:
+    for name in FILES.keys() - {"records.py"}:
+        source = FILES[name].read_text(encoding="utf-8")
+        assert not re.search(r"from dataclasses import .*\bdataclass\b", source), name
+
+
 def test_the_root_holds_the_rooms_and_the_ground() -> None:
     assert {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"} == ROOT
 
