@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ckptool.cli import _many, report, talk
 from ckptool.cli._request import Request, Told, tell
-from ckptool.errors import CkptoolError, NoSpace, SameFile, WriteError
+from ckptool.errors import CkptoolError, EditError, NoSpace, SameFile, WriteError
 from ckptool.files import budget, paths, sites
 from ckptool.files.publish import Target, free_space
 from ckptool.records import dataclass
@@ -207,10 +207,20 @@ class _Batch:
     def _refuse_together(self) -> None:
         """Raise what is wrong with all outputs together.
 
-        `SameFile` is an output that would replace another input before that is read, `NoSpace` one
-        that finds no room behind those before it.
+        `EditError` is one checkpoint that several inputs are files of, `SameFile` an output that
+        would replace another input before that is read, `NoSpace` one that finds no room behind
+        those before it.
         """
-        items = [item for item in self.items if not item.failure and not paths.is_url(item.target)]
+        items = [item for item in self.items if not item.failure]
+        wholes: dict[tuple[str, ...], _Item] = {}
+        for item in items:
+            first = wholes.setdefault(tuple(sorted(item.files)), item)
+            if first is not item and len(item.files) > 1:
+                raise EditError(
+                    f"{first.source} and {item.source} are files of one checkpoint",
+                    hint="name its folder, or one of its files",
+                )
+        items = [item for item in items if not paths.is_url(item.target)]
         places = {os.path.realpath(item.target): item for item in items}
         needed = most = 0
         for item in items:

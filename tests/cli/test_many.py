@@ -306,6 +306,15 @@ def test_an_input_in_the_folder_is_not_replaced(run: Run, here: Path) -> None:
     assert listing(here) == before
 
 
+def test_files_of_one_checkpoint_are_not_written_twice(run: Run, good: Path, here: Path) -> None:
+    ranks = sorted((good / "fsdp2_ranks").glob("*.pt"))
+    done = run("convert", *ranks, "out/")
+    assert done.code == 2
+    assert f"{ranks[0]} and {ranks[1]} are files of one checkpoint" in done.err
+    assert not (here / "out").exists()
+    assert run("convert", ranks[0], "plain.pth", "out/").code == 0
+
+
 def test_too_little_room_for_all_is_refused_before_the_first(
     run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
