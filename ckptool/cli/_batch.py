@@ -8,13 +8,14 @@ is interrupted, what was finished stays, and the rest is named.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn
 
 from ckptool.cli import _many, report, talk
 from ckptool.cli._request import Request, Told, tell
-from ckptool.errors import CkptoolError, NoSpace, SameFile, WriteError
+from ckptool.errors import CkptoolError, EditError, NoSpace, SameFile, WriteError
 from ckptool.files import budget, paths, sites
 from ckptool.files.publish import Target, free_space
 from ckptool.records import dataclass
@@ -76,6 +77,7 @@ class _Batch:
     call: Callable[..., Told]
     items: list[_Item] = field(default_factory=list)
     worst: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     left: list[str] = field(default_factory=list)  # inputs that were not reached
     details: dict[str, list[str]] = field(default_factory=dict)  # what is said -> of which inputs
 
@@ -99,10 +101,11 @@ class _Batch:
         return self.worst
 
     def _named(self, source: str) -> _Item:
-        item = _Item(source)
+        item = _Item(talk.without_secrets(source))
         try:
+            item.source = sites.of(source)  # which shows no secret either
             with budget.run(anew=True):
-                item.target = _target(self.request, source)
+                item.target = _target(self.request, item.source)
         except Exception as error:
             self._failed(item, error)
         return item
@@ -151,6 +154,7 @@ class _Batch:
         """Say in a line what was done, or would be; keep what else there is to say."""
         result, request = told.result, self.request
         item.written = True
+        self.counts.update(report.counts(result))
         for line in result.warnings:
             talk.warn([visible(line if item.source in line else f"{item.source}: {line}")])
         self._keep(item, [*report.rewrite_lines(result), *told.more])
@@ -203,10 +207,20 @@ class _Batch:
     def _refuse_together(self) -> None:
         """Raise what is wrong with all outputs together.
 
-        `SameFile` is an output that would replace another input before that is read, `NoSpace` one
-        that finds no room behind those before it.
+        `EditError` is one checkpoint that several inputs are files of, `SameFile` an output that
+        would replace another input before that is read, `NoSpace` one that finds no room behind
+        those before it.
         """
-        items = [item for item in self.items if not item.failure and not paths.is_url(item.target)]
+        items = [item for item in self.items if not item.failure]
+        wholes: dict[tuple[str, ...], _Item] = {}
+        for item in items:
+            first = wholes.setdefault(tuple(sorted(item.files)), item)
+            if first is not item and len(item.files) > 1:
+                raise EditError(
+                    f"{first.source} and {item.source} are files of one checkpoint",
+                    hint="name its folder, or one of its files",
+                )
+        items = [item for item in items if not paths.is_url(item.target)]
         places = {os.path.realpath(item.target): item for item in items}
         needed = most = 0
         for item in items:
@@ -243,17 +257,17 @@ class _Batch:
             talk.say([self._summary()], quiet=request.quiet and not self.left)
 
     def _summary(self) -> str:
-        count, verb = len(self.items), "written"
-        if self.request.options["dry_run"]:
+        options, files = self.request.options, counted(len(self.items), "file")
+        verb, room = "written", ""
+        if options["dry_run"]:
             free = self._free()
             nbytes = readable(sum(item.nbytes for item in self.items))
-            room = "unknown" if free is None else readable(free)
-            verb = f"would be written, {nbytes} to write, {room} free"
+            verb = "would be written"
+            room = f"; {nbytes} to write, {'unknown' if free is None else readable(free)} free"
+        done = f"{sum(item.written for item in self.items)} of {files} {verb}"
+        counts = f"; {report.in_words(self.counts)}" if self.counts else ""
         left = f"; not reached: {listed(self.left, SHOWN)}" if self.left else ""
-        done = (
-            f"{sum(item.written for item in self.items)} of {counted(count, 'file')} {verb}{left}"
-        )
-        return f"{visible(str(self.request.target))}: {done}"
+        return f"{visible(str(self.request.target))}: {done}{counts}{room}{left}"
 
 
 def _node(path: str) -> int | None:

@@ -114,11 +114,11 @@ def test_outputs_are_those_of_one_after_the_other(run: Run, here: Path) -> None:
         assert made == (here / f"{stem}.alone.safetensors").read_bytes()
     assert sorted(os.listdir(here / "out/new")) == ["model_best.safetensors", "plain.safetensors"]
     lines = done.err.splitlines()
-    assert lines[0] == (
-        "out/new/plain.safetensors: 8 tensors, 704 B; read 8, renamed 0, dropped 0, written 8"
-    )
+    assert lines[0] == "out/new/plain.safetensors: 8 tensors, 704 B"
     assert any(line.startswith("model_best.pth.tar: took the state_dict at") for line in lines)
-    assert lines[-1] == "out/new/: 2 of 2 files written"
+    assert lines[-1] == (
+        "out/new/: 2 of 2 files written; read 16, renamed 0, dropped 0, written 16"
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_what_is_wrong_with_one_ends_no_other(run: Run, here: Path, json: bool) 
     assert lines[1].startswith("error[unsafe-pickle]: os_system.pth ")
     assert lines[2].startswith("out/plain.pth: 8 tensors")
     assert "os_system.pth: hint: --tensors-only   keeps the tensors" in done.err
-    assert lines[-1] == "out/: 2 of 4 files written"
+    assert lines[-1].startswith("out/: 2 of 4 files written; read 16, ")
 
 
 def test_outputs_that_exist_are_left_and_named(run: Run, here: Path) -> None:
@@ -222,7 +222,7 @@ def test_every_edit_takes_several(run: Run, here: Path) -> None:
     ):
         done = run(*edit.split(), *names, f"out{number}/")
         assert done.code == 0, done.err
-        assert done.err.splitlines()[-1] == f"out{number}/: 2 of 2 files written"
+        assert done.err.splitlines()[-1].startswith(f"out{number}/: 2 of 2 files written; read 16")
         one = run(*edit.split(), names[0], f"alone{number}.pth", "--json")
         several = run(*edit.split(), *names, f"again{number}/", "--json").document["files"]
         assert {**several[0], "target": ""} == {**one.document, "target": ""}
@@ -236,9 +236,12 @@ def test_a_dry_run_of_several_writes_nothing(run: Run, here: Path) -> None:
     done = run("convert", "plain.pth", "broken.pth", "model_best.pth.tar", "out/x/", "-n")
     assert done.code == 3
     first, second, last = done.out.splitlines()
-    assert first == "out/x/plain.pth: 8 tensors, 704 B; read 8, renamed 0, dropped 0, would write 8"
+    assert first == "out/x/plain.pth: 8 tensors, 704 B"
     assert second.startswith("out/x/model_best.pth.tar: ")
-    assert last.startswith("out/x/: 2 of 3 files would be written, ")
+    assert last.startswith(
+        "out/x/: 2 of 3 files would be written; "
+        "read 16, renamed 0, dropped 0, would write 16; 8.5 KiB to write, "
+    )
     assert last.endswith(" free")
     document = run("convert", "plain.pth", "broken.pth", "out/x/", "-n", "--json").document
     assert parts(document) == ["rewrite/1", "malformed"]
@@ -301,6 +304,15 @@ def test_an_input_in_the_folder_is_not_replaced(run: Run, here: Path) -> None:
     assert done.code == 5
     assert "error[same-file]: out/plain.pth would replace link.pth, which is an input" in done.err
     assert listing(here) == before
+
+
+def test_files_of_one_checkpoint_are_not_written_twice(run: Run, good: Path, here: Path) -> None:
+    ranks = sorted((good / "fsdp2_ranks").glob("*.pt"))
+    done = run("convert", *ranks, "out/")
+    assert done.code == 2
+    assert f"{ranks[0]} and {ranks[1]} are files of one checkpoint" in done.err
+    assert not (here / "out").exists()
+    assert run("convert", ranks[0], "plain.pth", "out/").code == 0
 
 
 def test_too_little_room_for_all_is_refused_before_the_first(
@@ -381,7 +393,7 @@ def test_a_batch_leaves_what_is_bad_and_writes_the_rest(
     assert sum(line.startswith("error[") for line in lines) == 2
     assert sum(line.startswith("out/") for line in lines) == len(made) + 1
     assert len(lines) == MANY + 1 + 2  # with a hint for either error
-    assert lines[-1] == "out/: 198 of 200 files written"
+    assert lines[-1].startswith("out/: 198 of 200 files written; read 1584, ")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -411,7 +423,7 @@ def test_a_disk_that_gets_full_in_the_middle(
     assert any(line.startswith(f"error[no-space]: no space left while writing {here}/out/{FULL}")
                for line in lines)  # fmt: skip
     assert lines[-1] == (
-        "out/: 118 of 200 files written; "
+        "out/: 118 of 200 files written; read 944, renamed 0, dropped 0, written 944; "
         "not reached: in/121.pth, in/122.pth, in/123.pth and 76 more"
     )
 
@@ -437,7 +449,7 @@ def test_a_disk_that_is_really_full(
     assert made == [f"{n:03}.pth" for n in range(MANY) if n not in left_out][: len(made)]
     assert 10 < len(made) < MANY - 2
     assert len(whole) == 1
-    assert f"disk/out/: {len(made)} of 200 files written; not reached: " in done.err
+    assert f"disk/out/: {len(made)} of 200 files written; " in done.err
 
 
 def test_an_error_of_one_output_ends_no_other(
@@ -481,6 +493,7 @@ def test_an_interruption_says_what_was_written(
     assert {each["exit"] for each in done.document["files"][31:]} == {130}
     assert done.err.splitlines()[-1] == (
         "interrupted; out/: 30 of 50 files written; "
+        "read 240, renamed 0, dropped 0, written 240; "
         "not reached: in/031.pth, in/032.pth, in/033.pth and 16 more"
     )
 
@@ -492,7 +505,8 @@ def test_an_interruption_counts_no_old_outputs(
     ending_at(2, KeyboardInterrupt(), monkeypatch)
     done = run("convert", *batch[:6], "out/", "--no-sync", "--force")
     assert done.code == 130
-    assert "out/: 2 of 6 files written; not reached: in/002.pth, in/003.pth" in done.err
+    assert "out/: 2 of 6 files written; read 16, " in done.err
+    assert "; not reached: in/002.pth, in/003.pth, in/004.pth and 1 more" in done.err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
@@ -512,7 +526,8 @@ def test_a_signal_leaves_whole_outputs(
     said = process.stderr.read()
     assert process.wait(timeout=60) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     made = sorted(os.listdir(here / "out"))
-    assert f"out/: {len(made)} of 200 files written; not reached: " in said
+    assert f"out/: {len(made)} of 200 files written; " in said
+    assert "; not reached: in/" in said
     assert all(name.endswith(".pth") and is_as_alone(here, name) for name in made)
 
 
