@@ -96,6 +96,7 @@ OWNERS = {
     r"torch|torchvision|torchaudio|safetensors|timm|transformers|PIL": ("model/*.py",),
     r"numpy": (
         "model/*.py",
+        "tensors/differences.py",
         "tensors/numbers.py",
         "tensors/resampling.py",
         "tensors/statistics.py",

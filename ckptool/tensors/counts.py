@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 from typing import Any, NamedTuple, TypeVar
 
 
@@ -107,6 +107,58 @@ class Statistics:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far numbers are from others: sums over the `count` pairs that are finite on both sides.
+
+    Those are of the squares of the left ones, of the right ones, of the products of both, and of
+    the squares of their differences; a complex number is two.
+    """
+
+    count: int = 0
+    left: float = 0.0
+    right: float = 0.0
+    products: float = 0.0
+    apart: float = 0.0
+
+    def __add__(self, other: Distance) -> Distance:
+        return Distance(
+            self.count + other.count,
+            self.left + other.left,
+            self.right + other.right,
+            self.products + other.products,
+            self.apart + other.apart,
+        )
+
+    def times(self, count: int) -> Distance:
+        """Return what so many repetitions are."""
+        sums = (self.left, self.right, self.products, self.apart)
+        return Distance(self.count * count, *(each * count for each in sums))
+
+    @property
+    def relative(self) -> float | None:
+        """Return the norm of the difference by that of the left: infinite where only that is 0.
+
+        None where nothing was finite, or a square is not.
+        """
+        if not self.count or not isfinite(self.apart + self.left):
+            return None
+        if not self.apart:
+            return 0.0
+        return sqrt(self.apart) / sqrt(self.left) if self.left else inf
+
+    @property
+    def cosine(self) -> float | None:
+        """Return the cosine similarity; None where one is 0, or a square infinite."""
+        norms = sqrt(self.left) * sqrt(self.right)
+        if not norms or not isfinite(norms):
+            return None
+        return max(-1.0, min(1.0, self.products / norms)) if self.apart else 1.0
+
+
+NOWHERE = Distance()
+
+
 @dataclass(slots=True)
 class Values:
     """What differs between two tensors, in elements (in bytes, of a dtype smaller than a byte).
@@ -115,7 +167,7 @@ class Values:
     index of the first that counts, in contiguous order. `max_abs` and `max_ulp` are of finite
     numbers (of complex ones, of their parts), None where no such differ. The rest counts numbers
     that differ in a way of their own: NaN against another NaN, NaN against a number, 0.0 against
-    -0.0, an infinity against anything.
+    -0.0, an infinity against anything. `distance` is of all that differ and all that do not.
     """
 
     of: int
@@ -128,6 +180,7 @@ class Values:
     nan_one_side: int = 0
     zero_signs: int = 0
     infinities: int = 0
+    distance: Distance = NOWHERE
 
     def add(self, part: Values, start: int) -> None:
         """Count in a part of the same tensors, whose first element is `start` of the whole."""
@@ -135,12 +188,14 @@ class Values:
             self.first = start + part.first
         self.max_abs = _larger(self.max_abs, part.max_abs)
         self.max_ulp = _larger(self.max_ulp, part.max_ulp)
+        self.distance += part.distance
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(part, name))
 
     def repeat(self, times: int) -> None:
         """Count everything so many times."""
         self.of *= times
+        self.distance = self.distance.times(times)
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) * times)
 

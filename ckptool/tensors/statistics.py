@@ -7,10 +7,9 @@ from typing import Any
 
 from ckptool.tensors.counts import Statistics
 from ckptool.tensors.dtype import PACKED, DType
-from ckptool.tensors.numbers import COMPLEX, FLOATS, Block, bits_of, floats_of
+from ckptool.tensors.numbers import COMPLEX, FLOATS, SLICE, Block, bits_of, dot, floats_of
 
 Number = int | float | complex | bool
-SLICE = 1 << 15  # elements at once: in double precision they fit a second-level cache
 CELLS, _SHIFT = 4096, 20  # of a histogram: sign, exponent and three more bits of single precision
 _SIGNED = (DType.I64, DType.I32, DType.I16, DType.I8, DType.QI8, DType.QI32)
 
@@ -28,6 +27,11 @@ def elements(block: Block, dtype: DType) -> list[Number]:
     return [*(values.view("c16") if dtype in COMPLEX else values).tolist()]
 
 
+def doubles(block: Block, dtype: DType) -> Any:
+    """Return elements in double precision: a complex number is two, truth 0 or 1."""
+    return _array(block, dtype).astype("f8", copy=False)
+
+
 def _array(block: Block, dtype: DType) -> Any:
     """Return elements as integers, or as floats in double precision."""
     import numpy as np
@@ -41,10 +45,9 @@ def _array(block: Block, dtype: DType) -> Any:
 
 def statistics(block: Block, dtype: DType, *, cells: bool = False) -> Statistics:
     """Return what elements are on the whole, with `cells` a histogram too."""
-    values = _array(block, dtype)
-    found = Statistics()
-    for start in range(0, len(values), SLICE):
-        found += _of_slice(values[start : start + SLICE], cells)
+    found, size = Statistics(), SLICE * dtype.itemsize
+    for start in range(0, len(block), size):
+        found += _of_slice(_array(block[start : start + size], dtype), cells)
     return found
 
 
@@ -61,13 +64,12 @@ def _of_slice(values: Any, cells: bool) -> Statistics:
         return Statistics(nan=nan, inf=inf)
     mean = total / len(values)
     apart = values - mean
-    apart *= apart  # not `dot`: OpenBLAS would start threads for it
     return Statistics(
         count=len(values),
         least=values.min().item(),
         largest=values.max().item(),
         mean=mean,
-        squares=float(apart.sum()),
+        squares=dot(apart, apart),
         zeros=int(np.count_nonzero(values == 0)),
         nan=nan,
         inf=inf,
