@@ -6,6 +6,7 @@ stdout is data, stderr is talk. A command is loaded when it is called for, so th
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import os
@@ -30,7 +31,7 @@ from ckptool.errors import (
 from ckptool.text import quoted, visible
 
 GROUPS = {
-    "Look": ("info", "keys", "show", "check", "diff"),
+    "Look": ("info", "keys", "show", "check", "diff", "plot"),
     "Models": ("download", "layers", "verify"),
     "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"),
     "Between models": ("match", "recipe"),
@@ -132,6 +133,7 @@ def entry() -> None:
     nothing here, and beside ours.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.set_threshold(50_000)  # modules and trees are no garbage: the search for it takes long
     sys.exit(main())
 
 
@@ -229,7 +231,7 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
-    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"}
+    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"} - {"plot"}
     return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
 
 

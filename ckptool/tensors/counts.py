@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import field
 from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
+
+from ckptool.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Statistics:
     """What numbers are on the whole: the finite ones, of which there are `count`.
 
     `squares` is the sum of the squared distances from their `mean`. `cells` is a histogram of their
-    signs and exponents, an array of numpy; a complex number is two.
+    signs, exponents and three more bits; a complex number is two.
     """
 
     count: int = 0
@@ -58,7 +61,7 @@ class Statistics:
     zeros: int = 0
     nan: int = 0
     inf: int = 0
-    cells: Any = None
+    cells: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def std(self) -> float:
@@ -75,7 +78,6 @@ class Statistics:
         count = self.count + other.count
         apart, share = other.mean - self.mean, other.count / count if count else 0.0
         between = apart * apart * self.count * share
-        both = self.cells is not None and other.cells is not None
         return Statistics(
             count,
             min(self.least, other.least),
@@ -85,11 +87,7 @@ class Statistics:
             self.zeros + other.zeros,
             self.nan + other.nan,
             self.inf + other.inf,
-            self.cells + other.cells
-            if both
-            else self.cells
-            if other.cells is None
-            else other.cells,
+            _summed(self.cells, other.cells),
         )
 
     def times(self, count: int) -> Statistics:
@@ -103,8 +101,14 @@ class Statistics:
             self.zeros * count,
             self.nan * count,
             self.inf * count,
-            None if self.cells is None else self.cells * count,
+            {cell: found * count for cell, found in self.cells.items()},
         )
+
+
+def _summed(one: Mapping[int, int], other: Mapping[int, int]) -> Mapping[int, int]:
+    if not one or not other:
+        return one or other
+    return {**one, **{cell: one.get(cell, 0) + count for cell, count in other.items()}}
 
 
 @dataclass(frozen=True, slots=True)

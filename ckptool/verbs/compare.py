@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import fileio
@@ -17,6 +17,7 @@ from ckptool.files.copying import Begin, Copy, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, module_metadata, replacing, selecting, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
@@ -273,16 +274,8 @@ class _Work:
     def compare_values(self, progress: Begin) -> None:
         """Read and compare the tensors that are queued, each pair of views once."""
         distinct = {both.views: both for _, _, both in self._queue}
-        limit = max(MAX_EXPANSION * (self.left.nbytes + self.right.nbytes), SMALL)
+        limit = refuse_repeats([*distinct.values()], self.left, self.right)
         total = sum(both.nbytes for both in distinct.values())
-        work = total + _inflated(list(distinct.values()))
-        if work > limit:
-            raise LimitExceeded(
-                f"{readable(work)} would be compared of files of {readable(self.left.nbytes)} "
-                f"and {readable(self.right.nbytes)}",
-                option="--structure",
-                hint="compares no values, --select some",
-            )
         known: dict[tuple[object, ...], Values] = {}
         step = progress(2 * total)
         with closing(Readers()) as readers:
@@ -312,6 +305,20 @@ class _Work:
             run_jobs(jobs, None, lambda nbytes: None)
         except Malformed as error:
             self.notes.append(f"{error.message}; ckptool check says more")
+
+
+def refuse_repeats(pairs: Sequence[Pair], left: Checkpoint, right: Checkpoint) -> int:
+    """Return how many bytes may be compared; raises `LimitExceeded` for views that repeat more."""
+    limit = max(MAX_EXPANSION * (left.nbytes + right.nbytes), SMALL)
+    work = sum(both.nbytes for both in pairs) + _inflated(pairs)
+    if work > limit:
+        raise LimitExceeded(
+            f"{readable(work)} would be compared of files of {readable(left.nbytes)} "
+            f"and {readable(right.nbytes)}",
+            option="--structure",
+            hint="compares no values, --select some",
+        )
+    return limit
 
 
 def _inflated(pairs: Sequence[Pair]) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 from ckptool.errors import LimitExceeded, Unsupported
 from ckptool.files.blocks import blocks, equal
 from ckptool.files.fileio import Readers
+from ckptool.records import dataclass
 from ckptool.tensors.counts import NOWHERE, Tolerance, Values
 from ckptool.tensors.differences import differences, norm, rounded_differences
 from ckptool.tensors.numbers import SLICE, load

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
+from ckptool.records import dataclass
 from ckptool.state.walk import Path
 from ckptool.tensors.counts import Values
 from ckptool.text import counted, visible
