@@ -98,10 +98,12 @@ OWNERS = {
     r"pickle|_pickle|cPickle|marshal|shelve|dill|cloudpickle|joblib": (),
     r"subprocess|runpy|pty|code|codeop": (),
     r"ctypes": ("files/moves.py",),
-    r"logging|warnings": ("model/*.py", "files/http.py"),
+    r"logging|warnings": ("model/*.py", "files/http.py", "cli/pictures.py"),
+    r"matplotlib": ("cli/pictures.py",),
     r"torch|torchvision|torchaudio|safetensors|timm|transformers|PIL": ("model/*.py",),
     r"numpy": (
         "model/*.py",
+        "tensors/differences.py",
         "tensors/numbers.py",
         "tensors/resampling.py",
         "tensors/statistics.py",
@@ -177,7 +179,9 @@ def test_text_from_outside_becomes_a_number_in_one_function() -> None:
     assert found == TEXT_NUMBERS
 
 
-HEAVY = re.compile(r"torch|torchvision|numpy|ml_dtypes|safetensors|timm|urllib3|tqdm|ssl")
+HEAVY = re.compile(
+    r"torch|torchvision|numpy|ml_dtypes|safetensors|timm|urllib3|tqdm|ssl|matplotlib|logging"
+)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -23,7 +23,7 @@ from ckptool.errors import CkptoolError, NoSuchCommand
 from ckptool.text import quoted, visible
 
 GROUPS = {
-    "Look": ("info", "keys", "show", "check", "diff"),
+    "Look": ("info", "keys", "show", "check", "diff", "plot"),
     "Models": ("download", "layers", "verify"),
     "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"),
     "Between models": ("match", "recipe"),
@@ -209,7 +209,7 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
-    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"}
+    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"} - {"plot"}
     return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
 
 

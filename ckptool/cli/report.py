@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.casting import Cast
     from ckptool.verbs.combining import Averaged
     from ckptool.verbs.fitting import Fit
+    from ckptool.verbs.plotting import Plot
     from ckptool.verbs.surgery import Rewrite
 
 
@@ -128,6 +129,13 @@ def _file_line(found: Listing) -> str:
     parts.append(readable(found.nbytes))
     line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
     return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
+
+
+def plot_lines(plot: Plot, target: str) -> list[str]:
+    """Return what a picture shows."""
+    size = f"{counted(plot.tensors, 'tensor')}, {readable(plot.nbytes)}"
+    line = f"{visible(target)}: {plot.kind} of {counted(len(plot.layers), 'layer')}, {size}"
+    return [line, *map(visible, plot.notes)]
 
 
 def danger_lines(checkpoint: Checkpoint) -> list[str]:

@@ -30,7 +30,7 @@ from ckptool.errors import (
     out_of_memory,
 )
 from ckptool.files import moves
-from ckptool.files.copying import Done, Moved, PlannedFile, Progress
+from ckptool.files.copying import Done, Moved, PlannedFile, Progress, no_progress
 from ckptool.files.group import ALONE, Group
 from ckptool.files.target import Output as Output, Owns, Target as Target
 from ckptool.files.writing import WRITING, Work, reserve, write_file
@@ -193,6 +193,12 @@ def refuse_full(target: Target, nbytes: int) -> None:
 
 
 # Writing and publishing.
+
+
+def write(place: Target, data: bytes) -> None:
+    """Write and publish a file from memory; raises `NoSpace`, `OutputExists` or `WriteError`."""
+    output = Output((PlannedFile("", len(data), [(0, data)]),))
+    publish(place, output, no_progress(0), lambda *_: None)
 
 
 def publish(
