@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Any, NamedTuple, TypeVar
+
+from ckptool.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 
 from ckptool import containers
 from ckptool.containers import safetensors
@@ -17,6 +17,7 @@ from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
 from ckptool.pickles.tree import Global, Node, children
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
