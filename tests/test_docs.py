@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -47,6 +46,8 @@ def examples(text: str) -> list[tuple[str, list[str]]]:
 
 def on_terminal(command: str, folder: Path) -> list[str]:
     """Run a command on a terminal of 100 columns; give the lines it shows."""
+    import pty  # not on Windows
+
     arguments = shlex.split(command)
     assert arguments[0] == "ckptool"
     parent, child = pty.openpty()

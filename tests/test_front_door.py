@@ -5,12 +5,14 @@ Each is read from the file that ships and run as pre-commit or GitHub runs it.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -278,3 +280,96 @@ def test_the_action_passes_each_input_on() -> None:
     }
     assert {f"inputs.{name}" for name in action["inputs"]} <= used
     assert os.path.isfile(ACTION / "convert.py")
+
+
+# The papers of `.github`.
+
+POSIX_OR_TORCH = {
+    "torch", "torchvision", "safetensors", "timm", "huggingface_hub",
+    "pty", "resource", "fcntl", "termios", "pwd", "grp",
+}  # fmt: skip
+
+
+def workflow() -> Any:
+    return read(GITHUB / "workflows" / "ci.yml")
+
+
+def test_the_workflow_runs_all_on_linux_and_the_base_elsewhere() -> None:
+    jobs = workflow()["jobs"]
+    everything, base = jobs["all"], jobs["base"]
+    assert everything["runs-on"] == "ubuntu-latest"
+    assert everything["steps"][-1]["run"] == ".ci/run"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pythons = everything["strategy"]["matrix"]["python"]
+    assert len(pythons) == 3
+    assert project["requires-python"] == f">={pythons[0]}"
+    assert base["strategy"]["matrix"]["system"] == ["macos-latest", "windows-latest"]
+
+
+@posix
+def test_the_base_tests_need_neither_torch_nor_posix() -> None:
+    script = workflow()["jobs"]["base"]["steps"][-1]["run"]
+    line = re.sub(r"\\\n", " ", script).splitlines()[-1].removeprefix("pytest -q ")
+    done = subprocess.run(
+        ["bash", "-c", f"echo {line}"], capture_output=True, text=True, check=True
+    )
+    names = done.stdout.split()
+    assert len(names) > 10
+    paths = {path.stem: path for path in (ROOT / "tests").rglob("*.py")}
+    todo, seen = [ROOT / "tests" / name for name in names], set()
+    while todo:
+        path = todo.pop()
+        for module in imported(path):
+            assert module not in POSIX_OR_TORCH, f"{path.name} imports {module}"
+            if module in paths and module not in seen:
+                todo.append(paths[module])
+                seen.add(module)
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports as it is loaded."""
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    plain = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return plain | {
+        str(n.module).split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and n.module
+    }
+
+
+def test_what_contributors_are_told_to_copy_is_there() -> None:
+    text = (GITHUB / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([^`\s]+)`", text) if "/" in name or ".md" in name}
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists()]
+    for title in ("A container", "An edit", "A command"):
+        section = re.search(rf"^## {title}\n\n(.*?)(?=\n## |\Z)", text, re.MULTILINE | re.DOTALL)
+        assert section
+        assert re.findall(r"^(\d+)\. ", section[1], re.MULTILINE) == [*map(str, range(1, 11))]
+        assert "opy `" in section[1]
+    for word, file in [
+        ("MODULES", "containers/_registry.py"),
+        ("EDITS", "state/edit_options.py"),
+        ("GROUPS", "cli/main.py"),
+    ]:
+        assert f"`{word}`" in text
+        assert re.search(rf"^{word} ?=", (ROOT / "ckptool" / file).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["bug", "checkpoint"])
+def test_forms_ask_for_what_is_in_the_file(name: str) -> None:
+    form = read(GITHUB / "ISSUE_TEMPLATE" / f"{name}.yml")
+    assert form["name"]
+    assert form["description"]
+    kinds = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
+    assert {each["type"] for each in form["body"]} <= kinds
+    ids = [each["id"] for each in form["body"] if each["type"] != "markdown"]
+    assert len(ids) == len({*ids})
+    (info,) = (each for each in form["body"] if each.get("id") == "info")
+    assert info["attributes"]["label"] == "`ckptool info --json FILE`"
+    assert info["validations"]["required"]
+
+
+def test_security_says_what_check_does_and_where_to_report() -> None:
+    text = " ".join((GITHUB / "SECURITY.md").read_text(encoding="utf-8").split())
+    for word in ("ckptool check", "--strict", "--max-memory", "exit code 4", "private advisory"):
+        assert word in text
+    assert not re.search(r"\S+@\S+|https?://", text)

@@ -268,6 +268,7 @@ def test_a_missing_file_does_not_stop_the_others(run: Run, here: Path, good: Pat
     assert rows(done)[1][1] == "ok"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and sockets of POSIX")
 def test_folders_give_their_files(run: Run, here: Path, good: Path) -> None:
     """Every file by its bytes, sorted, nested; no hidden folder, and no loop through a link."""
     for name in ("b.pth", "sub/a.safetensors", ".hidden.pth", ".git/c.pth", "notes.txt", "A.PT"):
@@ -290,6 +291,7 @@ def test_folders_give_their_files(run: Run, here: Path, good: Path) -> None:
     assert rows(done)[0][2] == "a folder (empty)"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and sockets of POSIX")
 def test_a_folder_is_looked_at_whatever_names_are_in_it(run: Run, here: Path, good: Path) -> None:
     """Hostile files under odd names have lines; the rest is named, in text and JSON."""
     folder = here / "downloads"
@@ -514,6 +516,7 @@ def test_any_byte_of_a_pickle_may_be_anything(here: Path) -> None:
     assert {Status.OK, Status.DAMAGED} <= statuses
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and sockets of POSIX")
 def test_what_is_no_regular_file_is_named(here: Path, good: Path) -> None:
     """In a process of its own, so that one that hangs can be ended."""
     os.mkfifo("pipe.pth")
