@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import picture
 import pytest
 from conftest import FIXTURES, Outcome, environment, step
 from test_docs import ROOT
@@ -373,3 +375,41 @@ def test_security_says_what_check_does_and_where_to_report() -> None:
     for word in ("ckptool check", "--strict", "--max-memory", "exit code 4", "private advisory"):
         assert word in text
     assert not re.search(r"\S+@\S+|https?://", text)
+
+
+# The picture of the README.
+
+
+def written(svg: str) -> list[str]:
+    """Return the texts of a picture; those of the torch that wrote the file may differ."""
+    texts = ["".join(each.itertext()) for each in ElementTree.fromstring(svg).iter() if each.text]
+    return [text for text in texts if "written by torch" not in text]
+
+
+def test_the_picture_shows_commands_of_the_readme() -> None:
+    svg = picture.PICTURE.read_text(encoding="utf-8")
+    assert set(picture.COMMANDS) <= {*written(svg)}
+    assert "<script" not in svg
+    assert not re.search(r"(href|url)\b", svg)
+    width = float(re.findall(r'width="(\d+)"', svg)[0])
+    ends = re.findall(r'<text x="([\d.]+)" y="\d+" textLength="([\d.]+)"', svg)
+    assert ends
+    assert all(float(x) + float(length) <= width for x, length in ends)
+
+
+@posix
+def test_the_picture_is_what_a_terminal_shows() -> None:
+    if step(2) > 1:
+        pytest.skip("with --all: makes a ResNet-50")
+    pytest.importorskip("torchvision")
+    said = written(picture.drawn(picture.recorded()))
+    shown = written(picture.PICTURE.read_text(encoding="utf-8"))
+    assert said == shown, "python tests/picture.py draws it anew"
+
+
+def test_a_run_of_colour_has_its_columns_and_long_lines_wrap() -> None:
+    line = "FILE  \x1b[32m\x1b[1mok\x1b[0m  " + "x" * picture.COLUMNS
+    (_, first, second) = picture._session("ckptool check", [line])
+    assert first[:2] == [(0, "FILE", ""), (6, "ok", ' class="bold" style="fill:#7ee787"')]
+    assert first[2] == (10, "x" * (picture.COLUMNS - 10), "")
+    assert second == [(0, "x" * 10, "")]
