@@ -337,6 +337,14 @@ def imported(path: Path) -> set[str]:
     }
 
 
+def test_files_that_the_architecture_names_are_there() -> None:
+    text = (ROOT / "ckptool" / "manual" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([^`\s]+\.py)`", text)
+    assert len(named) > 15
+    roots = (ROOT, ROOT / "ckptool")
+    assert not [name for name in named if not any((root / name).exists() for root in roots)]
+
+
 def test_what_contributors_are_told_to_copy_is_there() -> None:
     text = (GITHUB / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = {name for name in re.findall(r"`([^`\s]+)`", text) if "/" in name or ".md" in name}
