@@ -219,7 +219,8 @@ def written_lines(result: Rewrite, counts: str = "") -> list[str]:
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return [f"{visible(result.target)}: {size}", counts or counts_line(result)]
+    where = "" if result.bare else _whereabouts("", result.at)
+    return [f"{visible(result.target)}: {size}{where}", counts or counts_line(result)]
 
 
 def average_lines(result: Averaged) -> list[str]:
