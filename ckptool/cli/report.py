@@ -244,7 +244,8 @@ def _output(result: Rewrite) -> str:
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return f"{visible(result.target)}: {size}"
+    where = "" if result.bare else _whereabouts("", result.at)
+    return f"{visible(result.target)}: {size}{where}"
 
 
 def average_lines(result: Averaged) -> list[str]:
