@@ -65,10 +65,7 @@ class Layer:
             "nbytes": self.nbytes,
         }
         if found := self.values:
-            known = found.count > 0
-            numbers = {"min": found.least, "max": found.largest, "mean": found.mean}
-            fields |= {name: number if known else None for name, number in numbers.items()}
-            fields |= {"std": found.std if known else None, "not_finite": self.odd}
+            fields |= {**found.numbers, "not_finite": self.odd}
             fields["quantiles"] = dict(zip(map(str, SHARES), self.quantiles, strict=False))
         if self.moved:
             relative = self.moved.relative
