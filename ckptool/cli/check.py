@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command
+from ckptool.cli._options import INPUT, Command
 from ckptool.errors import EditError, is_out_of_memory
 from ckptool.text import visible
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("check", cls=Command)
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--sha256", is_flag=True, help="Print the sha256 of each file too.")
 @click.option("--finite", is_flag=True, help="Count NaN and infinity in every tensor.")
 @click.option(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.state.classes import Lines
     from ckptool.verbs.checking import Checked
     from ckptool.verbs.combining import Averaged
-    from ckptool.verbs.compare import Difference
+    from ckptool.verbs.difference import Difference
     from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
     from ckptool.verbs.match import Matched, Side
