@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -82,10 +83,11 @@ def lines_named(text: str) -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     inline = [" ".join(line.split()) for line in re.findall(r"`(ckptool [^`]+)`", prose)]
-    shell = [line.partition(" > ")[0] for block in blocks for line in block.splitlines()]
+    shell = [line for block in blocks for line in block.splitlines()]
     return [*inline, *(line for line in shell if line.startswith("ckptool "))]
 
 
+SHELL = ("|", ">", "<", "&&")
 PAPERS = {
     **{name: manual.page(name) for name in PAGES},
     **{
@@ -99,7 +101,8 @@ PAPERS = {
 def test_command_lines_that_are_named_are_understood(name: str) -> None:
     """Their commands and options are there; what is in capitals stands for something else."""
     for line in lines_named(PAPERS[name]):
-        _, word, *arguments = shlex.split(line, comments=True)
+        words = takewhile(lambda each: each not in SHELL, shlex.split(line, comments=True))
+        _, word, *arguments = words
         if word.isupper() or word.startswith("-"):
             continue
         command = ckptool.get_command(context(), word)
