@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.casting import Cast
     from ckptool.verbs.combining import Averaged
     from ckptool.verbs.fitting import Fit
+    from ckptool.verbs.plotting import Plot
     from ckptool.verbs.surgery import Rewrite
 
 
@@ -47,21 +48,22 @@ def key_rows(entries: Sequence[Entry]) -> list[str]:
 def key_table(entries: Sequence[Entry], width: int, *, fold: bool = True) -> list[str]:
     """List tensors for people: those of a kind in each of several layers as one."""
     head, *listed = rows(entries)
-    return folded_table(head, listed, width, fold=fold)
+    return folded_table(head, listed, width) if fold else screen.listed(head, listed, width)
 
 
 def folded_table(
     head: Sequence[str],
-    listed: Sequence[tuple[str, ...]],
+    rows: Sequence[tuple[str, ...]],
     width: int,
     key: int = 0,
-    *,
-    fold: bool = True,
+    right: Sequence[int] = (),
+    spare: Sequence[int] = (),
 ) -> list[str]:
     """Write a table for people, with a column for how often where rows were folded."""
-    listed = folding.rows_folded(listed, key) if fold else listed
-    more = [""] * (len(listed[0]) - len(head)) if listed else []
-    return screen.table([[*head, *more], *listed], width, right=[len(head)] if more else [])
+    rows = folding.rows_folded(rows, key)
+    if rows and len(rows[0]) > len(head):
+        right, head = (*right, len(head)), (*head, "")
+    return screen.listed(head, rows, width, right, spare)
 
 
 def key_names(entries: Sequence[Entry]) -> list[str]:
@@ -146,6 +148,13 @@ def _file_line(found: Listing) -> str:
     return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
 
 
+def plot_lines(plot: Plot, target: str) -> list[str]:
+    """Return what a picture shows."""
+    size = f"{counted(plot.tensors, 'tensor')}, {readable(plot.nbytes)}"
+    line = f"{visible(target)}: {plot.kind} of {counted(len(plot.layers), 'layer')}, {size}"
+    return [line, *map(visible, plot.notes)]
+
+
 def danger_lines(checkpoint: Checkpoint) -> list[str]:
     """Return what loading a file elsewhere would run; nothing where it would run nothing."""
     verdict = safety.judge_file(checkpoint)
@@ -183,12 +192,19 @@ def prefix_line(
 
 def counts_line(result: Rewrite) -> str:
     """Count what a rewrite did, or would do."""
-    verb = "would write" if result.dry_run else "written"
-    added = f"added {result.added}, " if result.added else ""
-    return (
-        f"read {result.read}, renamed {result.renamed}, dropped {len(result.dropped)}, "
-        f"{added}{verb} {result.written}"
-    )
+    return in_words(counts(result))
+
+
+def counts(result: Rewrite) -> dict[str, int]:
+    """Return the counts of a rewrite by their words."""
+    found = {"read": result.read, "renamed": result.renamed, "dropped": len(result.dropped)}
+    found |= {"added": result.added} if result.added else {}
+    return found | {"would write" if result.dry_run else "written": result.written}
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Write counts in a line."""
+    return ", ".join(f"{word} {count}" for word, count in counts.items())
 
 
 def rewrite_lines(result: Rewrite, *, fold: bool = False) -> list[str]:
@@ -230,12 +246,23 @@ def _whereabouts(module: str, at: Sequence[str] | None) -> str:
 
 def written_lines(result: Rewrite, counts: str = "") -> list[str]:
     """Return lines that describe what was written, with counts."""
-    if result.dry_run:
-        return [counts or counts_line(result)]
+    return [*([] if result.dry_run else [_output(result)]), counts or counts_line(result)]
+
+
+def output_line(result: Rewrite) -> str:
+    """Describe an output in a line, with what is not as it was."""
+    found = counts(result)
+    changed = {word: found.get(word, 0) for word in ("renamed", "dropped", "added")}
+    shown = in_words({word: count for word, count in changed.items() if count})
+    return f"{_output(result)}; {shown}" if shown else _output(result)
+
+
+def _output(result: Rewrite) -> str:
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return [f"{visible(result.target)}: {size}", counts or counts_line(result)]
+    where = "" if result.bare else _whereabouts("", result.at)
+    return f"{visible(result.target)}: {size}{where}"
 
 
 def average_lines(result: Averaged) -> list[str]:

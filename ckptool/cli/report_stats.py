@@ -11,7 +11,7 @@ from ckptool.verbs.listing import Listing
 BAR = 10  # characters of a histogram
 _LEVELS = " .:-=+*#"
 WIDE = 110  # columns of a terminal that has room for four digits
-_SPARE = (1, 2, 9, 8)  # columns that a narrow one can miss
+_SPARE = (1, 2, 9, 8, 7)  # columns that a narrow one can miss
 _HEAD = ("KEY", "DTYPE", "SHAPE", "MIN", "MAX", "MEAN", "STD", "ZEROS", "NAN", "INF", "MIN TO MAX")
 
 
@@ -29,7 +29,7 @@ def stat_rows(found: Listing) -> list[str]:
 
 def stat_table(found: Listing, width: int) -> list[str]:
     """List tensors for people, each with a bar: where between least and largest elements are."""
-    rows: list[tuple[str, ...]] = [_HEAD]
+    rows: list[tuple[str, ...]] = []
     digits = 4 if width >= WIDE else 3
     for key, info in found.entries:
         figures = _statistics(found, key)
@@ -48,8 +48,7 @@ def stat_table(found: Listing, width: int) -> list[str]:
                 bar(figures),
             )
         )
-    unused = [column for column in (7, 8, 9) if not any(row[column] for row in rows[1:])]
-    return screen.table(rows, width, range(3, 10), (*unused, *_SPARE))
+    return screen.listed(_HEAD, rows, width, range(3, 10), _SPARE)
 
 
 def bar(figures: Statistics) -> str:

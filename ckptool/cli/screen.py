@@ -103,10 +103,16 @@ def listed(
     right: Sequence[int] = (),
     spare: Sequence[int] = (),
 ) -> list[str]:
-    """Write rows below a head for people, with tabs between for programs, who have no width."""
+    """Write rows below a head for people, with tabs between for programs, who have no width.
+
+    Of `spare` columns for people, those are left out that say nothing, too.
+    """
     if width is None:
         return ["\t".join(row) for row in rows]
-    return table([head, *rows], width, right, spare)
+    kept = [at for at in range(len(head)) if at not in spare or any(row[at] for row in rows)]
+    chosen = [[row[at] for at in kept] for row in (head, *rows)]
+    right, spare = ([kept.index(at) for at in each if at in kept] for each in (right, spare))
+    return table(chosen, width, right, spare)
 
 
 def fitted(natural: Sequence[int], width: int, right: Sequence[int] = ()) -> list[int]:
