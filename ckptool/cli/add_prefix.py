@@ -10,7 +10,7 @@ from ckptool.cli._options import PREFIX, Command, Request, run, writes
 @click.command("add-prefix", cls=Command)
 @writes
 @click.option("--prefix", default=PREFIX, show_default=True, help="What to put before keys.")
-def command(request: Request, prefix: str) -> None:
+def command(request: Request, prefix: str) -> int:
     """Put the DataParallel prefix `module.` before keys.
 
     \b
@@ -21,4 +21,4 @@ def command(request: Request, prefix: str) -> None:
     """
     from ckptool.verbs import api
 
-    run(request, api.add_prefix, prefix=prefix)
+    return run(request, api.add_prefix, prefix=prefix)

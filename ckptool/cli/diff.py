@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, patterns, refuse_idle
+from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
 
 DIFFERENT = 1
 
 
 @click.command("diff", cls=Command)
-@click.argument("left", metavar="A")
-@click.argument("right", metavar="B")
+@click.argument("left", metavar="A", type=INPUT)
+@click.argument("right", metavar="B", type=INPUT)
 @click.option("--at", metavar="NAME", help="Where both state_dicts sit (dotted; . is the top).")
 @click.option("--left-at", metavar="NAME", help="Where the state_dict of A sits.")
 @click.option("--right-at", metavar="NAME", help="Where the state_dict of B sits.")

@@ -16,7 +16,7 @@ from ckptool.errors import NoSuchCommand, of_system
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
 SUBJECTS = (
-    "writing selecting recipes dtypes containers remote whole-models plugins safety trust "
+    "writing many selecting recipes dtypes containers remote whole-models plugins ci safety trust "
     "exit-codes json python numbers scale architecture"
 ).split()
 

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
-from ckptool.cli import talk
-from ckptool.cli._options import Command
+from ckptool.cli import _many, talk
+from ckptool.cli._options import INPUT, Command
+
+if TYPE_CHECKING:
+    from ckptool.cli._many import Put
 
 
 @click.command("info", cls=Command)
-@click.argument("file", metavar="FILE")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
-def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
+def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) -> int:
     """Say what a file is, what is in it, and which commands would help.
 
     \b
     ckptool info mystery.pth
     ckptool info --json model_best.pth.tar
     ckptool info --at teacher dino.pth
+    ckptool info *.pth
 
     A file that is no checkpoint is named for what it is, exit 3.
     """
+    return _many.each(files, partial(_show, at=at, as_json=as_json), as_json=as_json)
+
+
+def _show(file: str, put: Put, *, at: str | None, as_json: bool) -> None:
     from ckptool import containers
-    from ckptool.cli import report, report_info
+    from ckptool.cli import report_info
     from ckptool.verbs.suggestions import suggestions
     from ckptool.verbs.survey import survey
 
     facts = survey(containers.read(file, alone=True), at)
     facts = replace(facts, suggestions=tuple(suggestions(facts)))
-    if as_json:
-        talk.put([report.document(facts.to_dict())])
-    else:
-        rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
-        talk.put(rows(facts))
+    rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
+    put(facts.to_dict() if as_json else rows(facts))

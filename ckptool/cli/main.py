@@ -18,16 +18,8 @@ from typing import Any
 import click
 
 from ckptool import __version__
-from ckptool.cli.talk import complain, put, refusal, say, silence, without_secrets
-from ckptool.errors import (
-    CkptoolError,
-    MissingExtra,
-    NoSuchCommand,
-    NoSuchFile,
-    OutOfMemory,
-    is_out_of_memory,
-    out_of_memory,
-)
+from ckptool.cli.talk import complain, put, refusal, say, silence, spelled, without_secrets
+from ckptool.errors import CkptoolError, NoSuchCommand
 from ckptool.text import quoted, visible
 
 GROUPS = {
@@ -45,7 +37,6 @@ EXAMPLES = (
 COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
 NOTHING_WRITTEN = "nothing was written"
 ROOM = 24 << 20  # of the address space: what is imported, two buffers, a thread
-BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 SIGNALLED = 128  # and the number of the signal
@@ -187,23 +178,10 @@ def _run(arguments: list[str], debug: bool) -> int:
         silence()
         return PIPE_CLOSED
     except Exception as error:
-        if is_out_of_memory(error):
-            complain(out_of_memory())
-            _trace(error, debug)
-            return OutOfMemory.exit_code
-        if isinstance(error, OSError | ImportError):
-            refused = refusal(error) if isinstance(error, OSError) else _not_loaded(error)
-            complain(refused)
-            _trace(error, debug)
-            return refused.exit_code
-        say(
-            [
-                f"error[bug]: {type(error).__name__}: {visible(str(error))}",
-                "hint: this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where",
-            ]
-        )
+        refused = refusal(error)
+        complain(refused)
         _trace(error, debug)
-        return BUG
+        return refused.exit_code
 
 
 def _refuse_no_room() -> None:
@@ -240,13 +218,6 @@ def _trace(error: BaseException, debug: bool) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _not_loaded(error: ImportError) -> MissingExtra:
-    return MissingExtra(
-        f"a library cannot be loaded: {error}",
-        hint="pip check says what is missing; its files may be unreadable, or too many open",
-    )
-
-
 def _usage(error: click.UsageError, arguments: list[str]) -> list[str]:
     # click names no command where an option lacks its value.
     named = [name for names in GROUPS.values() for name in names if name in arguments[:1]]
@@ -260,11 +231,7 @@ def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
     """Write the command to paste, or name a file that is spelled like the missing one."""
     if error.option:
         error.hint = f"{_retried(arguments, error.option)}   {error.hint}".rstrip()
-    if isinstance(error, NoSuchFile) and error.path and not error.hint:
-        from ckptool.files.fileio import spelled_like
-
-        error.hint = spelled_like(str(error.path))
-    return error
+    return spelled(error)
 
 
 # Options of one meaning under other names: what errors call it -> command -> its own.

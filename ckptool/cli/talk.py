@@ -14,7 +14,17 @@ from typing import Any, TextIO
 
 import click
 
-from ckptool.errors import CkptoolError, WriteError, of_system, reason
+from ckptool.errors import (
+    Bug,
+    CkptoolError,
+    MissingExtra,
+    NoSuchFile,
+    WriteError,
+    is_out_of_memory,
+    of_system,
+    out_of_memory,
+    reason,
+)
 from ckptool.text import readable, visible
 
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
@@ -30,13 +40,32 @@ def say(lines: Iterable[str], *, quiet: bool = False) -> None:
             sys.stderr.flush()
 
 
-def put(lines: Sequence[str]) -> None:
-    """Write lines of data to stdout."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+def put(lines: Sequence[str], end: str = "\n") -> None:
+    """Write lines of data to stdout; `end` comes after the last."""
+    sys.stdout.write("\n".join(lines) + end if lines else "")
     sys.stdout.flush()
 
 
-def refusal(error: OSError) -> CkptoolError:
+def refusal(error: Exception) -> CkptoolError:
+    """Return the error that the user is told of for any exception."""
+    if isinstance(error, CkptoolError):
+        return error
+    if is_out_of_memory(error):
+        return out_of_memory()
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, ImportError):
+        return MissingExtra(
+            f"a library cannot be loaded: {error}",
+            hint="pip check says what is missing; its files may be unreadable, or too many open",
+        )
+    return Bug(
+        f"{type(error).__name__}: {error}",
+        hint="this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where",
+    )
+
+
+def _of_system(error: OSError) -> CkptoolError:
     """Return the error for what the system refused; where stdout does again, it is that one."""
     if error.filename is None:
         try:
@@ -74,14 +103,37 @@ def in_colour(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def complain(error: CkptoolError) -> None:
-    """Write an error: what is wrong, what shows it, what helps."""
+def complain(error: CkptoolError, *, in_a_line: bool = False) -> None:
+    """Write an error: what is wrong, and unless `in_a_line`, what shows it and what helps."""
     slug = coloured(f"error[{error.slug}]", "red")
     lines = [f"{slug}: {visible(error.message)}"]
+    if in_a_line:
+        say(lines)
+        return
     lines += [f"    {visible(line)}" for line in error.evidence]
     if error.hint:
         lines.append(f"{coloured('hint', 'cyan')}: {visible(error.hint)}")
     say(lines)
+
+
+def spelled(error: CkptoolError) -> CkptoolError:
+    """Name a file that is spelled like the missing one, in the hint."""
+    if isinstance(error, NoSuchFile) and error.path and not error.hint:
+        from ckptool.files.fileio import spelled_like
+
+        error.hint = spelled_like(str(error.path))
+    return error
+
+
+def failure(error: CkptoolError) -> dict[str, object]:
+    """Return the document of an error."""
+    return {
+        "error": error.slug,
+        "message": error.message,
+        "evidence": list(error.evidence),
+        "hint": error.hint,
+        "exit": error.exit_code,
+    }
 
 
 def warn(lines: Iterable[str]) -> None:
