@@ -89,12 +89,8 @@ class Listing:
         if self.statistics is None:
             return {}
         found = self.statistics.get(key, Statistics())
-        counted = found.count > 0
         return {
-            "min": found.least if counted else None,
-            "max": found.largest if counted else None,
-            "mean": found.mean if counted else None,
-            "std": found.std if counted else None,
+            **found.numbers,
             "zeros": found.zeros,
             "nan": found.nan,
             "inf": found.inf,
