@@ -304,9 +304,10 @@ def tell(
     """Print the document, the plan or the talk of a rewrite, with other `counts` than its own."""
     from ckptool.cli import report
 
-    talk.warn(visible(line) for line in result.warnings)
+    for line in result.warnings:
+        talk.warn(visible(line))
     if request.as_json:
-        talk.put([report.document(document or result.to_dict())])
+        talk.put_document(document or result.to_dict())
     elif result.dry_run:
         talk.put(report.plan_lines(result, counts))
     what, written = report.rewrite_lines(result), report.written_lines(result, counts)

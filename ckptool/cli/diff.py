@@ -96,13 +96,11 @@ def command(
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
-            warning, *evidence = report.danger_lines(checkpoint) or [""]
-            if warning:
-                talk.warn([warning])
-                talk.say(evidence)
+            if lines := report.danger_lines(checkpoint):
+                talk.warn(*lines)
         found = compare.diff(first, second, asked, progress.begin)
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     else:
         rows = report_diff.difference_table if talk.on_terminal() else report_diff.difference_rows
         talk.put(rows(found))

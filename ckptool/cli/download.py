@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +75,12 @@ def command(
             timeout=sites.manner().timeout,
             progress=progress.reached,
         )
+    for line in done.warnings:
+        talk.warn(visible(line))
     if as_json:
-        _put_document(done.to_dict())
+        talk.put_document(done.to_dict())
     else:
         talk.put([visible(done.path)])
-    talk.warn(map(visible, done.warnings))
     talk.say(_lines(done), quiet=quiet)
 
 
@@ -96,12 +97,6 @@ def _url(name: str, *, quiet: bool) -> str:
     entry = weights.resolve(name)
     talk.say([f"{visible(name)}: {entry.member}, {entry.url}"], quiet=quiet)
     return entry.url
-
-
-def _put_document(fields: Mapping[str, object]) -> None:
-    from ckptool.cli.report import document
-
-    talk.put([document(fields)])
 
 
 def _lines(done: Downloaded) -> list[str]:
@@ -128,7 +123,7 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
         hint = "ckptool download --list shows all"
         raise NoSuchModel(f"torchvision has no weights like `{pattern}`", hint=hint)
     if as_json:
-        _put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
+        talk.put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
     else:
         talk.put(_table(entries) if talk.on_terminal() else _rows(entries))
     defaults = sum(entry.default for entry in entries)

@@ -26,14 +26,14 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     A file that is no checkpoint is named for what it is, exit 3.
     """
     from ckptool import containers
-    from ckptool.cli import report, report_info
+    from ckptool.cli import report_info
     from ckptool.verbs.suggestions import suggestions
     from ckptool.verbs.survey import survey
 
     facts = survey(containers.read(file, alone=True), at)
     facts = replace(facts, suggestions=tuple(suggestions(facts)))
     if as_json:
-        talk.put([report.document(facts.to_dict())])
+        talk.put_document(facts.to_dict())
     else:
         rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
         talk.put(rows(facts))

@@ -71,12 +71,10 @@ def command(
         found = listing.chosen(
             found, patterns(select), sort, begin, cells=talk.on_terminal() and not as_json
         )
-    warning, *evidence = report.danger_lines(checkpoint) or [""]
-    if warning:
-        talk.warn([warning])
-        talk.say(evidence)
+    if lines := report.danger_lines(checkpoint):
+        talk.warn(*lines)
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     elif tree:
         talk.put(report.tree_table(found.entries, depth, wide=talk.on_terminal()))
     elif names:

@@ -49,7 +49,7 @@ def command(
     layer's keys it fills, wrappers removed, and the keys that no layer has. The model runs without
     memory for its values where it can.
     """
-    from ckptool.cli import report, report_layers
+    from ckptool.cli import report_layers
     from ckptool.model import layers, zoo
 
     refuse_idle({"at": "file"})
@@ -62,7 +62,7 @@ def command(
         at=at,
     )
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     else:
         talk.put(report_layers.rows(found, wide=talk.on_terminal()))
     talk.say(report_layers.lines(found), quiet=quiet)

@@ -17,17 +17,26 @@ from typing import Any
 import click
 
 from ckptool import __version__
-from ckptool.cli.talk import complain, put, refusal, say, silence, without_secrets
+from ckptool.cli.talk import (
+    Complaint,
+    complain,
+    documents,
+    put,
+    refusal,
+    say_interrupted,
+    silence,
+    speaks_json,
+    without_secrets,
+)
 from ckptool.errors import (
     CkptoolError,
     MissingExtra,
     NoSuchCommand,
     NoSuchFile,
-    OutOfMemory,
     is_out_of_memory,
     out_of_memory,
 )
-from ckptool.text import quoted, visible
+from ckptool.text import quoted
 
 GROUPS = {
     "Look": ("info", "keys", "show", "check", "diff"),
@@ -122,7 +131,9 @@ def main(args: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     _prepare_streams()
     _prepare_signals()
-    return _run(arguments, debug)
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    with documents("--json" in options):
+        return _run(arguments, debug)
 
 
 def entry() -> None:
@@ -166,42 +177,38 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _invoke(arguments)
     except CkptoolError as error:
         if not error.said_elsewhere:
-            complain(_with_hint(error, arguments))
+            complain(Complaint.of(_with_hint(error, arguments)))
         _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
+        # Others were started with the same arguments.
         others = "--distributed" in arguments and os.environ.get("LOCAL_RANK", "0") != "0"
-        say(_usage(error, arguments), quiet=others)  # who were started with the same arguments
-        return error.exit_code
+        return error.exit_code if others else complain(_usage(error, arguments))
     except click.exceptions.Exit as error:
         return error.exit_code
     except KeyboardInterrupt as error:
-        told = "; ".join(filter(None, ["interrupted", visible(str(error)) or _left(arguments)]))
-        notes = [visible(note) for note in getattr(error, "__notes__", ())]
-        # The line of a terminal ends in ^C by now.
-        say([*notes, "", told] if sys.stderr.isatty() else [*notes, told])
-        return INTERRUPTED
+        message = "; ".join(filter(None, ["interrupted", str(error) or _left(arguments)]))
+        notes = getattr(error, "__notes__", ())
+        return say_interrupted(Complaint("interrupted", message, INTERRUPTED, notes))
     except BrokenPipeError:
         silence()
         return PIPE_CLOSED
     except Exception as error:
-        if is_out_of_memory(error):
-            complain(out_of_memory())
-            _trace(error, debug)
-            return OutOfMemory.exit_code
-        if isinstance(error, OSError | ImportError):
-            refused = refusal(error) if isinstance(error, OSError) else _not_loaded(error)
-            complain(refused)
-            _trace(error, debug)
-            return refused.exit_code
-        say(
-            [
-                f"error[bug]: {type(error).__name__}: {visible(str(error))}",
-                "hint: this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where",
-            ]
-        )
+        code = complain(_unforeseen(error))
         _trace(error, debug)
-        return BUG
+        return code
+
+
+def _unforeseen(error: Exception) -> Complaint:
+    """Return what is written of an exception that is none of ours."""
+    if is_out_of_memory(error):
+        return Complaint.of(out_of_memory())
+    if isinstance(error, OSError):
+        return Complaint.of(refusal(error))
+    if isinstance(error, ImportError):
+        return Complaint.of(_not_loaded(error))
+    hint = "this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where"
+    return Complaint("bug", f"{type(error).__name__}: {error}", BUG, hint=hint)
 
 
 def _refuse_no_room() -> None:
@@ -234,7 +241,8 @@ def _left(arguments: list[str]) -> str:
 
 
 def _trace(error: BaseException, debug: bool) -> None:
-    if debug:
+    """Write where an error is from, but not behind a document."""
+    if debug and not speaks_json():
         sys.excepthook(type(error), error, error.__traceback__)
 
 
@@ -245,13 +253,13 @@ def _not_loaded(error: ImportError) -> MissingExtra:
     )
 
 
-def _usage(error: click.UsageError, arguments: list[str]) -> list[str]:
+def _usage(error: click.UsageError, arguments: list[str]) -> Complaint:
     # click names no command where an option lacks its value.
     named = [name for names in GROUPS.values() for name in names if name in arguments[:1]]
     command = error.ctx.command_path if error.ctx else " ".join(["ckptool", *named])
     first, *rest = error.format_message().rstrip(".").splitlines() or [""]
-    lines = [f"error[usage]: {first[:1].lower()}{first[1:]}", *rest]
-    return [*map(visible, lines), f"hint: {command} --help"]
+    message = f"{first[:1].lower()}{first[1:]}"
+    return Complaint("usage", message, error.exit_code, rest, f"{command} --help")
 
 
 def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:

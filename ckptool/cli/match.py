@@ -47,7 +47,7 @@ def command(
     keys --json` printed. No weights are read or written: `ckptool convert --recipe map.toml A OUT`
     does that. Exit code 1 where something is ambiguous, 2 where nothing is alike.
     """
-    from ckptool.cli import report, report_match
+    from ckptool.cli import report_match
     from ckptool.model import zoo
     from ckptool.verbs import api, match as verb
 
@@ -64,7 +64,7 @@ def command(
     if target is not None:
         verb.write(found, target, [source, *([like] if like else [])], force=force)
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     elif target is None:
         talk.put(found.text.splitlines())
     talk.say(report_match.lines(found, target), quiet=quiet)

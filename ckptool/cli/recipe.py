@@ -42,7 +42,7 @@ def command(
     FILE is a recipe, or the name of one that comes with ckptool. Exit code 1 where the keys,
     shapes and dtypes that come out are not those of B. `ckptool convert --recipe FILE` writes.
     """
-    from ckptool.cli import report, report_recipe
+    from ckptool.cli import report_recipe
     from ckptool.state import recipes
 
     refuse_idle({"at": "source", "like": "source", "like_at": "like", "as_json": "source"})
@@ -61,7 +61,7 @@ def command(
 
     found = verb.tried(recipe, source, at=at, like=like, like_at=like_at, reverse=reverse)
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     else:
         talk.put(report_recipe.count_lines(found, wide=talk.on_terminal()))
     talk.say(report_recipe.tried_lines(found), quiet=quiet)

@@ -28,13 +28,6 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.surgery import Rewrite
 
 
-def document(fields: Mapping[str, object]) -> str:
-    """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
-    import json
-
-    return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
-
-
 def key_rows(entries: Sequence[Entry]) -> list[str]:
     """List tensors for programs: key, dtype, shape, bytes, with tabs between."""
     return [

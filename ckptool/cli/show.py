@@ -29,8 +29,11 @@ def command(
     KEY is a key of the state_dict, or a path that `keys --all` lists, or one of what is beside
     them: args.lr, optimizer.param_groups.0.lr. Nothing is executed.
     """
-    from ckptool.cli import report, report_show
+    from ckptool.cli import report_show
     from ckptool.verbs.showing import show
 
     shown = show(file, key, at=at, slice=index, all=every)
-    talk.put([report.document(shown.to_dict())] if as_json else report_show.value_lines(shown))
+    if as_json:
+        talk.put_document(shown.to_dict())
+    else:
+        talk.put(report_show.value_lines(shown))

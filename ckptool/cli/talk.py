@@ -1,4 +1,8 @@
-"""How commands talk: data on stdout, talk and progress on stderr, colour on a terminal alone."""
+"""How commands talk: data on stdout, talk and progress on stderr, colour on a terminal alone.
+
+With `--json` nothing is said: stdout gets one document, which has the warnings, or stderr gets one
+that describes an error.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +11,81 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from ckptool.errors import CkptoolError, WriteError, of_system, reason
 from ckptool.text import readable, visible
 
+if TYPE_CHECKING:
+    from ckptool.documents import looking
+
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
 LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
 
 
+_warned: list[str] | None = None  # with --json: the warnings of the document
+
+
+@contextmanager
+def documents(wanted: bool) -> Iterator[None]:
+    """Say nothing but documents, where that is wanted; libraries' warnings go into them too."""
+    global _warned
+    before = _warned
+    _warned = [] if wanted else None
+    try:
+        if not wanted:
+            yield
+            return
+        import json  # noqa: F401  (now: there may be no memory for it when an error is written)
+
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: warn(str(message))
+            yield
+    finally:
+        _warned = before
+
+
+def speaks_json() -> bool:
+    """Return whether documents are all that is said."""
+    return _warned is not None
+
+
 def say(lines: Iterable[str], *, quiet: bool = False) -> None:
     """Write lines of talk to stderr."""
-    if not quiet:
-        text = "".join(f"{line}\n" for line in lines)
-        with suppress(OSError):  # nobody listens: the work goes on
-            sys.stderr.write(text)
-            sys.stderr.flush()
+    if not quiet and not speaks_json():
+        _to_stderr("".join(f"{line}\n" for line in lines))
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError):  # nobody listens: the work goes on
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def put(lines: Sequence[str]) -> None:
     """Write lines of data to stdout."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
+
+
+def document(fields: Mapping[str, object]) -> str:
+    """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
+    import json
+
+    warned = {"warnings": _warned} if _warned else {}
+    return json.dumps({**fields, **warned}, indent=2).replace("\x7f", "\\u007f")
+
+
+def put_document(fields: Mapping[str, object]) -> None:
+    """Write the document of `--json` to stdout, with what was warned of."""
+    put([document(fields)])
 
 
 def refusal(error: OSError) -> CkptoolError:
@@ -74,19 +126,64 @@ def in_colour(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def complain(error: CkptoolError) -> None:
-    """Write an error: what is wrong, what shows it, what helps."""
-    slug = coloured(f"error[{error.slug}]", "red")
-    lines = [f"{slug}: {visible(error.message)}"]
-    lines += [f"    {visible(line)}" for line in error.evidence]
-    if error.hint:
-        lines.append(f"{coloured('hint', 'cyan')}: {visible(error.hint)}")
-    say(lines)
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """An error as it is written: what is wrong, what shows it, what helps."""
+
+    slug: str
+    message: str
+    exit: int
+    evidence: Sequence[str] = ()
+    hint: str = ""
+
+    @classmethod
+    def of(cls, error: CkptoolError) -> Complaint:
+        """Return what is written of an error of ours."""
+        return cls(error.slug, error.message, error.exit_code, error.evidence, error.hint)
+
+    def to_dict(self) -> looking.Error:
+        """Return the document `error/1`."""
+        return {
+            "error": self.slug,
+            "message": self.message,
+            "evidence": list(self.evidence),
+            "hint": self.hint,
+            "exit": self.exit,
+        }
+
+    def lines(self) -> list[str]:
+        """Write it for people."""
+        slug = coloured(f"error[{self.slug}]", "red")
+        lines = [f"{slug}: {visible(self.message)}"]
+        lines += [f"    {visible(line)}" for line in self.evidence]
+        if self.hint:
+            lines.append(f"{coloured('hint', 'cyan')}: {visible(self.hint)}")
+        return lines
 
 
-def warn(lines: Iterable[str]) -> None:
-    """Write warnings, which -q silences no more than errors."""
-    say(f"{coloured('warning', 'yellow')}: {line}" for line in lines)
+def complain(complaint: Complaint) -> int:
+    """Write an error, with --json as a document; return its exit code."""
+    if speaks_json():
+        _to_stderr(document(complaint.to_dict()) + "\n")
+    say(complaint.lines())
+    return complaint.exit
+
+
+def say_interrupted(complaint: Complaint) -> int:
+    """Write that a run was interrupted, which is no error; the line of a terminal ends in ^C."""
+    if speaks_json():
+        return complain(complaint)
+    last = ["", complaint.message] if sys.stderr.isatty() else [complaint.message]
+    say(map(visible, [*complaint.evidence, *last]))
+    return complaint.exit
+
+
+def warn(line: str, *evidence: str) -> None:
+    """Write a warning and what shows it, which -q silences no more than errors."""
+    if _warned is None:
+        say([f"{coloured('warning', 'yellow')}: {line}", *evidence])
+    else:
+        _warned.append("; ".join([line, *map(str.strip, evidence)]))
 
 
 def without_secrets(word: str) -> str:
@@ -105,7 +202,7 @@ class Progress:
         self._what = visible(os.path.basename(without_secrets(what)))
         self._unit = unit
         self._total = 0
-        self._quiet = quiet
+        self._quiet = quiet or speaks_json()
         self._done = 0
         self._bar: Any = None
         self._lock = threading.Lock()

@@ -97,7 +97,7 @@ def command(
     )
     for path in filter(None, (reference, candidate)):
         _warn(path)
-    from ckptool.cli import report, report_model
+    from ckptool.cli import report_model
     from ckptool.model import zoo
     from ckptool.model.verification import IDENTICAL, INCONCLUSIVE
     from ckptool.verbs import models
@@ -120,7 +120,7 @@ def command(
             **how,
         )
     if as_json:
-        talk.put([report.document(verification.to_dict())])
+        talk.put_document(verification.to_dict())
     else:
         talk.put(report_model.rows(verification, wide=talk.on_terminal()))
     talk.say(report_model.verification_lines(verification), quiet=quiet)
@@ -136,7 +136,5 @@ def _warn(path: str) -> None:
     from ckptool.files import budget
 
     with suppress(CkptoolError), budget.run(anew=True):
-        warning, *evidence = report.danger_lines(containers.read(path)) or [""]
-        if warning:
-            talk.warn([warning])
-            talk.say(evidence)
+        if lines := report.danger_lines(containers.read(path)):
+            talk.warn(*lines)

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,8 @@ from ckptool.text import length, quoted, readable
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+    from ckptool.documents import models
+
 NOTHING = "nothing to check against"
 Progress = Callable[[int, int | None], None]  # bytes here so far, bytes in all
 
@@ -61,11 +63,19 @@ class Downloaded:
     weights: str | None = None
     warnings: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> models.Download:
         """Return the document `download/1`."""
-        fields = {"schema": "download/1", **asdict(self)}
-        del fields["warnings"]
-        return fields
+        return {
+            "schema": "download/1",
+            "url": self.url,
+            "path": self.path,
+            "nbytes": self.nbytes,
+            "sha256": self.sha256,
+            "resumed_from": self.resumed_from,
+            "already_there": self.already_there,
+            "checked": self.checked,
+            "weights": self.weights,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 from ckptool.errors import PartialCheckpoint
 from ckptool.files import paths
@@ -32,6 +33,9 @@ from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
 from ckptool.text import argument, counted, length, listed, shape
+
+if TYPE_CHECKING:
+    from ckptool.documents import shared
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _RANK = re.compile(r"rank_?([0-9]+)")
@@ -73,7 +77,7 @@ class Part:
             which = f"one of {self.world} parts of "
         return f"{which}{self.kind}: {self.where}"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> shared.Part:
         """Return the field `part` of a document."""
         return {"kind": self.kind, "where": self.where, "rank": self.rank, "world": self.world}
 

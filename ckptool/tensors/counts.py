@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from ckptool.documents import shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,10 @@ class Losses:
     overflow: int = 0
     zero: int = 0
     subnormal: int = 0
+
+    def to_dict(self) -> shared.Losses:
+        """Return the fields of a document."""
+        return {"overflow": self.overflow, "zero": self.zero, "subnormal": self.subnormal}
 
     def __add__(self, other: Losses) -> Losses:
         zero, subnormal = self.zero + other.zero, self.subnormal + other.subnormal

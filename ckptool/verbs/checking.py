@@ -53,6 +53,8 @@ from ckptool.verbs.survey import unused_nbytes
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from ckptool.documents import looking
+
 MAX_CALLS = 100  # dangerous calls that are listed
 BYTES_UNSEEN = "whether bytes of tensors changed"
 SHOWN = 3  # problems in a line
@@ -108,14 +110,14 @@ class Checked:
     def __repr__(self) -> str:
         return f"<Checked {visible(self.file)}: {self.status.value}; {visible(self.detail)}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Check:
         """Return the document `check/1` of this file alone."""
         return document([self])
 
 
 def document(
     results: Sequence[Checked], others: Sequence[Checked] = (), unseen: Mapping[str, str] = {}
-) -> dict[str, object]:
+) -> looking.Check:
     """Return the document `check/1` of many files.
 
     `others` are files of folders that are no checkpoints, `unseen` what was not looked at and why.
@@ -128,7 +130,7 @@ def document(
     }
 
 
-def _fields(result: Checked) -> dict[str, object]:
+def _fields(result: Checked) -> looking.CheckedFile:
     return {
         "file": result.file,
         "status": result.status.value,

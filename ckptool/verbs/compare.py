@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import fileio
@@ -28,6 +29,9 @@ from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
 from ckptool.verbs.compare_tensors import Pair, compare, pair
 from ckptool.verbs.compare_trees import TAKEN, Place, places_of, shown
+
+if TYPE_CHECKING:
+    from ckptool.documents import looking
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
@@ -57,15 +61,15 @@ class Change:
     values: Values | None = None
     first: tuple[int, ...] | None = None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Change:
         """Return an entry of the `changed` of `diff/1`."""
-        fields: dict[str, object] = {"key": self.key, "what": self.what}
         values = self.values
         if values is None:
-            return {**fields, "left": self.left, "right": self.right}
+            return {"key": self.key, "what": self.what, "left": self.left, "right": self.right}
         most = values.max_abs
         return {
-            **fields,
+            "key": self.key,
+            "what": self.what,
             "count": values.count,
             "of": values.of,
             "within": values.within,
@@ -96,7 +100,7 @@ class Found:
         """Return whether all is equal."""
         return not (self.only_left or self.only_right or self.changed)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Found:
         """Return the fields of `diff/1` for this part."""
         return {
             "only_left": list(self.only_left),
@@ -114,7 +118,7 @@ class Side:
     container: str
     at: Path | None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.DiffSide:
         """Return the fields of `diff/1` for this file."""
         at = None if self.at is None else list(self.at)
         return {"file": self.path, "container": self.container, "at": at}
@@ -154,7 +158,7 @@ class Difference:
         sides = f"{visible(self.left.path)}, {visible(self.right.path)}"
         return f"<Difference of {sides}: {word}, {counted(self.tensors, 'tensor')} compared>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Diff:
         """Return the document `diff/1`."""
         return {
             "schema": "diff/1",

@@ -37,6 +37,7 @@ from ckptool.verbs.surgery import Options, Rewrite
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from ckptool.documents import editing
     from ckptool.model.initial import Fill
 
 Shape = tuple[int, ...]
@@ -99,7 +100,7 @@ class Transferred:
     fit: Fit | None
     initialised: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> editing.Transfer:
         """Return the document `transfer/1`."""
         fit = self.fit
         return {

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import starmap, zip_longest
 from operator import eq
@@ -46,6 +46,8 @@ from ckptool.verbs.plan import Dropped, Plan, add_entries, make_plan
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
+
+    from ckptool.documents import editing
 
 
 __all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
@@ -105,7 +107,7 @@ class Rewrite:
         files = f"{visible(self.source)} -> {visible(self.target)}"
         return f"<Rewrite {files}: read {self.read}, {verb} {self.written}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> editing.Rewrite:
         """Return the document `rewrite/1`."""
         return {
             "schema": "rewrite/1",
@@ -121,7 +123,7 @@ class Rewrite:
             "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
             "not_carried": list(self.not_carried),
             "map": [[old, new] for old, new in self.map],
-            "rules": [asdict(each) for each in self.counts],
+            "rules": [each.to_dict() for each in self.counts],
             "nbytes": self.nbytes,
             "added": self.added,
             "notes": [*self.warnings, *self.notes],

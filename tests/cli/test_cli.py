@@ -601,7 +601,7 @@ def test_json_of_a_rewrite(run: Run, good: Path, tmp_path: Path) -> None:
     assert document["map"][2] == ["module.features.1.bias", None]
     assert document["read"] == document["kept"] + document["renamed"] + len(document["dropped"])
     assert document["dry_run"] is False
-    assert "read 8, renamed 6, dropped 2, written 6" in done.err
+    assert done.err == ""
 
 
 def test_json_of_a_transfer(run: Run, good: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ckptool import containers, text
-from ckptool.cli import report
+from ckptool.cli import report, talk
 from ckptool.state import edits
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Storage, TensorInfo, contiguous_stride
@@ -91,7 +91,7 @@ def test_tables_are_aligned_without_trailing_space() -> None:
 
 def test_documents_are_ascii_json() -> None:
     fields = {"schema": "x/1", "key": "\u5c42\u202e\ud800\x1b\x7f", "count": 3}
-    made = report.document(fields)
+    made = talk.document(fields)
     assert made.isascii()
     assert "\x1b" not in made
     assert "\x7f" not in made
