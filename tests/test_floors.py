@@ -23,7 +23,7 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 
 # The rooms, from the ground up: a room imports from rooms below it.
 ROOMS = ("documents", "tensors", "files", "pickles", "state", "containers", "model", "verbs", "cli")
-GROUND = ("errors.py", "text.py", "__init__.py")  # whom everybody may import
+GROUND = ("errors.py", "text.py", "records.py", "__init__.py")  # whom everybody may import
 TOP = ("__main__.py", "testing.py")  # who may import everybody
 ROOT = {*GROUND, *TOP, "py.typed", *ROOMS, "manual"}
 

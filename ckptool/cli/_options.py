@@ -7,7 +7,6 @@ needs none of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
+from ckptool.records import dataclass
 from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
 

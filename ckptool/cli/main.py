@@ -6,6 +6,7 @@ stdout is data, stderr is talk. A command is loaded when it is called for, so th
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import os
@@ -143,6 +144,7 @@ def entry() -> None:
     nothing here, and beside ours.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.set_threshold(50_000)  # modules and trees are no garbage: the search for it takes long
     sys.exit(main())
 
 

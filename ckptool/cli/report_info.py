@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from ckptool import containers
@@ -11,6 +10,7 @@ from ckptool.cli.report import container_title
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
+from ckptool.records import dataclass
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.text import counted, listed, percent, readable, table, visible

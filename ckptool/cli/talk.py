@@ -14,13 +14,13 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from ckptool.errors import CkptoolError, WriteError, of_system, reason
+from ckptool.records import dataclass
 from ckptool.text import readable, visible
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
 from ckptool.pickles.pickle_reader import Vocabulary
 from ckptool.pickles.subclasses import dtype_of, sizes_of
 from ckptool.pickles.tree import MAX_NESTING, Global, Node, Object, Pairs
+from ckptool.records import dataclass
 from ckptool.state.checkpoint import attribute, items
 from ckptool.tensors.chunks import tiling_problem
 from ckptool.tensors.dtype import DType

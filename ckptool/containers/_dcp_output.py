@@ -12,7 +12,7 @@ which would hold when and where it was written and a random number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from ckptool.pickles.names import is_accepted, python3_name
 from ckptool.pickles.safety import nodes
 from ckptool.pickles.torch_objects import Lowering, StorageView
 from ckptool.pickles.tree import Dict, Global, Node, Object, PersistentId, children, items
+from ckptool.records import dataclass
 from ckptool.state import tensor_facts, walk
 from ckptool.state.walk import MAX_MEMBERS, Path, label
 from ckptool.tensors.dtype import DType

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, TypeVar
 
 from ckptool.containers import _json
@@ -24,6 +24,7 @@ from ckptool.files import budget as costs
 from ckptool.pickles.pickle_reader import Pickle, Vocabulary
 from ckptool.pickles.torch_objects import StorageId, quantized_call
 from ckptool.pickles.tree import Global, Node, Object
+from ckptool.records import dataclass
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict

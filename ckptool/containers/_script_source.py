@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from ckptool.records import dataclass
 
 _CLASS = re.compile(r"^class (\w+)(?:\(([\w.]*)\))?:", re.MULTILINE)
 _CODE = re.compile(r"^(?:  )?(?:def|@)", re.MULTILINE)

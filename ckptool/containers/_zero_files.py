@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 from ckptool.errors import Malformed, Unsupported
 from ckptool.pickles.holdings import sizes_of
 from ckptool.pickles.tree import Node, Object, attribute, items, named_items
+from ckptool.records import dataclass
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.numbers import FLOATS
 from ckptool.tensors.tensor import MAX_COUNT, TENSORS, TensorInfo

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from zlib_ng.zlib_ng import crc32
 
@@ -30,6 +30,7 @@ from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Dict, Global, Node, Object
+from ckptool.records import dataclass
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import (
     Chunk,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckptool.containers import _pieces
@@ -25,6 +25,7 @@ from ckptool.files.fileio import Readers
 from ckptool.pickles.holdings import Holding, Meshes, call_of, held
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, named_items
+from ckptool.records import dataclass
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import is_flat
 from ckptool.state.walk import Path, dotted, tensors

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from ckptool.containers._order import noted
 from ckptool.containers.sharded import ordered
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import CompositeTensor, TensorInfo
 
 

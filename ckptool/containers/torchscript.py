@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptool.containers import _model_json
 from ckptool.containers._container import Container
@@ -27,6 +27,7 @@ from ckptool.files.fileio import Reader
 from ckptool.pickles.pickle_reader import Pickle
 from ckptool.pickles.torch_objects import StorageId, TorchVocabulary
 from ckptool.pickles.tree import MAX_NESTING, Dict, Global, Node, Object
+from ckptool.records import dataclass
 from ckptool.state.checkpoint import Checkpoint, items
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import dotted, tensors

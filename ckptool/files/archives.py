@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 from ckptool.errors import FormatError, LimitExceeded, NoSuchFile, Unsupported
 from ckptool.files import paths, tars, zips
 from ckptool.files.fileio import MARK, Reader
 from ckptool.files.spool import Spool, gunzipped, limit
+from ckptool.records import dataclass
 from ckptool.text import argument, counted, quoted, readable, table
 
 SHOWN = 8

@@ -13,7 +13,6 @@ import os
 from _thread import LockType, allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from mmap import mmap
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from ckptool.files import checksums
 from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
 

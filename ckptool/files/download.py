@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from ckptool.files.http import Answer, Limits, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
 from ckptool.files.temporary import ELSEWHERE, temporary_folder
+from ckptool.records import dataclass
 from ckptool.text import length, quoted, readable
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
@@ -19,6 +18,7 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from ckptool.errors import DownloadFailed
 from ckptool.files.connections import Connections
 from ckptool.files.patience import IDLE, Patience
+from ckptool.records import dataclass
 from ckptool.text import HIDDEN, length
 
 if TYPE_CHECKING:

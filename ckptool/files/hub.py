@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -19,6 +18,7 @@ from ckptool.errors import DownloadFailed, NoSuchFile
 from ckptool.files import budget, http
 from ckptool.files.http import shown
 from ckptool.files.paths import Entry, stays_inside
+from ckptool.records import dataclass
 
 if TYPE_CHECKING:
     from ckptool.files.paths import Url

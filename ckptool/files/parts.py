@@ -8,12 +8,13 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptool.errors import reason
 from ckptool.files import moves, publish
 from ckptool.files.fileio import write_at
 from ckptool.files.publish import Target
+from ckptool.records import dataclass
 
 WINDOWS = os.name == "nt"
 PRIVATE = 0o600  # while it grows: the file has the mode of the umask once it is whole

@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from ckptool.errors import DownloadFailed
+from ckptool.records import dataclass
 from ckptool.text import readable
 
 if TYPE_CHECKING:

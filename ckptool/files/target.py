@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ckptool.files import temporary
 from ckptool.files.copying import Copy, PlannedFile
 from ckptool.files.paths import Url
+from ckptool.records import dataclass
 
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
 

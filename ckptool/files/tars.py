@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Never
 
 from ckptool.errors import LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
 from ckptool.files.fileio import Reader, ReaderFile
+from ckptool.records import dataclass
 from ckptool.text import length
 
 if TYPE_CHECKING:

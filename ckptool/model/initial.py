@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from ckptool.errors import EditError
 from ckptool.model import libraries, live, zoo
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places
 from ckptool.state.selecting import select
 from ckptool.state.wrappers import peeling

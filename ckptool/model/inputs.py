@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ckptool.errors import BadInput, MissingExtra
 from ckptool.model import libraries, zoo
 from ckptool.model.zoo import ModelLike
+from ckptool.records import dataclass
 from ckptool.tensors import dtype as dtypes
 from ckptool.tensors.dtype import DType
 from ckptool.text import several

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptool.errors import BadInput
@@ -20,6 +20,7 @@ from ckptool.model.inputs import Batch, Inputs
 from ckptool.model.live import CheckpointLike
 from ckptool.model.runner import Place
 from ckptool.model.zoo import ModelLike, named
+from ckptool.records import dataclass
 from ckptool.tensors.dtype import BY_TORCH_NAME
 from ckptool.text import several, visible
 

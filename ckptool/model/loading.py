@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike
 from ckptool.model.revive import Reviver
 from ckptool.pickles.tree import children
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.wrappers import Peeling, peeling

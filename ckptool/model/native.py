@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckptool import containers
@@ -23,6 +23,7 @@ from ckptool.model.live import CheckpointLike
 from ckptool.model.zoo import last_line
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.tensors.tensor import Packing, TensorInfo

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.errors import BadInput
 from ckptool.model import libraries
+from ckptool.records import dataclass
 
 MAX_DEPTH = 50
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)

@@ -8,11 +8,11 @@ paired first, and in the gaps between them the first two of one shape are where 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
 
 from ckptool.model.runner import Step, Trace
+from ckptool.records import dataclass
 
 Pair = tuple[Step, Step]
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from ckptool.files.copying import Progress
 from ckptool.files.group import Group
 from ckptool.model import libraries
 from ckptool.model.pulse import BEAT, PUBLISH, Pulse
+from ckptool.records import dataclass
 
 T = TypeVar("T")
 MISSING_AFTER = 60.0  # seconds

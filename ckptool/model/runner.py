@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from traceback import walk_tb
 from typing import Any
 
@@ -19,6 +19,7 @@ from ckptool.model.inputs import Batch
 from ckptool.model.outputs import Leaf
 from ckptool.model.subject import Subject
 from ckptool.model.zoo import last_line
+from ckptool.records import dataclass
 
 MAX_KEPT = 512 << 20  # bytes of outputs kept to measure differences; beyond, digests only
 

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ckptool.files.fileio import Readers
 from ckptool.model import libraries
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import Storage
 
 ALIGNMENT = 512  # of each storage, as the allocator of CUDA has it (CUDACachingAllocator.cpp)

@@ -7,7 +7,7 @@ The reference is loaded as its author would, in `nn.DataParallel` where every ke
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ckptool import text
@@ -16,6 +16,7 @@ from ckptool.model import deferred, devices, libraries, live, loading, native, z
 from ckptool.model.loading import Fit, Mismatch
 from ckptool.model.native import Source
 from ckptool.model.zoo import ModelLike, argument, named
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import StateDict
 from ckptool.state.walk import dotted

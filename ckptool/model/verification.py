@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptool.model.outputs import Difference
 from ckptool.model.parting import Setting
+from ckptool.records import dataclass
 from ckptool.text import visible
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 The first input runs with a hook on every module: where outputs part, and what differs on the way
 though outputs do not, is known from the same pass. Another input shows whether outputs depend on
-it at all. Both sides start with other seeds, so that a model that draws numbers differs; where
+it at all; the candidate, where all was equal until then, would only repeat the reference, and is
+spared it. Both sides start with other seeds, so that a model that draws numbers differs; where
 anything does, the reference runs once more: a model that differs from itself proves nothing. One
 model is in memory at a time; layout, TF32 and cuDNN's choice of algorithm are fixed before, since
 they change the last bits of a convolution on their own.
@@ -17,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import islice
 from typing import Any
 
@@ -39,6 +40,7 @@ from ckptool.model.verification import (
     Verification,
 )
 from ckptool.model.zoo import ModelLike, named
+from ckptool.records import dataclass
 from ckptool.text import several
 
 TOP = 5
@@ -196,6 +198,7 @@ class _Side:
     kept: Kept
     trace: runner.Trace
     state: Mapping[str, Any]
+    unequal: tuple[str, ...] | None = None  # keys of those that differ from the left side's
 
 
 class _Comparison:
@@ -216,7 +219,7 @@ class _Comparison:
         left = self._pass(plan.reference, plan.recipe)
         if plan.candidate is None:
             return replace(run, **self._looked(left), notes=tuple(self._notes))
-        right = self._pass(plan.candidate, plan.other)
+        right = self._pass(plan.candidate, plan.other, left)
         run = self._compared(run, left, right)
         if not run.same_digests:
             again = self._repeated(left)
@@ -228,24 +231,40 @@ class _Comparison:
             run = _named(run, self._located(left, right))
         return run
 
-    def _pass(self, source: Source, recipe: Recipe) -> _Side:
-        """Run all batches on one side."""
-        plan, reference = self._plan, source is self._plan.reference
-        kept, steps = Kept(), runner.Trace()
-        model = self._model(source, recipe)
-        devices.seed_everything(recipe.seed + (0 if reference else 1))
+    def _pass(self, source: Source, recipe: Recipe, left: _Side | None = None) -> _Side:
+        """Run all batches on one side; on the right one, all that the left one has not shown."""
+        plan, model = self._plan, self._model(source, recipe)
+        side = _Side(Kept(), [], model.state)
+        devices.seed_everything(recipe.seed + (1 if left else 0))
         for index, batch in enumerate(plan.inputs):
             if index == 0:
-                leaves, steps = runner.trace(model, batch, self._place)
-                kept.add(leaves)
-            else:
-                kept.add(*runner.forward(model, batch, self._place))
-            if reference:
+                leaves, side.trace = runner.trace(model, batch, self._place)
+                side.kept.add(leaves)
+            elif not (left and index == plan.inputs.count and self._repeats(left, side)):
+                side.kept.add(*runner.forward(model, batch, self._place))
+            if not left:
                 self._labels.append(batch.labels)
-            done = index + 1 if reference else plan.inputs.total + index + 1
+            done = plan.inputs.total + index + 1 if left else index + 1
             sides = 1 if plan.candidate is None else 2
             plan.progress(source.path, done, sides * plan.inputs.total)
-        return _Side(kept, steps, model.state)
+        return side
+
+    def _repeats(self, left: _Side, right: _Side) -> bool:
+        """Check whether the right side is the left one over again: its weights, and all so far."""
+        pairs = zip(left.kept.outputs, right.kept.outputs, strict=False)
+        return (
+            self._plan.other is self._plan.recipe
+            and left.trace == right.trace
+            and not any(self._apart(*pair) for pair in pairs)
+            and not self._unequal(left, right)
+        )
+
+    def _unequal(self, left: _Side, right: _Side) -> tuple[str, ...]:
+        """Return the keys of weights that differ."""
+        if right.unequal is None:
+            found = _parameters(self._plan.reference, left.state, right.state)
+            right.unequal = tuple(found)
+        return right.unequal
 
     def _model(self, source: Source, recipe: Recipe) -> subject.Subject:
         """Make one side's model, after the memory of the other side's was released."""
@@ -281,7 +300,7 @@ class _Comparison:
         return outputs.differences(one.leaves, other.leaves, options.atol, options.rtol)
 
     def _compared(self, run: Run, left: _Side, right: _Side) -> Run:
-        pairs = list(zip(left.kept.outputs, right.kept.outputs, strict=True))
+        pairs = list(zip(left.kept.outputs, right.kept.outputs, strict=False))
         apart = [difference for pair in pairs for difference in self._apart(*pair)]
         gaps = [difference.max_abs for difference in apart if difference.max_abs is not None]
         ulps = [difference.ulp for difference in apart if difference.ulp is not None]
@@ -294,7 +313,7 @@ class _Comparison:
             nan_differs=sum(difference.nan for difference in apart),
             differences=tuple({each.path: each for each in reversed(apart)}.values())[::-1],
             # Listed even where the outputs agree: a difference may be too small to reach them.
-            parameters=tuple(_parameters(self._plan.reference, left.state, right.state)),
+            parameters=self._unequal(left, right),
             top1_agreement=_agreement(pairs),
             top_candidate=self._top(right.kept),
             seconds_candidate=right.kept.seconds,
@@ -343,7 +362,7 @@ class _Comparison:
         """Find the modules that differ, on the first batch whose outputs do."""
         plan = self._plan
         assert plan.candidate is not None
-        pairs = zip(left.kept.outputs, right.kept.outputs, strict=True)
+        pairs = zip(left.kept.outputs, right.kept.outputs, strict=False)
         wanted = next(index for index, pair in enumerate(pairs) if self._apart(*pair))
         batch: Batch = next(islice(plan.inputs, wanted, None))
         traces = []

@@ -5,12 +5,12 @@ The registry says a size in MiB with three digits behind the point, so sizes are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ckptool.errors import NoSuchModel
 from ckptool.files import filename
 from ckptool.model import libraries
+from ckptool.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ ranks (torch/distributed/_shard/sharded_tensor/api.py, `__getstate__`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 from ckptool.pickles.tree import Dict, Global, Node, Object, attribute, items
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
 from ckptool.text import length
 

@@ -12,7 +12,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn
 
@@ -31,6 +30,7 @@ from ckptool.pickles.tree import (
     PersistentId,
     Set,
 )
+from ckptool.records import dataclass
 from ckptool.text import length
 
 MAX_OPCODES = 10_000_000

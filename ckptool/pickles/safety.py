@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from ckptool.pickles.tree import (
     Pairs,
     children,
 )
+from ckptool.records import dataclass
 
 SHOWN = 8  # dangerous calls in a message
 MAX_CALLS = 100  # that are looked for by their shape

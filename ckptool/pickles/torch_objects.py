@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from ckptool.pickles import subclasses
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
 from ckptool.pickles.subclasses import FROM_TYPE, UTILS, dtype_of, sizes_of
 from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
+from ckptool.records import dataclass
 from ckptool.tensors.dtype import BY_STORAGE_CLASS, DType
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
 from ckptool.text import length

@@ -9,8 +9,10 @@ refers to twice is one object in the tree, and is written once again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
+
+from ckptool.records import dataclass
 
 MAX_NESTING = 200
 

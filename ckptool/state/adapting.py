@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isqrt, prod
 
 from ckptool.errors import EditError, NothingMatched
 from ckptool.pickles.subclasses import class_of
+from ckptool.records import dataclass
 from ckptool.state.changes import Change, Edit, Entries
 from ckptool.state.classes import NEW, Rows
 from ckptool.state.groups import Group, changed, tensor_of, tried

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckptool.errors import EditError, KeyCollision
+from ckptool.records import dataclass
 from ckptool.state.casting import Casting
 from ckptool.state.changes import (
     PARAMETER,

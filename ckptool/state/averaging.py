@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptool.errors import EditError
 from ckptool.pickles.subclasses import class_of
 from ckptool.pickles.torch_objects import attributes, is_parameter
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.state.quantized import quantized
 from ckptool.state.wrappers import Peeling, peeling
 from ckptool.tensors import numbers, values

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import translate
 from math import prod
 
 from ckptool.errors import FormatError, KeyCollision, LimitExceeded, Malformed
 from ckptool.pickles.subclasses import as_tensor
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, items
+from ckptool.records import dataclass
 from ckptool.state import modules
 from ckptool.state.walk import Path, dotted, labelled
 from ckptool.state.wrappers import peeling

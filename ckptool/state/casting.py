@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptool.errors import EditError
 from ckptool.pickles.subclasses import class_of
 from ckptool.pickles.torch_objects import attributes, is_parameter
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.state.quantized import quantized
 from ckptool.tensors import dtype as dtypes, numbers, values
 from ckptool.tensors.casting import Rounding

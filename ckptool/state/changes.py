@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.state.casting import Casting
 from ckptool.state.selecting import select as select
 

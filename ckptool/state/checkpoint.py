@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import islice
 
 from ckptool.errors import (
@@ -29,6 +29,7 @@ from ckptool.pickles.tree import (
     named_items as named_items,
     text_items as text_items,
 )
+from ckptool.records import dataclass
 from ckptool.state import modules, naming, parts
 from ckptool.state.candidates import (
     MAX_LISTED,

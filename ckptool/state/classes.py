@@ -12,10 +12,10 @@ Names are those of a file with a name in each line, in the order of the rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 
 from ckptool.errors import EditError, reason
+from ckptool.records import dataclass
 from ckptool.text import counted, length
 
 NEW = -1

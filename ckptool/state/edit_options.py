@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptool.errors import EditError
+from ckptool.records import dataclass
 from ckptool.text import several
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from ckptool.errors import EditError
+from ckptool.records import dataclass
 from ckptool.state.edits import Change, Count, Entries, Value
 from ckptool.tensors.tensor import TensorInfo, ties
 from ckptool.text import counted, listed, shape as shown

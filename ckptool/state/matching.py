@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import groupby
 
+from ckptool.records import dataclass
 from ckptool.state.matching_names import agree, numberless, numbers, words
 from ckptool.state.matching_units import Node, Shape, Unit, trees, units
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from ckptool.records import dataclass
 from ckptool.state.matching import Ambiguous, Fused, Matching, Pair, resolve
 from ckptool.state.matching_names import numberless
 from ckptool.state.matching_rules import Plan, blocks_of, choices, literal, plan, templates

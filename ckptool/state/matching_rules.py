@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from ckptool.records import dataclass
 from ckptool.state.matching import Pair
 from ckptool.state.matching_names import numberless, numbers
 from ckptool.state.renaming import REGEX, Renaming, Rule

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 
+from ckptool.records import dataclass
 from ckptool.state.matching_names import FUSED
 
 Shape = tuple[int, ...]

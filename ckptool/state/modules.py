@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.pickles.tree import (
@@ -27,6 +27,7 @@ from ckptool.pickles.tree import (
     named_items,
     text_items,
 )
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import TENSORS, TensorInfo
 
 MAX_REPEATS = 50_000

@@ -8,10 +8,11 @@ and distributed checkpoints name them instead, without the prefixes of wrappers
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice
 
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, items, named_items
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, replacing, surroundings
 from ckptool.state.edits import KeyMap
 from ckptool.state.walk import Path, dotted

@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from ckptool.files import paths
 from ckptool.pickles.holdings import Meshes, held
 from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
 from ckptool.text import argument, counted, length, listed, shape
 

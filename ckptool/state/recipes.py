@@ -20,13 +20,14 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
 from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
+from ckptool.records import dataclass
 from ckptool.state import edits
 from ckptool.state.edits import Change, Edit, Entries, KeyMap
 from ckptool.state.steps import STEPS, Given, Step

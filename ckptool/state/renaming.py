@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from ckptool.errors import EditError
+from ckptool.records import dataclass
 from ckptool.state.templates import LONGEST, is_template, refuse_kinds, template
 
 REGEX = "re:"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from ckptool.records import dataclass
 from ckptool.state import edits
 from ckptool.state.edits import Edit
 from ckptool.state.rearranging import (

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ckptool.errors import EditError
+from ckptool.records import dataclass
 
 DIGITS = frozenset("ijklmne")
 LONGEST = 1000  # characters of a key that is tried in many ways

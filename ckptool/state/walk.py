@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptool.errors import LimitExceeded
 from ckptool.files import budget
@@ -21,6 +21,7 @@ from ckptool.pickles.tree import (
     items,
     python2_items,
 )
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo
 
 Path = tuple[str, ...]

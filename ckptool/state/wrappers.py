@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import TensorInfo
 
 # The prefixes of known wrappers, and who puts them there.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from _thread import LockType, allocate_lock
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from ckptool.records import dataclass
 from ckptool.tensors import numbers
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import Block

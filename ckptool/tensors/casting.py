@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from _thread import LockType, allocate_lock
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, field
 
+from ckptool.records import dataclass
 from ckptool.tensors import numbers
 from ckptool.tensors.counts import Losses
 from ckptool.tensors.dtype import DType

@@ -9,12 +9,12 @@ after another in the whole is read one after another in every chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby, product
 from math import prod
 from operator import itemgetter
 
 from ckptool.errors import LimitExceeded
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import Chunk, Chunked, contiguous_stride
 
 

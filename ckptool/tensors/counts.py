@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from ckptool.documents import shared
+
+from ckptool.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

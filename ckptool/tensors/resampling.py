@@ -8,10 +8,10 @@ on x86-64 with AVX2 or AVX512; 2.6 fuses all, which makes another number of five
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from ckptool.records import dataclass
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import Block, block_floats, mean, rounded
 

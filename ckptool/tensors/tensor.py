@@ -6,11 +6,12 @@ Strides and offsets are counted in elements, as torch counts them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from math import prod
 from typing import Any
 
+from ckptool.records import dataclass
 from ckptool.tensors.dtype import DType
 
 MAX_DIMENSIONS = 64  # c10/core/SymInt's containers hold more; no tensor of torch has more

@@ -28,9 +28,8 @@ class _Facts(TypedDict):
 
 def refuse_others(group: Group, checkpoint: Checkpoint, place: Target, output: Output) -> None:
     """Raise `RanksDiffer` where ranks would not write parts of one output."""
-    if group.size > 1:
-        facts = group.gather(lambda: _facts(checkpoint, place, output))
-        group.share(lambda: _compare(facts))
+    facts = group.gather(lambda: _facts(checkpoint, place, output))
+    group.share(lambda: _compare(facts))
 
 
 def _facts(checkpoint: Checkpoint, place: Target, output: Output) -> _Facts:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING
 
 from ckptool.errors import FormatError, Overflow
 from ckptool.files.copying import Copy, Progress
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.casting import OVERFLOW, Casting, cast as cast_entries
 from ckptool.state.checkpoint import Checkpoint

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptool import containers
 from ckptool.errors import CkptoolError
 from ckptool.files import archives, budget, sites
+from ckptool.records import dataclass
 from ckptool.verbs.checking import Checked, Status
 
 

@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Call, Verdict
 from ckptool.pickles.tree import Global, Object
+from ckptool.records import dataclass
 from ckptool.state import casting, checkpoint as places, walk
 from ckptool.state.casting import Casting
 from ckptool.state.checkpoint import Checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import fsum, isfinite
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from ckptool.files.copying import Begin, no_progress
 from ckptool.files.fileio import Readers
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
+from ckptool.records import dataclass
 from ckptool.state import averaging, checkpoint as places
 from ckptool.state.averaging import Averaging
 from ckptool.state.checkpoint import Checkpoint, StateDict

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
@@ -19,6 +19,7 @@ from ckptool.files.copying import Begin, Copy, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, module_metadata, replacing, selecting, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckptool import containers
 from ckptool.errors import EditError, NothingMatched
 from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edit_options import recipe_edits, stripping

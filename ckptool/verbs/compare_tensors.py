@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckptool.errors import LimitExceeded, Unsupported
 from ckptool.files.blocks import blocks, equal
 from ckptool.files.fileio import Readers
+from ckptool.records import dataclass
 from ckptool.tensors.counts import Tolerance, Values
 from ckptool.tensors.numbers import differences, load
 from ckptool.tensors.tensor import TensorInfo, is_contiguous, needs_swap, span, without_repeats

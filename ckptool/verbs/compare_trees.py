@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from ckptool.errors import LimitExceeded
@@ -28,6 +27,7 @@ from ckptool.pickles.tree import (
     PersistentId,
     Set,
 )
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places
 from ckptool.state.walk import Numbers, Path, labelled, number
 from ckptool.tensors.dtype import DType

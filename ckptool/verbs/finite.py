@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.counts import Tally

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import PoorFit
 from ckptool.files.copying import Begin, no_progress
+from ckptool.records import dataclass
 from ckptool.state import adapting, checkpoint as places, edits
 from ckptool.state.adapting import Adapted, Asked
 from ckptool.state.checkpoint import Checkpoint

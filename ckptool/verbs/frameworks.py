@@ -8,9 +8,9 @@ framework's own saving code writes; nothing more is concluded than that a file l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from ckptool.pickles.tree import Global, Node, Object
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places
 from ckptool.state.checkpoint import Checkpoint
 

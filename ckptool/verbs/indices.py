@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
+from ckptool.records import dataclass
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors import numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptool import containers
@@ -11,6 +11,7 @@ from ckptool.containers import Writer
 from ckptool.errors import EditError, NotRepresentable
 from ckptool.files.copying import PlannedFile
 from ckptool.files.publish import Output
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.tensors.tensor import AnyTensor
 from ckptool.text import counted, readable

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptool.files.copying import Begin
 from ckptool.pickles.subclasses import NDARRAY, class_of
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, selecting, walk
 from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
@@ -11,6 +10,7 @@ from ckptool.errors import LimitExceeded
 from ckptool.files import publish
 from ckptool.files.copying import PlannedFile, no_progress
 from ckptool.files.publish import Output
+from ckptool.records import dataclass
 from ckptool.state import matching, matching_recipe
 from ckptool.state.edits import Entries
 from ckptool.state.matching import Matching

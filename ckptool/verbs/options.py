@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypedDict
+
+from ckptool.records import dataclass
 
 MIN_MATCH = 0.5  # as the command line says too, which loads no verb for its help
 Container = Literal["torch", "safetensors", "dcp"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptool import containers, text
 from ckptool.containers import Left
@@ -12,6 +12,7 @@ from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.subclasses import as_pickled, class_of, tensors_in
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.state import (
     checkpoint as places,
     edits,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptool import containers
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.edits import Count
 from ckptool.state.recipes import Fact, Recipe, differing, facts

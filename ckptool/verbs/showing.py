@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptool import containers
@@ -14,6 +13,7 @@ from ckptool.errors import EditError, NoSuchKey, Unsupported
 from ckptool.files import blocks
 from ckptool.files.fileio import Readers
 from ckptool.pickles.tree import ByteArray, Dict, LongInteger, Node, Object, OldString, Set, items
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, modules, naming, walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.selecting import close_matches

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ckptool import containers
 from ckptool.files import paths
@@ -16,6 +15,7 @@ from ckptool.files.fileio import MARK
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.subclasses import as_pickled, class_of
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without, worn
 from ckptool.tensors.tensor import CompositeTensor

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import starmap, zip_longest
 from operator import eq
@@ -23,13 +23,14 @@ from ckptool.files.copying import Begin, Moved, Progress, no_progress
 from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
 from ckptool.pickles.tree import Node
+from ckptool.records import dataclass
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
 from ckptool.text import counted, listed, quoted, readable, visible
-from ckptool.verbs import agreement, casting
+from ckptool.verbs import casting
 from ckptool.verbs.casting import Cast
 from ckptool.verbs.layout import (
     FILE as FILE,
@@ -183,7 +184,10 @@ def rewrite(
     _refuse_expansion(checkpoint, laid.output, options)
     result = _result(plan, target, laid, place, options)
     publish.refuse_full(place, laid.output.nbytes)
-    agreement.refuse_others(group, plan.checkpoint, place, laid.output)
+    if group.size > 1:
+        from ckptool.verbs import agreement
+
+        agreement.refuse_others(group, plan.checkpoint, place, laid.output)
     if options.dry_run:
         return result
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):

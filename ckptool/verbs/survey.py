@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from ckptool import containers
@@ -18,6 +18,7 @@ from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
 from ckptool.pickles.tree import Global, Node, children
+from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort

@@ -53,6 +53,7 @@ KEY_COUNTS = (320, 10_000)
 TENSOR_COUNTS = (10_000, 100_000)  # a mixture of experts has 90 000
 GIB = 2**30
 SPARE = 512 * MIB
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode cached
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,7 @@ def measure(task: Task) -> Reading:
         settle(task.source)
     with tempfile.NamedTemporaryFile() as stderr:
         meter = (sys.executable, "-I", "-S", str(HERE / "measure.py"), stderr.name, *task.command)
-        done = subprocess.run(
-            meter, check=False, cwd=REPOSITORY, env=environment(), capture_output=True, text=True
-        )
+        done = subprocess.run(meter, check=False, cwd=REPOSITORY, capture_output=True, text=True)
         if done.returncode:
             fail(f"{task.name}: {done.stderr.strip().rpartition(chr(10))[2]}")
         status, *numbers = done.stdout.split()
@@ -251,11 +250,6 @@ def see_written(name: str, target: Path, nbytes: float) -> None:
     """Fail where the output is missing or short: the tensors are nearly all of the input."""
     if not target.is_file() or target.stat().st_size < nbytes:
         fail(f"{name}: the output is missing or too short to hold the tensors")
-
-
-def environment() -> dict[str, str]:
-    """Return the environment, with bytecode caches on: an installed program has them."""
-    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
 def run_rounds(tasks: tuple[Task, ...], rounds: int, what: str) -> list[Round]:

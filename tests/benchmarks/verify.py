@@ -49,10 +49,11 @@ def main(names: str = MODELS, batch_size: str = "1", rounds: str = "5") -> None:
 
 def measure_verify(folder: Path, name: str, batch_size: int, rounds: int) -> tuple[float, float]:
     """Compare a DataParallel checkpoint and its clean weights, both ways; give both seconds."""
-    state = torchvision.models.get_model(name, weights=None).state_dict()
+    model = torchvision.models.get_model(name, weights=None)
     reference, candidate = str(folder / "trained.pth"), str(folder / "clean.pth")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, reference)
-    torch.save(state, candidate)
+    wrapped = torch.nn.DataParallel(model)
+    torch.save({"state_dict": wrapped.state_dict()}, reference)
+    torch.save(model.state_dict(), candidate)
     size = inputs.default_shape(name)
     pictures = torch.randn(batch_size, *size[1:])
     options = verify.Options(devices=["cpu"], inputs=inputs.Options(batch_size=batch_size))

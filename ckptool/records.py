@@ -1,0 +1,44 @@
+"""Make dataclasses that start fast: of their methods only `__init__` is compiled for each class.
+
+`dataclasses.dataclass` compiles six for each frozen one, 0.5 ms of every start each time. Here
+equality, hash and repr are functions over the names of the fields. Type checkers see the one of
+`dataclasses`, which has them refuse an assignment to a frozen field; nothing else refuses it.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as dataclass
+else:
+    from operator import attrgetter
+
+    def dataclass(cls=None, /, *, frozen=False, slots=False, eq=True):
+        """Return the class as a dataclass, or a decorator that does."""
+        if cls is None:
+            return lambda cls: dataclass(cls, frozen=frozen, slots=slots, eq=eq)
+        own = vars(cls)
+        made = dataclasses.dataclass(cls, slots=slots, eq=False, repr=False)
+        if "__repr__" not in own:
+            made.__repr__ = _repr
+        if eq and "__eq__" not in own:
+            names = [field.name for field in dataclasses.fields(made) if field.compare]
+            made.__eq__, hashed = _compared(attrgetter(*names) if names else type)
+            if own.get("__hash__") is None:
+                made.__hash__ = hashed if frozen else None
+        return made
+
+    def _repr(self):
+        fields = (field for field in dataclasses.fields(self) if field.repr)
+        values = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields)
+        return f"{type(self).__qualname__}({values})"
+
+    def _compared(compared):
+        def equal(self, other):
+            same = type(self) is type(other)
+            return compared(self) == compared(other) if same else NotImplemented
+
+        def hashed(self):
+            return hash(compared(self))
+
+        return equal, hashed

@@ -1,0 +1,83 @@
+"""Dataclasses that start fast behave as those of the standard library do, but for assignment."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+
+from ckptool.records import dataclass as ours
+
+
+def made(dataclass):
+    @dataclass(frozen=True, slots=True)
+    class Point:
+        x: int
+        y: int = 0
+        note: str = dataclasses.field(default="", compare=False, repr=False)
+
+    @dataclass(slots=True)
+    class Bag:
+        items: list[int] = dataclasses.field(default_factory=list)
+
+    @dataclass(frozen=True)
+    class Nothing:
+        pass
+
+    @dataclass(frozen=True, slots=True, eq=False)
+    class Same:
+        x: int
+
+    @dataclass(frozen=True)
+    class Own:
+        x: int
+
+        def __repr__(self):
+            return "mine"
+
+        def __eq__(self, other):
+            return True
+
+        def __hash__(self):
+            return 7
+
+    return Point, Bag, Nothing, Same, Own
+
+
+def shown(dataclass):
+    """Return what can be seen of objects of each class."""
+    Point, Bag, Nothing, Same, Own = made(dataclass)
+    a, b, c = Point(1), Point(1, 0, "n"), Point(1, 2)
+    same = Same(1)
+    with pytest.raises(TypeError):
+        hash(Bag())
+    with pytest.raises(TypeError):
+        Point()
+    return [
+        (a == b, a == c, a != c, a == 1, hash(a) == hash(b), len({a, b, c})),
+        [repr(each).replace("shown", "") for each in (a, c, Bag([1]), Nothing(), Own(1))],
+        (
+            Bag() == Bag(),
+            Bag([1]) == Bag(),
+            Nothing() == Nothing(),
+            hash(Nothing()) == hash(Nothing()),
+        ),
+        (same == same, same == Same(1), Own(1) == 5, hash(Own(1))),
+        (dataclasses.asdict(c), dataclasses.replace(c, y=5) == Point(1, 5), Point.__match_args__),
+        (copy.copy(c) == c, copy.deepcopy(Bag([1])) == Bag([1])),
+    ]
+
+
+def test_they_are_as_those_of_dataclasses():
+    theirs = [str(each).replace("made.<locals>.", "") for each in shown(dataclasses.dataclass)]
+    assert [str(each).replace("made.<locals>.", "") for each in shown(ours)] == theirs
+
+
+@ours(frozen=True, slots=True)
+class Pickled:
+    x: int
+    y: tuple[int, ...] = ()
+
+
+def test_they_can_be_pickled():
+    assert pickle.loads(pickle.dumps(Pickled(1, (2,)))) == Pickled(1, (2,))
