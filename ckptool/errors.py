@@ -331,7 +331,7 @@ _REMEDIES = {
     errno.EROFS: "name an output on a file system that is not read-only",
     errno.EMFILE: _LIMITED,
     errno.ENFILE: "too many files are open on this machine: run it again when there are fewer",
-    errno.EIO: "look whether the disk is sound: dmesg says what it met",
+    errno.EIO: "check the disk: dmesg shows its errors",
     errno.ELOOP: "ls -l shows where the link leads",
     errno.ENAMETOOLONG: "a file system takes names of 255 bytes, and paths of 4096",
     errno.EEXIST: "remove it, or name another output",

@@ -500,7 +500,7 @@ def test_further_records_are_kept_on_request(method: int) -> None:
         archive.writestr("t/anemoi-metadata/m.json", text)
         archive.writestr("t/extra/\u00fc", b"")
     before = Path("t.pth").read_bytes()
-    with pytest.raises(EditError, match="2 further records"):
+    with pytest.raises(EditError, match="2 extra records"):
         ckptool.strip_prefix("t.pth", in_place=True)
     assert Path("t.pth").read_bytes() == before
     assert "anemoi-metadata/m.json" in ckptool.strip_prefix("t.pth", "a.pth").not_carried

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     "--as", "as_dtype", metavar="WORD", help="Count what a cast to bf16, f16 ... would lose."
 )
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
-@click.option("--plugins", is_flag=True, help="Let plugins read what ckptool does not know.")
+@click.option("--plugins", is_flag=True, help="Let plugins read other formats.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int:
     """Check structure, checksums and safety of files; nothing in them is loaded.
 

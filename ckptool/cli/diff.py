@@ -23,8 +23,10 @@ DIFFERENT = 1
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
 @click.option("--rename", multiple=True, metavar="RULE", help="A's OLD is B's NEW: OLD=NEW.")
 @click.option("--map", "moves", multiple=True, hidden=True)
-@click.option("--recipe", multiple=True, metavar="FILE", help="What makes B's tensors of A's.")
-@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
+@click.option(
+    "--recipe", multiple=True, metavar="FILE", help="Recipe that turns A's tensors into B's."
+)
+@click.option("--reverse", is_flag=True, help="Apply --recipe backwards.")
 @click.option(
     "--ignore-prefix", multiple=True, metavar="P", help="Compare without a prefix, or auto."
 )
@@ -32,7 +34,7 @@ DIFFERENT = 1
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
 @click.option("--rtol", default=0.0, show_default=True, help="Allowed relative to A's value.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     left: str,
     right: str,

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     "target",
     default=".",
     metavar="DIR_OR_FILE",
-    help="Folder or file; a new folder ends in a slash.  [default: this folder]",
+    help="Folder or file (end a new folder with /).  [default: this folder]",
 )
-@click.option("--sha256", metavar="HEX", help="What the file must be.")
-@click.option("--force", is_flag=True, help="Replace a file that is another one.")
-@click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system.")
+@click.option("--sha256", metavar="HEX", help="Expected sha256 of the file.")
+@click.option("--force", is_flag=True, help="Overwrite a different file.")
+@click.option("--no-sync", is_flag=True, help="Do not fsync: faster, not safe from a power loss.")
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     what: str | None,
     target: str,
@@ -51,7 +51,7 @@ def command(
     ckptool download https://example.org/resnet18-5c106cde.pth -o weights/
     ckptool download --list 'resnet*'
 
-    Prints the path of the file. What an interrupted run left in NAME.part is gone on with. The
+    Prints the path of the file. Resumes the NAME.part of an interrupted run. The
     file is checked against --sha256, or the hash in its name; one that is there already is
     checked and left alone.
     """
@@ -105,11 +105,12 @@ def _lines(done: Downloaded) -> list[str]:
     if done.already_there:
         how = _checked(done)
         if done.checked == "size":
-            how += ", and its size is the server's; --force downloads it again"
-        return [f"{visible(done.path)} is there already and was left alone; {how}", sha256]
+            how = "same size as the server's; content not verified (no hash); "
+            how += "--force downloads it again"
+        return [f"{visible(done.path)}: already there, {how}", sha256]
     written = f"{visible(done.path)}: {readable(done.nbytes)}, {_checked(done)}"
     if done.resumed_from:
-        resumed = f"went on after {readable(done.resumed_from)} that were there"
+        resumed = f"resumed after {readable(done.resumed_from)}"
         return [resumed, written, sha256]
     return [written, sha256]
 
@@ -128,7 +129,8 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
         talk.put(_table(entries) if talk.on_terminal() else _rows(entries))
     defaults = sum(entry.default for entry in entries)
     talk.say(
-        [f"{len(entries)} weights of {defaults} models; * is what a bare name means"], quiet=quiet
+        [f"{len(entries)} weights of {defaults} models; * is the default of a bare name"],
+        quiet=quiet,
     )
 
 

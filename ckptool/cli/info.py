@@ -14,7 +14,7 @@ from ckptool.cli._options import Command
 @click.argument("file", metavar="FILE")
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     """Say what a file is, what is in it, and which commands would help.
 
@@ -23,7 +23,7 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
     ckptool info --json model_best.pth.tar
     ckptool info --at teacher dino.pth
 
-    A file that is no checkpoint is named for what it is, exit 3.
+    For a file that is not a checkpoint it says what the file is, exit 3.
     """
     from ckptool import containers
     from ckptool.cli import report_info

@@ -15,7 +15,7 @@ from ckptool.cli._options import Command, patterns, refuse_idle
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Every tensor of the file, by its path.")
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
-@click.option("--names", is_flag=True, help="Print keys alone.")
+@click.option("--names", is_flag=True, help="Print only the keys.")
 @click.option("--tree", is_flag=True, help="Print modules with count, size and share.")
 @click.option("--depth", type=click.IntRange(1), help="With --tree: levels to show.")
 @click.option(
@@ -25,9 +25,9 @@ from ckptool.cli._options import Command, patterns, refuse_idle
     show_default=True,
     help="Order of the list; the last three need --stats.",
 )
-@click.option("--stats", is_flag=True, help="Least, largest, mean ... of the values.")
+@click.option("--stats", is_flag=True, help="Min, max, mean, std ... of the values.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str,
     at: str | None,

@@ -25,7 +25,7 @@ from ckptool.cli._options import Command, refuse_idle
 @click.option("--depth", type=click.IntRange(0), metavar="N", help="Fold modules deeper than N.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of FILE sits (dotted).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str | None,
     model: str,

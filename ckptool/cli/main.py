@@ -116,7 +116,9 @@ def _no_such_command(name: str, known: list[str]) -> NoSuchCommand:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--debug", is_flag=True, envvar="CKPTOOL_DEBUG", help="Show where an error is from.")
+@click.option(
+    "--debug", is_flag=True, envvar="CKPTOOL_DEBUG", help="Show the traceback of an error."
+)
 @click.version_option(__version__, "-V", "--version", message="ckptool %(version)s")
 @click.pass_context
 def ckptool(ctx: click.Context, debug: bool) -> None:

@@ -14,15 +14,15 @@ AMBIGUOUS = 1
 
 @click.command("match", cls=Command)
 @click.argument("source", metavar="A")
-@click.option("--like", metavar="B", help="What has the names to come out: a file, or its keys.")
+@click.option("--like", metavar="B", help="The target names: a checkpoint, or a file of its keys.")
 @click.option("--model", metavar="SPEC", help="Or a model: resnet18, timm:NAME, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
-@click.option("-o", "--output", "target", metavar="FILE", help="Where the recipe goes.")
+@click.option("-o", "--output", "target", metavar="FILE", help="Recipe file to write.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     source: str,
     like: str | None,
@@ -53,9 +53,7 @@ def command(
 
     refuse_idle({"like_at": "like", "model_arg": "model", "force": "target"})
     if (like is None) == (model is None):
-        raise click.UsageError(
-            "name what to be like: --like B or --model SPEC", click.get_current_context()
-        )
+        raise click.UsageError("give --like B or --model SPEC", click.get_current_context())
     found = api.match(
         source, like=like, at=at, like_at=like_at, model=model, model_args=zoo.arguments(model_arg)
     )

@@ -14,12 +14,12 @@ DIFFERENT = 1
 @click.argument("file", metavar="FILE", required=False)
 @click.option("--from", "source", metavar="A", help="The checkpoint to try it on.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
-@click.option("--like", metavar="B", help="A checkpoint with the keys and shapes to come out.")
+@click.option("--like", metavar="B", help="A checkpoint with the expected keys and shapes.")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @click.option("--reverse", is_flag=True, help="Do the steps backwards.")
 @click.option("--list", "listed", is_flag=True, help="List the recipes that come with ckptool.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str | None,
     source: str | None,
@@ -31,7 +31,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Check a recipe: what each step takes of a checkpoint. Writes nothing.
+    """Check a recipe: what each step changes in a checkpoint. Writes nothing.
 
     \b
     ckptool recipe --list

@@ -120,7 +120,7 @@ def _file_line(found: Listing) -> str:
     parts.append(counted(len(found.entries), "tensor"))
     parts.append(readable(found.nbytes))
     line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
-    return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
+    return f"{line}; also contains: {listed(found.beside)}" if found.beside else line
 
 
 def danger_lines(checkpoint: Checkpoint) -> list[str]:
@@ -172,10 +172,10 @@ def rewrite_lines(result: Rewrite) -> list[str]:
     """Return what a rewrite changed and left behind, for people."""
     lines = []
     if result.bare and (result.at or result.module):
-        behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
+        behind = f"; not written: {listed(result.not_carried)}" if result.not_carried else ""
         lines.append(f"took the state_dict{_whereabouts(result.module, result.at)}{behind}")
     elif result.not_carried:
-        lines.append(f"left behind {listed(result.not_carried)}")
+        lines.append(f"not written: {listed(result.not_carried)}")
     lines += map(visible, result.said)
     lines += [cast_line(cast, result.source) for cast in result.casts]
     lines += _dropped_lines(result)
@@ -190,7 +190,7 @@ def cast_line(cast: Cast, source: str) -> str:
     kept = [f"{count} {visible(label)}" for label, count in cast.kept.items()]
     if cast.quantized or cast.scales:
         kept.append(f"{cast.quantized} quantized with {counted(cast.scales, 'scale')}")
-    parts += [f"as they were: {', '.join(kept)}"] if kept else []
+    parts += [f"not cast: {', '.join(kept)}"] if kept else []
     if cast.total is not None:
         parts += filter(None, [cast.lost("became")])
     elif cast.tensors:
@@ -271,12 +271,15 @@ def _group_lines(olds: Collection[str], news: Collection[str]) -> list[str]:
     return before + [f"+ {visible(key)}" for key in news if key not in olds]
 
 
+TIED = "tied, stored once (--untie writes each)"
+
+
 def _dropped_lines(result: Rewrite) -> list[str]:
     """Name what was dropped, by reason."""
     by_reason: dict[str, list[str]] = {}
     for dropped in result.dropped:
         if dropped.reason.startswith("tied to "):
-            reason = "tied, written once"
+            reason = TIED
             name = f"{dropped.name} = {dropped.reason.removeprefix('tied to ')}"
         else:
             reason = dropped.reason
@@ -288,7 +291,8 @@ def _dropped_lines(result: Rewrite) -> list[str]:
         if reason == SHAPE_DIFFERS:
             continue  # the lines of the fit show both shapes
         why = "" if reason == "dropped as asked" else f" ({visible(reason)})"
-        lines.append(f"dropped {len(named)}{why}: {listed(named)}")
+        what = f"{len(named)} {TIED}" if reason == TIED else f"dropped {len(named)}{why}"
+        lines.append(f"{what}: {listed(named)}")
     return lines
 
 

@@ -131,16 +131,16 @@ def _counts(found: Difference) -> Iterator[str]:
     for what, count in Counter(change.what for change in state.changed).items():
         if what == "value":
             yield (
-                f"{count} entry is no tensor and differs"
+                f"{count} entry is not a tensor and differs"
                 if count == 1
-                else (f"{count} entries are no tensors and differ")
+                else (f"{count} entries are not tensors and differ")
             )
         else:
             yield f"{count} of {counted(found.tensors, 'tensor')} differ in {_NAMES[what]}"
     beside = found.beside
     count = len(beside.only_left) + len(beside.only_right) + len(beside.changed)
     if count:
-        yield f"{counted(count, 'place')} beside the state_dict"
+        yield f"{counted(count, 'place')} outside the state_dict"
 
 
 _NAMES = {

@@ -15,7 +15,7 @@ from ckptool.cli._options import Command
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Up to 1 000 000 values, not 1 000.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str, key: str, index: str, at: str | None, every: bool, as_json: bool, quiet: bool
 ) -> None:

@@ -197,7 +197,7 @@ def _folder(target: str | Path) -> Iterator[str]:
     text = os.fspath(target)
     if not (os.path.lexists(text) or os.path.splitext(text)[1] or text.endswith(("/", os.sep))):
         raise BadInput(
-            f"{text} is not there, and may be a folder or a file",
+            f"{text} does not exist: is it a folder or a file?",
             option=f"-o {quoted(text + '/')}",
             hint=f"makes a folder; a file has a suffix: -o {quoted(text + '.pth')}",
         )
@@ -244,7 +244,7 @@ def _existing(job: _Job) -> Downloaded | None:
         return Downloaded(shown(job.url), job.path, nbytes, sha256, 0, True, checked)
     if job.force:
         return None
-    what = "is there already and is another file than expected; it was left alone"
+    what = "already exists, with other content than expected; it was not changed"
     raise job.mismatch(f"{job.path} {what}", sha256, hint)
 
 
@@ -262,7 +262,7 @@ def _fetched(job: _Job) -> Downloaded:
             if part.kept and isinstance(error, DownloadFailed):
                 error.hint = f"{error.hint or 'run it again'}; {kept}"
             elif part.kept:
-                error.add_note(f"{kept}; run it again to go on")
+                error.add_note(f"{kept}; run it again to resume")
             raise
     return replace(done, warnings=tuple(part.warnings))
 

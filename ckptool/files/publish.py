@@ -56,7 +56,7 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
     if shown.endswith(("/", os.sep)):
         raise WriteError(f"{shown} names a folder", hint=_FOLDERS)
     if shown == "-":
-        raise WriteError("output goes to files, not to stdout", hint="./- is a file of that name")
+        raise WriteError("output goes to files, not to stdout", hint="a file named - is ./-")
     if os.path.exists(real):
         if any(os.path.exists(source) and os.path.samefile(source, real) for source in sources):
             raise SameFile(
@@ -82,9 +82,9 @@ def refuse_set(
     """
     shown, real = str(path), os.path.realpath(path)
     if shown == "-":
-        raise WriteError("output goes to files, not to stdout", hint="./- is a folder of that name")
+        raise WriteError("output goes to files, not to stdout", hint="a folder named - is ./-")
     if os.path.exists(real) and not os.path.isdir(real):
-        raise WriteError(f"{shown} is no folder", hint="name a folder as the output")
+        raise WriteError(f"{shown} is not a folder", hint="name a folder as the output")
     target = Target(real, force, sync, inside=os.path.isdir(real))
     old = [name for name in moves.names(target) if owns(name)]
     used = [source for source in sources if os.path.exists(source)]
@@ -117,12 +117,12 @@ def refuse_folder(
     target = Target(real, force, sync, inside=os.path.isdir(real))
     inside = moves.names(target)
     if inside and any(os.path.realpath(os.path.dirname(source)) == real for source in sources):
-        raise SameFile(f"the input lies in {shown}", hint="name another folder as the output")
+        raise SameFile(f"the input is in {shown}", hint="name another folder as the output")
     others = [name for name in inside if not owns(name) and not moves.TEMPORARY.fullmatch(name)]
     if others:
         raise OutputExists(
             f"{shown} holds other files: {listed(others, 4)}",
-            hint="name a folder that is not there yet",
+            hint="name a new folder",
         )
     if inside and not force:
         raise OutputExists(f"{shown} is not empty", hint="name another output, or use --force")
@@ -261,7 +261,7 @@ def _take_part(place: Target, output: Output, progress: Progress, group: Group) 
             if os.path.exists(temporary):
                 raise write_error(error, place) from error
             raise WriteError(
-                f"what rank 0 has made in {place.folder} is not there",
+                f"what rank 0 has made in {place.folder} is missing",
                 hint="name an output on a file system that all machines share",
             ) from error
         group.begin_publishing()
@@ -358,7 +358,7 @@ def _move(temporary: str, place: Target, output: Output) -> None:
         except OSError:
             if os.path.lexists(place.path):
                 raise OutputExists(
-                    f"{place.path} was filled by someone else meanwhile; it was left alone",
+                    f"{place.path} was filled by another process meanwhile; it was not changed",
                     hint="name another output, or use --force",
                 ) from None
             raise

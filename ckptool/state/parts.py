@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _RANK = re.compile(r"rank_?([0-9]+)")
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
-_OF_RANK = {  # the rank is the group; where it is empty, parts are numbered otherwise
+_OF_RANK = {  # the rank is the group; where it is empty, parts are numbered differently
     r"consolidated\.(\d+)\.pth": "a model-parallel checkpoint of Llama",
     r"()layer_\d+-model_\d+-model_states\.pt": "a pipeline-parallel checkpoint of DeepSpeed",
     r"model-rank-(\d+)-part-\d+\.safetensors": "a sharded state of vLLM",

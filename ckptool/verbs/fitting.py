@@ -352,7 +352,7 @@ def _both(each: Mismatch, like: Reference) -> str:
 
 
 def _compared(side: str, keys: Sequence[str]) -> list[str]:
-    return [f"keys {side} alone are like {key}" for key in keys[:1]]
+    return [f"keys only {side} look like {key}" for key in keys[:1]]
 
 
 def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tuple[str, float, str]:

@@ -90,7 +90,7 @@ def show(
     most = ALL if all else AT_MOST
     if not isinstance(node, TENSORS):
         if slice:
-            raise EditError(f"`{key}` is no tensor: --slice chooses elements of one")
+            raise EditError(f"`{key}` is not a tensor: --slice chooses elements of one")
         budget = [most]
         plain = _plain(node, budget)
         return Shown(checkpoint.path, key, None, (), plain, truncated=budget[0] < 0)

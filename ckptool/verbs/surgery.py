@@ -240,7 +240,7 @@ def _refuse_member(target: str) -> None:
     if archive:
         raise WriteError(
             f"{target} is in the archive {archive}: its members are read, never written",
-            hint="name an output of its own",
+            hint="name an output outside the archive",
         )
 
 
@@ -285,10 +285,10 @@ def _in_place(
 ) -> tuple[str | Path, Options]:
     if options.in_place:
         if target is not None:
-            raise EditError("--in-place takes the input alone, without an output")
+            raise EditError("--in-place takes only the input, no output")
         if paths.is_url(source):
             raise EditError(
-                f"{checkpoint.path} is far away: --in-place replaces a file of this machine",
+                f"{checkpoint.path} is remote: --in-place replaces a local file",
                 hint="name an output",
             )
         if len(checkpoint.files) > 1 or os.path.isdir(source):
@@ -335,12 +335,12 @@ def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options
 
 def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
     """Note a suffix that says nothing of the container, where nobody chose, or another one."""
-    what = f"{target} is a {containers.by_name(container).title} file: its suffix"
+    what = f"{target} is a {containers.by_name(container).title} file"
     named = containers.by_suffix(suffix(target))
     if named is not None:
-        return [] if named.name == container else [f"{what} says {named.word}"]
+        return [] if named.name == container else [f"{what} despite its suffix (--to {named.word})"]
     chosen = options.to is not None or options.in_place
-    return [] if chosen else [f"{what} does not say; --to chooses"]
+    return [] if chosen else [f"{what}: its suffix names no format; --to chooses"]
 
 
 def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) -> None:
@@ -358,7 +358,7 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
         message = f"the output would have {readable(nbytes)}, the input has {available}"
     else:
         return
-    raise WriteError(message, option="--allow-expand", hint="if that is meant")
+    raise WriteError(message, option="--allow-expand", hint="if that is intended")
 
 
 def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options) -> Rewrite:
@@ -425,7 +425,7 @@ def _check(
         fileio.refuse_changed(source)
         if in_place and isinstance(source, fileio.OpenFile) and source.replaced():
             raise OutputExists(
-                f"{place.path} was replaced by someone else meanwhile; it was left alone",
+                f"{place.path} was replaced by another process meanwhile; it was not changed",
                 hint="run it again",
             )
     try:
@@ -436,7 +436,7 @@ def _check(
             f"{place.path} cannot be written: what was written does not read back; nothing was "
             "kept",
             evidence=[error.message],
-            hint="look whether the disk is sound",
+            hint="check the disk",
         ) from error
     traits = containers.by_name(plan.container).traits
     strided = traits.strides and not traits.beside_files  # each entry there has its own storage
@@ -447,7 +447,7 @@ def _check(
     kept = plan.checkpoint.kept == (written.unread if plan.checkpoint.kept else ())
     same = written.nbytes == nbytes and kept and all(starmap(eq, zip_longest(meant, found)))
     if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
-        raise RuntimeError("the written file does not read back as it was meant")
+        raise RuntimeError("the written file does not read back as written")
     for file, _ in (*plan.checkpoint.files, *written.files):
         fileio.close(file)  # Windows replaces no file that is open
 

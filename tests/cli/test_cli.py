@@ -367,7 +367,7 @@ def test_what_is_dropped_or_left_behind_is_named(run: Run, good: Path, tmp_path:
     source, out = good / "model_best.pth.tar", tmp_path / "out.pth"
     done = run("transfer", source, out, "--drop", "classifier")
     assert done.err.splitlines() == [
-        "took the state_dict at `state_dict`; left behind epoch, arch, best_acc1, optimizer",
+        "took the state_dict at `state_dict`; not written: epoch, arch, best_acc1, optimizer",
         "stripped `module.` from 8 of 8 keys",
         "dropped 2: classifier.weight [10, 4], classifier.bias [10]",
         f"{out}: 6 tensors, 504 B",
@@ -395,7 +395,7 @@ def test_off_a_terminal_lines_have_tabs_and_no_header(run: Run, good: Path) -> N
     assert [len(line.split("\t")) for line in done.out.splitlines()] == [4] * 8
     assert done.err.splitlines() == [
         f"{good / 'model_best.pth.tar'}: torch zip, state_dict at `state_dict`, 8 tensors, 704 B; "
-        "beside it: epoch, arch, best_acc1, optimizer",
+        "also contains: epoch, arch, best_acc1, optimizer",
         "every key starts with `module.` (DataParallel): "
         f"ckptool strip-prefix {good / 'model_best.pth.tar'} OUT   removes it",
     ]
@@ -975,7 +975,7 @@ def test_hints_hold_what_was_asked(run: Run, good: Path, tmp_path: Path) -> None
     out = tmp_path / "out.safetensors"
     extra = good / "extra_state.pth"
     assert hint("convert", extra, out) == (
-        f"ckptool convert {extra} {out} --tensors-only   leaves them behind"
+        f"ckptool convert {extra} {out} --tensors-only   leaves them out"
     )
     collision = good / "collision.pth"
     told = hint("strip-prefix", collision, out)
@@ -1165,7 +1165,7 @@ def test_close_keys_are_offered_and_examples_shown(run: Run, good: Path, tmp_pat
     ):
         done = run(*line)
         assert done.code == 2
-        assert "keys are like features.0.weight" in done.err
+        assert "keys look like features.0.weight" in done.err
         assert done.err.splitlines()[-1] == "hint: did you mean `classifier`?"
 
 
@@ -1207,7 +1207,7 @@ def test_an_unsafe_file_says_what_helps_and_it_does(
     done = run("convert", "--tensors-only", source, out)
     assert done.code == 0
     assert done.err.startswith("warning: ")
-    assert "hook" in done.err  # what was left behind is named
+    assert "hook" in done.err  # what was not written: is named
     assert run("keys", "-q", out).err == ""
 
 
@@ -1250,7 +1250,7 @@ def test_a_suffix_that_says_another_container_is_noted(
     else:
         done = run("add-prefix", *options, source, target)
     assert done.code == 0
-    assert f"{target} is a safetensors file: its suffix says torch\n" in done.err
+    assert f"{target} is a safetensors file despite its suffix (--to torch)\n" in done.err
 
 
 IDLE = """

@@ -305,7 +305,7 @@ def test_names_in_an_index_are_names_whatever_urls_make_of_them(far: Far, name: 
 def test_a_shard_that_is_not_there_is_named(far: Far) -> None:
     url = shards(far)
     del far.files["/set/model-00002-of-00004.safetensors"]
-    with pytest.raises(Malformed, match="1 of 4 shards that the index names are not there"):
+    with pytest.raises(Malformed, match="1 of 4 shards that the index names are missing"):
         ckptool.keys(url)
 
 

@@ -390,7 +390,7 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "config.json": (b'{"architectures": ["BertModel"]}', "configuration of a transformers model"),
     "x.json": (b'{"a": 1, "b": 2}', "a JSON text (16 B) with a, b"),
     "denied.pth": (b"<Error><Code>AccessDenied</Code></Error>", "that says `AccessDenied`"),
-    "missing.pth": (b"Entry not found", "a text (15 B): 'Entry not found'"),
+    "missing.pth": (b"Entry not found", "a text file (15 B): 'Entry not found'"),
     "train.pth": (b"import torch\n\ntorch.save(1, 'x')\n" * 9, "a script"),
     "page.pth": (b"<html><title>Sign in</title></html>", "its title: Sign in"),
     "rdf.pth": (b"PAR1" + bytes(9), "a Parquet table"),

@@ -217,7 +217,7 @@ def test_refusals_before_a_byte_is_written(run: Run, here: Path, good: Path) -> 
     for arguments, code, said in (
         (("in.pth", "out.safetensors"), 2, "is the name of a file"),
         (("--in-place", "in.pth"), 2, "writes a folder"),
-        (("in.pth", "file"), 5, "file is no folder"),
+        (("in.pth", "file"), 5, "file is not a folder"),
         (("in.pth", "no/such/out"), 5, "hint: mkdir -p "),
         (("in.pth", "set"), 5, "set holds model.safetensors already"),
         (("--force", "input", "input"), 5, "error[same-file]: input/model"),
