@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.casting import Cast as Cast
     from ckptool.verbs.checking import Checked as Checked, Status as Status
     from ckptool.verbs.combining import Averaged as Averaged
-    from ckptool.verbs.compare import Change as Change, Difference as Difference
+    from ckptool.verbs.difference import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
     from ckptool.verbs.match import Matched as Matched
@@ -70,7 +70,7 @@ _PUBLIC = {
         "ckptool.verbs.checking": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
         "ckptool.verbs.combining": "Averaged",
-        "ckptool.verbs.compare": "Change Difference",
+        "ckptool.verbs.difference": "Change Difference",
         "ckptool.state.edits": "Edit edits",
         "ckptool.state.recipes": "Recipe",
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",

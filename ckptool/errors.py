@@ -7,14 +7,15 @@
     |-- UnsafePickle                                                                     exit 4
     |-- EditError                   NoSuchKey NothingMatched KeyCollision                exit 2
     |                               AmbiguousStateDict NoStateDict NoSuchCommand
-    |                               BadRecipe RanksDiffer
+    |                               BadRecipe RanksDiffer NameCollision
     |-- PoorFit NotAsExpected Overflow                                                   exit 1
     |-- WriteError                  OutputExists OutputDenied SameFile NotRepresentable  exit 5
     |                               NoSpace
     |-- DownloadError               DownloadFailed HashMismatch                          exit 6
-    `-- ModelError                  MissingExtra NoDevice OutOfMemory RankLost           exit 7
-                                    NoSuchModel BadInput                                 exit 2
-                                    DoesNotLoad                                          exit 1
+    |-- ModelError                  MissingExtra NoDevice OutOfMemory RankLost           exit 7
+    |                               NoSuchModel BadInput                                 exit 2
+    |                               DoesNotLoad                                          exit 1
+    `-- Bug                         a defect of ours                                     exit 70
 
 An error is a sentence without a final period, evidence (lines that show it) and a hint (the
 command or flag that helps). `option` is what the command that failed must be given to succeed:
@@ -171,6 +172,10 @@ class RanksDiffer(EditError):
     """Processes that are to write one output would write several."""
 
 
+class NameCollision(EditError):
+    """Two outputs would be written to one place."""
+
+
 class PoorFit(CkptoolError):
     """Too little of the target would be filled."""
 
@@ -278,6 +283,22 @@ class DoesNotLoad(ModelError):
     """The state_dict does not load strictly into the model."""
 
     exit_code = 1
+
+
+class Usage(CkptoolError):
+    """A command line that click refuses."""
+
+    exit_code = 2
+
+
+class Interrupted(CkptoolError):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
+class Bug(CkptoolError):
+    """A defect in ckptool."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

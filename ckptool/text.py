@@ -41,8 +41,8 @@ def quoted(word: str) -> str:
 
 
 def argument(path: str) -> str:
-    """Write a path as a command takes it: quoted, and no option."""
-    return quoted(f"./{path}" if path.startswith("-") else path)
+    """Write a path as a command takes it: quoted, and no option; `-` is standard input."""
+    return quoted(f"./{path}" if path.startswith("-") and path != "-" else path)
 
 
 def _as_bytes(found: re.Match[str]) -> str:

@@ -185,13 +185,13 @@ def valid(arguments: Sequence[object], outcome: Outcome) -> Outcome:
     """Check what a command printed with --json: each stream has one valid document, or nothing."""
     options = [*takewhile(lambda each: each != "--", arguments)]
     if "--json" in options and "--help" not in options and find_spec("jsonschema"):
-        from test_schemas import validator
+        from test_schemas import validate
 
         if outcome.out:
-            validator(outcome.document["schema"]).validate(outcome.document)
+            validate(outcome.document)
         if outcome.err:
             error = json.loads(outcome.err)
-            validator("error/1").validate(error)
+            validate(error, "error/1")
             assert error["exit"] == outcome.code
     return outcome
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -45,12 +44,14 @@ def examples(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def on_terminal(command: str, folder: Path) -> list[str]:
-    """Run a command on a terminal of 100 columns; give the lines it shows."""
+def on_terminal(command: str, folder: Path, *, columns: int = 100, term: str = "dumb") -> list[str]:
+    """Run a command on a terminal; give the lines it shows."""
+    import pty  # not on Windows
+
     arguments = shlex.split(command)
     assert arguments[0] == "ckptool"
     parent, child = pty.openpty()
-    environment = {**os.environ, "TERM": "dumb", "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TERM": term, "COLUMNS": f"{columns}", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", "ckptool", *arguments[1:]],
         cwd=folder,
@@ -166,8 +167,35 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
+SYMPTOMS = (
+    "Missing key(s) in state_dict",
+    "size mismatch for",
+    "Weights only load failed",
+    "Attempting to deserialize object on a CUDA device",
+    "ckptool unwrap",
+    "ckptool check",
+    "`.safetensors`",
+    "ZeRO",
+    "ckptool match",
+)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_has_a_command_for_each_symptom_and_links_that_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    _, _, table, *_ = re.split(r"^## |^\| .*\|\n\|---", text, flags=re.MULTILINE)
+    rows = [row for row in table.splitlines() if row.startswith("| ")]
+    for symptom in SYMPTOMS:
+        (row, *_) = (row for row in rows if symptom in row)
+        assert "`ckptool " in row.rpartition(" | ")[2]
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) >= 7
+    assert all((ROOT / link).is_file() for link in links)
+    assert text.count("![") == 1
+
+
 def test_the_chinese_readme_says_the_same() -> None:
-    """Headings, code, what is in backquotes, and numbers are those of the README, in its order."""
+    """Headings, code, what is in backquotes, links and numbers are those of the README."""
     chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 
     def skeleton(text: str) -> list[tuple[int, int]]:
@@ -184,7 +212,11 @@ def test_the_chinese_readme_says_the_same() -> None:
         return sorted(re.findall(r"`[^`\n]+`", prose))
 
     def numbers(text: str) -> list[str]:
-        return sorted(re.findall(r"\d+(?:\.\d+)?(?= x| MiB)", text))
+        return sorted(re.findall(r"\d+(?:\.\d+)?", text.replace("CN.md", "")))
 
-    for each in (skeleton, blocks, quoted, numbers):
+    def links(text: str) -> list[str]:
+        return re.findall(r"\]\(([^)]+)\)", text)
+
+    for each in (skeleton, blocks, quoted, numbers, links):
         assert each(chinese) == each(README)
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 600

@@ -115,6 +115,16 @@ def validator(name: str) -> Any:
     return jsonschema.Draft202012Validator(closed(json.loads(manual.page(file_name(name)))))
 
 
+def validate(document: dict[str, Any], name: str = "") -> None:
+    """Check a document against its schema, and of several files each against its own."""
+    validator(name or document["schema"]).validate(document)
+    for each in document["files"] if document.get("schema") == "many/1" else ():
+        if "schema" in each:
+            validate(each)
+        else:
+            validate({field: each[field] for field in each if field != "file"}, "error/1")
+
+
 def file_name(name: str) -> str:
     return f"json/{name.replace('/', '-')}"
 
@@ -152,7 +162,7 @@ def test_the_recorded_documents_are_valid(path: Path) -> None:
         run["seconds_reference"] = run["seconds_candidate"] = []
         for numbers in (run, *run["differences"]):
             numbers.update(dict.fromkeys(numbers.keys() & MASKED, 1))
-    validator(document["schema"]).validate(document)
+    validate(document)
 
 
 MASKED = {"max_abs_diff", "max_abs", "max_ulp", "ulp"}

@@ -6,7 +6,9 @@ needs none of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
@@ -14,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.records import dataclass
+from ckptool.cli._input import INPUT as INPUT, STANDARD, standard_output
+from ckptool.cli._request import Request as Request, Told as Told, tell as tell
 from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
 
 if TYPE_CHECKING:
     from ckptool.files.sites import Manner
-    from ckptool.verbs.surgery import Rewrite
 
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
@@ -119,10 +121,7 @@ class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no C
         return str(super().convert(value, param, ctx))
 
 
-_PATHS = (
-    click.argument("source", metavar="IN"),
-    click.argument("target", metavar="OUT", required=False),
-)
+_PATHS = click.argument("paths", metavar="IN... OUT", nargs=-1, required=True)
 _IN_PLACE = click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT.")
 _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
@@ -158,7 +157,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
         "--map-location", metavar="DEVICE", help="Tag every storage with a device: cpu, cuda:0."
     ),
     click.option(
-        "--no-sync", is_flag=True, help="Do not fsync: faster, not safe from a power loss."
+        "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
     ),
 )
 
@@ -191,23 +190,46 @@ def writes(function: Function) -> Function:
     """Add IN, OUT and the shared options to a command, which gets them as one `Request`."""
 
     @wraps(function)
-    def gathered(**given: Any) -> Any:
-        request = _request(given)
-        return function(request, **given)
+    def gathered(paths: tuple[str, ...], **given: Any) -> Any:
+        read, target = (paths[:-1], paths[-1]) if len(paths) > 1 else (paths, None)
+        context = click.get_current_context()
+        sources = [INPUT.convert(each, None, context) for each in read]
+        is_set = bool(given.get("max_shard_size")) or given["to"] == "dcp"
+        whole = target is None or given["in_place"]
+        folder = not whole and _is_folder(sources, str(target), is_set)
+        if folder and given.get("distributed"):
+            raise click.UsageError("--distributed writes one output: name it", context)
+        request = _request(sources, target, given)
+        return function(replace(request, folder=folder, is_set=is_set), **given)
 
-    return _decorated(gathered, (*_PATHS, *_WRITES))
+    return _decorated(gathered, (_PATHS, *_WRITES))
+
+
+def _is_folder(sources: Sequence[str], target: str, is_set: bool) -> bool:
+    """Check whether outputs go into OUT by the names of inputs; else OUT is the output."""
+    several = len(sources) > 1
+    if target.endswith(("/", os.sep)):
+        return several or not is_set
+    if several and target == STANDARD:
+        what = "several inputs need a folder as the output: - is a pipe for one"
+        raise click.UsageError(what, click.get_current_context())
+    if several:
+        what = f"several inputs need a folder as the output, which ends in a slash: {target}/"
+        raise click.UsageError(what, click.get_current_context())
+    return False
 
 
 def combines(function: Function) -> Function:
-    """Add IN IN... OUT and the shared options; the command gets all the inputs too."""
+    """Add IN IN... OUT and the shared options to a command of several inputs."""
 
     @wraps(function)
     def gathered(paths: tuple[str, ...], **given: Any) -> Any:
         if len(paths) < 2 and not given["in_place"]:
             raise click.UsageError("name an output OUT last", click.get_current_context())
         *sources, target = paths
-        given |= {"source": paths[0], "target": target}
-        return function(_request(given), sources, **given)
+        context = click.get_current_context()
+        read = [INPUT.convert(each, None, context) for each in sources or paths]
+        return function(_request(read, target, given), **given)
 
     argument = click.argument("paths", metavar="IN IN... OUT", nargs=-1, required=True)
     in_place = click.option("--in-place", is_flag=True, hidden=True)  # refused: it has several
@@ -246,31 +268,21 @@ def strips(function: Function) -> Function:
     return function
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked of a command that writes."""
-
-    source: str
-    target: str | None
-    options: dict[str, Any]
-    as_json: bool
-    quiet: bool
-    silent: bool = False  # another process says it all
-
-
 _OPTIONS = (
     "at to keep_records force in_place dry_run tensors_only untie allow_expand map_location"
 ).split()
 
 
-def _request(given: dict[str, Any]) -> Request:
+def _request(sources: Sequence[str], target: str | None, given: dict[str, Any]) -> Request:
     """Take what all commands share out of what was given."""
-    if given["target"] is None and not given["in_place"]:
+    if target is None and not given["in_place"]:
         raise click.UsageError("name an output OUT, or use --in-place", click.get_current_context())
+    if target == STANDARD and not given["in_place"]:
+        target = standard_output(as_json=given["as_json"], is_data=not given["dry_run"])
     options = {name: given.pop(name) for name in _OPTIONS}
     return Request(
-        source=given.pop("source"),
-        target=given.pop("target"),
+        sources=sources,
+        target=target,
         options={
             **options,
             "drop_beside": patterns(given.pop("drop_beside")),
@@ -281,42 +293,27 @@ def _request(given: dict[str, Any]) -> Request:
     )
 
 
-def run(request: Request, verb: Callable[..., Rewrite], **arguments: Any) -> Rewrite:
-    """Call a verb of the library, and say what was done."""
-    name = request.target or request.source
-    with talk.Progress(name, quiet=request.quiet or request.silent) as progress:
-        result = verb(
-            request.source,
-            request.target,
-            progress=progress.begin,
-            **request.options,
-            **arguments,
-        )
-    if not request.silent:
-        tell(request, result)
-    return result
-
-
-def tell(
+def run(
     request: Request,
-    result: Rewrite,
-    *,
-    more: Sequence[str] = (),
-    document: Mapping[str, object] | None = None,
-    counts: str = "",
-) -> None:
-    """Print the document, the plan or the talk of a rewrite, with other `counts` than its own."""
-    from ckptool.cli import report
+    verb: Callable[..., Any],
+    told: Callable[[Any], Told] = Told,
+    **arguments: Any,
+) -> int:
+    """Call a verb of the library and say what was done; for several inputs, one after the other."""
 
-    for line in result.warnings:
-        talk.warn(visible(line))
-    if request.as_json:
-        talk.put_document(document or result.to_dict())
-    elif result.dry_run:
-        talk.put(report.plan_lines(result, counts))
-    what, written = report.rewrite_lines(result), report.written_lines(result, counts)
-    planned = result.dry_run and not request.as_json  # the plan counts too
-    talk.say([*what, *more, *([] if planned else written)], quiet=request.quiet)
+    def call(source: str, target: str | None, **more: Any) -> Told:
+        with talk.Progress(target or source, quiet=request.quiet or request.silent) as progress:
+            options = {**request.options, **arguments, **more}
+            return told(verb(source, target, progress=progress.begin, **options))
+
+    if request.folder:
+        from ckptool.cli import _batch
+
+        return _batch.run(request, call)
+    done = call(request.sources[0], request.target)
+    if not request.silent:
+        tell(request, done)
+    return 0
 
 
 def patterns(given: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from ckptool.cli._options import PREFIX, Command, Request, run, writes
 @click.command("add-prefix", cls=Command)
 @writes
 @click.option("--prefix", default=PREFIX, show_default=True, help="The prefix to add.")
-def command(request: Request, prefix: str) -> None:
+def command(request: Request, prefix: str) -> int:
     """Add the DataParallel prefix `module.` to keys.
 
     \b
@@ -21,4 +21,4 @@ def command(request: Request, prefix: str) -> None:
     """
     from ckptool.verbs import api
 
-    run(request, api.add_prefix, prefix=prefix)
+    return run(request, api.add_prefix, prefix=prefix)

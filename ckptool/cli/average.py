@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, Request, combines, tell
+from ckptool.cli._options import Command, Request, Told, combines, tell
 
 
 @click.command("average", cls=Command)
@@ -13,7 +13,7 @@ from ckptool.cli._options import Command, Request, combines, tell
 @click.option(
     "--weights", metavar="W,W,...", help="A weight for each IN, as they are.  [default: 1/n each]"
 )
-def command(request: Request, sources: list[str], weights: str | None) -> None:
+def command(request: Request, weights: str | None) -> None:
     """Average checkpoints: soups, SWA, EMA, task arithmetic.
 
     \b
@@ -28,16 +28,16 @@ def command(request: Request, sources: list[str], weights: str | None) -> None:
     from ckptool.cli import report
     from ckptool.verbs import api
 
-    with talk.Progress(request.target or request.source, quiet=request.quiet) as progress:
+    with talk.Progress(request.target or "", quiet=request.quiet) as progress:
         done = api.average(
-            sources,
+            request.sources,
             request.target or "",
             weights=None if weights is None else _numbers(weights),
             progress=progress.begin,
             **request.options,
         )
     lines, counts = report.average_lines(done), report.average_counts(done)
-    tell(request, done.rewrite, more=lines, counts=counts, document=done.to_dict())
+    tell(request, Told(done.rewrite, lines, done.to_dict(), counts))
 
 
 def _numbers(text: str) -> list[float]:

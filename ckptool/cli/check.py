@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command
-from ckptool.errors import is_out_of_memory
+from ckptool.cli._options import INPUT, Command
+from ckptool.errors import EditError, is_out_of_memory
 from ckptool.text import visible
 
 if TYPE_CHECKING:
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 @click.command("check", cls=Command)
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--sha256", is_flag=True, help="Print the sha256 of each file too.")
 @click.option("--finite", is_flag=True, help="Count NaN and infinity in every tensor.")
 @click.option(
     "--as", "as_dtype", metavar="WORD", help="Count what a cast to bf16, f16 ... would lose."
 )
+@click.option("--max-size", metavar="SIZE", help="Larger files fail the check: 100MiB.")
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
 @click.option("--plugins", is_flag=True, help="Let plugins read other formats.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -38,8 +39,9 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int
     ckptool check downloads/                     (every file, by its bytes)
     ckptool check --strict --json from_a_stranger.pth
 
-    A line for each file: ok, damaged, unsafe, not-a-checkpoint or unsupported. Exit code 1 for
-    damaged, 3 for no checkpoint, 4 for unsafe; over several files the highest.
+    A line for each file: ok, damaged, too-large, unsafe, not-a-checkpoint or unsupported. Exit
+    code 1 for damaged and too large, 3 for no checkpoint, 4 for unsafe; over several files the
+    highest.
     """
     from ckptool.cli import report_check
     from ckptool.verbs import check_folders, checking
@@ -100,6 +102,8 @@ def _one(
     try:
         with talk.Progress(path, quiet=quiet) as progress:
             found = checking.check(path, progress=progress.begin, **how)
+    except EditError:  # of an option: no file would fare better
+        raise
     except Exception as error:
         if isinstance(error, OSError) and not is_out_of_memory(error):
             error = talk.refusal(error)

@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptool.cli import talk
-from ckptool.cli._options import Command, Request, edits, patterns, refuse_idle, run, strips, writes
+from ckptool.cli._options import (
+    Command,
+    Request,
+    Told,
+    edits,
+    patterns,
+    refuse_idle,
+    run,
+    strips,
+    writes,
+)
 from ckptool.state.edit_options import EDITS, STRIP_FLAGS
 from ckptool.text import quoted
 
 if TYPE_CHECKING:
     from ckptool.state.edits import Edit
+    from ckptool.verbs.surgery import Rewrite
 
 _CAST = ("dtype", "dtype_only", "dtype_except", "overflow")
 
@@ -61,7 +71,7 @@ class _InOrder(Command):
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Write shards into the folder OUT: 5GB.")
 @click.option("--distributed", is_flag=True, help="Write with all ranks that torchrun started.")
-def command(request: Request, **given: Any) -> None:
+def command(request: Request, **given: Any) -> int:
     """Convert torch <-> safetensors <-> distributed checkpoint, with edits on the way.
 
     \b
@@ -71,6 +81,7 @@ def command(request: Request, **given: Any) -> None:
     ckptool convert --dtype bf16 --dtype-except '*norm*' in.pth out.safetensors
     ckptool convert --max-shard-size 5GB in.pth out_folder
     ckptool convert --to dcp in.pth out_dir      (for a cluster)
+    ckptool convert --to safetensors *.pth out_folder/
 
     Edits are applied in the order given. To safetensors the state_dict is taken out; what
     else is in the file is not written, and named.
@@ -78,16 +89,15 @@ def command(request: Request, **given: Any) -> None:
     needs = dict.fromkeys(STRIP_FLAGS, "strip_prefix") | dict.fromkeys(_CAST[1:], "dtype")
     refuse_idle({**needs, "reverse": "recipe"})
     if not given["distributed"]:
-        _convert(request, given)
-        return
+        return _convert(request, given)
     from ckptool.model import ranks
 
     words = click.get_current_context().meta["ckptool.given"]
     with ranks.joined(" ".join(["-m ckptool convert", *map(quoted, words)])) as group:
-        _convert(replace(request, silent=group.rank > 0), given)
+        return _convert(replace(request, silent=group.rank > 0), given)
 
 
-def _convert(request: Request, given: Mapping[str, Any]) -> None:
+def _convert(request: Request, given: Mapping[str, Any]) -> int:
     from ckptool.verbs import api
 
     steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)
@@ -96,9 +106,12 @@ def _convert(request: Request, given: Mapping[str, Any]) -> None:
         cast[name] = patterns(cast[name])
     form = {name: given[name] for name in ("unwrap", "max_shard_size", "distributed")}
     form["values"] = given["values"] or ""
-    result = run(request, api.convert, steps=steps, **cast, **form)
-    if form["unwrap"] and result.at == () and not result.not_carried:
-        talk.say(["the state_dict is bare already: nothing to unwrap"], quiet=request.quiet)
+
+    def told(result: Rewrite) -> Told:
+        bare = form["unwrap"] and result.at == () and not result.not_carried
+        return Told(result, ["the state_dict is bare already: nothing to unwrap"] if bare else ())
+
+    return run(request, api.convert, told, steps=steps, **cast, **form)
 
 
 def _steps(ordered: list[tuple[str, str]], options: Mapping[str, Any]) -> list[Edit]:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, patterns, refuse_idle
+from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
 
 DIFFERENT = 1
 
 
 @click.command("diff", cls=Command)
-@click.argument("left", metavar="A")
-@click.argument("right", metavar="B")
+@click.argument("left", metavar="A", type=INPUT)
+@click.argument("right", metavar="B", type=INPUT)
 @click.option("--at", metavar="NAME", help="Where both state_dicts sit (dotted; . is the top).")
 @click.option("--left-at", metavar="NAME", help="Where the state_dict of A sits.")
 @click.option("--right-at", metavar="NAME", help="Where the state_dict of B sits.")
@@ -33,6 +33,13 @@ DIFFERENT = 1
 @click.option("--anywhere", is_flag=True, help="Ignore it inside keys too.")
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
 @click.option("--rtol", default=0.0, show_default=True, help="Allowed relative to A's value.")
+@click.option(
+    "--sort",
+    type=click.Choice(["file", "far"]),
+    default="file",
+    show_default=True,
+    help="Order of what differs; far: the largest change first.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
@@ -52,6 +59,7 @@ def command(
     anywhere: bool,
     atol: float,
     rtol: float,
+    sort: str,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -62,17 +70,21 @@ def command(
     ckptool diff --left-at model --right-at model_ema train.pth train.pth
     ckptool diff --rename backbone=encoder --select encoder old.pth new.pth
     ckptool diff --atol 1e-6 cpu.pth gpu.pth
+    ckptool diff --sort far pretrained.pth finetuned.pth
+    ckptool diff fp16.pth fp32.pth        (equal after rounding?)
 
     Exit code 0 where they are equal, with nothing on stdout, 1 where they differ. What stands
     beside the state_dicts (epoch, optimizer ...) counts where both files have some, unless --at or
     --select choose a part. Order of keys, ties, strides and requires_grad are told and do not
     count. With a tolerance, what differs by no more than ATOL + RTOL * |A's value| is equal, and
     so are NaNs of other bits and zeros of either sign. A complex number is compared as its two
-    parts, a quantized one as its integer. Recorded checksums are not verified:
-    ckptool check does that.
+    parts, a quantized one as its integer. RELATIVE is the norm of the difference by the norm of A,
+    COSINE the cosine similarity, both in double precision and of what is finite. Of two dtypes,
+    `equal rounded` says that one tensor rounded to the dtype of the other has the other's bits.
+    Recorded checksums are not verified: ckptool check does that.
     """
-    refuse_idle({"atol": "not structure", "rtol": "not structure", "anywhere": "ignore_prefix"})
-    refuse_idle({"reverse": "recipe"})
+    refuse_idle(dict.fromkeys(("atol", "rtol", "sort"), "not structure"))
+    refuse_idle({"reverse": "recipe", "anywhere": "ignore_prefix"})
     if at is not None and left_at is not None and right_at is not None:
         refuse_idle({"at": "not left_at"})
     from ckptool import containers
@@ -101,6 +113,8 @@ def command(
             if lines := report.danger_lines(checkpoint):
                 talk.warn(*lines)
         found = compare.diff(first, second, asked, progress.begin)
+    if sort == "far":
+        found = found.farthest_first()
     if as_json:
         talk.put_document(found.to_dict())
     else:

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 )
 @click.option("--sha256", metavar="HEX", help="Expected sha256 of the file.")
 @click.option("--force", is_flag=True, help="Overwrite a different file.")
-@click.option("--no-sync", is_flag=True, help="Do not fsync: faster, not safe from a power loss.")
+@click.option(
+    "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
+)
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")

@@ -18,7 +18,7 @@ FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
 SCHEMAS = "json"  # the page that lists them, and their folder
 SUBJECTS = (
-    "writing selecting recipes dtypes containers remote whole-models plugins safety trust "
+    "writing many selecting recipes dtypes containers remote whole-models plugins ci safety trust "
     "exit-codes json python numbers scale architecture"
 ).split()
 

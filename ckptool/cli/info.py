@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
-from ckptool.cli import talk
-from ckptool.cli._options import Command
+from ckptool.cli import _many, talk
+from ckptool.cli._options import INPUT, Command
+
+if TYPE_CHECKING:
+    from ckptool.cli._many import Put
 
 
 @click.command("info", cls=Command)
-@click.argument("file", metavar="FILE")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
-def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
+def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) -> int:
     """Say what a file is, what is in it, and which commands would help.
 
     \b
     ckptool info mystery.pth
     ckptool info --json model_best.pth.tar
     ckptool info --at teacher dino.pth
+    ckptool info *.pth
 
     For a file that is not a checkpoint it says what the file is, exit 3.
     """
+    return _many.each(files, partial(_show, at=at, as_json=as_json), as_json=as_json)
+
+
+def _show(file: str, put: Put, *, at: str | None, as_json: bool) -> None:
     from ckptool import containers
     from ckptool.cli import report_info
     from ckptool.verbs.suggestions import suggestions
@@ -32,8 +43,5 @@ def command(file: str, at: str | None, as_json: bool, quiet: bool) -> None:
 
     facts = survey(containers.read(file, alone=True), at)
     facts = replace(facts, suggestions=tuple(suggestions(facts)))
-    if as_json:
-        talk.put_document(facts.to_dict())
-    else:
-        rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
-        talk.put(rows(facts))
+    rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
+    put(facts.to_dict() if as_json else rows(facts))

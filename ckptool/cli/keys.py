@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptool.cli import talk
-from ckptool.cli._options import Command, patterns, refuse_idle
+from ckptool.cli import _many, talk
+from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
+
+if TYPE_CHECKING:
+    from ckptool.cli._many import Put
+    from ckptool.verbs.listing import Listing
 
 
 @click.command("keys", cls=Command)
-@click.argument("file", metavar="FILE")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Every tensor of the file, by its path.")
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
@@ -29,7 +35,7 @@ from ckptool.cli._options import Command, patterns, refuse_idle
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
-    file: str,
+    files: Sequence[str],
     at: str | None,
     every: bool,
     select: Sequence[str],
@@ -40,7 +46,7 @@ def command(
     stats: bool,
     as_json: bool,
     quiet: bool,
-) -> None:
+) -> int:
     """List the tensors of a checkpoint: key, dtype, shape, bytes.
 
     \b
@@ -49,13 +55,11 @@ def command(
     ckptool keys --names --select '*.bias' model.pth
     ckptool keys --all model_best.pth.tar        (optimizer too)
     ckptool keys --stats --sort absmax model.safetensors
+    ckptool keys *.safetensors | grep lm_head
 
-    Off a terminal, lines are separated by tabs and never cut.
+    Off a terminal, lines are separated by tabs and never cut; those of several files
+    begin with the file.
     """
-    from ckptool import containers
-    from ckptool.cli import report
-    from ckptool.verbs import listing
-
     refuse_idle({"depth": "tree", "at": "not every", "sort": "not tree", "stats": "not tree names"})
     if sort in ("absmax", "nan", "std") and not stats:
         raise click.UsageError(f"--sort {sort} needs --stats", click.get_current_context())
@@ -64,26 +68,63 @@ def command(
     if len(wanted) > 1:
         what = f"{' and '.join(wanted)} do not go together"
         raise click.UsageError(what, click.get_current_context())
+    show = partial(
+        _show,
+        at=at,
+        every=every,
+        select=patterns(select),
+        tree=tree,
+        depth=depth,
+        names=names,
+        sort=sort,
+        stats=stats,
+        as_json=as_json,
+        quiet=quiet,
+    )
+    return _many.each(files, show, as_json=as_json)
+
+
+def _show(
+    file: str,
+    put: Put,
+    *,
+    at: str | None,
+    every: bool,
+    select: Sequence[str],
+    sort: str,
+    stats: bool,
+    as_json: bool,
+    quiet: bool,
+    **form: Any,
+) -> None:
+    from ckptool import containers
+    from ckptool.cli import report
+    from ckptool.verbs import listing
+
     checkpoint = containers.read(file, alone=every)
     found = listing.listing(checkpoint, at, every=every)
     with talk.Progress(checkpoint.path, quiet=quiet) as progress:
         begin = progress.begin if stats else None
-        found = listing.chosen(
-            found, patterns(select), sort, begin, cells=talk.on_terminal() and not as_json
-        )
+        cells = talk.on_terminal() and not as_json
+        found = listing.chosen(found, select, sort, begin, cells=cells)
     if lines := report.danger_lines(checkpoint):
         talk.warn(*lines)
-    if as_json:
-        talk.put_document(found.to_dict())
-    elif tree:
-        talk.put(report.tree_table(found.entries, depth, wide=talk.on_terminal()))
-    elif names:
-        talk.put(report.key_names(found.entries))
-    elif stats:
+    put(found.to_dict() if as_json else _lines(found, stats=stats, **form))
+    talk.say(report.listing_lines(found, every=every), quiet=quiet)
+
+
+def _lines(
+    found: Listing, *, tree: bool, depth: int | None, names: bool, stats: bool
+) -> Sequence[str]:
+    from ckptool.cli import report
+
+    wide = talk.on_terminal()
+    if tree:
+        return report.tree_table(found.entries, depth, wide=wide)
+    if names:
+        return report.key_names(found.entries)
+    if stats:
         from ckptool.cli.report_stats import stat_rows, stat_table
 
-        talk.put((stat_table if talk.on_terminal() else stat_rows)(found))
-    else:
-        rows = report.key_table if talk.on_terminal() else report.key_rows
-        talk.put(rows(found.entries))
-    talk.say(report.listing_lines(found, every=every), quiet=quiet)
+        return (stat_table if wide else stat_rows)(found)
+    return (report.key_table if wide else report.key_rows)(found.entries)

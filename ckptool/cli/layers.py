@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, refuse_idle
 
 
 @click.command("layers", cls=Command)
-@click.argument("file", metavar="[FILE]", required=False)
+@click.argument("file", metavar="[FILE]", required=False, type=INPUT)
 @click.option(
     "--model", required=True, metavar="SPEC", help="resnet18, file.py:factory, package:factory."
 )

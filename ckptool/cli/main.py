@@ -19,7 +19,6 @@ import click
 
 from ckptool import __version__
 from ckptool.cli.talk import (
-    Complaint,
     complain,
     documents,
     put,
@@ -27,20 +26,14 @@ from ckptool.cli.talk import (
     say_interrupted,
     silence,
     speaks_json,
+    spelled,
     without_secrets,
 )
-from ckptool.errors import (
-    CkptoolError,
-    MissingExtra,
-    NoSuchCommand,
-    NoSuchFile,
-    is_out_of_memory,
-    out_of_memory,
-)
+from ckptool.errors import CkptoolError, Interrupted, NoSuchCommand, Usage
 from ckptool.text import quoted
 
 GROUPS = {
-    "Look": ("info", "keys", "show", "check", "diff"),
+    "Look": ("info", "keys", "show", "check", "diff", "plot"),
     "Models": ("download", "layers", "verify"),
     "Edit": ("strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "average"),
     "Between models": ("match", "recipe"),
@@ -54,8 +47,6 @@ EXAMPLES = (
 COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
 NOTHING_WRITTEN = "nothing was written"
 ROOM = 24 << 20  # of the address space: what is imported, two buffers, a thread
-BUG = 70
-INTERRUPTED = 130
 PIPE_CLOSED = 141
 SIGNALLED = 128  # and the number of the signal
 
@@ -181,7 +172,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _invoke(arguments)
     except CkptoolError as error:
         if not error.said_elsewhere:
-            complain(Complaint.of(_with_hint(error, arguments)))
+            complain(_with_hint(error, arguments))
         _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
@@ -192,27 +183,14 @@ def _run(arguments: list[str], debug: bool) -> int:
         return error.exit_code
     except KeyboardInterrupt as error:
         message = "; ".join(filter(None, ["interrupted", str(error) or _left(arguments)]))
-        notes = getattr(error, "__notes__", ())
-        return say_interrupted(Complaint("interrupted", message, INTERRUPTED, notes))
+        return say_interrupted(Interrupted(message, evidence=getattr(error, "__notes__", ())))
     except BrokenPipeError:
         silence()
         return PIPE_CLOSED
     except Exception as error:
-        code = complain(_unforeseen(error))
+        code = complain(refusal(error))
         _trace(error, debug)
         return code
-
-
-def _unforeseen(error: Exception) -> Complaint:
-    """Return what is written of an exception that is none of ours."""
-    if is_out_of_memory(error):
-        return Complaint.of(out_of_memory())
-    if isinstance(error, OSError):
-        return Complaint.of(refusal(error))
-    if isinstance(error, ImportError):
-        return Complaint.of(_not_loaded(error))
-    hint = "this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where"
-    return Complaint("bug", f"{type(error).__name__}: {error}", BUG, hint=hint)
 
 
 def _refuse_no_room() -> None:
@@ -240,41 +218,29 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
-    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"}
+    reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"} - {"plot"}
     return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
 
 
 def _trace(error: BaseException, debug: bool) -> None:
-    """Write where an error is from, but not behind a document."""
-    if debug and not speaks_json():
+    if debug and not speaks_json():  # stderr has one document
         sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _not_loaded(error: ImportError) -> MissingExtra:
-    return MissingExtra(
-        f"a library cannot be loaded: {error}",
-        hint="pip check says what is missing; its files may be unreadable, or too many open",
-    )
-
-
-def _usage(error: click.UsageError, arguments: list[str]) -> Complaint:
+def _usage(error: click.UsageError, arguments: list[str]) -> Usage:
     # click names no command where an option lacks its value.
     named = [name for names in GROUPS.values() for name in names if name in arguments[:1]]
     command = error.ctx.command_path if error.ctx else " ".join(["ckptool", *named])
     first, *rest = error.format_message().rstrip(".").splitlines() or [""]
     message = f"{first[:1].lower()}{first[1:]}"
-    return Complaint("usage", message, error.exit_code, rest, f"{command} --help")
+    return Usage(message, evidence=rest, hint=f"{command} --help")
 
 
 def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:
     """Write the command to paste, or name a file that is spelled like the missing one."""
     if error.option:
         error.hint = f"{_retried(arguments, error.option)}   {error.hint}".rstrip()
-    if isinstance(error, NoSuchFile) and error.path and not error.hint:
-        from ckptool.files.fileio import spelled_like
-
-        error.hint = spelled_like(str(error.path))
-    return error
+    return spelled(error)
 
 
 # Options of one meaning under other names: what errors call it -> command -> its own.

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, refuse_idle
 
 AMBIGUOUS = 1
 
 
 @click.command("match", cls=Command)
-@click.argument("source", metavar="A")
-@click.option("--like", metavar="B", help="The target names: a checkpoint, or a file of its keys.")
+@click.argument("source", metavar="A", type=INPUT)
+@click.option(
+    "--like", metavar="B", type=INPUT, help="The target names: a checkpoint, or a file of its keys."
+)
 @click.option("--model", metavar="SPEC", help="Or a model: resnet18, timm:NAME, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
 @click.option("-o", "--output", "target", metavar="FILE", help="Recipe file to write.")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, refuse_idle
 
 DIFFERENT = 1
 
 
 @click.command("recipe", cls=Command)
 @click.argument("file", metavar="FILE", required=False)
-@click.option("--from", "source", metavar="A", help="The checkpoint to try it on.")
+@click.option("--from", "source", metavar="A", type=INPUT, help="The checkpoint to try it on.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
-@click.option("--like", metavar="B", help="A checkpoint with the expected keys and shapes.")
+@click.option(
+    "--like", metavar="B", type=INPUT, help="A checkpoint with the expected keys and shapes."
+)
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @click.option("--reverse", is_flag=True, help="Do the steps backwards.")
 @click.option("--list", "listed", is_flag=True, help="List the recipes that come with ckptool.")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.casting import Cast
     from ckptool.verbs.combining import Averaged
     from ckptool.verbs.fitting import Fit
+    from ckptool.verbs.plotting import Plot
     from ckptool.verbs.surgery import Rewrite
 
 
@@ -123,6 +124,13 @@ def _file_line(found: Listing) -> str:
     return f"{line}; also contains: {listed(found.beside)}" if found.beside else line
 
 
+def plot_lines(plot: Plot, target: str) -> list[str]:
+    """Return what a picture shows."""
+    size = f"{counted(plot.tensors, 'tensor')}, {readable(plot.nbytes)}"
+    line = f"{visible(target)}: {plot.kind} of {counted(len(plot.layers), 'layer')}, {size}"
+    return [line, *map(visible, plot.notes)]
+
+
 def danger_lines(checkpoint: Checkpoint) -> list[str]:
     """Return what loading a file elsewhere would run; nothing where it would run nothing."""
     verdict = safety.judge_file(checkpoint)
@@ -160,12 +168,19 @@ def prefix_line(
 
 def counts_line(result: Rewrite) -> str:
     """Count what a rewrite did, or would do."""
-    verb = "would write" if result.dry_run else "written"
-    added = f"added {result.added}, " if result.added else ""
-    return (
-        f"read {result.read}, renamed {result.renamed}, dropped {len(result.dropped)}, "
-        f"{added}{verb} {result.written}"
-    )
+    return in_words(counts(result))
+
+
+def counts(result: Rewrite) -> dict[str, int]:
+    """Return the counts of a rewrite by their words."""
+    found = {"read": result.read, "renamed": result.renamed, "dropped": len(result.dropped)}
+    found |= {"added": result.added} if result.added else {}
+    return found | {"would write" if result.dry_run else "written": result.written}
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Write counts in a line."""
+    return ", ".join(f"{word} {count}" for word, count in counts.items())
 
 
 def rewrite_lines(result: Rewrite) -> list[str]:
@@ -207,12 +222,23 @@ def _whereabouts(module: str, at: Sequence[str] | None) -> str:
 
 def written_lines(result: Rewrite, counts: str = "") -> list[str]:
     """Return lines that describe what was written, with counts."""
-    if result.dry_run:
-        return [counts or counts_line(result)]
+    return [*([] if result.dry_run else [_output(result)]), counts or counts_line(result)]
+
+
+def output_line(result: Rewrite) -> str:
+    """Describe an output in a line, with what is not as it was."""
+    found = counts(result)
+    changed = {word: found.get(word, 0) for word in ("renamed", "dropped", "added")}
+    shown = in_words({word: count for word, count in changed.items() if count})
+    return f"{_output(result)}; {shown}" if shown else _output(result)
+
+
+def _output(result: Rewrite) -> str:
     size = f"{counted(result.tensors, 'tensor')}, {readable(result.tensor_nbytes)}"
     if result.shards:
         size = f"{counted(len(result.shards), 'shard')}, {size}"
-    return [f"{visible(result.target)}: {size}", counts or counts_line(result)]
+    where = "" if result.bare else _whereabouts("", result.at)
+    return f"{visible(result.target)}: {size}{where}"
 
 
 def average_lines(result: Averaged) -> list[str]:

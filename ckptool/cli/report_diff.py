@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ckptool.tensors.counts import Values
 from ckptool.text import counted, listed, readable, shape, table, visible
-from ckptool.verbs.compare import Change, Difference, Found, Side
+from ckptool.verbs.difference import Change, Difference, Found, Side
 
 _BESIDE = "beside-"
 MANY_ULP = 1_000_000  # from here on they tell people nothing
@@ -28,12 +28,21 @@ def _rows(found: Found, prefix: str) -> Iterator[list[str]]:
 
 def _cells(change: Change) -> list[str]:
     values = change.values
+    if change.what == "dtype":
+        equal = {None: "", True: "equal-after-rounding", False: "differs-after-rounding"}
+        far = [_number(values.max_abs) if values else "", *_far(change)]
+        return [change.left, change.right, *far, equal[change.equal_after_rounding]]
     if values is None:
         return [change.left, change.right]
     first = "" if change.first is None else shape(change.first)
     special = ",".join(f"{name}={count}" for name, count in _special(values).items())
     numbers = [_number(values.max_abs), _number(values.max_ulp)]
-    return [str(values.count), str(values.of), first, *numbers, special]
+    return [str(values.count), str(values.of), first, *numbers, special, *_far(change)]
+
+
+def _far(change: Change) -> list[str]:
+    """Write how far a tensor is, as exactly as Python does."""
+    return ["" if each is None else repr(each) for each in (change.relative, change.cosine)]
 
 
 def _special(values: Values) -> dict[str, int]:
@@ -53,33 +62,55 @@ def _number(number: float | None) -> str:
 
 
 def difference_table(found: Difference) -> list[str]:
-    """List what differs for people."""
+    """List what differs for people; how far, where values were compared."""
     rows = [*_told(found.state), *_told(found.beside)]
-    return table([("WHAT", "KEY", "DIFFERENCE"), *rows]) if rows else []
+    if not rows:
+        return []
+    head = ("WHAT", "KEY", "RELATIVE", "COSINE", "MAX ABS", "DIFFERENCE")
+    columns = [at for at in range(len(head)) if at in (0, 1, 5) or any(row[at] for row in rows)]
+    chosen = [[row[at] for at in columns] for row in (head, *rows)]
+    return table(chosen, right=[columns.index(at) for at in (2, 3, 4) if at in columns])
 
 
-def _told(found: Found) -> Iterator[tuple[str, str, str]]:
+def _told(found: Found) -> Iterator[tuple[str, ...]]:
     for side, alone in (("left", found.only_left), ("right", found.only_right)):
-        yield from ((f"only {side}", visible(key), visible(what)) for key, what in alone.items())
+        for key, what in alone.items():
+            yield f"only {side}", visible(key), "", "", "", visible(what)
     for change in found.changed:
-        yield change.what, visible(change.key), visible(_detail(change))
+        numbers = change.relative, change.values and change.values.max_abs
+        relative, most = ("" if each is None else f"{each:.2g}" for each in numbers)
+        far = relative, _cosine(change.cosine), most
+        yield change.what, visible(change.key), *far, visible(_detail(change))
+
+
+def _cosine(cosine: float | None) -> str:
+    """Write a cosine in a few characters; only that of the same direction is `1`."""
+    if cosine is None:
+        return ""
+    return f"{cosine:.0f}" if abs(cosine) == 1 else f"{max(-0.9999, min(cosine, 0.9999)):.4f}"
 
 
 def _detail(change: Change) -> str:
     values = change.values
     if values is None:
         return f"{change.left} -> {change.right}"
-    parts = [f"{values.count} of {values.of}"]
-    if change.first is not None and values.of > 1:
-        parts.append(f"first at {shape(change.first)}")
-    if values.max_abs is not None:
-        parts.append(f"up to {_apart(values)} apart")
+    if change.what == "dtype":
+        rounded = f"{values.count} differ" if values.count else "equal rounded"
+        parts = [f"{change.left} -> {change.right}", rounded]
+    else:
+        parts = [_count(change, values)]
+    if (values.max_ulp or MANY_ULP) < MANY_ULP:
+        parts.append(f"{values.max_ulp} ulp")
     return ", ".join([*parts, *_special_words(values)])
 
 
-def _apart(values: Values) -> str:
-    ulp = "" if (values.max_ulp or MANY_ULP) >= MANY_ULP else f" ({values.max_ulp} ulp)"
-    return f"{_number(values.max_abs)}{ulp}"
+def _count(change: Change, values: Values) -> str:
+    """Count what differs, and say where the first is, unless nearly all do."""
+    if values.count == values.of > 1:
+        return f"all {values.of}"
+    known = change.first is not None and 2 * values.count < values.of
+    first = f", first at {shape(change.first or ())}" if known else ""
+    return f"{values.count} of {values.of}{first}"
 
 
 _WORDS = {
@@ -128,7 +159,12 @@ def _counts(found: Difference) -> Iterator[str]:
     for keys, name in zip((state.only_left, state.only_right), names, strict=True):
         if keys:
             yield f"{counted(len(keys), 'key')} only in {visible(name)}"
-    for what, count in Counter(change.what for change in state.changed).items():
+    counts = Counter(change.what for change in state.changed)
+    rounded = [change.equal_after_rounding for change in state.changed]
+    compared = len(rounded) - rounded.count(None)
+    equal = f", {rounded.count(True)} of them equal after rounding" if compared else ""
+    for what in filter(counts.get, _NAMES):
+        count = counts[what]
         if what == "value":
             yield (
                 f"{count} entry is not a tensor and differs"
@@ -136,7 +172,8 @@ def _counts(found: Difference) -> Iterator[str]:
                 else (f"{count} entries are not tensors and differ")
             )
         else:
-            yield f"{count} of {counted(found.tensors, 'tensor')} differ in {_NAMES[what]}"
+            tensors = counted(found.tensors, "tensor")
+            yield f"{count} of {tensors} differ in {_NAMES[what]}{equal if what == 'dtype' else ''}"
     beside = found.beside
     count = len(beside.only_left) + len(beside.only_right) + len(beside.changed)
     if count:
@@ -149,6 +186,7 @@ _NAMES = {
     "shape": "shape",
     "quantizer": "how their integers are read",
     "attributes": "attributes",
+    "value": "",
     "values": "values",
 }
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command
+from ckptool.cli._options import INPUT, Command
 
 
 @click.command("show", cls=Command)
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", type=INPUT)
 @click.argument("key", metavar="KEY")
 @click.option("--slice", "index", default="", metavar="INDEX", help="Elements, as torch: '0,:5'.")
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")

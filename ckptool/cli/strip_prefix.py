@@ -22,20 +22,21 @@ from ckptool.cli._options import PREFIX, Command, Request, run, strips, writes
 @strips
 def command(
     request: Request, prefix: Sequence[str], every: bool, anywhere: bool, keep_bookkeeping: bool
-) -> None:
+) -> int:
     """Remove the DataParallel prefix `module.` from keys.
 
     \b
     ckptool strip-prefix in.pth out.pth
     ckptool strip-prefix --prefix auto compiled.pth out.pth
     ckptool strip-prefix --prefix module --anywhere in.pth out.pth
+    ckptool strip-prefix *.pth out_folder/
 
     A prefix is removed from the start of a key, once. What a wrapper keeps for itself
     (n_averaged, step, initted) goes with it. The rest of the file stays as it is.
     """
     from ckptool.verbs import api
 
-    run(
+    return run(
         request,
         api.strip_prefix,
         prefix=prefix,

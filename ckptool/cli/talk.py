@@ -19,8 +19,18 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ckptool.errors import CkptoolError, WriteError, of_system, reason
-from ckptool.records import dataclass
+from ckptool.errors import (
+    Bug,
+    CkptoolError,
+    Interrupted,
+    MissingExtra,
+    NoSuchFile,
+    WriteError,
+    is_out_of_memory,
+    of_system,
+    out_of_memory,
+    reason,
+)
 from ckptool.text import readable, visible
 
 if TYPE_CHECKING:
@@ -30,7 +40,7 @@ BAR_AFTER = 1.0  # seconds before a bar is worth drawing
 LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
 
 
-_warned: list[str] | None = None  # with --json: the warnings of the document
+_warned: list[str] | None = None  # with --json: the warnings of the next document
 
 
 @contextmanager
@@ -69,9 +79,9 @@ def _to_stderr(text: str) -> None:
         sys.stderr.flush()
 
 
-def put(lines: Sequence[str]) -> None:
-    """Write lines of data to stdout."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+def put(lines: Sequence[str], end: str = "\n") -> None:
+    """Write lines of data to stdout; `end` comes after the last."""
+    sys.stdout.write("\n".join(lines) + end if lines else "")
     sys.stdout.flush()
 
 
@@ -79,8 +89,10 @@ def document(fields: Mapping[str, object]) -> str:
     """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
     import json
 
-    warned = {"warnings": _warned} if _warned else {}
-    return json.dumps({**fields, **warned}, indent=2).replace("\x7f", "\\u007f")
+    if _warned:
+        fields = {**fields, "warnings": list(_warned)}
+        _warned.clear()
+    return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
 
 
 def put_document(fields: Mapping[str, object]) -> None:
@@ -88,7 +100,26 @@ def put_document(fields: Mapping[str, object]) -> None:
     put([document(fields)])
 
 
-def refusal(error: OSError) -> CkptoolError:
+def refusal(error: Exception) -> CkptoolError:
+    """Return the error that describes any exception."""
+    if isinstance(error, CkptoolError):
+        return error
+    if is_out_of_memory(error):
+        return out_of_memory()
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, ImportError):
+        return MissingExtra(
+            f"a library cannot be loaded: {error}",
+            hint="pip check says what is missing; its files may be unreadable, or too many open",
+        )
+    return Bug(
+        f"{type(error).__name__}: {error}",
+        hint="this is a defect in ckptool; CKPTOOL_DEBUG=1 shows where",
+    )
+
+
+def _of_system(error: OSError) -> CkptoolError:
     """Return the error for what the system refused; where stdout does again, it is that one."""
     if error.filename is None:
         try:
@@ -126,63 +157,57 @@ def in_colour(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-@dataclass(frozen=True, slots=True)
-class Complaint:
-    """An error as it is written: what is wrong, what shows it, what helps."""
+def complain(error: CkptoolError, *, in_a_line: bool = False) -> int:
+    """Write an error, with --json as a document; return its exit code.
 
-    slug: str
-    message: str
-    exit: int
-    evidence: Sequence[str] = ()
-    hint: str = ""
-
-    @classmethod
-    def of(cls, error: CkptoolError) -> Complaint:
-        """Return what is written of an error of ours."""
-        return cls(error.slug, error.message, error.exit_code, error.evidence, error.hint)
-
-    def to_dict(self) -> looking.Error:
-        """Return the document `error/1`."""
-        return {
-            "error": self.slug,
-            "message": self.message,
-            "evidence": list(self.evidence),
-            "hint": self.hint,
-            "exit": self.exit,
-        }
-
-    def lines(self) -> list[str]:
-        """Write it for people."""
-        slug = coloured(f"error[{self.slug}]", "red")
-        lines = [f"{slug}: {visible(self.message)}"]
-        lines += [f"    {visible(line)}" for line in self.evidence]
-        if self.hint:
-            lines.append(f"{coloured('hint', 'cyan')}: {visible(self.hint)}")
-        return lines
-
-
-def complain(complaint: Complaint) -> int:
-    """Write an error, with --json as a document; return its exit code."""
+    `in_a_line` leaves out what shows it and what helps.
+    """
     if speaks_json():
-        _to_stderr(document(complaint.to_dict()) + "\n")
-    say(complaint.lines())
-    return complaint.exit
+        _to_stderr(document(failure(error)) + "\n")
+    slug = coloured(f"error[{error.slug}]", "red")
+    lines = [f"{slug}: {visible(error.message)}"]
+    if not in_a_line:
+        lines += [f"    {visible(line)}" for line in error.evidence]
+    if error.hint and not in_a_line:
+        lines.append(f"{coloured('hint', 'cyan')}: {visible(error.hint)}")
+    say(lines)
+    return error.exit_code
 
 
-def say_interrupted(complaint: Complaint) -> int:
-    """Write that a run was interrupted, which is no error; the line of a terminal ends in ^C."""
+def say_interrupted(stopped: Interrupted) -> int:
+    """Write that a run was interrupted, without the form of an error; return its exit code."""
     if speaks_json():
-        return complain(complaint)
-    last = ["", complaint.message] if sys.stderr.isatty() else [complaint.message]
-    say(map(visible, [*complaint.evidence, *last]))
-    return complaint.exit
+        return complain(stopped)
+    # The line of a terminal ends in ^C by now.
+    last = ["", stopped.message] if sys.stderr.isatty() else [stopped.message]
+    say(map(visible, [*stopped.evidence, *last]))
+    return stopped.exit_code
+
+
+def spelled(error: CkptoolError) -> CkptoolError:
+    """Name a file that is spelled like the missing one, in the hint."""
+    if isinstance(error, NoSuchFile) and error.path and not error.hint:
+        from ckptool.files.fileio import spelled_like
+
+        error.hint = spelled_like(str(error.path))
+    return error
+
+
+def failure(error: CkptoolError) -> looking.Error:
+    """Return the document of an error."""
+    return {
+        "error": error.slug,
+        "message": error.message,
+        "evidence": list(error.evidence),
+        "hint": error.hint,
+        "exit": error.exit_code,
+    }
 
 
 def warn(line: str, *evidence: str) -> None:
     """Write a warning and what shows it, which -q silences no more than errors."""
-    if _warned is None:
-        say([f"{coloured('warning', 'yellow')}: {line}", *evidence])
-    else:
+    say([f"{coloured('warning', 'yellow')}: {line}", *evidence])
+    if _warned is not None:
         _warned.append("; ".join([line, *map(str.strip, evidence)]))
 
 

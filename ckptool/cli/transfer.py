@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from ckptool.cli import talk
 from ckptool.cli._options import (
+    INPUT,
     Command,
     Request,
+    Told,
     edits,
     patterns,
     refuse_idle,
+    run,
     strips,
-    tell,
     writes,
 )
+
+if TYPE_CHECKING:
+    from ckptool.verbs.fitting import Transferred
 
 
 @click.command("transfer", cls=Command)
@@ -24,7 +29,9 @@ from ckptool.cli._options import (
 @edits("--drop", "--keep", "--rename", "--recipe")
 @click.option("--reverse", is_flag=True, help="Apply --recipe backwards.")
 @strips
-@click.option("--like", metavar="FILE", help="Keep what FILE also has, in the same shape.")
+@click.option(
+    "--like", metavar="FILE", type=INPUT, help="Keep what FILE also has, in the same shape."
+)
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
 @click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
@@ -75,7 +82,7 @@ def command(
     init_missing: bool,
     seed: int,
     min_match: float,
-) -> None:
+) -> int:
     """Extract weights to fine-tune from: the state_dict without wrapper prefixes, what fits.
 
     \b
@@ -102,35 +109,37 @@ def command(
     from ckptool.state.renaming import read_rule
     from ckptool.verbs import api
 
-    name = request.target or request.source
-    with talk.Progress(name, quiet=request.quiet) as progress:
-        done = api.transfer(
-            request.source,
-            request.target,
-            drop=patterns(drop),
-            keep=patterns(keep),
-            rename=[(rule.old, rule.new) for rule in map(read_rule, rename)],
-            recipe=recipe,
-            reverse=reverse,
-            anywhere=anywhere,
-            keep_bookkeeping=keep_bookkeeping,
-            like=like,
-            like_at=like_at,
-            model=model,
-            model_args=zoo.arguments(model_arg),
-            adapt=adapt,
-            classes=classes,
-            class_names=class_names or (),
-            pos_grid=pos_grid,
-            pos_prefix=pos_prefix,
-            init=init,
-            init_missing=init_missing,
-            seed=seed,
-            min_match=min_match,
-            progress=progress.begin,
-            **request.options,
+    def told(done: Transferred) -> Told:
+        added, of_model = done.initialised, model is not None
+        lines = (
+            report.fit_lines(done.fit, added=added, ruled=bool(init), model=of_model)
+            if done.fit
+            else []
         )
-    result, fit = done.rewrite, done.fit
-    added, of_model = done.initialised, model is not None
-    more = report.fit_lines(fit, added=added, ruled=bool(init), model=of_model) if fit else []
-    tell(request, result, more=more, document=done.to_dict())
+        return Told(done.rewrite, lines, done.to_dict())
+
+    return run(
+        request,
+        api.transfer,
+        told,
+        drop=patterns(drop),
+        keep=patterns(keep),
+        rename=[(rule.old, rule.new) for rule in map(read_rule, rename)],
+        recipe=recipe,
+        reverse=reverse,
+        anywhere=anywhere,
+        keep_bookkeeping=keep_bookkeeping,
+        like=like,
+        like_at=like_at,
+        model=model,
+        model_args=zoo.arguments(model_arg),
+        adapt=adapt,
+        classes=classes,
+        class_names=class_names or (),
+        pos_grid=pos_grid,
+        pos_prefix=pos_prefix,
+        init=init,
+        init_missing=init_missing,
+        seed=seed,
+        min_match=min_match,
+    )

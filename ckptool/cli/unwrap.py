@@ -9,7 +9,7 @@ from ckptool.cli._options import Command, Request, run, writes
 
 @click.command("unwrap", cls=Command)
 @writes
-def command(request: Request) -> None:
+def command(request: Request) -> int:
     """Take the state_dict out of a training checkpoint.
 
     \b
@@ -20,4 +20,4 @@ def command(request: Request) -> None:
     """
     from ckptool.verbs import api
 
-    run(request, api.unwrap)
+    return run(request, api.unwrap)

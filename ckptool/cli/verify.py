@@ -9,15 +9,15 @@ from typing import Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, refuse_idle
 from ckptool.errors import CkptoolError
 
 DIFFERENT = 1
 
 
 @click.command("verify", cls=Command)
-@click.argument("reference", metavar="REFERENCE")
-@click.argument("candidate", metavar="[CANDIDATE]", required=False)
+@click.argument("reference", metavar="REFERENCE", type=INPUT)
+@click.argument("candidate", metavar="[CANDIDATE]", required=False, type=INPUT)
 @click.option(
     "--model", required=True, metavar="SPEC", help="resnet18, file.py:factory, package:factory."
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 from ckptool.errors import LimitExceeded, Malformed
@@ -12,6 +12,7 @@ from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader
 from ckptool.pickles.pickle_reader import Pickle, Vocabulary
 from ckptool.pickles.torch_objects import StorageId
+from ckptool.records import dataclass
 from ckptool.tensors.tensor import Packing, Storage
 
 MAX_METADATA = 64 << 20  # of inflated metadata, or as many bytes as the file has

@@ -171,7 +171,7 @@ class CheckedFile(TypedDict):
     """A file that was checked."""
 
     file: str
-    status: Literal["ok", "damaged", "unsafe", "not-a-checkpoint", "unsupported"]
+    status: A[str, "ok, damaged, unsafe, not-a-checkpoint, unsupported or too-large"]
     detail: A[str, "what was found"]
     container: A[str | None, "null if it is not a checkpoint"]
     safety: A[str | None, "plain, foreign, dangerous, program; null if it was not judged"]
@@ -226,6 +226,11 @@ class Change(TypedDict):
     what: A[str, "dtype, shape, layout, quantizer, attributes, value or values"]
     left: NotRequired[str]
     right: NotRequired[str]
+    equal_after_rounding: NotRequired[
+        A[bool | None, "of a dtype: whether one rounded to the other's is that; null if unknown"]
+    ]
+    relative: NotRequired[A[float | None, "norm of the difference by that of the left tensor"]]
+    cosine: NotRequired[A[float | None, "cosine similarity of both tensors; null if unknown"]]
     count: NotRequired[A[int, "elements that differ by more than the tolerance"]]
     of: NotRequired[A[int, "elements compared"]]
     within: NotRequired[A[int, "elements that differ within the tolerance"]]
@@ -261,6 +266,48 @@ class Diff(Found):
     atol: float
     rtol: float
     notes: list[str]
+
+
+class PlotLayer(TypedDict):
+    """A layer: sizes, with --stats the values of its largest tensor, or how far it moved."""
+
+    module: A[str, "path of the layer, dotted"]
+    tensors: A[list[str], "names of its tensors in it"]
+    parameters: A[int, "number of elements"]
+    nbytes: A[int, "bytes of the elements"]
+    min: NotRequired[A[float | None, "least finite value; null if there is none"]]
+    max: NotRequired[A[float | None, "largest finite value"]]
+    mean: NotRequired[A[float | None, "mean of the finite values"]]
+    std: NotRequired[A[float | None, "standard deviation (correction 0)"]]
+    not_finite: NotRequired[A[int, "number of NaNs and infinities in all its tensors"]]
+    quantiles: NotRequired[A[dict[str, float], "share of the elements: value that they are below"]]
+    relative: NotRequired[A[float | None, "norm of the change by that of the first file's tensors"]]
+    cosine: NotRequired[A[float | None, "cosine similarity of both; null if unknown"]]
+
+
+class Plot(TypedDict):
+    """plot: what a picture shows."""
+
+    schema: Literal["plot/1"]
+    kind: A[str, "sizes, values or change"]
+    file: str
+    other: A[str | None, "the second file; null if there is one"]
+    tensors: A[int, "number of tensors"]
+    parameters: A[int, "number of elements"]
+    nbytes: A[int, "bytes of the elements"]
+    layers: A[list[PlotLayer], "in file order"]
+    notes: list[str]
+    target: NotRequired[A[str, "picture that was written"]]
+
+
+class Many(TypedDict):
+    """keys and info of several files, edits into OUTDIR/: a document for each file."""
+
+    schema: Literal["many/1"]
+    files: A[
+        list[dict[str, Any]],
+        "the document of each file, or an error/1 with the field `file`, which has no `schema`",
+    ]
 
 
 class Show(TypedDict):

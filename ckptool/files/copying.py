@@ -23,6 +23,7 @@ from ckptool.files import checksums
 from ckptool.files.blocks import Ahead, fill, grain, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
+from ckptool.files.stream import Stream
 from ckptool.records import dataclass
 from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
@@ -37,6 +38,7 @@ Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
 
 Bytes = bytes | bytearray | memoryview
+Sink = int | Stream  # a descriptor that is written to anywhere, or in order
 
 
 def no_progress(total: int) -> Progress:
@@ -85,7 +87,8 @@ NOTHING = Done(0, 0)
 Moved = dict[str, dict[int, Done]]  # by the name of a file and the offset in it
 
 
-def _no_bytes(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
+def no_bytes(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
+    """Need no checksums."""
     return ()
 
 
@@ -101,7 +104,7 @@ class PlannedFile:
     nbytes: int
     literals: Sequence[tuple[int, bytes]] = ()
     jobs: Sequence[Copy] = ()
-    finish: Callable[[Sequence[Done]], Iterable[tuple[int, bytes]]] = _no_bytes
+    finish: Callable[[Sequence[Done]], Iterable[tuple[int, bytes]]] = no_bytes
 
     @property
     def job_nbytes(self) -> int:
@@ -152,7 +155,7 @@ class _Batch(NamedTuple):
 
 
 def run_jobs(
-    jobs: Sequence[Copy], target: int | None, progress: Progress, *, sync: bool = False
+    jobs: Sequence[Copy], target: Sink | None, progress: Progress, *, sync: bool = False
 ) -> list[Done]:
     """Do all jobs on two threads and return what each has moved; the first error ends all.
 
@@ -183,7 +186,7 @@ def run_jobs(
 
 
 def move(
-    jobs: Sequence[Copy], target: int | None, progress: Progress, *, sync: bool = False
+    jobs: Sequence[Copy], target: Sink | None, progress: Progress, *, sync: bool = False
 ) -> tuple[list[Done], list[Part]]:
     """Do jobs in any order; return what each has moved, and what that was of recorded storages.
 
@@ -194,7 +197,7 @@ def move(
         for piece in _taken_apart(job):
             numbers.append(number)
             plain.append(piece)
-    run = _Run(plain, target, progress, _WriteBack(target or 0, wanted=sync and target is not None))
+    run = _Run(plain, target, progress, sync=sync)
     parts, done = run.finished() if jobs else [], [NOTHING] * len(jobs)
     for number, piece, moved in zip(numbers, plain, run.done, strict=True):
         done[number] = done[number].followed_by(moved)
@@ -222,18 +225,21 @@ class _Run:
     """
 
     def __init__(
-        self, jobs: Sequence[Copy], target: int | None, progress: Progress, write_back: _WriteBack
+        self, jobs: Sequence[Copy], target: Sink | None, progress: Progress, *, sync: bool
     ) -> None:
         self.done = [NOTHING] * len(jobs)
         self.parts: list[Part] = []
         self.readers = Readers(lambda: (each for job in jobs for each in stored(job.storage)))
-        self._target, self._progress, self._write_back = target, progress, write_back
+        self._target, self._progress = target, progress
+        fd = None if isinstance(target, Stream) else target
+        self._write_back = _WriteBack(fd or 0, wanted=sync and fd is not None)
         self._jobs, self._tasks = jobs, _tasks(jobs)
         self._lock = allocate_lock()
         self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
         self._ended = False
-        self._helpers = [allocate_lock() for _ in range(WORKERS - 1)]  # each locked while it works
+        workers = 1 if isinstance(target, Stream) else WORKERS
+        self._helpers = [allocate_lock() for _ in range(workers - 1)]  # each locked while it works
 
     def all(self) -> None:
         """Do all tasks; raises the first error once no thread works any more."""
@@ -327,14 +333,18 @@ class _Run:
 
     def _write_batch(
         self,
-        target: int,
+        target: Sink,
         place: int,
         jobs: list[Copy],
         parts: list[memoryview[int]],
         done: list[Done],
         buffer: memoryview[int],
     ) -> None:
-        """Write the parts with zeros between them; each of them is read back."""
+        """Write the parts with zeros between them; each of them is read back, where it can be."""
+        if isinstance(target, Stream):
+            for job, part in zip(jobs, parts, strict=True):
+                target.write(part, job.target or 0)
+            return
         ranges = [slice(start := (job.target or 0) - place, start + job.nbytes) for job in jobs]
         written = buffer[: ranges[-1].stop]
         written[:] = bytes(len(written))
@@ -377,7 +387,10 @@ class _Run:
         for block in blocks:
             for data in _cut(memoryview(block), (position or 0) + nbytes):
                 checksum = crc32(data, checksum)
-                if target is not None and position is not None:
+                if isinstance(target, Stream):
+                    target.write(data, (position or 0) + nbytes)
+                    written = checksum
+                elif target is not None and position is not None:
                     write_at(target, data, position + nbytes)
                     view = buffer[: len(data)]
                     read_back(target, view, position + nbytes)

@@ -297,10 +297,14 @@ def removed(temporary: str, place: Target, output: Output) -> Iterator[str]:
         yield f"{place.path} was written, but {what} cannot be removed: {reason(error)}{where}"
 
 
-def flushed(place: Target) -> Iterator[str]:
-    """Flush the folder of what has been published; yield a warning where that fails."""
+def flushed(place: Target, made: Iterable[str] = ()) -> Iterator[str]:
+    """Flush the folder of what has been published, and those in which folders were `made`.
+
+    Yields a warning where that fails.
+    """
     try:
-        for folder in dict.fromkeys([place.folder, os.path.dirname(place.path)]):
+        around = map(os.path.dirname, [place.path, *made])
+        for folder in dict.fromkeys([place.folder, *around]):
             if place.sync:
                 flush_folder(folder)
     except OSError as error:

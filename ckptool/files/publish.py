@@ -30,7 +30,7 @@ from ckptool.errors import (
     out_of_memory,
 )
 from ckptool.files import moves
-from ckptool.files.copying import Done, Moved, PlannedFile, Progress
+from ckptool.files.copying import Done, Moved, PlannedFile, Progress, no_progress
 from ckptool.files.group import ALONE, Group
 from ckptool.files.target import Output as Output, Owns, Target as Target
 from ckptool.files.writing import WRITING, Work, reserve, write_file
@@ -42,12 +42,14 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 # What can be refused before a byte is written.
 
 _FOLDERS = (
-    "name a file as the output; ckptool convert writes folders with --max-shard-size SIZE (shards) "
-    "or --to dcp (distributed)"
+    "name a file as the output, or ckptool convert IN FOLDER/ for one in a folder; it writes "
+    "folders with --max-shard-size SIZE (shards) or --to dcp (distributed)"
 )
 
 
-def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync: bool) -> Target:
+def refuse_target(
+    path: str | Path, sources: Iterable[str], *, force: bool, sync: bool, parents: bool = False
+) -> Target:
     """Return where a file goes.
 
     Raises `SameFile`, `OutputExists` or `WriteError`.
@@ -68,13 +70,19 @@ def refuse_target(path: str | Path, sources: Iterable[str], *, force: bool, sync
             raise WriteError(f"{shown} is not a regular file", hint="name a file as the output")
         if not force:
             raise OutputExists(f"{shown} exists", hint="name another output, or use --force")
-    target = Target(real, force, sync)
+    target = Target(real, force, sync, parents=parents)
     _refuse_unwritable(shown, target)
     return target
 
 
 def refuse_set(
-    path: str | Path, sources: Iterable[str], owns: Owns, *, force: bool, sync: bool
+    path: str | Path,
+    sources: Iterable[str],
+    owns: Owns,
+    *,
+    force: bool,
+    sync: bool,
+    parents: bool = False,
 ) -> Target:
     """Return the folder for files that may be beside those of others.
 
@@ -85,7 +93,7 @@ def refuse_set(
         raise WriteError("output goes to files, not to stdout", hint="a folder named - is ./-")
     if os.path.exists(real) and not os.path.isdir(real):
         raise WriteError(f"{shown} is not a folder", hint="name a folder as the output")
-    target = Target(real, force, sync, inside=os.path.isdir(real))
+    target = Target(real, force, sync, os.path.isdir(real), parents)
     old = [name for name in moves.names(target) if owns(name)]
     used = [source for source in sources if os.path.exists(source)]
     for name in old:
@@ -105,7 +113,13 @@ def refuse_set(
 
 
 def refuse_folder(
-    path: str | Path, sources: Iterable[str], owns: Owns, *, force: bool, sync: bool
+    path: str | Path,
+    sources: Iterable[str],
+    owns: Owns,
+    *,
+    force: bool,
+    sync: bool,
+    parents: bool = False,
 ) -> Target:
     """Return the folder for files that are alone in it: one that is absent, empty, or all ours.
 
@@ -114,7 +128,7 @@ def refuse_folder(
     shown, real = str(path), os.path.realpath(path)
     if os.path.lexists(real) and not os.path.isdir(real):
         raise WriteError(f"{shown} is not a folder", hint="name a folder as the output")
-    target = Target(real, force, sync, inside=os.path.isdir(real))
+    target = Target(real, force, sync, os.path.isdir(real), parents)
     inside = moves.names(target)
     if inside and any(os.path.realpath(os.path.dirname(source)) == real for source in sources):
         raise SameFile(f"the input is in {shown}", hint="name another folder as the output")
@@ -132,15 +146,16 @@ def refuse_folder(
 
 def _refuse_unwritable(shown: str, target: Target) -> None:
     """Raise `WriteError` for a place where nothing can be made, before anything is."""
+    folder = target.standing
     try:
-        if not stat.S_ISDIR(os.stat(target.folder).st_mode):
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(target.folder, os.W_OK):
-            code = errno.EROFS if _is_read_only(target.folder) else errno.EACCES
+        if not os.access(folder, os.W_OK):
+            code = errno.EROFS if _is_read_only(folder) else errno.EACCES
             raise OSError(code, os.strerror(code))
     except FileNotFoundError:
         raise WriteError(
-            f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(target.folder)}"
+            f"the folder of {shown} does not exist", hint=f"mkdir -p {quoted(folder)}"
         ) from None
     except OSError as error:
         raise of_system(error, shown, "written") from None
@@ -158,10 +173,10 @@ def _is_read_only(folder: str) -> bool:
 
 def free_space(target: Target) -> int | None:
     """Count the bytes free for output, None where the system does not tell."""
-    if not hasattr(os, "statvfs"):
+    if target.pipe is not None or not hasattr(os, "statvfs"):
         return None
     try:
-        system = os.statvfs(target.folder)
+        system = os.statvfs(target.standing)
     except OSError:
         return None
     return system.f_bavail * system.f_frsize
@@ -180,6 +195,12 @@ def refuse_full(target: Target, nbytes: int) -> None:
 # Writing and publishing.
 
 
+def write(place: Target, data: bytes) -> None:
+    """Write and publish a file from memory; raises `NoSpace`, `OutputExists` or `WriteError`."""
+    output = Output((PlannedFile("", len(data), [(0, data)]),))
+    publish(place, output, no_progress(0), lambda *_: None)
+
+
 def publish(
     place: Target,
     output: Output,
@@ -196,12 +217,12 @@ def publish(
     """
     if group.rank:
         return _take_part(place, output, progress, group)
-    temporary, published = beside(place), False
+    temporary, published, missing = beside(place), False, place.missing
     try:
         with moves.Folder(place) as folder:
             output = _publish(temporary, place, output, progress, check, folder, group)
             published = True
-            late = [*moves.removed(temporary, place, output), *moves.flushed(place)]
+            late = [*moves.removed(temporary, place, output), *moves.flushed(place, missing)]
         return group.share(lambda: late)
     except KeyboardInterrupt:  # when the folder is closed, too
         if published:
@@ -219,8 +240,10 @@ def _publish(
     group: Group,
 ) -> Output:
     """Write, check and move an output; return it without its jobs."""
-    written = None
+    written, made = None, place.missing
     try:  # before anything is made: a signal may come right after
+        for each in made:
+            os.makedirs(each, exist_ok=True)
         moved, output = _write(temporary, place, output, progress, group)
         check(os.path.join(temporary, output.head) if output.head else temporary, moved)
         written = os.stat(temporary)
@@ -235,6 +258,8 @@ def _publish(
         folder.lock()  # who has moved the folder away brings back what is not theirs
         with suppress(OSError):  # the first error is the one to report
             moves.remove(temporary, place, output, replaced=done)
+            for each in reversed([] if done else made):
+                os.rmdir(each)
         if done and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"{place.path} was written") from None
         if not done and isinstance(error, Exception) and (other := folder.replaced()):

@@ -1,17 +1,18 @@
-"""What is packed in an archive, unpacked into a temporary file that goes with its last user."""
+"""What is packed, or comes from a pipe, in a temporary file that goes with its last user."""
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from ckptool.errors import LimitExceeded, Malformed
-from ckptool.files.fileio import CHUNK, Reader, ReaderFile
-from ckptool.files.temporary import temporary
+from ckptool.files.fileio import CHUNK, OpenFile, Reader, ReaderFile
+from ckptool.files.temporary import temporary, temporary_file
 from ckptool.text import readable
 
 EXPANSION = 16  # weights hardly shrink; what grows more than this is not an archive of weights
@@ -33,6 +34,31 @@ class Spool:
             except BaseException:
                 remove()
                 raise
+
+
+class Streamed(OpenFile):
+    """What comes from a descriptor: no path leads to it again, so it stays open."""
+
+    def replaced(self) -> bool:
+        """Return False: the name is none of a file."""
+        return False
+
+    def close(self) -> None:
+        """Stay open until nobody refers to it."""
+
+
+def streamed(name: str, fd: int) -> Streamed:
+    """Open what a descriptor gives: a file as it is, else a copy of all that comes from it.
+
+    The copy is a temporary file without a name, which is gone however the process ends.
+    """
+    if stat.S_ISREG(os.fstat(fd).st_mode) and not os.lseek(fd, 0, os.SEEK_CUR):
+        return Streamed(name, os.dup(fd))
+    with temporary_file() as file:
+        while data := os.read(fd, CHUNK):
+            file.write(data)
+        file.flush()
+        return Streamed(name, os.dup(file.fileno()))
 
 
 def _remove(path: str) -> None:

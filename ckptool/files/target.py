@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ckptool.files import temporary
 from ckptool.files.copying import Copy, PlannedFile
 from ckptool.files.paths import Url
+from ckptool.files.stream import Pipe
 from ckptool.records import dataclass
 
 Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was written before
@@ -17,15 +18,18 @@ Owns = Callable[[str], bool]  # whether a file of a folder is of a set that was 
 class Target:
     """A place for output: the file behind any symlink, and whether it may be replaced.
 
-    With `inside` it is a folder that exists, and output goes into it. With `url` it is in a store,
-    and `path` is how that is shown.
+    With `inside` it is a folder that exists, and output goes into it. With `parents` the folders
+    that it is in are made where they are not there. With `url` it is in a store, and `path` is how
+    that is shown; with `pipe` it is no place on a disk.
     """
 
     path: str
     force: bool = False
     sync: bool = True
     inside: bool = False
+    parents: bool = False
     url: Url | None = None
+    pipe: Pipe | None = None
 
     @property
     def folder(self) -> str:
@@ -33,6 +37,21 @@ class Target:
         if self.url is not None:
             return temporary.where()
         return self.path if self.inside else os.path.dirname(self.path) or "."
+
+    @property
+    def missing(self) -> list[str]:
+        """List the folders that will be made, the outermost first."""
+        found, folder = list[str](), self.folder
+        while self.parents and not os.path.lexists(folder):
+            found.insert(0, folder)
+            folder = os.path.dirname(folder)
+        return found
+
+    @property
+    def standing(self) -> str:
+        """Return the folder that is there, in which the output or folders around it are made."""
+        missing = self.missing
+        return os.path.dirname(missing[0]) if missing else self.folder
 
 
 @dataclass(frozen=True, slots=True)

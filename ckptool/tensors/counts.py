@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from math import inf, sqrt
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from dataclasses import field
+from math import inf, isfinite, sqrt
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from ckptool.records import dataclass
 
 if TYPE_CHECKING:
     from ckptool.documents import shared
-
-from ckptool.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Statistics:
     """What numbers are on the whole: the finite ones, of which there are `count`.
 
     `squares` is the sum of the squared distances from their `mean`. `cells` is a histogram of their
-    signs and exponents, an array of numpy; a complex number is two.
+    signs, exponents and three more bits; a complex number is two.
     """
 
     count: int = 0
@@ -66,7 +68,7 @@ class Statistics:
     zeros: int = 0
     nan: int = 0
     inf: int = 0
-    cells: Any = None
+    cells: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def std(self) -> float:
@@ -83,7 +85,6 @@ class Statistics:
         count = self.count + other.count
         apart, share = other.mean - self.mean, other.count / count if count else 0.0
         between = apart * apart * self.count * share
-        both = self.cells is not None and other.cells is not None
         return Statistics(
             count,
             min(self.least, other.least),
@@ -93,11 +94,7 @@ class Statistics:
             self.zeros + other.zeros,
             self.nan + other.nan,
             self.inf + other.inf,
-            self.cells + other.cells
-            if both
-            else self.cells
-            if other.cells is None
-            else other.cells,
+            _summed(self.cells, other.cells),
         )
 
     def times(self, count: int) -> Statistics:
@@ -111,8 +108,66 @@ class Statistics:
             self.zeros * count,
             self.nan * count,
             self.inf * count,
-            None if self.cells is None else self.cells * count,
+            {cell: found * count for cell, found in self.cells.items()},
         )
+
+
+def _summed(one: Mapping[int, int], other: Mapping[int, int]) -> Mapping[int, int]:
+    if not one or not other:
+        return one or other
+    return {**one, **{cell: one.get(cell, 0) + count for cell, count in other.items()}}
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far numbers are from others: sums over the `count` pairs that are finite on both sides.
+
+    Those are of the squares of the left ones, of the right ones, of the products of both, and of
+    the squares of their differences; a complex number is two.
+    """
+
+    count: int = 0
+    left: float = 0.0
+    right: float = 0.0
+    products: float = 0.0
+    apart: float = 0.0
+
+    def __add__(self, other: Distance) -> Distance:
+        return Distance(
+            self.count + other.count,
+            self.left + other.left,
+            self.right + other.right,
+            self.products + other.products,
+            self.apart + other.apart,
+        )
+
+    def times(self, count: int) -> Distance:
+        """Return what so many repetitions are."""
+        sums = (self.left, self.right, self.products, self.apart)
+        return Distance(self.count * count, *(each * count for each in sums))
+
+    @property
+    def relative(self) -> float | None:
+        """Return the norm of the difference by that of the left: infinite where only that is 0.
+
+        None where nothing was finite, or a square is not.
+        """
+        if not self.count or not isfinite(self.apart + self.left):
+            return None
+        if not self.apart:
+            return 0.0
+        return sqrt(self.apart) / sqrt(self.left) if self.left else inf
+
+    @property
+    def cosine(self) -> float | None:
+        """Return the cosine similarity; None where one is 0, or a square infinite."""
+        norms = sqrt(self.left) * sqrt(self.right)
+        if not norms or not isfinite(norms):
+            return None
+        return max(-1.0, min(1.0, self.products / norms)) if self.apart else 1.0
+
+
+NOWHERE = Distance()
 
 
 @dataclass(slots=True)
@@ -123,7 +178,7 @@ class Values:
     index of the first that counts, in contiguous order. `max_abs` and `max_ulp` are of finite
     numbers (of complex ones, of their parts), None where no such differ. The rest counts numbers
     that differ in a way of their own: NaN against another NaN, NaN against a number, 0.0 against
-    -0.0, an infinity against anything.
+    -0.0, an infinity against anything. `distance` is of all that differ and all that do not.
     """
 
     of: int
@@ -136,6 +191,7 @@ class Values:
     nan_one_side: int = 0
     zero_signs: int = 0
     infinities: int = 0
+    distance: Distance = NOWHERE
 
     def add(self, part: Values, start: int) -> None:
         """Count in a part of the same tensors, whose first element is `start` of the whole."""
@@ -143,12 +199,14 @@ class Values:
             self.first = start + part.first
         self.max_abs = _larger(self.max_abs, part.max_abs)
         self.max_ulp = _larger(self.max_ulp, part.max_ulp)
+        self.distance += part.distance
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(part, name))
 
     def repeat(self, times: int) -> None:
         """Count everything so many times."""
         self.of *= times
+        self.distance = self.distance.times(times)
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) * times)
 

@@ -1,4 +1,4 @@
-"""Kernels over blocks of elements: what is not finite, how two blocks differ, byte order and sign.
+"""Kernels over blocks of elements: casts, means, what is not finite, byte order and sign.
 
 A block holds whole elements, contiguous and little-endian unless said otherwise. The arithmetic is
 numpy's and ml_dtypes', which load only where there are numbers to compute.
@@ -13,7 +13,7 @@ from functools import cache
 from math import fsum
 from typing import Any
 
-from ckptool.tensors.counts import Losses, Tally, Tolerance, Values
+from ckptool.tensors.counts import Losses, Tally
 from ckptool.tensors.dtype import DType
 
 Block = bytes | bytearray | memoryview  # of bytes
@@ -42,7 +42,7 @@ _NOT_FINITE = {
     DType.F8_E4M3FNUZ: (0xFF, 0x80),
     DType.F8_E5M2FNUZ: (0xFF, 0x80),
 }
-_INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
+INTEGERS = {dtype for dtype in DType if dtype.torch_name.removeprefix("u").startswith("int")}
 ROOM, ROOM_OF_A_CORE = 64 << 20, 40 << 20  # what loading numpy takes of the address space
 LARGEST = 8 << 20  # what glibc keeps for the next block, and twice as much in all
 FLOATS = frozenset(dtype for dtype in DType if _PARTS.get(dtype, dtype) in _NOT_FINITE)
@@ -68,11 +68,16 @@ def load() -> None:
     np.empty(LARGEST, "u1")
 
 
+def part_of(dtype: DType) -> DType:
+    """Return the dtype of the parts of complex numbers, or of the integers of quantized ones."""
+    return _PARTS.get(dtype, dtype)
+
+
 def bits_of(block: Block, dtype: DType) -> Any:
     """Return the bit patterns of numbers, those of the parts of complex ones, as integers."""
     import numpy as np
 
-    return np.frombuffer(block, f"<u{_PARTS.get(dtype, dtype).itemsize}")
+    return np.frombuffer(block, f"<u{part_of(dtype).itemsize}")
 
 
 def _kind(dtype: DType) -> Any:
@@ -88,7 +93,7 @@ def _widened(bits: Any, dtype: DType) -> Any:
     """Return the floats that bit patterns stand for: in double precision F64, in single others."""
     import numpy as np
 
-    dtype = _PARTS.get(dtype, dtype)
+    dtype = part_of(dtype)
     kind = _kind(dtype)
     if dtype.itemsize == 1:
         return np.arange(256, dtype="u1").view(kind).astype("f4")[bits]
@@ -103,7 +108,12 @@ def block_floats(block: Block, dtype: DType) -> Any:
 
 def floats_of(bits: Any, dtype: DType) -> Any:
     """Return the floats that bit patterns stand for, in double precision, which holds all."""
-    return _widened(bits, dtype).astype("f8")
+    import numpy as np
+
+    part = part_of(dtype)
+    if part.itemsize == 1:
+        return np.arange(256, dtype="u1").view(_kind(part)).astype("f8")[bits]
+    return bits.view(_kind(part)).astype("f8")
 
 
 def rounded(floats: Any, dtype: DType) -> memoryview:
@@ -205,6 +215,13 @@ def _about(dtype: DType) -> Any:
 
 
 SLICE = 1 << 15  # numbers that are summed at once: what is made of them fits a second-level cache
+_PRODUCTS = 8192  # OpenBLAS starts threads for more than 10 000 (kernel/x86_64/ddot.c)
+
+
+def dot(one: Any, other: Any) -> float:
+    """Sum the products of doubles."""
+    parts = (slice(at, at + _PRODUCTS) for at in range(0, len(one), _PRODUCTS))
+    return sum(float(one[part].dot(other[part])) for part in parts)
 
 
 def mean(
@@ -217,7 +234,7 @@ def mean(
     """
     import numpy as np
 
-    part = _PARTS.get(target, target)
+    part = part_of(target)
     bits = [bits_of(*pair) for pair in zip(blocks, dtypes, strict=True)]
     made: Any = np.empty(len(bits[0]), f"<u{part.itemsize}")
     room = np.empty((2, min(SLICE, len(made))))
@@ -268,7 +285,7 @@ def tally(block: Block, dtype: DType) -> Tally:
     """Count NaN and infinity in elements of one of `FLOATS`."""
     import numpy as np
 
-    mask, pattern = _NOT_FINITE[_PARTS.get(dtype, dtype)]
+    mask, pattern = _NOT_FINITE[part_of(dtype)]
     bits = bits_of(block, dtype)
     masked = bits & bits.dtype.type(mask)
     if mask == pattern and masked.max(initial=0) < mask:  # the quick way out of nearly all blocks
@@ -277,100 +294,6 @@ def tally(block: Block, dtype: DType) -> Tally:
         values = floats_of(bits[masked == pattern], dtype)
     nan = int(np.isnan(values).sum())
     return Tally(nan, len(values) - nan)
-
-
-# Differences.
-
-
-def differences(dtype: DType, left: Block, right: Block, tolerance: Tolerance) -> Values:
-    """Count what differs between as many elements of two tensors of one dtype.
-
-    A distance in ulp is that of two bit patterns read as sign and magnitude.
-    """
-    import numpy as np
-
-    found = Values(len(left) // dtype.itemsize)
-    one, other = bits_of(left, dtype), bits_of(right, dtype)
-    differs = far = one != other
-    if not differs.all():
-        one, other = one[differs], other[differs]
-    beyond = None
-    with np.errstate(over="ignore", invalid="ignore"):  # signalling NaNs, infinite tolerances
-        if dtype in FLOATS:
-            beyond = _compare_floats(found, dtype, one, other, tolerance)
-        elif _PARTS.get(dtype, dtype) in _INTEGERS and len(one):
-            beyond = _compare_integers(found, dtype, one, other, tolerance)
-    if beyond is not None:
-        far = differs.copy()
-        far[differs] = beyond
-    if dtype in COMPLEX:
-        differs, far = (each.reshape(-1, 2).any(axis=1) for each in (differs, far))
-    found.count = int(np.count_nonzero(far))
-    found.within = int(np.count_nonzero(differs)) - found.count
-    found.first = int(far.argmax()) if found.count else None
-    return found
-
-
-def _compare_floats(
-    found: Values, dtype: DType, one: Any, other: Any, tolerance: Tolerance
-) -> Any | None:
-    """Measure floats whose bits differ; say which are beyond the tolerance, None for all."""
-    import numpy as np
-
-    left, right = floats_of(one, dtype), floats_of(other, dtype)
-    gaps = np.abs(left - right)
-    measured = gaps != 0
-    special = None
-    if not np.isfinite(gaps).all():
-        nan_left, nan_right = np.isnan(left), np.isnan(right)
-        special = ~(np.isfinite(left) & np.isfinite(right))
-        found.nan_payloads = int(np.count_nonzero(nan_left & nan_right))
-        found.nan_one_side = int(np.count_nonzero(nan_left ^ nan_right))
-        found.infinities = int(np.count_nonzero(special))
-        found.infinities -= found.nan_payloads + found.nan_one_side
-        measured &= ~special
-    found.zero_signs = int(np.count_nonzero(gaps == 0))
-    if measured.any():
-        chosen = slice(None) if measured.all() else measured
-        found.max_abs = float(gaps[chosen].max())
-        patterns = (_ordered(bits[chosen], dtype) for bits in (one, other))
-        found.max_ulp = int(_distances(*patterns).max())
-    if not tolerance.given:
-        return None
-    far = gaps > tolerance.atol + tolerance.rtol * np.abs(left)
-    return far if special is None else np.where(special, ~(nan_left & nan_right), far)
-
-
-def _ordered(bits: Any, dtype: DType) -> Any:
-    """Number floats as they follow each other: neighbours are one apart, and zeros equal."""
-    import numpy as np
-
-    if dtype is DType.F8_E8M0:  # no sign
-        return bits
-    signed = bits.view(f"i{bits.itemsize}")
-    return np.where(signed >= 0, signed, np.iinfo(signed.dtype).min - signed)
-
-
-def _distances(left: Any, right: Any) -> Any:
-    """Return the distances of integers, which as unsigned ones take no more bits than they do."""
-    import numpy as np
-
-    return (np.maximum(left, right) - np.minimum(left, right)).view(f"u{left.itemsize}")
-
-
-def _compare_integers(
-    found: Values, dtype: DType, one: Any, other: Any, tolerance: Tolerance
-) -> Any | None:
-    """Measure integers that differ; say which are beyond the tolerance, None for all."""
-    import numpy as np
-
-    name = _PARTS.get(dtype, dtype).torch_name
-    left, right = one.view(name), other.view(name)
-    gaps = _distances(left, right)
-    found.max_abs = int(gaps.max())
-    if not tolerance.given:
-        return None
-    return gaps.astype("f8") > tolerance.atol + tolerance.rtol * np.abs(left.astype("f8"))
 
 
 # Byte order and sign, changed in place.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
+from struct import unpack
 from typing import Any
 
 from ckptool.tensors.counts import Statistics
 from ckptool.tensors.dtype import PACKED, DType
-from ckptool.tensors.numbers import COMPLEX, FLOATS, Block, bits_of, floats_of
+from ckptool.tensors.numbers import COMPLEX, FLOATS, SLICE, Block, bits_of, dot, floats_of
 
 Number = int | float | complex | bool
-SLICE = 1 << 15  # elements at once: in double precision they fit a second-level cache
 CELLS, _SHIFT = 4096, 20  # of a histogram: sign, exponent and three more bits of single precision
 _SIGNED = (DType.I64, DType.I32, DType.I16, DType.I8, DType.QI8, DType.QI32)
 
@@ -28,6 +29,11 @@ def elements(block: Block, dtype: DType) -> list[Number]:
     return [*(values.view("c16") if dtype in COMPLEX else values).tolist()]
 
 
+def doubles(block: Block, dtype: DType) -> Any:
+    """Return elements in double precision: a complex number is two, truth 0 or 1."""
+    return _array(block, dtype).astype("f8", copy=False)
+
+
 def _array(block: Block, dtype: DType) -> Any:
     """Return elements as integers, or as floats in double precision."""
     import numpy as np
@@ -41,10 +47,9 @@ def _array(block: Block, dtype: DType) -> Any:
 
 def statistics(block: Block, dtype: DType, *, cells: bool = False) -> Statistics:
     """Return what elements are on the whole, with `cells` a histogram too."""
-    values = _array(block, dtype)
-    found = Statistics()
-    for start in range(0, len(values), SLICE):
-        found += _of_slice(values[start : start + SLICE], cells)
+    found, size = Statistics(), SLICE * dtype.itemsize
+    for start in range(0, len(block), size):
+        found += _of_slice(_array(block[start : start + size], dtype), cells)
     return found
 
 
@@ -61,37 +66,70 @@ def _of_slice(values: Any, cells: bool) -> Statistics:
         return Statistics(nan=nan, inf=inf)
     mean = total / len(values)
     apart = values - mean
-    apart *= apart  # not `dot`: OpenBLAS would start threads for it
     return Statistics(
         count=len(values),
         least=values.min().item(),
         largest=values.max().item(),
         mean=mean,
-        squares=float(apart.sum()),
+        squares=dot(apart, apart),
         zeros=int(np.count_nonzero(values == 0)),
         nan=nan,
         inf=inf,
-        cells=_cells(values) if cells else None,
+        cells=_cells(values) if cells else {},
     )
 
 
-def _cells(values: Any) -> Any:
+def _cells(values: Any) -> dict[int, int]:
     import numpy as np
 
     with np.errstate(over="ignore"):
         single = values.astype("f4")
-    return np.bincount(single.view("u4") >> _SHIFT, minlength=CELLS)
+    counts = np.bincount(single.view("u4") >> _SHIFT, minlength=CELLS)
+    held = np.nonzero(counts)[0]
+    return dict(zip(held.tolist(), counts[held].tolist(), strict=True))
 
 
 def histogram(found: Statistics, count: int) -> list[int]:
     """Return how many finite elements are in each of `count` equal ranges, of least to largest."""
     import numpy as np
 
-    if found.cells is None or not found.count:
+    if not found.cells or not found.count:
         return []
-    cells = np.nonzero(found.cells)[0]
-    middles = ((cells.astype("u4") << _SHIFT) + (1 << _SHIFT - 1)).view("f4").astype("f8")
-    middles[(cells & 0x7FF) == 0] = 0.0  # zero and the smallest
+    middles = [sum(_edges(cell)) / 2 for cell in found.cells]
     width = (float(found.largest) - float(found.least)) or 1.0
-    places = ((middles - float(found.least)) / width * count).clip(0, count - 1).astype(int)
-    return [*np.bincount(places, found.cells[cells], count).astype(int).tolist()]
+    places = (np.array(middles) - float(found.least)) / width * count
+    weights = np.array([*found.cells.values()])
+    return [
+        *np.bincount(places.clip(0, count - 1).astype(int), weights, count).astype(int).tolist()
+    ]
+
+
+def quantiles(found: Statistics, shares: Sequence[float]) -> tuple[float, ...]:
+    """Return below which numbers these shares of the finite elements are.
+
+    They are as exact as the cells of the histogram are narrow, an eighth of a power of two.
+    """
+    import numpy as np
+
+    if not found.cells or not found.count:
+        return ()
+    ordered = sorted((*_edges(cell), count) for cell, count in found.cells.items())
+    least, largest = float(found.least), float(found.largest)
+    ends, below = [least], [0]
+    for low, high, count in ordered:
+        ends += [min(max(low, ends[-1]), largest), min(max(high, least), largest)]
+        below += [below[-1], below[-1] + count]
+    wanted = [share * below[-1] for share in shares]
+    return (*np.interp(wanted, below, ends).tolist(),)
+
+
+def _edges(cell: int) -> tuple[float, float]:
+    """Return the ends of the range of numbers that a cell counts, the lesser first."""
+    magnitude = cell % (CELLS // 2)
+    first, end = (
+        unpack("<f", (at << _SHIFT).to_bytes(4, "little"))[0] for at in (magnitude, magnitude + 1)
+    )
+    if not isfinite(end):  # beyond the largest of single precision
+        end = first
+    first = first if magnitude else 0.0
+    return (-end, -first) if cell >= CELLS // 2 else (first, end)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.state.classes import Lines
     from ckptool.verbs.checking import Checked
     from ckptool.verbs.combining import Averaged
-    from ckptool.verbs.compare import Difference
+    from ckptool.verbs.difference import Difference
     from ckptool.verbs.fitting import Reference, Transferred
     from ckptool.verbs.listing import Listing
     from ckptool.verbs.match import Matched, Side
@@ -100,6 +100,7 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     as_dtype: str | None = None,
+    max_size: int | str | None = None,
     strict: bool = False,
     plugins: bool = False,
     progress: Begin = no_progress,
@@ -107,9 +108,9 @@ def check(
     """Check whether a file is whole, and whether loading it elsewhere would run code.
 
     `sha256` hashes the file, `finite` counts NaN and infinity, `as_dtype` what a cast to a dtype
-    would make infinite, zero or subnormal, `strict` calls foreign names
-    unsafe, `plugins` lets installed ones read what no container of ckptool is. Raises nothing for
-    what a file holds: its `status` says that.
+    would make infinite, zero or subnormal; more than `max_size` (bytes, or a text: `100MiB`) is too
+    large, `strict` calls foreign names unsafe, `plugins` lets installed ones read what no container
+    of ckptool is. Raises nothing for what a file holds: its `status` says that.
 
     >>> ckptool.check("model_best.pth.tar").status
     <Status.OK: 'ok'>
@@ -121,6 +122,7 @@ def check(
         sha256=sha256,
         finite=finite,
         as_dtype=as_dtype,
+        max_size=max_size,
         strict=strict,
         plugins=plugins,
         progress=progress,

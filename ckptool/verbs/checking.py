@@ -45,7 +45,7 @@ from ckptool.state.casting import Casting
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.counts import Tally
-from ckptool.text import argument, counted, listed, readable, visible
+from ckptool.text import argument, counted, listed, parse_size, readable, visible
 from ckptool.verbs import indices
 from ckptool.verbs.casting import Cast, losses, of_checkpoint
 from ckptool.verbs.finite import floating, not_finite
@@ -71,11 +71,12 @@ class Status(Enum):
     UNSAFE = "unsafe"
     NOT_A_CHECKPOINT = "not-a-checkpoint"
     UNSUPPORTED = "unsupported"
+    TOO_LARGE = "too-large"
 
     @property
     def exit_code(self) -> int:
         """Return the exit code that goes with it; over several files the highest counts."""
-        return {"ok": 0, "damaged": 1, "unsafe": 4}.get(self.value, 3)
+        return {"ok": 0, "damaged": 1, "too-large": 1, "unsafe": 4}.get(self.value, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,7 @@ class _Findings:
     answers: list[str] = field(default_factory=list)
     asked_sha256: str = ""
     checksums: str = ""
+    too_large: str = ""
 
 
 @budget.run(anew=True)
@@ -189,6 +191,7 @@ def check(
     sha256: bool = False,
     finite: bool = False,
     as_dtype: str | None = None,
+    max_size: int | str | None = None,
     strict: bool = False,
     plugins: bool = False,
     alone: bool = True,
@@ -199,6 +202,7 @@ def check(
     A file of a set that ranks wrote is checked `alone`, or the set with it; a folder is its set.
 
     With `as_dtype`, it is damaged for one who wants that dtype where a cast would overflow.
+    With `max_size` (bytes, or a text such as `100MiB`), a checkpoint of more bytes is too large.
     `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
     calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
     container of ckptool is. A file that cannot be read is a result, not an error.
@@ -206,6 +210,7 @@ def check(
     file = path = sites.of(path)
     found = _Findings()
     target = None if as_dtype is None else casting.target(as_dtype)
+    most = None if max_size is None else parse_size(str(max_size), "--max-size 100MiB")
     said = hash_in(paths.name_of(path))
     with suppress(FormatError):  # its reader says why
         file = fileio.opened(path)  # once for all that is asked of it
@@ -218,6 +223,8 @@ def check(
     hashed = bool(sha256 or said)
     cast = None if target is None else of_checkpoint(checkpoint, target)
     step = progress(_work(checkpoint, cast, finite=finite, hashed=hashed))
+    if most is not None and checkpoint.nbytes > most:
+        found.too_large = f"more than {readable(most)}"
     _structure(checkpoint, found)
     _checksums(checkpoint, found, step)
     if finite:
@@ -397,15 +404,13 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     problems = _some(found.problems)
     if _unsafe(verdict, strict) or (strict and program):
         status, parts = Status.UNSAFE, [_danger(verdict, calls), program, part]
-        parts += [f"damaged: {problems}"] if problems else []
+        parts += [f"damaged: {problems}", found.too_large] if problems else [found.too_large]
     elif problems:
-        status, parts = Status.DAMAGED, [problems, part]
+        status, parts = Status.DAMAGED, [problems, part, found.too_large]
     else:
-        status, parts = (
-            Status.OK,
-            [part, _summary(checkpoint), found.checksums, program, _foreign(verdict)],
-        )
-        parts += [listed(verdict.versions, 2), *found.answers]
+        status = Status.TOO_LARGE if found.too_large else Status.OK
+        parts = [found.too_large, part, _summary(checkpoint), found.checksums, program]
+        parts += [_foreign(verdict), listed(verdict.versions, 2), *found.answers]
     return Checked(
         file=path,
         status=status,

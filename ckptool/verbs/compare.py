@@ -7,11 +7,9 @@ tags are told and decide nothing: containers differ in what they can say of them
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import field
-from typing import TYPE_CHECKING
+from dataclasses import field, replace
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import fileio
@@ -25,14 +23,13 @@ from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import peeling
 from ckptool.tensors.counts import Values
+from ckptool.tensors.differences import comparable
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
-from ckptool.text import counted, listed, readable, shape, visible
+from ckptool.text import counted, listed, readable, shape
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
 from ckptool.verbs.compare_tensors import Pair, compare, pair
 from ckptool.verbs.compare_trees import TAKEN, Place, places_of, shown
-
-if TYPE_CHECKING:
-    from ckptool.documents import looking
+from ckptool.verbs.difference import Change, Difference, Found, Side
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
@@ -44,137 +41,6 @@ _PARTS = {
     **dict.fromkeys(("sparse_csr", "sparse_bsr"), ("crow_indices", "col_indices", "values")),
     **dict.fromkeys(("sparse_csc", "sparse_bsc"), ("ccol_indices", "row_indices", "values")),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What differs under a key that both sides have.
-
-    `what` is `dtype`, `shape`, `layout`, `quantizer`, `attributes` (what Python keeps on a tensor),
-    `value` (of what is no tensor) or `values`; `left` and `right` say it in text, `values` in
-    numbers; `first` is the index of the first element that differs.
-    """
-
-    key: str
-    what: str
-    left: str = ""
-    right: str = ""
-    values: Values | None = None
-    first: tuple[int, ...] | None = None
-
-    def to_dict(self) -> looking.Change:
-        """Return an entry of the `changed` of `diff/1`."""
-        values = self.values
-        if values is None:
-            return {"key": self.key, "what": self.what, "left": self.left, "right": self.right}
-        most = values.max_abs
-        return {
-            "key": self.key,
-            "what": self.what,
-            "count": values.count,
-            "of": values.of,
-            "within": values.within,
-            "first": None if self.first is None else list(self.first),
-            "max_abs": most if most is not None and math.isfinite(most) else None,
-            "max_ulp": values.max_ulp,
-            "nan_payloads": values.nan_payloads,
-            "nan_one_side": values.nan_one_side,
-            "zero_signs": values.zero_signs,
-            "infinities": values.infinities,
-        }
-
-
-@dataclass(slots=True)
-class Found:
-    """What differs in a part of two checkpoints; `within` differs and is within the tolerance.
-
-    `only_left` and `only_right` say of each key in a few words what it is.
-    """
-
-    only_left: dict[str, str] = field(default_factory=dict)
-    only_right: dict[str, str] = field(default_factory=dict)
-    changed: list[Change] = field(default_factory=list)
-    within: list[Change] = field(default_factory=list)
-
-    @property
-    def nothing(self) -> bool:
-        """Return whether all is equal."""
-        return not (self.only_left or self.only_right or self.changed)
-
-    def to_dict(self) -> looking.Found:
-        """Return the fields of `diff/1` for this part."""
-        return {
-            "only_left": list(self.only_left),
-            "only_right": list(self.only_right),
-            "changed": [change.to_dict() for change in self.changed],
-            "within_tolerance": [change.to_dict() for change in self.within],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One of the two files; `at` is None where its tensors were compared by their paths."""
-
-    path: str
-    container: str
-    at: Path | None
-
-    def to_dict(self) -> looking.DiffSide:
-        """Return the fields of `diff/1` for this file."""
-        at = None if self.at is None else list(self.at)
-        return {"file": self.path, "container": self.container, "at": at}
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How two checkpoints differ: in the state_dict, and in what is beside it.
-
-    `tensors` of `nbytes` in all were compared. Iterates over what changed under a key of both.
-    """
-
-    left: Side
-    right: Side
-    asked: Asked
-    state: Found
-    beside: Found
-    tensors: int
-    nbytes: int
-    notes: tuple[str, ...]
-
-    def __iter__(self) -> Iterator[Change]:
-        return iter((*self.state.changed, *self.beside.changed))
-
-    @property
-    def equal(self) -> bool:
-        """Return whether nothing differs that decides."""
-        return self.state.nothing and self.beside.nothing
-
-    @property
-    def whole(self) -> bool:
-        """Return whether all tensors were compared, by their path."""
-        return self.left.at is None
-
-    def __repr__(self) -> str:
-        word = "equal" if self.equal else "different"
-        sides = f"{visible(self.left.path)}, {visible(self.right.path)}"
-        return f"<Difference of {sides}: {word}, {counted(self.tensors, 'tensor')} compared>"
-
-    def to_dict(self) -> looking.Diff:
-        """Return the document `diff/1`."""
-        return {
-            "schema": "diff/1",
-            "equal": self.equal,
-            "left": self.left.to_dict(),
-            "right": self.right.to_dict(),
-            **self.state.to_dict(),
-            "beside": self.beside.to_dict(),
-            "tensors": self.tensors,
-            "nbytes": self.nbytes,
-            "structure": self.asked.structure,
-            "atol": self.asked.tolerance.atol,
-            "rtol": self.asked.tolerance.rtol,
-            "notes": list(self.notes),
-        }
 
 
 def diff(left: Checkpoint, right: Checkpoint, asked: Asked, progress: Begin) -> Difference:
@@ -219,7 +85,7 @@ class _Work:
     notes: list[str] = field(default_factory=list)
     tensors: int = 0
     nbytes: int = 0
-    _queue: list[tuple[Found, str, Pair]] = field(default_factory=list)
+    _queue: list[tuple[Found, Change, Pair]] = field(default_factory=list)
     _paired: set[tuple[int, int]] = field(default_factory=set)
 
     def compare_states(self, left: StateDict, right: StateDict) -> None:
@@ -331,19 +197,23 @@ class _Work:
                 self._compare_tensors(found, path, place.left, place.right)
 
     def _compare_tensors(self, found: Found, key: str, left: AnyTensor, right: AnyTensor) -> None:
-        """Compare what tensors are; queue those of one dtype and shape."""
+        """Compare what tensors are; queue those of one shape."""
         facts = [
             ("layout", _layout(left), _layout(right)),
             ("dtype", left.dtype.label, right.dtype.label),
             ("shape", shape(left.shape), shape(right.shape)),
         ]
         differing = [Change(key, *fact) for fact in facts if fact[1] != fact[2]]
-        found.changed += differing
-        if differing:
+        if [each.what for each in differing] not in ([], ["dtype"]):
+            found.changed += differing
             return
-        self._compare_kept(found, key, left, right)
+        change = differing[0] if differing else Change(key, "values")
+        if not differing:
+            self._compare_kept(found, key, left, right)
         if isinstance(left, TensorInfo) and isinstance(right, TensorInfo):
-            self._queue_values(found, key, left, right)
+            self._queue_values(found, change, left, right)
+        elif differing:
+            found.changed.append(change)
         elif isinstance(left, CompositeTensor) and isinstance(right, CompositeTensor):
             names = _PARTS.get(left.layout, ())
             for index, (one, other) in enumerate(zip(left.parts, right.parts, strict=True)):
@@ -371,13 +241,20 @@ class _Work:
                 other = "(none)" if place.what == "only-left" else shown(place.right)
                 found.changed.append(Change(key, what, one, other))
 
-    def _queue_values(self, found: Found, key: str, left: TensorInfo, right: TensorInfo) -> None:
-        if left.numel:
-            try:
-                self._queue.append((found, key, pair(left, right)))
-            except Unsupported as error:
-                error.message = f"{key}: {error.message}"
-                raise
+    def _queue_values(
+        self, found: Found, change: Change, left: TensorInfo, right: TensorInfo
+    ) -> None:
+        """Queue two tensors whose values decide, or say how far two of different dtypes are."""
+        alike = left.dtype is right.dtype
+        compared = comparable(left.dtype, right.dtype) and not self.asked.structure
+        if not left.numel or not (alike or compared):
+            found.changed += [] if alike else [change]
+            return
+        try:
+            self._queue.append((found, change, pair(left, right)))
+        except Unsupported as error:
+            error.message = f"{change.key}: {error.message}"
+            raise
 
     def _note_prefixes(self, left: Mapping[str, Node], right: Mapping[str, Node]) -> None:
         """Note where keys would pair but for wrapper prefixes."""
@@ -395,24 +272,22 @@ class _Work:
     def compare_values(self, progress: Begin) -> None:
         """Read and compare the tensors that are queued, each pair of views once."""
         distinct = {both.views: both for _, _, both in self._queue}
-        limit = max(MAX_EXPANSION * (self.left.nbytes + self.right.nbytes), SMALL)
+        limit = refuse_repeats([*distinct.values()], self.left, self.right)
         total = sum(both.nbytes for both in distinct.values())
-        work = total + _inflated(list(distinct.values()))
-        if work > limit:
-            raise LimitExceeded(
-                f"{readable(work)} would be compared of files of {readable(self.left.nbytes)} "
-                f"and {readable(self.right.nbytes)}",
-                option="--structure",
-                hint="compares no values, --select some",
-            )
         known: dict[tuple[object, ...], Values] = {}
         step = progress(2 * total)
         with closing(Readers()) as readers:
-            for found, key, both in self._queue:
+            for found, change, both in self._queue:
                 if both.views not in known:
                     known[both.views] = compare(both, readers, self.asked.tolerance, limit, step)
-                _judge(found, key, both, known[both.views])
-        self._note_damage([both for *_, both in self._queue if known[both.views].count])
+                _judge(found, change, both, known[both.views])
+        self._note_damage(
+            [
+                both
+                for _, change, both in self._queue
+                if change.what == "values" and known[both.views].count
+            ]
+        )
         for path, _ in (*self.left.files, *self.right.files):
             fileio.refuse_changed(path)
 
@@ -430,6 +305,20 @@ class _Work:
             self.notes.append(f"{error.message}; ckptool check says more")
 
 
+def refuse_repeats(pairs: Sequence[Pair], left: Checkpoint, right: Checkpoint) -> int:
+    """Return how many bytes may be compared; raises `LimitExceeded` for views that repeat more."""
+    limit = max(MAX_EXPANSION * (left.nbytes + right.nbytes), SMALL)
+    work = sum(both.nbytes for both in pairs) + _inflated(pairs)
+    if work > limit:
+        raise LimitExceeded(
+            f"{readable(work)} would be compared of files of {readable(left.nbytes)} "
+            f"and {readable(right.nbytes)}",
+            option="--structure",
+            hint="compares no values, --select some",
+        )
+    return limit
+
+
 def _inflated(pairs: Sequence[Pair]) -> int:
     """Count what deflated storages come to, each as often as it is taken up."""
     nbytes = 0
@@ -443,12 +332,13 @@ def _inflated(pairs: Sequence[Pair]) -> int:
     return nbytes
 
 
-def _judge(found: Found, key: str, both: Pair, values: Values) -> None:
-    if values.count or values.within:
+def _judge(found: Found, change: Change, both: Pair, values: Values) -> None:
+    if change.what == "dtype" or values.count or values.within:
         bits = min(8, both.left.dtype.bits)  # below a byte, bytes were counted
         first = None if values.first is None else _index(values.first * 8 // bits, both.left.shape)
-        change = Change(key, "values", values=values, first=first)
-        (found.changed if values.count else found.within).append(change)
+        decides = change.what == "dtype" or values.count
+        where = found.changed if decides else found.within
+        where.append(replace(change, values=values, first=first))
 
 
 def _index(flat: int, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -1,26 +1,28 @@
-"""Two tensors compared block by block; only blocks that differ are taken for numbers."""
+"""Two tensors compared block by block: equal ones as bytes, others as numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 from ckptool.errors import LimitExceeded, Unsupported
 from ckptool.files.blocks import blocks, equal
 from ckptool.files.fileio import Readers
 from ckptool.records import dataclass
-from ckptool.tensors.counts import Tolerance, Values
-from ckptool.tensors.numbers import differences, load
+from ckptool.tensors.counts import NOWHERE, Tolerance, Values
+from ckptool.tensors.differences import differences, norm, rounded_differences
+from ckptool.tensors.numbers import SLICE, load
+from ckptool.tensors.statistics import is_counted
 from ckptool.tensors.tensor import TensorInfo, is_contiguous, needs_swap, span, without_repeats
 
 BLOCK = 1 << 19  # two of them and what is computed of them: a few times that in memory
 GATHER_BLOCK = 4 << 20  # rows of a transposed tensor are short: the more at once the better
-PART = 1 << 17  # of a block that differs: numbers in double precision take up to eight times it
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two tensors of one dtype and shape, and how they are compared.
+    """Two tensors of one shape, and how they are compared.
 
     Elements that both repeat along a dimension are in them once; `times` counts the repetitions.
     `as_stored` are the bytes of both from the first element to the last, where those of two
@@ -44,7 +46,7 @@ class Pair:
 
 
 def pair(left: TensorInfo, right: TensorInfo) -> Pair:
-    """Check how two tensors of one dtype and shape are stored.
+    """Check how two tensors of one shape are stored.
 
     Raises `Unsupported` for elements that share bytes and have different strides.
     """
@@ -62,6 +64,8 @@ def pair(left: TensorInfo, right: TensorInfo) -> Pair:
 
 def _as_stored(left: TensorInfo, right: TensorInfo) -> tuple[TensorInfo, TensorInfo] | None:
     swapped, other = (needs_swap(each.storage, each.dtype.swap) for each in (left, right))
+    if left.dtype is not right.dtype:
+        return None
     if left.stride != right.stride or left.lazy != right.lazy or swapped != other:
         return None
     count = span(left.shape, left.stride)
@@ -77,39 +81,108 @@ def compare(
     tolerance: Tolerance,
     limit: int,
     progress: Callable[[int], None],
+    *,
+    measured: bool = False,
 ) -> Values:
-    """Compare two tensors; raises `LimitExceeded` for what repeats itself beyond measure."""
+    """Compare two tensors; raises `LimitExceeded` for what repeats itself beyond measure.
+
+    How far they are is of tensors that differ, or of all where that is to be `measured`. Of two
+    dtypes, what differs is what does where one is rounded to the other's.
+    """
     left, right = both.left, both.right
-    dtype = left.dtype
-    total = Values(left.numel if dtype.bits >= 8 else left.nbytes)
-    if both.as_stored is None or any(_differing(*both.as_stored, readers, progress)):
+    dtypes = left.dtype, right.dtype
+    total = Values(left.numel if left.dtype.bits >= 8 else left.nbytes)
+    if both.as_stored is None or measured or any(_unequal(*both.as_stored, readers, progress)):
         if left.nbytes > limit:
             raise LimitExceeded(
                 f"a tensor of {left.nbytes} bytes in a file that is much smaller",
                 option="--structure",
                 hint="compares no values",
             )
-        for start, one, other in _differing(left, right, readers, progress):
-            load()
-            for at in range(0, len(one), PART):
-                part = differences(dtype, one[at : at + PART], other[at : at + PART], tolerance)
-                total.add(part, (start + at) // dtype.itemsize)
+        if dtypes[0] is dtypes[1]:
+            asked = measured or both.as_stored is not None
+            total = _differences(both, total, tolerance, readers, progress, measured=asked)
+        else:
+            total = _rounded(both, readers, progress)
     total.repeat(both.times)
     return total
 
 
-def _differing(
+def _differences(
+    both: Pair,
+    total: Values,
+    tolerance: Tolerance,
+    readers: Readers,
+    progress: Callable[[int], None],
+    *,
+    measured: bool,
+) -> Values:
+    """Compare two tensors of one dtype; how far they are takes the norm of what is equal, too.
+
+    So the equal blocks before the first that differs are read again.
+    """
+    left, dtype, size = both.left, both.left.dtype, 0
+    measured = measured or not is_counted(dtype)
+    for start, one, other in _paired(left, both.right, readers, progress):
+        size = size or len(one)
+        same = equal(one, other)
+        if same and not measured:
+            continue
+        load()
+        if not measured and start:
+            before = islice(blocks(left, readers, size), start // size)
+            total.distance = sum((norm(block, dtype) for block in before), NOWHERE)
+        measured = True
+        if same:
+            total.distance += norm(one, dtype)
+            continue
+        for at in _slices(one, dtype.itemsize):
+            part = differences(dtype, one[at], other[at], tolerance)
+            total.add(part, (start + at.start) // dtype.itemsize)
+    return total
+
+
+def _slices(block: memoryview, itemsize: int) -> Iterator[slice]:
+    step = SLICE * itemsize
+    return (slice(at, at + step) for at in range(0, len(block), step))
+
+
+def _rounded(both: Pair, readers: Readers, progress: Callable[[int], None]) -> Values:
+    """Compare two tensors of two dtypes: of both ways to round, the one that fewer differ by."""
+    dtypes = both.left.dtype, both.right.dtype
+    sizes = [each.itemsize for each in dtypes]
+    ways = Values(both.left.numel), Values(both.left.numel)
+    load()
+    for start, *pair in _paired(both.left, both.right, readers, progress):
+        cuts = (_slices(block, size) for block, size in zip(pair, sizes, strict=True))
+        for one, other in zip(*cuts, strict=True):
+            first = (start + one.start) // sizes[0]
+            parts = rounded_differences(pair[0][one], pair[1][other], dtypes)
+            for way, part in zip(ways, parts, strict=True):
+                way.add(part, first)
+    return min(ways, key=lambda way: way.count)
+
+
+def _unequal(
+    left: TensorInfo, right: TensorInfo, readers: Readers, progress: Callable[[int], None]
+) -> Iterator[bool]:
+    """Tell of each block whether it differs."""
+    return (not equal(one, other) for _, one, other in _paired(left, right, readers, progress))
+
+
+def _paired(
     left: TensorInfo, right: TensorInfo, readers: Readers, progress: Callable[[int], None]
 ) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """Iterate over the blocks that differ, and where they start."""
+    """Iterate over blocks of as many elements of both, and where the left's start."""
     contiguous = all(is_contiguous(each.shape, each.stride) for each in (left, right))
     if not contiguous:
         load()
-    size = BLOCK if contiguous else GATHER_BLOCK
+    count = (BLOCK if contiguous else GATHER_BLOCK) // max(
+        left.dtype.itemsize, right.dtype.itemsize
+    )
+    sides = (blocks(each, readers, count * each.dtype.itemsize) for each in (left, right))
     start = 0
-    sides = (blocks(each, readers, size) for each in (left, right))
     for one, other in zip(*sides, strict=True):
-        if not equal(one, other):
-            yield start, one, other
+        yield start, one, other
         start += len(one)
         progress(2 * len(one))

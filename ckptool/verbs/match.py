@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ckptool.containers import _json
 from ckptool.errors import LimitExceeded
 from ckptool.files import publish
-from ckptool.files.copying import PlannedFile, no_progress
-from ckptool.files.publish import Output
 from ckptool.records import dataclass
 from ckptool.state import matching, matching_recipe
 from ckptool.state.edits import Entries
@@ -184,7 +182,5 @@ def write(done: Matched, target: str | Path, sources: Sequence[str], *, force: b
 
     Raises `SameFile`, `OutputExists` or `WriteError`.
     """
-    data = done.text.encode()
     place = publish.refuse_target(target, sources, force=force, sync=True)
-    output = Output((PlannedFile("", len(data), [(0, data)]),))
-    publish.publish(place, output, no_progress(0), lambda *_: None)
+    publish.write(place, done.text.encode())

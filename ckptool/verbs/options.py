@@ -16,7 +16,8 @@ class WriteOptions(TypedDict, total=False):
 
     `at` chooses among several state_dicts, `to` the container; `drop_beside` (a pattern or
     several) leaves out what is beside the state_dict, `keep_records` keeps further records of a
-    torch zip; `force` replaces the target, `in_place` the source; `dry_run` plans alone;
+    torch zip; `force` replaces the target, `in_place` the source, `parents` makes the folders that
+    the target is in; `dry_run` plans alone;
     `tensors_only` leaves behind what is neither a tensor nor plain, `untie` writes tied tensors as
     copies, `allow_expand` allows an output of more than 4 times the input; `map_location` tags
     every storage of a torch file with a device; without `sync` the flush to disk is left to the
@@ -29,6 +30,7 @@ class WriteOptions(TypedDict, total=False):
     keep_records: bool
     force: bool
     in_place: bool
+    parents: bool
     dry_run: bool
     tensors_only: bool
     untie: bool
@@ -47,6 +49,7 @@ class Options:
     keep_records: bool = False
     force: bool = False
     in_place: bool = False
+    parents: bool = False
     dry_run: bool = False
     tensors_only: bool = False
     untie: bool = False

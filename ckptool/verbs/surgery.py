@@ -22,6 +22,7 @@ from ckptool.files import budget, fileio, paths, publish, sites
 from ckptool.files.copying import Begin, Moved, Progress, no_progress
 from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
+from ckptool.files.stream import Pipe
 from ckptool.pickles.tree import Node
 from ckptool.records import dataclass
 from ckptool.state import walk
@@ -29,8 +30,8 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
 from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
-from ckptool.text import counted, listed, quoted, readable, visible
-from ckptool.verbs import casting
+from ckptool.text import counted, listed, readable, visible
+from ckptool.verbs import casting, destination
 from ckptool.verbs.casting import Cast
 from ckptool.verbs.layout import (
     FILE as FILE,
@@ -39,7 +40,6 @@ from ckptool.verbs.layout import (
     Shard as Shard,
     Tensors,
     lay_out,
-    names,
     tied,
 )
 from ckptool.verbs.options import Options
@@ -86,6 +86,7 @@ class Rewrite:
     module: str = ""
     shards: tuple[Shard, ...] = ()
     casts: tuple[Cast, ...] = ()
+    files: tuple[str, ...] = ()  # that it is read from
 
     @property
     def read(self) -> int:
@@ -164,18 +165,18 @@ def rewrite(
     options = options or Options()
     target = None if target is None else sites.of(target)
     if form is not FILE:
-        _refuse_no_folder(target, form, options)
+        destination.refuse_no_folder(target, form, options)
     checkpoint = opened or containers.read(source)
     if form is FILE:
-        target, options = _in_place(checkpoint, source, target, options)
-        _refuse_member(str(target))
-    target = target if isinstance(target, paths.Url) else str(target)
-    container = _container(checkpoint, target, form, options)
-    place = _place(checkpoint, target, container, form, options)
+        target, options = destination.in_place(checkpoint, source, target, options)
+        destination.refuse_member(str(target))
+    target = target if isinstance(target, paths.Url | Pipe) else str(target)
+    container = destination.container_of(checkpoint, target, form, options)
+    place = destination.place_of(checkpoint, target, container, form, options)
     bare = bare or form.max_shard_size is not None
     plan = make_plan(checkpoint, steps, container, bare=bare, unwrap=unwrap, options=options)
-    if form is FILE:
-        plan.notes += _suffix_notes(target, container, options)
+    if form is FILE and place.pipe is None:
+        plan.notes += destination.suffix_notes(target, container, options)
     if added:
         add_entries(plan, added, order)
     if options.map_location is not None:
@@ -193,11 +194,16 @@ def rewrite(
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
     meant = (laid.tensors, laid.output.nbytes)
-    check = partial(_check, plan, accept, place, *meant, options.in_place)
-    begun, outputs = progress(laid.output.job_nbytes), [laid.output]
-    del laid
-    send = _send if place.url else publish.publish
-    late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
+    judge = partial(_accept, plan, accept, place, options.in_place)
+    check = partial(_check, plan, judge, place, *meant)
+    outputs = [laid.output]
+    if place.pipe is not None:
+        late = _pipe(place.pipe, laid.output, progress, judge)
+    else:
+        begun = progress(laid.output.job_nbytes)
+        del laid
+        send = _send if place.url else publish.publish
+        late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
 
 
@@ -235,112 +241,13 @@ def _send(
     return uploads.publish(place, output, progress, check)
 
 
-def _refuse_member(target: str) -> None:
-    archive = containers.member_of(target)
-    if archive:
-        raise WriteError(
-            f"{target} is in the archive {archive}: its members are read, never written",
-            hint="name an output outside the archive",
-        )
+def _pipe(pipe: Pipe, output: Output, progress: Begin, accept: Callable[[], None]) -> list[str]:
+    from ckptool.files import piping
 
-
-def _refuse_no_folder(target: str | Path | None, form: Form, options: Options) -> None:
-    if form.distributed:
-        if target is None or options.in_place:
-            raise EditError("a distributed checkpoint is a folder: name one as the output")
-    elif options.in_place or target is None:
-        raise EditError("--max-shard-size writes a folder", hint="name it as the output")
-    there = form.distributed and os.path.lexists(str(target))  # which is refused as what it is
-    if suffix(str(target)) in containers.suffixes(written=True) and not there:
-        raise EditError(
-            f"{'--to dcp' if form.distributed else '--max-shard-size'} writes a folder, and "
-            f"{target} is the name of a file",
-            hint="name a folder as the output",
-        )
-
-
-def _place(
-    checkpoint: Checkpoint, target: str, container: str, form: Form, options: Options
-) -> Target:
-    """Return where the output goes, or refuse to write there."""
-    sources = [path for path, _ in checkpoint.files] if not options.in_place else []
-    force, sync = options.force, options.sync
-    if isinstance(target, paths.Url):
-        from ckptool.files import uploads
-
-        owns = None if form is FILE else names(container).owns if form.max_shard_size else bool
-        return uploads.refuse(target, sources, owns, force=force)
-    if form.distributed:
-        from ckptool.containers import _dcp_output
-
-        return publish.refuse_folder(target, sources, _dcp_output.owns, force=force, sync=sync)
-    if form.max_shard_size is not None:
-        owns = names(container).owns
-        return publish.refuse_set(target, sources, owns, force=force, sync=sync)
-    return publish.refuse_target(target, sources, force=force, sync=sync)
-
-
-def _in_place(
-    checkpoint: Checkpoint, source: str | Path, target: str | Path | None, options: Options
-) -> tuple[str | Path, Options]:
-    if options.in_place:
-        if target is not None:
-            raise EditError("--in-place takes only the input, no output")
-        if paths.is_url(source):
-            raise EditError(
-                f"{checkpoint.path} is remote: --in-place replaces a local file",
-                hint="name an output",
-            )
-        if len(checkpoint.files) > 1 or os.path.isdir(source):
-            what = "a folder" if os.path.isdir(source) else f"{len(checkpoint.files)} files"
-            raise EditError(
-                f"{source} is {what}: --in-place replaces one file", hint="name an output"
-            )
-        return source, replace(options, force=True)
-    if target is None:
-        raise EditError("no output was named", hint="name one, or use --in-place")
-    return target, options
-
-
-def suffix(target: str) -> str:
-    """Return the suffix of a name, in lower case."""
-    return os.path.splitext(target)[1].lower()
-
-
-def _container(checkpoint: Checkpoint, target: str, form: Form, options: Options) -> str:
-    """Choose the output container: as told, by the suffix, or the input's own (in place too)."""
-    if form.distributed:
-        return "torch-dcp"
-    if form.max_shard_size is not None:
-        return containers.by_word(options.to or "safetensors").name
-    if options.to == "dcp":
-        raise EditError(
-            "only convert writes a distributed checkpoint, and it takes edits as options",
-            hint=f"ckptool convert {quoted(checkpoint.path)} {quoted(target)} --to dcp "
-            "--strip-prefix auto --drop PATTERN ...",
-        )
-    if options.to is not None:
-        return containers.by_word(options.to).name
-    named = containers.by_suffix(suffix(target))
-    if named is not None and not options.in_place:
-        return named.name
-    if suffix(target) in containers.OTHER_FORMATS and not options.in_place:
-        raise EditError(
-            f"{target} has the suffix of a format that cannot be written",
-            hint="name it .safetensors or .pth, or choose what is written with --to",
-        )
-    own = containers.by_name(checkpoint.container)
-    return own.name if own.writer else own.written_as
-
-
-def _suffix_notes(target: str, container: str, options: Options) -> list[str]:
-    """Note a suffix that says nothing of the container, where nobody chose, or another one."""
-    what = f"{target} is a {containers.by_name(container).title} file"
-    named = containers.by_suffix(suffix(target))
-    if named is not None:
-        return [] if named.name == container else [f"{what} despite its suffix (--to {named.word})"]
-    chosen = options.to is not None or options.in_place
-    return [] if chosen else [f"{what}: its suffix names no format; --to chooses"]
+    (file,) = output.files
+    times = 2 if piping.is_read_twice(file) else 1
+    piping.publish(pipe, file, progress(times * output.job_nbytes), accept)
+    return []
 
 
 def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) -> None:
@@ -395,6 +302,7 @@ def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options
         free=publish.free_space(place),
         shards=laid.shards,
         casts=tuple(map(casting.planned, plan.key_map.casts)),
+        files=tuple(str(path) for path, _ in plan.checkpoint.files),
     )
 
 
@@ -404,21 +312,8 @@ def _rearranged(key_map: KeyMap) -> tuple[str, ...]:
     return tuple(old for old in same if old in key_map.remade)
 
 
-@containers.without_collection()
-def _check(
-    plan: Plan,
-    accept: Callable[[], None],
-    place: Target,
-    tensors: Tensors,
-    nbytes: int,
-    in_place: bool,
-    path: str,
-    moved: Moved,
-) -> None:
-    """Read the output with the strict reader and compare it with what was meant.
-
-    What was to be refused for its values is known by now, and raises `Overflow`.
-    """
+def _accept(plan: Plan, accept: Callable[[], None], place: Target, in_place: bool) -> None:
+    """Raise what is wrong with what was read, once all of it was: `Overflow`, for one."""
     accept()
     plan.casts += map(casting.written, plan.key_map.casts)
     for source, _ in plan.checkpoint.files:
@@ -428,6 +323,20 @@ def _check(
                 f"{place.path} was replaced by another process meanwhile; it was not changed",
                 hint="run it again",
             )
+
+
+@containers.without_collection()
+def _check(
+    plan: Plan,
+    accept: Callable[[], None],
+    place: Target,
+    tensors: Tensors,
+    nbytes: int,
+    path: str,
+    moved: Moved,
+) -> None:
+    """Read the output with the strict reader and compare it with what was meant."""
+    accept()
     try:
         with budget.run(budget.UNBOUNDED):  # the run has it in memory already
             written = containers.read(path)

@@ -128,16 +128,19 @@ def test_each_kind_of_difference_has_its_line(
     only, more, *changed = rows(outcome)
     assert (only, more) == (["only-left", "gone"], ["only-right", "come"])
     by_key = {key: [what, *cells] for what, key, *cells in changed}
-    assert by_key["features.bias"] == ["dtype", "F32", "F16"]
+    assert by_key["features.bias"][:3] == ["dtype", "F32", "F16"]
+    assert by_key["features.bias"][-1] == "equal-after-rounding"
     assert by_key["head.weight"] == ["shape", "[2, 4]", "[4, 2]"]
     assert by_key["step"] == ["value", "3", "4"]
-    what, count, of, first, most, ulp, special = by_key["features.weight"]
+    what, count, of, first, most, ulp, special, *far = by_key["features.weight"]
+    assert all(0 < float(each) <= 1 for each in far)
     assert (what, count, of, first, special) == ("values", "1", "12", "[2, 1]", "")
     assert float(most) == pytest.approx(1, abs=1e-6)
     assert int(ulp) > 0
     verdict = outcome.err.splitlines()[0]
     assert verdict == (
-        f"different: 1 key only in {one}; 1 key only in {other}; 1 of 3 tensors differ in dtype; "
+        f"different: 1 key only in {one}; 1 key only in {other}; "
+        "1 of 3 tensors differ in dtype, 1 of them equal after rounding; "
         "1 of 3 tensors differ in shape; 1 entry is not a tensor and differs; "
         "1 of 3 tensors differ in values"
     )
@@ -149,11 +152,14 @@ def test_people_get_a_table(tmp_path: Path, entries: dict[str, Any]) -> None:
     del entries["head.weight"]
     found = ckptool.diff(one, saved(tmp_path / "other.pth", entries))
     head, only, values = difference_table(found)
-    assert head.split() == ["WHAT", "KEY", "DIFFERENCE"]
+    assert head.split() == ["WHAT", "KEY", "RELATIVE", "COSINE", "MAX", "ABS", "DIFFERENCE"]
     assert only.split("  ")[0] == "only left"
     assert only.endswith("F32 [2, 4]")
-    assert "4 of 4, first at [0], up to " in values
-    assert values.endswith("(1 ulp) apart")
+    assert values.endswith("all 4, 1 ulp")
+    relative, cosine, most = map(float, values.split()[2:5])
+    assert 0 < relative < 1e-6
+    assert 0 < most < 1e-6
+    assert cosine in (0.9999, 1)
 
 
 def test_the_document(run: Run, tmp_path: Path, entries: dict[str, Any]) -> None:
@@ -220,7 +226,7 @@ def test_what_stands_beside_counts_where_both_have_some(
         ["beside-only-right", "args.wd"],
         ["beside-value", "args.lr", "0.1", "0.2"],
         ["beside-value", "epoch", "3", "4"],
-        ["beside-values", "optimizer.m", "3", "3", "[0]", "1", "8388608", ""],
+        ["beside-values", "optimizer.m", "3", "3", "[0]", "1", "8388608", "", "1.0", "1.0"],
     ]
     assert "4 places outside the state_dict" in outcome.err
     for choice in (["--at", "state_dict"], ["--select", "*"]):
@@ -313,8 +319,8 @@ def test_attributes_of_tensors_count_where_both_have_some(run: Run, tmp_path: Pa
     assert sorted(rows(changed)) == [
         ["attributes", "p", "2.0", "3.0"],
         ["attributes", "t", "2.0", "3.0"],
-        ["values", "p.(attributes).more", "2", "2", "[0]", "1", "1065353216", ""],
-        ["values", "t.(attributes).more", "2", "2", "[0]", "1", "1065353216", ""],
+        ["values", "p.(attributes).more", "2", "2", "[0]", "1", "1065353216", "", "1.0", ""],
+        ["values", "t.(attributes).more", "2", "2", "[0]", "1", "1065353216", "", "1.0", ""],
     ]
     alone = run("diff", one, write("none.pth"))
     assert alone.code == 0

@@ -116,3 +116,40 @@ def test_debug_shows_no_query(run: Run, here: Path) -> None:
     assert done.code == 6
     assert "Traceback" in done.err
     assert "hidden" not in done.err
+
+
+def test_several_urls_go_into_a_folder_by_the_ends_of_their_paths(
+    run: Run, far: Far, here: Path
+) -> None:
+    far.put("/a/model_best.pth.tar", (GOOD / "model_best.pth.tar").read_bytes())
+    far.put("/b/plain.pth", (GOOD / "plain.pth").read_bytes())
+    root = far.root.replace("//", "//me:secret@")
+    urls = [f"{root}/{name}?token=hidden" for name in ("a/model_best.pth.tar", "b/plain.pth")]
+    done = run("convert", *urls, f"{root}/no.pth?token=hidden", "out/", "--to", "safetensors")
+    assert done.code == 6
+    made = here / "out"
+    assert sorted(path.name for path in made.iterdir()) == [
+        "model_best.safetensors",
+        "plain.safetensors",
+    ]
+    run("convert", GOOD / "plain.pth", "local.safetensors")
+    assert (made / "plain.safetensors").read_bytes() == (here / "local.safetensors").read_bytes()
+    as_json = run("convert", *urls, "out/", "--json")
+    twice = run("convert", urls[0], urls[0], "out/")
+    assert (twice.code, as_json.code) == (2, 0)
+    listed = run("keys", *urls, f"{root}/no.pth?token=hidden")
+    assert listed.code == 6
+    assert listed.out.startswith(f"{far.root}/a/model_best.pth.tar?...\t")
+    for each in (done, as_json, twice, listed):
+        assert "secret" not in each.out + each.err
+        assert "hidden" not in each.out + each.err
+
+
+def test_several_outputs_go_into_a_store(run: Run, here: Path) -> None:
+    pytest.importorskip("fsspec")
+    names = [GOOD / name for name in ("plain.pth", "model_best.pth.tar")]
+    done = run("convert", *names, "memory://many/out/", "--to", "safetensors")
+    assert done.code == 0, done.err
+    diff = run("diff", names[0], "memory://many/out/plain.safetensors", "-q")
+    assert diff.code == 0, diff.err
+    assert run("convert", *names, "memory://many/out/", "--to", "safetensors").code == 5

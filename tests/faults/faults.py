@@ -36,6 +36,7 @@ GOOD = Path(__file__).parents[2] / "fixtures/good"
 TEMPORARY = re.compile(r"\.(.{1,40})\.[0-9a-f]{12}\.tmp")
 PATIENCE = 60.0  # seconds for one run
 OLD = b"old"
+SECOND = "second.pth"
 
 # Calls that may fail, with the errors they get; `open` and `close` of input and output alike.
 ERRORS: dict[str, tuple[int, ...]] = {
@@ -67,13 +68,17 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 @dataclass(frozen=True)
 class Job:
-    """A command line: `{s}` stands for the input; what is at the target beforehand, if anything."""
+    """A command line: `{s}` stands for the input; what is at the target beforehand, if anything.
+
+    That of a `batch` is a folder: the input and `SECOND`, a copy of it, are written there each.
+    """
 
     line: str
     source: str
     target: str
     old: bool = False
     folder: bool = False  # the target is one
+    batch: bool = False
 
     @property
     def arguments(self) -> list[str]:
@@ -114,6 +119,9 @@ JOBS = (
     Job("convert --to dcp {s} out --force", "tied.pth", "out", old=True, folder=True),
     Job("convert --max-shard-size 300 --force {s} out", "plain.pth", "out", True, folder=True),
     Job("convert --dtype f16 {s} out.pth", "plain.pth", "out.pth"),
+    Job(
+        "convert --to safetensors {s} second.pth out/", "plain.pth", "out", folder=True, batch=True
+    ),
     Job("average {s} {s} out.safetensors", "plain.pth", "out.safetensors"),
 )
 
@@ -270,6 +278,8 @@ def lay_out(folder: Path, job: Job) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copy(GOOD / job.source, folder / job.source)
+    if job.batch:
+        shutil.copy(GOOD / job.source, folder / SECOND)
     if isinstance(job.before, dict):
         (folder / job.target).mkdir()
         for name, data in job.before.items():
@@ -294,6 +304,9 @@ def complaints(
     folder: Path, job: Job, new: object, done: Outcome, action: str, call: str
 ) -> Iterator[str]:
     """Say what is wrong after a run that met a fault."""
+    if job.batch:
+        yield from _batch_complaints(folder, job, new, done, action, call)
+        return
     source = (GOOD / job.source).read_bytes()
     old: object = source if job.in_place else job.before
     found = content_of(folder / job.target)
@@ -318,6 +331,36 @@ def complaints(
             yield f"exit code {done.code} of a killed run"
         return
     yield from _exit_complaints(job, done, action, is_new=is_new, is_old=is_old)
+
+
+def _batch_complaints(
+    folder: Path, job: Job, new: object, done: Outcome, action: str, call: str
+) -> Iterator[str]:
+    """Say what is wrong with a batch: each output is whole or not there, and counted."""
+    assert isinstance(new, dict)
+    found, killed = content_of(folder / job.target), action.startswith("kill")
+    outputs = found if isinstance(found, dict) else {}
+    written = [name for name in outputs if name in new]
+    yield from (f"{name} is not whole" for name in written if outputs[name] != new[name])
+    if {each.name for each in folder.iterdir()} - {job.target} != {job.source, SECOND}:
+        yield f"in the folder: {sorted(each.name for each in folder.iterdir())}"
+    if killed:
+        return
+    kept_by_force = action.startswith("error") and call in ("unlink", "rmdir")
+    if not kept_by_force and (len(written) < len(outputs) or found == {}):
+        yield f"left behind: {sorted(outputs)}"
+    expected = {"error": {0, 3, 5}, "memory": {0, 7}}.get(action.partition(" ")[0], {0})
+    if action.startswith("signal"):
+        expected = {0, 130, 129, 143}
+    if done.code not in expected or "Traceback" in done.said or "harness" in done.said:
+        yield f"exit code {done.code}: {done.said[:600]}"
+    if (done.code == 0) is not (len(written) == len(new)) and done.code not in (129, 130, 143):
+        yield f"exit code {done.code} with {written}: {done.said[:600]}"
+    told = re.findall(r"(\d+) of 2 files written", done.said)
+    if told != [str(len(written))] and (written or told) and done.code not in (129, 143):
+        yield f"{len(written)} were written, and it says: {done.said[:600]}"
+    if done.code and not written and done.code < 100 and "error[" not in done.said:
+        yield f"no error said at exit code {done.code}"
 
 
 def is_no_set(found: object) -> bool:

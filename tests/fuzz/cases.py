@@ -33,6 +33,7 @@ from watch import Event, Watch
 
 from ckptool import containers as formats
 from ckptool.cli import main as cli
+from ckptool.errors import Bug
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.text import visible
@@ -319,7 +320,7 @@ class Bench:
             except BaseException:
                 trace = traceback.format_exc()
         seconds = time.process_time() - start
-        if code == cli.BUG and self.caught:
+        if code == Bug.exit_code and self.caught:
             trace = "".join(traceback.format_exception(self.caught[-1]))
         grown = _peak() - base
         return Run(line, code, out.getvalue(), err.getvalue(), events, seconds, grown, trace)

@@ -268,6 +268,7 @@ def test_a_missing_file_does_not_stop_the_others(run: Run, here: Path, good: Pat
     assert rows(done)[1][1] == "ok"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and sockets of POSIX")
 def test_folders_give_their_files(run: Run, here: Path, good: Path) -> None:
     """Every file by its bytes, sorted, nested; no hidden folder, and no loop through a link."""
     for name in ("b.pth", "sub/a.safetensors", ".hidden.pth", ".git/c.pth", "notes.txt", "A.PT"):
@@ -290,6 +291,7 @@ def test_folders_give_their_files(run: Run, here: Path, good: Path) -> None:
     assert rows(done)[0][2] == "a folder (empty)"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and sockets of POSIX")
 def test_a_folder_is_looked_at_whatever_names_are_in_it(run: Run, here: Path, good: Path) -> None:
     """Hostile files under odd names have lines; the rest is named, in text and JSON."""
     folder = here / "downloads"
@@ -514,6 +516,7 @@ def test_any_byte_of_a_pickle_may_be_anything(here: Path) -> None:
     assert {Status.OK, Status.DAMAGED} <= statuses
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and sockets of POSIX")
 def test_what_is_no_regular_file_is_named(here: Path, good: Path) -> None:
     """In a process of its own, so that one that hangs can be ended."""
     os.mkfifo("pipe.pth")
@@ -633,3 +636,38 @@ def test_a_jagged_tensor_is_foreign(run: Run, tmp_path: Path) -> None:
     done = run("check", tmp_path / "jagged.pth")
     assert (done.code, done.out.split("\t")[1]) == (0, "ok")
     assert "only torch up to 2.14 accepts" in done.out
+
+
+# Size.
+
+
+def test_what_is_larger_than_asked_fails(run: Run, good: Path) -> None:
+    nbytes = (good / "plain.pth").stat().st_size
+    assert run("check", good / "plain.pth", "--max-size", nbytes).code == 0
+    done = run("check", "--json", good / "plain.pth", "--max-size", nbytes - 1)
+    assert (done.code, done.document["files"][0]["status"]) == (1, "too-large")
+    assert done.document["files"][0]["detail"].startswith("more than 4.0 KiB; torch zip, 4.0 KiB")
+
+
+def test_a_set_is_as_large_as_all_its_files(run: Run, good: Path) -> None:
+    index = good / "sharded_safetensors" / "model.safetensors.index.json"
+    largest = max(path.stat().st_size for path in index.parent.iterdir())
+    assert run("check", index, "--max-size", largest).code == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("crc_mismatch.pth", "damaged"), ("os_system.pth", "unsafe")]
+)
+def test_what_is_worse_is_said_first(hostile: Path, name: str, status: str) -> None:
+    found = checking.check(hostile / name, max_size="1KB")
+    assert found.status.value == status
+    assert found.detail.endswith("; more than 1000 B")
+
+
+@pytest.mark.parametrize("option", [("--max-size", "0"), ("--max-size", "big"), ("--as", "int8")])
+def test_an_option_that_is_wrong_ends_it_before_any_file(
+    run: Run, good: Path, option: tuple[str, str]
+) -> None:
+    done = run("check", good / "plain.pth", good / "half.pth", *option)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error[")

@@ -40,6 +40,9 @@ LINES = {
     "average": "average --weights 1,0.5 model_best.pth.tar plain.pth out.pth",
     "recipe": "recipe lightning-to-plain --from plain.pth --like changed.safetensors",
     "match": "match data_parallel.pth --like flowers.safetensors",
+    "many_keys": "keys tied.pth missing.pth plain.safetensors",
+    "many_info": "info plain.pth png.pth",
+    "many_edits": "strip-prefix data_parallel.pth plain.pth os_system.pth out/",
     "info": "info model_best.pth.tar",
     "info_several": "info dino.pth",
     "info_foreign": "info foreign.pth",
@@ -54,6 +57,9 @@ LINES = {
     "diff": "diff model_best.pth.tar flowers.safetensors --ignore-prefix auto",
     "diff_values": "diff plain.safetensors changed.safetensors",
     "diff_tolerance": "diff plain.safetensors changed.safetensors --atol 0.5 --rtol 0.01",
+    "plot": "plot plain.pth -o plot.svg",
+    "plot_values": "plot --stats plain.pth -o plot.svg",
+    "plot_change": "plot plain.safetensors changed.safetensors -o plot.svg",
     "diff_structure": "diff --structure --all optimizer.pth model_best.pth.tar",
 }
 MODEL_LINES = {
@@ -114,6 +120,8 @@ def masked(document: dict[str, Any]) -> dict[str, Any]:
 def test_documents_stay(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    if name.startswith("plot"):
+        pytest.importorskip("matplotlib")
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert in_order(run(*LINES[name].split(), "--json").document) == recorded(name)

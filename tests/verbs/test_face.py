@@ -123,9 +123,9 @@ def test_keywords_of_writing_verbs_are_those_of_the_command_line() -> None:
     fields = [field.name for field in dataclasses.fields(options.Options)]
     assert list(options.WriteOptions.__annotations__) == fields
     flags = {parameter.name for parameter in command.params} - {
-        "source", "target", "as_json", "quiet", "no_sync", "max_memory", "timeout",
+        "paths", "as_json", "quiet", "no_sync", "max_memory", "timeout",
     }  # fmt: skip
-    assert flags | {"sync"} == set(fields)
+    assert flags | {"sync", "parents"} == set(fields)  # OUT/ makes folders
 
 
 # Examples.

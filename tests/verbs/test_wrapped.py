@@ -380,3 +380,12 @@ def test_copies_of_single_numbers_are_copies(tmp_path: Path, run: Run) -> None:
     source = str(tmp_path / "in.pth")
     torch.save({"model": {"w": torch.ones(1)}, "mean": {"w": torch.zeros(1)}}, source)
     assert run("unwrap", source, str(tmp_path / "out.pth")).code == 2
+
+
+def test_the_last_lines_say_where_the_state_dict_is(run: Run, good: Path, tmp_path: Path) -> None:
+    """What `load_state_dict` takes is inside the output, or the output itself."""
+    wrapped, bare = tmp_path / "wrapped.pth", tmp_path / "bare.pth"
+    done = run("strip-prefix", good / "model_best.pth.tar", wrapped)
+    assert done.err.splitlines()[-2] == f"{wrapped}: 8 tensors, 704 B at `state_dict`"
+    done = run("transfer", good / "model_best.pth.tar", bare)
+    assert done.err.splitlines()[-2] == f"{bare}: 8 tensors, 704 B"
