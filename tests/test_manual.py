@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -74,6 +76,42 @@ def test_the_examples_give_what_they_show(name: str, tmp_path: Path) -> None:
     for command, expected in examples(manual.page(name)):
         shown = on_terminal(command, tmp_path)
         assert matches(shown, expected), f"$ {command}\n" + "\n".join(shown)
+
+
+def lines_named(text: str) -> list[str]:
+    """List the command lines in a text that are not run: in prose, tables and blocks of shell."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = [" ".join(line.split()) for line in re.findall(r"`(ckptool [^`]+)`", prose)]
+    shell = [line for block in blocks for line in block.splitlines()]
+    return [*inline, *(line for line in shell if line.startswith("ckptool "))]
+
+
+SHELL = ("|", ">", "<", "&&")
+PAPERS = {
+    **{name: manual.page(name) for name in PAGES},
+    **{
+        path.name: path.read_text(encoding="utf-8")
+        for path in (*ROOT.glob("README*.md"), *(ROOT / ".github").glob("*.md"))
+    },
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if lines_named(PAPERS[name])])
+def test_command_lines_that_are_named_are_understood(name: str) -> None:
+    """Their commands and options are there; what is in capitals stands for something else."""
+    for line in lines_named(PAPERS[name]):
+        words = takewhile(lambda each: each not in SHELL, shlex.split(line, comments=True))
+        _, word, *arguments = words
+        if word.isupper() or word.startswith("-"):
+            continue
+        command = ckptool.get_command(context(), word)
+        assert command, line
+        flags = {flag for each in command.params for flag in (*each.opts, *each.secondary_opts)}
+        given = {each.partition("=")[0] for each in arguments if re.match(r"--?[a-z]", each)}
+        assert given <= flags | {"-h", "--help"}, line
+        if word == "help" and arguments:
+            assert {*arguments} <= {*PAGES, "TOPIC", "COMMAND"}, line
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def written(arguments: list[str]) -> Path:
     context = click.Context(ckptool)
     command = ckptool.get_command(context, arguments[0])
     given, _, _ = command.make_parser(click.Context(command)).parse_args(arguments[1:])
-    return Path(given.get("target") or given["source"])
+    return Path(given["paths"][-1])
 
 
 def loads(path: Path, run: Run) -> str:

@@ -100,29 +100,18 @@ def command(
     place = publish.refuse_target(
         target, [each for each in (file, other) if each], force=force, sync=True
     )
-    checkpoint = containers.read(file)
+    sources = [containers.read(path) for path in (file, other) if path is not None]
     with pictures.drawing():
         pass  # or refuse before values are read
-    with talk.Progress(checkpoint.path, quiet=quiet) as progress:
+    with talk.Progress(target, quiet=quiet) as progress:
+        begin = progress.begin
+        chosen = patterns(select)
         if other is not None:
-            twin = containers.read(other)
-            plot = plotting.change(
-                checkpoint,
-                twin,
-                at=at,
-                select=patterns(select),
-                depth=depth,
-                progress=progress.begin,
-            )
+            plot = plotting.change(*sources, at=at, select=chosen, depth=depth, progress=begin)
         else:
-            begin = progress.begin if stats else None
-            found = listing.listing(checkpoint, at)
-            found = listing.chosen(found, patterns(select), "file", begin, cells=True)
-            plot = (
-                plotting.values(found, depth, every=bool(select))
-                if stats
-                else plotting.sizes(found, depth)
-            )
+            found = listing.listing(sources[0], at)
+            found = listing.chosen(found, chosen, "file", begin if stats else None, cells=True)
+            plot = plotting.of_one(found, depth, stats=stats, every=bool(chosen))
     publish.write(place, charts.picture(plot, form, size, by=by))
     if as_json:
         talk.put_document({**plot.to_dict(), "target": target})

@@ -76,6 +76,14 @@ class Statistics:
         return sqrt(self.squares / self.count)
 
     @property
+    def numbers(self) -> dict[str, float | None]:
+        """Return what JSON has of them: None where there are none, or doubles are too small."""
+        if not self.count:
+            return dict.fromkeys(("min", "max", "mean", "std"))
+        found = {"min": self.least, "max": self.largest, "mean": self.mean, "std": self.std}
+        return {name: each if isfinite(each) else None for name, each in found.items()}
+
+    @property
     def absmax(self) -> float:
         """Return the largest magnitude."""
         return max(abs(self.least), abs(self.largest))

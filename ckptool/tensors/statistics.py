@@ -47,10 +47,52 @@ def _array(block: Block, dtype: DType) -> Any:
 
 def statistics(block: Block, dtype: DType, *, cells: bool = False) -> Statistics:
     """Return what elements are on the whole, with `cells` a histogram too."""
-    found, size = Statistics(), SLICE * dtype.itemsize
-    for start in range(0, len(block), size):
-        found += _of_slice(_array(block[start : start + size], dtype), cells)
+    import numpy as np
+
+    size = SLICE * dtype.itemsize
+    slices = (block[start : start + size] for start in range(0, len(block), size))
+    if dtype.itemsize == 1:
+        counts = np.zeros(256, "i8")
+        for part in slices:
+            counts += np.bincount(np.frombuffer(part, "u1"), minlength=256)
+        return _of_patterns(counts, dtype, cells)
+    found = Statistics()
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of the largest doubles
+        for part in slices:
+            found += _of_slice(_array(part, dtype), cells)
     return found
+
+
+def _of_patterns(counts: Any, dtype: DType, cells: bool) -> Statistics:
+    """Return what bytes are on the whole, of which there are so many of each."""
+    import numpy as np
+
+    held = np.nonzero(counts)[0].astype("u1")
+    values, counts = _array(held.tobytes(), dtype), counts[held]
+    finite = np.isfinite(values)
+    nan, inf = (int(counts[odd].sum()) for odd in (np.isnan(values), np.isinf(values)))
+    values, counts = values[finite], counts[finite]
+    if not len(values):
+        return Statistics(nan=nan, inf=inf)
+    count = int(counts.sum())
+    mean = float((counts * values.astype("f8")).sum()) / count
+    apart = values - mean
+    each = zip(values, counts.tolist(), strict=True) if cells else ()
+    found: dict[int, int] = {}
+    for value, times in each:
+        for cell in _cells(np.array([value])):
+            found[cell] = found.get(cell, 0) + times
+    return Statistics(
+        count=count,
+        least=values.min().item(),
+        largest=values.max().item(),
+        mean=mean,
+        squares=float((counts * apart * apart).sum()),
+        zeros=int(counts[values == 0].sum()),
+        nan=nan,
+        inf=inf,
+        cells=found,
+    )
 
 
 def _of_slice(values: Any, cells: bool) -> Statistics:
@@ -65,18 +107,32 @@ def _of_slice(values: Any, cells: bool) -> Statistics:
     if not len(values):
         return Statistics(nan=nan, inf=inf)
     mean = total / len(values)
-    apart = values - mean
     return Statistics(
         count=len(values),
         least=values.min().item(),
         largest=values.max().item(),
         mean=mean,
-        squares=dot(apart, apart),
+        squares=_squares(values, total),
         zeros=int(np.count_nonzero(values == 0)),
         nan=nan,
         inf=inf,
         cells=_cells(values) if cells else {},
     )
+
+
+def _squares(values: Any, total: float) -> float:
+    """Sum the squares of how far numbers are from their mean.
+
+    Nothing is lost in the difference of two sums where it is not small, as of weights, whose mean
+    is near zero.
+    """
+    mean = total / len(values)
+    if values.dtype == "f8":
+        squares = dot(values, values)
+        if 2 * total * mean < squares:
+            return squares - total * mean
+    apart = values - mean
+    return dot(apart, apart)
 
 
 def _cells(values: Any) -> dict[int, int]:

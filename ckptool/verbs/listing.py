@@ -93,11 +93,9 @@ class Listing:
         fields = _fields(key, info)
         if self.statistics is not None:
             found = self.statistics.get(key, Statistics())
-            counted = found.count > 0
-            fields["min"] = found.least if counted else None
-            fields["max"] = found.largest if counted else None
-            fields["mean"] = found.mean if counted else None
-            fields["std"] = found.std if counted else None
+            numbers = found.numbers
+            fields["min"], fields["max"] = numbers["min"], numbers["max"]
+            fields["mean"], fields["std"] = numbers["mean"], numbers["std"]
             fields["zeros"], fields["nan"], fields["inf"] = found.zeros, found.nan, found.inf
         return fields
 

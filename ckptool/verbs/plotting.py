@@ -69,11 +69,9 @@ class Layer:
             "nbytes": self.nbytes,
         }
         if found := self.values:
-            known = found.count > 0
-            fields["min"] = found.least if known else None
-            fields["max"] = found.largest if known else None
-            fields["mean"] = found.mean if known else None
-            fields["std"] = found.std if known else None
+            numbers = found.numbers
+            fields["min"], fields["max"] = numbers["min"], numbers["max"]
+            fields["mean"], fields["std"] = numbers["mean"], numbers["std"]
             fields["not_finite"] = self.odd
             fields["quantiles"] = dict(zip(map(str, SHARES), self.quantiles, strict=False))
         if self.moved:
@@ -114,26 +112,22 @@ class Plot:
         }
 
 
-def sizes(found: Listing, depth: int | None) -> Plot:
-    """Return how large the layers of a checkpoint are."""
-    groups = _by_layer(found.entries, depth)
-    layers = [_layer(path, entries) for path, entries in groups.items()]
-    return _plot("sizes", found, None, layers)
+def of_one(found: Listing, depth: int | None, *, stats: bool, every: bool) -> Plot:
+    """Return how large layers are, or with `stats` how their values are distributed.
 
-
-def values(found: Listing, depth: int | None, *, every: bool) -> Plot:
-    """Return how the values of layers are distributed; `found` has statistics, with cells.
-
-    Of each layer that is its largest tensor of floats, with `every` each tensor by itself.
+    `found` has statistics with cells then. Of each layer the values are those of its largest tensor
+    of floats, with `every` of each tensor by itself.
     """
+    if not stats:
+        groups = _by_layer(found.entries, depth)
+        return _plot("sizes", found, None, [_layer(*each) for each in groups.items()])
     floats = [entry for entry in found.entries if _is_float(entry[1])]
+    groups = _by_layer(floats, depth)
     if every:
-        layers = [_spread(found, tuple(key.split(".")), [(key, info)]) for key, info in floats]
-    else:
-        groups = _by_layer(floats, depth)
-        layers = [_spread(found, path, entries) for path, entries in groups.items()]
+        groups = {tuple(key.split(".")): [(key, info)] for key, info in floats}
     left = len(found.entries) - len(floats)
     notes = [f"not in it: {counted(left, 'tensor')} without floats"] if left else []
+    layers = [_spread(found, *each) for each in groups.items()]
     return _plot("values", found, None, layers, notes)
 
 

@@ -1,13 +1,14 @@
 """Make the benchmark's files with torch, and do with torch what ckptool does without it.
 
 run.py starts this as a process of its own, so that torch is never in the memory of the process
-that measures. `strip`, `convert`, `cast`, `load` and `average` leave the seconds of their work,
-without the import of torch, in the SECONDS_FILE.
+that measures. All but those that make files leave the seconds of their work, without the
+import of torch, in the SECONDS_FILE.
 
 usage: python with_torch.py make FILE NBYTES | keys FILE COUNT | experts FILE COUNT
        python with_torch.py matrices FILE NBYTES ROWS COLUMNS
        python with_torch.py strip IN OUT SECONDS_FILE | convert IN OUT SECONDS_FILE
        python with_torch.py cast IN OUT SECONDS_FILE DTYPE
+       python with_torch.py statistics SECONDS_FILE IN | distance SECONDS_FILE A B
        python with_torch.py load SECONDS_FILE IN ... | average SECONDS_FILE OUT IN ...
 """
 
@@ -186,6 +187,26 @@ def average(sources: list[str], target: str) -> None:
     torch.save(state, target)
 
 
+def statistics(source: str) -> None:
+    """Compute what values are on the whole, as `keys --stats` does."""
+    checkpoint = torch.load(source, weights_only=True, map_location="cpu")
+    for value in checkpoint["state_dict"].values():
+        wide = value.double()
+        torch.aminmax(wide)
+        torch.std_mean(wide, correction=0)
+        torch.count_nonzero(wide)
+
+
+def distance(source: str, other: str) -> None:
+    """Compute how far two state_dicts are, as `diff` does."""
+    left = torch.load(source, weights_only=True, map_location="cpu")["state_dict"]
+    right = torch.load(other, weights_only=True, map_location="cpu")
+    for key, value in left.items():
+        one, two = value.double().flatten(), right[key].double().flatten()
+        apart = one - two
+        (apart.norm(), one.norm(), two.norm(), one.dot(two), apart.abs().max())
+
+
 def stripped(checkpoint: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the state_dict with `module.` taken off its keys."""
     return {key.removeprefix("module."): value for key, value in checkpoint["state_dict"].items()}
@@ -213,6 +234,14 @@ def main(arguments: list[str]) -> None:
         case ["load", seconds, *sources]:
             start = time.perf_counter()
             load(sources)
+            Path(seconds).write_text(repr(time.perf_counter() - start))
+        case ["statistics", seconds, source]:
+            start = time.perf_counter()
+            statistics(source)
+            Path(seconds).write_text(repr(time.perf_counter() - start))
+        case ["distance", seconds, source, other]:
+            start = time.perf_counter()
+            distance(source, other)
             Path(seconds).write_text(repr(time.perf_counter() - start))
         case ["average", seconds, target, *sources]:
             start = time.perf_counter()

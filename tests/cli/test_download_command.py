@@ -60,7 +60,7 @@ def test_what_is_gone_on_with_is_said(run: Run, server: Server, here: Path) -> N
     assert (failed.code, failed.out) == (6, "")
     assert "error[download-failed]" in failed.err
     assert "200000 bytes are kept in" in failed.err
-    assert "went on after 195.3 KiB" in run("download", url).err
+    assert "resumed after 195.3 KiB" in run("download", url).err
 
 
 @pytest.mark.parametrize(

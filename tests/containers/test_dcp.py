@@ -287,7 +287,7 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
     "no place": (
         lambda m: [m.storage_data.pop(i) for i in list(m.storage_data) if i.fqn == "model.grid"],
         Malformed,
-        "where the chunk of model.grid at (0, 0) lies",
+        "no entry for the chunk of model.grid at (0, 0)",
     ),
     "no place for an object": (
         lambda m: [m.storage_data.pop(i) for i in list(m.storage_data) if i.fqn == "epoch"],

@@ -288,7 +288,7 @@ def test_a_redirect_is_followed_once_and_again_when_it_expires(far: Far, tmp_pat
 def test_an_index_names_files_beside_it_alone(far: Far, name: str) -> None:
     index = json.dumps({"metadata": {}, "weight_map": {"a": name, "b": "x.safetensors"}})
     url = far.put("/deep/er/model.safetensors.index.json", index.encode())
-    with pytest.raises(Malformed, match="no name of a file beside it"):
+    with pytest.raises(Malformed, match="not the name of a file next to it"):
         ckptool.keys(url)
     assert {each.path for each in far.asked} == {"/deep/er/model.safetensors.index.json"}
 

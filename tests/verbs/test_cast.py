@@ -156,7 +156,7 @@ def test_one_name_of_a_tied_tensor_is_not_cast_alone(run: Run, here: Path) -> No
     [
         (["--dtype", "b16"], "did you mean `bf16`"),
         (["--dtype", "int8"], "known are bf16, f16, f32, f64, f8_e4m3, f8_e5m2"),
-        (["--dtype", "f8_e8m0"], "no dtype of floats"),
+        (["--dtype", "f8_e8m0"], "not a dtype of floats"),
         (["--dtype-only", "a"], "--dtype-only has no effect without --dtype"),
         (["--overflow", "inf"], "--overflow has no effect without --dtype"),
         (["--dtype", "bf16", "--overflow", "wrap"], "'wrap' is not one of"),

@@ -28,7 +28,7 @@ def main() -> int:
     done = ckptool(command, "--json", *options, "--", source, target)
     rows = [("input", source), ("output", target)]
     if done.returncode:
-        summarize(command, [*rows, ("failed", f"exit code {done.returncode}")], done.stderr)
+        summarize(command, [*rows, ("failed", f"exit code {done.returncode}")], said(done.stderr))
         return done.returncode
     written = json.loads(done.stdout)
     rows += [("tensors", counts(written))]
@@ -38,7 +38,7 @@ def main() -> int:
     checked = ckptool("check", "--json", *sums, *arguments("CHECK"), "--", target)
     files = json.loads(checked.stdout)["files"] if checked.stdout else []
     rows += [(f"check: {file['status']}", file["detail"]) for file in files]
-    summarize(command, rows, checked.stderr if checked.returncode else "")
+    summarize(command, rows, said(checked.stderr) if checked.returncode else [])
     if not checked.returncode:
         outputs(path=target, sha256=files[0]["sha256"] or "", tensors=str(written["written"]))
     return checked.returncode
@@ -65,11 +65,20 @@ def counts(written: dict[str, object]) -> str:
     return f"read {read}, renamed {renamed}, dropped {dropped}, written {out}"
 
 
-def summarize(command: str, rows: list[tuple[str, str]], talk: str) -> None:
+def said(talk: str) -> list[str]:
+    """Return the lines of what was said of a failure, as text or as the document of an error."""
+    try:
+        error = json.loads(talk)
+        return [f"error[{error['error']}]: {error['message']}", *error["evidence"], error["hint"]]
+    except ValueError:
+        return talk.splitlines()
+
+
+def summarize(command: str, rows: list[tuple[str, str]], talk: list[str]) -> None:
     """Append a table to the summary of the job, and what was said of a failure."""
     table = [f"### ckptool {command}", "", "| | |", "|---|---|"]
     table += [f"| {inert(name)} | {inert(value)} |" for name, value in rows]
-    table += ["", *(f"{inert(line)}<br>" for line in talk.splitlines())] if talk else []
+    table += ["", *(f"{inert(line)}<br>" for line in talk)] if talk else []
     with open(os.environ["GITHUB_STEP_SUMMARY"], "a", encoding="utf-8") as summary:
         summary.write("\n".join([*table, "", ""]))
 
