@@ -285,6 +285,18 @@ class DoesNotLoad(ModelError):
     exit_code = 1
 
 
+class Usage(CkptoolError):
+    """A command line that click refuses."""
+
+    exit_code = 2
+
+
+class Interrupted(CkptoolError):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
 class Bug(CkptoolError):
     """A defect in ckptool."""
 
@@ -340,7 +352,7 @@ _REMEDIES = {
     errno.EROFS: "name an output on a file system that is not read-only",
     errno.EMFILE: _LIMITED,
     errno.ENFILE: "too many files are open on this machine: run it again when there are fewer",
-    errno.EIO: "look whether the disk is sound: dmesg says what it met",
+    errno.EIO: "check the disk: dmesg shows its errors",
     errno.ELOOP: "ls -l shows where the link leads",
     errno.ENAMETOOLONG: "a file system takes names of 255 bytes, and paths of 4096",
     errno.EEXIST: "remove it, or name another output",

@@ -15,6 +15,8 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import takewhile
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -146,7 +148,7 @@ def run(
     def run_here(*arguments: object) -> Outcome:
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
-        return Outcome(code, *capsys.readouterr())
+        return valid(arguments, Outcome(code, *capsys.readouterr()))
 
     yield run_here
     signal.signal(signal.SIGTERM, before)
@@ -174,9 +176,24 @@ def spawn(tmp_path: Path) -> Callable[..., Outcome]:
             **more,
         )
         out, err = (text.decode(encoding) for text in (done.stdout, done.stderr))
-        return Outcome(done.returncode, out, err)
+        return valid(arguments, Outcome(done.returncode, out, err))
 
     return run_there
+
+
+def valid(arguments: Sequence[object], outcome: Outcome) -> Outcome:
+    """Check what a command printed with --json: each stream has one valid document, or nothing."""
+    options = [*takewhile(lambda each: each != "--", arguments)]
+    if "--json" in options and "--help" not in options and find_spec("jsonschema"):
+        from test_schemas import validate
+
+        if outcome.out:
+            validate(outcome.document)
+        if outcome.err:
+            error = json.loads(outcome.err)
+            validate(error, "error/1")
+            assert error["exit"] == outcome.code
+    return outcome
 
 
 def _argument(value: object) -> str | bytes:

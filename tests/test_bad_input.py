@@ -215,7 +215,7 @@ EXPECTED: dict[str, tuple[str, str, str, str]] = {
     **HARMLESS,
     # Its only tensor is under the key that would run.
     "in_key.pth": ("ok", "unsafe-pickle", "no-state-dict", "nothing-matched"),
-    "script_os_system.pt": ("ok",) * 4,  # a program is left behind with all that it names
+    "script_os_system.pt": ("ok",) * 4,  # a program is not written: with all that it names
     "zero_call": ("ok",) * 4,  # what is made of the files of ranks has tensors alone
 }
 HOSTILE = sorted((FIXTURES / "hostile").iterdir())
@@ -452,13 +452,13 @@ NAMED = {
     "tar_gz.pth": "is a gzip archive",
     "gzip.pth": "is a gzip archive",
     "seven_zip.7z": "is a 7z archive",
-    "png.pth": "is a PNG picture",
+    "png.pth": "is a PNG image",
     "onnx.onnx": "is an ONNX model",
     "gguf.gguf": "is a GGUF file",
     "npz.npz": "is a zip archive of numpy arrays",
     "plain_zip.zip": "is a zip archive that torch.save did not write",
     "json.pth": "is a JSON text",
-    "text.pth": "is a text (35 B)",
+    "text.pth": "is a text file (35 B)",
     "zeros.pth": "is 4.0 KiB of zeros",
     "float_dump.bin": "unknown bytes",
     "bare_pickle.pkl": "is a plain pickle",

@@ -52,7 +52,7 @@ NAMED = {
 NO_CHECKPOINT = {
     "ZERO-BYTE": "empty (0 bytes)",
     "SYMLINK": "path of a symbolic link",
-    "3 bytes": "a text (3 B)",
+    "3 bytes": "a text file (3 B)",
     "lossy UTF-8": "saved as text on its way",
     "CTranslate2": "a CTranslate2 model",
     "": "unknown bytes",

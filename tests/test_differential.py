@@ -140,8 +140,8 @@ EXPLAINED: dict[str, dict[str, str]] = {
     },
     LOADS_UNSAFE: {},
     DIFFERENT: {
-        "the key stands twice; ckptool lists both, torch keeps the last; edits refuse it where the "
-        "values differ": "duplicate_keys.pth duplicate_keys_differ.pth",
+        "the key appears twice; ckptool lists both, torch keeps the last; edits refuse it where "
+        "the values differ": "duplicate_keys.pth duplicate_keys_differ.pth",
     },
 }
 # Rows about some versions of torch only: the first of them, and the first after them.

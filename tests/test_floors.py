@@ -22,7 +22,7 @@ PACKAGE = Path(ckptool.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 # The rooms, from the ground up: a room imports from rooms below it.
-ROOMS = ("tensors", "files", "pickles", "state", "containers", "model", "verbs", "cli")
+ROOMS = ("documents", "tensors", "files", "pickles", "state", "containers", "model", "verbs", "cli")
 GROUND = ("errors.py", "text.py", "records.py", "__init__.py")  # whom everybody may import
 TOP = ("__main__.py", "testing.py")  # who may import everybody
 ROOT = {*GROUND, *TOP, "py.typed", *ROOMS, "manual"}
@@ -98,7 +98,7 @@ OWNERS = {
     r"pickle|_pickle|cPickle|marshal|shelve|dill|cloudpickle|joblib": (),
     r"subprocess|runpy|pty|code|codeop": (),
     r"ctypes": ("files/moves.py",),
-    r"logging|warnings": ("model/*.py", "files/http.py", "cli/pictures.py"),
+    r"logging|warnings": ("model/*.py", "files/http.py", "cli/pictures.py", "cli/talk.py"),
     r"matplotlib": ("cli/pictures.py",),
     r"torch|torchvision|torchaudio|safetensors|timm|transformers|PIL": ("model/*.py",),
     r"numpy": (

@@ -111,7 +111,7 @@ def test_command_lines_that_are_named_are_understood(name: str) -> None:
         given = {each.partition("=")[0] for each in arguments if re.match(r"--?[a-z]", each)}
         assert given <= flags | {"-h", "--help"}, line
         if word == "help" and arguments:
-            assert {*arguments} <= {*PAGES, "TOPIC", "COMMAND"}, line
+            assert {*arguments} <= {*PAGES, *manual.schemas(), "TOPIC", "COMMAND"}, line
 
 
 def main() -> None:

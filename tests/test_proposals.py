@@ -216,7 +216,7 @@ def paste(run: Run, command: str, before: str) -> Iterator[str]:
     if outcome.code and any(sign in outcome.err for sign in BAD_BYTES):
         return
     match arguments[0]:
-        case "info":  # a look, which says what a file is that is no checkpoint
+        case "info":  # a look, which says what a file is that is not a checkpoint
             fine = outcome.code in (0, 3)
         case "check" | "diff":
             fine = not slug

@@ -48,7 +48,10 @@ def each(files: Sequence[str], show: Callable[[str, Put], None], *, as_json: boo
 
 
 def _put(data: Data) -> None:
-    talk.put([_document(data)] if isinstance(data, Mapping) else data)
+    if isinstance(data, Mapping):
+        talk.put_document(data)
+    else:
+        talk.put(data)
 
 
 def _headed(file: str, lines: Sequence[str], first: bool) -> list[str]:
@@ -90,7 +93,7 @@ def documents(as_json: bool) -> Iterator[Callable[[Mapping[str, object]], None]]
 
     def add(document: Mapping[str, object]) -> None:
         nonlocal before
-        lines = _document(document).splitlines()
+        lines = talk.document(document).splitlines()
         talk.put([before, *(f"    {line}" for line in lines)], end="")
         before = ","
 
@@ -98,9 +101,3 @@ def documents(as_json: bool) -> Iterator[Callable[[Mapping[str, object]], None]]
         yield add
     finally:
         talk.put(["" if before == "," else before, "  ]", "}"])
-
-
-def _document(fields: Mapping[str, object]) -> str:
-    from ckptool.cli import report
-
-    return report.document(fields)

@@ -71,7 +71,7 @@ class Command(click.Command):
             show_default=True,
             expose_value=False,
             callback=_ask,
-            help="Give up on a server that sends less than 1 KiB/s for so long.",
+            help="Give up on a server that sends less than 1 KiB/s for this long.",
         )
         what = "Memory that reading metadata may take.  [default: by its size, at most 256MiB]"
         memory = click.Option(
@@ -134,14 +134,14 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
         "--drop-beside",
         multiple=True,
         metavar="NAME",
-        help="Leave out what is beside the state_dict: optimizer, '*scheduler*'.",
+        help="Leave out other entries of the file: optimizer, '*scheduler*'.",
     ),
-    click.option("--keep-records", is_flag=True, help="Keep further records of a torch zip."),
+    click.option("--keep-records", is_flag=True, help="Keep extra records of a torch zip."),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     _IN_PLACE,
     click.option("-n", "--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-    click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings."),
+    click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings."),
     click.option(
         "--tensors-only",
         is_flag=True,
@@ -149,12 +149,16 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     ),
     click.option("--untie", is_flag=True, help="Write tied tensors as copies."),
     click.option(
-        "--allow-expand", is_flag=True, help="Allow an output of more than 4 times the input."
+        "--allow-expand",
+        is_flag=True,
+        help="Allow an output over 4 times the size of the input (views made full).",
     ),
     click.option(
         "--map-location", metavar="DEVICE", help="Tag every storage with a device: cpu, cuda:0."
     ),
-    click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system."),
+    click.option(
+        "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
+    ),
 )
 
 

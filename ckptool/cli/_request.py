@@ -45,9 +45,10 @@ def tell(request: Request, told: Told) -> None:
     from ckptool.cli import report, report_plan
 
     result, counts = told.result, told.counts
-    talk.warn(visible(line) for line in result.warnings)
+    for line in result.warnings:
+        talk.warn(visible(line))
     if request.as_json:
-        talk.put([report.document(told.document or result.to_dict())])
+        talk.put_document(told.document or result.to_dict())
     elif result.dry_run:
         talk.put(report_plan.plan_lines(result, counts, talk.columns()))
     what = report.rewrite_lines(result, fold=talk.folds())

@@ -9,9 +9,9 @@ from ckptool.cli._options import PREFIX, Command, Request, run, writes
 
 @click.command("add-prefix", cls=Command)
 @writes
-@click.option("--prefix", default=PREFIX, show_default=True, help="What to put before keys.")
+@click.option("--prefix", default=PREFIX, show_default=True, help="The prefix to add.")
 def command(request: Request, prefix: str) -> int:
-    """Put the DataParallel prefix `module.` before keys.
+    """Add the DataParallel prefix `module.` to keys.
 
     \b
     ckptool add-prefix in.pth out.pth

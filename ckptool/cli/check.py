@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 )
 @click.option("--max-size", metavar="SIZE", help="Larger files fail the check: 100MiB.")
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
-@click.option("--plugins", is_flag=True, help="Let plugins read what ckptool does not know.")
+@click.option("--plugins", is_flag=True, help="Let plugins read other formats.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int:
     """Check structure, checksums and safety of files; nothing in them is loaded.
 
@@ -43,7 +43,7 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int
     code 1 for damaged and too large, 3 for no checkpoint, 4 for unsafe; over several files the
     highest.
     """
-    from ckptool.cli import report, report_check
+    from ckptool.cli import report_check
     from ckptool.verbs import check_folders, checking
 
     groups = check_folders.groups(files)
@@ -53,19 +53,20 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int
     width = None if as_json else talk.columns()
     if width:
         talk.put(report_check.aligned(None, paths, width, _paint))
-    bugs: list[Exception] = []
+    bugs: dict[str, Exception] = {}
     for found, listed in _checked(groups, quiet, how, bugs):
         (results if listed else others).append(found)
         if listed and not as_json:
             talk.put(report_check.aligned(found, paths, width, _paint))
     unseen = {path: why for group in groups for path, why in group.unseen.items()}
-    if as_json:
-        talk.put([report.document(checking.document(results, others, unseen))])
+    if as_json:  # it has what is warned of
+        failed = {path: _failure(error) for path, error in bugs.items()}
+        talk.put_document(checking.document(results, others, unseen | failed))
     for found in results:
         _tell(found, quiet)
     talk.say(report_check.last_lines(results, others, unseen), quiet=quiet)
     if bugs:
-        raise bugs[0]
+        raise next(iter(bugs.values()))
     return max((found.status.exit_code for found in results), default=0)
 
 
@@ -74,7 +75,7 @@ def _paint(text: str, colour: str) -> str:
 
 
 def _checked(
-    groups: Sequence[Group], quiet: bool, how: dict[str, Any], bugs: list[Exception]
+    groups: Sequence[Group], quiet: bool, how: dict[str, Any], bugs: dict[str, Exception]
 ) -> Iterator[tuple[Checked, bool]]:
     """Check one file after the other, and say which get a line.
 
@@ -92,7 +93,9 @@ def _checked(
             yield from ((found, True) for found in _one(group.path, quiet, how, bugs))
 
 
-def _one(path: str, quiet: bool, how: dict[str, Any], bugs: list[Exception]) -> Iterator[Checked]:
+def _one(
+    path: str, quiet: bool, how: dict[str, Any], bugs: dict[str, Exception]
+) -> Iterator[Checked]:
     from ckptool.verbs import checking
 
     try:
@@ -103,18 +106,20 @@ def _one(path: str, quiet: bool, how: dict[str, Any], bugs: list[Exception]) -> 
     except Exception as error:
         if isinstance(error, OSError) and not is_out_of_memory(error):
             error = talk.refusal(error)
-        slug = "out-of-memory" if is_out_of_memory(error) else getattr(error, "slug", "bug")
-        talk.say([f"{visible(path)}: error[{slug}]: {type(error).__name__}: not checked"])
-        bugs.append(error)
+        talk.say([f"{visible(path)}: {_failure(error)}"])
+        bugs[path] = error
     else:
         yield found
+
+
+def _failure(error: Exception) -> str:
+    slug = "out-of-memory" if is_out_of_memory(error) else getattr(error, "slug", "bug")
+    return f"error[{slug}]: {type(error).__name__}: not checked"
 
 
 def _tell(found: Checked, quiet: bool) -> None:
     from ckptool.cli import report_check
 
-    warning, *evidence = report_check.evidence_lines(found) or [""]
-    if warning:
-        talk.warn([warning])
-        talk.say(evidence)
+    if lines := report_check.evidence_lines(found):
+        talk.warn(*lines)
     talk.say(report_check.note_lines(found), quiet=quiet)

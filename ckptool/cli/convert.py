@@ -51,18 +51,18 @@ class _InOrder(Command):
 
 @click.command("convert", cls=_InOrder)
 @writes
-@click.option("--unwrap", is_flag=True, help="Write the state_dict alone.")
+@click.option("--unwrap", is_flag=True, help="Write only the state_dict.")
 @edits()
 @strips
-@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
+@click.option("--reverse", is_flag=True, help="Apply --recipe backwards.")
 @click.option("--dtype", metavar="WORD", help="Round floats to bf16, f16, f32, f8_e4m3 ..., last.")
-@click.option("--dtype-only", multiple=True, metavar="PATTERN", help="Round these alone.")
+@click.option("--dtype-only", multiple=True, metavar="PATTERN", help="Round only these.")
 @click.option("--dtype-except", multiple=True, metavar="PATTERN", help="Round all but these.")
 @click.option(
     "--overflow",
     type=click.Choice(["refuse", "inf", "clamp"]),
     default="refuse",
-    help="What --dtype does with what is beyond its largest number.  [default: refuse]",
+    help="What --dtype does with values beyond its largest number.  [default: refuse]",
 )
 @click.option(
     "--values",

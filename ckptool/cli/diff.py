@@ -23,8 +23,10 @@ DIFFERENT = 1
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
 @click.option("--rename", multiple=True, metavar="RULE", help="A's OLD is B's NEW: OLD=NEW.")
 @click.option("--map", "moves", multiple=True, hidden=True)
-@click.option("--recipe", multiple=True, metavar="FILE", help="What makes B's tensors of A's.")
-@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
+@click.option(
+    "--recipe", multiple=True, metavar="FILE", help="Recipe that turns A's tensors into B's."
+)
+@click.option("--reverse", is_flag=True, help="Apply --recipe backwards.")
 @click.option(
     "--ignore-prefix", multiple=True, metavar="P", help="Compare without a prefix, or auto."
 )
@@ -39,7 +41,7 @@ DIFFERENT = 1
     help="Order of what differs; far: the largest change first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     left: str,
     right: str,
@@ -108,15 +110,13 @@ def command(
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
-            warning, *evidence = report.danger_lines(checkpoint) or [""]
-            if warning:
-                talk.warn([warning])
-                talk.say(evidence)
+            if lines := report.danger_lines(checkpoint):
+                talk.warn(*lines)
         found = compare.diff(first, second, asked, progress.begin)
     if sort == "far":
         found = found.farthest_first()
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     else:
         talk.put(report_diff.differences(found, talk.columns()))
     talk.say(report_diff.difference_lines(found), quiet=quiet)

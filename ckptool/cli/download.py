@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     "target",
     default=".",
     metavar="DIR_OR_FILE",
-    help="Folder or file; a new folder ends in a slash.  [default: this folder]",
+    help="Folder or file (end a new folder with /).  [default: this folder]",
 )
-@click.option("--sha256", metavar="HEX", help="What the file must be.")
-@click.option("--force", is_flag=True, help="Replace a file that is another one.")
-@click.option("--no-sync", is_flag=True, help="Leave the flush to disk to the system.")
+@click.option("--sha256", metavar="HEX", help="Expected sha256 of the file.")
+@click.option("--force", is_flag=True, help="Overwrite a different file.")
+@click.option(
+    "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
+)
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     what: str | None,
     target: str,
@@ -51,7 +53,7 @@ def command(
     ckptool download https://example.org/resnet18-5c106cde.pth -o weights/
     ckptool download --list 'resnet*'
 
-    Prints the path of the file. What an interrupted run left in NAME.part is gone on with. The
+    Prints the path of the file. Resumes the NAME.part of an interrupted run. The
     file is checked against --sha256, or the hash in its name; one that is there already is
     checked and left alone.
     """
@@ -75,11 +77,12 @@ def command(
             timeout=sites.manner().timeout,
             progress=progress.reached,
         )
+    for line in done.warnings:
+        talk.warn(visible(line))
     if as_json:
-        _put_document(done.to_dict())
+        talk.put_document(done.to_dict())
     else:
         talk.put([visible(done.path)])
-    talk.warn(map(visible, done.warnings))
     talk.say(_lines(done), quiet=quiet)
 
 
@@ -98,23 +101,18 @@ def _url(name: str, *, quiet: bool) -> str:
     return entry.url
 
 
-def _put_document(fields: Mapping[str, object]) -> None:
-    from ckptool.cli.report import document
-
-    talk.put([document(fields)])
-
-
 def _lines(done: Downloaded) -> list[str]:
     """Return what a download did, in lines of talk."""
     sha256 = f"sha256 {done.sha256}"
     if done.already_there:
         how = _checked(done)
         if done.checked == "size":
-            how += ", and its size is the server's; --force downloads it again"
-        return [f"{visible(done.path)} is there already and was left alone; {how}", sha256]
+            how = "same size as the server's; content not verified (no hash); "
+            how += "--force downloads it again"
+        return [f"{visible(done.path)}: already there, {how}", sha256]
     written = f"{visible(done.path)}: {readable(done.nbytes)}, {_checked(done)}"
     if done.resumed_from:
-        resumed = f"went on after {readable(done.resumed_from)} that were there"
+        resumed = f"resumed after {readable(done.resumed_from)}"
         return [resumed, written, sha256]
     return [written, sha256]
 
@@ -128,13 +126,14 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
         hint = "ckptool download --list shows all"
         raise NoSuchModel(f"torchvision has no weights like `{pattern}`", hint=hint)
     if as_json:
-        _put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
+        talk.put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
     else:
         width = talk.columns()
         talk.put(_table(entries, width) if width else _rows(entries))
     defaults = sum(entry.default for entry in entries)
     talk.say(
-        [f"{len(entries)} weights of {defaults} models; * is what a bare name means"], quiet=quiet
+        [f"{len(entries)} weights of {defaults} models; * is the default of a bare name"],
+        quiet=quiet,
     )
 
 

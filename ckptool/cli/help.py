@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from ckptool.errors import NoSuchCommand, of_system
 
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
+SCHEMAS = "json"  # the page that lists them, and their folder
 SUBJECTS = (
     "writing many selecting recipes dtypes containers remote whole-models plugins ci safety trust "
     "exit-codes json python numbers scale architecture"
@@ -28,9 +30,16 @@ def topics(context: click.Context) -> dict[str, list[str]]:
     return {"Commands": commands, "Subjects": SUBJECTS}
 
 
+def schemas() -> list[str]:
+    """List the pages that are a JSON Schema of a document: `json/keys-1`."""
+    names = sorted(os.listdir(os.path.join(FOLDER, SCHEMAS)))
+    return [f"{SCHEMAS}/{name.removesuffix('.json')}" for name in names]
+
+
 def page(topic: str) -> str:
-    """Return a page of the manual as it is stored, in Markdown."""
-    path = os.path.join(FOLDER, topic + SUFFIX)
+    """Return a page of the manual as it is stored, in Markdown, or a JSON Schema."""
+    suffix = ".json" if "/" in topic else SUFFIX
+    path = os.path.join(FOLDER, topic + suffix)
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -39,7 +48,9 @@ def page(topic: str) -> str:
 
 
 def title(topic: str) -> str:
-    """Return what a page is about: its first line, behind the name."""
+    """Return what a page is about: its first line, behind the name; a schema's description."""
+    if "/" in topic:
+        return str(json.loads(page(topic))["description"])
     return page(topic).partition("\n")[0].partition(": ")[2]
 
 
@@ -61,7 +72,7 @@ def shown(text: str, *, styled: bool) -> str:
 def _complete(context: click.Context, _: click.Parameter, start: str) -> list[Any]:
     from click.shell_completion import CompletionItem
 
-    names = [name for group in topics(context).values() for name in group]
+    names = [*(name for group in topics(context).values() for name in group), *schemas()]
     return [CompletionItem(name, help=title(name)) for name in names if name.startswith(start)]
 
 
@@ -74,6 +85,7 @@ def command(context: click.Context, topic: str | None) -> None:
     \b
     ckptool help strip-prefix
     ckptool help safety
+    ckptool help json/keys-1                     (the JSON Schema of a document)
 
     Without a topic, all pages are listed. On a terminal a page that is longer than
     the screen goes through $PAGER.
@@ -82,9 +94,14 @@ def command(context: click.Context, topic: str | None) -> None:
     if topic is None:
         talk.put(_contents(groups))
         return
-    if not any(topic in names for names in groups.values()):
-        raise _no_such_page(topic, groups)
-    text = shown(page(topic), styled=talk.in_colour(sys.stdout))
+    names = [*(name for names in groups.values() for name in names), *schemas()]
+    if topic not in names:
+        raise _no_such_page(topic, names)
+    text = page(topic)
+    if "/" not in topic:
+        text = shown(text, styled=talk.in_colour(sys.stdout))
+    if topic == SCHEMAS:
+        text += "".join(f"  {name:18} {title(name)}\n" for name in schemas())
     if talk.on_terminal() and text.count("\n") >= shutil.get_terminal_size().lines:
         click.echo_via_pager(text)
     else:
@@ -98,10 +115,9 @@ def _contents(groups: dict[str, list[str]]) -> list[str]:
     return [*lines[1:], "", "ckptool help TOPIC shows a page"]
 
 
-def _no_such_page(topic: str, groups: dict[str, list[str]]) -> NoSuchCommand:
+def _no_such_page(topic: str, names: list[str]) -> NoSuchCommand:
     from difflib import get_close_matches
 
-    names = [name for group in groups.values() for name in group]
     close = get_close_matches(topic, names, n=1, cutoff=0.5)
     hint = f"ckptool help {close[0]}" if close else "ckptool help   lists the pages"
     return NoSuchCommand(f"there is no command or subject `{topic}`", hint=hint)

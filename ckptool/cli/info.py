@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) -> int:
     """Say what a file is, what is in it, and which commands would help.
 
@@ -30,7 +30,7 @@ def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) ->
     ckptool info --at teacher dino.pth
     ckptool info *.pth
 
-    A file that is no checkpoint is named for what it is, exit 3.
+    For a file that is not a checkpoint it says what the file is, exit 3.
     """
     return _many.each(files, partial(_show, at=at, as_json=as_json), as_json=as_json)
 

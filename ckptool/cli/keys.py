@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Every tensor of the file, by its path.")
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
-@click.option("--names", is_flag=True, help="Print keys alone.")
+@click.option("--names", is_flag=True, help="Print only the keys.")
 @click.option("--tree", is_flag=True, help="Print modules with count, size and share.")
 @click.option("--depth", type=click.IntRange(1), help="With --tree: levels to show.")
 @click.option(
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     show_default=True,
     help="Order of the list; the last three need --stats.",
 )
-@click.option("--stats", is_flag=True, help="Least, largest, mean ... of the values.")
+@click.option("--stats", is_flag=True, help="Min, max, mean, std ... of the values.")
 @click.option("--no-fold", "every_row", is_flag=True, help="A row for each, on a terminal too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     files: Sequence[str],
     at: str | None,
@@ -112,10 +112,8 @@ def _show(
         begin = progress.begin if stats else None
         cells = talk.on_terminal() and not as_json
         found = listing.chosen(found, select, sort, begin, cells=cells)
-    warning, *evidence = report.danger_lines(checkpoint) or [""]
-    if warning:
-        talk.warn([warning])
-        talk.say(evidence)
+    if lines := report.danger_lines(checkpoint):
+        talk.warn(*lines)
     put(found.to_dict() if as_json else _lines(found, stats=stats, **form))
     talk.say(report.listing_lines(found, every=every), quiet=quiet)
 

@@ -25,7 +25,7 @@ from ckptool.cli._options import INPUT, Command, refuse_idle
 @click.option("--depth", type=click.IntRange(0), metavar="N", help="Fold modules deeper than N.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of FILE sits (dotted).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str | None,
     model: str,
@@ -49,7 +49,7 @@ def command(
     layer's keys it fills, wrappers removed, and the keys that no layer has. The model runs without
     memory for its values where it can.
     """
-    from ckptool.cli import report, report_layers
+    from ckptool.cli import report_layers
     from ckptool.model import layers, zoo
 
     refuse_idle({"at": "file"})
@@ -62,7 +62,7 @@ def command(
         at=at,
     )
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     else:
         talk.put(report_layers.rows(found, talk.columns()))
     talk.say(report_layers.lines(found), quiet=quiet)

@@ -18,9 +18,19 @@ from typing import Any
 import click
 
 from ckptool import __version__
-from ckptool.cli.talk import complain, put, refusal, say, silence, spelled, without_secrets
-from ckptool.errors import CkptoolError, NoSuchCommand
-from ckptool.text import quoted, visible
+from ckptool.cli.talk import (
+    complain,
+    documents,
+    put,
+    refusal,
+    say_interrupted,
+    silence,
+    speaks_json,
+    spelled,
+    without_secrets,
+)
+from ckptool.errors import CkptoolError, Interrupted, NoSuchCommand, Usage
+from ckptool.text import quoted
 
 GROUPS = {
     "Look": ("info", "keys", "show", "check", "diff", "plot"),
@@ -37,7 +47,6 @@ EXAMPLES = (
 COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
 NOTHING_WRITTEN = "nothing was written"
 ROOM = 24 << 20  # of the address space: what is imported, two buffers, a thread
-INTERRUPTED = 130
 PIPE_CLOSED = 141
 SIGNALLED = 128  # and the number of the signal
 
@@ -102,7 +111,9 @@ def _no_such_command(name: str, known: list[str]) -> NoSuchCommand:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--debug", is_flag=True, envvar="CKPTOOL_DEBUG", help="Show where an error is from.")
+@click.option(
+    "--debug", is_flag=True, envvar="CKPTOOL_DEBUG", help="Show the traceback of an error."
+)
 @click.version_option(__version__, "-V", "--version", message="ckptool %(version)s")
 @click.pass_context
 def ckptool(ctx: click.Context, debug: bool) -> None:
@@ -118,7 +129,9 @@ def main(args: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     _prepare_streams()
     _prepare_signals()
-    return _run(arguments, debug)
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    with documents("--json" in options):
+        return _run(arguments, debug)
 
 
 def entry() -> None:
@@ -167,25 +180,21 @@ def _run(arguments: list[str], debug: bool) -> int:
         _trace(error, debug)
         return error.exit_code
     except click.UsageError as error:
+        # Others were started with the same arguments.
         others = "--distributed" in arguments and os.environ.get("LOCAL_RANK", "0") != "0"
-        say(_usage(error, arguments), quiet=others)  # who were started with the same arguments
-        return error.exit_code
+        return error.exit_code if others else complain(_usage(error, arguments))
     except click.exceptions.Exit as error:
         return error.exit_code
     except KeyboardInterrupt as error:
-        told = "; ".join(filter(None, ["interrupted", visible(str(error)) or _left(arguments)]))
-        notes = [visible(note) for note in getattr(error, "__notes__", ())]
-        # The line of a terminal ends in ^C by now.
-        say([*notes, "", told] if sys.stderr.isatty() else [*notes, told])
-        return INTERRUPTED
+        message = "; ".join(filter(None, ["interrupted", str(error) or _left(arguments)]))
+        return say_interrupted(Interrupted(message, evidence=getattr(error, "__notes__", ())))
     except BrokenPipeError:
         silence()
         return PIPE_CLOSED
     except Exception as error:
-        refused = refusal(error)
-        complain(refused)
+        code = complain(refusal(error))
         _trace(error, debug)
-        return refused.exit_code
+        return code
 
 
 def _refuse_no_room() -> None:
@@ -218,17 +227,17 @@ def _left(arguments: list[str]) -> str:
 
 
 def _trace(error: BaseException, debug: bool) -> None:
-    if debug:
+    if debug and not speaks_json():  # stderr has one document
         sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _usage(error: click.UsageError, arguments: list[str]) -> list[str]:
+def _usage(error: click.UsageError, arguments: list[str]) -> Usage:
     # click names no command where an option lacks its value.
     named = [name for names in GROUPS.values() for name in names if name in arguments[:1]]
     command = error.ctx.command_path if error.ctx else " ".join(["ckptool", *named])
     first, *rest = error.format_message().rstrip(".").splitlines() or [""]
-    lines = [f"error[usage]: {first[:1].lower()}{first[1:]}", *rest]
-    return [*map(visible, lines), f"hint: {command} --help"]
+    message = f"{first[:1].lower()}{first[1:]}"
+    return Usage(message, evidence=rest, hint=f"{command} --help")
 
 
 def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:

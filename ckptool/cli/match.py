@@ -15,16 +15,16 @@ AMBIGUOUS = 1
 @click.command("match", cls=Command)
 @click.argument("source", metavar="A", type=INPUT)
 @click.option(
-    "--like", metavar="B", type=INPUT, help="What has the names to come out: a file, or its keys."
+    "--like", metavar="B", type=INPUT, help="The target names: a checkpoint, or a file of its keys."
 )
 @click.option("--model", metavar="SPEC", help="Or a model: resnet18, timm:NAME, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
-@click.option("-o", "--output", "target", metavar="FILE", help="Where the recipe goes.")
+@click.option("-o", "--output", "target", metavar="FILE", help="Recipe file to write.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     source: str,
     like: str | None,
@@ -49,15 +49,13 @@ def command(
     keys --json` printed. No weights are read or written: `ckptool convert --recipe map.toml A OUT`
     does that. Exit code 1 where something is ambiguous, 2 where nothing is alike.
     """
-    from ckptool.cli import report, report_match
+    from ckptool.cli import report_match
     from ckptool.model import zoo
     from ckptool.verbs import api, match as verb
 
     refuse_idle({"like_at": "like", "model_arg": "model", "force": "target"})
     if (like is None) == (model is None):
-        raise click.UsageError(
-            "name what to be like: --like B or --model SPEC", click.get_current_context()
-        )
+        raise click.UsageError("give --like B or --model SPEC", click.get_current_context())
     found = api.match(
         source, like=like, at=at, like_at=like_at, model=model, model_args=zoo.arguments(model_arg)
     )
@@ -66,7 +64,7 @@ def command(
     if target is not None:
         verb.write(found, target, [source, *([like] if like else [])], force=force)
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     elif target is None:
         talk.put(report_match.shown(found.text, talk.columns()))
     talk.say(report_match.lines(found, target), quiet=quiet)

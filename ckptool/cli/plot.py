@@ -59,7 +59,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
 )
 @click.option("--force", is_flag=True, help="Replace PICTURE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str,
     other: str | None,
@@ -114,5 +114,5 @@ def command(
             plot = plotting.of_one(found, depth, stats=stats, every=bool(chosen))
     publish.write(place, charts.picture(plot, form, size, by=by))
     if as_json:
-        talk.put([report.document({**plot.to_dict(), "target": target})])
+        talk.put_document({**plot.to_dict(), "target": target})
     talk.say(report.plot_lines(plot, target), quiet=quiet)

@@ -15,13 +15,13 @@ DIFFERENT = 1
 @click.option("--from", "source", metavar="A", type=INPUT, help="The checkpoint to try it on.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
 @click.option(
-    "--like", metavar="B", type=INPUT, help="A checkpoint with the keys and shapes to come out."
+    "--like", metavar="B", type=INPUT, help="A checkpoint with the expected keys and shapes."
 )
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @click.option("--reverse", is_flag=True, help="Do the steps backwards.")
 @click.option("--list", "listed", is_flag=True, help="List the recipes that come with ckptool.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str | None,
     source: str | None,
@@ -33,7 +33,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Check a recipe: what each step takes of a checkpoint. Writes nothing.
+    """Check a recipe: what each step changes in a checkpoint. Writes nothing.
 
     \b
     ckptool recipe --list
@@ -44,7 +44,7 @@ def command(
     FILE is a recipe, or the name of one that comes with ckptool. Exit code 1 where the keys,
     shapes and dtypes that come out are not those of B. `ckptool convert --recipe FILE` writes.
     """
-    from ckptool.cli import report, report_recipe
+    from ckptool.cli import report_recipe
     from ckptool.state import recipes
 
     refuse_idle({"at": "source", "like": "source", "like_at": "like", "as_json": "source"})
@@ -63,7 +63,7 @@ def command(
 
     found = verb.tried(recipe, source, at=at, like=like, like_at=like_at, reverse=reverse)
     if as_json:
-        talk.put([report.document(found.to_dict())])
+        talk.put_document(found.to_dict())
     else:
         talk.put(report_recipe.count_lines(found, talk.columns()))
     talk.say(report_recipe.tried_lines(found), quiet=quiet)

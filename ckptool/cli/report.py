@@ -30,13 +30,6 @@ if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
     from ckptool.verbs.surgery import Rewrite
 
 
-def document(fields: Mapping[str, object]) -> str:
-    """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
-    import json
-
-    return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
-
-
 def key_rows(entries: Sequence[Entry]) -> list[str]:
     """List tensors for programs: key, dtype, shape, bytes, with tabs between."""
     return [
@@ -145,7 +138,7 @@ def _file_line(found: Listing) -> str:
     parts.append(counted(len(found.entries), "tensor"))
     parts.append(readable(found.nbytes))
     line = f"{visible(found.checkpoint.path)}: {', '.join(parts)}"
-    return f"{line}; beside it: {listed(found.beside)}" if found.beside else line
+    return f"{line}; also contains: {listed(found.beside)}" if found.beside else line
 
 
 def plot_lines(plot: Plot, target: str) -> list[str]:
@@ -211,10 +204,10 @@ def rewrite_lines(result: Rewrite, *, fold: bool = False) -> list[str]:
     """Return what a rewrite changed and left behind, for people."""
     lines = []
     if result.bare and (result.at or result.module):
-        behind = f"; left behind {listed(result.not_carried)}" if result.not_carried else ""
+        behind = f"; not written: {listed(result.not_carried)}" if result.not_carried else ""
         lines.append(f"took the state_dict{_whereabouts(result.module, result.at)}{behind}")
     elif result.not_carried:
-        lines.append(f"left behind {listed(result.not_carried)}")
+        lines.append(f"not written: {listed(result.not_carried)}")
     lines += map(visible, result.said)
     lines += [cast_line(cast, result.source) for cast in result.casts]
     lines += _dropped_lines(result, fold=fold)
@@ -229,7 +222,7 @@ def cast_line(cast: Cast, source: str) -> str:
     kept = [f"{count} {visible(label)}" for label, count in cast.kept.items()]
     if cast.quantized or cast.scales:
         kept.append(f"{cast.quantized} quantized with {counted(cast.scales, 'scale')}")
-    parts += [f"as they were: {', '.join(kept)}"] if kept else []
+    parts += [f"not cast: {', '.join(kept)}"] if kept else []
     if cast.total is not None:
         parts += filter(None, [cast.lost("became")])
     elif cast.tensors:
@@ -288,13 +281,16 @@ def average_counts(result: Averaged) -> str:
     )
 
 
+TIED = "tied, stored once (--untie writes each)"
+
+
 def _dropped_lines(result: Rewrite, *, fold: bool) -> list[str]:
     """Name what was dropped, by reason."""
     by_reason: dict[str, list[tuple[str, str]]] = {}
     for dropped in result.dropped:
         reason, more = dropped.reason, ""
         if reason.startswith("tied to "):
-            reason, more = "tied, written once", f"= {reason.removeprefix('tied to ')}"
+            reason, more = TIED, f"= {reason.removeprefix('tied to ')}"
         elif dropped.shape is not None:
             more = shape(dropped.shape)
         by_reason.setdefault(reason, []).append((dropped.name, more))
@@ -303,7 +299,8 @@ def _dropped_lines(result: Rewrite, *, fold: bool) -> list[str]:
         if reason == SHAPE_DIFFERS:
             continue  # the lines of the fit show both shapes
         why = "" if reason == "dropped as asked" else f" ({visible(reason)})"
-        lines.append(f"dropped {len(named)}{why}: {_named(named, fold=fold)}")
+        what = f"{len(named)} {TIED}" if reason == TIED else f"dropped {len(named)}{why}"
+        lines.append(f"{what}: {_named(named, fold=fold)}")
     return lines
 
 

@@ -77,15 +77,12 @@ def last_lines(
     lines = [f"{counted(len(results), 'file')}: {', '.join(counts)}"] if len(results) > 1 else []
     if others:
         named = listed(f"{each.file} ({each.detail})" for each in others)
-        lines.append(f"{counted(len(others), 'other file')}, not of a checkpoint: {named}")
+        lines.append(f"{counted(len(others), 'other file')}, not checkpoints: {named}")
     lines += [f"not looked at: {visible(path)} ({visible(skipped[path])})" for path in skipped]
-    if not any(found.checked or found.not_checked for found in results):
-        return lines
     unseen = dict.fromkeys(line for found in results for line in found.not_checked)
     unhashed = [line for line in unseen if line.startswith(BYTES_UNSEEN)]
     if len(unhashed) > 1:
         count = sum(any(line in found.not_checked for line in unhashed) for found in results)
         merged = f"{BYTES_UNSEEN} in {counted(count, 'file')} (without checksums)"
         unseen = dict.fromkeys(merged if line in unhashed else line for line in unseen)
-    always = "whether the values are the right ones"
-    return [*lines, f"not checked: {visible('; '.join([*unseen, always]))}"]
+    return [*lines, f"not checked: {visible('; '.join(unseen))}"] if unseen else lines

@@ -162,9 +162,9 @@ def _counts(found: Difference) -> Iterator[str]:
         count = counts[what]
         if what == "value":
             yield (
-                f"{count} entry is no tensor and differs"
+                f"{count} entry is not a tensor and differs"
                 if count == 1
-                else (f"{count} entries are no tensors and differ")
+                else (f"{count} entries are not tensors and differ")
             )
         else:
             tensors = counted(found.tensors, "tensor")
@@ -172,7 +172,7 @@ def _counts(found: Difference) -> Iterator[str]:
     beside = found.beside
     count = len(beside.only_left) + len(beside.only_right) + len(beside.changed)
     if count:
-        yield f"{counted(count, 'place')} beside the state_dict"
+        yield f"{counted(count, 'place')} outside the state_dict"
 
 
 _NAMES = {

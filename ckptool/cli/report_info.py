@@ -185,8 +185,8 @@ def _layout(facts: Survey, style: _Style) -> Iterator[str]:
         yield f"tagged for {style.names(tags, 8)}"
     traits = containers.by_name(facts.checkpoint.container).traits
     if facts.state is not None and traits.module_metadata:
-        there = "there" if facts.state.metadata is not None else "not there"
-        yield f"`_metadata`, the versions of modules, is {there}"
+        lacks = "no " if facts.state.metadata is None else ""
+        yield f"{lacks}`_metadata` (module versions)"
 
 
 def _beside(about: str, each: Beside, style: _Style) -> Fact:
@@ -231,7 +231,7 @@ def _safety(facts: Survey, style: _Style) -> list[Fact]:
         lines = safety.evidence_of(verdict, checkpoint)
         found += [("safety", f"    {visible(line)}") for line in lines]
     if verdict.foreign:
-        what = "foreign: torch.load(weights_only=True) refuses it; loading it otherwise imports"
+        what = "foreign: needs weights_only=False, which would import"
         found.append(("safety", what))
         names: list[Fact] = [("safety", f"    {visible(str(name))}") for name in verdict.foreign]
         found += style.first(names, MAX_NAMES)
@@ -251,11 +251,11 @@ def _versions(verdict: Verdict, style: _Style) -> list[Fact]:
 def _plain(checkpoint: Checkpoint, verdict: Verdict) -> str:
     """Return what it means that nothing but plain names was found."""
     if checkpoint.program:
-        return f"plain in its names alone: {_PROGRAM}"
+        return f"its names are plain: {_PROGRAM}"
     if not checkpoint.pickle_name:
         return "plain: there is no pickle in it"
     after = "".join(f" after `import {module}`" for module in verdict.imports)
-    what = f"plain: all that it names is what torch.load(weights_only=True) accepts{after}"
+    what = f"plain: loads with torch.load(weights_only=True){after}"
     if checkpoint.protocol in (None, 2) or len(checkpoint.files) > 1:  # no file for torch.load
         return what
     return f"{what} in protocol 2; this is protocol {checkpoint.protocol or '0 or 1'}"

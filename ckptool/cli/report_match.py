@@ -62,5 +62,5 @@ def nothing_alike(found: Matched) -> EditError:
     here, there = examples
     return EditError(
         f"nothing in {found.source.name} has the shapes of anything in {found.like.name}",
-        evidence=[f"keys are like {here}, and like {there}"],
+        evidence=[f"keys look like {here}, and like {there}"],
     )

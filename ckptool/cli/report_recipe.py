@@ -55,7 +55,7 @@ def tried_lines(found: Tried) -> list[str]:
     """Return what comes out, what no rule takes, and what is otherwise than in `like`."""
     lines = [f"{visible(found.source)}: {counted(found.read, 'key')} in, {found.made} out"]
     if found.unmatched:
-        what = f"{counted(len(found.unmatched), 'key')} that no rule takes"
+        what = f"{counted(len(found.unmatched), 'key')} that no rule matches"
         lines.append(visible(f"{what}: {listed(found.unmatched)}"))
     if found.like is None:
         return lines

@@ -15,7 +15,7 @@ from ckptool.cli._options import INPUT, Command
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Up to 1 000 000 values, not 1 000.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     file: str, key: str, index: str, at: str | None, every: bool, as_json: bool, quiet: bool
 ) -> None:
@@ -29,12 +29,11 @@ def command(
     KEY is a key of the state_dict, or a path that `keys --all` lists, or one of what is beside
     them: args.lr, optimizer.param_groups.0.lr. Nothing is executed.
     """
-    from ckptool.cli import report, report_show
+    from ckptool.cli import report_show
     from ckptool.verbs.showing import show
 
     shown = show(file, key, at=at, slice=index, all=every)
-    talk.put(
-        [report.document(shown.to_dict())]
-        if as_json
-        else report_show.value_lines(shown, talk.columns())
-    )
+    if as_json:
+        talk.put_document(shown.to_dict())
+    else:
+        talk.put(report_show.value_lines(shown, talk.columns()))

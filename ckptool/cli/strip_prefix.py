@@ -16,14 +16,14 @@ from ckptool.cli._options import PREFIX, Command, Request, run, strips, writes
     multiple=True,
     default=[PREFIX],
     show_default=PREFIX,
-    help="What to remove, in this order; `auto` is every known wrapper that all keys share.",
+    help="Prefix to remove, repeatable; `auto`: all known wrappers that all keys share.",
 )
-@click.option("--every", is_flag=True, help="Insist that every key has the prefix.")
+@click.option("--every", is_flag=True, help="Fail unless every key has the prefix.")
 @strips
 def command(
     request: Request, prefix: Sequence[str], every: bool, anywhere: bool, keep_bookkeeping: bool
 ) -> int:
-    """Take the DataParallel prefix `module.` off keys.
+    """Remove the DataParallel prefix `module.` from keys.
 
     \b
     ckptool strip-prefix in.pth out.pth

@@ -1,4 +1,8 @@
-"""How commands talk: data on stdout, talk and progress on stderr, colour on a terminal alone."""
+"""How commands talk: data on stdout, talk and progress on stderr, colour on a terminal alone.
+
+With `--json` nothing is said: stdout gets one document, which has the warnings, or stderr gets one
+that describes an error.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -18,6 +23,7 @@ from ckptool.cli.screen import wrapped
 from ckptool.errors import (
     Bug,
     CkptoolError,
+    Interrupted,
     MissingExtra,
     NoSuchFile,
     WriteError,
@@ -28,20 +34,53 @@ from ckptool.errors import (
 )
 from ckptool.text import readable, visible
 
+if TYPE_CHECKING:
+    from ckptool.documents import looking
+
 TYPED = "^C"  # how a terminal shows it
 COLUMNS = 80  # of a terminal that does not know
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
 LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
 
 
+_warned: list[str] | None = None  # with --json: the warnings of the next document
+
+
+@contextmanager
+def documents(wanted: bool) -> Iterator[None]:
+    """Say nothing but documents, where that is wanted; libraries' warnings go into them too."""
+    global _warned
+    before = _warned
+    _warned = [] if wanted else None
+    try:
+        if not wanted:
+            yield
+            return
+        import json  # noqa: F401  (now: there may be no memory for it when an error is written)
+
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: warn(str(message))
+            yield
+    finally:
+        _warned = before
+
+
+def speaks_json() -> bool:
+    """Return whether documents are all that is said."""
+    return _warned is not None
+
+
 def say(lines: Iterable[str], *, quiet: bool = False) -> None:
     """Write lines of talk to stderr; on a terminal, broken between words."""
-    if not quiet:
+    if not quiet and not speaks_json():
         width = columns(sys.stderr)
-        text = "".join(f"{part}\n" for line in lines for part in wrapped(line, width))
-        with suppress(OSError):  # nobody listens: the work goes on
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        _to_stderr("".join(f"{part}\n" for line in lines for part in wrapped(line, width)))
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError):  # nobody listens: the work goes on
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def put(lines: Sequence[str], end: str = "\n") -> None:
@@ -50,8 +89,23 @@ def put(lines: Sequence[str], end: str = "\n") -> None:
     sys.stdout.flush()
 
 
+def document(fields: Mapping[str, object]) -> str:
+    """Write one JSON document; ASCII alone, so that any stream can hold it, and nothing acts."""
+    import json
+
+    if _warned:
+        fields = {**fields, "warnings": list(_warned)}
+        _warned.clear()
+    return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
+
+
+def put_document(fields: Mapping[str, object]) -> None:
+    """Write the document of `--json` to stdout, with what was warned of."""
+    put([document(fields)])
+
+
 def refusal(error: Exception) -> CkptoolError:
-    """Return the error that the user is told of for any exception."""
+    """Return the error that describes any exception."""
     if isinstance(error, CkptoolError):
         return error
     if is_out_of_memory(error):
@@ -125,17 +179,31 @@ def in_colour(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def complain(error: CkptoolError, *, in_a_line: bool = False) -> None:
-    """Write an error: what is wrong, and unless `in_a_line`, what shows it and what helps."""
+def complain(error: CkptoolError, *, in_a_line: bool = False) -> int:
+    """Write an error, with --json as a document; return its exit code.
+
+    `in_a_line` leaves out what shows it and what helps.
+    """
+    if speaks_json():
+        _to_stderr(document(failure(error)) + "\n")
     slug = coloured(f"error[{error.slug}]", "red")
     lines = [f"{slug}: {visible(error.message)}"]
-    if in_a_line:
-        say(lines)
-        return
-    lines += [f"    {visible(line)}" for line in error.evidence]
-    if error.hint:
+    if not in_a_line:
+        lines += [f"    {visible(line)}" for line in error.evidence]
+    if error.hint and not in_a_line:
         lines.append(f"{coloured('hint', 'cyan')}: {visible(error.hint)}")
     say(lines)
+    return error.exit_code
+
+
+def say_interrupted(stopped: Interrupted) -> int:
+    """Write that a run was interrupted, without the form of an error; return its exit code."""
+    if speaks_json():
+        return complain(stopped)
+    # The line of a terminal ends in ^C by now.
+    last = ["", stopped.message] if sys.stderr.isatty() else [stopped.message]
+    say(map(visible, [*stopped.evidence, *last]))
+    return stopped.exit_code
 
 
 def spelled(error: CkptoolError) -> CkptoolError:
@@ -147,7 +215,7 @@ def spelled(error: CkptoolError) -> CkptoolError:
     return error
 
 
-def failure(error: CkptoolError) -> dict[str, object]:
+def failure(error: CkptoolError) -> looking.Error:
     """Return the document of an error."""
     return {
         "error": error.slug,
@@ -158,9 +226,11 @@ def failure(error: CkptoolError) -> dict[str, object]:
     }
 
 
-def warn(lines: Iterable[str]) -> None:
-    """Write warnings, which -q silences no more than errors."""
-    say(f"{coloured('warning', 'yellow')}: {line}" for line in lines)
+def warn(line: str, *evidence: str) -> None:
+    """Write a warning and what shows it, which -q silences no more than errors."""
+    say([f"{coloured('warning', 'yellow')}: {line}", *evidence])
+    if _warned is not None:
+        _warned.append("; ".join([line, *map(str.strip, evidence)]))
 
 
 def without_secrets(word: str) -> str:
@@ -179,7 +249,7 @@ class Progress:
         self._what = visible(os.path.basename(without_secrets(what)))
         self._unit = unit
         self._total = 0
-        self._quiet = quiet
+        self._quiet = quiet or speaks_json()
         self._done = 0
         self._bar: Any = None
         self._lock = threading.Lock()

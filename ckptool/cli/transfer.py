@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 @click.command("transfer", cls=Command)
 @writes
 @edits("--drop", "--keep", "--rename", "--recipe")
-@click.option("--reverse", is_flag=True, help="Do the steps of --recipe backwards.")
+@click.option("--reverse", is_flag=True, help="Apply --recipe backwards.")
 @strips
 @click.option(
-    "--like", metavar="FILE", type=INPUT, help="Keep what FILE has too, in the same shape."
+    "--like", metavar="FILE", type=INPUT, help="Keep what FILE also has, in the same shape."
 )
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of --like sits.")
 @click.option("--model", metavar="SPEC", help="Keep what a model takes: resnet18, file.py:factory.")
@@ -85,7 +85,7 @@ def command(
     seed: int,
     min_match: float,
 ) -> int:
-    """Make pretrained weights of a training checkpoint: what fits, and nothing else.
+    """Extract weights to fine-tune from: the state_dict without wrapper prefixes, what fits.
 
     \b
     ckptool transfer model_best.pth.tar pretrain.pth --drop classifier

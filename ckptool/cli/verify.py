@@ -40,25 +40,31 @@ DIFFERENT = 1
     metavar="SHAPE",
     help="Of random inputs: 1,3,224,224, or 1,16:int64; once for each argument of the model.",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Instead of the shape's first size.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Replace the first size of the input shape."
+)
 @click.option("--input", metavar="PICTURE", help="Run on a picture instead.")
 @click.option("--data", metavar="FOLDER", help="Run on folders of pictures by class.")
 @click.option("--dtype", metavar="NAME", help="f32, f16, bf16 or f64 (float32 ... too).")
 @click.option("--channels-last", is_flag=True, help="Use torch's channels_last memory format.")
-@click.option("--seed", default=0, show_default=True, help="Of inputs, and all that is random.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of the inputs and of all randomness."
+)
 @click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
 @click.option("--rtol", default=0.0, show_default=True, help="Relative difference allowed.")
 @click.option("--allow-tf32", is_flag=True, help="Let a GPU use TF32 for float32 products.")
 @click.option(
     "--allow-inconclusive",
     is_flag=True,
-    help="Exit 0 where outputs say nothing, but all modules return equal bytes.",
+    help="Exit 0 for `inconclusive` if all modules return equal bytes.",
 )
-@click.option("--partial", is_flag=True, help="Compare what both files have and the model takes.")
+@click.option(
+    "--partial", is_flag=True, help="Compare only what both files have and the model takes."
+)
 @click.option("--at", metavar="NAME", help="Where the reference's state_dict sits.")
 @click.option("--candidate-at", metavar="NAME", help="Where the candidate's state_dict sits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
     reference: str,
     candidate: str | None,
@@ -97,7 +103,7 @@ def command(
     )
     for path in filter(None, (reference, candidate)):
         _warn(path)
-    from ckptool.cli import report, report_model
+    from ckptool.cli import report_model
     from ckptool.model import zoo
     from ckptool.model.verification import IDENTICAL, INCONCLUSIVE
     from ckptool.verbs import models
@@ -120,7 +126,7 @@ def command(
             **how,
         )
     if as_json:
-        talk.put([report.document(verification.to_dict())])
+        talk.put_document(verification.to_dict())
     else:
         talk.put(report_model.rows(verification, talk.columns()))
     talk.say(report_model.verification_lines(verification), quiet=quiet)
@@ -136,7 +142,5 @@ def _warn(path: str) -> None:
     from ckptool.files import budget
 
     with suppress(CkptoolError), budget.run(anew=True):
-        warning, *evidence = report.danger_lines(containers.read(path)) or [""]
-        if warning:
-            talk.warn([warning])
-            talk.say(evidence)
+        if lines := report.danger_lines(containers.read(path)):
+            talk.warn(*lines)

@@ -117,9 +117,9 @@ def parse(tree: Node) -> Index:
     budget.current().spend(len(described) * 2 * budget.NAME)
     for key, value in described:
         if not isinstance(key, str):
-            raise Malformed("a key of the index is no text")
+            raise Malformed("a key of the index is not text")
         if key in entries:
-            raise Malformed(f"the key {key} stands twice in the index")
+            raise Malformed(f"the index has the key {key} twice")
         entries[key] = _entry(key, value, paths.get(key, (key,)), places)
     found = list(entries.values())
     return Index(found, _generation(tree, described), _reshaped(attribute(tree, "mcore_data")))
@@ -164,7 +164,7 @@ def _places(node: Node) -> dict[str, Part]:
     for index, info in pairs:
         place = _named(index)
         if place.text in places:
-            raise Malformed(f"storage_data says twice where a part of {place.key} lies")
+            raise Malformed(f"storage_data lists a part of {place.key} twice")
         places[place.text] = _part(info, place.key)
     return places
 
@@ -191,11 +191,11 @@ def _part(info: Node, key: str = "") -> Part:
         return info
     name, offset, nbytes = (attribute(info, each) for each in ("relative_path", "offset", "length"))
     if not isinstance(name, str) or type(offset) is not int or type(nbytes) is not int:
-        raise Malformed(f"storage_data does not say where {key} lies")
+        raise Malformed(f"storage_data has no entry for {key}")
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
-        raise Malformed(f"{key} lies in {name!r}, which is no name of a file in the folder")
+        raise Malformed(f"{key} is in {name!r}, which is not the name of a file in the folder")
     if length(offset) is None or length(nbytes) is None or max(offset, nbytes) > MAX_COUNT:
-        raise Malformed(f"{key} lies at an impossible place, {nbytes} bytes from {offset}")
+        raise Malformed(f"{key} is at an impossible place: {nbytes} bytes from {offset}")
     transforms = attribute(info, "transform_descriptors")
     if transforms:
         shown = [str(each) for each in transforms] if isinstance(transforms, list) else ["unknown"]
@@ -213,7 +213,7 @@ def _entry(key: str, value: Node, path: tuple[Step, ...], places: dict[str, Part
             raise Malformed(f"the index does not say what {key} is")
         part = places.get(_place(key, None))
         if part is None:
-            raise Malformed(f"storage_data does not say where {key} lies")
+            raise Malformed(f"storage_data has no entry for {key}")
         return Entry(key, path, None, (), (Box((), (), part),))
     shape = _checked(key, attribute(value, "size"))
     boxes = list(_boxes(key, value, shape))
@@ -224,7 +224,7 @@ def _entry(key: str, value: Node, path: tuple[Step, ...], places: dict[str, Part
     for offsets, sizes in boxes:
         part = places.get(_place(key, offsets))
         if part is None:
-            raise Malformed(f"storage_data does not say where the chunk of {key} at {offsets} lies")
+            raise Malformed(f"storage_data has no entry for the chunk of {key} at {offsets}")
         found.append(Box(offsets, sizes, part))
     return Entry(key, path, _dtype(key, properties), shape, tuple(found))
 
@@ -247,7 +247,7 @@ def _boxes(key: str, value: Node, shape: Sizes) -> Iterator[tuple[Sizes, Sizes]]
             raise Malformed(f"a chunk of {key} has another number of dimensions than it")
         if any(o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
             raise Malformed(
-                f"a chunk of {key} {shape_text(shape)} lies beyond it: "
+                f"a chunk of {key} {shape_text(shape)} is outside of it: "
                 f"{shape_text(sizes)} at {shape_text(offsets)}"
             )
         text = f"{offsets} {sizes}"  # hashed as a text, as in `_place`

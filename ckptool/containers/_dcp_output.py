@@ -93,7 +93,7 @@ class Flat:
         if self.empty:
             yield f"an empty dict leaves no trace in it: {listed(self.empty, 4)}"
         if self.numbered:
-            yield f"keys that are no text become text: {listed(self.numbered, 4)}"
+            yield f"keys that are not text become text: {listed(self.numbered, 4)}"
         yield from tensor_facts.lost((each.key, each.node) for each in self.entries)
         storages = [each.node.storage for each in self.entries if isinstance(each.node, TensorInfo)]
         shared = len(storages) - len(set(storages))
@@ -183,7 +183,7 @@ class _Flattener:
         for key, value in items(node) or ():
             if not _is_key(key):
                 place = _dotted((*path, label(key)))
-                self.flat.unfit[place] = "a key of a dictionary that is no plain value"
+                self.flat.unfit[place] = "a key of a dictionary that is not a plain value"
                 continue
             text = str(key)
             if text in members and type(members[text][0]) is not type(key):
@@ -201,7 +201,7 @@ class _Flattener:
         if isinstance(node, TENSORS):
             return next(filter(None, map(_odd, nodes(node))), "")
         if isinstance(node, Storage | StorageView | PersistentId):
-            return f"a {type(node).__name__.lower()} is no plain value"
+            return f"a {type(node).__name__.lower()} is not a plain value"
         if isinstance(node, Object) and _odd(node):
             return _odd(node)
         if id(node) not in self.reasons:
@@ -227,12 +227,12 @@ def _odd(node: Node) -> str:
     """Say why a name or a call is not plain, with an empty text where it is, or is another node."""
     if isinstance(node, Global):
         plain = is_accepted(node) or python3_name(node) in _PLAIN
-        return "" if plain else f"{node} is no plain value"
+        return "" if plain else f"{node} is not a plain value"
     if not isinstance(node, Object):
         return ""
     if _odd(node.callee):
         return f"a {_odd(node.callee)}"
-    return "a call of what a call returned is no plain value" if any(dangerous([node])) else ""
+    return "a call of what a call returned is not a plain value" if any(dangerous([node])) else ""
 
 
 def _unfit(tensor: AnyTensor) -> str:

@@ -103,7 +103,7 @@ def shard_notes(path: str) -> list[str]:
     whole, number, count = shard
     index = f"{whole}.index.json"
     has_index = paths.is_file(paths.join(folder, index))
-    more = f"; {index} beside it stands for all" if has_index else ""
+    more = f"; {index} names all of them" if has_index else ""
     return [f"this is shard {number} of {count}{more}"]
 
 
@@ -141,7 +141,7 @@ def _refuse_shards(folder: str, names: Sequence[str]) -> None:
             f"{folder} is a folder with {present} of {count} shards of {whole}, "
             f"without their index {whole}.index.json",
             path=folder,
-            hint="get it from where the shards came; a shard can also be named alone",
+            hint="get it from the source of the shards; a shard can also be read by itself",
         )
 
 

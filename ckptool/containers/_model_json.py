@@ -136,7 +136,7 @@ def _counted(values: Sequence[T], index: Any, name: str) -> T:
 def _value(message: Any, name: str, default: Any) -> Any:
     """Read a field of a message by its name in JSON or, as protobuf allows, in the definition."""
     if not isinstance(message, dict):
-        raise Malformed("model.json: a message that is no object")
+        raise Malformed("model.json: a message that is not an object")
     plain = _CAPITAL.sub(lambda capital: f"_{capital[1].lower()}", name)
     value = message.get(name, message.get(plain))
     return default if value is None else value
@@ -239,7 +239,7 @@ class _Tensors:
             member = self._records.members.get(key)
             count = member.nbytes // dtype.itemsize if member else 0
             if member is not None and member.nbytes % dtype.itemsize:
-                raise Malformed(f"{key} is no whole number of elements", offset=member.start)
+                raise Malformed(f"{key} is not a whole number of elements", offset=member.start)
             storage_id = StorageId(key, dtype, _field(row, "device", "cpu") or "cpu", count)
             known = self._storages[key] = self._records.storage(storage_id, key, "little")
         if known.dtype is not dtype:

@@ -22,7 +22,7 @@ Description = tuple[str, str]  # what a file is, and what helps
 
 MAX_JSON = 16 << 20
 SHORT = 200  # bytes of a text that is shown whole
-_AGAIN = "get it again from where it came"
+_AGAIN = "download or copy it again"
 _UNPACK = "unpack it, then look inside"
 _LUA = "torchfile reads it"
 _FLAX = "flax.serialization.msgpack_restore reads it"
@@ -43,11 +43,11 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
         "a legacy torch file that was saved as text on its way: its bytes are damaged for good",
         _AGAIN,
     ),
-    (rb"\x89PNG\r\n", "a PNG picture", ""),
-    (rb"\xff\xd8\xff", "a JPEG picture", ""),
-    (rb"GIF8", "a GIF picture", ""),
+    (rb"\x89PNG\r\n", "a PNG image", ""),
+    (rb"\xff\xd8\xff", "a JPEG image", ""),
+    (rb"GIF8", "a GIF image", ""),
     (rb"%PDF", "a PDF document", ""),
-    (rb"RIFF", "a RIFF file (sound, film or picture)", ""),
+    (rb"RIFF", "a RIFF file (audio, video or image)", ""),
     (rb"lmgg", "a model of whisper.cpp or another GGML program", "whisper.cpp reads it"),
     (rb"tjgg|fmgg|ggml|ggjt", "a GGML file (llama.cpp)", ""),
     (rb"\x93NUMPY", "a numpy array (.npy)", "numpy.load reads it"),
@@ -64,7 +64,7 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (rb"ftrt", "a TensorRT engine", ""),
     (rb"\x7fELF", "a program", ""),
     (rb"MZ", "a Windows program", ""),
-    (rb".{4}ftyp.", "a film or picture", ""),
+    (rb".{4}ftyp.", "a video or image", ""),
     (rb".{4}TFL3.", "a TensorFlow Lite model", ""),
     (rb".{4}ET\d\d", "a program of ExecuTorch (.pte)", "ExecuTorch runs it"),
     (rb".{4}ORTM", "a model of onnxruntime (.ort)", "onnxruntime runs it"),
@@ -270,7 +270,7 @@ def _mnn(reader: Reader, head: bytes) -> Description | None:
 
 def _zip(names: Collection[str]) -> Description:
     if names and all(name.rpartition("/")[2] in _LEFT_BY_A_FAILURE for name in names):
-        return "what a torch.save that failed left: there is no data.pkl in it", "save it again"
+        return "an unfinished torch.save: there is no data.pkl in it", "save it again"
     for ending, what, hint in _ZIPS:
         if any(name.endswith(ending) for name in names):
             return what, hint
@@ -341,7 +341,7 @@ def _weights_beside(path: str) -> str:
     for name in _WEIGHTS if paths.can_list(path) else ():
         file = paths.join(paths.folder_of(path), name)
         if paths.is_file(file) and file != path:
-            return f"ckptool info {argument(file)}   are the weights beside it"
+            return f"ckptool info {argument(file)}   are the weights next to it"
     return ""
 
 
@@ -350,10 +350,10 @@ def _plain(reader: Reader, text: str, size: str) -> Description:
     if whole.startswith("model_checkpoint_path:"):
         return f"the note of a TensorFlow checkpoint ({size})", ""
     if whole.startswith("#!") or re.search(r"^(import|from) \w+|^def \w+\(", text, re.MULTILINE):
-        return f"a text ({size}), a script", ""
+        return f"a text file ({size}), probably a script", ""
     if len(text) < 4096 and "\n" not in whole and "/" in whole and " " not in whole:
         what = f"a line of text ({size}) that looks like the path of a symbolic link"
         return f"{what}: {whole[:SHORT]}", "get the file that it names"
     if reader.nbytes <= SHORT:
-        return f"a text ({size}): {whole!r}", ""
-    return f"a text ({size})", ""
+        return f"a text file ({size}): {whole!r}", ""
+    return f"a text file ({size})", ""

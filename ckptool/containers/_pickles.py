@@ -111,7 +111,7 @@ def inline_array(node: Node, data: bytes, position: int) -> tuple[Node, int]:
         position += 1 + data[position]
     end = position + prod(sizes or ()) * itemsize
     if end > len(data):
-        raise Ended("an array of joblib goes on after the end", offset=position)
+        raise Ended("an array of joblib extends beyond the end", offset=position)
     fortran = attribute(node, "order") == "F"
     state = (1, shape, dtype, fortran, data[position:end])
     return Object(_RECONSTRUCT, (_NDARRAY, (0,), b"b"), steps=[("build", state)]), end

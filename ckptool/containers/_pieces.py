@@ -121,7 +121,7 @@ def _cut_order(key: str, held: Holding) -> list[int]:
     orders = {dim: _of_dimension(key, held, cuts) for dim, cuts in by_dim.items()}
     for dim, said in held.order or ():
         if sorted(said) != sorted(orders.get(dim, ())):
-            raise Malformed(f"{key} has a shard_order that its placements are not of")
+            raise Malformed(f"{key} has a shard_order that does not fit its placements")
         orders[dim] = list(said)
     return [at for order in orders.values() for at in order]
 

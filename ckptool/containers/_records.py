@@ -65,7 +65,7 @@ class Records:
         parsed = pickle_reader.load(pickled, 0, vocabulary)
         with pickle_reader.remembered([parsed]):
             if parsed.end != len(pickled):
-                what = f"{name} goes on after its end"
+                what = f"{name} has bytes after its end"
                 raise Malformed(what, path=self.reader.path, offset=parsed.end)
         costs.current().spend(-len(pickled))  # it has been read by now
         return parsed
@@ -157,7 +157,7 @@ def read_records(reader: Reader, wanted: str) -> Records | None:
     names = (*members, *directory.folders)
     outside = [name for name in names if not name.startswith(root)]
     if outside:  # torch takes the first entry's folder, and nothing may shadow what is in it
-        raise Malformed(f"record {outside[0]} lies outside {root}", path=reader.path)
+        raise Malformed(f"record {outside[0]} is outside {root}", path=reader.path)
     inside: dict[str, zips.Member | Storage] = {
         name.removeprefix(root): member for name, member in members.items()
     }

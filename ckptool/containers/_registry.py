@@ -176,7 +176,7 @@ def read_by(
         if checkpoint is not None:  # whatever loads the file elsewhere gets as far
             error.named, error.calls = checkpoint.globals, list(checkpoint.calls)
         error.path = error.path or reader.path
-        if reader.file.changed():  # which is why it makes no sense, then
+        if reader.file.changed():  # which is why it is invalid, then
             error.message, error.hint = f"{reader.path} was changed while it was read", ""
         if type(error) is not NotACheckpoint and str(error.path) not in error.message:
             place = f", byte {error.offset}" if error.offset is not None else ""

@@ -192,7 +192,7 @@ def _several(folder: str, what: str, shown: Sequence[str], count: int) -> Ambigu
     return AmbiguousStateDict(
         f"{folder} is a folder of {count or len(shown)} {what}",
         evidence=shown[:MAX_SETS],
-        hint="name one of them; any file of a set stands for all of it",
+        hint="name one of them; any file of a set selects the whole set",
     )
 
 

@@ -47,9 +47,9 @@ def check(
     _refuse_parallel([*slices, *models])
     if not models:
         raise PartialCheckpoint(
-            "mp_rank_00_model_states.pt, with the names and shapes of the weights, is not there",
+            "mp_rank_00_model_states.pt, with the names and shapes of the weights, is missing",
             path=slices[0].path,
-            hint="rank 0 saved it; bring all files into one folder",
+            hint="rank 0 saved it; copy all files into one folder",
         )
     _refuse_experts(slices, models[0], experts, masters=masters)
     if not masters:
@@ -101,7 +101,7 @@ def _refuse_experts(
     if masters or not model.by_expert:
         whole = model.by_expert and experts
         raise Unsupported(
-            f"{model.name} is of a mixture of experts, whose master weights are cut otherwise",
+            f"{model.name} is of a mixture of experts, whose master weights are cut differently",
             path=model.path,
             hint="--values module takes the weights in the dtype of the training" if whole else "",
         )
@@ -114,7 +114,7 @@ def _refuse_experts(
     if absent := sorted(wanted - there):
         layer, expert = absent[0]
         raise PartialCheckpoint(
-            f"{len(absent)} of {counted(len(wanted), 'file')} of experts are not there",
+            f"{len(absent)} of {counted(len(wanted), 'file')} of experts are missing",
             path=model.path,
             evidence=[f"no file of expert {expert} of layer {layer}"],
         )
@@ -138,12 +138,12 @@ def _without_masters(model: Model) -> FormatError:
     )
     of = f" of its {counted(model.world, 'rank')}" if model.world else ""
     return PartialCheckpoint(
-        f"the master weights are not there: no *_optim_states.pt{of} is beside {model.name}",
+        f"the master weights are missing: no *_optim_states.pt{of} is next to {model.name}",
         path=model.path,
         hint=f"ckptool convert --values module {argument(model.path)} OUT   writes its weights in "
         "the dtype of the training"
         if whole
-        else "bring all files into one folder",
+        else "copy all files into one folder",
     )
 
 
@@ -160,7 +160,7 @@ def _refuse_other(first: Slices, other: Slices) -> None:
             raise Malformed(
                 f"{first.name} and {other.name} differ in their {what}: {one} and {another}",
                 path=other.path,
-                hint="they are not of one save",
+                hint="they are from different saves",
             )
 
 
@@ -174,7 +174,7 @@ def _refuse_missing(files: Sequence[Rank], world: int) -> None:
     for each in files:
         if names.setdefault(each.rank, each.name) != each.name:
             twice = f"{names[each.rank]} and {each.name} are both of rank {each.rank}"
-            raise Malformed(twice, path=each.path, hint="they are not of one save")
+            raise Malformed(twice, path=each.path, hint="they are from different saves")
     absent = [rank for rank in range(min(world, len(names) + _SHOWN)) if rank not in names]
     like = files[0].name
     if absent:
@@ -182,14 +182,14 @@ def _refuse_missing(files: Sequence[Rank], world: int) -> None:
         raise PartialCheckpoint(
             f"{len(names)} of {counted(world, 'file')} like {like} are there, one of each rank",
             path=files[0].path,
-            evidence=[f"{name} is not there" for name in wanted[:_SHOWN]],
-            hint="each machine that saved it kept its own; bring all files into one folder",
+            evidence=[f"{name} is missing" for name in wanted[:_SHOWN]],
+            hint="each machine that saved it kept its own; copy all files into one folder",
         )
     if beyond := [name for rank, name in names.items() if rank >= world]:
         raise Malformed(
             f"{beyond[0]} is there, and {like} is of {counted(world, 'rank')}",
             path=files[0].path,
-            hint="they are not of one save",
+            hint="they are from different saves",
         )
 
 
@@ -204,7 +204,7 @@ def _refuse_other_model(first: Slices, model: Model, other: Model) -> None:
             raise Malformed(
                 f"{name} and {other.name} differ in their {what}: {one} and {another}",
                 path=other.path,
-                hint="they are not of one save",
+                hint="they are from different saves",
             )
 
 
@@ -223,7 +223,7 @@ def _refuse_other_steps(slices: Sequence[Slices], readers: Readers) -> None:
             raise Malformed(
                 f"{first.name} and {each.name} differ in their {what}{both}",
                 path=each.path,
-                hint="they are not of one save",
+                hint="they are from different saves",
             )
 
 
@@ -245,7 +245,7 @@ def _differing(models: Sequence[Model], readers: Readers) -> Iterator[str]:
         if key not in first.entries or not agree(first.entries[key], value, readers)
     }
     if differing:
-        yield f"differ between ranks, those of {first.name} are taken: {listed(differing)}"
+        yield f"differ between ranks, those of {first.name} are used: {listed(differing)}"
 
 
 def of_step(first: Slices, model: Model, entries: Mapping[str, Node]) -> list[str]:
@@ -259,7 +259,7 @@ def of_step(first: Slices, model: Model, entries: Mapping[str, Node]) -> list[st
         step = _number(first.step, readers)
         if model.steps is None or step is None or step == model.steps - model.skipped:
             return []
-        said = f"{model.name} is of step {model.steps}, the optimizer has stepped {step} times"
+        said = f"{model.name} is from step {model.steps}, the optimizer has stepped {step} times"
         sizes = {
             key: value.numel
             for key, value in model.entries.items()
@@ -273,7 +273,7 @@ def of_step(first: Slices, model: Model, entries: Mapping[str, Node]) -> list[st
             raise Malformed(
                 f"{said}, and {key} in it is another",
                 path=model.path,
-                hint="they are not of one save",
+                hint="they are from different saves",
             )
         return [said]
     finally:

@@ -160,7 +160,7 @@ def _slices(rank: Rank, state: Mapping[str, Node], key: str) -> Slices:
     known = (3 if key == _FLAT[1] else 1) if stage is None else length(stage)
     fits = known == 3 if key == _FLAT[1] else known in (0, 1, 2)
     if not fits or len(worlds) != len(counts) or not 0 < max(worlds, default=0) <= _MAX_WORLD:
-        raise Malformed("its `zero_stage` or `partition_count` makes no sense", path=rank.path)
+        raise Malformed("its `zero_stage` or `partition_count` is invalid", path=rank.path)
     step, said = _training(state)
     return Slices(
         rank.name,
@@ -242,7 +242,7 @@ def _shapes(group: Node, path: str) -> Shapes:
     for key, value in named_items(group):
         sizes = sizes_of(value)
         if sizes is None or prod(sizes) > MAX_COUNT:
-            raise Malformed(f"the noted shape of {key} makes no sense", path=path)
+            raise Malformed(f"the noted shape of {key} is invalid", path=path)
         if key in found:
             raise Malformed(f"the shape of {key} is noted twice", path=path)
         found[key] = sizes

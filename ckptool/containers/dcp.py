@@ -71,7 +71,7 @@ def read(reader: Reader) -> Checkpoint:
     seen.note(name, parsed.globals, parsed.calls, carried=False)
     with pickle_reader.remembered([seen]):
         if parsed.end != reader.nbytes:
-            raise Malformed("the index goes on after its end", offset=parsed.end)
+            raise Malformed("the index has bytes after its end", offset=parsed.end)
         index = _dcp_metadata.parse(parsed.tree)
         parsed.tree, parsed.calls = None, []  # of 60 000 chunks, these take more than all else
         spending.spent = spent
@@ -110,7 +110,7 @@ def _files(folder: str) -> dict[str, int]:
 def _notes(folder: str, unread: Iterable[str]) -> Iterator[str]:
     shards = [name for name in unread if name.endswith(SHARD)]
     if shards:
-        yield f"no entry lies in {listed(shards)}: left from another save, or its index is older"
+        yield f"no entry is in {listed(shards)}: left from another save, or its index is older"
     if _COMMON in unread:
         path = paths.join(folder, _COMMON)
         yield f"Megatron core keeps what is not sharded in {path}, a checkpoint of its own"
@@ -174,7 +174,7 @@ def _read_parts(
                 part = box.part
                 if part.offset < end:
                     raise Malformed(
-                        f"{entry.key} overlaps what lies before it",
+                        f"{entry.key} overlaps what comes before it",
                         path=shard.path,
                         offset=part.offset,
                     )
@@ -200,8 +200,8 @@ def _refuse_missing(
     raise Malformed(
         f"{len(missing)} of its {counted(len(wanted), 'file')} are not in the folder: "
         f"{listed(missing)}",
-        evidence=[f"{len(keys)} of {len(index.entries)} entries lie in them: {listed(keys, 3)}"],
-        hint="each machine that saved it kept its own; bring all files into one folder",
+        evidence=[f"{len(keys)} of {len(index.entries)} entries are in them: {listed(keys, 3)}"],
+        hint="each machine that saved it kept its own; copy all files into one folder",
     )
 
 
@@ -214,7 +214,7 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
             f"{shard.nbytes}",
             path=shard.path,
             offset=shard.nbytes,
-            hint="it is truncated; get it again from where it came",
+            hint="it is truncated; download or copy it again",
         )
     inner = shard.part(part.offset, part.nbytes, shard.path)
     _refuse_other(inner, part, entry)
@@ -233,7 +233,7 @@ def _read_part(shard: Reader, box: Box, entry: Entry, seen: _Seen) -> Node:
         raised.named, raised.calls = error.named, error.calls
         raise raised from error
     if found is None:
-        raise Malformed(f"{entry.key} is no torch zip", path=shard.path, offset=part.offset)
+        raise Malformed(f"{entry.key} is not a torch zip", path=shard.path, offset=part.offset)
     chunk = f" at {shape_text(box.offsets)}" if len(entry.boxes) > 1 else ""
     pickle = f"{paths.name_of(shard.file)} ({entry.key}{chunk})"
     kept = {name: each for name, each in found.records.items() if name not in small}
@@ -273,7 +273,7 @@ def _refuse_other(inner: Reader, part: Part, entry: Entry) -> None:
             path=inner.path,
             offset=part.offset,
         )
-    raise Malformed(f"{entry.key} is no torch zip", path=inner.path, offset=part.offset)
+    raise Malformed(f"{entry.key} is not a torch zip", path=inner.path, offset=part.offset)
 
 
 # Tensors.
@@ -291,7 +291,7 @@ def _value(entry: Entry, parts: dict[Part, Node], folder: str) -> Node:
 
 def _chunk(entry: Entry, box: Box, found: Node) -> TensorInfo:
     if not isinstance(found, TensorInfo):
-        raise Malformed(f"what is saved for {entry.key} is no tensor that can be a chunk")
+        raise Malformed(f"what is saved for {entry.key} is not a tensor that can be a chunk")
     if found.dtype is not entry.dtype or found.shape != box.sizes:
         assert entry.dtype is not None
         raise Malformed(
@@ -360,18 +360,18 @@ def _nested(index: Index, parts: dict[Part, Node], folder: str) -> Node:
                 step, _Branch(names=isinstance(following, str))
             )
             if not isinstance(inner, _Branch):
-                raise Malformed(f"{entry.key} lies inside another entry")
+                raise Malformed(f"{entry.key} is inside another entry")
             here = inner
         last = entry.path[-1]
         if last in _slot(here, last, entry, places):
-            raise Malformed(f"{entry.key} lies where another entry does")
+            raise Malformed(f"{entry.key} is where another entry is")
         here.members[last] = _value(entry, parts, folder)
     return _grown(root, [places])
 
 
 def _slot(here: _Branch, step: Step, entry: Entry, places: int) -> dict[Step, Node]:
     if isinstance(step, str) is not here.names:
-        raise Malformed(f"{entry.key} lies in a list by name, or in a dict by number")
+        raise Malformed(f"{entry.key} is in a list by name, or in a dict by number")
     if isinstance(step, int) and step >= places:
         raise Malformed(f"{entry.key} is number {step} of a list")
     return here.members

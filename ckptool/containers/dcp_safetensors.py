@@ -54,7 +54,7 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
         if values:
             raise EditError("a distributed checkpoint in safetensors holds one value of each")
         entries = {key: _whole(key, pieces[key]) for key in merged(orders)}
-    note = f"{counted(len(shards), 'file')} joined; how many ranks wrote is in none of them"
+    note = f"{counted(len(shards), 'file')} joined; how many ranks wrote is not in any of them"
     first, *others = shards.values()
     texts = {name: text for each in (*others, first) for name, text in each.metadata.items()}
     made = combined(first.path, NAME, make_state_dict(dict(entries), None), shards, [note])

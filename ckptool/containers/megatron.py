@@ -63,7 +63,7 @@ def _refuse_missing(ranks: Sequence[str], world: int, path: str) -> None:
         raise PartialCheckpoint(
             f"{len(ranks)} of {counted(world, 'rank')} of the model are there: {listed(ranks)}",
             path=path,
-            hint="each machine that saved it kept its own; bring all folders into one",
+            hint="each machine that saved it kept its own; copy all folders into one",
         )
 
 

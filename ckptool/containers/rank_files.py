@@ -116,7 +116,8 @@ def _rank(read: Checkpoint) -> _Rank:
     odd = [path for path, each in found.items() if path not in pieces and _is_piece(each)]
     if odd:
         raise Unsupported(
-            f"{read.path}: what a rank holds of {dotted(odd[0])} is no plain tensor", path=read.path
+            f"{read.path}: what a rank holds of {dotted(odd[0])} is not a plain tensor",
+            path=read.path,
         )
     steps = {
         key: value for key, value in named_items(read.tree) if key in _STEPS and type(value) is int
@@ -179,7 +180,7 @@ def _refuse_missing(ranks: Sequence[_Rank]) -> None:
             + (f": without rank {lost}" if known else ""),
             path=ranks[0].read.path,
             evidence=[f"{rank.name} is there" for rank in ranks[:_SHOWN]],
-            hint="each machine that saved it kept its own; bring all files into one folder",
+            hint="each machine that saved it kept its own; copy all files into one folder",
         )
 
 
@@ -239,7 +240,7 @@ class _Joining:
             if _is_parameter(path, tensor):
                 what = "differs" if other is not None else "is missing"
                 raise Malformed(
-                    f"{dotted(path)} is no piece, and {what} in {rank.name}: a parameter is the "
+                    f"{dotted(path)} is not a piece, and {what} in {rank.name}: a parameter is the "
                     "same for all ranks",
                     path=rank.read.path,
                 )
@@ -285,7 +286,7 @@ def _joined(ranks: Sequence[_Rank]) -> Checkpoint:
         f"joined of {counted(len(ranks), 'rank file')}, all that there are: {_described(ranks)}"
     ]
     if joining.differing:
-        differ = f"differ between ranks, those of {ranks[0].name} are taken"
+        differ = f"differ between ranks, those of {ranks[0].name} are used"
         notes.append(f"{differ}: {listed(joining.differing)}")
     return combined(first.path, NAME, tree, {rank.name: rank.read for rank in ranks}, notes)
 

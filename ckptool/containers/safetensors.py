@@ -60,7 +60,7 @@ def read(reader: Reader) -> Checkpoint:
         raise Malformed(
             f"the header should have {size} bytes; the file ends before",
             offset=8,
-            hint="it is truncated; get it again from where it came",
+            hint="it is truncated; download or copy it again",
         )
     budget.current().read(size)
     header = _json.load(reader.read(8, size), "the header", 8)
@@ -157,7 +157,7 @@ def _unfit(key: str, value: Node) -> str:
         kind = class_of(value)
         return f"needs its class, {kind}" if kind else f"a {value.layout} tensor"
     if not isinstance(value, TensorInfo):
-        return "holds tensors, and is none" if any(tensors_in(value)) else "not a tensor"
+        return "holds tensors, and is not one" if any(tensors_in(value)) else "not a tensor"
     if not value.dtype.safetensors_name:
         return f"dtype {value.dtype.torch_name}"
     if value.lazy and not can_resolve(value.dtype, value.lazy):
@@ -207,7 +207,7 @@ def _advice(unfit: Iterable[Node]) -> dict[str, str]:
     """Return what helps: never to leave out what holds tensors without naming it."""
     if any(any(tensors_in(value)) for value in unfit):
         return {"hint": "a torch output (OUT.pth) keeps them; --drop leaves out what it names"}
-    return {"option": "--tensors-only", "hint": "leaves them behind"}
+    return {"option": "--tensors-only", "hint": "leaves them out"}
 
 
 def _places(ordered: list[tuple[str, TensorInfo]]) -> tuple[dict[str, int], int]:

@@ -117,10 +117,10 @@ def _index(reader: Reader) -> tuple[dict[str, str], dict[str, Any], str | None]:
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if weight_map is None:
         raise NotACheckpoint(
-            f"{reader.path} is a JSON text without a `weight_map`: no index of shards"
+            f"{reader.path} is a JSON text without a `weight_map`, so it is not an index of shards"
         )
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
-        raise Malformed("the index is no map of keys to shards")
+        raise Malformed("the index is not a map of keys to shards")
     note = metadata.pop(NOTE, index.get(NOTE))  # beside it until ckptool 0.6
     return weight_map, metadata, note if isinstance(note, str) else None
 
@@ -129,8 +129,8 @@ def _shard_names(weight_map: Mapping[str, Any]) -> list[str]:
     """List the shards by their number, then name; refuse names that lead out of the folder."""
     for key, name in weight_map.items():
         if not isinstance(name, str) or not paths.stays_inside(name):
-            what = f"the index puts {key} into {str(name)[:80]!r}: no name of a file beside it"
-            raise Malformed(what)
+            what = f"the index puts {key} into {str(name)[:80]!r}"
+            raise Malformed(f"{what}, which is not the name of a file next to it")
     if not weight_map:
         raise Malformed("the index names no shards")
     return sorted(set(weight_map.values()), key=by_number)
@@ -140,9 +140,9 @@ def _refuse_absent(folder: str, names: Sequence[str]) -> None:
     absent = [name for name in names if not paths.is_file(paths.join(folder, name))]
     if absent:
         raise Malformed(
-            f"{len(absent)} of {counted(len(names), 'shard')} that the index names are not there",
+            f"{len(absent)} of {counted(len(names), 'shard')} that the index names are missing",
             evidence=absent[:SHOWN],
-            hint="get them from where the index came",
+            hint="get them from the source of the index",
         )
 
 
@@ -222,7 +222,7 @@ def _refuse_other_keys(
             raise Malformed(
                 f"{name} {lacks} {counted(len(keys), 'key')} that the index {puts}",
                 evidence=keys[:SHOWN],
-                hint="index and shards are not of one set; get all of them from one place",
+                hint="index and shards are from different sets; get all of them from one source",
             )
 
 
@@ -280,7 +280,7 @@ def _size_notes(total: Any, entries: Mapping[str, Node]) -> list[str]:
     stored = sum(storage.nbytes for storage in {value.storage for value in dense})
     if total is None or total in (every, untied, stored):
         return []
-    return [f"the index speaks of {str(total)[:20]} bytes in all, the shards hold {every}"]
+    return [f"the index says {str(total)[:20]} bytes in all, the shards hold {every}"]
 
 
 CONTAINERS = (

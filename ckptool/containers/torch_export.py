@@ -62,7 +62,7 @@ def read(reader: Reader) -> Checkpoint | None:
             if row.get("use_pickle"):  # of classes that wrap tensors: a torch file of its own
                 left.append(key)
             elif key in entries:
-                raise Malformed(f"{name}: {key} is there twice")
+                raise Malformed(f"{name}: {key} appears twice")
             elif "tensor_meta" in row:
                 entries[key] = _tensor(records, name, row, byteorder)
     return Checkpoint(

@@ -55,7 +55,7 @@ def read(reader: Reader) -> Checkpoint | None:
     parsed = pickle_reader.load(reader.read(0, reader.nbytes), 0, TorchVocabulary(find_storage))
     with pickle_reader.remembered([parsed]):
         if parsed.end != reader.nbytes:
-            raise Malformed(f"{PICKLE} goes on after its end", offset=parsed.end)
+            raise Malformed(f"{PICKLE} has bytes after its end", offset=parsed.end)
     return Checkpoint(
         reader.path,
         "torch-folder",

@@ -84,7 +84,7 @@ def _read(reader: Reader, window: _Window) -> Checkpoint:
         generation="torch before 1.6, or newer on request",
         protocol=parsed.protocol,
         unread_nbytes=reader.nbytes - end,
-        unread=("what stands behind the storages",) if end < reader.nbytes else (),
+        unread=("what follows the storages",) if end < reader.nbytes else (),
     )
 
 
@@ -118,7 +118,7 @@ def _places(
         raise Malformed(
             f"the file should have {position} bytes and has {reader.nbytes}",
             offset=reader.nbytes,
-            hint="it is truncated; get it again from where it came",
+            hint="it is truncated; download or copy it again",
         )
     return places, position
 
@@ -147,9 +147,8 @@ class _Window:
                 return self.seen[-1]
             except Ended as error:
                 if len(self._data) == self._reader.nbytes:
-                    error.hint = (
-                        "it is truncated, or what a torch.save that failed left; get it again"
-                    )
+                    why = "it is truncated, or from an unfinished torch.save"
+                    error.hint = f"{why}; download or copy it again"
                     raise
                 spending.spent = spent  # what was made is gone
                 self._grow(min(4 * len(self._data), self._reader.nbytes))

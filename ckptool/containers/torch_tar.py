@@ -126,7 +126,7 @@ class _Part:
         """Read a pickled tuple of three."""
         row = self.load().tree
         if not isinstance(row, tuple) or len(row) != 3:
-            raise Malformed("the description of a storage or tensor is no tuple of three")
+            raise Malformed("the description of a storage or tensor is not a tuple of three")
         return row
 
     def numbers(self, layout: str) -> tuple[int, ...]:
@@ -177,7 +177,7 @@ def _tensors(part: _Part, known: _TarVocabulary) -> None:
         key, stored, _ = part.row()
         storage = known.storages.get(_key(stored))
         if storage is None:
-            raise Malformed(f"tensor {_key(key)} lies in a storage that is not there")
+            raise Malformed(f"tensor {_key(key)} is in a storage that is missing")
         dimensions, _ = part.numbers("<ii")
         if not 0 <= dimensions <= part.reader.nbytes // 16:
             raise Malformed(f"tensor {_key(key)} has {dimensions} dimensions", offset=part.position)

@@ -147,7 +147,7 @@ def archive(
     pickled = pickle_writer.dump(tree, lowering)
     orders = {storage.byteorder for storage in lowering.storages if storage.nbytes}
     if len(orders) > 1:
-        raise NotRepresentable("tensors of two byte orders have no place in one torch file")
+        raise NotRepresentable("tensors of two byte orders cannot be in one torch file")
     byteorder = orders.pop() if orders else "little"
     before = [_record("data.pkl", pickled), _record("byteorder", byteorder.encode())]
     after = [_record("version", b"3\n")]

@@ -181,7 +181,7 @@ class _Modules:
             )
         if self.unknown:
             yield (
-                f"only their own code (__setstate__) can tell the parameters of "
+                f"only their own code (__setstate__) determines the parameters of "
                 f"{listed(self.unknown)}: left out"
             )
 

@@ -136,9 +136,9 @@ def _of_module(model: Model, experts: Mapping[str, Mapping[str, Node]]) -> dict[
             shape is not None and getattr(value, "shape", None) != shape
         ):
             raise EditError(
-                f"the weights of the training are not whole in ZeRO stage 3: {key} is a "
+                f"the weights of the training are incomplete in ZeRO stage 3: {key} is a "
                 "placeholder",
-                hint="leave out --values: the master weights are whole",
+                hint="leave out --values: the master weights are complete",
             )
     for name, tensors in experts.items():
         if twice := tensors.keys() & entries.keys():

@@ -129,7 +129,7 @@ def opened(path: str, suffixes: Suffixes) -> Iterator[tuple[Reader, Reader]]:
 def _member(stack: ExitStack, reader: Reader, name: str, suffixes: Suffixes) -> Reader:
     inside = enter(stack, reader)
     if inside is None:
-        what = f"{reader.path} is no archive that is looked into (zip, tar, gzip)"
+        what = f"{reader.path} is not an archive that ckptool reads (zip, tar, gzip)"
         raise NoSuchFile(what, hint=_PLACE)
     shown = f"{reader.path}{MARK}{name}"
     match inside.entries.get(name):
@@ -153,7 +153,7 @@ def _unzipped(stack: ExitStack, reader: Reader, member: zips.Member, shown: str)
         raise LimitExceeded(
             f"{shown} would unpack from {readable(member.packed_nbytes)} to "
             f"{readable(member.nbytes)}",
-            hint="if that is meant, unpack it by hand",
+            hint="if that is intended, unpack it yourself",
         )
     return _spooled(stack, zips.blocks(reader, member), shown)
 
@@ -167,7 +167,7 @@ def _missing(reader: Reader, name: str, members: list[ArchiveMember]) -> NoSuchF
         hint = f"did you mean {quoted(reader.path + MARK + close[0])}?"
     what = f"there is no {name} in {reader.path}"
     if not name:
-        what = f"nothing stands after {MARK}, which names a file in {reader.path}"
+        what = f"nothing follows {MARK}, which names a file in {reader.path}"
     return NoSuchFile(what, evidence=lines(members), hint=hint)
 
 

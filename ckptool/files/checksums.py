@@ -65,5 +65,5 @@ def compare(found: Iterable[Part]) -> None:
                 path=storage.path,
                 offset=storage.start,
                 evidence=[f"CRC-32 recorded {storage.crc32:08x}, found {checksum:08x}"],
-                hint="the file is damaged; get it again from where it came",
+                hint="the file is damaged; download or copy it again",
             )

@@ -401,7 +401,7 @@ class _Run:
         return Done(checksum, nbytes)
 
 
-_READS_OTHERWISE = "what was written reads back otherwise"
+_READS_OTHERWISE = "what was written reads back differently"
 
 
 def _start(work: Callable[[LockType], None], lock: LockType) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, field, replace
+from dataclasses import field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +40,8 @@ from ckptool.text import length, quoted, readable
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+    from ckptool.documents import models
+
 NOTHING = "nothing to check against"
 Progress = Callable[[int, int | None], None]  # bytes here so far, bytes in all
 
@@ -62,11 +64,19 @@ class Downloaded:
     weights: str | None = None
     warnings: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> models.Download:
         """Return the document `download/1`."""
-        fields = {"schema": "download/1", **asdict(self)}
-        del fields["warnings"]
-        return fields
+        return {
+            "schema": "download/1",
+            "url": self.url,
+            "path": self.path,
+            "nbytes": self.nbytes,
+            "sha256": self.sha256,
+            "resumed_from": self.resumed_from,
+            "already_there": self.already_there,
+            "checked": self.checked,
+            "weights": self.weights,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +197,7 @@ def _folder(target: str | Path) -> Iterator[str]:
     text = os.fspath(target)
     if not (os.path.lexists(text) or os.path.splitext(text)[1] or text.endswith(("/", os.sep))):
         raise BadInput(
-            f"{text} is not there, and may be a folder or a file",
+            f"{text} does not exist: is it a folder or a file?",
             option=f"-o {quoted(text + '/')}",
             hint=f"makes a folder; a file has a suffix: -o {quoted(text + '.pth')}",
         )
@@ -234,7 +244,7 @@ def _existing(job: _Job) -> Downloaded | None:
         return Downloaded(shown(job.url), job.path, nbytes, sha256, 0, True, checked)
     if job.force:
         return None
-    what = "is there already and is another file than expected; it was left alone"
+    what = "already exists, with other content than expected; it was not changed"
     raise job.mismatch(f"{job.path} {what}", sha256, hint)
 
 
@@ -252,7 +262,7 @@ def _fetched(job: _Job) -> Downloaded:
             if part.kept and isinstance(error, DownloadFailed):
                 error.hint = f"{error.hint or 'run it again'}; {kept}"
             elif part.kept:
-                error.add_note(f"{kept}; run it again to go on")
+                error.add_note(f"{kept}; run it again to resume")
             raise
     return replace(done, warnings=tuple(part.warnings))
 

@@ -36,7 +36,7 @@ _HINTS = {
     401: "the server wants a login; it goes before the host: https://USER:PASSWORD@HOST/...",
     403: "the link needs a login or a token, or has expired; get a new link",
     404: "check the link",
-    410: "the file was taken away; look for another link",
+    410: "the file was removed; look for another link",
     429: "the server has had too many requests; wait and run it again",
 }
 
@@ -340,7 +340,7 @@ def _refuse(url: str, answer: Answer, *, ranged: bool) -> None:
     if status == 206:
         raise failed(url, ": the server sends a part where all was asked for")
     reason = f" {answer.body.reason}"[:SHOWN] if answer.body.reason else ""
-    hint = "the server is in trouble; run it again later" if status >= 500 else ""
+    hint = "the server has a problem; run it again later" if status >= 500 else ""
     error = failed(url, f": the server says {status}{reason}", hint or _HINTS.get(status, ""))
     error.status = status
     raise error

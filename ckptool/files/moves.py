@@ -75,7 +75,7 @@ class Folder:
         if self._stat is None or is_file(self._path, self._stat):
             return None
         return OutputExists(
-            f"{self._path} was replaced by someone else meanwhile; it was left alone",
+            f"{self._path} was replaced by another process meanwhile; it was not changed",
             hint="run it again",
         )
 
@@ -105,7 +105,7 @@ def _link(temporary: str, path: str) -> None:
         os.link(temporary, path)
     except FileExistsError:
         raise OutputExists(
-            f"{path} was made by someone else meanwhile; it was left alone",
+            f"{path} was made by another process meanwhile; it was not changed",
             hint="name another output, or use --force",
         ) from None
     except OSError:  # a file system without hard links
@@ -310,7 +310,7 @@ def flushed(place: Target, made: Iterable[str] = ()) -> Iterator[str]:
     except OSError as error:
         yield (
             f"{place.path} was written, but its folder could not be flushed: {reason(error)}; "
-            "look whether the disk is sound before you rely on the file"
+            "check the disk before you rely on the file"
         )
 
 

@@ -58,7 +58,7 @@ def refuse_target(
     if shown.endswith(("/", os.sep)):
         raise WriteError(f"{shown} names a folder", hint=_FOLDERS)
     if shown == "-":
-        raise WriteError("output goes to files, not to stdout", hint="./- is a file of that name")
+        raise WriteError("output goes to files, not to stdout", hint="a file named - is ./-")
     if os.path.exists(real):
         if any(os.path.exists(source) and os.path.samefile(source, real) for source in sources):
             raise SameFile(
@@ -90,9 +90,9 @@ def refuse_set(
     """
     shown, real = str(path), os.path.realpath(path)
     if shown == "-":
-        raise WriteError("output goes to files, not to stdout", hint="./- is a folder of that name")
+        raise WriteError("output goes to files, not to stdout", hint="a folder named - is ./-")
     if os.path.exists(real) and not os.path.isdir(real):
-        raise WriteError(f"{shown} is no folder", hint="name a folder as the output")
+        raise WriteError(f"{shown} is not a folder", hint="name a folder as the output")
     target = Target(real, force, sync, os.path.isdir(real), parents)
     old = [name for name in moves.names(target) if owns(name)]
     used = [source for source in sources if os.path.exists(source)]
@@ -131,12 +131,12 @@ def refuse_folder(
     target = Target(real, force, sync, os.path.isdir(real), parents)
     inside = moves.names(target)
     if inside and any(os.path.realpath(os.path.dirname(source)) == real for source in sources):
-        raise SameFile(f"the input lies in {shown}", hint="name another folder as the output")
+        raise SameFile(f"the input is in {shown}", hint="name another folder as the output")
     others = [name for name in inside if not owns(name) and not moves.TEMPORARY.fullmatch(name)]
     if others:
         raise OutputExists(
             f"{shown} holds other files: {listed(others, 4)}",
-            hint="name a folder that is not there yet",
+            hint="name a new folder",
         )
     if inside and not force:
         raise OutputExists(f"{shown} is not empty", hint="name another output, or use --force")
@@ -286,7 +286,7 @@ def _take_part(place: Target, output: Output, progress: Progress, group: Group) 
             if os.path.exists(temporary):
                 raise write_error(error, place) from error
             raise WriteError(
-                f"what rank 0 has made in {place.folder} is not there",
+                f"what rank 0 has made in {place.folder} is missing",
                 hint="name an output on a file system that all machines share",
             ) from error
         group.begin_publishing()
@@ -383,7 +383,7 @@ def _move(temporary: str, place: Target, output: Output) -> None:
         except OSError:
             if os.path.lexists(place.path):
                 raise OutputExists(
-                    f"{place.path} was filled by someone else meanwhile; it was left alone",
+                    f"{place.path} was filled by another process meanwhile; it was not changed",
                     hint="name another output, or use --force",
                 ) from None
             raise

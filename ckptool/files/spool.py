@@ -15,7 +15,7 @@ from ckptool.files.fileio import CHUNK, OpenFile, Reader, ReaderFile
 from ckptool.files.temporary import temporary, temporary_file
 from ckptool.text import readable
 
-EXPANSION = 16  # weights hardly shrink; what grows more than this is no archive of weights
+EXPANSION = 16  # weights hardly shrink; what grows more than this is not an archive of weights
 ALWAYS = 64 << 20
 
 
@@ -93,7 +93,7 @@ def gunzipped(reader: Reader) -> Iterator[bytes]:
             f"{reader.path}: the gzip archive is damaged or cut off",
             path=reader.path,
             offset=packed.tell(),
-            hint="get it again from where it came",
+            hint="download or copy it again",
         ) from None
 
 
@@ -102,5 +102,5 @@ def _too_large(reader: Reader) -> LimitExceeded:
         f"{reader.path} has {readable(reader.nbytes)} and unpacks to more than "
         f"{readable(limit(reader.nbytes))}",
         path=reader.path,
-        hint="if that is meant, unpack it by hand",
+        hint="if that is intended, unpack it yourself",
     )

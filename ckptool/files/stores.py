@@ -177,7 +177,7 @@ def _writing(url: Url) -> Iterator[None]:
         try:
             yield
         except FileExistsError:
-            what = f"{url} was written by someone else meanwhile; it was left alone"
+            what = f"{url} was written by another process meanwhile; it was not changed"
             raise OutputExists(what, hint="name another output, or use --force") from None
         except PermissionError as error:
             raise OutputDenied(f"{url} may not be written: {str(error)[:_REASON]}") from None

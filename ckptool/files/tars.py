@@ -131,7 +131,7 @@ def _starts(reader: Reader) -> Iterator[int]:
         start = position + BLOCK
         end = start + -(-nbytes // BLOCK) * BLOCK
         if end > reader.nbytes:
-            hint = "it is truncated; get it again from where it came"
+            hint = "it is truncated; download or copy it again"
             _fail("the tar archive ends inside a member", position, hint)
         spending.stored += BLOCK
         if is_member:
@@ -159,7 +159,7 @@ def _header(block: bytes, offset: int) -> TarInfo:
     """Parse a raw header; its checksum and size must be numbers to every reader."""
     header, is_binary = _parsed(block), block[124:125] >= b"\x80"
     if not is_binary and not _OCTAL.fullmatch(block[124:136]):
-        _fail("the size of a member is no octal number", offset)
+        _fail("the size of a member is not an octal number", offset)
     if header is None or not _OCTAL.fullmatch(block[148:156]):
         _fail("the header of a member does not match its checksum", offset)
     if length(header.size) is None:

@@ -91,7 +91,7 @@ class LocalHeaders:
         """Check a local header against its entry, and return where the data starts."""
         reader, name_end = self._reader, LOCAL_NBYTES + len(name)
         if header + name_end > reader.nbytes:
-            fail(reader, f"the header of record {text(name)} lies beyond the end", header)
+            fail(reader, f"the header of record {text(name)} is beyond the end", header)
         at = self._find(header, name_end)
         signature, *common = _LOCAL.unpack_from(self._data, at)
         local = Header._make(common)

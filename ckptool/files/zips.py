@@ -95,10 +95,10 @@ def _find_directory(reader: Reader) -> tuple[int, int, int]:
             if at + END.size + fields[-1] == len(data):
                 return _directory_of(reader, fields, reader.nbytes - len(data) + at)
     raise Malformed(
-        "the zip archive has no end record; the file is truncated or not whole",
+        "the zip archive has no end record; the file is truncated or incomplete",
         path=reader.path,
         offset=reader.nbytes,
-        hint="get the file again from where it came, and compare its size",
+        hint="download or copy the file again, and compare its size",
     )
 
 
@@ -167,7 +167,7 @@ def _refuse_shifted(reader: Reader, stop: int, end_at: int) -> NoReturn:
             "zip archives one behind another, as in a shard (.distcp) of a distributed checkpoint",
             path=reader.path,
             offset=here,
-            hint="give the folder that it lies in, with its .metadata",
+            hint="give the folder that contains it, with its .metadata",
         )
     fail(reader, "the zip64 end record is not where it should be", end_at)
 
@@ -199,7 +199,7 @@ def _central_entries(
         if _second_name(data[extra_at:comment_at]) not in (b"", raw_name):
             fail(reader, f"record {name} has two names", base + position)
         if disk > 1:  # torch takes 1 for 0 (miniz, `mz_zip_reader_read_central_dir`)
-            fail(reader, f"record {name} lies in another part of the archive", base + position)
+            fail(reader, f"record {name} is in another part of the archive", base + position)
         if attributes & _FOLDER and entry.nbytes:
             fail(reader, f"record {name} says that it is a folder, and has data", base + position)
         refuse_packing(reader, name, entry)
@@ -288,7 +288,7 @@ def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> b
             f"record {member.name} does not match its checksum or size",
             path=reader.path,
             offset=member.start,
-            hint="the file is damaged; get it again from where it came",
+            hint="the file is damaged; download or copy it again",
         )
     return data
 

@@ -27,7 +27,7 @@ def resolve(name: str) -> Any:
     """
     torch = libraries.torch()
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise BadInput(f"`{name}` is no device", hint="auto, cpu, cuda, cuda:N or mps")
+        raise BadInput(f"`{name}` is not a device", hint="auto, cpu, cuda, cuda:N or mps")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"

@@ -104,7 +104,7 @@ def dtype(name: str | None) -> Any:
     found = dtypes.named(name)
     if found not in _FLOATS:
         hint = dtypes.suggestion(name, _FLOATS)
-        raise BadInput(f"`{name}` is no dtype to run a model in", hint=hint)
+        raise BadInput(f"`{name}` is not a dtype to run a model in", hint=hint)
     return getattr(libraries.torch(), found.torch_name)
 
 
@@ -134,7 +134,7 @@ def _like(batch: Batch, seed: int) -> Batch:
 def _shape(text: str) -> tuple[tuple[int, ...], str]:
     match = _SHAPE.fullmatch(text.replace(" ", ""))
     if not match:
-        raise BadInput(f"`{text}` is no shape", hint="--input-shape 1,3,224,224, or 1,16:int64")
+        raise BadInput(f"`{text}` is not a shape", hint="--input-shape 1,3,224,224, or 1,16:int64")
     return tuple(int(size) for size in re.split("[,x]", match[1])), match[2] or ""
 
 
@@ -142,7 +142,7 @@ def _drawn(torch: Any, generator: Any, sizes: tuple[int, ...], kind: str) -> Any
     found = dtypes.named(kind) if kind else DType.F32
     dtype = getattr(torch, found.torch_name, None) if found else None
     if not isinstance(dtype, torch.dtype):
-        raise BadInput(f"`{kind}` is no dtype", hint="--input-shape 1,16:int64")
+        raise BadInput(f"`{kind}` is not a dtype", hint="--input-shape 1,16:int64")
     try:
         if dtype.is_floating_point:
             return torch.randn(sizes, generator=generator).to(dtype)
@@ -213,7 +213,7 @@ def _opened(path: str) -> Any:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path} is no picture that can be read: {zoo.last_line(error)}") from error
+        raise BadInput(f"{path} cannot be read as a picture: {zoo.last_line(error)}") from error
 
 
 def _picture(spec: ModelLike, path: str, batch_size: int) -> Inputs:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptool.errors import BadInput
 from ckptool.model import deferred, inputs, libraries, native, runner, subject, zoo
@@ -23,6 +23,9 @@ from ckptool.model.zoo import ModelLike, named
 from ckptool.records import dataclass
 from ckptool.tensors.dtype import BY_TORCH_NAME
 from ckptool.text import several, visible
+
+if TYPE_CHECKING:
+    from ckptool.documents import models
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,9 @@ class Layers:
     def __repr__(self) -> str:
         return f"<Layers of {visible(self.model)}: {len(self)}, {self.parameters} parameters>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> models.Layers:
         """Return the document `layers/1`."""
-        return {"schema": "layers/1", **asdict(self)}
+        return cast("models.Layers", {"schema": "layers/1", **asdict(self)})
 
 
 def layers(

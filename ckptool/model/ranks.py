@@ -37,7 +37,7 @@ SHORTER = "CKPTOOL_MISSING_AFTER"  # seconds, for tests
 LINGER = 10.0  # for the others to read how it ended
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MET = "met"  # the key that rank 0 sets once it has planned
-AGAIN = "look why it ended, and run it again"
+AGAIN = "check why it ended, then run it again"
 
 _joined: ContextVar[Group | None] = ContextVar("joined", default=None)
 

@@ -115,7 +115,7 @@ class Reviver:
                 return self._named(node)
             case Object():
                 return self._object(node)
-        raise Unsupported(f"a {type(node).__name__.lower()} is no plain value", path=self._path)
+        raise Unsupported(f"a {type(node).__name__.lower()} is not a plain value", path=self._path)
 
     def _filled(self, made: Any, node: Node) -> Any:
         for key, value in items(node) or ():
@@ -125,7 +125,7 @@ class Reviver:
     def _named(self, node: Global) -> Any:
         if node.module == "torch" and (node.name in BY_TORCH_NAME or node.name in _SCHEMES):
             return getattr(self._torch, node.name)
-        raise Unsupported(f"{node} is no plain value", path=self._path)
+        raise Unsupported(f"{node} is not a plain value", path=self._path)
 
     def _object(self, node: Object) -> Any:
         plain = [argument for argument in node.args if isinstance(argument, str | int | float)]
@@ -150,7 +150,7 @@ class Reviver:
                 return bytearray(self._value(data))
             case "builtins.complex", (float(real), float(imaginary)):
                 return complex(real, imaginary)
-        raise Unsupported(f"a {node.callee} is no plain value", path=self._path)
+        raise Unsupported(f"a {node.callee} is not a plain value", path=self._path)
 
     # Tensors.
 
@@ -294,5 +294,5 @@ def _hashable(key: Node) -> Any:
     if isinstance(key, tuple):
         return tuple(_hashable(part) for part in key)
     if not isinstance(key, _KEYS):
-        raise Unsupported("a key of a dictionary that is no plain value")
+        raise Unsupported("a key of a dictionary that is not a plain value")
     return key

@@ -176,7 +176,7 @@ def shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
 def _does_not_load(recipe: Recipe, source: Source, reference: bool, fit: Fit) -> DoesNotLoad:
     unfit = fit.mismatched
     shapes = [
-        f"{mismatch.key} {_size(mismatch.here)}, {_size(mismatch.there)} in the model"
+        f"{mismatch.key}: file {_size(mismatch.here)}, model {_size(mismatch.there)}"
         for mismatch in unfit
     ]
     lists = [

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptool.model.outputs import Difference
 from ckptool.model.parting import Setting
 from ckptool.records import dataclass
 from ckptool.text import visible
+
+if TYPE_CHECKING:
+    from ckptool.documents import models
 
 IDENTICAL, DIFFERENT, INCONCLUSIVE = "identical", "different", "inconclusive"
 _WORST = (DIFFERENT, INCONCLUSIVE, IDENTICAL)
@@ -130,11 +133,11 @@ class Verification:
         devices = ", ".join(run.device for run in self.runs)
         return f"<Verification of {files}: {self.verdict or 'run'} on {devices}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> models.Verify:
         """Return the document `verify/1`; a number that JSON does not have is null."""
         identical = self.identical if self.candidate is not None else None
         head = {"schema": "verify/1", "verdict": self.verdict, "identical": identical}
-        return {**head, **_finite(asdict(self))}
+        return cast("models.Verify", {**head, **_finite(asdict(self))})
 
 
 def _finite(value: Any) -> Any:

@@ -211,7 +211,7 @@ def _loaded(machine: _Machine) -> Pickle:
     except IndexError:
         if machine.opcode_at + 1 >= len(data):
             raise Ended("the pickle ends too early", offset=machine.opcode_at) from None
-        machine.fail("a pickle opcode takes a value that is not there")
+        machine.fail("a pickle opcode takes a value that is missing")
     except KeyError:
         machine.fail("a memo entry that was never made")
     except (ValueError, TypeError, OverflowError, RecursionError):
@@ -536,7 +536,7 @@ class _Machine:
         # The memo keeps what it was, as that of joblib does.
         self.stack[-1], end = self.vocabulary.inline(node, self.position)
         if end != self.position and self.frame_end < sys.maxsize:
-            self.fail("what is no opcode, inside a frame")  # joblib reads it behind the frame
+            self.fail("what is not an opcode, inside a frame")  # joblib reads it behind the frame
         self.position = end
 
     def made_small(self, number: int, target: Node, state: Node) -> None:

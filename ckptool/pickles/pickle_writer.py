@@ -148,7 +148,7 @@ class _Writer:
 
     def length(self, data: bytes) -> bytes:
         if len(data) >= 1 << 31:
-            raise NotRepresentable("a value of 2 GiB or more has no place in pickle protocol 2")
+            raise NotRepresentable("a value of 2 GiB or more does not fit pickle protocol 2")
         return struct.pack("<I", len(data))
 
     def text(self, node: str) -> None:
@@ -225,8 +225,8 @@ class _Writer:
             return
         if id(node) in self.being_made:
             raise NotRepresentable(
-                "a call that is one of its own arguments has no place in a pickle",
-                hint="--tensors-only leaves it behind",
+                "a call that is one of its own arguments cannot be pickled",
+                hint="--tensors-only leaves it out",
             )
         self.being_made.add(id(node))
         if node.how == "obj":

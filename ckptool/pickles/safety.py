@@ -164,7 +164,7 @@ def evidence(
     ]
 
 
-_NAMELESS = Global("", "")  # what is called is no name, nor made by calling one
+_NAMELESS = Global("", "")  # what is called is not a name, nor made by calling one
 _DEEPEST, _WIDEST, _LONGEST_CALL = 3, 8, 400  # levels, members of each, and letters shown
 
 

@@ -86,7 +86,7 @@ def read_asked(
         if word in _MAKERS:
             kinds.append(word)
         elif sign and kind not in _MAKERS:
-            raise EditError(f"--adapt {word}: `{kind}` is none of {', '.join(_MAKERS)}")
+            raise EditError(f"--adapt {word}: `{kind}` is not one of {', '.join(_MAKERS)}")
         elif pattern if sign else kind:
             patterns.append((pattern, kind) if sign else (word, ""))
     old, new = _grids(grid)

@@ -43,10 +43,10 @@ def target(word: str, overflow: str = OVERFLOW[0]) -> DType:
     found = dtypes.named(word)
     if found not in numbers.CASTS:
         raise EditError(
-            f"`{word}` is no dtype of floats", hint=dtypes.suggestion(word, numbers.CASTS)
+            f"`{word}` is not a dtype of floats", hint=dtypes.suggestion(word, numbers.CASTS)
         )
     if overflow not in OVERFLOW:
-        raise EditError(f"overflow is none of {', '.join(OVERFLOW)}: `{overflow}`")
+        raise EditError(f"overflow is not one of {', '.join(OVERFLOW)}: `{overflow}`")
     if overflow == "inf" and found is DType.F8_E4M3:
         hint = f"clamp makes what is beyond {numbers.largest(found):g} that"
         raise EditError("overflow `inf`: F8_E4M3 has no infinity", hint=hint)

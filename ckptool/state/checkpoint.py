@@ -294,7 +294,7 @@ def _resolve(checkpoint: Checkpoint, at: str, option: str) -> Path:
 
         known = [dotted(found.at) for found in candidates(checkpoint.tree)]
         close = get_close_matches(at, known, n=1, cutoff=0.6)
-        bare = f"{checkpoint.path} is a bare state_dict: leave out {option}"
+        bare = f"{checkpoint.path} is already a bare state_dict: leave out {option}"
         hint = bare if known == [""] else ""
         raise NoSuchKey(
             f"there is no `{at}` in {checkpoint.path}",
@@ -356,7 +356,7 @@ def state_dict_at(checkpoint: Checkpoint, path: Path, known: Steps | None = None
         said = (held.notes, held.class_name, held.missing, held.classes)
         return StateDict(path, held.entries, None, *said)
     repeated = _repeated(checkpoint, members(node))
-    notes = tuple(f"the key {key} is there twice, with equal values" for key in repeated)
+    notes = tuple(f"the key {key} appears twice, with equal values" for key in repeated)
     joined = Joined(node)
     metadata = _joined_metadata(node, joined.inner)
     entries = with_arrays(joined.entries)
@@ -371,7 +371,7 @@ def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str
         if key in seen:
             if not _same(seen[key], value):
                 raise Malformed(
-                    f"{checkpoint.path}: the key {key} is there twice in the state_dict, "
+                    f"{checkpoint.path}: the key {key} appears twice in the state_dict, "
                     "with different values",
                     path=checkpoint.path,
                 )

@@ -88,11 +88,11 @@ STRIP_FLAGS = ("anywhere", "keep_bookkeeping")
 RECIPE_FLAGS = ("reverse",)
 EDITS = (
     EditSpec(
-        "--strip-prefix", "P", "Take a prefix off keys, or auto.", stripping, flags=STRIP_FLAGS
+        "--strip-prefix", "P", "Remove a prefix from keys, or auto.", stripping, flags=STRIP_FLAGS
     ),
-    EditSpec("--add-prefix", "P", "Put a prefix before keys.", _add_prefix),
+    EditSpec("--add-prefix", "P", "Add a prefix to keys.", _add_prefix),
     EditSpec("--rename", "RULE", "OLD=NEW: a prefix, a template.", _rename, together=True),
     EditSpec("--recipe", "FILE", "Do the steps of a recipe.", _recipe, flags=RECIPE_FLAGS),
-    EditSpec("--drop", "PATTERN", "Leave keys out.", _drop, selects=True),
-    EditSpec("--keep", "PATTERN", "Leave all other keys out.", _keep, selects=True, together=True),
+    EditSpec("--drop", "PATTERN", "Drop keys.", _drop, selects=True),
+    EditSpec("--keep", "PATTERN", "Drop all other keys.", _keep, selects=True, together=True),
 )

@@ -73,8 +73,8 @@ def strip_prefix(
             if not required:
                 return strip
             raise NothingMatched(
-                f"no key starts with `{wanted}`" if not anywhere else f"no key holds `{wanted}`",
-                evidence=[f"keys are like {key}" for key in examples(entries)],
+                f"no key starts with `{wanted}`" if not anywhere else f"no key contains `{wanted}`",
+                evidence=[f"keys look like {key}" for key in examples(entries)],
                 **_prefix_remedy(entries, wanted, all if every else any),
             )
         counters = all(wrappers.is_counter(key, entries[key]) for key in others)
@@ -121,7 +121,7 @@ def strip_wrappers(
         if not found and required:
             raise NothingMatched(
                 "no known wrapper prefix that all keys share",
-                evidence=[f"keys are like {key}" for key in examples(entries)],
+                evidence=[f"keys look like {key}" for key in examples(entries)],
                 **_shared_by_most(entries),
             )
         return found
@@ -205,7 +205,7 @@ def _refuse_idle(renaming: Renaming, counts: Sequence[int], keys: Sequence[str])
         raise EditError(
             f"`{rule}` takes nothing: {counted(len(taken), 'key')} that it matches went to the "
             f"rules before it, such as `{first}`",
-            hint="the first rule that matches a key takes it: put the narrow ones first",
+            hint="the first rule that matches a key is applied: put narrow rules first",
         ).within(renaming.place(number))
 
 
@@ -213,8 +213,8 @@ def _refuse_no_way(renaming: Renaming, back: Renaming, found: Found) -> None:
     for key, (number, new) in found.items():
         if back(new) != key:
             raise EditError(
-                f"`{renaming.rules[number]}` would make {new} of {key}, which the recipe makes "
-                f"{back(new)} of"
+                f"`{renaming.rules[number]}` would turn {key} into {new}, which the recipe turns "
+                f"into {back(new)}"
             ).within(renaming.place(number))
 
 

@@ -40,7 +40,7 @@ def changed(
         if (key in at) != (first in at):
             taken, left = (key, first) if key in at else (first, key)
             raise EditError(
-                f"{taken} and {left} are one tensor, and the step takes {taken} alone",
+                f"{taken} and {left} are one tensor, and the step takes only {taken}",
                 hint="name both in the step, or drop one before it",
             )
     moves: list[tuple[tuple[str, ...], str, Value]] = []
@@ -68,7 +68,7 @@ def tensor_of(entries: Entries, key: str) -> TensorInfo:
     value = entries[key]
     if not isinstance(value, TensorInfo):
         what = "a tensor made of others" if hasattr(value, "layout") else "not a tensor"
-        raise EditError(f"{key} is {what}: it stays whole", hint=f"leave {key} out of the step")
+        raise EditError(f"{key} is {what}: it is not changed", hint=f"leave {key} out of the step")
     return value
 
 

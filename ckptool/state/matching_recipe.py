@@ -226,7 +226,7 @@ def text(made: Draft, title: Sequence[str], left: Sequence[str], *, whole: bool)
     find = Renaming(made.plan.first).match
     if made.plan.first:
         taken = [(found[0], key) for key in made.plan.between if (found := find(key))]
-        lines += ["", "# Blocks that are numbered otherwise.", "[[step]]", "rename = ["]
+        lines += ["", "# Blocks that are numbered differently.", "[[step]]", "rename = ["]
         lines += [*_rule_lines(made.plan.first, taken, {}), "]"]
     lines += ["", "[[step]]", "rename = [", *_renames(made), "]"]
     lines += [] if made.wanted else ["optional = true"]  # what is chosen leaves that nothing

@@ -149,7 +149,7 @@ class _Follower:
         known = _known(distinct, self.moves) if distinct else {}
         what = f"the optimizer at `{dotted(path)}` names its parameters"
         if distinct and not known and any(new != old for old, new in self.moves.items()):
-            self.notes.append(f"{what} otherwise than the state_dict: left as they are")
+            self.notes.append(f"{what} differently from the state_dict: left as they are")
         if remade := [name for name in distinct if name in self.remade]:
             self.notes.append(
                 f"{what}: it still has the state of {len(remade)} as they were before they were "

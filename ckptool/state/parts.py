@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import field, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 from ckptool.errors import PartialCheckpoint
 from ckptool.files import paths
@@ -34,10 +35,13 @@ from ckptool.records import dataclass
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
 from ckptool.text import argument, counted, length, listed, shape
 
+if TYPE_CHECKING:
+    from ckptool.documents import shared
+
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _RANK = re.compile(r"rank_?([0-9]+)")
 _FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
-_OF_RANK = {  # the rank is the group; where it is empty, parts are numbered otherwise
+_OF_RANK = {  # the rank is the group; where it is empty, parts are numbered differently
     r"consolidated\.(\d+)\.pth": "a model-parallel checkpoint of Llama",
     r"()layer_\d+-model_\d+-model_states\.pt": "a pipeline-parallel checkpoint of DeepSpeed",
     r"model-rank-(\d+)-part-\d+\.safetensors": "a sharded state of vLLM",
@@ -74,7 +78,7 @@ class Part:
             which = f"one of {self.world} parts of "
         return f"{which}{self.kind}: {self.where}"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> shared.Part:
         """Return the field `part` of a document."""
         return {"kind": self.kind, "where": self.where, "rank": self.rank, "world": self.world}
 

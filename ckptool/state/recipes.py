@@ -162,7 +162,7 @@ class Recipe:
         left = key_map.unmatched
         if not left or self.expect.unmatched == "allow":
             return []
-        what = f"{counted(len(left), 'key')} that no rule takes"
+        what = f"{counted(len(left), 'key')} that no rule matches"
         if self.expect.unmatched == "refuse":
             raise NotAsExpected(
                 f"{self.name}: {what}; nothing was written",
@@ -462,7 +462,7 @@ def _like(name: Any, folder: str) -> dict[str, Fact]:
     if "\0" in name or "://" in name or not _is_below(folder, name):
         raise BadRecipe(
             f"like = {name!r} is not a path below the folder of the recipe",
-            hint="put the document beside the recipe",
+            hint="put the document next to the recipe",
         )
     path = os.path.join(folder, name)
     try:

@@ -159,7 +159,7 @@ def _unequal(entries: Entries, bound: Mapping[str, tuple[str, ...]]) -> Iterator
         shapes = [value.shape for key in keys if isinstance(value := entries[key], TensorInfo)]
         if len(set(shapes)) > 1:
             each = listed(map(shown, shapes))
-            yield f"fuse: {new} is of {each}: only `sizes` gives it a way back"
+            yield f"fuse: {new} is of {each}: it can be reversed only with `sizes`"
             return
 
 

@@ -36,7 +36,7 @@ class Rule:
     def no_way_back(self) -> str:
         """Return why the rule cannot be turned round, an empty string where it can."""
         if self.old.startswith(REGEX):
-            return "a regular expression has no way back"
+            return "a regular expression cannot be reversed"
         if self.old.count("*") != self.new.count("*"):
             return "what `*` holds is not in NEW"
         if unclear := template(self.new).unclear:
@@ -64,7 +64,7 @@ def _compiled(rule: Rule, first: int) -> tuple[str, int, Build]:
         return _compiled_star(rule)
     old, new = template(rule.old.rstrip(".")), template(rule.new.rstrip("."))
     if unknown := new.fields.keys() - old.fields.keys():
-        raise EditError(f"{{{min(unknown)}}} is in NEW alone, in `{rule}`")
+        raise EditError(f"{{{min(unknown)}}} is only in NEW, in `{rule}`")
     refuse_kinds(new, old)
     source, names = old.regex(first)
 
@@ -83,7 +83,7 @@ def _compiled_star(rule: Rule) -> tuple[str, int, Build]:
     if rule.old.count("*") != 1 or rule.new.count("*") > 1:
         raise EditError(
             f"`{rule}` needs one `*` in OLD, and at most one in NEW",
-            hint="{name} stands for one component, {name:**} for any number",
+            hint="{name} matches one component, {name:**} for any number",
         )
     if is_template(rule.old) or is_template(rule.new):
         raise EditError(f"`{rule}` has both `*` and a field", hint="{name:**} is any number")

@@ -77,9 +77,7 @@ def make_state_dict(entries: dict[str, Node], metadata: Node, like: Node = None)
     """
     if isinstance(like, list | tuple):
         if any(length(name, 10) is None for name in entries):
-            raise EditError(
-                "a list has no place for names", hint="ckptool unwrap makes a dict of it"
-            )
+            raise EditError("a list cannot hold names", hint="ckptool unwrap makes a dict of it")
         return type(like)(map(as_pickled, entries.values()))
     given = items(like) or []
     keys = {name: key for (key, _), (name, _) in zip(given, labelled(given), strict=True)}

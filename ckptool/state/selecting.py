@@ -67,7 +67,7 @@ def nothing_matched(pattern: str, keys: Sequence[str]) -> NothingMatched:
         hint = f"did you mean `{close[0]}`?" if close else ""
     return NothingMatched(
         f"`{pattern}` selects none of {counted(len(keys), 'key')}",
-        evidence=[f"keys are like {key}" for key in examples(keys)],
+        evidence=[f"keys look like {key}" for key in examples(keys)],
         hint=hint,
     )
 

@@ -106,8 +106,8 @@ STEPS = {
     step.name: step
     for step in (
         Step("rename", edits.renames, _rename_back, alone="rules"),
-        Step("drop", edits.drop, _never("what it drops is gone"), alone="patterns"),
-        Step("keep", edits.keep, _never("what it drops is gone"), alone="patterns"),
+        Step("drop", edits.drop, _never("what it drops cannot be restored"), alone="patterns"),
+        Step("keep", edits.keep, _never("what it drops cannot be restored"), alone="patterns"),
         Step("strip", _strip, _strip_back, alone="prefix"),
         Step("add", _add, lambda given: ("strip", given), alone="prefix"),
         Step("split", split, _to("fuse")),
@@ -119,10 +119,10 @@ STEPS = {
         Step("reshape", reshape, _reshape_back),
         Step("squeeze", squeeze, _same("unsqueeze")),
         Step("unsqueeze", unsqueeze, _same("squeeze")),
-        Step("slice", cut, _never("the rows that it leaves out are gone")),
+        Step("slice", cut, _never("the rows that it leaves out cannot be restored")),
         Step("rope", rope, _rope_back),
         Step("interleave", interleave, _interleave_back),
-        Step("cast", edits.cast, _never("what was rounded is gone")),
+        Step("cast", edits.cast, _never("rounding cannot be undone")),
         Step("copy", copy, _undone("copy")),
         Step("tie", tie, _undone("tie")),
     )

@@ -35,7 +35,7 @@ def without(tree: Node, at: Path, patterns: str | Sequence[str]) -> tuple[Node, 
         found = {name: way for name, way in names.items() if matches(name) or matches(way[1])}
         if not found:
             raise NothingMatched(
-                f"`{pattern}` selects nothing beside the state_dict",
+                f"`{pattern}` selects nothing outside the state_dict",
                 evidence=[f"also contains: {listed(names)}" if names else "it is all there is"],
             )
         chosen |= found

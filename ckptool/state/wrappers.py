@@ -206,5 +206,5 @@ def worn(entries: Entries, *, removable: bool = False) -> list[str]:
         inside = sum(f".{prefix}" in (f".{rest}" if found.prefixes else rest) for rest in rests)
         lines += [f"{begin} of {len(entries)} keys start with `{prefix}` ({kind})"] if begin else []
         part = kind if prefix[0] == "_" else f"{kind} of a part, or a module of that name"
-        lines += [f"{inside} of {len(entries)} keys hold `.{prefix}` ({part})"] if inside else []
+        lines += [f"{inside} of {len(entries)} keys contain `.{prefix}` ({part})"] if inside else []
     return lines

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from math import inf, isfinite, sqrt
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ckptool.records import dataclass
+
+if TYPE_CHECKING:
+    from ckptool.documents import shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,10 @@ class Losses:
     overflow: int = 0
     zero: int = 0
     subnormal: int = 0
+
+    def to_dict(self) -> shared.Losses:
+        """Return the fields of a document."""
+        return {"overflow": self.overflow, "zero": self.zero, "subnormal": self.subnormal}
 
     def __add__(self, other: Losses) -> Losses:
         zero, subnormal = self.zero + other.zero, self.subnormal + other.subnormal

@@ -60,7 +60,7 @@ def part(value: TensorInfo, dim: int, start: int, stop: int) -> TensorInfo:
 def permuted(value: TensorInfo, dims: Sequence[int]) -> TensorInfo:
     """Return the dimensions in another order: a view, of a join one of views."""
     if sorted(dims) != [*range(len(value.shape))]:
-        raise ValueError(f"{tuple(dims)} is no order of {len(value.shape)} dimensions")
+        raise ValueError(f"{tuple(dims)} is not an order of {len(value.shape)} dimensions")
     moved = [dim for at, dim in enumerate(dims) if at != dim]
     if not moved:
         return value
@@ -85,7 +85,7 @@ def shaped(value: TensorInfo, shape: Sequence[int]) -> TensorInfo:
     if shape == value.shape:
         return value
     if prod(shape) != value.numel or min(shape, default=0) < 0:
-        raise ValueError(f"{value.numel} elements have no place in the shape {shape}")
+        raise ValueError(f"{value.numel} elements do not fit the shape {shape}")
     if shape[-1:] != value.shape[-1:] or not is_contiguous(value.shape, value.stride):
         _refuse_packed(value, len(value.shape) - 1)
     for each in (_beneath(value), value):
@@ -201,7 +201,9 @@ def _refuse_packed(value: TensorInfo, *dims: int) -> None:
     if dtype.bits < 8:
         raise ValueError(f"{dtype.label} has elements that share a byte: they cannot be moved")
     if dtype in PACKED and len(value.shape) - 1 in dims:
-        raise ValueError(f"{dtype.label} packs numbers along the last dimension: it stays as it is")
+        raise ValueError(
+            f"{dtype.label} packs numbers along the last dimension: it cannot be rearranged"
+        )
 
 
 def _merged(parts: Iterable[TensorInfo], dim: int) -> list[TensorInfo]:

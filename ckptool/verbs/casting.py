@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field, replace
+from typing import TYPE_CHECKING
 
 from ckptool.errors import FormatError, Overflow
 from ckptool.files.copying import Copy, Progress
@@ -19,9 +20,11 @@ from ckptool.tensors.tensor import Storage, TensorInfo, is_contiguous
 from ckptool.text import counted, listed
 from ckptool.verbs.finite import count_in
 
+if TYPE_CHECKING:
+    from ckptool.documents import shared
+
 SHOWN = 8
 _WIDER = {DType.BF16: DType.F32, DType.F32: DType.F64}  # of any other, BF16
-_COUNTED = ("to", "overflow", "tensors", "kept", "quantized", "scales")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,17 @@ class Cast:
         first = f"{counted(count, 'value')} {verb} {what}{where}"
         return ", ".join([first, *(f"{count} {what}" for count, what in others)])
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> shared.Cast:
         """Return the fields of a document."""
         return {
-            **{name: getattr(self, name) for name in _COUNTED},
-            "total": None if self.total is None else asdict(self.total),
-            "losses": [{"key": key, **asdict(each)} for key, each in self.losses.items()],
+            "to": self.to,
+            "overflow": self.overflow,
+            "tensors": self.tensors,
+            "kept": self.kept,
+            "quantized": self.quantized,
+            "scales": self.scales,
+            "total": None if self.total is None else self.total.to_dict(),
+            "losses": [{"key": key, **each.to_dict()} for key, each in self.losses.items()],
             "not_counted": list(self.skipped),
         }
 

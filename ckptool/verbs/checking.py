@@ -54,6 +54,8 @@ from ckptool.verbs.survey import unused_nbytes
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from ckptool.documents import looking
+
 MAX_CALLS = 100  # dangerous calls that are listed
 BYTES_UNSEEN = "whether bytes of tensors changed"
 SHOWN = 3  # problems in a line
@@ -110,14 +112,14 @@ class Checked:
     def __repr__(self) -> str:
         return f"<Checked {visible(self.file)}: {self.status.value}; {visible(self.detail)}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Check:
         """Return the document `check/1` of this file alone."""
         return document([self])
 
 
 def document(
     results: Sequence[Checked], others: Sequence[Checked] = (), unseen: Mapping[str, str] = {}
-) -> dict[str, object]:
+) -> looking.Check:
     """Return the document `check/1` of many files.
 
     `others` are files of folders that are no checkpoints, `unseen` what was not looked at and why.
@@ -130,7 +132,7 @@ def document(
     }
 
 
-def _fields(result: Checked) -> dict[str, object]:
+def _fields(result: Checked) -> looking.CheckedFile:
     return {
         "file": result.file,
         "status": result.status.value,
@@ -254,12 +256,12 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
         part = places.part_of(checkpoint, None)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
         if beyond := indices.outside(checkpoint):
-            found.problems.append(f"indices that lead out of sparse tensors: {listed(beyond)}")
+            found.problems.append(f"indices outside of sparse tensors: {listed(beyond)}")
     except FormatError as error:
         found.problems.append(_without_path(error, checkpoint.path))
     else:
         found.part = part
-        found.notes += [f"the key {key} stands twice; the last one counts" for key in repeated]
+        found.notes += [f"the key {key} appears twice; the last one counts" for key in repeated]
     if checkpoint.unread and not checkpoint.program:
         size = readable(checkpoint.unread_nbytes)
         found.notes.append(f"nothing in it refers to {listed(checkpoint.unread)} ({size})")
@@ -267,7 +269,9 @@ def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     if unused:
         found.notes.append(f"{readable(unused)} of its storages is used by no tensor")
     if checkpoint.unlisted:
-        found.notes.append(f"{readable(checkpoint.unlisted)} in it belong to no part of it")
+        found.notes.append(
+            f"{readable(checkpoint.unlisted)} of the file are outside of all its records"
+        )
 
 
 def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
@@ -392,7 +396,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     calls = safety.evidence(verdict, checkpoint.calls, checkpoint.tree, MAX_CALLS)
     found.checked.append("names")
     if verdict.foreign:
-        found.not_checked.append("the code behind foreign names")
+        found.not_checked.append("third-party classes")
     program = f"holds the code of a {checkpoint.program}" if checkpoint.program else ""
     if program:
         found.not_checked.append("what the code of a TorchScript module does")
@@ -458,7 +462,7 @@ def _unreadable(file: str, error: FormatError, found: _Findings, *, strict: bool
         hint=fileio.spelled_like(path) if absent else hint,
         notes=tuple(found.notes),
         checked=tuple(found.checked),
-        not_checked=("what stands behind the fault",)
+        not_checked=("the rest of the damaged file",)
         if status is not Status.NOT_A_CHECKPOINT
         else (),
     )

@@ -31,6 +31,8 @@ from ckptool.verbs.surgery import Rewrite
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ckptool.documents import editing
+
 SHOWN = 8
 
 
@@ -59,7 +61,7 @@ class Averaged:
         counts = f"averaged {len(self.keys)}, {verb} {self.rewrite.written}"
         return f"<Averaged {len(self.sources)} -> {visible(self.rewrite.target)}: {counts}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> editing.Average:
         """Return the document `average/1`."""
         return {
             **self.rewrite.to_dict(),

@@ -149,7 +149,7 @@ class _Work:
             if lacks or names:
                 modules = [name.removeprefix("_metadata.") or "the root" for name in names]
                 of = f" of {listed(modules, 3)}" if modules else ""
-                self.notes.append(f"{path} alone has `_metadata`{of} (versions of modules)")
+                self.notes.append(f"only {path} has `_metadata`{of} (module versions)")
 
     def _compare_texts(self, left_at: Path, right_at: Path) -> None:
         """Compare what safetensors files say in `__metadata__`, where both sides have it."""
@@ -163,7 +163,7 @@ class _Work:
                 self._take(self.beside, place)
         elif one or other:
             path = (self.left if one else self.right).path
-            self.notes.append(f"{path} alone has `__metadata__`: {listed(one or other, 4)}")
+            self.notes.append(f"only {path} has `__metadata__`: {listed(one or other, 4)}")
 
     def _compare_beside(self, left_at: Path, right_at: Path) -> None:
         if self.asked.chosen:
@@ -174,7 +174,7 @@ class _Work:
                 names = places.beside(checkpoint.tree, at)
                 if names:
                     self.notes.append(
-                        f"beside the state_dict, {checkpoint.path} alone has {listed(names)}"
+                        f"outside the state_dict, only {checkpoint.path} has {listed(names)}"
                     )
             return
         one, other = (replacing.replaced(checkpoint.tree, at, TAKEN) for checkpoint, at in sides)
@@ -265,9 +265,7 @@ class _Work:
         if pairs - (left.keys() & right.keys()):
             side, found = (self.left, one) if one else (self.right, other)
             what = f"starts with `{found.prefix}`" if found.prefix else "or some hold a wrapper"
-            self.notes.append(
-                f"every key of {side.path} {what}; --ignore-prefix auto looks past it"
-            )
+            self.notes.append(f"every key of {side.path} {what}; --ignore-prefix auto ignores it")
 
     # Values.
 

@@ -68,7 +68,7 @@ def state_dicts(
 ) -> tuple[StateDict | None, StateDict | None]:
     """Return both state_dicts, or none where all tensors are to be compared by their path."""
     if asked.every and asked.chosen:
-        raise EditError("--all compares all there is: it takes no --at")
+        raise EditError("--all compares all tensors: it takes no --at")
     if asked.every:
         return None, None
     (left_at, left_option), (right_at, right_option) = asked.sides
@@ -143,7 +143,7 @@ def notes(
     orders = [[key for key in state.entries if key in chosen] for state in (one, other)]
     moved = next((pair for pair in zip(*orders, strict=True) if pair[0] != pair[1]), None)
     if moved:
-        yield f"the keys stand in another order, {moved[0]} where {moved[1]} does"
+        yield f"the keys are in another order: {moved[0]} where {moved[1]} is"
     yield from _tie_notes(left, right, one, other, chosen)
     if not all(containers.by_name(side.container).traits.strides for side in (left, right)):
         return  # a side has no place for the rest
@@ -176,4 +176,4 @@ def _tie_notes(
     for checkpoint, mine, foreign in ((left, own, others), (right, others, own)):
         alone = [f"{key} = {first}" for key, first in mine.items() if foreign.get(key) != first]
         if alone:
-            yield f"tied in {checkpoint.path} alone: {listed(alone)}"
+            yield f"tied only in {checkpoint.path}: {listed(alone)}"

@@ -58,7 +58,7 @@ def pair(left: TensorInfo, right: TensorInfo) -> Pair:
     if left.dtype.bits >= 8:
         return Pair(left, right, times, stored)
     if stored is None:
-        raise Unsupported(f"{left.dtype.label} that lies in two ways cannot be compared")
+        raise Unsupported(f"{left.dtype.label} in two layouts cannot be compared")
     return Pair(*stored, times, None)
 
 

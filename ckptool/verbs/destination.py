@@ -26,7 +26,7 @@ def refuse_member(target: str) -> None:
     if archive:
         raise WriteError(
             f"{target} is in the archive {archive}: its members are read, never written",
-            hint="name an output of its own",
+            hint="name an output outside the archive",
         )
 
 
@@ -81,10 +81,10 @@ def in_place(
     """Return the target, which is the source in place, and options to replace that then."""
     if options.in_place:
         if target is not None:
-            raise EditError("--in-place takes the input alone, without an output")
+            raise EditError("--in-place takes only the input, no output")
         if paths.is_url(source):
             raise EditError(
-                f"{checkpoint.path} is far away: --in-place replaces a file of this machine",
+                f"{checkpoint.path} is remote: --in-place replaces a local file",
                 hint="name an output",
             )
         if len(checkpoint.files) > 1 or os.path.isdir(source):
@@ -131,9 +131,9 @@ def container_of(checkpoint: Checkpoint, target: str, form: Form, options: Optio
 
 def suffix_notes(target: str, container: str, options: Options) -> list[str]:
     """Note a suffix that says nothing of the container, where nobody chose, or another one."""
-    what = f"{target} is a {containers.by_name(container).title} file: its suffix"
+    what = f"{target} is a {containers.by_name(container).title} file"
     named = containers.by_suffix(suffix(target))
     if named is not None:
-        return [] if named.name == container else [f"{what} says {named.word}"]
+        return [] if named.name == container else [f"{what} despite its suffix (--to {named.word})"]
     chosen = options.to is not None or options.in_place
-    return [] if chosen else [f"{what} does not say; --to chooses"]
+    return [] if chosen else [f"{what}: its suffix names no format; --to chooses"]

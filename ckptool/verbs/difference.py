@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import field, replace
+from typing import TYPE_CHECKING
 
 from ckptool.records import dataclass
 from ckptool.state.walk import Path
 from ckptool.tensors.counts import Values
 from ckptool.text import counted, visible
 from ckptool.verbs.compare_sides import Asked
+
+if TYPE_CHECKING:
+    from ckptool.documents import looking
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +49,28 @@ class Change:
         """Return whether one tensor rounded to the dtype of the other is that; None if unknown."""
         return not self.values.count if self.what == "dtype" and self.values else None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Change:
         """Return an entry of the `changed` of `diff/1`."""
-        fields: dict[str, object] = {"key": self.key, "what": self.what}
+        fields: looking.Change = {"key": self.key, "what": self.what}
         values = self.values
         if self.what != "values":
-            fields |= {"left": self.left, "right": self.right}
+            fields["left"], fields["right"] = self.left, self.right
         if self.what == "dtype":
             fields["equal_after_rounding"] = self.equal_after_rounding
-        if values is None:
-            return fields
-        return {
-            **fields,
-            "relative": _finite(self.relative),
-            "cosine": self.cosine,
-            "count": values.count,
-            "of": values.of,
-            "within": values.within,
-            "first": None if self.first is None else list(self.first),
-            "max_abs": _finite(values.max_abs),
-            "max_ulp": values.max_ulp,
-            "nan_payloads": values.nan_payloads,
-            "nan_one_side": values.nan_one_side,
-            "zero_signs": values.zero_signs,
-            "infinities": values.infinities,
-        }
+        if values is not None:
+            fields["relative"] = _finite(self.relative)
+            fields["cosine"] = self.cosine
+            fields["count"] = values.count
+            fields["of"] = values.of
+            fields["within"] = values.within
+            fields["first"] = None if self.first is None else list(self.first)
+            fields["max_abs"] = _finite(values.max_abs)
+            fields["max_ulp"] = values.max_ulp
+            fields["nan_payloads"] = values.nan_payloads
+            fields["nan_one_side"] = values.nan_one_side
+            fields["zero_signs"] = values.zero_signs
+            fields["infinities"] = values.infinities
+        return fields
 
 
 def _order(change: Change) -> float:
@@ -97,7 +98,7 @@ class Found:
         """Return whether all is equal."""
         return not (self.only_left or self.only_right or self.changed)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Found:
         """Return the fields of `diff/1` for this part."""
         return {
             "only_left": list(self.only_left),
@@ -115,7 +116,7 @@ class Side:
     container: str
     at: Path | None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.DiffSide:
         """Return the fields of `diff/1` for this file."""
         at = None if self.at is None else list(self.at)
         return {"file": self.path, "container": self.container, "at": at}
@@ -163,7 +164,7 @@ class Difference:
         sides = f"{visible(self.left.path)}, {visible(self.right.path)}"
         return f"<Difference of {sides}: {word}, {counted(self.tensors, 'tensor')} compared>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Diff:
         """Return the document `diff/1`."""
         return {
             "schema": "diff/1",

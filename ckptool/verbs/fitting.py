@@ -38,6 +38,7 @@ from ckptool.verbs.surgery import Options, Rewrite
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from ckptool.documents import editing
     from ckptool.model.initial import Fill
 
 Shape = tuple[int, ...]
@@ -100,7 +101,7 @@ class Transferred:
     fit: Fit | None
     initialised: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> editing.Transfer:
         """Return the document `transfer/1`."""
         fit = self.fit
         return {
@@ -351,7 +352,7 @@ def _both(each: Mismatch, like: Reference) -> str:
 
 
 def _compared(side: str, keys: Sequence[str]) -> list[str]:
-    return [f"keys {side} alone are like {key}" for key in keys[:1]]
+    return [f"keys only {side} look like {key}" for key in keys[:1]]
 
 
 def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tuple[str, float, str]:

@@ -98,22 +98,22 @@ def _distributed(plan: Plan, options: Options) -> Laid:
         raise NotRepresentable(
             f"{plan.checkpoint.path} holds no dict: a distributed checkpoint is one",
             option="--unwrap" if plan.state is not None else "",
-            hint="writes the state_dict alone" if plan.state is not None else "",
+            hint="writes only the state_dict" if plan.state is not None else "",
         )
     flat = _dcp_output.flatten(plan.checkpoint.tree)
     if flat.unfit and not options.tensors_only:
         raise NotRepresentable(
-            f"a distributed checkpoint has no place for {counted(len(flat.unfit), 'value')}",
+            f"a distributed checkpoint cannot hold {counted(len(flat.unfit), 'value')}",
             evidence=[f"{place}: {reason}" for place, reason in list(flat.unfit.items())[:8]],
             option="--tensors-only",
-            hint="leaves them behind",
+            hint="leaves them out",
         )
     plan.not_carried += flat.unfit
     if plan.state is not None:
         at = () if plan.bare else plan.state.at
         for name in module_metadata.carried(places.state_dict_node(plan.checkpoint.tree, at)):
-            words = " (versions of modules)" if name == "_metadata" else ""
-            plan.notes.append(f"a distributed checkpoint has no place for `{name}`{words}")
+            words = " (module versions)" if name == "_metadata" else ""
+            plan.notes.append(f"a distributed checkpoint cannot hold `{name}`{words}")
     plan.notes += flat.notes()
     output = Output(_dcp_output.lay_out(flat.entries), _dcp_output.INDEX, _dcp_output.owns)
     return Laid(output, list(flat.tensors()))
@@ -126,7 +126,7 @@ def _shards(plan: Plan, limit: int, options: Options) -> Laid:
     assert plan.state is not None
     if plan.checkpoint.kept:
         raise EditError(
-            "shards have no place for further records",
+            "shards cannot hold extra records",
             evidence=plan.checkpoint.kept[:8],
             hint="leave out --keep-records, or --max-shard-size",
         )
@@ -142,9 +142,7 @@ def _shards(plan: Plan, limit: int, options: Options) -> Laid:
     large = sum(file.job_nbytes > limit for file in files)
     if large and len(files) > 1:
         what = "shard is" if large == 1 else "shards are"
-        plan.notes.append(
-            f"{large} {what} larger than {readable(limit)}: tensors are not cut in pieces"
-        )
+        plan.notes.append(f"{large} {what} larger than {readable(limit)}: tensors are not split")
     listed = tuple(
         Shard(file.name, len(keys), file.nbytes)
         for file, keys in zip(files, shards.values(), strict=True)

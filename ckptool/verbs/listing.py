@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ckptool.files.copying import Begin
 from ckptool.pickles.subclasses import NDARRAY, class_of
@@ -16,6 +17,9 @@ from ckptool.state.parts import Part
 from ckptool.tensors.counts import Statistics
 from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor, TensorInfo
 from ckptool.text import counted, html_table, readable, shape, visible
+
+if TYPE_CHECKING:
+    from ckptool.documents import looking
 
 Entry = tuple[str, AnyTensor]
 
@@ -68,7 +72,7 @@ class Listing:
         """Sum the bytes of the tensors listed."""
         return sum(info.nbytes for _, info in self.entries)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Keys:
         """Return the document `keys/1`."""
         return {
             "schema": "keys/1",
@@ -78,36 +82,36 @@ class Listing:
             "module": self.state.module if self.state else "",
             "count": len(self),
             "nbytes": self.nbytes,
-            "tensors": [{**_fields(key, info), **self._figures(key)} for key, info in self.entries],
+            "tensors": [self._tensor(key, info) for key, info in self.entries],
             "beside": self.beside,
             "part": self.part.to_dict() if self.part else None,
             "arrays": [_fields(key, info) for key, info in self.arrays],
         }
 
-    def _figures(self, key: str) -> dict[str, object]:
-        """Return what statistics add to a tensor; None where there are no numbers."""
-        if self.statistics is None:
-            return {}
-        found = self.statistics.get(key, Statistics())
-        return {
-            **found.numbers,
-            "zeros": found.zeros,
-            "nan": found.nan,
-            "inf": found.inf,
-        }
+    def _tensor(self, key: str, info: AnyTensor) -> looking.Tensor:
+        """Describe a tensor, with its statistics where they were asked for."""
+        fields = _fields(key, info)
+        if self.statistics is not None:
+            found = self.statistics.get(key, Statistics())
+            numbers = found.numbers
+            fields["min"], fields["max"] = numbers["min"], numbers["max"]
+            fields["mean"], fields["std"] = numbers["mean"], numbers["std"]
+            fields["zeros"], fields["nan"], fields["inf"] = found.zeros, found.nan, found.inf
+        return fields
 
 
-def _fields(key: str, info: AnyTensor) -> dict[str, object]:
-    layout = {"layout": info.layout} if isinstance(info, CompositeTensor) else {}
-    kind = class_of(info)
-    return {
+def _fields(key: str, info: AnyTensor) -> looking.Tensor:
+    fields: looking.Tensor = {
         "key": key,
         "dtype": info.dtype.label,
         "shape": list(info.shape),
         "nbytes": info.nbytes,
-        **layout,
-        **({"class": kind} if kind else {}),
     }
+    if isinstance(info, CompositeTensor):
+        fields["layout"] = info.layout
+    if kind := class_of(info):
+        fields["class"] = kind
+    return fields
 
 
 def rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, str]]:

@@ -20,6 +20,8 @@ from ckptool.text import counted, length, listed, visible
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+    from ckptool.documents import editing
+
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_NBYTES = 64 << 20  # of a list of keys
 SHOWN = 200  # keys that are left, in a comment of the recipe
@@ -87,7 +89,7 @@ class Matched:
         names = f"{visible(self.source.name)} -> {visible(self.like.name)}"
         return f"<Matched {names}: {self.paired} sure, {self.unsettled} ambiguous>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> editing.Match:
         """Return the document `match/1`."""
         draft = self.draft
         return {

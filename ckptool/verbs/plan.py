@@ -156,7 +156,7 @@ def _keep_records(plan: Plan, options: Options) -> None:
     if options.keep_records:
         if not containers.by_name(plan.container).traits.records:
             raise EditError(
-                "only a torch zip can hold further records",
+                "only a torch zip can hold extra records",
                 evidence=found[:8],
                 hint="leave out --keep-records, or write a torch file: --to torch",
             )
@@ -164,8 +164,7 @@ def _keep_records(plan: Plan, options: Options) -> None:
         plan.checkpoint = replace(source, unread=unread, kept=tuple(found))
     elif options.in_place:
         raise EditError(
-            f"{source.path} holds {counted(len(found), 'further record')} that --in-place would "
-            "lose",
+            f"{source.path} holds {counted(len(found), 'extra record')} that --in-place would lose",
             evidence=found[:8],
             option="--keep-records",
             hint="keeps them",
@@ -272,7 +271,7 @@ def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
         plan.not_carried += module_metadata.left(node)
         plan.notes += tensor_facts.lost(state.entries.items())
     if state.metadata is not None and not container.traits.module_metadata:
-        what = f"{container.title} has no place for `_metadata` (versions of modules)"
+        what = f"{container.title} cannot hold `_metadata` (module versions)"
         plan.notes.append(what)
 
 
@@ -384,7 +383,7 @@ def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
         plan.state = replace(plan.state, entries=entries)
     _drop(plan, {key: f"tied to {kept}" for key, kept in left.ties.items()})
     if left.ties:
-        plan.notes.append("ties are noted in the file: `ckptool convert` brings them back")
+        plan.notes.append("ties are noted in the file: `ckptool convert` restores them")
 
 
 def _drop(plan: Plan, reasons: Mapping[str, str]) -> None:
@@ -434,14 +433,14 @@ def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
             path=source.path,
             evidence=safety.evidence_of(carried, source),
             option="--tensors-only" if held else "",
-            hint="keeps the tensors and leaves the rest behind" if held else "",
+            hint="keeps the tensors and leaves out the rest" if held else "",
         )
     if whole.level is Level.DANGEROUS:
         plan.warnings.append(
             f"{source.path} would run code when loaded; the output does not carry it"
         )
     if carried.foreign:
-        plan.notes.append(f"carried as they are: {names(carried)}")
+        plan.notes.append(f"copied unchanged: {names(carried)}")
 
 
 def names(verdict: safety.Verdict, limit: int = 6) -> str:

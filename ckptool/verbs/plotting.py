@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from ckptool.errors import NothingMatched
 from ckptool.files import fileio
@@ -28,6 +29,9 @@ from ckptool.verbs import compare, compare_sides, compare_tensors
 from ckptool.verbs.compare_sides import Asked
 from ckptool.verbs.compare_tensors import Pair
 from ckptool.verbs.listing import Entry, Listing
+
+if TYPE_CHECKING:
+    from ckptool.documents import looking
 
 Path = tuple[str, ...]
 SHARES = (0.01, 0.25, 0.5, 0.75, 0.99)  # of the elements that are below a quantile
@@ -56,16 +60,19 @@ class Layer:
         """Return its path, dotted."""
         return ".".join(self.path)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.PlotLayer:
         """Return an entry of the `layers` of `plot/1`."""
-        fields: dict[str, object] = {
+        fields: looking.PlotLayer = {
             "module": self.name,
             "tensors": list(self.tensors),
             "parameters": self.parameters,
             "nbytes": self.nbytes,
         }
         if found := self.values:
-            fields |= {**found.numbers, "not_finite": self.odd}
+            numbers = found.numbers
+            fields["min"], fields["max"] = numbers["min"], numbers["max"]
+            fields["mean"], fields["std"] = numbers["mean"], numbers["std"]
+            fields["not_finite"] = self.odd
             fields["quantiles"] = dict(zip(map(str, SHARES), self.quantiles, strict=False))
         if self.moved:
             relative = self.moved.relative
@@ -90,7 +97,7 @@ class Plot:
     nbytes: int
     notes: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Plot:
         """Return the document `plot/1`."""
         return {
             "schema": "plot/1",

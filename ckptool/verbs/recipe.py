@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ckptool import containers
@@ -14,6 +13,8 @@ from ckptool.text import counted, visible
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
+
+    from ckptool.documents import editing
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Tried:
         files = f"{visible(self.recipe)} on {visible(self.source)}"
         return f"<Tried {files}: {counted(self.read, 'entry')} -> {self.made}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> editing.Recipe:
         """Return the document `recipe/1`."""
         return {
             "schema": "recipe/1",
@@ -54,7 +55,7 @@ class Tried:
             "reverse": self.reverse,
             "read": self.read,
             "made": self.made,
-            "steps": [asdict(each) for each in self.counts],
+            "steps": [each.to_dict() for each in self.counts],
             "unmatched": list(self.unmatched),
             "map": [[old, new] for old, new in self.map],
             "like": self.like,
@@ -65,7 +66,7 @@ class Tried:
         }
 
 
-def _fact(fact: Fact | None) -> dict[str, object] | None:
+def _fact(fact: Fact | None) -> editing.Fact | None:
     return None if fact is None else {"dtype": fact[0], "shape": list(fact[1])}
 
 

@@ -25,6 +25,8 @@ from ckptool.text import argument, counted, length, shape, visible
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ckptool.documents import looking
+
 AT_MOST = 1_000  # elements, or plain values, unless all are asked for
 ALL = 1_000_000
 EDGE = 3  # elements at both ends of a dimension that are shown of more, as torch does
@@ -55,7 +57,7 @@ class Shown:
         kind = f"{self.dtype.label} {shape(self.shape)}" if self.dtype else "plain value"
         return f"<Shown {visible(self.key)} of {visible(self.file)}: {kind}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Show:
         """Return the document `show/1`; NaN and infinity are texts, complex numbers pairs."""
         tensor = self.dtype is not None
         return {
@@ -88,7 +90,7 @@ def show(
     most = ALL if all else AT_MOST
     if not isinstance(node, TENSORS):
         if slice:
-            raise EditError(f"`{key}` is no tensor: --slice chooses elements of one")
+            raise EditError(f"`{key}` is not a tensor: --slice chooses elements of one")
         budget = [most]
         plain = _plain(node, budget)
         return Shown(checkpoint.path, key, None, (), plain, truncated=budget[0] < 0)

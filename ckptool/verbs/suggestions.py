@@ -144,7 +144,7 @@ def _several(facts: Survey) -> Advised:
         name = walk.dotted(place.at) or "."
         peeled = f", {_without(place)}" if place.peeling else ""
         verb = "transfer" if place.peeling or not place.at else "unwrap"
-        reason = f"`{name}` alone: {counted(place.total.count, 'tensor')}{peeled}"
+        reason = f"only `{name}`: {counted(place.total.count, 'tensor')}{peeled}"
         yield Advice(reason, verb, _at(facts, place), _word(name))
 
 
@@ -159,7 +159,7 @@ def _further(facts: Survey) -> Advised:
             and not places.is_no_state_dict(each.name)
             and "." not in each.name
         ):
-            reason = f"`{each.name}` alone: {counted(each.tensors, 'tensor')}"
+            reason = f"only `{each.name}`: {counted(each.tensors, 'tensor')}"
             yield Advice(reason, "unwrap", ("--at", each.name), _word(each.name))
 
 
@@ -199,7 +199,7 @@ def _weights(facts: Survey) -> Advised:
         return
     heavy = _heavy(facts)
     if program:
-        reason = "the state_dict alone, as a torch file"
+        reason = "only the state_dict, as a torch file"
     elif place.module:
         name = place.module.rpartition(".")[2]
         some = "a part of " if facts.state and facts.state.missing else ""
@@ -209,11 +209,11 @@ def _weights(facts: Survey) -> Advised:
         takes = "takes" if len(heavy) == 1 else "take"
         reason = f"{listed(each.name for each in heavy)} {takes} {share} of the file"
     else:
-        reason = "the weights alone"
+        reason = "only the weights"
     if heavy or not place.peeling:
         yield Advice(reason, "unwrap", _at(facts, place), "weights")
     if place.peeling and not facts.framework_prefix:
-        reason = f"the weights alone, {_without(place)}"
+        reason = f"only the weights, {_without(place)}"
         yield Advice(reason, "transfer", _at(facts, place), "clean")
 
 
@@ -240,7 +240,7 @@ def _inner(facts: Survey) -> Advised:
     options += ["--strip-prefix", prefix]
     if peeling([key.removeprefix(before + prefix) for key in inside]).prefixes:
         options += ["--strip-prefix", "auto"]
-    reason = f"what stands under `{before + prefix}`, for the module itself"
+    reason = f"what is under `{before + prefix}`, for the module itself"
     yield Advice(reason, "convert", (*options, *_at(facts, place)), "inner")
 
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import starmap, zip_longest
 from operator import eq
@@ -47,6 +47,8 @@ from ckptool.verbs.plan import Dropped, Plan, add_entries, make_plan
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
+
+    from ckptool.documents import editing
 
 
 __all__ = ["Dropped", "Options", "Rewrite", "rewrite"]
@@ -107,7 +109,7 @@ class Rewrite:
         files = f"{visible(self.source)} -> {visible(self.target)}"
         return f"<Rewrite {files}: read {self.read}, {verb} {self.written}>"
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> editing.Rewrite:
         """Return the document `rewrite/1`."""
         return {
             "schema": "rewrite/1",
@@ -123,7 +125,7 @@ class Rewrite:
             "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
             "not_carried": list(self.not_carried),
             "map": [[old, new] for old, new in self.map],
-            "rules": [asdict(each) for each in self.counts],
+            "rules": [each.to_dict() for each in self.counts],
             "nbytes": self.nbytes,
             "added": self.added,
             "notes": [*self.warnings, *self.notes],
@@ -263,7 +265,7 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
         message = f"the output would have {readable(nbytes)}, the input has {available}"
     else:
         return
-    raise WriteError(message, option="--allow-expand", hint="if that is meant")
+    raise WriteError(message, option="--allow-expand", hint="if that is intended")
 
 
 def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options) -> Rewrite:
@@ -318,7 +320,7 @@ def _accept(plan: Plan, accept: Callable[[], None], place: Target, in_place: boo
         fileio.refuse_changed(source)
         if in_place and isinstance(source, fileio.OpenFile) and source.replaced():
             raise OutputExists(
-                f"{place.path} was replaced by someone else meanwhile; it was left alone",
+                f"{place.path} was replaced by another process meanwhile; it was not changed",
                 hint="run it again",
             )
 
@@ -343,7 +345,7 @@ def _check(
             f"{place.path} cannot be written: what was written does not read back; nothing was "
             "kept",
             evidence=[error.message],
-            hint="look whether the disk is sound",
+            hint="check the disk",
         ) from error
     traits = containers.by_name(plan.container).traits
     strided = traits.strides and not traits.beside_files  # each entry there has its own storage
@@ -354,7 +356,7 @@ def _check(
     kept = plan.checkpoint.kept == (written.unread if plan.checkpoint.kept else ())
     same = written.nbytes == nbytes and kept and all(starmap(eq, zip_longest(meant, found)))
     if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
-        raise RuntimeError("the written file does not read back as it was meant")
+        raise RuntimeError("the written file does not read back as written")
     for file, _ in (*plan.checkpoint.files, *written.files):
         fileio.close(file)  # Windows replaces no file that is open
 

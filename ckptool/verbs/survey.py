@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, field
+from dataclasses import field
+from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.containers import safetensors
@@ -37,6 +38,9 @@ from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs import frameworks
 from ckptool.verbs.frameworks import Framework
 
+if TYPE_CHECKING:
+    from ckptool.documents import looking, shared
+
 
 @dataclass(frozen=True, slots=True)
 class Total:
@@ -45,6 +49,10 @@ class Total:
     count: int
     elements: int
     nbytes: int
+
+    def to_dict(self) -> shared.Total:
+        """Return the fields of a document."""
+        return {"count": self.count, "elements": self.elements, "nbytes": self.nbytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,11 @@ class Place:
     module: str = ""
     classes: dict[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Candidate:
         """Return an entry of the `candidates` of `info/1`."""
         return {
             "at": list(self.at),
-            **asdict(self.total),
+            **self.total.to_dict(),
             "stored": self.stored,
             "prefix": self.prefix,
             "wrappers": list(self.peeling.prefixes),
@@ -154,16 +162,14 @@ class Survey:
         of_state = [*self.state.missing, *self.state.notes] if self.state else []
         return [*framework, *self.checkpoint.notes, *of_python_2, *of_state]
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> looking.Info:
         """Return the document `info/1`."""
         checkpoint, state = self.checkpoint, self.state
         unread = checkpoint.unread
-        plugin = containers.by_name(checkpoint.container).plugin
-        return {
+        document: looking.Info = {
             "schema": "info/1",
             "file": checkpoint.path,
             "container": checkpoint.container,
-            **({"plugin": plugin} if plugin else {}),
             "generation": checkpoint.generation,
             "protocol": checkpoint.protocol,
             "byteorder": checkpoint.byteorder,
@@ -172,8 +178,10 @@ class Survey:
             "part": self.part.to_dict() if self.part else None,
             "at": list(state.at) if state is not None else None,
             "candidates": [place.to_dict() for place in self.places],
-            **asdict(self.total),
-            "dtypes": {label: asdict(total) for label, total in self.dtypes.items()},
+            "count": self.total.count,
+            "elements": self.total.elements,
+            "nbytes": self.total.nbytes,
+            "dtypes": {label: total.to_dict() for label, total in self.dtypes.items()},
             "wrappers": list(self.place.peeling.prefixes) if self.place else [],
             "ties": self.ties,
             "views": list(self.views),
@@ -212,8 +220,14 @@ class Survey:
                 *self.notes,
                 *([f"not read: {listed(unread, len(unread))}"] if unread else []),
             ],
-            "suggestions": [asdict(each) for each in self.suggestions],
+            "suggestions": [
+                {"reason": each.reason, "command": each.command} for each in self.suggestions
+            ],
         }
+
+        if plugin := containers.by_name(checkpoint.container).plugin:
+            document["plugin"] = plugin
+        return document
 
     @property
     def framework_prefix(self) -> str:

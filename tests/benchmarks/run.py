@@ -360,7 +360,7 @@ def nbytes_of(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB)", text)
     nbytes = int(float(found[1]) * {"MiB": MIB, "GiB": GIB}[found[2]]) if found else 0
     if nbytes < MIB:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 64MiB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MiB or 2GiB")
     return nbytes
 
 

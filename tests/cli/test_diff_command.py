@@ -96,7 +96,7 @@ def test_equal_files_are_counted_and_what_one_lacks_is_told(run: Run, good: Path
     outcome = run("diff", good / "model_best.pth.tar", good / "data_parallel.pth")
     assert (outcome.code, outcome.out) == (0, "")
     assert outcome.err.splitlines()[0] == "equal: 8 tensors, 704 B compared byte for byte"
-    assert "model_best.pth.tar alone has epoch, arch, best_acc1, optimizer" in outcome.err
+    assert "model_best.pth.tar has epoch, arch, best_acc1, optimizer" in outcome.err
     assert run("diff", "-q", good / "plain.pth", good / "plain.pth").err == ""
 
 
@@ -141,7 +141,7 @@ def test_each_kind_of_difference_has_its_line(
     assert verdict == (
         f"different: 1 key only in {one}; 1 key only in {other}; "
         "1 of 3 tensors differ in dtype, 1 of them equal after rounding; "
-        "1 of 3 tensors differ in shape; 1 entry is no tensor and differs; "
+        "1 of 3 tensors differ in shape; 1 entry is not a tensor and differs; "
         "1 of 3 tensors differ in values"
     )
 
@@ -228,13 +228,13 @@ def test_what_stands_beside_counts_where_both_have_some(
         ["beside-value", "epoch", "3", "4"],
         ["beside-values", "optimizer.m", "3", "3", "[0]", "1", "8388608", "", "1.0", "1.0"],
     ]
-    assert "4 places beside the state_dict" in outcome.err
+    assert "4 places outside the state_dict" in outcome.err
     for choice in (["--at", "state_dict"], ["--select", "*"]):
         assert run("diff", *choice, one, other).code == 0
     bare = saved(tmp_path / "bare.pth", entries)
     told = run("diff", one, bare)
     assert (told.code, told.out) == (0, "")
-    assert f"beside the state_dict, {one} alone has epoch, args, optimizer" in told.err
+    assert f"outside the state_dict, only {one} has epoch, args, optimizer" in told.err
 
 
 def test_versions_of_modules_count_where_both_have_some(
@@ -252,10 +252,10 @@ def test_versions_of_modules_count_where_both_have_some(
     assert row == ["beside-value", "_metadata.features.version", "1", "2"]
     without = run("diff", one, write("without.pth", None))
     assert without.code == 0
-    assert f"{one} alone has `_metadata` (versions of modules)" in without.err
+    assert f"only {one} has `_metadata` (module versions)" in without.err
     fewer = run("diff", one, write("fewer.pth", {"": {"version": 1}}))
     assert fewer.code == 0
-    assert f"{one} alone has `_metadata` of features (" in fewer.err
+    assert f"only {one} has `_metadata` of features (" in fewer.err
 
 
 def test_plain_values_differ_by_type_and_bits(run: Run, tmp_path: Path) -> None:
@@ -418,8 +418,8 @@ def test_order_ties_strides_and_gradients_are_notes(run: Run, tmp_path: Path) ->
     second = saved(tmp_path / "other.pth", untied)
     outcome = run("diff", one, second)
     assert (outcome.code, outcome.out) == (0, "")
-    assert "the keys stand in another order, a where c does" in outcome.err
-    assert f"tied in {one} alone: b = a" in outcome.err
+    assert "the keys are in another order: a where c is" in outcome.err
+    assert f"tied only in {one}: b = a" in outcome.err
     assert "strides differ: b" in outcome.err
     assert "requires_grad differ: c" in outcome.err
     assert "Parameter or tensor differ: c" in outcome.err

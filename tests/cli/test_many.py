@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -491,7 +492,7 @@ def test_an_interruption_says_what_was_written(
         found == ["rewrite/1"] * BROKEN + ["malformed"] + ["rewrite/1"] * 13 + ["not-reached"] * 19
     )
     assert {each["exit"] for each in done.document["files"][31:]} == {130}
-    assert done.err.splitlines()[-1] == (
+    assert json.loads(done.err)["message"] == (
         "interrupted; out/: 30 of 50 files written; "
         "read 240, renamed 0, dropped 0, written 240; "
         "not reached: in/031.pth, in/032.pth, in/033.pth and 16 more"
@@ -648,7 +649,7 @@ def test_a_pipe_gets_the_bytes_of_a_file_of_every_fixture(
 def test_what_a_pipe_does_not_take(here: Path, line: str, code: int) -> None:
     found, out, err = piped(*line.split())
     assert (found, out) == (code, b"")
-    assert "\nhint: " in err
+    assert ('"hint": ' if "--json" in line else "\nhint: ") in err
 
 
 def test_a_cast_that_overflows_sends_nothing(here: Path) -> None:

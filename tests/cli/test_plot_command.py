@@ -170,7 +170,7 @@ def test_change_is_that_of_torch(run: Run, tmp_path: Path, entries: dict[str, An
         assert layers[name]["relative"] == pytest.approx(relative, rel=1e-9)
         assert layers[name]["cosine"] == pytest.approx(cosine, rel=1e-9)
     assert layers["layer2.0.conv"]["tensors"] == ["bias"]
-    assert "not in it: 2 without floats of one shape in both files" in done.err
+    assert "not in it: 2 without floats of one shape in both files" in done.document["notes"]
     assert texts(tmp_path / "c.svg")[0] == "a.pth \u2192 b.pth"
     assert "unchanged: 3 layers" in texts(tmp_path / "c.svg")
 

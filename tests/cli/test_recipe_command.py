@@ -82,7 +82,7 @@ def test_it_says_what_each_rule_takes_and_writes_nothing(
     ]  # fmt: skip
     assert done.err.splitlines() == [
         f"{model}: 4 keys in, 6 out",
-        "1 key that no rule takes: other",
+        "1 key that no rule matches: other",
     ]
     assert sorted(tmp_path.iterdir()) == before
 

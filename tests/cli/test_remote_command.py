@@ -71,7 +71,7 @@ def test_what_is_read_twice_is_asked_once(run: Run, far: Far, here: Path) -> Non
     url = far.put("/f.pth", (GOOD / "plain.pth").read_bytes())
     assert run("diff", url, url).code == 0
     assert len(far.asked) == 1  # it is small
-    assert "--in-place replaces a file of this machine" in run("unwrap", url, "--in-place").err
+    assert "--in-place replaces a local file" in run("unwrap", url, "--in-place").err
 
 
 def test_verify_runs_what_is_far_away(run: Run, far: Far, here: Path) -> None:

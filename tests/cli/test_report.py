@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ckptool import containers, text
-from ckptool.cli import report, report_plan
+from ckptool.cli import report, report_plan, talk
 from ckptool.state import edits
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Storage, TensorInfo, contiguous_stride
@@ -91,7 +91,7 @@ def test_tables_are_aligned_without_trailing_space() -> None:
 
 def test_documents_are_ascii_json() -> None:
     fields = {"schema": "x/1", "key": "\u5c42\u202e\ud800\x1b\x7f", "count": 3}
-    made = report.document(fields)
+    made = talk.document(fields)
     assert made.isascii()
     assert "\x1b" not in made
     assert "\x7f" not in made
@@ -256,7 +256,7 @@ def test_what_is_dropped_is_named_by_reason() -> None:
     assert report.rewrite_lines(rewrite(dropped=dropped)) == [
         "dropped 2: a [2, 3], c",
         "dropped 1 (not in x\\x1b): b []",
-        "dropped 1 (tied, written once): d = e",
+        "1 tied, stored once (--untie writes each): d = e",
     ]
 
 
@@ -270,9 +270,9 @@ def test_many_dropped_keys_are_counted() -> None:
 def test_what_is_left_behind_is_named() -> None:
     result = rewrite(at=("state_dict",), bare=True, not_carried=("epoch", "arch\x1b"))
     assert report.rewrite_lines(result) == [
-        "took the state_dict at `state_dict`; left behind epoch, arch\\x1b"
+        "took the state_dict at `state_dict`; not written: epoch, arch\\x1b"
     ]
-    assert report.rewrite_lines(rewrite(not_carried=("x",))) == ["left behind x"]
+    assert report.rewrite_lines(rewrite(not_carried=("x",))) == ["not written: x"]
 
 
 def test_a_plan_shows_each_change() -> None:

@@ -163,7 +163,7 @@ def test_commands_take_the_folder(run: Run, folder: Path, tmp_path: Path) -> Non
     listed = run("keys", "--names", folder)
     assert listed.out.split() == [*"rows columns grid cube short empty replicated scalar".split()]
     assert "state_dict at `model`" in listed.err
-    assert "beside it: optim, epoch, note" in listed.err
+    assert "also contains: optim, epoch, note" in listed.err
     done = run("transfer", folder, tmp_path / "t.pth", "--drop", "grid", "--drop", "_extra_state")
     assert (done.code, "dropped 2" in done.err) == (0, True)
     assert same(judge.load(tmp_path / "t.pth")["cube"], told(folder)["model"]["cube"]) == []
@@ -264,7 +264,7 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
     "shifted": (
         lambda m: replaced_part(m, "model._extra_state.scale", offset=4, length=900),
         Malformed,
-        "is no torch zip",
+        "is not a torch zip",
     ),
     "short": (lambda m: replaced_part(m, "note", length=40), Malformed, "no end record"),
     "float offset": (lambda m: replaced_part(m, "epoch", offset=0.5), Malformed, "does not say"),
@@ -277,7 +277,7 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
             }
         ),
         Malformed,
-        "overlaps what lies before it",
+        "overlaps what comes before it",
     ),
     "transformed": (
         lambda m: replaced_part(m, "epoch", transform_descriptors=["stream.zstd/1"]),
@@ -287,7 +287,7 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
     "no place": (
         lambda m: [m.storage_data.pop(i) for i in list(m.storage_data) if i.fqn == "model.grid"],
         Malformed,
-        "where the chunk of model.grid at (0, 0) lies",
+        "no entry for the chunk of model.grid at (0, 0)",
     ),
     "no place for an object": (
         lambda m: [m.storage_data.pop(i) for i in list(m.storage_data) if i.fqn == "epoch"],
@@ -309,7 +309,7 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
         Malformed,
         "overlap, and leave a gap elsewhere",
     ),
-    "chunk beyond": (lambda m: moved(m, "model.rows", offsets=(3, 0)), Malformed, "lies beyond it"),
+    "chunk beyond": (lambda m: moved(m, "model.rows", offsets=(3, 0)), Malformed, "is beyond it"),
     "chunk grown": (
         lambda m: moved(m, "model.rows", sizes=(4, 4)),
         Malformed,
@@ -339,12 +339,12 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
     "inside a tensor": (
         lambda m: m.planner_data.update({"note": ("model", "rows", "x")}),
         Malformed,
-        "note lies inside another entry",
+        "note is inside another entry",
     ),
     "same place": (
         lambda m: m.planner_data.update({"note": ("epoch",)}),
         Malformed,
-        "note lies where another entry does",
+        "note is where another entry is",
     ),
     "list and dict": (
         lambda m: m.planner_data.update({"note": ("model", 3)}),
@@ -389,7 +389,7 @@ def test_a_missing_shard_is_named(run: Run, folder: Path) -> None:
     done = run("keys", folder)
     assert done.code == 3
     assert "1 of its 2 files are not in the folder: __1_0.distcp" in done.err
-    assert "bring all files into one folder" in done.err
+    assert "copy all files into one folder" in done.err
 
 
 def test_what_is_missing_is_named_in_the_order_of_the_index(spawn: Run, folder: Path) -> None:
@@ -409,16 +409,16 @@ def test_a_truncated_shard_is_refused(run: Run, folder: Path) -> None:
 
 def test_a_shard_of_another_save_is_noted(run: Run, folder: Path, tmp_path: Path) -> None:
     (folder / "__2_0.distcp").write_bytes((folder / "__1_0.distcp").read_bytes())
-    assert "no entry lies in __2_0.distcp" in run("keys", folder).err
+    assert "no entry is in __2_0.distcp" in run("keys", folder).err
     done = run("convert", folder, tmp_path / "out.pth")
-    assert (done.code, "left behind __2_0.distcp" in done.err) == (0, True)
+    assert (done.code, "not written: __2_0.distcp" in done.err) == (0, True)
 
 
 def test_a_shard_alone_asks_for_its_folder(run: Run, folder: Path) -> None:
     done = run("keys", folder / "__0_0.distcp")
     assert done.code == 3
     assert "of a distributed checkpoint" in done.err
-    assert "give the folder that it lies in" in done.err
+    assert "give the folder that contains it" in done.err
 
 
 @pytest.mark.parametrize("where", ["index", "popped", "object"])

@@ -41,8 +41,8 @@ REFUSED = {
     "odd_dtypes.pth": "bits8: no plain tensor",
     "qtensors.pth": "qint8: no plain tensor",
     "sparse.pth": "coo: no plain tensor",
-    "stdlib.pth": "is no plain value",
-    "storages.pth": "typed: a storage is no plain value",
+    "stdlib.pth": "is not a plain value",
+    "storages.pth": "typed: a storage is not a plain value",
     "whole_model.pth": "holds no dict",
     "whole_model_legacy.pth": "holds no dict",
 }
@@ -111,7 +111,7 @@ def test_edits_are_applied_first(run: Run, tmp_path: Path) -> None:
     done = run("convert", source, out, *options)
     assert (done.code, done.out) == (0, "")
     assert "read 8, renamed 6, dropped 2, written 6" in done.err
-    assert "left behind epoch, arch, best_acc1, optimizer" in done.err
+    assert "not written: epoch, arch, best_acc1, optimizer" in done.err
     state = original(source)["state_dict"]
     wanted = {key.removeprefix("module."): value for key, value in state.items()}
     wanted = {key: value for key, value in wanted.items() if not key.startswith("classifier")}
@@ -131,7 +131,7 @@ def test_what_is_lost_is_said(run: Run, tmp_path: Path) -> None:
     done = run("convert", tmp_path / "in.pth", tmp_path / "out", "--to", "dcp")
     assert done.code == 0
     assert "an empty dict leaves no trace in it: none, groups.1" in done.err
-    assert "keys that are no text become text: 1" in done.err
+    assert "keys that are not text become text: 1" in done.err
     assert "Parameters become plain tensors: w" in done.err
     assert "written one by one: 1 copy more" in done.err
 

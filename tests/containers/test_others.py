@@ -50,10 +50,10 @@ def test_what_a_failed_save_left(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "failed.pt"
     with pytest.raises(TypeError):
         torch.save({"w": torch.ones(3), "lock": threading.Lock()}, path)
-    assert "a torch.save that failed" in run("info", path).err
+    assert "an unfinished torch.save" in run("info", path).err
     with pytest.raises(TypeError):
         torch.save({"lock": threading.Lock()}, path, _use_new_zipfile_serialization=False)
-    assert "a torch.save that failed" in run("info", path).err
+    assert "an unfinished torch.save" in run("info", path).err
 
 
 def test_a_package_is_named(run: Run, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ LYING_ARRAYS = {
         "f4", 1, b"0" + CODE.ljust(ord("0"), b"N") + bytes(4), more=ALIGNED
     ),
     "elements that pickle.load runs": array_of_joblib("u1", LONG + 1, b"0" + CODE),
-    "a shape that is there twice": array_of_joblib("u1", LONG, CODE, more=TWICE),
+    "a shape that appears twice": array_of_joblib("u1", LONG, CODE, more=TWICE),
     "elements of another size": array_of_joblib(
         f"S{LONG}", 1, b"\xff" + CODE[:-1], state=b"(K\3" + text("|") + b"NNNK\1K\1K\0tb"
     ),

@@ -138,7 +138,7 @@ def test_a_tie_in_a_torch_shard_stays_one(run: Run, here: Path, good: Path) -> N
     assert list(loaded) == ["wte.weight", "h.weight", "lm_head.weight", "ln.bias"]
     assert loaded["wte.weight"].data_ptr() == loaded["lm_head.weight"].data_ptr()
     done = run("convert", good / "sharded_legacy", "out.safetensors")
-    assert "dropped 1 (tied, written once): lm_head.weight = wte.weight" in done.err
+    assert "1 tied, stored once (--untie writes each): lm_head.weight = wte.weight" in done.err
 
 
 def test_module_versions_of_all_shards_are_joined(run: Run, here: Path, good: Path) -> None:
@@ -188,14 +188,14 @@ def test_a_wrong_total_and_files_of_another_set_are_noted(run: Run, here: Path) 
     )
     done = run("keys", folder)
     assert done.code == 0
-    assert "the index speaks of 12 bytes in all, the shards hold 294" in done.err
+    assert "the index says 12 bytes in all, the shards hold 294" in done.err
     assert "not named by the index, and not read: model-00003-of-00009.safetensors" in done.err
 
 
 def test_a_shard_alone_says_what_it_is_of(run: Run, here: Path) -> None:
     folder = save(here / "set", model())
     name = folder / "model-00001-of-00002.safetensors"
-    note = "this is shard 1 of 2; model.safetensors.index.json beside it stands for all"
+    note = "this is shard 1 of 2; model.safetensors.index.json names all of them"
     done = run("keys", name)
     assert (done.code, note in done.err) == (0, True)
     os.unlink(index_of(folder))
@@ -301,7 +301,7 @@ def test_a_shard_without_a_state_dict_is_refused(run: Run, here: Path, good: Pat
 def test_many_shard_names_take_linear_time(here: Path) -> None:
     weight_map = {f"k{number}": f"s{number}.safetensors" for number in range(20_000)}
     Path("m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(Malformed, match="20000 of 20000 shards that the index names are not there"):
+    with pytest.raises(Malformed, match="20000 of 20000 shards that the index names are missing"):
         containers.read("m.safetensors.index.json")
 
 

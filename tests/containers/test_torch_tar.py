@@ -180,8 +180,8 @@ def record(key: str, value: str = "1") -> bytes:
 PADDED = bytearray(about(b"x", record("comment", "abc")))
 PADDED[512 + 15 :] = record("path", "pickled").ljust(497, b"\0")
 REFUSED = {
-    "signed size": (header("a", at_124=b"-0000001000\0"), "no octal number"),
-    "underscore in a size": (header("a", at_124=b"0000000_000\0"), "no octal number"),
+    "signed size": (header("a", at_124=b"-0000001000\0"), "not an octal number"),
+    "underscore in a size": (header("a", at_124=b"0000000_000\0"), "not an octal number"),
     "negative size of pax": (about(b"x", record("size", "-1000")), "is not a number"),
     "long name and pax": (about(b"L", b"b\0") + about(b"x", record("path", "c")), "types Lx"),
     "two long names": (about(b"L", b"b\0") + about(b"L", b"c\0"), "types LL"),

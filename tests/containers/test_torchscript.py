@@ -84,7 +84,7 @@ def test_every_tensor_of_a_real_archive_is_listed_or_counted(path: Path) -> None
 def test_what_is_left_behind_is_named(run: Run, tmp_path: Path) -> None:
     done = run("convert", GOOD / "script.pt", tmp_path / "out.pth")
     assert done.err.splitlines() == [
-        "left behind code/ (3 records), constants.pkl",
+        "not written: code/ (3 records), constants.pkl",
         "took the state_dict out of a TorchScript module good_torchscript.Whole",
         "a TorchScript archive is a program; none of its code was run or judged",
         "left out 2 tensors in other attributes, as torch.jit.load's state_dict does: maybe, plain",
@@ -163,7 +163,7 @@ def test_modules_that_only_code_restores_are_named(run: Run, tmp_path: Path) -> 
     done = run("keys", "--names", source)
     assert done.code == 0
     assert "part.weight" not in done.out
-    assert "can tell the parameters of part, layers.0: left out" in done.err
+    assert "determines the parameters of part, layers.0: left out" in done.err
 
 
 def test_archives_of_2019_hold_what_their_tables_say(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_the_weights_as_they_were_trained(run: Run) -> None:
     shutil.rmtree("run")
     saved(3, 2)
     said = refused(run, "run", "placeholder", "--values", code=2, options=("--values", "module"))
-    assert "master weights are whole" in said
+    assert "master weights are complete" in said
 
 
 def test_values_of_another_checkpoint_are_not_chosen(run: Run) -> None:

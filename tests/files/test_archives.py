@@ -184,7 +184,7 @@ MISSING = {
     "absent.zip::policy.pth": ("absent.zip does not exist", "", ""),
     "model.tar.gz::config.json": ("is a JSON text", "", ""),
     "agent.zip::policy.pth::x": ("there is no x in", "", ""),
-    "model.tar.gz::config.json::x": ("config.json is no archive that is looked into", "", ""),
+    "model.tar.gz::config.json::x": ("config.json is not an archive that ckptool reads", "", ""),
 }
 
 

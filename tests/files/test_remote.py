@@ -288,7 +288,7 @@ def test_a_redirect_is_followed_once_and_again_when_it_expires(far: Far, tmp_pat
 def test_an_index_names_files_beside_it_alone(far: Far, name: str) -> None:
     index = json.dumps({"metadata": {}, "weight_map": {"a": name, "b": "x.safetensors"}})
     url = far.put("/deep/er/model.safetensors.index.json", index.encode())
-    with pytest.raises(Malformed, match="no name of a file beside it"):
+    with pytest.raises(Malformed, match="not the name of a file next to it"):
         ckptool.keys(url)
     assert {each.path for each in far.asked} == {"/deep/er/model.safetensors.index.json"}
 
@@ -305,7 +305,7 @@ def test_names_in_an_index_are_names_whatever_urls_make_of_them(far: Far, name: 
 def test_a_shard_that_is_not_there_is_named(far: Far) -> None:
     url = shards(far)
     del far.files["/set/model-00002-of-00004.safetensors"]
-    with pytest.raises(Malformed, match="1 of 4 shards that the index names are not there"):
+    with pytest.raises(Malformed, match="1 of 4 shards that the index names are missing"):
         ckptool.keys(url)
 
 

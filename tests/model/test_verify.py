@@ -707,7 +707,7 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     (tmp_path / "page.jpg").write_text("<html>")
     for name in ("page.jpg", "absent.jpg", "."):
-        with pytest.raises(BadInput, match="is no picture"):
+        with pytest.raises(BadInput, match="is not a picture"):
             inputs.make(GHOST, inputs.Options(picture=str(tmp_path / name)))
 
 

@@ -142,7 +142,7 @@ def test_llama_of_the_real_size_is_taken(
     outcome = run("recipe", recipe, "--from", path, "--json")
     path.unlink()
     assert outcome.code == 0, outcome.err
-    assert "no rule takes" not in outcome.err
+    assert "no rule matches" not in outcome.err
 
 
 @pytest.mark.parametrize("recipe", LLAMA)

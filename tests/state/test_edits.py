@@ -111,7 +111,7 @@ def test_edits(steps: list[Edit] | Edit, keys: str, expected: str) -> None:
 REFUSED = [
     (strip_prefix(), "a b", NothingMatched, "no key starts with `module.`", ""),
     (strip_prefix(), "a.module.b", NothingMatched, "`module.`", "--anywhere"),
-    (strip_prefix(anywhere=True), "a", NothingMatched, "no key holds `module.`", ""),
+    (strip_prefix(anywhere=True), "a", NothingMatched, "no key contains `module.`", ""),
     (strip_prefix(), "_orig_mod.a", NothingMatched, "`module.`", "--prefix _orig_mod."),
     (
         strip_prefix(),
@@ -164,9 +164,9 @@ def test_nothing_matched_shows_what_keys_look_like() -> None:
     with pytest.raises(NothingMatched) as caught:
         drop(["x"]).make([f"layer{i}.weight" for i in range(9)])
     assert caught.value.evidence == (
-        "keys are like layer0.weight",
-        "keys are like layer4.weight",
-        "keys are like layer8.weight",
+        "keys look like layer0.weight",
+        "keys look like layer4.weight",
+        "keys look like layer8.weight",
     )
 
 

@@ -152,7 +152,7 @@ BAD = {
         STEP + "rope = {keys = 'h', heads = 2, to = 'hf'}\n",
         f"{ONE} (rope): to = `hf`: rope takes `half` or `interleaved`",
     ),
-    "dtype": (STEP + "cast = {to = 'int8'}\n", f"{ONE} (cast): `int8` is no dtype of floats"),
+    "dtype": (STEP + "cast = {to = 'int8'}\n", f"{ONE} (cast): `int8` is not a dtype of floats"),
     # rules
     "pair": (
         STEP + "rename = [['a', 'b'], ['a']]\n",
@@ -178,7 +178,7 @@ BAD = {
     ),
     "field of NEW": (
         STEP + "rename = [['x', 'y'], ['h.{i}', 'b.{j}']]\n",
-        f"{ONE} (rename), rule 2: {{j}} is in NEW alone, in `h.{{i}}=b.{{j}}`",
+        f"{ONE} (rename), rule 2: {{j}} is only in NEW, in `h.{{i}}=b.{{j}}`",
     ),
     "half a field": (
         STEP + "rename = [['h.{rest:**}', 'b.{rest}']]\n",
@@ -258,7 +258,7 @@ BAD = {
     "tied": (
         STEP + "transpose = {keys = 'emb'}\n",
         f"{ONE} (transpose): emb.weight and head.weight "
-        "are one tensor, and the step takes emb.weight alone",
+        "are one tensor, and the step takes only emb.weight",
     ),
     "dimension": (
         SPLIT + ", dim = 2}\n",
@@ -294,11 +294,11 @@ BAD = {
     ),
     "not a tensor": (
         STEP + "unsqueeze = {keys = 'epoch', dim = 0}\n",
-        f"{ONE} (unsqueeze): epoch is not a tensor: it stays whole",
+        f"{ONE} (unsqueeze): epoch is not a tensor: it is not changed",
     ),
     "sparse": (
         STEP + "transpose = {keys = 'sparse'}\n",
-        f"{ONE} (transpose): sparse is a tensor made of others: it stays whole",
+        f"{ONE} (transpose): sparse is a tensor made of others: it is not changed",
     ),
     "copy of nothing": (
         STEP + "copy = {from = 'nope', to = 'h'}\n",
@@ -395,7 +395,7 @@ def test_a_bad_recipe_is_one_clear_error(run: Run, folder: Path, name: str) -> N
 
 EXPECTED = {
     "tensors = 3": "r.toml: 19 tensors where [expect] says 3; nothing was written",
-    "unmatched = 'refuse'": "r.toml: 19 keys that no rule takes; nothing was written",
+    "unmatched = 'refuse'": "r.toml: 19 keys that no rule matches; nothing was written",
     "like = 'like.json'": "r.toml: 20 tensors not as in like.json; nothing was written",
 }
 
@@ -433,14 +433,14 @@ def test_expect_is_of_the_output_and_backwards_of_the_input(run: Run, folder: Pa
 
 
 NO_WAY_BACK = {
-    "drop = 'w'": "what it drops is gone",
-    "keep = 'w'": "what it drops is gone",
+    "drop = 'w'": "what it drops cannot be restored",
+    "keep = 'w'": "what it drops cannot be restored",
     "strip = 'auto'": "`auto` does not say which prefix was there",
-    "slice = {keys = 'w', rows = '0'}": "the rows that it leaves out are gone",
-    "cast = {to = 'bf16'}": "what was rounded is gone",
+    "slice = {keys = 'w', rows = '0'}": "the rows that it leaves out cannot be restored",
+    "cast = {to = 'bf16'}": "rounding cannot be undone",
     "reshape = {keys = 'w', shape = [4]}": "without `was` the shape before is not known",
     "rename = [['a', 'b'], ['re:w', 'v']]": (
-        "rule 2, `re:w=v`: a regular expression has no way back"
+        "rule 2, `re:w=v`: a regular expression cannot be reversed"
     ),
     "rename = [['w.{i}.{x}', 'v.{x}']]": "rule 1, `w.{i}.{x}=v.{x}`: what {i} holds is not in NEW",
     "rename = [['w*', 'v']]": "rule 1, `w*=v`: what `*` holds is not in NEW",
@@ -504,7 +504,10 @@ def test_a_fuse_of_unequal_parts_says_what_gives_it_a_way_back(run: Run, folder:
     step = STEP + "fuse = {from = ['q', 'k', 'v'], to = 'qkv'%s}\n"
     Path("r.toml").write_text(step % "")
     outcome = run("convert", "in.pth", "out.pth", "--recipe", "r.toml")
-    assert "fuse: qkv is of [8, 2], [2, 2], [2, 2]: only `sizes` gives it a way back" in outcome.err
+    assert (
+        "fuse: qkv is of [8, 2], [2, 2], [2, 2]: it can be reversed only with `sizes`"
+        in outcome.err
+    )
     outcome = run("convert", "out.pth", "back.pth", "--recipe", "r.toml", "--reverse")
     assert "split: 1 tensor of 1 became 3 of equal size" in outcome.err
     Path("r.toml").write_text(step % ", sizes = [8, 2, 2]")

@@ -323,7 +323,7 @@ def test_keys_name_the_class_and_the_place(run: Run, here: Path) -> None:
     assert outcome.out == "weight\tF32\t[3, 2]\t24\nbias\tF32\t[3]\t12\n"
     assert outcome.err == (
         "model.pth: torch zip, state_dict of the whole model `Linear` at `model`, 2 tensors, 36 B; "
-        "beside it: epoch\n"
+        "also contains: epoch\n"
     )
     document = run("keys", "--json", "model.pth").document
     assert (document["at"], document["module"]) == (["model"], "torch.nn.modules.linear.Linear")
@@ -337,7 +337,7 @@ def test_unwrap_says_what_stays_behind(run: Run, here: Path) -> None:
     outcome = run("unwrap", "model.pth", "out.pth")
     assert outcome.code == 0
     assert outcome.err == (
-        "took the state_dict of the whole model `Linear`; left behind the class "
+        "took the state_dict of the whole model `Linear`; not written: the class "
         "torch.nn.modules.linear.Linear and its attributes\n"
         "1 tensor of the model not in its state_dict (buffers that are not persistent, other "
         "attributes)\n"
@@ -428,8 +428,8 @@ def test_a_learner_that_holds_its_model(run: Run, here: Path) -> None:
     saved({"learner": learner})
     outcome = run("unwrap", "model.pth", "out.pth")
     assert outcome.err.startswith(
-        "took the state_dict of the whole model `Linear` at `learner.model`; left behind the class "
-        "torch.nn.modules.linear.Linear and its attributes, learner.lr\n"
+        "took the state_dict of the whole model `Linear` at `learner.model`; not written: the "
+        "class torch.nn.modules.linear.Linear and its attributes, learner.lr\n"
     )
     assert_same_state(here / "out.pth", learner.model.state_dict())
 

@@ -579,7 +579,7 @@ def test_what_does_not_fit_is_refused(pair: Pair) -> None:
     half = replace(value, dtype=DType.I32)
     for move, reason in (
         (lambda: values.part(value, 0, 3, 13), "no 3:13 in a dimension of 12"),
-        (lambda: values.permuted(value, (0, 0)), "no order of 2 dimensions"),
+        (lambda: values.permuted(value, (0, 0)), "not an order of 2 dimensions"),
         (lambda: values.shaped(value, (12, 9)), "no place in the shape"),
         (lambda: values.shaped(value, (-12, -10)), "no place in the shape"),
         (lambda: values.joined([value, half], 0), "two dtypes"),

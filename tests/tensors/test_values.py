@@ -162,9 +162,9 @@ def test_only_and_except_choose_by_the_keys_at_that_step(
     assert done.map[0] == ("a.weight", "x.weight")
     with pytest.raises(NothingMatched):
         ckptool.convert(model[0], tmp_path / "no.pth", steps=[edits.cast("bf16", only="nope")])
-    with pytest.raises(EditError, match="no dtype of floats"):
+    with pytest.raises(EditError, match="not a dtype of floats"):
         edits.cast("int8")
-    with pytest.raises(EditError, match="no dtype of floats"):
+    with pytest.raises(EditError, match="not a dtype of floats"):
         edits.cast("F8_E8M0")
 
 

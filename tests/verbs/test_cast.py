@@ -156,7 +156,7 @@ def test_one_name_of_a_tied_tensor_is_not_cast_alone(run: Run, here: Path) -> No
     [
         (["--dtype", "b16"], "did you mean `bf16`"),
         (["--dtype", "int8"], "known are bf16, f16, f32, f64, f8_e4m3, f8_e5m2"),
-        (["--dtype", "f8_e8m0"], "no dtype of floats"),
+        (["--dtype", "f8_e8m0"], "not a dtype of floats"),
         (["--dtype-only", "a"], "--dtype-only has no effect without --dtype"),
         (["--overflow", "inf"], "--overflow has no effect without --dtype"),
         (["--dtype", "bf16", "--overflow", "wrap"], "'wrap' is not one of"),
@@ -284,13 +284,13 @@ def test_a_damaged_input_is_not_counted(run: Run, here: Path) -> None:
 def test_a_report_says_what_was_cast_and_what_not(run: Run, here: Path) -> None:
     torch.save({"state_dict": strided(), "epoch": 3, "ema": [torch.ones(2)]}, "wrapped.pth")
     said = run("convert", "--dtype", "f16", "wrapped.pth", "out.pth").err
-    line = "cast 9 tensors to F16; as they were: 1 F16, 1 I64, 1 BOOL, 1 C64; "
+    line = "cast 9 tensors to F16; not cast: 1 F16, 1 I64, 1 BOOL, 1 C64; "
     assert line in said
     assert "also contains, not cast: epoch, ema\n" in said
     saved = torch.load("out.pth", weights_only=True)
     assert saved["ema"][0].dtype is torch.float32
     said = run("convert", "--dtype", "f16", "out.pth", "again.pth").err
-    assert "no tensor to cast to F16: that changes nothing; as they were: 10 F16" in said
+    assert "no tensor to cast to F16: that changes nothing; not cast: 10 F16" in said
 
 
 def test_a_dry_run_reads_no_values(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def test_what_is_no_plain_tensor_stays_and_is_counted(run: Run, here: Path) -> N
     }
     torch.save(state, "odd.pth")
     said = run("convert", "--dtype", "bf16", "odd.pth", "out.pth").err
-    line = "cast 1 tensor to BF16; as they were: 1 numpy.ndarray, 1 sparse_coo F32, 1 meta F32\n"
+    line = "cast 1 tensor to BF16; not cast: 1 numpy.ndarray, 1 sparse_coo F32, 1 meta F32\n"
     assert line in said
 
 
@@ -404,11 +404,11 @@ def test_a_cast_is_a_step_of_a_recipe(run: Run, here: Path) -> None:
     text = "recipe = 1\n[[step]]\nrename = [['large', 'x']]\n[[step]]\ncast = {%s}\n"
     for fields, code, said in (
         ("to = 'float16', overflow = 'clamp', except = ['small']", 0, "cast 6 tensors to F16"),
-        ("to = 'f16', only = ['small', 'hidden']", 0, "cast 2 tensors to F16; as they were: 5 F32"),
+        ("to = 'f16', only = ['small', 'hidden']", 0, "cast 2 tensors to F16; not cast: 5 F32"),
         ("to = 'f16'", 1, "error[overflow]: step 2 (cast): 2008 values in 5 tensors"),
         ("to = 'f16', only = ['x.weight']", 2, "x.weight and x.tied are one tensor"),
-        ("to = 'f15'", 2, "step 2 (cast): `f15` is no dtype of floats"),
-        ("to = 'f16', overflow = 'wrap'", 2, "overflow is none of refuse, inf, clamp: `wrap`"),
+        ("to = 'f15'", 2, "step 2 (cast): `f15` is not a dtype of floats"),
+        ("to = 'f16', overflow = 'wrap'", 2, "overflow is not one of refuse, inf, clamp: `wrap`"),
         ("to = 'f8_e4m3', overflow = 'inf'", 2, "F8_E4M3 has no infinity"),
     ):
         Path("r.toml").write_text(text % fields)
@@ -521,7 +521,7 @@ def test_what_is_tied_to_a_quantized_weight_stays_with_it(run: Run, here: Path) 
     state = {"head.weight": weight, "embed.weight": weight, "embed.weight_scale": torch.ones(1)}
     torch.save(state, "q.pth")
     said = run("convert", "--dtype", "bf16", "q.pth", "out.pth").err
-    assert "no tensor to cast to BF16: that changes nothing; as they were: 2 quantized" in said
+    assert "no tensor to cast to BF16: that changes nothing; not cast: 2 quantized" in said
     got = torch.load("out.pth", weights_only=True)
     assert got["head.weight"].data_ptr() == got["embed.weight"].data_ptr()
 
@@ -537,7 +537,7 @@ def test_tensors_that_torch_quantizes_stay_with_their_scales(run: Run, here: Pat
     }
     torch.save(state, "q.pth")
     said = run("convert", "--dtype", "f16", "q.pth", "out.pth").err
-    assert "cast 1 tensor to F16; as they were: 2 quantized with 2 scales\n" in said
+    assert "cast 1 tensor to F16; not cast: 2 quantized with 2 scales\n" in said
     got = torch.load("out.pth", weights_only=True)
     assert {key for key in state if getattr(got[key], "dtype", None) is F16} == {"bn.weight"}
 

@@ -140,9 +140,9 @@ def test_what_is_odd_is_a_note(here: Path, good: Path, hostile: Path) -> None:
         made.writestr("plain/extra.txt", "hello")
     assert checking.check("more.pth").notes == ("nothing in it refers to extra.txt (5 B)",)
     (note,) = checking.check(hostile / "legacy_sixth_pickle.pth").notes
-    assert note == "nothing in it refers to what stands behind the storages (52 B)"
+    assert note == "nothing in it refers to what follows the storages (52 B)"
     (note,) = checking.check(good / "duplicate_keys.pth").notes
-    assert "stands twice; the last one counts" in note
+    assert "appears twice; the last one counts" in note
 
 
 def test_bytes_between_records_are_noted(here: Path, good: Path) -> None:
@@ -158,7 +158,7 @@ def test_bytes_between_records_are_noted(here: Path, good: Path) -> None:
         assert archive.testzip() is None
     found = checking.check("in.pth")
     assert found.status is Status.OK
-    assert found.notes == ("60 B in it belong to no part of it",)
+    assert found.notes == ("60 B of the file are outside of all its records",)
 
 
 # What is refused, and what would run code.
@@ -309,7 +309,7 @@ def test_a_folder_is_looked_at_whatever_names_are_in_it(run: Run, here: Path, go
         "mace.model", "policy.dat", "tetris", "weights.h5", "set",
     ]  # fmt: skip
     assert [row[1] for row in rows(done)] == ["unsafe"] * 4 + ["ok"]
-    assert "1 other file, not of a checkpoint: downloads/README.md (a text " in done.err
+    assert "1 other file, not checkpoints: downloads/README.md (a text " in done.err
     assert "not looked at: downloads/pipe (not a regular file)" in done.err
     assert "not looked at: downloads/more.tar.gz (a gzip archive " in done.err
     document = run("check", "--json", "downloads").document

@@ -23,6 +23,8 @@ from ckptool.errors import NoSuchKey, NothingMatched
 from ckptool.verbs import options
 
 RIGHT = """
+from collections.abc import Mapping
+
 import ckptool
 
 listing = ckptool.keys("a.pth", select="head", all=True)
@@ -44,7 +46,7 @@ verified: ckptool.Verification = ckptool.verify("a", "b", "resnet18", devices="c
 devices: list[str] = [run.device for run in verified]
 status: ckptool.Status = ckptool.check("a").status
 command: str = ckptool.info("a").suggestions[0].command
-document: dict[str, object] = listing.to_dict()
+document: Mapping[str, object] = listing.to_dict()
 """
 WRONG = {
     'ckptool.strip_prefix("a", "b", prefxi=3)': "Unexpected keyword argument",

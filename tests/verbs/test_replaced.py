@@ -196,7 +196,7 @@ def test_in_place_leaves_alone_what_someone_else_has_put_there(
     monkeypatch.setattr(publish, "publish", late)
     done = run("strip-prefix", "--prefix", "a.", "--in-place", "in.pth")
     assert (done.code, done.err.partition(":")[0]) == (5, "error[output-exists]")
-    assert "was replaced by someone else meanwhile" in done.err
+    assert "was replaced by another process meanwhile" in done.err
     assert Path("in.pth").read_bytes() == (models / "new/in.pth").read_bytes()
     assert os.listdir(".") == ["in.pth"]
 

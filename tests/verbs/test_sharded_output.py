@@ -217,7 +217,7 @@ def test_refusals_before_a_byte_is_written(run: Run, here: Path, good: Path) -> 
     for arguments, code, said in (
         (("in.pth", "out.safetensors"), 2, "is the name of a file"),
         (("--in-place", "in.pth"), 2, "writes a folder"),
-        (("in.pth", "file"), 5, "file is no folder"),
+        (("in.pth", "file"), 5, "file is not a folder"),
         (("in.pth", "no/such/out"), 5, "hint: mkdir -p "),
         (("in.pth", "set"), 5, "set holds model.safetensors already"),
         (("--force", "input", "input"), 5, "error[same-file]: input/model"),
@@ -398,7 +398,7 @@ def test_what_another_writer_put_there_is_not_undone(
         patch.setattr(moves, "swap", no_swap)
         patch.setattr(os, "link", late)
         done = run("convert", "--force", "--max-shard-size", 170, "in.pth", "out")
-    assert (done.code, "by someone else" in done.err) == (5, True)
+    assert (done.code, "by another process" in done.err) == (5, True)
     assert {name: (here / "out" / name).read_bytes() for name in place} == place
 
 
@@ -418,7 +418,7 @@ def test_a_folder_that_is_replaced_while_its_files_are_written(
     with monkeypatch.context() as patch:
         patch.setattr(publish, "_write", late)
         done = run("convert", "--force", "--max-shard-size", 170, "in.pth", "out")
-    assert (done.code, "was replaced by someone else meanwhile" in done.err) == (5, True)
+    assert (done.code, "was replaced by another process meanwhile" in done.err) == (5, True)
     assert listing(here / "out") == before
 
 

@@ -208,8 +208,8 @@ def test_a_poor_fit_says_how_poor_and_what_would_accept_it(
     assert "nothing was written" in first
     assert evidence == [
         "    1 of 3 tensors match, 0 differ in shape, 2 missing",
-        "    keys here alone are like x.y",
-        "    keys there alone are like b",
+        "    keys only here look like x.y",
+        "    keys only there look like b",
     ]
     assert listing(here) == before
     assert "--min-match 0.21" in hint

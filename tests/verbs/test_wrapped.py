@@ -199,7 +199,7 @@ def test_at_says_what_is_there(tmp_path: Path, run: Run) -> None:
     torch.save(torch.ones(2, 3), one)
     with pytest.raises(NoSuchKey) as caught:
         ckptool.keys(bare, at="state_dict")
-    assert caught.value.hint == f"{bare} is a bare state_dict: leave out --at"
+    assert caught.value.hint == f"{bare} is already a bare state_dict: leave out --at"
     assert "not a dict of tensors: F32 [2, 3]" in run("keys", one, "--at", ".").err
     torch.save(
         {"student": net().state_dict(), "teacher": prefixed("x.", {"w": torch.ones(1)})}, one
