@@ -16,8 +16,8 @@ from ckptool.errors import NoSuchCommand, of_system
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
 SUBJECTS = (
-    "writing many selecting recipes dtypes containers remote whole-models plugins ci safety trust "
-    "exit-codes json python numbers scale architecture"
+    "writing many terminal selecting recipes dtypes containers remote whole-models plugins ci safety "
+    "trust exit-codes json python numbers scale architecture"
 ).split()
 
 
