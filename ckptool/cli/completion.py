@@ -18,6 +18,8 @@ SECONDS = 0.5  # for reading a file
 MEMORY = 64 << 20
 MANY = 50  # keys from which modules are offered instead
 
+_PATHS = ("FILE", "A", "B", "PICTURE", "FOLDER", "DIR_OR_FILE")  # what options are for
+
 Offer = Callable[[click.Context, str, str], Iterable[str]]
 
 
@@ -25,7 +27,7 @@ def attach(command: click.Command) -> click.Command:
     """Let the options and arguments of a command offer names, or files."""
     for each in command.params:
         offer = _OFFERS.get((command.name, each.name)) or _OFFERS.get((None, each.name))
-        if offer or _is_argument(each):
+        if offer or _is_argument(each) or each.metavar in _PATHS:
             each.type = _Offered(offer)
     return command
 

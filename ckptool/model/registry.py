@@ -6,7 +6,9 @@ import os
 import re
 from collections.abc import Iterator
 
-_MODEL = re.compile(r"^@register_model\((?:name=\"(\w+)\")?\)\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+_MODEL = re.compile(
+    r"^@register_model\((?:name=\"(\w+)\")?\)\n(?:(?!def ).*\n)*?def (\w+)", re.MULTILINE
+)
 _WEIGHTS = re.compile(r"^class (\w+)\(WeightsEnum\):\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
 _MEMBER = re.compile(r"^    (\w+) = Weights\(", re.MULTILINE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, Outcome, step
+from conftest import FIXTURES, Outcome, environment, step
+from test_cli import SLOWISH
 
 from ckptool.cli import folding, screen
 from ckptool.cli.main import main
@@ -166,6 +168,8 @@ EACH = (
     "convert -n {} out/ --max-shard-size 20",
     "convert -n {} out.pth --dtype bf16 --drop no.such.key",
     "average -n {} dp.pth.tar out.pth",
+    "keys {} layers.pth",
+    "strip-prefix -n {} dp.pth.tar out/",
     "match {} --like ten.pth",
     "recipe torchvision-vit-to-timm --from {} --like layers.pth",
 )
@@ -177,6 +181,9 @@ ONCE = (
     "diff dp.pth.tar ten.pth --ignore-prefix auto",
     "transfer -n more.pth out.pth --like layers.pth",
     "check .",
+    "diff one.pth two.pth",
+    "diff --all dino.pth optimizer.pth",
+    "plot one.pth",
     "layers --model net.py:net --input-shape 1,3,32,32",
     "layers --model net.py:net --input-shape 1,3,32,32 one.pth",
     "verify one.pth two.pth --model net.py:net --input-shape 1,3,32,32",
@@ -350,24 +357,65 @@ def test_columns_that_can_be_missed_go_before_keys_are_cut_short() -> None:
     assert len(screen.table([row], 80, right=[2], spare=[1])[0].split()) == 3
 
 
+def emulated(text: str, width: int) -> list[str]:
+    """Return what a terminal shows of plain text, carriage returns and line feeds."""
+    lines, row, column = [""], 0, 0
+    for character in text:
+        if character == "\r":
+            column = 0
+        elif character == "\n":
+            row += 1
+        else:
+            if column == width:
+                row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + character + line[column + 1 :]
+            column += 1
+        lines += [""] * (row + 1 - len(lines))
+    return [line.rstrip() for line in lines]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals are those of POSIX")
-def test_the_size_is_that_of_the_terminal(folder: Path) -> None:
-    """No variable says it; the last word has the terminal itself."""
+def test_an_interrupted_bar_goes_away(
+    tmp_path: Path, make_safetensors: Callable[..., Path]
+) -> None:
+    """The terminal writes ^C behind the bar, on a line of its own where the bar fills its own."""
+    import fcntl
+    import termios
+
+    make_safetensors(tmp_path / "in.safetensors", {"module.weight": [16 << 20]})
+    ours, theirs = terminal(columns=60)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWISH, "strip-prefix", "in.safetensors", "out.safetensors"],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, env=environment(),
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while b"%|" not in shown:
+        shown += os.read(ours, 65536)
+    os.write(ours, b"\x03")
+    shown += everything(ours)
+    assert process.wait(timeout=60) == 130
+    lines = ["^C", "interrupted; nothing was written", ""]
+    assert emulated(shown.decode(), 60) == lines
+
+
+def terminal(columns: int) -> tuple[int, int]:
+    """Open a terminal of so many columns: our side, and that of the program."""
     import fcntl
     import pty
     import struct
-    import subprocess
     import termios
 
-    from conftest import environment
-
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ckptool", "keys", "dp.pth.tar"],
-        stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment(),
-    )  # fmt: skip
-    os.close(theirs)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    return ours, theirs
+
+
+def everything(ours: int) -> bytes:
+    """Read what a program shows until it ends."""
     shown = b""
     while True:
         try:
@@ -378,8 +426,20 @@ def test_the_size_is_that_of_the_terminal(folder: Path) -> None:
             break
         shown += data
     os.close(ours)
+    return shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are those of POSIX")
+def test_the_size_is_that_of_the_terminal(folder: Path) -> None:
+    """No variable says it; the last word has the terminal itself."""
+    ours, theirs = terminal(columns=60)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptool", "keys", "dp.pth.tar"],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment(),
+    )  # fmt: skip
+    os.close(theirs)
+    lines = everything(ours).decode().replace("\r\n", "\n").splitlines()
     assert process.wait(timeout=60) == 0
-    lines = shown.decode().replace("\r\n", "\n").splitlines()
     assert max(columns(line) for line in lines if "ckptool " not in line) <= 60
     assert any(columns(line) > 55 for line in lines)
 
