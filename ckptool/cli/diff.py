@@ -75,7 +75,7 @@ def command(
 
     Exit code 0 where they are equal, with nothing on stdout, 1 where they differ. What stands
     beside the state_dicts (epoch, optimizer ...) counts where both files have some, unless --at or
-    --select choose a part. Order of keys, ties, strides and requires_grad are told and do not
+    --select choose a part. Order of keys, ties, strides and requires_grad are reported and do not
     count. With a tolerance, what differs by no more than ATOL + RTOL * |A's value| is equal, and
     so are NaNs of other bits and zeros of either sign. A complex number is compared as its two
     parts, a quantized one as its integer. RELATIVE is the norm of the difference by the norm of A,
