@@ -36,4 +36,4 @@ def command(
     if as_json:
         talk.put_document(shown.to_dict())
     else:
-        talk.put(report_show.value_lines(shown))
+        talk.put(report_show.value_lines(shown, talk.columns()))
