@@ -231,7 +231,7 @@ def _safety(facts: Survey, style: _Style) -> list[Fact]:
         lines = safety.evidence_of(verdict, checkpoint)
         found += [("safety", f"    {visible(line)}") for line in lines]
     if verdict.foreign:
-        what = "foreign: needs weights_only=False, which would import"
+        what = "foreign: torch.load(weights_only=True) refuses it; otherwise it would import"
         found.append(("safety", what))
         names: list[Fact] = [("safety", f"    {visible(str(name))}") for name in verdict.foreign]
         found += style.first(names, MAX_NAMES)

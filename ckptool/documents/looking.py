@@ -141,7 +141,7 @@ class Info(Total):
     imports: A[list[str], "modules that torch.load(weights_only=True) needs imported"]
     versions: A[list[str], "names that only some versions of torch accept"]
     globals: A[list[str], "names in the pickles"]
-    foreign: A[list[str], "those that need weights_only=False"]
+    foreign: A[list[str], "those that torch.load(weights_only=True) refuses"]
     dangerous: A[list[DangerousCall], "those that would run code"]
     notes: list[str]
     suggestions: list[Suggestion]

@@ -134,6 +134,7 @@ def suffix_notes(target: str, container: str, options: Options) -> list[str]:
     what = f"{target} is a {containers.by_name(container).title} file"
     named = containers.by_suffix(suffix(target))
     if named is not None:
-        return [] if named.name == container else [f"{what} despite its suffix (--to {named.word})"]
+        why = f" (--to {options.to})" if options.to else ""
+        return [] if named.name == container else [f"{what} despite its suffix{why}"]
     chosen = options.to is not None or options.in_place
     return [] if chosen else [f"{what}: its suffix names no format; --to chooses"]

@@ -230,19 +230,19 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
     "absolute": (
         lambda m: replaced_part(m, "epoch", relative_path="/etc/passwd"),
         Malformed,
-        "no name of a file in the folder",
+        "not the name of a file in the folder",
     ),
     "traversal": (
         lambda m: replaced_part(m, "epoch", relative_path="../ckpt/__0_0.distcp"),
         Malformed,
-        "no name of a file in the folder",
+        "not the name of a file in the folder",
     ),
     "nul": (
         lambda m: replaced_part(m, "epoch", relative_path="__0_0\0.distcp"),
         Malformed,
-        "no name of a file in the folder",
+        "not the name of a file in the folder",
     ),
-    "dots": (lambda m: replaced_part(m, "epoch", relative_path=".."), Malformed, "no name of"),
+    "dots": (lambda m: replaced_part(m, "epoch", relative_path=".."), Malformed, "not the name of"),
     "itself": (
         lambda m: replaced_part(m, "epoch", relative_path=".metadata"),
         Malformed,
@@ -259,7 +259,11 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
         "and the file has",
     ),
     "far": (lambda m: replaced_part(m, "model.rows", offset=1 << 61), Malformed, "the file has"),
-    "vast": (lambda m: replaced_part(m, "model.rows", offset=1 << 80), Malformed, "does not say"),
+    "vast": (
+        lambda m: replaced_part(m, "model.rows", offset=1 << 80),
+        Malformed,
+        "has no entry for",
+    ),
     "negative": (lambda m: replaced_part(m, "epoch", offset=-4), Malformed, "impossible place"),
     "shifted": (
         lambda m: replaced_part(m, "model._extra_state.scale", offset=4, length=900),
@@ -267,7 +271,11 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
         "is not a torch zip",
     ),
     "short": (lambda m: replaced_part(m, "note", length=40), Malformed, "no end record"),
-    "float offset": (lambda m: replaced_part(m, "epoch", offset=0.5), Malformed, "does not say"),
+    "float offset": (
+        lambda m: replaced_part(m, "epoch", offset=0.5),
+        Malformed,
+        "has no entry for",
+    ),
     "overlap": (
         lambda m: m.storage_data.update(
             {
@@ -292,7 +300,7 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
     "no place for an object": (
         lambda m: [m.storage_data.pop(i) for i in list(m.storage_data) if i.fqn == "epoch"],
         Malformed,
-        "where epoch lies",
+        "no entry for epoch",
     ),
     "gap": (
         lambda m: m.state_dict_metadata["model.grid"].chunks.pop(),
@@ -309,7 +317,11 @@ BROKEN: dict[str, tuple[Change, type[FormatError], str]] = {
         Malformed,
         "overlap, and leave a gap elsewhere",
     ),
-    "chunk beyond": (lambda m: moved(m, "model.rows", offsets=(3, 0)), Malformed, "is beyond it"),
+    "chunk beyond": (
+        lambda m: moved(m, "model.rows", offsets=(3, 0)),
+        Malformed,
+        "is outside of it",
+    ),
     "chunk grown": (
         lambda m: moved(m, "model.rows", sizes=(4, 4)),
         Malformed,
