@@ -78,7 +78,7 @@ def command(
     so are NaNs of other bits and zeros of either sign. A complex number is compared as its two
     parts, a quantized one as its integer. RELATIVE is the norm of the difference by the norm of A,
     COSINE the cosine similarity, both in double precision and of what is finite. Of two dtypes,
-    `equal rounded` says that one tensor rounded to the dtype of the other has the other's bits.
+    `equal rounded` says that the wider one rounded to the dtype of the other has the other's bits.
     Recorded checksums are not verified: ckptool check does that.
     """
     refuse_idle(dict.fromkeys(("atol", "rtol", "sort"), "not structure"))
