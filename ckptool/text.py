@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ckptool.errors import EditError
 
@@ -128,15 +128,30 @@ def html_table(rows: Sequence[Sequence[str]], caption: str, limit: int = 100) ->
     return f"<table><caption>{escape(caption)}</caption>{body}</table>"
 
 
+def measured(text: str) -> int:
+    """Return how many columns a text takes on a terminal; escapes of colour take none."""
+    if text.isascii() and "\x1b" not in text:
+        return len(text)
+    return sum(map(_columns, re.sub(r"\x1b\[[\d;]*m", "", text)))
+
+
+def _columns(character: str) -> int:
+    from unicodedata import category, east_asian_width
+
+    if category(character) in ("Mn", "Me", "Cf") or "\u1160" <= character <= "\u11ff":
+        return 0  # marks, and the vowels and finals of a Hangul syllable
+    return 2 if east_asian_width(character) in "WF" else 1
+
+
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Align columns; those in `right` to the right."""
     if not rows:
         return []
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(measured, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(_padded(row, widths, right)).rstrip() for row in rows]
+
+
+def _padded(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> Iterator[str]:
+    for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        gap = " " * (width - measured(cell))
+        yield gap + cell if column in right else cell + gap

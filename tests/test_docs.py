@@ -44,7 +44,7 @@ def examples(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def on_terminal(command: str, folder: Path, *, columns: int = 100, term: str = "dumb") -> list[str]:
+def on_terminal(command: str, folder: Path, *, columns: int = 200, term: str = "dumb") -> list[str]:
     """Run a command on a terminal; give the lines it shows."""
     import pty  # not on Windows
 

@@ -157,7 +157,7 @@ class _Batch:
         self.counts.update(report.counts(result))
         for line in result.warnings:
             talk.warn([visible(line if item.source in line else f"{item.source}: {line}")])
-        self._keep(item, [*report.rewrite_lines(result), *told.more])
+        self._keep(item, [*report.rewrite_lines(result, fold=talk.folds()), *told.more])
         self._end(item, told.document or result.to_dict(), add)
         line = report.output_line(result)
         if result.dry_run and not request.as_json:

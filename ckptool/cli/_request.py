@@ -42,14 +42,15 @@ class Told:
 
 def tell(request: Request, told: Told) -> None:
     """Print the document, the plan or the talk of a rewrite."""
-    from ckptool.cli import report
+    from ckptool.cli import report, report_plan
 
     result, counts = told.result, told.counts
     talk.warn(visible(line) for line in result.warnings)
     if request.as_json:
         talk.put([report.document(told.document or result.to_dict())])
     elif result.dry_run:
-        talk.put(report.plan_lines(result, counts))
-    what, written = report.rewrite_lines(result), report.written_lines(result, counts)
+        talk.put(report_plan.plan_lines(result, counts, talk.columns()))
+    what = report.rewrite_lines(result, fold=talk.folds())
+    written = report.written_lines(result, counts)
     planned = result.dry_run and not request.as_json  # the plan counts too
     talk.say([*what, *told.more, *([] if planned else written)], quiet=request.quiet)

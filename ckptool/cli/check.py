@@ -50,15 +50,14 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int
     paths = [path for group in groups for path in group.files]
     results: list[Checked] = []
     others: list[Checked] = []
-    wide = talk.on_terminal()
-    if not as_json and wide:
-        talk.put([report_check.aligned(None, paths, _paint)])
+    width = None if as_json else talk.columns()
+    if width:
+        talk.put(report_check.aligned(None, paths, width, _paint))
     bugs: list[Exception] = []
     for found, listed in _checked(groups, quiet, how, bugs):
         (results if listed else others).append(found)
         if listed and not as_json:
-            line = report_check.aligned(found, paths, _paint) if wide else report_check.row(found)
-            talk.put([line])
+            talk.put(report_check.aligned(found, paths, width, _paint))
     unseen = {path: why for group in groups for path, why in group.unseen.items()}
     if as_json:
         talk.put([report.document(checking.document(results, others, unseen))])

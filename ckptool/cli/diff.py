@@ -118,7 +118,6 @@ def command(
     if as_json:
         talk.put([report.document(found.to_dict())])
     else:
-        rows = report_diff.difference_table if talk.on_terminal() else report_diff.difference_rows
-        talk.put(rows(found))
+        talk.put(report_diff.differences(found, talk.columns()))
     talk.say(report_diff.difference_lines(found), quiet=quiet)
     return 0 if found.equal else DIFFERENT

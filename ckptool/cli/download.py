@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptool.cli import talk
+from ckptool.cli import screen, talk
 from ckptool.cli._options import Command, refuse_idle
-from ckptool.text import readable, table, visible
+from ckptool.text import readable, visible
 
 if TYPE_CHECKING:
     from ckptool.files.download import Downloaded
@@ -130,7 +130,8 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         _put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
     else:
-        talk.put(_table(entries) if talk.on_terminal() else _rows(entries))
+        width = talk.columns()
+        talk.put(_table(entries, width) if width else _rows(entries))
     defaults = sum(entry.default for entry in entries)
     talk.say(
         [f"{len(entries)} weights of {defaults} models; * is what a bare name means"], quiet=quiet
@@ -145,7 +146,7 @@ def _rows(entries: Sequence[Weights]) -> list[str]:
     ]
 
 
-def _table(entries: Sequence[Weights]) -> list[str]:
+def _table(entries: Sequence[Weights], width: int) -> list[str]:
     """List weights for people."""
     rows = [("NAME", "FILE", "SIZE", "PARAMETERS", "TOP-1")]
     rows += [
@@ -158,7 +159,7 @@ def _table(entries: Sequence[Weights]) -> list[str]:
         )
         for entry in entries
     ]
-    return table(rows, right=(2, 3, 4))
+    return screen.table(rows, width, right=(2, 3, 4), spare=(1,))
 
 
 def _cell(value: Any, form: Callable[[Any], str] = str) -> str:

@@ -43,5 +43,6 @@ def _show(file: str, put: Put, *, at: str | None, as_json: bool) -> None:
 
     facts = survey(containers.read(file, alone=True), at)
     facts = replace(facts, suggestions=tuple(suggestions(facts)))
-    rows = report_info.info_table if talk.on_terminal() else report_info.info_rows
-    put(facts.to_dict() if as_json else rows(facts))
+    width = talk.columns()
+    lines = report_info.info_table(facts, width) if width else report_info.info_rows(facts)
+    put(facts.to_dict() if as_json else lines)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     help="Order of the list; the last three need --stats.",
 )
 @click.option("--stats", is_flag=True, help="Least, largest, mean ... of the values.")
+@click.option("--no-fold", "every_row", is_flag=True, help="A row for each, on a terminal too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No talk, only errors and warnings.")
 def command(
@@ -44,6 +45,7 @@ def command(
     depth: int | None,
     sort: str,
     stats: bool,
+    every_row: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -57,10 +59,12 @@ def command(
     ckptool keys --stats --sort absmax model.safetensors
     ckptool keys *.safetensors | grep lm_head
 
+    On a terminal, keys that differ in numbers alone are a row: layers.{0-47}.mlp.weight ... x 48.
     Off a terminal, lines are separated by tabs and never cut; those of several files
     begin with the file.
     """
     refuse_idle({"depth": "tree", "at": "not every", "sort": "not tree", "stats": "not tree names"})
+    refuse_idle({"every_row": "not names tree stats as_json"})
     if sort in ("absmax", "nan", "std") and not stats:
         raise click.UsageError(f"--sort {sort} needs --stats", click.get_current_context())
     forms = {"--names": names, "--tree": tree, "--json": as_json}
@@ -78,6 +82,7 @@ def command(
         names=names,
         sort=sort,
         stats=stats,
+        fold=not every_row,
         as_json=as_json,
         quiet=quiet,
     )
@@ -116,17 +121,19 @@ def _show(
 
 
 def _lines(
-    found: Listing, *, tree: bool, depth: int | None, names: bool, stats: bool
+    found: Listing, *, tree: bool, depth: int | None, names: bool, stats: bool, fold: bool
 ) -> Sequence[str]:
     from ckptool.cli import report
 
-    wide = talk.on_terminal()
+    width = talk.columns()
     if tree:
-        return report.tree_table(found.entries, depth, wide=wide)
+        return report.tree_table(found.entries, depth, width)
     if names:
         return report.key_names(found.entries)
     if stats:
         from ckptool.cli.report_stats import stat_rows, stat_table
 
-        return (stat_table if wide else stat_rows)(found)
-    return (report.key_table if wide else report.key_rows)(found.entries)
+        return stat_table(found, width) if width else stat_rows(found)
+    if width:
+        return report.key_table(found.entries, width, fold=fold)
+    return report.key_rows(found.entries)

@@ -64,6 +64,6 @@ def command(
     if as_json:
         talk.put([report.document(found.to_dict())])
     else:
-        talk.put(report_layers.rows(found, wide=talk.on_terminal()))
+        talk.put(report_layers.rows(found, talk.columns()))
     talk.say(report_layers.lines(found), quiet=quiet)
     return 0

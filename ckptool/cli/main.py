@@ -53,6 +53,10 @@ class _Commands(click.Group):
             return None
         module = importlib.import_module(f"ckptool.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
+        if COMPLETION in os.environ:
+            from ckptool.cli import completion
+
+            completion.attach(command)
         return command
 
     def resolve_command(

@@ -68,6 +68,6 @@ def command(
     if as_json:
         talk.put([report.document(found.to_dict())])
     elif target is None:
-        talk.put(found.text.splitlines())
+        talk.put(report_match.shown(found.text, talk.columns()))
     talk.say(report_match.lines(found, target), quiet=quiet)
     return 0 if found.sure else AMBIGUOUS

@@ -52,11 +52,11 @@ def command(
         raise click.UsageError("name a recipe, or use --list", click.get_current_context())
     if file is None:
         refuse_idle({"source": "not listed", "reverse": "not listed"})
-        talk.put(report_recipe.shipped_lines(recipes.shipped(), wide=talk.on_terminal()))
+        talk.put(report_recipe.shipped_lines(recipes.shipped(), talk.columns()))
         return 0
     recipe = recipes.Recipe.load(file)
     if source is None:
-        talk.put(report_recipe.step_lines(recipe, reverse=reverse, wide=talk.on_terminal()))
+        talk.put(report_recipe.step_lines(recipe, talk.columns(), reverse=reverse))
         talk.say([f"{len(recipe.steps)} steps; --from A tries them"], quiet=quiet)
         return 0
     from ckptool.verbs import recipe as verb
@@ -65,6 +65,6 @@ def command(
     if as_json:
         talk.put([report.document(found.to_dict())])
     else:
-        talk.put(report_recipe.count_lines(found, wide=talk.on_terminal()))
+        talk.put(report_recipe.count_lines(found, talk.columns()))
     talk.say(report_recipe.tried_lines(found), quiet=quiet)
     return 0 if found.fits else DIFFERENT

@@ -6,10 +6,11 @@ and what no encoding can hold. Our own words are ASCII.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptool import containers
+from ckptool.cli import folding, screen
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Node
@@ -18,7 +19,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import SHAPE_DIFFERS
 from ckptool.state.wrappers import peeling, worn
 from ckptool.tensors.tensor import TENSORS
-from ckptool.text import argument, counted, listed, percent, quoted, readable, shape, table, visible
+from ckptool.text import argument, counted, listed, percent, quoted, readable, shape, visible
 from ckptool.verbs.listing import Entry, Listing, rows
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
@@ -44,9 +45,25 @@ def key_rows(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def key_table(entries: Sequence[Entry]) -> list[str]:
-    """List tensors for people."""
-    return table(rows(entries))
+def key_table(entries: Sequence[Entry], width: int, *, fold: bool = True) -> list[str]:
+    """List tensors for people: those of a kind in each of several layers as one."""
+    head, *listed = rows(entries)
+    return folded_table(head, listed, width) if fold else screen.listed(head, listed, width)
+
+
+def folded_table(
+    head: Sequence[str],
+    rows: Sequence[tuple[str, ...]],
+    width: int,
+    key: int = 0,
+    right: Sequence[int] = (),
+    spare: Sequence[int] = (),
+) -> list[str]:
+    """Write a table for people, with a column for how often where rows were folded."""
+    rows = folding.rows_folded(rows, key)
+    if rows and len(rows[0]) > len(head):
+        right, head = (*right, len(head)), (*head, "")
+    return screen.listed(head, rows, width, right, spare)
 
 
 def key_names(entries: Sequence[Entry]) -> list[str]:
@@ -54,7 +71,7 @@ def key_names(entries: Sequence[Entry]) -> list[str]:
     return [visible(key) for key, _ in entries]
 
 
-def tree_table(entries: Sequence[Entry], depth: int | None, *, wide: bool) -> list[str]:
+def tree_table(entries: Sequence[Entry], depth: int | None, width: int | None) -> list[str]:
     """List modules with the count, size and share of what is under them."""
     totals: dict[str, list[int]] = {"": [0, 0]}
     for key, info in entries:
@@ -64,15 +81,15 @@ def tree_table(entries: Sequence[Entry], depth: int | None, *, wide: bool) -> li
             here[0] += 1
             here[1] += info.nbytes
     whole = totals[""][1] or 1
-    lines = [("MODULE", "TENSORS", "SIZE", "SHARE")] if wide else []
+    lines = []
     for path in _preorder(totals):
         count, nbytes = totals[path]
         name = path.rpartition(".")[2] or "(all)"
         indent = "  " * (path.count(".") + 1) if path else ""
-        size = readable(nbytes) if wide else str(nbytes)
-        label = indent + visible(name) if wide else visible(path or ".")
+        size = readable(nbytes) if width else str(nbytes)
+        label = indent + visible(name) if width else visible(path or ".")
         lines.append((label, str(count), size, f"{100 * nbytes / whole:.1f} %"))
-    return table(lines, right=(1, 2, 3)) if wide else ["\t".join(line) for line in lines]
+    return screen.listed(("MODULE", "TENSORS", "SIZE", "SHARE"), lines, width, right=(1, 2, 3))
 
 
 def _preorder(paths: Iterable[str]) -> list[str]:
@@ -190,7 +207,7 @@ def in_words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{word} {count}" for word, count in counts.items())
 
 
-def rewrite_lines(result: Rewrite) -> list[str]:
+def rewrite_lines(result: Rewrite, *, fold: bool = False) -> list[str]:
     """Return what a rewrite changed and left behind, for people."""
     lines = []
     if result.bare and (result.at or result.module):
@@ -200,7 +217,7 @@ def rewrite_lines(result: Rewrite) -> list[str]:
         lines.append(f"left behind {listed(result.not_carried)}")
     lines += map(visible, result.said)
     lines += [cast_line(cast, result.source) for cast in result.casts]
-    lines += _dropped_lines(result)
+    lines += _dropped_lines(result, fold=fold)
     return lines + [visible(note) for note in result.notes]
 
 
@@ -271,97 +288,78 @@ def average_counts(result: Averaged) -> str:
     )
 
 
-def _groups(
-    pairs: Sequence[tuple[str, str | None]],
-) -> list[tuple[dict[str, None], dict[str, None]]]:
-    """Return the old keys and the new ones of each change, in order."""
-    groups: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
-    of_old: dict[str, int] = {}
-    of_new: dict[str, int] = {}
-    for number, (old, new) in enumerate(pairs):
-        known = {of_old.get(old, number), of_new.get(new, number) if new is not None else number}
-        at = min(known)
-        olds, news = groups.setdefault(at, ({}, {}))
-        for other in known - {at, number}:  # a pair that joins two groups
-            for key in groups[other][0]:
-                of_old[key] = at
-            for key in groups[other][1]:
-                of_new[key] = at
-            olds.update(groups[other][0])
-            news.update(groups.pop(other)[1])
-        olds[old] = None
-        of_old[old] = at
-        if new is not None:
-            news[new] = None
-            of_new[new] = at
-    return list(groups.values())
-
-
-def _group_lines(olds: Collection[str], news: Collection[str]) -> list[str]:
-    if list(olds) == list(news):
-        return []
-    before = [f"{'  ' if key in news else '- '}{visible(key)}" for key in olds]
-    return before + [f"+ {visible(key)}" for key in news if key not in olds]
-
-
-def _dropped_lines(result: Rewrite) -> list[str]:
+def _dropped_lines(result: Rewrite, *, fold: bool) -> list[str]:
     """Name what was dropped, by reason."""
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, list[tuple[str, str]]] = {}
     for dropped in result.dropped:
-        if dropped.reason.startswith("tied to "):
-            reason = "tied, written once"
-            name = f"{dropped.name} = {dropped.reason.removeprefix('tied to ')}"
-        else:
-            reason = dropped.reason
-            sizes = f" {shape(dropped.shape)}" if dropped.shape is not None else ""
-            name = f"{dropped.name}{sizes}"
-        by_reason.setdefault(reason, []).append(name)
+        reason, more = dropped.reason, ""
+        if reason.startswith("tied to "):
+            reason, more = "tied, written once", f"= {reason.removeprefix('tied to ')}"
+        elif dropped.shape is not None:
+            more = shape(dropped.shape)
+        by_reason.setdefault(reason, []).append((dropped.name, more))
     lines = []
     for reason, named in by_reason.items():
         if reason == SHAPE_DIFFERS:
             continue  # the lines of the fit show both shapes
         why = "" if reason == "dropped as asked" else f" ({visible(reason)})"
-        lines.append(f"dropped {len(named)}{why}: {listed(named)}")
+        lines.append(f"dropped {len(named)}{why}: {_named(named, fold=fold)}")
     return lines
+
+
+def _named(names: Iterable[tuple[str, str]], *, fold: bool) -> str:
+    """Write keys in a line, each with what is behind it; repetitions as one where they fold."""
+    shown = [(visible(name), visible(more)) for name, more in names]
+    if fold:
+        return folding.names_folded(shown)
+    return listed(" ".join(filter(None, each)) for each in shown)
 
 
 OWN = "from the model's own initialisation"
 
 
 def fit_lines(
-    fit: Fit, *, added: Sequence[str] = (), ruled: bool = False, model: bool = False
+    fit: Fit,
+    *,
+    added: Sequence[str] = (),
+    ruled: bool = False,
+    model: bool = False,
+    width: int | None = None,
 ) -> list[str]:
     """Return how a checkpoint fits the target: shapes that differ, and what stays unfilled.
 
-    Entries that were `added` came from the model's own initialisation instead, or by rules.
+    Entries that were `added` came from the model's own initialisation instead, or by rules. With
+    a width, which a terminal has, repetitions fold.
     """
     lines = []
     if fit.adapted:
         lines.append("adapted:")
-        lines += table(
+        lines += _fit_table(
             [
-                (f"    {visible(each.key)}", shape(each.here), f"to {shape(each.there)}", each.how)
+                (visible(each.key), shape(each.here), f"to {shape(each.there)}", each.how)
                 for each in fit.adapted
-            ]
+            ],
+            width,
         )
     if fit.mismatched:
         lines.append("dropped, shape differs:")
-        rows = [
-            (
-                f"    {visible(each.key)}",
-                f"{shape(each.here)}",
-                f"here, {shape(each.there)} in {visible(fit.target)}",
-            )
-            for each in fit.mismatched
-        ]
-        lines += table(rows)
+        where = f"in {visible(fit.target)}"
+        lines += _fit_table(
+            [
+                (visible(each.key), f"{shape(each.here)}", f"here, {shape(each.there)} {where}")
+                for each in fit.mismatched
+            ],
+            width,
+        )
     unfilled = [*(each.key for each in fit.mismatched), *fit.missing]
     total = len(fit.matched) + len(unfilled)
-    rest = ""
-    if added:
-        rest = f"; {'initialised' if ruled else OWN}: {listed(added)}"
+
+    def named(keys: Iterable[str]) -> str:
+        return _named(((key, "") for key in keys), fold=width is not None)
+
+    rest = f"; {'initialised' if ruled else OWN}: {named(added)}" if added else ""
     if others := [key for key in unfilled if key not in added]:
-        rest += f"; not filled: {listed(others)}"
+        rest += f"; not filled: {named(others)}"
     share = f"{percent(fit.filled)} of the parameters"
     lines.append(f"fills {len(fit.matched)} of {total} tensors, {share}{rest}")
     if model and others and not added:
@@ -372,20 +370,8 @@ def fit_lines(
     return lines
 
 
-def plan_lines(result: Rewrite, counts: str = "") -> list[str]:
-    """Write the plan of a dry run: each change as `- old` and `+ new`, then counts and sizes.
-
-    The tensors of a group that becomes another follow each other, with two spaces before one that
-    stays; `~` is before a tensor that is rearranged under its key.
-    """
-    lines = [line for group in _groups(result.map) for line in _group_lines(*group)]
-    lines += [f"~ {visible(key)}" for key in result.remade]
-    rows = [
-        (visible(each.name), counted(each.count, "key"), readable(each.nbytes))
-        for each in result.shards
-    ]
-    lines += table(rows, right=(1, 2))
-    lines.append(counts or counts_line(result))
-    free = "unknown" if result.free is None else readable(result.free)
-    lines.append(f"{visible(result.target)}: {readable(result.nbytes)} to write, {free} free")
-    return lines
+def _fit_table(rows: Sequence[tuple[str, ...]], width: int | None) -> list[str]:
+    """Align keys with their shapes, indented."""
+    if width is not None:
+        rows = folding.rows_folded(rows)
+    return [f"    {line}" for line in screen.table(rows, width and width - 4)]

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ckptool.cli import screen
 from ckptool.pickles.safety import evidence_line
-from ckptool.text import counted, listed, visible
+from ckptool.text import counted, listed, measured, table, visible
 from ckptool.verbs.checking import BYTES_UNSEEN, Checked, Status
 
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8
-_WIDEST_NAME = 56  # what is longer moves its own line alone
 _COLOURS = {Status.OK: "green", Status.DAMAGED: "red", Status.UNSAFE: "red"}
+_DETAIL = 36  # columns for it, beside names of files
 _WIDEST_STATUS = max(len(status.value) for status in Status)
 
 
-def row(found: Checked) -> str:
-    """Write the line of a file for programs, with tabs between."""
-    return "\t".join(_cells(found))
+def aligned(
+    found: Checked | None,
+    files: Iterable[str],
+    width: int | None,
+    paint: Callable[[str, str], str],
+) -> list[str]:
+    """Write the lines of a file, the head for None; `files` are all there will be.
 
-
-def aligned(found: Checked | None, files: Iterable[str], paint: Callable[[str, str], str]) -> str:
-    """Write the line of a file for people, the head for None; `files` are all there will be.
-
-    `paint` gives a text its colour.
+    For programs, who have no width, it is a line with tabs between. `paint` gives a text its
+    colour.
     """
-    name, status, detail = HEAD if found is None else _cells(found)
-    width = min(_WIDEST_NAME, max(len(HEAD[0]), *(len(visible(each)) for each in files)))
-    status = f"{status:{_WIDEST_STATUS}}"
+    cells = HEAD if found is None else _cells(found)
+    if width is None:
+        return ["\t".join(cells)]
+    name, status, detail = cells
+    names = max(measured(visible(each)) for each in (HEAD[0], *files))
+    if names + _WIDEST_STATUS + _DETAIL > width:  # long paths are above what is said of them
+        names = len(HEAD[0])
+    widths = screen.fitted([names, _WIDEST_STATUS, width], width, right=[0, 1])
+    alone = [name] if measured(name) > names else []
+    lines = screen.pieces(["" if alone else name, status, detail], widths)
     if found is not None:
-        status = paint(status, _COLOURS.get(found.status, "yellow"))
-    return f"{name:{width}}  {status}  {detail}"
+        lines[0][1] = paint(f"{status:{_WIDEST_STATUS}}", _COLOURS.get(found.status, "yellow"))
+    blank = [" " * each for each in widths]
+    return [*alone, *table([blank, *lines])[1:]]
 
 
 def _cells(found: Checked) -> tuple[str, str, str]:

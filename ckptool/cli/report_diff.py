@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from ckptool.cli import report
 from ckptool.tensors.counts import Values
-from ckptool.text import counted, listed, readable, shape, table, visible
+from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.difference import Change, Difference, Found, Side
 
+_HEAD = ("WHAT", "KEY", "RELATIVE", "COSINE", "MAX ABS", "DIFFERENCE")
+_FAR = (3, 2, 4)  # the columns of how far
 _BESIDE = "beside-"
 MANY_ULP = 1_000_000  # from here on they tell people nothing
 
 
-def difference_rows(found: Difference) -> list[str]:
-    """List what differs for programs, with tabs between: what, the key, and the two sides."""
-    rows = [*_rows(found.state, ""), *_rows(found.beside, _BESIDE)]
-    return ["\t".join(row) for row in rows]
+def differences(found: Difference, width: int | None) -> list[str]:
+    """List what differs: for people, with how far, or the two sides with tabs between."""
+    if width is None:
+        rows = [*_rows(found.state, ""), *_rows(found.beside, _BESIDE)]
+        return ["\t".join(row) for row in rows]
+    told = [*_told(found.state), *_told(found.beside)]
+    return report.folded_table(_HEAD, told, width, key=1, right=_FAR, spare=_FAR) if told else []
 
 
 def _rows(found: Found, prefix: str) -> Iterator[list[str]]:
@@ -59,17 +65,6 @@ def _number(number: float | None) -> str:
     if number is None:
         return ""
     return f"{number:.6g}" if isinstance(number, float) else str(number)
-
-
-def difference_table(found: Difference) -> list[str]:
-    """List what differs for people; how far, where values were compared."""
-    rows = [*_told(found.state), *_told(found.beside)]
-    if not rows:
-        return []
-    head = ("WHAT", "KEY", "RELATIVE", "COSINE", "MAX ABS", "DIFFERENCE")
-    columns = [at for at in range(len(head)) if at in (0, 1, 5) or any(row[at] for row in rows)]
-    chosen = [[row[at] for at in columns] for row in (head, *rows)]
-    return table(chosen, right=[columns.index(at) for at in (2, 3, 4) if at in columns])
 
 
 def _told(found: Found) -> Iterator[tuple[str, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from ckptool import containers
+from ckptool.cli import screen
 from ckptool.cli.report import container_title
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -50,27 +51,32 @@ class _Style:
         return [*facts[:limit], (facts[0][0], f"and {more} more, listed by --json")]
 
 
-def info_table(facts: Survey) -> list[str]:
+def info_table(facts: Survey, width: int) -> list[str]:
     """Show the facts to people: one below the other, then the commands that would help."""
-    groups = groupby(_facts(facts, _Style(wide=True)), key=lambda fact: fact[0])
-    listed_facts = [(name, _aligned([fact[1:] for fact in group])) for name, group in groups]
-    rows = [
-        (name if index == 0 else "", line)
-        for name, lines in listed_facts
-        for index, line in enumerate(lines)
-    ]
-    lines = table(rows)
+    found = _facts(facts, _Style(wide=True))
+    first = max(len(fact[0]) for fact in found)
+    lines = []
+    for name, group in groupby(found, key=lambda fact: fact[0]):
+        cells = [fact[1:] for fact in group]
+        if name == "file":  # a path, which is not cut
+            cells = [("  ".join(*cells),)]
+        group_lines = _aligned(cells, width - first - 2)
+        names = [name, *[""] * (len(group_lines) - 1)]
+        lines += table(list(zip((f"{each:{first}}" for each in names), group_lines, strict=True)))
     for each in facts.suggestions:
-        lines += ["", f"{visible(each.reason)}:", f"    {visible(each.command)}"]
+        reason = screen.wrapped(f"{visible(each.reason)}:", width)
+        lines += ["", *reason, f"    {visible(each.command)}"]
     return lines
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align the rows of a group that have several cells; a row of one cell is a sentence."""
-    width = max(map(len, rows))
-    full = [row + ("",) * (width - len(row)) for row in rows if len(row) > 1]
-    aligned = iter(table(full))
-    return [row[0] if len(row) == 1 else next(aligned) for row in rows]
+def _aligned(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
+    """Align the rows of a group that have several cells; those of one cell are sentences below."""
+    cells = max(map(len, rows))
+    full = [row + ("",) * (cells - len(row)) for row in rows if len(row) > 1]
+    sentences = (line for row in rows if len(row) == 1 for line in screen.wrapped(row[0], width))
+    # The prefix of one state_dict is said of the keys, too.
+    spare = (4,) if len(full) == 1 else (2,)
+    return [*screen.table(full, width, spare=spare if cells > 4 else ()), *sentences]
 
 
 def info_rows(facts: Survey) -> list[str]:

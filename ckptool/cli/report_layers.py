@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from ckptool.cli import screen
 from ckptool.model.layers import Layer, Layers
-from ckptool.text import counted, listed, shape, table, visible
+from ckptool.text import counted, listed, shape, visible
 
 ITSELF = "(the model itself)"
-_HEAD = ("NAME", "CLASS", "KERNEL", "OUTPUT", "PARAMETERS", "MULT-ADDS", "DTYPE")
+_HEAD = ("NAME", "CLASS", "KERNEL", "OUTPUT", "PARAMS", "MULT-ADDS", "DTYPE")
 _RIGHT = (4, 5)
+_SPARE = (6, 5)  # columns that a narrow terminal can miss
 
 
-def rows(found: Layers, *, wide: bool) -> list[str]:
+def rows(found: Layers, width: int | None) -> list[str]:
     """List the layers, as a table or with tabs between."""
-    cells = [_cells(layer) for layer in found]
-    if not wide:
-        return ["\t".join(row) for row in cells]
     head = (*_HEAD, *(("FILLED",) if found.file else ()))
-    return table([head, *cells], _RIGHT)
+    return screen.listed(head, [_cells(layer, width) for layer in found], width, _RIGHT, _SPARE)
 
 
-def _cells(layer: Layer) -> tuple[str, ...]:
+def _cells(layer: Layer, width: int | None) -> tuple[str, ...]:
     filled = () if layer.filled is None else (f"{layer.filled}/{len(layer.keys)}",)
     return (
         visible(layer.name) or ITSELF,
         visible(layer.kind),
         "" if layer.kernel is None else shape(layer.kernel),
         "not called" if layer.output is None else shape(layer.output),
-        "repeated" if layer.repeated else str(layer.parameters),
-        str(layer.multiply_adds),
+        "repeated" if layer.repeated else _count(layer.parameters, width),
+        _count(layer.multiply_adds, width),
         layer.dtype,
         *filled,
     )
+
+
+def _count(number: int, width: int | None) -> str:
+    """Write a count with three digits for people: `2.36 M`."""
+    if width is None or number < 10_000:
+        return str(number)
+    power = min((len(str(number)) - 1) // 3, 4)
+    return f"{number / 1000**power:#.3g} {' kMGT'[power]}".replace(". ", " ")
 
 
 def lines(found: Layers) -> list[str]:

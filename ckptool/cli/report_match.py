@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ckptool.cli import screen
 from ckptool.errors import EditError
-from ckptool.text import argument, counted, listed, visible
+from ckptool.text import argument, counted, listed, measured, visible
 from ckptool.verbs.match import Matched
+
+
+def shown(text: str, width: int | None) -> list[str]:
+    """Write a recipe; on a narrow terminal, comments are below what they are of."""
+    lines = []
+    for line in text.splitlines():
+        rule, mark, comment = line.rpartition("# ")
+        if width is None or not mark or measured(line) <= width:
+            lines.append(line)
+            continue
+        indent = " " * (len(rule) - len(rule.lstrip()) + 2) if rule.strip() else ""
+        lines += [rule.rstrip()] if rule.strip() else []
+        parts = screen.wrapped(comment, width - len(indent) - len(mark))
+        lines += [f"{indent}{mark}{part}" for part in parts]
+    return lines
 
 
 def lines(found: Matched, target: str | None) -> list[str]:

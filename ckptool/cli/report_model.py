@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from ckptool.cli import screen
 from ckptool.model.parting import Setting
 from ckptool.model.verification import IDENTICAL, INCONCLUSIVE, Class, Run, Verification
-from ckptool.text import counted, listed, percent, table, visible
+from ckptool.text import counted, listed, percent, visible
 
 ITSELF = "(the model itself)"
 _HEAD = ("VERDICT", "DEVICE", "MAX DIFF", "ULP", "FIRST DIFFERENCE")
@@ -23,11 +24,11 @@ _WHY = {
 }
 
 
-def rows(verification: Verification, *, wide: bool) -> list[str]:
+def rows(verification: Verification, width: int | None) -> list[str]:
     """List the verdict on each device, or what one file gives: as a table, or with tabs between."""
     compared = (_HEAD, [_cells(run) for run in verification.runs])
     head, cells = compared if verification.candidate else _look(verification.runs)
-    return table([head, *cells]) if wide else ["\t".join(row) for row in cells]
+    return screen.listed(head, cells, width)
 
 
 def _cells(run: Run) -> tuple[str, ...]:

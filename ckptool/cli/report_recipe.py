@@ -5,33 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ckptool.cli import screen
 from ckptool.state.recipes import Recipe, described
-from ckptool.text import counted, listed, table, visible
+from ckptool.text import counted, listed, visible
 from ckptool.verbs.recipe import Tried
 
 SHOWN = 12  # differing keys in talk; --json has all
 
 
-def _rows(rows: Sequence[Sequence[str]], title: Sequence[str], *, wide: bool) -> list[str]:
-    """Write a table for people, or lines with tabs for programs."""
-    rows = [[visible(cell) for cell in row] for row in rows]
-    return table([title, *rows]) if wide else ["\t".join(row) for row in rows]
+def _rows(title: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    return screen.listed(title, [[visible(cell) for cell in row] for row in rows], width)
 
 
-def shipped_lines(names: Iterable[str], *, wide: bool) -> list[str]:
+def shipped_lines(names: Iterable[str], width: int | None) -> list[str]:
     """List recipes by name, and what each says of itself."""
     rows = [(name, Recipe.load(name).about) for name in names]
-    return _rows(rows, ("RECIPE", "WHAT IT DOES"), wide=wide)
+    return _rows(("RECIPE", "WHAT IT DOES"), rows, width)
 
 
-def step_lines(recipe: Recipe, *, reverse: bool, wide: bool) -> list[str]:
+def step_lines(recipe: Recipe, width: int | None, *, reverse: bool) -> list[str]:
     """List the rules of each step in the order in which they are done."""
     rows = [
         (str(asked.number), asked.step.name, line)
         for asked in recipe.asked(reverse=reverse)
         for line in _rules(asked.given)
     ]
-    return _rows(rows, ("STEP", "WHAT", "RULE"), wide=wide)
+    return _rows(("STEP", "WHAT", "RULE"), rows, width)
 
 
 def _rules(given: dict[str, Any]) -> Iterator[str]:
@@ -46,10 +45,10 @@ def _rules(given: dict[str, Any]) -> Iterator[str]:
     yield "  ".join(fields)
 
 
-def count_lines(found: Tried, *, wide: bool) -> list[str]:
+def count_lines(found: Tried, width: int | None) -> list[str]:
     """List how many entries each rule took."""
     rows = [(str(each.number), each.step, str(each.count), each.rule) for each in found.counts]
-    return _rows(rows, ("STEP", "WHAT", "TAKES", "RULE"), wide=wide)
+    return _rows(("STEP", "WHAT", "TAKES", "RULE"), rows, width)
 
 
 def tried_lines(found: Tried) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from math import prod
 
+from ckptool.cli.screen import wrapped
 from ckptool.tensors.dtype import DType
 from ckptool.text import visible
 from ckptool.verbs.showing import EDGE, Shown
@@ -19,21 +20,22 @@ _UNSAID = (DType.F32, DType.C64, DType.I64, DType.BOOL)
 Write = Callable[[object], str]
 
 
-def value_lines(shown: Shown) -> list[str]:
-    """Write the values of a tensor, or a plain value."""
+def value_lines(shown: Shown, width: int | None = None) -> list[str]:
+    """Write the values of a tensor, or a plain value: closely, and broken, on a terminal."""
     if shown.dtype is None:
-        return _plain_lines(shown.values)
+        return [part for line in _plain_lines(shown.values, width) for part in wrapped(line, width)]
     assert isinstance(shown.values, list)
     text = _tensor(shown.dtype, shown.shape, shown.kept_shape, shown.values)
     return text.split("\n")
 
 
-def _plain_lines(value: object) -> list[str]:
+def _plain_lines(value: object, width: int | None) -> list[str]:
     if isinstance(value, str):
         return [visible(value)]
     from pprint import pformat
 
-    return [visible(line) for line in pformat(value, width=WIDTH, sort_dicts=False).splitlines()]
+    text = pformat(value, width=width or WIDTH, compact=width is not None, sort_dicts=False)
+    return [visible(line) for line in text.splitlines()]
 
 
 def _tensor(

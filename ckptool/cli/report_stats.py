@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from ckptool.cli import screen
 from ckptool.tensors.counts import Statistics
 from ckptool.tensors.statistics import histogram
-from ckptool.text import percent, shape, table, visible
+from ckptool.text import percent, shape, visible
 from ckptool.verbs.listing import Listing
 
 BAR = 10  # characters of a histogram
 _LEVELS = " .:-=+*#"
+WIDE = 110  # columns of a terminal that has room for four digits
+_SPARE = (1, 2, 9, 8, 7)  # columns that a narrow one can miss
 _HEAD = ("KEY", "DTYPE", "SHAPE", "MIN", "MAX", "MEAN", "STD", "ZEROS", "NAN", "INF", "MIN TO MAX")
 
 
@@ -24,14 +27,14 @@ def stat_rows(found: Listing) -> list[str]:
     return rows
 
 
-def stat_table(found: Listing) -> list[str]:
+def stat_table(found: Listing, width: int) -> list[str]:
     """List tensors for people, each with a bar: where between least and largest elements are."""
-    rows: list[tuple[str, ...]] = [_HEAD]
+    rows: list[tuple[str, ...]] = []
+    digits = 4 if width >= WIDE else 3
     for key, info in found.entries:
         figures = _statistics(found, key)
-        numbers = (
-            [f"{each:.4g}" for each in _numbers(figures)] if figures.count else ["", "", "", ""]
-        )
+        known = _numbers(figures) if figures.count else ()
+        numbers = [f"{each:.{digits}g}" for each in known] or [""] * 4
         zeros = percent(figures.zeros / figures.count) if figures.zeros else ""
         others = [str(each) if each else "" for each in (figures.nan, figures.inf)]
         rows.append(
@@ -45,7 +48,7 @@ def stat_table(found: Listing) -> list[str]:
                 bar(figures),
             )
         )
-    return table(rows, right=range(3, 10))
+    return screen.listed(_HEAD, rows, width, range(3, 10), _SPARE)
 
 
 def bar(figures: Statistics) -> str:

@@ -33,4 +33,8 @@ def command(
     from ckptool.verbs.showing import show
 
     shown = show(file, key, at=at, slice=index, all=every)
-    talk.put([report.document(shown.to_dict())] if as_json else report_show.value_lines(shown))
+    talk.put(
+        [report.document(shown.to_dict())]
+        if as_json
+        else report_show.value_lines(shown, talk.columns())
+    )

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import click
 
+from ckptool.cli.screen import wrapped
 from ckptool.errors import (
     Bug,
     CkptoolError,
@@ -27,14 +28,17 @@ from ckptool.errors import (
 )
 from ckptool.text import readable, visible
 
+TYPED = "^C"  # how a terminal shows it
+COLUMNS = 80  # of a terminal that does not know
 BAR_AFTER = 1.0  # seconds before a bar is worth drawing
 LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
 
 
 def say(lines: Iterable[str], *, quiet: bool = False) -> None:
-    """Write lines of talk to stderr."""
+    """Write lines of talk to stderr; on a terminal, broken between words."""
     if not quiet:
-        text = "".join(f"{line}\n" for line in lines)
+        width = columns(sys.stderr)
+        text = "".join(f"{part}\n" for line in lines for part in wrapped(line, width))
         with suppress(OSError):  # nobody listens: the work goes on
             sys.stderr.write(text)
             sys.stderr.flush()
@@ -86,6 +90,24 @@ def silence() -> None:
 def on_terminal() -> bool:
     """Return whether data goes to a terminal."""
     return sys.stdout.isatty()
+
+
+def columns(stream: TextIO | None = None) -> int | None:
+    """Return how wide the terminal is that a stream, or data, goes to; None for no terminal."""
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return None
+    stated = os.environ.get("COLUMNS", "")
+    if stated.isdecimal() and int(stated):
+        return int(stated)
+    with suppress(OSError, ValueError):  # a terminal in the tests has no file
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    return COLUMNS
+
+
+def folds() -> bool:
+    """Return whether repetitions in talk fold."""
+    return columns(sys.stderr) is not None
 
 
 def coloured(text: str, colour: str, *, data: bool = False) -> str:
@@ -189,11 +211,8 @@ class Progress:
 
     def _show(self, now: float) -> None:
         if sys.stderr.isatty():
-            from shutil import get_terminal_size
-
             from tqdm import tqdm
 
-            size = get_terminal_size()
             self._bar = tqdm(
                 total=self._total or None,
                 desc=self._what,
@@ -203,8 +222,8 @@ class Progress:
                 ascii=True,
                 leave=False,
                 # tqdm draws nothing where a terminal does not know its own size.
-                ncols=size.columns,
-                nrows=size.lines,
+                ncols=(columns(sys.stderr) or COLUMNS) - len(TYPED) - 1,
+                nrows=24,
             )
             self._bar.start_t -= now - self._started
             self._bar.last_print_t -= now - self._started
@@ -232,3 +251,6 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+            if kind is KeyboardInterrupt:  # what the terminal wrote behind the bar is still there
+                blank = " " * ((columns(sys.stderr) or COLUMNS) - 1)
+                sys.stderr.write(f"\r{blank}\r{TYPED}")

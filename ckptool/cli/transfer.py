@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from ckptool.cli import talk
 from ckptool.cli._options import (
     INPUT,
     Command,
@@ -110,12 +112,11 @@ def command(
     from ckptool.verbs import api
 
     def told(done: Transferred) -> Told:
-        added, of_model = done.initialised, model is not None
-        lines = (
-            report.fit_lines(done.fit, added=added, ruled=bool(init), model=of_model)
-            if done.fit
-            else []
-        )
+        lines = []
+        if done.fit:
+            flags = {"ruled": bool(init), "model": model is not None}
+            width = talk.columns(sys.stderr)
+            lines = report.fit_lines(done.fit, added=done.initialised, width=width, **flags)
         return Told(done.rewrite, lines, done.to_dict())
 
     return run(

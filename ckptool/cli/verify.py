@@ -122,7 +122,7 @@ def command(
     if as_json:
         talk.put([report.document(verification.to_dict())])
     else:
-        talk.put(report_model.rows(verification, wide=talk.on_terminal()))
+        talk.put(report_model.rows(verification, talk.columns()))
     talk.say(report_model.verification_lines(verification), quiet=quiet)
     allowed = verification.verdict == INCONCLUSIVE and verification.same_digests
     done = verification.verdict in (None, IDENTICAL) or (allow_inconclusive and allowed)

@@ -15,7 +15,7 @@ import pytest
 from conftest import FIXTURES, Outcome, environment
 
 import ckptool
-from ckptool.cli.report_diff import difference_table
+from ckptool.cli.report_diff import differences
 from ckptool.errors import (
     AmbiguousStateDict,
     CkptoolError,
@@ -151,7 +151,7 @@ def test_people_get_a_table(tmp_path: Path, entries: dict[str, Any]) -> None:
     entries["features.bias"] = torch.nextafter(entries["features.bias"], torch.tensor(9.0))
     del entries["head.weight"]
     found = ckptool.diff(one, saved(tmp_path / "other.pth", entries))
-    head, only, values = difference_table(found)
+    head, only, values = differences(found, 200)
     assert head.split() == ["WHAT", "KEY", "RELATIVE", "COSINE", "MAX", "ABS", "DIFFERENCE"]
     assert only.split("  ")[0] == "only left"
     assert only.endswith("F32 [2, 4]")

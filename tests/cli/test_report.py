@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ckptool import containers, text
-from ckptool.cli import report
+from ckptool.cli import report, report_plan
 from ckptool.state import edits
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Storage, TensorInfo, contiguous_stride
@@ -125,7 +125,7 @@ def test_rows_have_four_fields_between_tabs() -> None:
 
 
 def test_table_of_keys() -> None:
-    assert report.key_table(ENTRIES) == [
+    assert report.key_table(ENTRIES, 80) == [
         "KEY           DTYPE  SHAPE   SIZE",
         "a.b.weight    F32    [2, 3]  24 B",
         "a.b.bias\\x1b  F32    [2]     8 B",
@@ -135,23 +135,23 @@ def test_table_of_keys() -> None:
 
 
 def test_tree_adds_up_and_keeps_order() -> None:
-    assert report.tree_table(ENTRIES, None, wide=False) == [
+    assert report.tree_table(ENTRIES, None, width=None) == [
         ".\t4\t44\t100.0 %",
         "a\t3\t40\t90.9 %",
         "a.b\t2\t32\t72.7 %",
     ]
-    assert report.tree_table(ENTRIES, 1, wide=False) == [".\t4\t44\t100.0 %", "a\t3\t40\t90.9 %"]
-    assert report.tree_table(ENTRIES, None, wide=True) == [
+    assert report.tree_table(ENTRIES, 1, width=None) == [".\t4\t44\t100.0 %", "a\t3\t40\t90.9 %"]
+    assert report.tree_table(ENTRIES, None, width=80) == [
         "MODULE  TENSORS  SIZE    SHARE",
         "(all)         4  44 B  100.0 %",
         "  a           3  40 B   90.9 %",
         "    b         2  32 B   72.7 %",
     ]
-    assert report.tree_table([], None, wide=False) == [".\t0\t0\t0.0 %"]
+    assert report.tree_table([], None, width=None) == [".\t0\t0\t0.0 %"]
 
 
 def test_a_tree_of_empty_tensors_divides_by_nothing() -> None:
-    assert report.tree_table([("a.b", tensor(0))], None, wide=False)[0] == ".\t1\t0\t0.0 %"
+    assert report.tree_table([("a.b", tensor(0))], None, width=None)[0] == ".\t1\t0\t0.0 %"
 
 
 WRAPPED = [
@@ -278,14 +278,14 @@ def test_what_is_left_behind_is_named() -> None:
 def test_a_plan_shows_each_change() -> None:
     pairs = (("module.a", "a"), ("b", "b"), ("c\x1b", None))
     result = rewrite(map=pairs, written=2, nbytes=2048, dry_run=True, free=1 << 30)
-    assert report.plan_lines(result, report.counts_line(result)) == [
+    assert report_plan.plan_lines(result, report.counts_line(result)) == [
         "- module.a",
         "+ a",
         "- c\\x1b",
         "read 3, renamed 1, dropped 0, would write 2",
         "out: 2.0 KiB to write, 1.0 GiB free",
     ]
-    assert report.plan_lines(rewrite(), "")[-1] == "out: 0 B to write, unknown free"
+    assert report_plan.plan_lines(rewrite(), "")[-1] == "out: 0 B to write, unknown free"
 
 
 def test_a_fit_is_told() -> None:
