@@ -108,10 +108,7 @@ def command(
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
-            warning, *evidence = report.danger_lines(checkpoint) or [""]
-            if warning:
-                talk.warn([warning])
-                talk.say(evidence)
+            talk.warn_once(report.danger_lines(checkpoint))
         found = compare.diff(first, second, asked, progress.begin)
     if sort == "far":
         found = found.farthest_first()

@@ -163,6 +163,12 @@ def warn(lines: Iterable[str]) -> None:
     say(f"{coloured('warning', 'yellow')}: {line}" for line in lines)
 
 
+def warn_once(lines: Sequence[str]) -> None:
+    """Write a warning, its first line, and what shows it, the others; nothing of none."""
+    warn(lines[:1])
+    say(lines[1:])
+
+
 def without_secrets(word: str) -> str:
     """Return an argument as it may be shown: a URL without user, password and query."""
     if "://" not in word:

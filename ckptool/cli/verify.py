@@ -136,7 +136,4 @@ def _warn(path: str) -> None:
     from ckptool.files import budget
 
     with suppress(CkptoolError), budget.run(anew=True):
-        warning, *evidence = report.danger_lines(containers.read(path)) or [""]
-        if warning:
-            talk.warn([warning])
-            talk.say(evidence)
+        talk.warn_once(report.danger_lines(containers.read(path)))
