@@ -80,7 +80,7 @@ def command(
     so are NaNs of other bits and zeros of either sign. A complex number is compared as its two
     parts, a quantized one as its integer. RELATIVE is the norm of the difference by the norm of A,
     COSINE the cosine similarity, both in double precision and of what is finite. Of two dtypes,
-    `equal rounded` says that one tensor rounded to the dtype of the other has the other's bits.
+    `equal rounded` says that the wider one rounded to the dtype of the other has the other's bits.
     Recorded checksums are not verified: ckptool check does that.
     """
     refuse_idle(dict.fromkeys(("atol", "rtol", "sort"), "not structure"))
@@ -110,8 +110,7 @@ def command(
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
-            if lines := report.danger_lines(checkpoint):
-                talk.warn(*lines)
+            talk.warn_once(report.danger_lines(checkpoint))
         found = compare.diff(first, second, asked, progress.begin)
     if sort == "far":
         found = found.farthest_first()

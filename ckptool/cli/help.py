@@ -18,8 +18,8 @@ FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
 SCHEMAS = "json"  # the page that lists them, and their folder
 SUBJECTS = (
-    "writing many terminal selecting recipes dtypes containers remote whole-models plugins ci safety "
-    "trust exit-codes json python numbers scale architecture"
+    "writing many terminal selecting recipes dtypes containers remote whole-models plugins ci "
+    "safety trust exit-codes json python numbers scale architecture"
 ).split()
 
 

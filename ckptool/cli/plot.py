@@ -101,6 +101,8 @@ def command(
         target, [each for each in (file, other) if each], force=force, sync=True
     )
     sources = [containers.read(path) for path in (file, other) if path is not None]
+    for checkpoint in sources:
+        talk.warn_once(report.danger_lines(checkpoint))
     with pictures.drawing():
         pass  # or refuse before values are read
     with talk.Progress(target, quiet=quiet) as progress:

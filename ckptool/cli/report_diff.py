@@ -11,7 +11,7 @@ from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.difference import Change, Difference, Found, Side
 
 _HEAD = ("WHAT", "KEY", "RELATIVE", "COSINE", "MAX ABS", "DIFFERENCE")
-_FAR = (3, 2, 4)  # the columns of how far
+_FAR = (3, 4, 2)  # the columns of how far: those that a narrow terminal lacks first
 _BESIDE = "beside-"
 MANY_ULP = 1_000_000  # from here on they tell people nothing
 

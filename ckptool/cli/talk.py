@@ -233,6 +233,12 @@ def warn(line: str, *evidence: str) -> None:
         _warned.append("; ".join([line, *map(str.strip, evidence)]))
 
 
+def warn_once(lines: Sequence[str]) -> None:
+    """Write a warning, its first line, and what shows it, the others; nothing of none."""
+    if lines:
+        warn(*lines)
+
+
 def without_secrets(word: str) -> str:
     """Return an argument as it may be shown: a URL without user, password and query."""
     if "://" not in word:

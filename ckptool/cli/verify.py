@@ -142,5 +142,4 @@ def _warn(path: str) -> None:
     from ckptool.files import budget
 
     with suppress(CkptoolError), budget.run(anew=True):
-        if lines := report.danger_lines(containers.read(path)):
-            talk.warn(*lines)
+        talk.warn_once(report.danger_lines(containers.read(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import field
 from math import inf, isfinite, sqrt
@@ -52,6 +53,9 @@ class Tally:
         return Tally(self.nan * count, self.inf * count)
 
 
+Cells = tuple["array[int]", "array[float]"]  # their numbers, and how many are in each
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """What numbers are on the whole: the finite ones, of which there are `count`.
@@ -68,7 +72,7 @@ class Statistics:
     zeros: int = 0
     nan: int = 0
     inf: int = 0
-    cells: Mapping[int, int] = field(default_factory=dict)
+    cells: Cells = field(default_factory=lambda: packed({}))
 
     @property
     def std(self) -> float:
@@ -116,14 +120,22 @@ class Statistics:
             self.zeros * count,
             self.nan * count,
             self.inf * count,
-            {cell: found * count for cell, found in self.cells.items()},
+            (self.cells[0], array("d", (found * count for found in self.cells[1]))),
         )
 
 
-def _summed(one: Mapping[int, int], other: Mapping[int, int]) -> Mapping[int, int]:
-    if not one or not other:
-        return one or other
-    return {**one, **{cell: one.get(cell, 0) + count for cell, count in other.items()}}
+def _summed(one: Cells, other: Cells) -> Cells:
+    if not one[0] or not other[0]:
+        return one if one[0] else other
+    found = dict(zip(*one, strict=True))
+    for cell, count in zip(*other, strict=True):
+        found[cell] = found.get(cell, 0) + count
+    return packed(found)
+
+
+def packed(cells: Mapping[int, float]) -> Cells:
+    """Return a histogram as it takes little memory: a file may have many tensors."""
+    return array("H", cells), array("d", cells.values())
 
 
 @dataclass(frozen=True, slots=True)

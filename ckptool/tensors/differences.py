@@ -144,31 +144,32 @@ def comparable(left: DType, right: DType) -> bool:
 
 
 def rounded_differences(
-    left: Block, right: Block, dtypes: tuple[DType, DType]
-) -> tuple[Values, Values]:
-    """Count what differs of the left rounded to the right's dtype, and of the right to the left's.
+    left: Block, right: Block, dtypes: tuple[DType, DType], onto: int
+) -> Values:
+    """Count what differs where the numbers of one side are rounded to the dtype of the other.
 
-    A NaN is any NaN. Both have the distance, and the largest difference, of what is not rounded.
+    `onto` is the other: 0 for the left. A NaN is any NaN. The distance, and the largest difference,
+    are those of what is not rounded.
     """
     import numpy as np
 
-    blocks = left, right
+    blocks, dtype = (left, right), dtypes[onto]
     with np.errstate(all="ignore"):
-        one, other = (doubles(*pair) for pair in zip(blocks, dtypes, strict=True))
-        apart = one - other
-        distance = _distance(one, other, apart)
+        sides = [doubles(*pair) for pair in zip(blocks, dtypes, strict=True)]
+        apart = sides[0] - sides[1]
+        distance = _distance(sides[0], sides[1], apart)
         gaps = np.abs(apart, out=apart)
-        most = float(gaps.max(where=np.isfinite(gaps), initial=0)) or None
-        same = (one == other) | (np.isnan(one) & np.isnan(other))
-        found = []
-        for made, block, dtype in ((one, right, dtypes[1]), (other, left, dtypes[0])):
-            differs = ~same
-            if part_of(dtype) in ROUNDED:
-                differs = bits_of(rounded(made, part_of(dtype)), dtype) != bits_of(block, dtype)
-                differs &= ~(np.isnan(one) & np.isnan(other))
-            if dtype in COMPLEX:
-                differs = differs.reshape(-1, 2).any(axis=1)
-            count = int(np.count_nonzero(differs))
-            first = int(differs.argmax()) if count else None
-            found.append(Values(len(differs), count, first=first, max_abs=most, distance=distance))
-    return found[0], found[1]
+        if part_of(dtype) in ROUNDED:
+            made = rounded(sides[1 - onto], part_of(dtype))
+            differs = bits_of(made, dtype) != bits_of(blocks[onto], dtype)
+        else:
+            differs = sides[0] != sides[1]
+        most = float(gaps.max())
+        if not isfinite(most):
+            most = float(gaps.max(where=np.isfinite(gaps), initial=0))
+            differs &= ~(np.isnan(sides[0]) & np.isnan(sides[1]))
+    if dtype in COMPLEX:
+        differs = differs.reshape(-1, 2).any(axis=1)
+    count = int(np.count_nonzero(differs))
+    first = int(differs.argmax()) if count else None
+    return Values(len(differs), count, first=first, max_abs=most or None, distance=distance)

@@ -7,7 +7,7 @@ from math import isfinite
 from struct import unpack
 from typing import Any
 
-from ckptool.tensors.counts import Statistics
+from ckptool.tensors.counts import Cells, Statistics, packed
 from ckptool.tensors.dtype import PACKED, DType
 from ckptool.tensors.numbers import COMPLEX, FLOATS, SLICE, Block, bits_of, dot, floats_of
 
@@ -77,11 +77,6 @@ def _of_patterns(counts: Any, dtype: DType, cells: bool) -> Statistics:
     count = int(counts.sum())
     mean = float((counts * values.astype("f8")).sum()) / count
     apart = values - mean
-    each = zip(values, counts.tolist(), strict=True) if cells else ()
-    found: dict[int, int] = {}
-    for value, times in each:
-        for cell in _cells(np.array([value])):
-            found[cell] = found.get(cell, 0) + times
     return Statistics(
         count=count,
         least=values.min().item(),
@@ -91,7 +86,7 @@ def _of_patterns(counts: Any, dtype: DType, cells: bool) -> Statistics:
         zeros=int(counts[values == 0].sum()),
         nan=nan,
         inf=inf,
-        cells=found,
+        cells=_cells(values, counts) if cells else packed({}),
     )
 
 
@@ -116,7 +111,7 @@ def _of_slice(values: Any, cells: bool) -> Statistics:
         zeros=int(np.count_nonzero(values == 0)),
         nan=nan,
         inf=inf,
-        cells=_cells(values) if cells else {},
+        cells=_cells(values) if cells else packed({}),
     )
 
 
@@ -135,26 +130,27 @@ def _squares(values: Any, total: float) -> float:
     return dot(apart, apart)
 
 
-def _cells(values: Any) -> dict[int, int]:
+def _cells(values: Any, counts: Any = None) -> Cells:
+    """Return a histogram of numbers, of each of which there are so many."""
     import numpy as np
 
     with np.errstate(over="ignore"):
         single = values.astype("f4")
-    counts = np.bincount(single.view("u4") >> _SHIFT, minlength=CELLS)
-    held = np.nonzero(counts)[0]
-    return dict(zip(held.tolist(), counts[held].tolist(), strict=True))
+    found = np.bincount(single.view("u4") >> _SHIFT, counts, CELLS)
+    held = np.nonzero(found)[0]
+    return packed(dict(zip(held.tolist(), found[held].tolist(), strict=True)))
 
 
 def histogram(found: Statistics, count: int) -> list[int]:
     """Return how many finite elements are in each of `count` equal ranges, of least to largest."""
     import numpy as np
 
-    if not found.cells or not found.count:
+    if not found.cells[0]:
         return []
-    middles = [sum(_edges(cell)) / 2 for cell in found.cells]
+    middles = [sum(_edges(cell)) / 2 for cell in found.cells[0]]
     width = (float(found.largest) - float(found.least)) or 1.0
     places = (np.array(middles) - float(found.least)) / width * count
-    weights = np.array([*found.cells.values()])
+    weights = np.array(found.cells[1])
     return [
         *np.bincount(places.clip(0, count - 1).astype(int), weights, count).astype(int).tolist()
     ]
@@ -167,11 +163,11 @@ def quantiles(found: Statistics, shares: Sequence[float]) -> tuple[float, ...]:
     """
     import numpy as np
 
-    if not found.cells or not found.count:
+    if not found.cells[0]:
         return ()
-    ordered = sorted((*_edges(cell), count) for cell, count in found.cells.items())
+    ordered = sorted((*_edges(cell), count) for cell, count in zip(*found.cells, strict=True))
     least, largest = float(found.least), float(found.largest)
-    ends, below = [least], [0]
+    ends, below = [least], [0.0]
     for low, high, count in ordered:
         ends += [min(max(low, ends[-1]), largest), min(max(high, least), largest)]
         below += [below[-1], below[-1] + count]

@@ -148,19 +148,22 @@ def _slices(block: memoryview, itemsize: int) -> Iterator[slice]:
 
 
 def _rounded(both: Pair, readers: Readers, progress: Callable[[int], None]) -> Values:
-    """Compare two tensors of two dtypes: of both ways to round, the one that fewer differ by."""
+    """Compare two tensors of two dtypes: the one of more bits is rounded to the other's.
+
+    Of two with as many, the way that fewer differ by counts.
+    """
     dtypes = both.left.dtype, both.right.dtype
-    sizes = [each.itemsize for each in dtypes]
-    ways = Values(both.left.numel), Values(both.left.numel)
+    few = min(each.bits for each in dtypes)
+    ways = {onto: Values(both.left.numel) for onto in (0, 1) if dtypes[onto].bits == few}
     load()
     for start, *pair in _paired(both.left, both.right, readers, progress):
-        cuts = (_slices(block, size) for block, size in zip(pair, sizes, strict=True))
+        cuts = (_slices(*each) for each in zip(pair, (d.itemsize for d in dtypes), strict=True))
         for one, other in zip(*cuts, strict=True):
-            first = (start + one.start) // sizes[0]
-            parts = rounded_differences(pair[0][one], pair[1][other], dtypes)
-            for way, part in zip(ways, parts, strict=True):
+            first = (start + one.start) // dtypes[0].itemsize
+            for onto, way in ways.items():
+                part = rounded_differences(pair[0][one], pair[1][other], dtypes, onto)
                 way.add(part, first)
-    return min(ways, key=lambda way: way.count)
+    return min(ways.values(), key=lambda way: way.count)
 
 
 def _unequal(

@@ -301,6 +301,14 @@ def test_any_container_and_dtype(run: Run, good: Path, tmp_path: Path, name: str
     assert run("plot", good / name, good / name, "-o", tmp_path / "c.svg").code in (0, 2)
 
 
+def test_a_file_that_would_run_code_is_drawn_with_a_warning(
+    run: Run, hostile: Path, tmp_path: Path
+) -> None:
+    done = run("plot", hostile / "os_system.pth", "-o", tmp_path / "p.svg")
+    assert done.code == 0
+    assert "would run code when loaded; nothing was executed" in done.err
+
+
 # As other commands that write.
 
 
