@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import Command, patterns, refuse_idle
+from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
 
 SIDES = (400, 10_000)  # pixels
 
@@ -33,8 +33,8 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
 
 
 @click.command("plot", cls=Command)
-@click.argument("file", metavar="FILE")
-@click.argument("other", metavar="[B]", required=False)
+@click.argument("file", metavar="FILE", type=INPUT)
+@click.argument("other", metavar="[B]", required=False, type=INPUT)
 @click.option(
     "-o", "--output", "target", required=True, metavar="PICTURE", help="Where to: .svg, .png, .pdf."
 )

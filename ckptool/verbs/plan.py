@@ -102,8 +102,10 @@ def make_plan(
     _refuse_empty(plan, checkpoint)
     _judge(plan, bare=bare, options=options)
     if plan.state is not None and not any(step.name.startswith("add ") for step in steps):
-        worn = wrappers.worn(plan.state.entries)
-        plan.notes += [f"in the output, {line}" for line in worn]
+        removable = wrappers.worn(plan.state.entries, removable=True)
+        for line in wrappers.worn(plan.state.entries):
+            remedy = "; `ckptool transfer` removes it" if line in removable else ""
+            plan.notes.append(f"in the output, {line}{remedy}")
     return plan
 
 

@@ -46,9 +46,9 @@ from limits import LIMITS, MIB, Reading, Round, judge, table_of_readings, table_
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-JOBS = ("strip", "convert", "check", "diff", "many", "keys", "help", "plan")
+JOBS = ("strip", "convert", "pipe", "check", "diff", "many", "keys", "help", "plan")
 STARTUP_JOBS = {"keys", "help", "plan"}
-BIG_JOBS = {"strip", "convert", "check", "diff"}
+BIG_JOBS = {"strip", "convert", "pipe", "check", "diff"}
 KEY_COUNTS = (320, 10_000)
 TENSOR_COUNTS = (10_000, 100_000)  # a mixture of experts has 90 000
 GIB = 2**30
@@ -119,6 +119,10 @@ def big_tasks(
         tasks += writing_tasks(
             "convert", "convert", ".safetensors", ckptool, source, baseline=baseline
         )
+    if "pipe" in jobs:
+        for word in ("safetensors", "torch"):
+            command = (*ckptool, "convert", "-q", str(source), "-", "--to", word)
+            tasks.append(Task(f"pipe {word}", through_a_pipe(*command), source))
     if "check" in jobs:
         tasks += checking_tasks(ckptool, source, baseline=baseline)
     if "diff" in jobs:
@@ -126,6 +130,11 @@ def big_tasks(
         tasks += [Task("cmp", ("cmp", *pair), source)] if baseline else []
         tasks.append(Task("diff", (*ckptool, "diff", *pair), source))
     return tuple(tasks)
+
+
+def through_a_pipe(*command: str) -> tuple[str, ...]:
+    """Return a command that sends what another writes through a pipe."""
+    return ("sh", "-c", '"$@" | cat > /dev/null', "sh", *command)
 
 
 def twin_of(source: Path) -> Path:
