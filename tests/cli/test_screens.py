@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,6 +19,7 @@ from conftest import FIXTURES, Outcome, environment, step
 from test_cli import SLOWISH
 
 from ckptool.cli import folding, screen
+from ckptool.cli.help import shown as page
 from ckptool.cli.main import main
 from ckptool.text import measured
 
@@ -189,6 +191,9 @@ ONCE = (
     "verify one.pth two.pth --model net.py:net --input-shape 1,3,32,32",
     "verify one.pth one.pth --model net.py:net --input-shape 1,3,32,32",
     "help",
+    "help exit-codes",
+    "help writing",
+    "help terminal",
     "help no-such-topic",
     "--help",
     "keys --help",
@@ -393,11 +398,14 @@ def test_an_interrupted_bar_goes_away(
     )  # fmt: skip
     os.close(theirs)
     shown = b""
+    late = threading.Timer(60, process.kill)  # what hangs fails
+    late.start()
     while b"%|" not in shown:
         shown += os.read(ours, 65536)
     os.write(ours, b"\x03")
     shown += everything(ours)
     assert process.wait(timeout=60) == 130
+    late.cancel()
     lines = ["^C", "interrupted; nothing was written", ""]
     assert emulated(shown.decode(), 60) == lines
 
@@ -453,3 +461,15 @@ def test_sentences_lose_nothing() -> None:
         assert (
             "".join(line.strip() for line in lines).replace(" ", "") == f"data.pkl:{word}at`hook`"
         )
+
+
+def test_a_page_is_laid_out_anew() -> None:
+    text = (
+        "# a: b\n\nOne line of\nwords that go on.\n\n- an item of\n  two lines\n- another\n\n"
+        "| one | two |\n|---|---|\n| `a` | b |\n\n```text\n- as it is\n```\n"
+    )
+    assert page(text, styled=False, width=40).splitlines() == [
+        "a: b", "", "One line of words that go on.", "", "- an item of two lines", "- another", "",
+        "one  two", "`a`  b", "", "    - as it is",
+    ]  # fmt: skip
+    assert page(text, styled=False).splitlines()[2:4] == ["One line of", "words that go on."]
