@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any
 
 import click
 
-from ckptool.cli import talk
+from ckptool.cli import screen, talk
 from ckptool.cli._options import Command
 from ckptool.errors import NoSuchCommand, of_system
 
@@ -54,19 +56,59 @@ def title(topic: str) -> str:
     return page(topic).partition("\n")[0].partition(": ")[2]
 
 
-def shown(text: str, *, styled: bool) -> str:
-    """Return a page for a terminal or a pipe: examples indented, without the marks around them."""
-    lines, inside = [], False
-    for line in text.splitlines():
-        if line.startswith("```"):
-            inside = not inside
-        elif inside:
-            lines.append(f"    {line}".rstrip())
+def shown(text: str, *, styled: bool, width: int | None = None) -> str:
+    """Return a page for a terminal or a pipe: examples indented, without the marks around them.
+
+    With a width, which a terminal has, paragraphs and tables are laid out anew.
+    """
+    lines: list[str] = []
+    for kind, block in _blocks(text):
+        if kind == "example":
+            lines += (f"    {line}".rstrip() for line in block[1:])
+        elif kind == "heading":
+            plain = (line.lstrip("#").strip() for line in block)
+            lines += (click.style(line, bold=True) if styled else line for line in plain)
+        elif width is None or kind == "":
+            lines += block
+        elif kind == "table":
+            cells = [[cell.strip() for cell in line.split(" | ")] for line in block]
+            rows = [[cell.strip("| ") for cell in row] for row in cells if row[0][:2] != "|-"]
+            lines += screen.table(rows, width)
         else:
-            heading = line.startswith("#")
-            plain = line.lstrip("#").strip() if heading else line
-            lines.append(click.style(plain, bold=True) if heading and styled else plain)
+            following = "  " if kind == "item" else ""
+            line = " ".join(part.strip() for part in block)
+            lines += wrap(
+                line,
+                width,
+                subsequent_indent=following,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     return "\n".join(lines) + "\n"
+
+
+def _blocks(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Divide Markdown in examples, headings, tables, list items and paragraphs."""
+    kind, block = "", list[str]()
+    for line in text.splitlines():
+        before = kind
+        if kind == "example":
+            kind = "end" if line.startswith("```") else kind
+        else:
+            kind = _kind(line, kind)
+        if (kind != before or (kind == "item" and line.startswith("- "))) and block:
+            yield before, block
+            block = []
+        block += [] if kind == "end" else [line]
+    yield kind, block
+
+
+def _kind(line: str, before: str) -> str:
+    marks = {"```": "example", "#": "heading", "|": "table", "- ": "item"}
+    found = next((kind for mark, kind in marks.items() if line.startswith(mark)), None)
+    if found or not line.strip():
+        return found or ""
+    return before if before == "item" else "paragraph"
 
 
 def _complete(context: click.Context, _: click.Parameter, start: str) -> list[Any]:
@@ -99,7 +141,7 @@ def command(context: click.Context, topic: str | None) -> None:
         raise _no_such_page(topic, names)
     text = page(topic)
     if "/" not in topic:
-        text = shown(text, styled=talk.in_colour(sys.stdout))
+        text = shown(text, styled=talk.in_colour(sys.stdout), width=talk.columns())
     if topic == SCHEMAS:
         text += "".join(f"  {name:18} {title(name)}\n" for name in schemas())
     if talk.on_terminal() and text.count("\n") >= shutil.get_terminal_size().lines:

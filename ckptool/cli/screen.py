@@ -17,7 +17,7 @@ CUT = "..."
 MORE = "  "  # before what a line goes on with
 LEAST = 8  # columns that a column of a table keeps
 ENOUGH = 24  # columns of a key that are worth the room of a column that can be missed
-_PASTED = ("ckptool ", "/", "`")
+_PASTED = ("ckptool ", "/")
 # A command up to the words behind it, a text in backticks, a word.
 _ATOM = re.compile(r"( *)(`[^`]*`\S*|ckptool (?:(?!   |; ).)*|\S+)")
 

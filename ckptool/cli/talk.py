@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -248,6 +248,16 @@ def without_secrets(word: str) -> str:
     return shown(word)
 
 
+class _Unlocked(nullcontext[None]):
+    """The lock of tqdm, whose `refresh` keeps it for ever where Ctrl-C comes: ours is enough."""
+
+    def acquire(self) -> None:
+        """Take nothing."""
+
+    def release(self) -> None:
+        """Give nothing back."""
+
+
 class Progress:
     """A bar on a terminal once a job takes longer than a second, plain lines elsewhere."""
 
@@ -289,6 +299,8 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
+            tqdm.set_lock(_Unlocked())
+            tqdm.monitor_interval = 0  # no thread of its own
             self._bar = tqdm(
                 total=self._total or None,
                 desc=self._what,
