@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -280,7 +281,7 @@ def test_hostile_files_in_other_commands(
         assert done.code == 3
     if done.code:
         assert done.out == ""
-        assert done.err.count("error[") == 1
+        assert len(re.findall(r'error\[|^  "error": ', done.err, re.MULTILINE)) == 1
         assert listing(here) == {}
     for name in listing(here):
         assert name == command[2]
@@ -414,7 +415,7 @@ def test_lengthened(run: Run, here: Path, small: bytes) -> None:
     done = run("convert", source, "out.pth")
     if small.startswith(b"\x80"):
         assert done.code == 0
-        assert "left behind" in done.err
+        assert done.err.startswith("not written: what follows the storages\n")
     else:
         assert (done.code, done.out) == (3, "")
         assert listing(here) == {"in.pth": small + b"more"}

@@ -321,7 +321,7 @@ def test_other_files_are_named(
         outcome = run(*command, *arguments)
         assert outcome.code == 3
         assert outcome.out == ""
-        assert outcome.err.startswith("error[")
+        assert outcome.err.startswith("{" if "--json" in command else "error[")
         assert what in outcome.err
         assert "Traceback" not in outcome.err
     assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,7 @@ from ckptool.files.http import Limits
 
 @pytest.mark.parametrize(
     ("status", "hint"),
-    [(404, "check the link"), (401, "login"), (403, "token"), (410, "taken away"), (400, "")],
+    [(404, "check the link"), (401, "login"), (403, "token"), (410, "removed"), (400, "")],
 )
 def test_a_refusal_is_not_asked_again(
     server: Server, tmp_path: Path, status: int, hint: str

@@ -109,7 +109,7 @@ PATHS = (
     "os.walk",
     "os.mkdir",
 )
-SAID = re.compile(r"error\[([a-z-]+)\]: ")
+SAID = re.compile(r"""(?:error\[|^  "error": ")([a-z-]+)""", re.MULTILINE)  # as text, or JSON
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Run:
     @property
     def signature(self) -> str:
         """Say which kind of outcome it is: command, exit code, words of the error."""
-        first = next((line for line in self.err.splitlines() if "error[" in line), "")
+        first = next((line for line in self.err.splitlines() if SAID.search(line)), "")
         words = re.findall(r"\b[a-z-]{4,}\b", re.sub(r"`[^`]*`|'.*'|\S*[/._]\S*", "", first))
         return f"{self.line[0]} {self.code} {' '.join(words[:7])}"
 
