@@ -580,8 +580,8 @@ def test_what_does_not_fit_is_refused(pair: Pair) -> None:
     for move, reason in (
         (lambda: values.part(value, 0, 3, 13), "no 3:13 in a dimension of 12"),
         (lambda: values.permuted(value, (0, 0)), "not an order of 2 dimensions"),
-        (lambda: values.shaped(value, (12, 9)), "no place in the shape"),
-        (lambda: values.shaped(value, (-12, -10)), "no place in the shape"),
+        (lambda: values.shaped(value, (12, 9)), "do not fit the shape"),
+        (lambda: values.shaped(value, (-12, -10)), "do not fit the shape"),
         (lambda: values.joined([value, half], 0), "two dtypes"),
         (lambda: values.joined([value, values.part(value, 0, 0, 3)], 1), "several shapes"),
         (lambda: values.stacked([value, values.part(value, 0, 0, 3)], 0), "several shapes"),
