@@ -112,16 +112,20 @@ def _like(part: Checkpoint) -> Container | None:
     return container._replace(read=partial(torch_zip.read_like, like=part, pickled=pickled))
 
 
+_LEFT_OUT = "not read: optimizer and training state"
+
+
 def _said(slices: Sequence[Slices], model: Model, *, masters: bool) -> str:
     """Say what was joined."""
     at = "" if model.steps is None else f" at step {model.steps}"
     if not masters:
-        return f"DeepSpeed{at}: weights in the dtype of the training, of {model.name}"
+        return f"DeepSpeed{at}: weights in the dtype of the training, of {model.name}; {_LEFT_OUT}"
     first = slices[0]
     dtypes = sorted({flat.dtype.label for flat in first.flat})
     ranks = f"all {first.world} ranks are" if first.world > 1 else "its one rank is"
     there = f"{ranks} there{' and agree' if first.world > 1 else ''}"
-    return f"DeepSpeed ZeRO stage {first.stage}{at}: {there}; {listed(dtypes)} master weights"
+    what = f"{listed(dtypes)} master weights; {_LEFT_OUT}"
+    return f"DeepSpeed ZeRO stage {first.stage}{at}: {there}; {what}"
 
 
 # The weights.
