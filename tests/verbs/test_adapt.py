@@ -408,7 +408,7 @@ def test_keys_that_cannot_be_adapted_are_errors() -> None:
         transferred(source, target, adapt="a")
     with pytest.raises(NothingMatched, match="no shape differs in b"):
         transferred(source, target, adapt="b")
-    with pytest.raises(EditError, match="none of pos-embed, in-chans, classes, vocab"):
+    with pytest.raises(EditError, match="is not one of pos-embed, in-chans, classes, vocab"):
         transferred(source, target, adapt="a=rows")
     with pytest.raises(EditError, match="need --like or --model"):
         ckptool.transfer("source.pth", "out.pth", adapt="a")

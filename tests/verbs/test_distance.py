@@ -103,7 +103,7 @@ def test_every_fixture_against_what_it_is_scaled_to(tmp_path: Path, name: str) -
         if key
         and isinstance(value, torch.Tensor)
         and value.layout is torch.strided
-        and value.numel()
+        and 0 < value.numel() <= 1 << 24  # one is expanded from far fewer
         and str(value.dtype).removeprefix("torch.") in (*FLOATS, *INTEGERS)
     }
     left = {key: value.detach().clone() for key, value in dense.items()}

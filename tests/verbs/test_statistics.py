@@ -18,6 +18,7 @@ from ckptool.cli.report_stats import bar
 
 Run = Callable[..., Any]
 GOOD = sorted(path.name for path in (FIXTURES / "good").glob("*.pth"))
+MOST = 1 << 24  # elements that torch gets a copy of; one tensor is expanded from far fewer
 WORDS = ("min", "max", "mean", "std", "zeros", "nan", "inf")
 
 
@@ -44,7 +45,8 @@ def assert_alike(found: dict[str, Any], tensor: torch.Tensor) -> None:
     exact = ("min", "max", "zeros", "nan", "inf")
     assert [said[name] for name in exact] == [wanted[name] for name in exact], found["key"]
     for name in ("mean", "std"):
-        assert said[name] == pytest.approx(wanted[name], rel=1e-9, abs=1e-12), found["key"]
+        near = None if wanted[name] is None else pytest.approx(wanted[name], rel=1e-9, abs=1e-12)
+        assert said[name] == near, found["key"]
 
 
 JUDGED = (
@@ -63,8 +65,9 @@ def test_every_dense_tensor_of_a_fixture(name: str) -> None:
         return
     for found in ckptool.keys(FIXTURES / "good" / name, stats=True).to_dict()["tensors"]:
         tensor = plain.get(found["key"])
-        counted = tensor is not None and not tensor.is_quantized and tensor.layout is torch.strided
-        if counted and found["dtype"] in JUDGED:
+        if tensor is None or tensor.is_quantized or tensor.layout is not torch.strided:
+            continue
+        if found["dtype"] in JUDGED and tensor.numel() <= MOST:
             assert_alike(found, tensor)
     assert len(listing.to_dict()["tensors"]) == len(listing)
 
