@@ -325,8 +325,7 @@ def _portable(facts: Survey) -> Advised:
         yield Advice("its numbers are big-endian", *_SAFETENSORS)
     elif devices and (fits or facts.verdict.level is not Level.DANGEROUS):
         reason = f"tagged {listed(devices, 3)}: torch.load needs map_location on other machines"
-        tagged = ("convert", ("--map-location", "cpu"), "cpu")  # keeps the optimizer
-        yield Advice(reason, *(_SAFETENSORS if fits and not facts.beside else tagged))
+        yield Advice(reason, "convert", ("--map-location", "cpu"), "cpu")
 
 
 def _newer(facts: Survey) -> Advised:
