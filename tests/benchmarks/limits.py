@@ -84,8 +84,8 @@ LIMITS = (
     *many_limits(100_000, 4000, 250),
     *job_limits("strip"),
     *job_limits("convert"),
-    Limit("pipe safetensors", "wall", "x", most=1.5, per="cp"),
-    Limit("pipe torch", "wall", "x", most=2, per="cp"),  # its input is read twice
+    Limit("pipe safetensors", "wall", "x", most=1, per="cp"),
+    Limit("pipe torch", "wall", "x", most=1.5, per="cp"),  # its input is read twice
     Limit("pipe safetensors", "peak", "MiB", most=64),
     Limit("pipe torch", "peak", "MiB", most=64),
     Limit("check", "wall", "x", most=0.6, per="cp"),

@@ -53,6 +53,21 @@ entry()
 SLOWISH = "from ckptool.cli import talk; talk.BAR_AFTER = 0.1\n" + SLOW.replace("0.1", "0.02")
 
 
+def everything(ours: int) -> bytes:
+    """Read what a program shows until it ends."""
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # Linux says so when the last one has closed it
+            break
+        if not data:
+            break
+        shown += data
+    os.close(ours)
+    return shown
+
+
 def on_terminal(
     *arguments: object,
     cwd: Path,
@@ -70,16 +85,7 @@ def on_terminal(
         env=environment({"TERM": "xterm-256color", **(env or {})}),
     )
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            data = os.read(ours, 65536)
-        except OSError:  # Linux says so when the last one has closed it
-            break
-        if not data:
-            break
-        shown += data
-    os.close(ours)
+    shown = everything(ours)
     return process.wait(timeout=60), shown.decode()
 
 

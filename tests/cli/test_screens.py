@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, Outcome, environment, step
-from test_cli import SLOWISH
+from test_cli import SLOWISH, everything
 
 from ckptool.cli.main import main
 
@@ -354,21 +354,6 @@ def terminal(columns: int) -> tuple[int, int]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     return ours, theirs
-
-
-def everything(ours: int) -> bytes:
-    """Read what a program shows until it ends."""
-    shown = b""
-    while True:
-        try:
-            data = os.read(ours, 65536)
-        except OSError:  # Linux says so when the last one has closed it
-            break
-        if not data:
-            break
-        shown += data
-    os.close(ours)
-    return shown
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals are those of POSIX")

@@ -280,6 +280,7 @@ def test_check_says_that_all_ranks_are_there_and_agree(run: Run) -> None:
     assert done.code == 0
     assert len(done.out.splitlines()) == 1
     assert "all 2 ranks are there and agree" in done.err
+    assert "not read: optimizer and training state" in done.err
     alone = run("check", f"run/global_step3/bf16_{OPTIM.format(1)}")
     assert "rank 1 of 2" in alone.out
     Path(f"run/global_step3/bf16_{OPTIM.format(0)}").unlink()

@@ -711,6 +711,20 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
             inputs.make(GHOST, inputs.Options(picture=str(tmp_path / name)))
 
 
+def test_only_the_same_weights_are_spared_the_last_pass(
+    training: str, weights: dict[str, Any], file: Files
+) -> None:
+    """The times of the candidate are those of its passes after the first."""
+    same = check(training, file("clean.pth", weights), GHOST, **ARGS).runs[0]
+    assert same.verdict == "identical"
+    assert (len(same.seconds_reference), len(same.seconds_candidate)) == (1, 0)
+    key = next(key for key in weights if key.endswith("num_batches_tracked"))  # of no effect
+    other = file("other.pth", {**weights, key: weights[key] + 1})
+    run = check(training, other, GHOST, **ARGS).runs[0]
+    assert list(run.parameters) == [key]
+    assert len(run.seconds_candidate) == 1
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     image = pytest.importorskip("PIL.Image")
