@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 
 import pytest
@@ -41,17 +42,25 @@ def made(dataclass):
         def __hash__(self):
             return 7
 
-    return Point, Bag, Nothing, Same, Own
+    @dataclass(slots=True)
+    class With:
+        x: int
+        doubled: int = dataclasses.field(init=False)
+
+        def __post_init__(self):
+            self.doubled = 2 * self.x
+
+    return Point, Bag, Nothing, Same, Own, With
 
 
 def shown(dataclass):
     """Return what can be seen of objects of each class."""
-    Point, Bag, Nothing, Same, Own = made(dataclass)
+    Point, Bag, Nothing, Same, Own, With = made(dataclass)
     a, b, c = Point(1), Point(1, 0, "n"), Point(1, 2)
     same = Same(1)
     with pytest.raises(TypeError):
         hash(Bag())
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"Point.__init__\(\) missing .* argument: 'x'"):
         Point()
     return [
         (a == b, a == c, a != c, a == 1, hash(a) == hash(b), len({a, b, c})),
@@ -64,6 +73,8 @@ def shown(dataclass):
         ),
         (same == same, same == Same(1), Own(1) == 5, hash(Own(1))),
         (dataclasses.asdict(c), dataclasses.replace(c, y=5) == Point(1, 5), Point.__match_args__),
+        [str(inspect.signature(each)) for each in (Point, Bag, Nothing, Same, Own, With)],
+        (With(2).doubled, With(2) == With(2)),
         (copy.copy(c) == c, copy.deepcopy(Bag([1])) == Bag([1])),
     ]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from textwrap import wrap
@@ -52,6 +50,8 @@ def page(topic: str) -> str:
 def title(topic: str) -> str:
     """Return what a page is about: its first line, behind the name; a schema's description."""
     if "/" in topic:
+        import json
+
         return str(json.loads(page(topic))["description"])
     return page(topic).partition("\n")[0].partition(": ")[2]
 
@@ -132,6 +132,8 @@ def command(context: click.Context, topic: str | None) -> None:
     Without a topic, all pages are listed. On a terminal a page that is longer than
     the screen goes through $PAGER.
     """
+    from shutil import get_terminal_size
+
     groups = topics(context)
     if topic is None:
         talk.put(_contents(groups))
@@ -144,7 +146,7 @@ def command(context: click.Context, topic: str | None) -> None:
         text = shown(text, styled=talk.in_colour(sys.stdout), width=talk.columns())
     if topic == SCHEMAS:
         text += "".join(f"  {name:18} {title(name)}\n" for name in schemas())
-    if talk.on_terminal() and text.count("\n") >= shutil.get_terminal_size().lines:
+    if talk.on_terminal() and text.count("\n") >= get_terminal_size().lines:
         click.echo_via_pager(text)
     else:
         talk.put(text.splitlines())

@@ -141,8 +141,9 @@ def entry() -> None:
     nothing here, and beside ours.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    gc.set_threshold(50_000)  # modules and trees are no garbage: the search for it takes long
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # or the interpreter searches all of it for garbage before it ends, three times
+    sys.exit(code)
 
 
 def _prepare_streams() -> None:

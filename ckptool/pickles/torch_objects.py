@@ -52,7 +52,7 @@ _NEW_OBJECT = {Global("copyreg", "__newobj__"), Global("copy_reg", "__newobj__")
 NOT_LAZY: frozenset[str] = frozenset()
 _QUANTIZED = Global(UTILS, "_rebuild_qtensor")
 _TYPE_TAG = Global("torch.jit._pickle", "restore_type_tag")
-_PROTOCOL_0_ID = re.compile(
+_PROTOCOL_0_ID = (
     r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
 )
 
@@ -77,7 +77,7 @@ _STORAGE = [
 _VIEW = [b"(Q", _INT, _SIZES, b")", _PUT, b"(", _SIZES, b")", _PUT, rb"([\x88\x89]", _GET, rb"\)R)"]
 _CALL_OPCODES = b"".join([rb"\(\(", *_STORAGE, *_VIEW, _PUT, b"t", _PUT, b"R", _PUT])
 _CALL = re.compile(_CALL_OPCODES, re.DOTALL)
-_WRITTEN = re.compile(_GET + _CALL_OPCODES, re.DOTALL)
+_WRITTEN = _GET + _CALL_OPCODES
 _SIZE_GROUP, _KEY_GROUP, _PUT_GROUPS = 2, 3, (4, 6, 8, 10, 12, 13, 14)
 _PUTS = 7
 _FIRST_PUTS = sum((ord("r") + (at << 8)) << 40 * at for at in range(_PUTS))
@@ -266,7 +266,7 @@ def _same_bytes(one: StorageId, other: StorageId) -> bool:
 
 def _parsed(text: str) -> Node:
     """Read the text that protocol 0 writes for a persistent id."""
-    found = _PROTOCOL_0_ID.fullmatch(text)
+    found = re.fullmatch(_PROTOCOL_0_ID, text)
     if not found:
         return text
     module, name, key, location, numel, view = found.groups()
@@ -496,7 +496,7 @@ class Lowering:
 
     def learn(self, node: Any, written: bytes) -> None:
         """Remember how a plain tensor was written, between the key and the memo numbers."""
-        call = _WRITTEN.fullmatch(written)
+        call = re.fullmatch(_WRITTEN, written, re.DOTALL)
         if call is None or type(node) is not TensorInfo or node.origin is not None:
             return
         literals, end = [], call.end(_KEY_GROUP)
