@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files.fileio import CHUNK, OpenFile, Reader, ReaderFile
+from ckptool.files.stream import widen
 from ckptool.files.temporary import temporary, temporary_file
 from ckptool.text import readable
 
@@ -54,6 +55,7 @@ def streamed(name: str, fd: int) -> Streamed:
     """
     if stat.S_ISREG(os.fstat(fd).st_mode) and not os.lseek(fd, 0, os.SEEK_CUR):
         return Streamed(name, os.dup(fd))
+    widen(fd)
     with temporary_file() as file:
         while data := os.read(fd, CHUNK):
             file.write(data)

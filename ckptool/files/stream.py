@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ckptool.errors import of_system
 
 Bytes = bytes | bytearray | memoryview
 GAP = 1 << 16  # zeros at once
+ROOM = 1 << 20  # what a pipe may hold by `/proc/sys/fs/pipe-max-size`; 64 KiB where none asks
+
+
+def widen(fd: int) -> None:
+    """Let a pipe hold more, where it can: its ends wake each other once for all that it holds."""
+    with suppress(ImportError, AttributeError, OSError):  # no Linux, no pipe, too many of them
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, ROOM)
 
 
 class Pipe(str):
@@ -34,6 +44,7 @@ class Stream:
         self._pipe, self._nbytes, self._position = pipe, nbytes, 0
         self._literals = sorted((pair for pair in literals if pair[1]), reverse=True)
         self._held: bytes | None = None
+        widen(pipe.fd)
 
     def write(self, data: Bytes, position: int) -> None:
         """Write bytes that come after all others; what is before them goes first."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from ckptool.errors import NoSpace
+from ckptool.files.spool import streamed
 from ckptool.files.stream import Pipe, Stream
 
 
@@ -69,3 +71,17 @@ def test_the_system_refuses_with_its_reason() -> None:
             stream.write(b"1234", 0)
     finally:
         os.close(fd)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes of other systems have their own sizes")
+def test_pipes_hold_a_megabyte(ends: tuple[int, int]) -> None:
+    import fcntl
+
+    read, write = ends
+    Stream(Pipe("-", write), 0, [])
+    assert fcntl.fcntl(read, fcntl.F_GETPIPE_SZ) == 1 << 20
+    other, given = os.pipe()
+    os.close(given)
+    streamed("-", other)
+    assert fcntl.fcntl(other, fcntl.F_GETPIPE_SZ) == 1 << 20
+    os.close(other)
