@@ -16,7 +16,6 @@ from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.state.edits import SHAPE_DIFFERS
 from ckptool.state.wrappers import peeling, worn
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import argument, counted, listed, percent, quoted, readable, shape, visible
@@ -286,6 +285,8 @@ TIED = "tied, stored once (--untie writes each)"
 
 def _dropped_lines(result: Rewrite, *, fold: bool) -> list[str]:
     """Name what was dropped, by reason."""
+    from ckptool.state.edits import SHAPE_DIFFERS
+
     by_reason: dict[str, list[tuple[str, str]]] = {}
     for dropped in result.dropped:
         reason, more = dropped.reason, ""

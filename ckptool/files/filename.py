@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from hashlib import sha256
-from urllib.parse import unquote, urlsplit
 
 LONGEST = 255  # bytes, of a name on any common file system
 _UNWANTED = re.compile(
@@ -44,12 +42,16 @@ def of_part(name: str) -> str:
     """Return the name of a file's part, short enough for the suffix of the record beside it."""
     raw = os.fsencode(name)
     if len(raw) > LONGEST - len(".part.json"):
+        from hashlib import sha256
+
         name = f"{raw[:200].decode('utf-8', 'ignore')}-{sha256(raw).hexdigest()[:8]}"
     return f"{name}.part"
 
 
 def of_url(url: str) -> str:
     """Return the file name that a URL ends with; an empty string for none."""
+    from urllib.parse import unquote, urlsplit
+
     return safe(unquote(urlsplit(url).path.rpartition("/")[2]))
 
 

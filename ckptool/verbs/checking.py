@@ -11,7 +11,6 @@ numbers beyond those of a dtype: no status is its own, and the answer to "can th
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -355,7 +354,9 @@ def _counts(here: Tally) -> str:
 
 def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: Begin) -> None:
     """Hash the file, and compare that with what its name says."""
-    digest = hashlib.sha256()
+    from hashlib import sha256
+
+    digest = sha256()
     try:
         with Reader(path) as reader:
             step = progress(reader.nbytes)

@@ -7,7 +7,6 @@ from dataclasses import field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ckptool.files.copying import Begin
 from ckptool.pickles.subclasses import NDARRAY, class_of
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, selecting, walk
@@ -18,8 +17,9 @@ from ckptool.tensors.counts import Statistics
 from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor, TensorInfo
 from ckptool.text import counted, html_table, readable, shape, visible
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the copy engine takes long to load
     from ckptool.documents import looking
+    from ckptool.files.copying import Begin
 
 Entry = tuple[str, AnyTensor]
 

@@ -12,7 +12,6 @@ from dataclasses import field
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.containers import safetensors
 from ckptool.files import budget
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
@@ -35,11 +34,10 @@ from ckptool.tensors.tensor import (
     span,
 )
 from ckptool.text import counted, listed, readable, visible
-from ckptool.verbs import frameworks
-from ckptool.verbs.frameworks import Framework
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `check` needs none of them
     from ckptool.documents import looking, shared
+    from ckptool.verbs.frameworks import Framework
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +241,8 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
 
     Raises `NoSuchKey` for an `at` that names no dict of tensors.
     """
+    from ckptool.verbs import frameworks
+
     tree = checkpoint.tree
     state = places.locate(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
     paths = [state.at] if at is not None and state else _paths(tree)
@@ -256,7 +256,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     before = ledger.nbytes
     ledger.take(tree)
     single = found[0] if len(found) == 1 else None
-    ties = single.ties if single else safetensors.left_behind(dict(entries), False).ties
+    ties = single.ties if single else _left_behind(dict(entries)).ties
     storages = ledger.storages()
     data = sum(_stored(storage) for storage in storages)
     return Survey(
@@ -284,6 +284,12 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
         root=naming.what(tree),
         part=places.part_of(checkpoint, state),
     )
+
+
+def _left_behind(entries: dict[str, Node]) -> containers.Left:
+    from ckptool.containers import safetensors
+
+    return safetensors.left_behind(entries, False)
 
 
 def unused_nbytes(tree: Node) -> int:
@@ -320,7 +326,7 @@ def _place(
         state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
     tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
-    left = safetensors.left_behind(state.entries, False)
+    left = _left_behind(state.entries)
     before = ledger.nbytes
     ledger.take(places.state_dict_node(checkpoint.tree, path, known))
     return Place(
