@@ -140,6 +140,7 @@ class Counter:
         self.turn, self.action = turn, action
         self.names: list[str] = []
         self._lock = threading.Lock()
+        self._met = not turn
 
     def install(self) -> None:
         """Put the counting functions in place of those of `os`."""
@@ -156,7 +157,8 @@ class Counter:
         def call(*arguments: Any, **more: Any) -> Any:
             with self._lock:
                 self.names.append(name)
-                due = len(self.names) == self.turn
+                due = not self._met and len(self.names) >= self.turn and fits(self.action, name)
+                self._met |= due
             return self._wrong(name, real, arguments, more) if due else real(*arguments, **more)
 
         return call
@@ -194,6 +196,11 @@ def _halved(name: str, arguments: Any) -> Any:
         return fd, [view[: max(1, len(view) // 2)]], start
     fd, data, *rest = arguments
     return (fd, memoryview(data)[: max(1, len(data) // 2)], *rest)
+
+
+def fits(action: str, name: str) -> bool:
+    """Tell whether an action can happen at a call: a lack of memory only where some is asked for."""
+    return action != "memory" or name in MEMORY
 
 
 def actions(name: str) -> list[str]:
@@ -432,10 +439,11 @@ def at_each_call(
     for turn, name, action in pairs[offset::every]:
         lay_out(folder, job)
         done = run(folder, job, Counter(turn, action), prepare)
-        met = done.calls[turn - 1] if len(done.calls) >= turn else name  # threads take turns
-        if not done.code and len(done.calls) < turn:  # a thread came too late to allocate
+        # Threads take turns: another call may be there, or none, where one came too late to allocate.
+        met = next((each for each in done.calls[turn - 1 :] if fits(action, each)), None)
+        if not done.code and met is None:
             action = "none"
-        found = list(complaints(folder, job, new, done, action, met))
+        found = list(complaints(folder, job, new, done, action, met or name))
         count.add(job, f"{action} at call {turn}, {name}", done, found)
 
 
