@@ -199,7 +199,7 @@ def _halved(name: str, arguments: Any) -> Any:
 
 
 def fits(action: str, name: str) -> bool:
-    """Tell whether an action can happen at a call: a lack of memory only where some is asked for."""
+    """Check whether an action can happen at a call: a lack of memory only at an allocation."""
     return action != "memory" or name in MEMORY
 
 
@@ -439,7 +439,7 @@ def at_each_call(
     for turn, name, action in pairs[offset::every]:
         lay_out(folder, job)
         done = run(folder, job, Counter(turn, action), prepare)
-        # Threads take turns: another call may be there, or none, where one came too late to allocate.
+        # Threads take turns: another call may be there, or none: one came too late to allocate.
         met = next((each for each in done.calls[turn - 1 :] if fits(action, each)), None)
         if not done.code and met is None:
             action = "none"
