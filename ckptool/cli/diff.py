@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -45,23 +46,15 @@ DIFFERENT = 1
 def command(
     left: str,
     right: str,
-    at: str | None,
-    left_at: str | None,
-    right_at: str | None,
-    every: bool,
-    structure: bool,
     select: Sequence[str],
     rename: Sequence[str],
     moves: Sequence[str],
-    recipe: Sequence[str],
-    reverse: bool,
-    ignore_prefix: Sequence[str],
-    anywhere: bool,
     atol: float,
     rtol: float,
     sort: str,
     as_json: bool,
     quiet: bool,
+    **how: Any,
 ) -> int:
     """Compare two checkpoints in any containers: keys, dtypes, shapes and values, bit for bit.
 
@@ -85,7 +78,7 @@ def command(
     """
     refuse_idle(dict.fromkeys(("atol", "rtol", "sort"), "not structure"))
     refuse_idle({"reverse": "recipe", "anywhere": "ignore_prefix"})
-    if at is not None and left_at is not None and right_at is not None:
+    if None not in (how["at"], how["left_at"], how["right_at"]):
         refuse_idle({"at": "not left_at"})
     from ckptool import containers
     from ckptool.cli import report, report_diff
@@ -94,18 +87,10 @@ def command(
     from ckptool.verbs.compare_sides import Asked, tolerance
 
     asked = Asked(
-        at=at,
-        left_at=left_at,
-        right_at=right_at,
-        every=every,
-        structure=structure,
         tolerance=tolerance(atol, rtol),
         select=patterns(select),
         rename=[(rule.old, rule.new) for rule in map(read_rule, (*rename, *moves))],
-        recipe=recipe,
-        reverse=reverse,
-        ignore_prefix=ignore_prefix,
-        anywhere=anywhere,
+        **how,
     )
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path, quiet=quiet) as progress:

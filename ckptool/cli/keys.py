@@ -36,18 +36,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
-    files: Sequence[str],
-    at: str | None,
-    every: bool,
-    select: Sequence[str],
-    names: bool,
-    tree: bool,
-    depth: int | None,
-    sort: str,
-    stats: bool,
-    every_row: bool,
-    as_json: bool,
-    quiet: bool,
+    files: Sequence[str], select: Sequence[str], sort: str, stats: bool, as_json: bool, **how: Any
 ) -> int:
     """List the tensors of a checkpoint: key, dtype, shape, bytes.
 
@@ -67,25 +56,13 @@ def command(
     refuse_idle({"every_row": "not names tree stats as_json"})
     if sort in ("absmax", "nan", "std") and not stats:
         raise click.UsageError(f"--sort {sort} needs --stats", click.get_current_context())
-    forms = {"--names": names, "--tree": tree, "--json": as_json}
+    forms = {"--names": how["names"], "--tree": how["tree"], "--json": as_json}
     wanted = [option for option, given in forms.items() if given]
     if len(wanted) > 1:
         what = f"{' and '.join(wanted)} do not go together"
         raise click.UsageError(what, click.get_current_context())
-    show = partial(
-        _show,
-        at=at,
-        every=every,
-        select=patterns(select),
-        tree=tree,
-        depth=depth,
-        names=names,
-        sort=sort,
-        stats=stats,
-        fold=not every_row,
-        as_json=as_json,
-        quiet=quiet,
-    )
+    how |= {"select": patterns(select), "sort": sort, "stats": stats, "as_json": as_json}
+    show = partial(_show, **how)
     return _many.each(files, show, as_json=as_json)
 
 
@@ -118,7 +95,7 @@ def _show(
 
 
 def _lines(
-    found: Listing, *, tree: bool, depth: int | None, names: bool, stats: bool, fold: bool
+    found: Listing, *, tree: bool, depth: int | None, names: bool, stats: bool, every_row: bool
 ) -> Sequence[str]:
     from ckptool.cli import report
 
@@ -132,5 +109,5 @@ def _lines(
 
         return stat_table(found, width) if width else stat_rows(found)
     if width:
-        return report.key_table(found.entries, width, fold=fold)
+        return report.key_table(found.entries, width, fold=not every_row)
     return report.key_rows(found.entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -18,6 +19,7 @@ from ckptool.cli._options import INPUT, Command, refuse_idle
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
 @click.option(
     "--input-shape",
+    "input_shapes",
     multiple=True,
     metavar="SHAPE",
     help="1,3,224,224, or 1,16:int64; once for each argument of the model.",
@@ -27,14 +29,7 @@ from ckptool.cli._options import INPUT, Command, refuse_idle
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
 def command(
-    file: str | None,
-    model: str,
-    model_arg: Sequence[str],
-    input_shape: Sequence[str],
-    depth: int | None,
-    at: str | None,
-    as_json: bool,
-    quiet: bool,
+    file: str | None, model_arg: Sequence[str], as_json: bool, quiet: bool, **how: Any
 ) -> int:
     """List the layers of a model in the order in which they run.
 
@@ -53,14 +48,7 @@ def command(
     from ckptool.model import layers, zoo
 
     refuse_idle({"at": "file"})
-    found = layers.layers(
-        model,
-        file,
-        model_args=zoo.arguments(model_arg),
-        input_shapes=input_shape,
-        depth=depth,
-        at=at,
-    )
+    found = layers.layers(file=file, model_args=zoo.arguments(model_arg), **how)
     if as_json:
         talk.put_document(found.to_dict())
     else:

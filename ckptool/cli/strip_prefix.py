@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -20,9 +20,7 @@ from ckptool.cli._options import PREFIX, Command, Request, run, strips, writes
 )
 @click.option("--every", is_flag=True, help="Fail unless every key has the prefix.")
 @strips
-def command(
-    request: Request, prefix: Sequence[str], every: bool, anywhere: bool, keep_bookkeeping: bool
-) -> int:
+def command(request: Request, **how: Any) -> int:
     """Remove the DataParallel prefix `module.` from keys.
 
     \b
@@ -36,11 +34,4 @@ def command(
     """
     from ckptool.verbs import api
 
-    return run(
-        request,
-        api.strip_prefix,
-        prefix=prefix,
-        every=every,
-        anywhere=anywhere,
-        keep_bookkeeping=keep_bookkeeping,
-    )
+    return run(request, api.strip_prefix, **how)

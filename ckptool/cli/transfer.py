@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -67,23 +67,9 @@ def command(
     drop: Sequence[str],
     keep: Sequence[str],
     rename: Sequence[str],
-    recipe: Sequence[str],
-    reverse: bool,
-    anywhere: bool,
-    keep_bookkeeping: bool,
-    like: str | None,
-    like_at: str | None,
-    model: str | None,
     model_arg: Sequence[str],
-    adapt: Sequence[str],
-    classes: str | None,
     class_names: str | None,
-    pos_grid: str | None,
-    pos_prefix: int | None,
-    init: Sequence[str],
-    init_missing: bool,
-    seed: int,
-    min_match: float,
+    **how: Any,
 ) -> int:
     """Extract weights to fine-tune from: the state_dict without wrapper prefixes, what fits.
 
@@ -114,7 +100,7 @@ def command(
     def told(done: Transferred) -> Told:
         lines = []
         if done.fit:
-            flags = {"ruled": bool(init), "model": model is not None}
+            flags = {"ruled": bool(how["init"]), "model": how["model"] is not None}
             width = talk.columns(sys.stderr)
             lines = report.fit_lines(done.fit, added=done.initialised, width=width, **flags)
         return Told(done.rewrite, lines, done.to_dict())
@@ -126,21 +112,7 @@ def command(
         drop=patterns(drop),
         keep=patterns(keep),
         rename=[(rule.old, rule.new) for rule in map(read_rule, rename)],
-        recipe=recipe,
-        reverse=reverse,
-        anywhere=anywhere,
-        keep_bookkeeping=keep_bookkeeping,
-        like=like,
-        like_at=like_at,
-        model=model,
         model_args=zoo.arguments(model_arg),
-        adapt=adapt,
-        classes=classes,
         class_names=class_names or (),
-        pos_grid=pos_grid,
-        pos_prefix=pos_prefix,
-        init=init,
-        init_missing=init_missing,
-        seed=seed,
-        min_match=min_match,
+        **how,
     )

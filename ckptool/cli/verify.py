@@ -28,6 +28,7 @@ DIFFERENT = 1
 )
 @click.option(
     "--device",
+    "devices",
     multiple=True,
     default=["auto"],
     show_default=True,
@@ -36,6 +37,7 @@ DIFFERENT = 1
 )
 @click.option(
     "--input-shape",
+    "input_shapes",
     multiple=True,
     metavar="SHAPE",
     help="Of random inputs: 1,3,224,224, or 1,16:int64; once for each argument of the model.",
@@ -71,8 +73,6 @@ def command(
     model: str,
     model_arg: Sequence[str],
     candidate_arg: Sequence[str],
-    device: Sequence[str],
-    input_shape: Sequence[str],
     allow_inconclusive: bool,
     as_json: bool,
     quiet: bool,
@@ -93,14 +93,8 @@ def command(
     `inconclusive` (exit 1): outputs are constant, NaN or the same for every input, modules differ
     on the way, or the reference differs from itself. One file alone is run on a picture or folder.
     """
-    refuse_idle(
-        {
-            "candidate_at": "candidate",
-            "candidate_model": "candidate",
-            "candidate_arg": "candidate",
-            "allow_inconclusive": "candidate",
-        }
-    )
+    of_candidate = ("candidate_at", "candidate_model", "candidate_arg", "allow_inconclusive")
+    refuse_idle(dict.fromkeys(of_candidate, "candidate"))
     for path in filter(None, (reference, candidate)):
         _warn(path)
     from ckptool.cli import report_model
@@ -120,8 +114,6 @@ def command(
             model,
             model_args=zoo.arguments(model_arg),
             candidate_args=zoo.arguments(candidate_arg) if candidate_arg else None,
-            devices=device,
-            input_shapes=input_shape,
             progress=progress,
             **how,
         )
