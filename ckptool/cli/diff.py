@@ -96,7 +96,7 @@ def command(
     with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
             talk.warn_once(report.danger_lines(checkpoint))
-        found = compare.diff(first, second, asked, progress.begin)
+        found = compare.compared(first, second, asked, progress.begin)
     if sort == "far":
         found = found.farthest_first()
     if as_json:

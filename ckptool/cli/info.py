@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,13 +35,10 @@ def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) ->
 
 
 def _show(file: str, put: Put, *, at: str | None, as_json: bool) -> None:
-    from ckptool import containers
     from ckptool.cli import report_info
-    from ckptool.verbs.suggestions import suggestions
-    from ckptool.verbs.survey import survey
+    from ckptool.verbs import suggestions
 
-    facts = survey(containers.read(file, alone=True), at)
-    facts = replace(facts, suggestions=tuple(suggestions(facts)))
+    facts = suggestions.info(file, at=at)
     width = talk.columns()
     lines = report_info.info_table(facts, width) if width else report_info.info_rows(facts)
     put(facts.to_dict() if as_json else lines)

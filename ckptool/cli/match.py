@@ -51,12 +51,12 @@ def command(
     """
     from ckptool.cli import report_match
     from ckptool.model import zoo
-    from ckptool.verbs import api, match as verb
+    from ckptool.verbs import match as verb
 
     refuse_idle({"like_at": "like", "model_arg": "model", "force": "target"})
     if (like is None) == (model is None):
         raise click.UsageError("give --like B or --model SPEC", click.get_current_context())
-    found = api.match(
+    found = verb.match(
         source, like=like, at=at, like_at=like_at, model=model, model_args=zoo.arguments(model_arg)
     )
     if not found.anything:

@@ -192,24 +192,6 @@ def _elements(target: Reference, keys: Iterable[str]) -> int:
     return sum(prod(target.shapes[key]) for key in {target.ties.get(key, key) for key in keys})
 
 
-def first_steps(
-    renames: Sequence[Edit],
-    drop: str | Sequence[str],
-    keep: str | Sequence[str],
-    *,
-    anywhere: bool = False,
-    keep_bookkeeping: bool = False,
-) -> list[Edit]:
-    """Return the edits that come before a comparison: peel, drop, keep, rename."""
-    flags = {"anywhere": anywhere, "keep_bookkeeping": keep_bookkeeping}
-    steps = [edits.strip_wrappers(required=False, **flags)]
-    if drop:
-        steps.append(edits.drop(drop))
-    if keep:
-        steps.append(edits.keep(keep))
-    return [*steps, *renames]
-
-
 def transfer(
     source: str | Path,
     target: str | Path | None,
@@ -225,7 +207,7 @@ def transfer(
 ) -> Transferred:
     """Write the bare state_dict with what fits the target alone.
 
-    `steps` come first (`first_steps`); `adapt` says what is brought into the target's shape,
+    `steps` come first; `adapt` says what is brought into the target's shape,
     `fill` gives what the source lacks; `opened` is the source where it was read before. Raises
     `PoorFit` where less than `min_match` of the target's elements would be filled, and what
     `rewrite` raises.
