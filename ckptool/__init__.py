@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         unwrap as unwrap,
     )
     from ckptool.verbs.casting import Cast as Cast
-    from ckptool.verbs.checking import Checked as Checked, Status as Status
+    from ckptool.verbs.checked import Checked as Checked, Status as Status
     from ckptool.verbs.combining import Averaged as Averaged, average as average
     from ckptool.verbs.compare import diff as diff
     from ckptool.verbs.difference import Change as Change, Difference as Difference
@@ -61,7 +61,7 @@ _PUBLIC = {
     for module, names in {
         "ckptool.verbs.api": "add_prefix check convert download strip_prefix unwrap",
         "ckptool.verbs.casting": "Cast",
-        "ckptool.verbs.checking": "Checked Status",
+        "ckptool.verbs.checked": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
         "ckptool.verbs.combining": "Averaged average",
         "ckptool.verbs.compare": "diff",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ckptool.cli import screen
 from ckptool.pickles.safety import evidence_line
 from ckptool.text import counted, listed, measured, table, visible
-from ckptool.verbs.checking import BYTES_UNSEEN, Checked, Status
+from ckptool.verbs.checked import BYTES_UNSEEN, Checked, Status
 
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8

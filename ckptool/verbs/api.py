@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
     from ckptool.files.download import Downloaded
-    from ckptool.verbs.checking import Checked
+    from ckptool.verbs.checked import Checked
 
 
 def check(
