@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptool.cli import _many, talk
-from ckptool.cli._options import INPUT, Command
+from ckptool.cli._options import INPUT, Command, answers
 
 if TYPE_CHECKING:
     from ckptool.cli._many import Put
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 @click.command("info", cls=Command)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) -> int:
     """Say what a file is, what is in it, and which commands would help.
 
