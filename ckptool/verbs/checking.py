@@ -44,12 +44,12 @@ from ckptool.state.casting import Casting
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.counts import Tally
-from ckptool.text import argument, counted, listed, parse_size, readable
+from ckptool.text import argument, at_most, counted, listed, parse_size, readable
 from ckptool.verbs import indices
 from ckptool.verbs.casting import Cast, losses, of_checkpoint
 from ckptool.verbs.checked import BYTES_UNSEEN, Checked as Checked, Status as Status
 from ckptool.verbs.finite import floating, not_finite
-from ckptool.verbs.survey import unused_nbytes
+from ckptool.verbs.ledger import unused_nbytes
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
@@ -234,9 +234,7 @@ def _losses(cast: Casting, found: _Findings, step: Progress) -> None:
         found.not_checked.append(f"{what}: {listed(found.cast.skipped)}")
     said = found.problems if found.cast.overflows else found.answers
     said.append(f"as {label}, {found.cast.lost('would become') or NOTHING_LOST}")
-    lines, more = found.cast.lines(), len(found.cast.losses) - MAX_LINES
-    found.notes += lines[:MAX_LINES]
-    found.notes += [f"and {more} more (--json lists them)"] if more > 0 else []
+    found.notes += at_most(found.cast.lines(), MAX_LINES, " (--json lists them)")
 
 
 def _counts(here: Tally) -> str:
@@ -287,7 +285,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     if program:
         found.not_checked.append("what the code of a TorchScript module does")
     part = f"only {found.part.text}" if found.part else ""
-    problems = _some(found.problems)
+    problems = "; ".join(at_most(found.problems, SHOWN))
     if _unsafe(verdict, strict) or (strict and program):
         status, parts = Status.UNSAFE, [_danger(verdict, calls), program, part]
         parts += [f"damaged: {problems}", found.too_large] if problems else [found.too_large]
@@ -411,11 +409,6 @@ def _summary(checkpoint: Checkpoint) -> str:
     count = sum(1 for _ in walk.tensors(checkpoint.tree))
     title = containers.by_name(checkpoint.container).title
     return f"{title}, {readable(checkpoint.nbytes)}, {counted(count, 'tensor')}"
-
-
-def _some(problems: Sequence[str]) -> str:
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return "; ".join([*problems[:SHOWN], *more])
 
 
 def _without_path(error: FormatError, path: str) -> str:

@@ -23,7 +23,7 @@ from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Change, Edit, Entries
 from ckptool.tensors import numbers, values
 from ckptool.tensors.averaging import Mean
-from ckptool.text import counted, listed, visible
+from ckptool.text import at_most, counted, listed, visible
 from ckptool.verbs import surgery
 from ckptool.verbs.options import Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
@@ -225,11 +225,10 @@ def _refuse_overflow(made: Averaging) -> None:
     if not lost:
         return
     rows = [f"{key} ({made.sums[key][1].dtype.label}): {count}" for key, count in lost.items()]
-    more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     raise Overflow(
         f"{counted(sum(lost.values()), 'value')} in {counted(len(lost), 'tensor')} would be beyond "
         "the largest number of the dtype; nothing was written",
-        evidence=[*rows[:SHOWN], *more],
+        evidence=at_most(rows, SHOWN),
         hint="the dtypes are those of the first input: name one first that has a wider one "
         "(ckptool convert --dtype f32), or smaller --weights",
     )

@@ -23,6 +23,7 @@ from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
 from ckptool.text import (
     argument as file_argument,
+    at_most,
     counted,
     listed,
     percent,
@@ -288,14 +289,17 @@ def _poor(
         option, hint = "", f"{command}   {paired} pair up under other names"
     elif lower and not (option and share >= min_match):
         option = f"{option} --min-match {lower}".strip()
+    differing = [
+        f"{each.key}: {shape(each.here)} here, {shape(each.there)} in {like.name}"
+        for each in found.mismatched
+    ]
     return PoorFit(
         f"only {percent(found.filled)} of the parameters of {like.name} would be filled; "
         "nothing was written",
         evidence=[
             f"{len(found.matched)} of {counted(total, 'tensor')} match, "
             f"{len(found.mismatched)} differ in shape, {len(found.missing)} missing",
-            *(f"{each.key}: {_both(each, like)}" for each in found.mismatched[:SHOWN]),
-            *([f"and {more} more of another shape"] if (more := _beyond(found)) else []),
+            *at_most(differing, SHOWN, " of another shape"),
             *_compared("here", found.absent),
             *_compared("there", found.missing),
         ],
@@ -323,14 +327,6 @@ def _paired(shapes: Mapping[str, Shape], like: Reference, least: float) -> str:
 
 
 SHOWN = 8  # keys in another shape
-
-
-def _beyond(found: Fit) -> int:
-    return max(0, len(found.mismatched) - SHOWN)
-
-
-def _both(each: Mismatch, like: Reference) -> str:
-    return f"{shape(each.here)} here, {shape(each.there)} in {like.name}"
 
 
 def _compared(side: str, keys: Sequence[str]) -> list[str]:
