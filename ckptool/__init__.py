@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         check as check,
         convert as convert,
         download as download,
+        keys as keys,
         strip_prefix as strip_prefix,
         unwrap as unwrap,
     )
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from ckptool.verbs.compare import diff as diff
     from ckptool.verbs.difference import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
-    from ckptool.verbs.listing import Listing as Listing, keys as keys
+    from ckptool.verbs.listing import Listing as Listing
     from ckptool.verbs.match import Matched as Matched, match as match
     from ckptool.verbs.models import verify as verify
     from ckptool.verbs.options import WriteOptions as WriteOptions
@@ -59,7 +60,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "ckptool.verbs.api": "add_prefix check convert download strip_prefix unwrap",
+        "ckptool.verbs.api": "add_prefix check convert download keys strip_prefix unwrap",
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checked": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
@@ -71,7 +72,7 @@ _PUBLIC = {
         "ckptool.verbs.fitting": "Fit Mismatch Transferred",
         "ckptool.containers": "read",
         "ckptool.files.budget": "max_memory",
-        "ckptool.verbs.listing": "Listing keys",
+        "ckptool.verbs.listing": "Listing",
         "ckptool.files.download": "Downloaded",
         "ckptool.model.layers": "Layer Layers layers",
         "ckptool.model.loading": "Matching load_matching load_state_dict",

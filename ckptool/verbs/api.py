@@ -32,6 +32,36 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
 
     from ckptool.files.download import Downloaded
     from ckptool.verbs.checked import Checked
+    from ckptool.verbs.listing import Listing
+
+
+def keys(
+    path: str | Path,
+    *,
+    at: str | None = None,
+    all: bool = False,
+    select: str | Sequence[str] = (),
+    sort: Literal["file", "size", "name", "absmax", "nan", "std"] = "file",
+    stats: bool = False,
+    progress: Begin = no_progress,
+) -> Listing:
+    """List the tensors of a checkpoint.
+
+    `at` chooses among several state_dicts, `all` lists every tensor of the file by its path,
+    `select` takes a pattern or several, `stats` adds what the values are on the whole: the three
+    last words of `sort` need it. Raises what reading raises (`FormatError`), `AmbiguousStateDict`
+    where `at` must choose, `NoSuchKey` and `NothingMatched`.
+
+    >>> listing = ckptool.keys("model_best.pth.tar", select="module.classifier")
+    >>> listing
+    <Listing of model_best.pth.tar: 2 tensors, 200 B>
+    >>> listing["module.classifier.weight"].shape
+    (10, 4)
+    """
+    from ckptool.verbs import listing
+
+    listed = listing.listing(containers.read(path, alone=all), at, every=all)
+    return listing.chosen(listed, select, sort, progress if stats else None)
 
 
 def check(

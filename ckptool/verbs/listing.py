@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from ckptool import containers
-from ckptool.files.copying import Begin, no_progress
+from ckptool.files.copying import Begin
 from ckptool.pickles.subclasses import NDARRAY, class_of
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, selecting, walk
@@ -20,8 +19,6 @@ from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor, TensorIn
 from ckptool.text import counted, html_table, readable, shape, visible
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ckptool.documents import looking
 
 Entry = tuple[str, AnyTensor]
@@ -131,33 +128,6 @@ def rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, str]]:
 def _dtype(info: AnyTensor) -> str:
     kind = info.layout if isinstance(info, CompositeTensor) else class_of(info).rpartition(".")[2]
     return f"{info.dtype.label} {kind}".rstrip()
-
-
-def keys(
-    path: str | Path,
-    *,
-    at: str | None = None,
-    all: bool = False,
-    select: str | Sequence[str] = (),
-    sort: Literal["file", "size", "name", "absmax", "nan", "std"] = "file",
-    stats: bool = False,
-    progress: Begin = no_progress,
-) -> Listing:
-    """List the tensors of a checkpoint.
-
-    `at` chooses among several state_dicts, `all` lists every tensor of the file by its path,
-    `select` takes a pattern or several, `stats` adds what the values are on the whole: the three
-    last words of `sort` need it. Raises what reading raises (`FormatError`), `AmbiguousStateDict`
-    where `at` must choose, `NoSuchKey` and `NothingMatched`.
-
-    >>> listing = ckptool.keys("model_best.pth.tar", select="module.classifier")
-    >>> listing
-    <Listing of model_best.pth.tar: 2 tensors, 200 B>
-    >>> listing["module.classifier.weight"].shape
-    (10, 4)
-    """
-    listed = listing(containers.read(path, alone=all), at, every=all)
-    return chosen(listed, select, sort, progress if stats else None)
 
 
 def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = False) -> Listing:
