@@ -30,31 +30,29 @@ if TYPE_CHECKING:
     from ckptool.tensors.tensor import TensorInfo as TensorInfo
     from ckptool.verbs.api import (
         add_prefix as add_prefix,
-        average as average,
         check as check,
         convert as convert,
-        diff as diff,
         download as download,
-        info as info,
         keys as keys,
-        match as match,
         strip_prefix as strip_prefix,
-        transfer as transfer,
         unwrap as unwrap,
     )
     from ckptool.verbs.casting import Cast as Cast
-    from ckptool.verbs.checking import Checked as Checked, Status as Status
-    from ckptool.verbs.combining import Averaged as Averaged
+    from ckptool.verbs.checked import Checked as Checked, Status as Status
+    from ckptool.verbs.combining import Averaged as Averaged, average as average
+    from ckptool.verbs.compare import diff as diff
     from ckptool.verbs.difference import Change as Change, Difference as Difference
     from ckptool.verbs.fitting import Fit as Fit, Mismatch as Mismatch, Transferred as Transferred
     from ckptool.verbs.listing import Listing as Listing
-    from ckptool.verbs.match import Matched as Matched
+    from ckptool.verbs.match import Matched as Matched, match as match
     from ckptool.verbs.models import verify as verify
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
     from ckptool.verbs.showing import Shown as Shown, show as show
+    from ckptool.verbs.suggestions import info as info
     from ckptool.verbs.surgery import Rewrite as Rewrite, Shard as Shard
     from ckptool.verbs.survey import Suggestion as Suggestion, Survey as Survey
+    from ckptool.verbs.transfer import transfer as transfer
 
 __version__ = "0.1.0"
 
@@ -62,14 +60,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "ckptool.verbs.api": (
-            "add_prefix average check convert diff download info keys match strip_prefix transfer "
-            "unwrap"
-        ),
+        "ckptool.verbs.api": "add_prefix check convert download keys strip_prefix unwrap",
         "ckptool.verbs.casting": "Cast",
-        "ckptool.verbs.checking": "Checked Status",
+        "ckptool.verbs.checked": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
-        "ckptool.verbs.combining": "Averaged",
+        "ckptool.verbs.combining": "Averaged average",
+        "ckptool.verbs.compare": "diff",
         "ckptool.verbs.difference": "Change Difference",
         "ckptool.state.edits": "Edit edits",
         "ckptool.state.recipes": "Recipe",
@@ -81,13 +77,15 @@ _PUBLIC = {
         "ckptool.model.layers": "Layer Layers layers",
         "ckptool.model.loading": "Matching load_matching load_state_dict",
         "ckptool.model.verification": "Run Verification",
-        "ckptool.verbs.match": "Matched",
+        "ckptool.verbs.match": "Matched match",
         "ckptool.verbs.models": "verify",
         "ckptool.verbs.options": "WriteOptions",
         "ckptool.verbs.plan": "Dropped",
         "ckptool.verbs.showing": "Shown show",
         "ckptool.verbs.surgery": "Rewrite Shard",
+        "ckptool.verbs.suggestions": "info",
         "ckptool.verbs.survey": "Suggestion Survey",
+        "ckptool.verbs.transfer": "transfer",
         "ckptool.tensors.tensor": "TensorInfo",
     }.items()
     for name in names.split()

@@ -99,7 +99,7 @@ def _check_writer(container: Container, writer: Writer, checkpoint: Checkpoint) 
         written = _read(container, target)
         assert written is not None, f"it does not recognise what it wrote of {checkpoint.path}"
         asked = Asked(every=around)
-        difference = compare.diff(checkpoint, written, asked, copying.no_progress)
+        difference = compare.compared(checkpoint, written, asked, copying.no_progress)
         assert difference.equal, f"{checkpoint.path} is not read back as it was written"
 
 

@@ -109,6 +109,12 @@ def listed(names: Iterable[str], limit: int = SHOWN) -> str:
     return ", ".join(shown[:limit]) + more
 
 
+def at_most(lines: Sequence[str], limit: int, of: str = "") -> list[str]:
+    """Return the first lines, and a last one that counts the rest, `of` what."""
+    more = len(lines) - limit
+    return [*lines[:limit], *([f"and {more} more{of}"] if more > 0 else [])]
+
+
 def several(given: str | Iterable[str]) -> tuple[str, ...]:
     """Read one text, or any number of them, as several."""
     return (given,) if isinstance(given, str) else tuple(given)

@@ -42,11 +42,10 @@ def standard_output(*, as_json: bool, is_data: bool) -> Pipe:
     """Return standard output as a place for bytes; it takes no document with them."""
     from ckptool.files.stream import Pipe
 
-    context = click.get_current_context()
     if is_data and as_json:
-        raise click.UsageError("--json and an output that is - both go to stdout", context)
+        raise click.UsageError("--json and an output that is - both go to stdout")
     if is_data and sys.stdout.isatty():
         what = "- is standard output, which is a terminal: pipe it into a command or a file"
-        raise click.UsageError(what, context)
+        raise click.UsageError(what)
     sys.stdout.flush()
     return Pipe(STANDARD, sys.stdout.fileno() if is_data else -1)

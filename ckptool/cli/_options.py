@@ -121,6 +121,21 @@ class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no C
         return str(super().convert(value, param, ctx))
 
 
+_ANSWERS: tuple[Callable[[Function], Function], ...] = (
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings."),
+)
+
+
+def answers(function: Function) -> Function:
+    """Give a command the options of what it prints."""
+    return _decorated(function, _ANSWERS)
+
+
+_STRIPS = (
+    click.option("--anywhere", is_flag=True, help="Also inside keys, as whole components."),
+    click.option("--keep-bookkeeping", is_flag=True, help="Keep a wrapper's own entries."),
+)
 _PATHS = click.argument("paths", metavar="IN... OUT", nargs=-1, required=True)
 _IN_PLACE = click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT.")
 _WRITES: tuple[Callable[[Function], Function], ...] = (
@@ -140,8 +155,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     _IN_PLACE,
     click.option("-n", "--dry-run", is_flag=True, help="Print the plan, write nothing."),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-    click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings."),
+    *_ANSWERS,
     click.option(
         "--tensors-only",
         is_flag=True,
@@ -183,7 +197,7 @@ def refuse_idle(needs: Mapping[str, str]) -> None:
         if any(map(given, names)) == unwanted:
             verb = "has no effect with" if unwanted else "has no effect without"
             what = " or ".join(options[each] for each in names)
-            raise click.UsageError(f"{options[name]} {verb} {what}", context)
+            raise click.UsageError(f"{options[name]} {verb} {what}")
 
 
 def writes(function: Function) -> Function:
@@ -198,7 +212,7 @@ def writes(function: Function) -> Function:
         whole = target is None or given["in_place"]
         folder = not whole and _is_folder(sources, str(target), is_set)
         if folder and given.get("distributed"):
-            raise click.UsageError("--distributed writes one output: name it", context)
+            raise click.UsageError("--distributed writes one output: name it")
         request = _request(sources, target, given)
         return function(replace(request, folder=folder, is_set=is_set), **given)
 
@@ -211,11 +225,10 @@ def _is_folder(sources: Sequence[str], target: str, is_set: bool) -> bool:
     if target.endswith(("/", os.sep)):
         return several or not is_set
     if several and target == STANDARD:
-        what = "several inputs need a folder as the output: - is a pipe for one"
-        raise click.UsageError(what, click.get_current_context())
+        raise click.UsageError("several inputs need a folder as the output: - is a pipe for one")
     if several:
         what = f"several inputs need a folder as the output, which ends in a slash: {target}/"
-        raise click.UsageError(what, click.get_current_context())
+        raise click.UsageError(what)
     return False
 
 
@@ -225,7 +238,7 @@ def combines(function: Function) -> Function:
     @wraps(function)
     def gathered(paths: tuple[str, ...], **given: Any) -> Any:
         if len(paths) < 2 and not given["in_place"]:
-            raise click.UsageError("name an output OUT last", click.get_current_context())
+            raise click.UsageError("name an output OUT last")
         *sources, target = paths
         context = click.get_current_context()
         read = [INPUT.convert(each, None, context) for each in sources or paths]
@@ -248,24 +261,14 @@ def _decorated(
 def edits(*options: str) -> Callable[[Function], Function]:
     """Give a command options for edits; for all that there are where none is named."""
     specs = {spec.option: spec for spec in EDITS}
-
-    def decorated(function: Function) -> Function:
-        for spec in reversed([specs[option] for option in options or specs]):
-            option = click.option(spec.option, multiple=True, metavar=spec.metavar, help=spec.help)
-            function = option(function)
-        return function
-
-    return decorated
+    chosen = [specs[option] for option in options or specs]
+    made = [click.option(e.option, multiple=True, metavar=e.metavar, help=e.help) for e in chosen]
+    return lambda function: _decorated(function, made)
 
 
 def strips(function: Function) -> Function:
     """Give a command the options of how prefixes are removed."""
-    for option in (
-        click.option("--keep-bookkeeping", is_flag=True, help="Keep a wrapper's own entries."),
-        click.option("--anywhere", is_flag=True, help="Also inside keys, as whole components."),
-    ):
-        function = option(function)
-    return function
+    return _decorated(function, _STRIPS)
 
 
 _OPTIONS = (
@@ -276,7 +279,7 @@ _OPTIONS = (
 def _request(sources: Sequence[str], target: str | None, given: dict[str, Any]) -> Request:
     """Take what all commands share out of what was given."""
     if target is None and not given["in_place"]:
-        raise click.UsageError("name an output OUT, or use --in-place", click.get_current_context())
+        raise click.UsageError("name an output OUT, or use --in-place")
     if target == STANDARD and not given["in_place"]:
         target = standard_output(as_json=given["as_json"], is_data=not given["dry_run"])
     options = {name: given.pop(name) for name in _OPTIONS}

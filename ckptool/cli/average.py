@@ -26,10 +26,10 @@ def command(request: Request, weights: str | None) -> None:
     booleans and what else cannot be averaged are those of the last, and named.
     """
     from ckptool.cli import report
-    from ckptool.verbs import api
+    from ckptool.verbs import combining
 
     with talk.Progress(request.target or "", quiet=request.quiet) as progress:
-        done = api.average(
+        done = combining.average(
             request.sources,
             request.target or "",
             weights=None if weights is None else _numbers(weights),

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command
+from ckptool.cli._options import INPUT, Command, answers
 from ckptool.errors import EditError, is_out_of_memory
 from ckptool.text import visible
 
 if TYPE_CHECKING:
     from ckptool.verbs.check_folders import Group
-    from ckptool.verbs.checking import Checked
+    from ckptool.verbs.checked import Checked
 
 
 @click.command("check", cls=Command)
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 @click.option("--max-size", metavar="SIZE", help="Larger files fail the check: 100MiB.")
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
 @click.option("--plugins", is_flag=True, help="Let plugins read other formats.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int:
     """Check structure, checksums and safety of files; nothing in them is loaded.
 
@@ -44,7 +43,7 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int
     highest.
     """
     from ckptool.cli import report_check
-    from ckptool.verbs import check_folders, checking
+    from ckptool.verbs import check_folders, checked
 
     groups = check_folders.groups(files)
     paths = [path for group in groups for path in group.files]
@@ -61,7 +60,7 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int
     unseen = {path: why for group in groups for path, why in group.unseen.items()}
     if as_json:  # it has what is warned of
         failed = {path: _failure(error) for path, error in bugs.items()}
-        talk.put_document(checking.document(results, others, unseen | failed))
+        talk.put_document(checked.document(results, others, unseen | failed))
     for found in results:
         _tell(found, quiet)
     talk.say(report_check.last_lines(results, others, unseen), quiet=quiet)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
+from ckptool.cli._options import INPUT, Command, answers, patterns, refuse_idle
 
 DIFFERENT = 1
 
@@ -41,8 +41,7 @@ DIFFERENT = 1
     show_default=True,
     help="Order of what differs; far: the largest change first.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     left: str,
     right: str,
@@ -96,12 +95,9 @@ def command(
     with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
             talk.warn_once(report.danger_lines(checkpoint))
-        found = compare.diff(first, second, asked, progress.begin)
+        found = compare.compared(first, second, asked, progress.begin)
     if sort == "far":
         found = found.farthest_first()
-    if as_json:
-        talk.put_document(found.to_dict())
-    else:
-        talk.put(report_diff.differences(found, talk.columns()))
-    talk.say(report_diff.difference_lines(found), quiet=quiet)
+    lines = report_diff.difference_lines(found)
+    talk.answer(found, report_diff.differences, lines, as_json=as_json, quiet=quiet)
     return 0 if found.equal else DIFFERENT

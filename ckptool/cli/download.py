@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import screen, talk
-from ckptool.cli._options import Command, refuse_idle
+from ckptool.cli._options import Command, answers, refuse_idle
 from ckptool.text import readable, visible
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
 )
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     what: str | None,
     target: str,
@@ -62,7 +61,7 @@ def command(
         _list(what, as_json=as_json, quiet=quiet)
         return
     if what is None:
-        raise click.UsageError("name weights or a URL, or use --list", click.get_current_context())
+        raise click.UsageError("name weights or a URL, or use --list")
     from ckptool.files import http, sites
     from ckptool.verbs import api
 

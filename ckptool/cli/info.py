@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
 from ckptool.cli import _many, talk
-from ckptool.cli._options import INPUT, Command
+from ckptool.cli._options import INPUT, Command, answers
 
 if TYPE_CHECKING:
     from ckptool.cli._many import Put
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 @click.command("info", cls=Command)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) -> int:
     """Say what a file is, what is in it, and which commands would help.
 
@@ -36,13 +34,10 @@ def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) ->
 
 
 def _show(file: str, put: Put, *, at: str | None, as_json: bool) -> None:
-    from ckptool import containers
     from ckptool.cli import report_info
-    from ckptool.verbs.suggestions import suggestions
-    from ckptool.verbs.survey import survey
+    from ckptool.verbs import suggestions
 
-    facts = survey(containers.read(file, alone=True), at)
-    facts = replace(facts, suggestions=tuple(suggestions(facts)))
+    facts = suggestions.info(file, at=at)
     width = talk.columns()
     lines = report_info.info_table(facts, width) if width else report_info.info_rows(facts)
     put(facts.to_dict() if as_json else lines)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import _many, talk
-from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
+from ckptool.cli._options import INPUT, Command, answers, patterns, refuse_idle
 
 if TYPE_CHECKING:
     from ckptool.cli._many import Put
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--stats", is_flag=True, help="Min, max, mean, std ... of the values.")
 @click.option("--no-fold", "every_row", is_flag=True, help="A row for each, on a terminal too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     files: Sequence[str], select: Sequence[str], sort: str, stats: bool, as_json: bool, **how: Any
 ) -> int:
@@ -55,12 +54,11 @@ def command(
     refuse_idle({"depth": "tree", "at": "not every", "sort": "not tree", "stats": "not tree names"})
     refuse_idle({"every_row": "not names tree stats as_json"})
     if sort in ("absmax", "nan", "std") and not stats:
-        raise click.UsageError(f"--sort {sort} needs --stats", click.get_current_context())
+        raise click.UsageError(f"--sort {sort} needs --stats")
     forms = {"--names": how["names"], "--tree": how["tree"], "--json": as_json}
     wanted = [option for option, given in forms.items() if given]
     if len(wanted) > 1:
-        what = f"{' and '.join(wanted)} do not go together"
-        raise click.UsageError(what, click.get_current_context())
+        raise click.UsageError(f"{' and '.join(wanted)} do not go together")
     how |= {"select": patterns(select), "sort": sort, "stats": stats, "as_json": as_json}
     show = partial(_show, **how)
     return _many.each(files, show, as_json=as_json)

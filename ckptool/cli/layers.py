@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, answers, refuse_idle
 
 
 @click.command("layers", cls=Command)
@@ -26,8 +26,7 @@ from ckptool.cli._options import INPUT, Command, refuse_idle
 )
 @click.option("--depth", type=click.IntRange(0), metavar="N", help="Fold modules deeper than N.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of FILE sits (dotted).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     file: str | None, model_arg: Sequence[str], as_json: bool, quiet: bool, **how: Any
 ) -> int:
@@ -49,9 +48,6 @@ def command(
 
     refuse_idle({"at": "file"})
     found = layers.layers(file=file, model_args=zoo.arguments(model_arg), **how)
-    if as_json:
-        talk.put_document(found.to_dict())
-    else:
-        talk.put(report_layers.rows(found, talk.columns()))
-    talk.say(report_layers.lines(found), quiet=quiet)
+    lines = report_layers.lines(found)
+    talk.answer(found, report_layers.rows, lines, as_json=as_json, quiet=quiet)
     return 0

@@ -233,12 +233,10 @@ def _trace(error: BaseException, debug: bool) -> None:
 
 
 def _usage(error: click.UsageError, arguments: list[str]) -> Usage:
-    # click names no command where an option lacks its value.
     named = [name for names in GROUPS.values() for name in names if name in arguments[:1]]
-    command = error.ctx.command_path if error.ctx else " ".join(["ckptool", *named])
     first, *rest = error.format_message().rstrip(".").splitlines() or [""]
     message = f"{first[:1].lower()}{first[1:]}"
-    return Usage(message, evidence=rest, hint=f"{command} --help")
+    return Usage(message, evidence=rest, hint=" ".join(["ckptool", *named, "--help"]))
 
 
 def _with_hint(error: CkptoolError, arguments: list[str]) -> CkptoolError:

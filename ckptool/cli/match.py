@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, answers, refuse_idle
 
 AMBIGUOUS = 1
 
@@ -23,8 +23,7 @@ AMBIGUOUS = 1
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     source: str,
     like: str | None,
@@ -51,12 +50,12 @@ def command(
     """
     from ckptool.cli import report_match
     from ckptool.model import zoo
-    from ckptool.verbs import api, match as verb
+    from ckptool.verbs import match as verb
 
     refuse_idle({"like_at": "like", "model_arg": "model", "force": "target"})
     if (like is None) == (model is None):
-        raise click.UsageError("give --like B or --model SPEC", click.get_current_context())
-    found = api.match(
+        raise click.UsageError("give --like B or --model SPEC")
+    found = verb.match(
         source, like=like, at=at, like_at=like_at, model=model, model_args=zoo.arguments(model_arg)
     )
     if not found.anything:

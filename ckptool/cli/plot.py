@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command, patterns, refuse_idle
+from ckptool.cli._options import INPUT, Command, answers, patterns, refuse_idle
 
 SIDES = (400, 10_000)  # pixels
 
@@ -58,8 +58,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
     help="Pixels of a PNG, 160 to an inch.",
 )
 @click.option("--force", is_flag=True, help="Replace PICTURE if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     file: str,
     other: str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, answers, refuse_idle
 
 DIFFERENT = 1
 
@@ -20,8 +20,7 @@ DIFFERENT = 1
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @click.option("--reverse", is_flag=True, help="Do the steps backwards.")
 @click.option("--list", "listed", is_flag=True, help="List the recipes that come with ckptool.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     file: str | None,
     source: str | None,
@@ -49,7 +48,7 @@ def command(
 
     refuse_idle({"at": "source", "like": "source", "like_at": "like", "as_json": "source"})
     if listed == (file is not None):
-        raise click.UsageError("name a recipe, or use --list", click.get_current_context())
+        raise click.UsageError("name a recipe, or use --list")
     if file is None:
         refuse_idle({"source": "not listed", "reverse": "not listed"})
         talk.put(report_recipe.shipped_lines(recipes.shipped(), talk.columns()))
@@ -62,9 +61,6 @@ def command(
     from ckptool.verbs import recipe as verb
 
     found = verb.tried(recipe, source, at=at, like=like, like_at=like_at, reverse=reverse)
-    if as_json:
-        talk.put_document(found.to_dict())
-    else:
-        talk.put(report_recipe.count_lines(found, talk.columns()))
-    talk.say(report_recipe.tried_lines(found), quiet=quiet)
+    lines = report_recipe.tried_lines(found)
+    talk.answer(found, report_recipe.count_lines, lines, as_json=as_json, quiet=quiet)
     return 0 if found.fits else DIFFERENT

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ckptool.cli import screen
 from ckptool.pickles.safety import evidence_line
-from ckptool.text import counted, listed, measured, table, visible
-from ckptool.verbs.checking import BYTES_UNSEEN, Checked, Status
+from ckptool.text import at_most, counted, listed, measured, table, visible
+from ckptool.verbs.checked import BYTES_UNSEEN, Checked, Status
 
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8
@@ -51,9 +51,8 @@ def evidence_lines(found: Checked) -> list[str]:
     """Show the dangerous calls of a file; nothing where there are none."""
     if not found.calls:
         return []
-    lines = [evidence_line(call, found.pickle_name) for call in found.calls[:SHOWN_CALLS]]
-    more = len(found.calls) - SHOWN_CALLS
-    lines += [f"and {more} more (--json lists them)"] if more > 0 else []
+    calls = [evidence_line(call, found.pickle_name) for call in found.calls]
+    lines = at_most(calls, SHOWN_CALLS, " (--json lists them)")
     first = f"{visible(found.file)} would run code when loaded; nothing was executed"
     return [first, *(f"    {visible(line)}" for line in lines)]
 

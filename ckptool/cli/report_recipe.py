@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptool.cli import screen
 from ckptool.state.recipes import Recipe, described
-from ckptool.text import counted, listed, visible
+from ckptool.text import at_most, counted, listed, visible
 from ckptool.verbs.recipe import Tried
 
 SHOWN = 12  # differing keys in talk; --json has all
@@ -62,9 +62,8 @@ def tried_lines(found: Tried) -> list[str]:
     if found.fits:
         return [*lines, f"keys, shapes and dtypes are those of {visible(found.like)}"]
     lines.append(f"{counted(len(found.differing), 'key')} not as in {visible(found.like)}:")
-    lines += [
-        f"    {visible(key)}   {described(here)} here, {described(there)} there"
-        for key, here, there in found.differing[:SHOWN]
+    rows = [
+        f"{visible(key)}   {described(here)} here, {described(there)} there"
+        for key, here, there in found.differing
     ]
-    more = len(found.differing) - SHOWN
-    return lines + ([f"    and {more} more; --json has all"] if more > 0 else [])
+    return [*lines, *(f"    {row}" for row in at_most(rows, SHOWN, "; --json has all"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command
+from ckptool.cli._options import INPUT, Command, answers
 
 
 @click.command("show", cls=Command)
@@ -14,8 +14,7 @@ from ckptool.cli._options import INPUT, Command
 @click.option("--slice", "index", default="", metavar="INDEX", help="Elements, as torch: '0,:5'.")
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Up to 1 000 000 values, not 1 000.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     file: str, key: str, index: str, at: str | None, every: bool, as_json: bool, quiet: bool
 ) -> None:
@@ -33,7 +32,4 @@ def command(
     from ckptool.verbs.showing import show
 
     shown = show(file, key, at=at, slice=index, all=every)
-    if as_json:
-        talk.put_document(shown.to_dict())
-    else:
-        talk.put(report_show.value_lines(shown, talk.columns()))
+    talk.answer(shown, report_show.value_lines, (), as_json=as_json, quiet=quiet)

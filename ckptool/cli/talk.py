@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 import click
 
@@ -102,6 +102,33 @@ def document(fields: Mapping[str, object]) -> str:
 def put_document(fields: Mapping[str, object]) -> None:
     """Write the document of `--json` to stdout, with what was warned of."""
     put([document(fields)])
+
+
+class Result(Protocol):
+    """What a verb found."""
+
+    def to_dict(self) -> Mapping[str, object]:
+        """Return its document."""
+        ...
+
+
+_Result = TypeVar("_Result", bound=Result)
+
+
+def answer(
+    found: _Result,
+    rows: Callable[[_Result, int | None], Sequence[str]],
+    lines: Iterable[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write what a verb found: its document, or rows as wide as a terminal is, and the talk."""
+    if as_json:
+        put_document(found.to_dict())
+    else:
+        put(rows(found, columns()))
+    say(lines, quiet=quiet)
 
 
 def refusal(error: Exception) -> CkptoolError:

@@ -95,7 +95,7 @@ def command(
     from ckptool.cli import report
     from ckptool.model import zoo
     from ckptool.state.renaming import read_rule
-    from ckptool.verbs import api
+    from ckptool.verbs.transfer import transfer
 
     def told(done: Transferred) -> Told:
         lines = []
@@ -107,7 +107,7 @@ def command(
 
     return run(
         request,
-        api.transfer,
+        transfer,
         told,
         drop=patterns(drop),
         keep=patterns(keep),

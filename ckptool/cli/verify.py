@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command, refuse_idle
+from ckptool.cli._options import INPUT, Command, answers, refuse_idle
 from ckptool.errors import CkptoolError
 
 DIFFERENT = 1
@@ -65,8 +65,7 @@ DIFFERENT = 1
 )
 @click.option("--at", metavar="NAME", help="Where the reference's state_dict sits.")
 @click.option("--candidate-at", metavar="NAME", help="Where the candidate's state_dict sits.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings.")
+@answers
 def command(
     reference: str,
     candidate: str | None,
@@ -117,11 +116,8 @@ def command(
             progress=progress,
             **how,
         )
-    if as_json:
-        talk.put_document(verification.to_dict())
-    else:
-        talk.put(report_model.rows(verification, talk.columns()))
-    talk.say(report_model.verification_lines(verification), quiet=quiet)
+    lines = report_model.verification_lines(verification)
+    talk.answer(verification, report_model.rows, lines, as_json=as_json, quiet=quiet)
     allowed = verification.verdict == INCONCLUSIVE and verification.same_digests
     done = verification.verdict in (None, IDENTICAL) or (allow_inconclusive and allowed)
     return 0 if done else DIFFERENT

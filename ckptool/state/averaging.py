@@ -15,7 +15,7 @@ from ckptool.state.wrappers import Peeling, peeling
 from ckptool.tensors import numbers, values
 from ckptool.tensors.averaging import Mean
 from ckptool.tensors.tensor import TENSORS, TensorInfo, ties
-from ckptool.text import argument, counted, listed, shape
+from ckptool.text import argument, at_most, counted, listed, shape
 
 Entries = Mapping[str, Node]
 Args = tuple[TensorInfo, ...]
@@ -179,8 +179,7 @@ def _differences(
         for key, same in own.items()
         if _kind(ours[key]) != _kind(theirs[same])
     ]
-    more = [f"and {len(other) - SHOWN} more that differ"] if len(other) > SHOWN else []
-    return [*lines, *other[:SHOWN], *more]
+    return [*lines, *at_most(other, SHOWN, " that differ")]
 
 
 def _kind(value: Node) -> tuple[object, ...]:

@@ -47,7 +47,7 @@ from ckptool.state.candidates import (
 from ckptool.state.replacing import make_state_dict
 from ckptool.state.walk import INNER, Path, dotted, labelled, tensors
 from ckptool.tensors.tensor import TENSORS, Storage, TensorInfo
-from ckptool.text import argument, counted, listed, quoted, readable, table, visible
+from ckptool.text import argument, at_most, counted, listed, quoted, readable, table, visible
 
 MAX_PLACES = 12  # named in an error
 
@@ -311,9 +311,7 @@ def _places(checkpoint: Checkpoint) -> list[str]:
 
 
 def _at_places(places: Sequence[str]) -> list[str]:
-    more = len(places) - MAX_PLACES
-    lines = [f"tensors are at {place}" for place in places[:MAX_PLACES]]
-    return [*lines, f"and {more} more places"] if more > 0 else lines
+    return at_most([f"tensors are at {place}" for place in places], MAX_PLACES, " places")
 
 
 Steps = dict[int, dict[str, Node]]  # of nodes by their `id`: what is known of the ways from them

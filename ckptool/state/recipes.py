@@ -14,15 +14,13 @@ the output. A recipe opens nothing but the document that its `like` names, below
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -30,9 +28,10 @@ from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
 from ckptool.records import dataclass
 from ckptool.state import edits
 from ckptool.state.edits import Change, Edit, Entries, KeyMap
+from ckptool.state.recipe_fields import fields_of, is_number, is_text, refuse_unknown, written
 from ckptool.state.steps import STEPS, Given, Step
 from ckptool.tensors.tensor import TENSORS
-from ckptool.text import counted, listed, quoted, shape
+from ckptool.text import at_most, counted, listed, quoted, shape
 
 VERSION = 1  # a new step or field raises it
 SUFFIX = ".toml"
@@ -40,7 +39,6 @@ MAX_NBYTES = 1 << 20
 MAX_LIKE_NBYTES = 64 << 20
 MAX_STEPS = 1000
 MAX_RULES = 10_000
-MAX_SHOWN = 80  # characters of a value in an error
 SHIPPED = os.path.join(os.path.dirname(__file__), "recipes")
 _UNMATCHED = ("allow", "name", "refuse")
 # tomllib keeps all that `a.b.c.d` begins with: the square of its length in memory.
@@ -187,11 +185,10 @@ class Recipe:
             for key, here, there in differing(found, expect.like)
         ]
         if others:
-            more = [f"and {len(others) - 8} more"] if len(others) > 8 else []
             raise NotAsExpected(
                 f"{self.name}: {counted(len(others), 'tensor')} not as in {expect.like_name}; "
                 "nothing was written",
-                evidence=[*others[:8], *more],
+                evidence=at_most(others, 8),
             )
 
 
@@ -291,9 +288,9 @@ def _parsed(name: str, data: bytes, folder: str) -> Recipe:
         raise BadRecipe("a number in it has thousands of digits") from None
     version = document.get("recipe")
     if type(version) is not int or version != VERSION:
-        what = "`recipe = 1` is missing" if version is None else f"recipe = {_shown(version)}"
+        what = "`recipe = 1` is missing" if version is None else f"recipe = {written(version)}"
         raise BadRecipe(f"{what}: this ckptool reads version {VERSION}", hint="recipe = 1")
-    _refuse_unknown(document, ("recipe", "step", "expect"), "")
+    refuse_unknown(document, ("recipe", "step", "expect"), "")
     asked = document.get("step", [])
     if not isinstance(asked, list) or not asked or not all(isinstance(s, dict) for s in asked):
         raise BadRecipe("no steps", hint="each begins with [[step]]")
@@ -315,127 +312,34 @@ def _parsed(name: str, data: bytes, folder: str) -> Recipe:
     return recipe
 
 
-def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for name in table:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            raise BadRecipe(
-                f"`{name}` is unknown",
-                hint=f"did you mean `{close[0]}`?" if close else f"known are {listed(known, 30)}",
-            ).within(where)
-
-
 def _step(number: int, table: dict[str, Any]) -> Asked:
     where = f"step {number}"
-    _refuse_unknown(table, (*STEPS, "optional"), where)
+    refuse_unknown(table, (*STEPS, "optional"), where)
     optional = table.get("optional", False)
     names = [name for name in table if name != "optional"]
     if len(names) != 1 or not isinstance(optional, bool):
         what = f"{listed(names)}: one operation a step" if names else "no operation"
         raise BadRecipe(
-            what if isinstance(optional, bool) else f"optional = {_shown(optional)}: true or false"
+            what if isinstance(optional, bool) else f"optional = {written(optional)}: true or false"
         ).within(where)
     step, value = STEPS[names[0]], table[names[0]]
     try:
-        given = _fields(step, {step.alone: value} if step.alone else value)
+        given = fields_of(step, {step.alone: value} if step.alone else value)
     except EditError as error:
         raise error.within(f"{where} ({step.name})") from None
     return Asked(number, step, given | ({"optional": True} if optional else {}))
 
 
-def _fields(step: Step, value: Any) -> Given:
-    """Check the fields of a step, by the parameters of what makes it."""
-    if not isinstance(value, dict):
-        raise BadRecipe(f"{_shown(value)}: it takes a table", hint=f"{step.name} = {{...}}")
-    signature = inspect.signature(step.make)
-    known = {
-        name.rstrip("_"): each
-        for name, each in signature.parameters.items()
-        if name not in ("optional", "back")
-    }
-    if not step.alone:
-        _refuse_unknown(value, tuple(known), "")
-    given = {}
-    for name, parameter in known.items():
-        if name in value:
-            said = step.name if step.alone else name
-            given[parameter.name] = _field(said, value[name], parameter.annotation)
-        elif parameter.default is parameter.empty:
-            raise BadRecipe(f"`{name}` is missing")
-    return given
-
-
-def _field(name: str, value: Any, kind: str) -> Any:
-    """Return a field as its parameter takes it; raises `BadRecipe` for another type."""
-    test, what = _KINDS[kind]
-    if kind == "Pairs" and isinstance(value, list):
-        for number, each in enumerate(value, 1):
-            if not _is_pair(each):
-                raise BadRecipe(
-                    f"{_shown(each)} is not a pair of OLD and NEW", hint="['fc', 'head']"
-                ).within(f"rule {number}")
-    if not test(value):
-        raise BadRecipe(f"{name} = {_shown(value)}: it must be {what}")
-    _refuse_files(value)
-    return value
-
-
-def _shown(value: Any) -> str:
-    """Write a value as TOML does, and the beginning of a long one."""
-    known = isinstance(value, str | int | list | dict) and not isinstance(value, bool)
-    text = repr(value) if known else str(value)
-    text = text.lower() if isinstance(value, bool) else text
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _list_of(test: Callable[[Any], bool], value: Any, least: int = 1) -> bool:
-    return isinstance(value, list) and len(value) >= least and all(map(test, value))
-
-
-def _is_pair(value: Any) -> bool:
-    return _list_of(_is_text, value) and len(value) == 2
-
-
-_ONE_OR_MORE = (lambda value: _is_text(value) or _list_of(_is_text, value), "a text or a list")
-_NUMBERS = (partial(_list_of, _is_number, least=0), "a list of whole numbers")
-# By the annotation of a parameter, as it is written: to evaluate it would run it as code.
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "str": (_is_text, "a text"),
-    "int": (_is_number, "a whole number"),
-    "Sequence[str]": (partial(_list_of, _is_text), "a list of texts"),
-    "Sequence[int]": _NUMBERS,
-    "Sequence[int] | None": _NUMBERS,
-    "Patterns": _ONE_OR_MORE,
-    "str | Iterable[str]": _ONE_OR_MORE,
-    "Pairs": (partial(_list_of, _is_pair), "pairs of OLD and NEW: [['fc', 'head'], ...]"),
-}
-
-
-def _refuse_files(value: Any) -> None:
-    """Raise `BadRecipe` for `@FILE`, which options take: a recipe opens no other file."""
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and text.startswith("@"):
-            raise BadRecipe(f"`{text}`: a recipe names no files of patterns")
-
-
 def _expect(table: Any, folder: str) -> Expect:
     where = "[expect]"
     if not isinstance(table, dict):
-        raise BadRecipe(f"{_shown(table)}: it is a table").within(where)
-    _refuse_unknown(table, ("tensors", "unmatched", "like"), where)
+        raise BadRecipe(f"{written(table)}: it is a table").within(where)
+    refuse_unknown(table, ("tensors", "unmatched", "like"), where)
     tensors, unmatched = table.get("tensors"), table.get("unmatched", "name")
-    if tensors is not None and not (_is_number(tensors) and tensors >= 0):
-        raise BadRecipe(f"tensors = {_shown(tensors)}: it must be a count").within(where)
+    if tensors is not None and not (is_number(tensors) and tensors >= 0):
+        raise BadRecipe(f"tensors = {written(tensors)}: it must be a count").within(where)
     if unmatched not in _UNMATCHED:
-        raise BadRecipe(f"unmatched = {_shown(unmatched)}: it is {listed(_UNMATCHED)}").within(
+        raise BadRecipe(f"unmatched = {written(unmatched)}: it is {listed(_UNMATCHED)}").within(
             where
         )
     if "like" not in table:
@@ -457,8 +361,8 @@ def _is_below(folder: str, name: str) -> bool:
 
 def _like(name: Any, folder: str) -> dict[str, Fact]:
     """Read a document of `ckptool keys --json` that is below a folder."""
-    if not _is_text(name):
-        raise BadRecipe(f"like = {_shown(name)}: it must be a text")
+    if not is_text(name):
+        raise BadRecipe(f"like = {written(name)}: it must be a text")
     if "\0" in name or "://" in name or not _is_below(folder, name):
         raise BadRecipe(
             f"like = {name!r} is not a path below the folder of the recipe",

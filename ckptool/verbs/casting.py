@@ -17,7 +17,7 @@ from ckptool.tensors.casting import Rounding, growth
 from ckptool.tensors.counts import Losses
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Storage, TensorInfo, is_contiguous
-from ckptool.text import counted, listed
+from ckptool.text import at_most, counted, listed
 from ckptool.verbs.finite import count_in
 
 if TYPE_CHECKING:
@@ -177,13 +177,12 @@ def _refuse(casting: Casting, cast: Cast) -> None:
         f"{key}: {number} of {casting.tensors[key][0].numel}"
         for key, number in sorted(lost.items(), key=lambda pair: -pair[1])
     ]
-    more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     wider = _WIDER.get(casting.target, DType.BF16).label.lower()
     inf = "" if casting.target is DType.F8_E4M3 else ", inf infinite"
     raise Overflow(
         f"{counted(total, 'value')} in {counted(len(lost), 'tensor')} would be beyond the largest "
         f"{label}, {largest:g}; nothing was written",
-        evidence=[*rows[:SHOWN], *more],
+        evidence=at_most(rows, SHOWN),
         option="" if casting.where else "--overflow clamp",
         hint=f"clamp makes them that{inf}; {wider} holds them",
     ).within(casting.where)

@@ -14,7 +14,7 @@ from ckptool import containers
 from ckptool.errors import CkptoolError
 from ckptool.files import archives, budget, sites
 from ckptool.records import dataclass
-from ckptool.verbs.checking import Checked, Status
+from ckptool.verbs.checked import Checked, Status
 
 
 @dataclass(slots=True)

@@ -12,10 +12,9 @@ numbers beyond those of a dtype: no status is its own, and the answer to "can th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import field, replace
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from ckptool import containers
@@ -44,125 +43,20 @@ from ckptool.state.casting import Casting
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.parts import Part
 from ckptool.tensors.counts import Tally
-from ckptool.text import argument, counted, listed, parse_size, readable, visible
+from ckptool.text import argument, at_most, counted, listed, parse_size, readable
 from ckptool.verbs import indices
 from ckptool.verbs.casting import Cast, losses, of_checkpoint
+from ckptool.verbs.checked import BYTES_UNSEEN, Checked as Checked, Status as Status
 from ckptool.verbs.finite import floating, not_finite
-from ckptool.verbs.survey import unused_nbytes
+from ckptool.verbs.ledger import unused_nbytes
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
-    from ckptool.documents import looking
-
 MAX_CALLS = 100  # dangerous calls that are listed
-BYTES_UNSEEN = "whether bytes of tensors changed"
 SHOWN = 3  # problems in a line
 NOTHING_LOST = "no value would become infinite, zero or subnormal"
 MAX_LINES = 40  # tensors of which a cast would lose values
-
-
-class Status(Enum):
-    """What a file is, in the words of the command line."""
-
-    OK = "ok"
-    DAMAGED = "damaged"
-    UNSAFE = "unsafe"
-    NOT_A_CHECKPOINT = "not-a-checkpoint"
-    UNSUPPORTED = "unsupported"
-    TOO_LARGE = "too-large"
-
-    @property
-    def exit_code(self) -> int:
-        """Return the exit code that goes with it; over several files the highest counts."""
-        return {"ok": 0, "damaged": 1, "too-large": 1, "unsafe": 4}.get(self.value, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What was found in one file.
-
-    `safety` is empty where no name was read, `imports` what `torch.load(weights_only=True)` needs
-    before it accepts the file, `versions` where torch's versions differ; `globals` are the names
-    beyond the plain ones and `calls` the dangerous ones of them; `not_finite` are tensors with NaN
-    or infinity, by path; `cast` is what one would lose;
-    `checked` and `not_checked` say in words what was looked at.
-    """
-
-    file: str
-    status: Status
-    detail: str
-    container: str = ""
-    safety: str = ""
-    imports: tuple[str, ...] = ()
-    versions: tuple[str, ...] = ()
-    globals: tuple[str, ...] = ()
-    calls: tuple[Call, ...] = ()
-    pickle_name: str = ""
-    sha256: str = ""
-    not_finite: tuple[tuple[str, Tally], ...] = ()
-    cast: Cast | None = None
-    part: Part | None = None
-    hint: str = ""
-    notes: tuple[str, ...] = ()
-    checked: tuple[str, ...] = ()
-    not_checked: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        return f"<Checked {visible(self.file)}: {self.status.value}; {visible(self.detail)}>"
-
-    def to_dict(self) -> looking.Check:
-        """Return the document `check/1` of this file alone."""
-        return document([self])
-
-
-def document(
-    results: Sequence[Checked], others: Sequence[Checked] = (), unseen: Mapping[str, str] = {}
-) -> looking.Check:
-    """Return the document `check/1` of many files.
-
-    `others` are files of folders that are no checkpoints, `unseen` what was not looked at and why.
-    """
-    return {
-        "schema": "check/1",
-        "files": [_fields(result) for result in results],
-        "not_checkpoints": [{"file": each.file, "detail": each.detail} for each in others],
-        "not_looked_at": [{"file": path, "reason": why} for path, why in unseen.items()],
-    }
-
-
-def _fields(result: Checked) -> looking.CheckedFile:
-    return {
-        "file": result.file,
-        "status": result.status.value,
-        "detail": result.detail,
-        "container": result.container or None,
-        "safety": result.safety or None,
-        "imports": list(result.imports),
-        "versions": list(result.versions),
-        "globals": list(result.globals),
-        "calls": [
-            {
-                "module": call.named.module,
-                "name": call.named.name,
-                "arguments": None if call.arguments is None else list(call.arguments),
-                "pickle": result.pickle_name,
-                "offset": call.offset,
-                "at": call.where,
-                "text": call.text,
-            }
-            for call in result.calls
-        ],
-        "part": result.part.to_dict() if result.part else None,
-        "sha256": result.sha256 or None,
-        "not_finite": [
-            {"key": key, "nan": tally.nan, "inf": tally.inf} for key, tally in result.not_finite
-        ],
-        "cast": result.cast.to_dict() if result.cast else None,
-        "notes": list(result.notes),
-        "checked": list(result.checked),
-        "not_checked": list(result.not_checked),
-    }
 
 
 @dataclass(slots=True)
@@ -226,12 +120,14 @@ def check(
         found.too_large = f"more than {readable(most)}"
     _structure(checkpoint, found)
     _checksums(checkpoint, found, step)
-    if finite:
-        _floats(checkpoint, found, step)
-    else:
+    if not finite:
         found.not_checked.append("NaN and infinity (--finite looks for them)")
-    if cast is not None:
-        _losses(checkpoint, cast, found, step)
+    with _noting(Malformed, checkpoint, found):
+        if finite:
+            _floats(checkpoint, found, step)
+    with _noting(Malformed, checkpoint, found):
+        if cast is not None:
+            _losses(cast, found, step)
     if hashed:
         _hash(file, said, sha256, found, lambda total: step)
     _unchanged(checkpoint, found)
@@ -246,19 +142,25 @@ def _work(checkpoint: Checkpoint, cast: Casting | None, *, finite: bool, hashed:
     return summed + floats + rounded + (checkpoint.nbytes if hashed else 0)
 
 
+@contextmanager
+def _noting(kind: type[FormatError], checkpoint: Checkpoint, found: _Findings) -> Iterator[None]:
+    """Note what is raised as a problem."""
+    try:
+        yield
+    except kind as error:
+        found.problems.append(_without_path(error, checkpoint.path))
+
+
 def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
     """Check what the reader lets pass."""
     found.checked.append("structure")
     found.notes += checkpoint.notes
     found.problems += checkpoint.flaws
-    try:
+    with _noting(FormatError, checkpoint, found):
         part = places.part_of(checkpoint, None)  # refuses modules without end
         repeated = places.repeated_keys(checkpoint)
         if beyond := indices.outside(checkpoint):
             found.problems.append(f"indices outside of sparse tensors: {listed(beyond)}")
-    except FormatError as error:
-        found.problems.append(_without_path(error, checkpoint.path))
-    else:
         found.part = part
         found.notes += [f"the key {key} appears twice; the last one counts" for key in repeated]
     if checkpoint.unread and not checkpoint.program:
@@ -296,26 +198,19 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
     jobs = [
         Copy(replace(storage, key=name, crc32=None), None) for name, storage in recorded.items()
     ]
-    try:
+    with _noting(Malformed, checkpoint, found):
         done = run_jobs(jobs, None, step)
-    except Malformed as error:
-        found.problems.append(_without_path(error, checkpoint.path))
-        return
-    for (name, storage), read in zip(recorded.items(), done, strict=True):
-        if read.crc32 != storage.crc32:
-            sums = f"CRC-32 recorded {storage.crc32:08x}, found {read.crc32:08x}"
-            found.problems.append(f"record {name} does not match its checksum ({sums})")
-    found.checksums = f"{counted(len(jobs), 'checksum')} match"
-    found.checked.append(counted(len(jobs), "checksum"))
+        for (name, storage), read in zip(recorded.items(), done, strict=True):
+            if read.crc32 != storage.crc32:
+                sums = f"CRC-32 recorded {storage.crc32:08x}, found {read.crc32:08x}"
+                found.problems.append(f"record {name} does not match its checksum ({sums})")
+        found.checksums = f"{counted(len(jobs), 'checksum')} match"
+        found.checked.append(counted(len(jobs), "checksum"))
 
 
 def _floats(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
     """Count NaN and infinity."""
-    try:
-        floats = not_finite(checkpoint, step)
-    except Malformed as error:
-        found.problems.append(_without_path(error, checkpoint.path))
-        return
+    floats = not_finite(checkpoint, step)
     found.checked.append("NaN and infinity")
     found.not_finite = floats.found
     if floats.found:
@@ -328,13 +223,9 @@ def _floats(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
         found.not_checked.append(f"{what}: {listed(floats.skipped)}")
 
 
-def _losses(checkpoint: Checkpoint, cast: Casting, found: _Findings, step: Progress) -> None:
+def _losses(cast: Casting, found: _Findings, step: Progress) -> None:
     """Count what a cast would make infinite, zero or subnormal."""
-    try:
-        found.cast = losses(cast, step)
-    except Malformed as error:
-        found.problems.append(_without_path(error, checkpoint.path))
-        return
+    found.cast = losses(cast, step)
     label = cast.target.label
     found.checked.append(f"what a cast to {label} loses")
     if found.cast.skipped:
@@ -342,9 +233,7 @@ def _losses(checkpoint: Checkpoint, cast: Casting, found: _Findings, step: Progr
         found.not_checked.append(f"{what}: {listed(found.cast.skipped)}")
     said = found.problems if found.cast.overflows else found.answers
     said.append(f"as {label}, {found.cast.lost('would become') or NOTHING_LOST}")
-    lines, more = found.cast.lines(), len(found.cast.losses) - MAX_LINES
-    found.notes += lines[:MAX_LINES]
-    found.notes += [f"and {more} more (--json lists them)"] if more > 0 else []
+    found.notes += at_most(found.cast.lines(), MAX_LINES, " (--json lists them)")
 
 
 def _counts(here: Tally) -> str:
@@ -364,13 +253,8 @@ def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: 
                 data = reader.read(start, min(CHUNK, reader.nbytes - start))
                 digest.update(data)
                 step(len(data))
-    except (
-        Malformed,
-        NotACheckpoint,
-        NoSuchFile,
-        PermissionDenied,
-    ):  # the reader of the format says so, too
-        return
+    except (Malformed, NotACheckpoint, NoSuchFile, PermissionDenied):
+        return  # the reader of the format says so, too
     found.sha256 = digest.hexdigest()
     found.asked_sha256 = f"sha256 {found.sha256}" if asked else ""
     found.checked.append("sha256")
@@ -402,7 +286,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
     if program:
         found.not_checked.append("what the code of a TorchScript module does")
     part = f"only {found.part.text}" if found.part else ""
-    problems = _some(found.problems)
+    problems = "; ".join(at_most(found.problems, SHOWN))
     if _unsafe(verdict, strict) or (strict and program):
         status, parts = Status.UNSAFE, [_danger(verdict, calls), program, part]
         parts += [f"damaged: {problems}", found.too_large] if problems else [found.too_large]
@@ -412,17 +296,37 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
         status = Status.TOO_LARGE if found.too_large else Status.OK
         parts = [found.too_large, part, _summary(checkpoint), found.checksums, program]
         parts += [_foreign(verdict), listed(verdict.versions, 2), *found.answers]
+    return _judged(
+        path,
+        status,
+        parts,
+        verdict,
+        calls,
+        found,
+        container=checkpoint.container,
+        safety=verdict.word(checkpoint.program),
+        pickle_name=checkpoint.pickle_name,
+    )
+
+
+def _judged(
+    path: str,
+    status: Status,
+    parts: Sequence[str],
+    verdict: Verdict,
+    calls: Sequence[Call],
+    found: _Findings,
+    **others: str,
+) -> Checked:
+    """Return what was found, and what its names would do."""
     return Checked(
         file=path,
         status=status,
         detail="; ".join(filter(None, [*parts, found.asked_sha256])),
-        container=checkpoint.container,
-        safety=verdict.word(checkpoint.program),
         imports=verdict.imports,
         versions=verdict.versions,
-        globals=_names(verdict),
+        globals=tuple(map(str, [*verdict.dangerous, *verdict.foreign])),
         calls=tuple(calls),
-        pickle_name=checkpoint.pickle_name,
         sha256=found.sha256,
         not_finite=found.not_finite,
         cast=found.cast,
@@ -430,6 +334,7 @@ def _result(path: str, checkpoint: Checkpoint, found: _Findings, *, strict: bool
         notes=tuple(found.notes),
         checked=tuple(found.checked),
         not_checked=tuple(found.not_checked),
+        **others,
     )
 
 
@@ -448,24 +353,18 @@ def _unreadable(file: str, error: FormatError, found: _Findings, *, strict: bool
     found.notes += error.evidence
     hint = f"ckptool check {error.option} {argument(path)}" if error.option else error.hint
     absent = isinstance(error, NoSuchFile) and not error.hint
-    detail = "; ".join(filter(None, [detail, found.asked_sha256]))
-    return Checked(
-        file=path,
-        status=status,
-        detail=detail,
+    if status is not Status.NOT_A_CHECKPOINT:
+        found.not_checked.append("the rest of the damaged file")
+    return _judged(
+        path,
+        status,
+        [detail],
+        verdict,
+        calls,
+        found,
         safety=verdict.word("") if named else "",
-        imports=verdict.imports,
-        versions=verdict.versions,
-        globals=_names(verdict),
-        calls=tuple(calls),
         pickle_name="the pickle",
-        sha256=found.sha256,
         hint=fileio.spelled_like(path) if absent else hint,
-        notes=tuple(found.notes),
-        checked=tuple(found.checked),
-        not_checked=("the rest of the damaged file",)
-        if status is not Status.NOT_A_CHECKPOINT
-        else (),
     )
 
 
@@ -507,19 +406,10 @@ def _foreign(verdict: Verdict) -> str:
     return f"foreign names: {listed(map(str, verdict.foreign), SHOWN)}" if verdict.foreign else ""
 
 
-def _names(verdict: Verdict) -> tuple[str, ...]:
-    return tuple(map(str, [*verdict.dangerous, *verdict.foreign]))
-
-
 def _summary(checkpoint: Checkpoint) -> str:
     count = sum(1 for _ in walk.tensors(checkpoint.tree))
     title = containers.by_name(checkpoint.container).title
     return f"{title}, {readable(checkpoint.nbytes)}, {counted(count, 'tensor')}"
-
-
-def _some(problems: Sequence[str]) -> str:
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return "; ".join([*problems[:SHOWN], *more])
 
 
 def _without_path(error: FormatError, path: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import field, replace
 from math import fsum, isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from ckptool import containers
 from ckptool.errors import EditError, NoSuchKey, Overflow, SameFile
@@ -23,9 +23,9 @@ from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.edits import Change, Edit, Entries
 from ckptool.tensors import numbers, values
 from ckptool.tensors.averaging import Mean
-from ckptool.text import counted, listed, visible
+from ckptool.text import at_most, counted, listed, visible
 from ckptool.verbs import surgery
-from ckptool.verbs.options import Options
+from ckptool.verbs.options import Options, WriteOptions
 from ckptool.verbs.surgery import Rewrite
 
 if TYPE_CHECKING:
@@ -81,23 +81,27 @@ def average(
     target: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    options: Options | None = None,
     progress: Begin = no_progress,
+    **options: Unpack[WriteOptions],
 ) -> Averaged:
-    """Write the weighted sum of the floats of several state_dicts, all else as the last has it.
+    """Write the mean of the floats of several checkpoints, or a sum with `weights`.
 
-    Without weights it is the mean. Keys, order, dtypes and `_metadata` are the first's. Raises
-    `EditError` where keys or shapes differ or weights do not fit, `Overflow` where a sum of finite
-    numbers is not finite in its dtype, and what reading and writing raise.
+    Keys, order and dtypes are the first's, integers and what else cannot be averaged the last's;
+    wrapper prefixes do not count when keys are matched. Raises `EditError` where keys or shapes
+    differ, `Overflow` where finite numbers would become infinite, `FormatError` for the sources
+    and `WriteError` for the target.
+
+    >>> ckptool.average(["data_parallel.pth", "plain.pth"], "mean.pth")
+    <Averaged 2 -> mean.pth: averaged 7, written 8>
     """
     sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    options = options or Options()
+    how = Options(**options)
     factors = _factors(weights, len(sources))
-    if options.in_place:
+    if how.in_place:
         raise EditError("--in-place replaces one file, and an average has several: name an output")
     inputs = [containers.read(source) for source in sources]
     names = tuple(each.path for each in inputs)
-    _, *others = (_found(each, options.at) for each in inputs)
+    _, *others = (_found(each, how.at) for each in inputs)
     done: list[Averaging] = []
 
     def change(entries: Entries) -> Change:
@@ -111,10 +115,10 @@ def average(
             target,
             [Edit("average", change=change)],
             bare=True,
-            options=options,
+            options=how,
             progress=progress,
             opened=_opened(inputs),
-            form=surgery.Form(distributed=True) if options.to == "dcp" else surgery.FILE,
+            form=surgery.Form(distributed=True) if how.to == "dcp" else surgery.FILE,
             accept=lambda: _refuse_overflow(done[-1]),
         )
     except SameFile as error:
@@ -221,11 +225,10 @@ def _refuse_overflow(made: Averaging) -> None:
     if not lost:
         return
     rows = [f"{key} ({made.sums[key][1].dtype.label}): {count}" for key, count in lost.items()]
-    more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     raise Overflow(
         f"{counted(sum(lost.values()), 'value')} in {counted(len(lost), 'tensor')} would be beyond "
         "the largest number of the dtype; nothing was written",
-        evidence=[*rows[:SHOWN], *more],
+        evidence=at_most(rows, SHOWN),
         hint="the dtypes are those of the first input: name one first that has a wider one "
         "(ckptool convert --dtype f32), or smaller --weights",
     )

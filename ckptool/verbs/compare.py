@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import field, replace
+from typing import TYPE_CHECKING
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
-from ckptool.files import fileio
-from ckptool.files.copying import Begin, Copy, run_jobs
+from ckptool.files import budget, fileio
+from ckptool.files.copying import Begin, Copy, no_progress, run_jobs
 from ckptool.files.fileio import Readers
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
@@ -26,10 +27,13 @@ from ckptool.tensors.counts import Values
 from ckptool.tensors.differences import comparable
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
 from ckptool.text import counted, listed, readable, shape
-from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts
+from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts, tolerance
 from ckptool.verbs.compare_tensors import Pair, compare, pair
 from ckptool.verbs.compare_trees import TAKEN, Place, places_of, shown
 from ckptool.verbs.difference import Change, Difference, Found, Side
+
+if TYPE_CHECKING:
+    from ckptool.model.live import CheckpointLike
 
 MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
 SMALL = 64 << 20  # below this, they may
@@ -43,7 +47,62 @@ _PARTS = {
 }
 
 
-def diff(left: Checkpoint, right: Checkpoint, asked: Asked, progress: Begin) -> Difference:
+@budget.run()
+def diff(
+    left: CheckpointLike,
+    right: CheckpointLike,
+    *,
+    at: str | None = None,
+    left_at: str | None = None,
+    right_at: str | None = None,
+    all: bool = False,
+    structure: bool = False,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    select: str | Sequence[str] = (),
+    map: Mapping[str, str] | None = None,
+    recipe: str | Sequence[str] = (),
+    reverse: bool = False,
+    ignore_prefix: str | Sequence[str] | None = None,
+    anywhere: bool = False,
+    progress: Begin = no_progress,
+) -> Difference:
+    """Compare two checkpoints bit for bit, or within `atol + rtol * |left|`.
+
+    Each is a file, a state_dict or an `nn.Module`. `at` is where the state_dict sits on both
+    sides, `left_at` and `right_at` on one; `all` compares all there is by path, `structure` reads
+    no values; `map` has rules as of `--rename`, what the left and the right call it; `recipe`
+    names recipes that make the right's tensors of the left's, backwards with `reverse`;
+    `ignore_prefix` is a prefix or several, or `auto`, and `anywhere` ignores them inside keys too.
+    Raises what reading raises (`FormatError`), `AmbiguousStateDict`, `NoSuchKey`, and
+    `NothingMatched` for what no key has.
+
+    >>> ckptool.diff("data_parallel.pth", "plain.pth", ignore_prefix="auto").equal
+    True
+    >>> [change.key for change in ckptool.diff("flowers.safetensors", "plain.pth")]
+    ['classifier.bias', 'classifier.weight']
+    """
+    from ckptool.model import live
+
+    asked = Asked(
+        at=at,
+        left_at=left_at,
+        right_at=right_at,
+        every=all,
+        structure=structure,
+        tolerance=tolerance(atol, rtol),
+        select=select,
+        rename=tuple((map or {}).items()),
+        recipe=recipe,
+        reverse=reverse,
+        ignore_prefix=ignore_prefix or (),
+        anywhere=anywhere,
+    )
+    with live.opened(left) as one, live.opened(right) as other:
+        return compared(one, other, asked, progress)
+
+
+def compared(left: Checkpoint, right: Checkpoint, asked: Asked, progress: Begin) -> Difference:
     """Compare two checkpoints.
 
     Raises `AmbiguousStateDict` where one of several must be chosen, `NothingMatched` for patterns

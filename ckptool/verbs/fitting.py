@@ -23,6 +23,7 @@ from ckptool.state.wrappers import peeling
 from ckptool.tensors.tensor import TENSORS, ties
 from ckptool.text import (
     argument as file_argument,
+    at_most,
     counted,
     listed,
     percent,
@@ -192,24 +193,6 @@ def _elements(target: Reference, keys: Iterable[str]) -> int:
     return sum(prod(target.shapes[key]) for key in {target.ties.get(key, key) for key in keys})
 
 
-def first_steps(
-    renames: Sequence[Edit],
-    drop: str | Sequence[str],
-    keep: str | Sequence[str],
-    *,
-    anywhere: bool = False,
-    keep_bookkeeping: bool = False,
-) -> list[Edit]:
-    """Return the edits that come before a comparison: peel, drop, keep, rename."""
-    flags = {"anywhere": anywhere, "keep_bookkeeping": keep_bookkeeping}
-    steps = [edits.strip_wrappers(required=False, **flags)]
-    if drop:
-        steps.append(edits.drop(drop))
-    if keep:
-        steps.append(edits.keep(keep))
-    return [*steps, *renames]
-
-
 def transfer(
     source: str | Path,
     target: str | Path | None,
@@ -225,7 +208,7 @@ def transfer(
 ) -> Transferred:
     """Write the bare state_dict with what fits the target alone.
 
-    `steps` come first (`first_steps`); `adapt` says what is brought into the target's shape,
+    `steps` come first; `adapt` says what is brought into the target's shape,
     `fill` gives what the source lacks; `opened` is the source where it was read before. Raises
     `PoorFit` where less than `min_match` of the target's elements would be filled, and what
     `rewrite` raises.
@@ -306,14 +289,17 @@ def _poor(
         option, hint = "", f"{command}   {paired} pair up under other names"
     elif lower and not (option and share >= min_match):
         option = f"{option} --min-match {lower}".strip()
+    differing = [
+        f"{each.key}: {shape(each.here)} here, {shape(each.there)} in {like.name}"
+        for each in found.mismatched
+    ]
     return PoorFit(
         f"only {percent(found.filled)} of the parameters of {like.name} would be filled; "
         "nothing was written",
         evidence=[
             f"{len(found.matched)} of {counted(total, 'tensor')} match, "
             f"{len(found.mismatched)} differ in shape, {len(found.missing)} missing",
-            *(f"{each.key}: {_both(each, like)}" for each in found.mismatched[:SHOWN]),
-            *([f"and {more} more of another shape"] if (more := _beyond(found)) else []),
+            *at_most(differing, SHOWN, " of another shape"),
             *_compared("here", found.absent),
             *_compared("there", found.missing),
         ],
@@ -341,14 +327,6 @@ def _paired(shapes: Mapping[str, Shape], like: Reference, least: float) -> str:
 
 
 SHOWN = 8  # keys in another shape
-
-
-def _beyond(found: Fit) -> int:
-    return max(0, len(found.mismatched) - SHOWN)
-
-
-def _both(each: Mismatch, like: Reference) -> str:
-    return f"{shape(each.here)} here, {shape(each.there)} in {like.name}"
 
 
 def _compared(side: str, keys: Sequence[str]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ckptool.containers import _json
-from ckptool.errors import LimitExceeded
+from ckptool.errors import EditError, LimitExceeded
 from ckptool.files import publish
 from ckptool.records import dataclass
 from ckptool.state import matching, matching_recipe
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
     from ckptool.documents import editing
+    from ckptool.model.live import CheckpointLike
+    from ckptool.model.zoo import ModelLike
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_NBYTES = 64 << 20  # of a list of keys
@@ -124,6 +127,56 @@ class Matched:
 
 def _paths(nodes: Sequence[Node]) -> list[str]:
     return [".".join(node.path) for node in nodes]
+
+
+def match(
+    source: CheckpointLike,
+    like: CheckpointLike | None = None,
+    *,
+    at: str | None = None,
+    like_at: str | None = None,
+    model: ModelLike | None = None,
+    model_args: Mapping[str, object] | None = None,
+) -> Matched:
+    """Pair the keys of a checkpoint with those of another, or of a model: a recipe to review.
+
+    Each is a file, what `ckptool keys --json` printed (`.json`), a state_dict or an `nn.Module`;
+    `model` is a spec made with `model_args`. Reads no weights. Raises what reading raises.
+
+    >>> found = ckptool.match("data_parallel.pth", like="plain.pth")
+    >>> found.sure, found.paired
+    (True, 8)
+    """
+    if (like is None) == (model is None):
+        raise EditError("a match has one target: --like or --model")
+    if model is None and model_args:
+        raise EditError("--model-arg needs --model")
+    if like is None and like_at is not None:
+        raise EditError("--like-at needs --like")
+    if model is not None:
+        target = _model_side(model, model_args or {})
+    elif like is not None:
+        target = _side_of(like, like_at, "--like-at")
+    return matched(_side_of(source, at, "--at"), target)
+
+
+def _side_of(given: CheckpointLike, at: str | None, option: str) -> Side:
+    """Return the keys and shapes of what a match is of."""
+    from ckptool.model import live
+    from ckptool.state import checkpoint as places
+
+    if not isinstance(given, str | PathLike | Mapping):  # a model, which may have no values
+        return _model_side(given, {})
+    if isinstance(given, str | PathLike) and (rows := listed_keys(given)) is not None:
+        return Side(str(given), rows)
+    with live.opened(given) as checkpoint:
+        return side(checkpoint.path, places.find(checkpoint, at, option).entries)
+
+
+def _model_side(spec: ModelLike, args: Mapping[str, object]) -> Side:
+    from ckptool.model import zoo
+
+    return Side(zoo.named(spec), zoo.layout(spec, args)[0])
 
 
 def side(name: str, entries: Entries) -> Side:

@@ -7,9 +7,8 @@ from dataclasses import field, replace
 
 from ckptool import containers, text
 from ckptool.containers import Left
-from ckptool.errors import EditError, NothingMatched, UnsafePickle
-from ckptool.pickles import pruning, safety
-from ckptool.pickles.names import Level
+from ckptool.errors import EditError, NothingMatched
+from ckptool.pickles import pruning
 from ckptool.pickles.subclasses import as_pickled, class_of, tensors_in
 from ckptool.pickles.tree import Node
 from ckptool.records import dataclass
@@ -29,6 +28,7 @@ from ckptool.state.edits import Edit, KeyMap
 from ckptool.tensors import values
 from ckptool.tensors.tensor import TENSORS, TensorInfo
 from ckptool.text import counted, listed, quoted
+from ckptool.verbs import carrying
 from ckptool.verbs.casting import Cast
 from ckptool.verbs.options import Options
 
@@ -139,7 +139,9 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
         )
     if state is not None and state.module and not bare:
         _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
-    keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
+    keys = (
+        state.entries if state else dict.fromkeys(name for name, _ in walk.named(checkpoint.tree))
+    )
     plan.key_map, plan.edit = edits.apply(steps, keys, argument(checkpoint, options))
     plan.notes = list(checkpoint.notes)
     lost = [key for cast in plan.key_map.casts for key in cast.stripped]
@@ -175,10 +177,6 @@ def argument(checkpoint: Checkpoint, options: Options) -> str:
     """Write the input as a command takes it, with the place that was chosen."""
     at = f"--at {quoted(options.at)} " if options.at is not None else ""
     return f"{at}{text.argument(checkpoint.path)}"
-
-
-def _all_keys(checkpoint: Checkpoint) -> list[str]:
-    return [name for name, _ in walk.named(checkpoint.tree)]
 
 
 def _refuse_attributes(
@@ -271,8 +269,7 @@ def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
         plan.not_carried += module_metadata.left(node)
         plan.notes += tensor_facts.lost(state.entries.items())
     if state.metadata is not None and not container.traits.module_metadata:
-        what = f"{container.title} cannot hold `_metadata` (module versions)"
-        plan.notes.append(what)
+        plan.notes.append(f"{container.title} cannot hold `_metadata` (module versions)")
 
 
 def _put_in(plan: Plan, state: StateDict) -> None:
@@ -321,7 +318,7 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
         plan.checkpoint = replace(plan.checkpoint, tree=tree)
         if plan.state is None:
             plan.not_carried += left
-            here = set(_all_keys(plan.checkpoint))
+            here = {name for name, _ in walk.named(plan.checkpoint.tree)}
             gone = [key for key in plan.key_map.written if key not in here]
             _drop(plan, dict.fromkeys(gone, "needs what is not plain"))
         else:
@@ -417,37 +414,9 @@ def _untie(plan: Plan) -> None:
 
 def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
     """Note what is foreign, and refuse to carry on what is dangerous."""
-    source = plan.checkpoint
-    whole = safety.judge_file(source)
-    named = {each: at for each, at in source.globals.items() if not each.followed}
-    carried = safety.judge(named, source.calls)
-    remade = containers.by_name(source.container).traits.remade
-    if bare or remade or options.tensors_only or options.drop_beside:
-        carried = safety.judge_tree(source.tree)
-    if not containers.by_name(plan.container).traits.objects:
-        carried = safety.Verdict(Level.PLAIN, {}, {})
-    if carried.level is Level.DANGEROUS:
-        held = any(walk.tensors(source.tree))
-        raise UnsafePickle(
-            f"{source.path} would run code when loaded; nothing was executed or written",
-            path=source.path,
-            evidence=safety.evidence_of(carried, source),
-            option="--tensors-only" if held else "",
-            hint="keeps the tensors and leaves out the rest" if held else "",
-        )
-    if whole.level is Level.DANGEROUS:
-        plan.warnings.append(
-            f"{source.path} would run code when loaded; the output does not carry it"
-        )
-    if carried.foreign:
-        plan.notes.append(f"copied unchanged: {names(carried)}")
-
-
-def names(verdict: safety.Verdict, limit: int = 6) -> str:
-    """List foreign names in a few words."""
-    shown = [str(each) for each in verdict.foreign]
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(shown[:limit]) + more
+    warnings, notes = carrying.judge(plan.checkpoint, plan.container, options, bare=bare)
+    plan.warnings += warnings
+    plan.notes += notes
 
 
 def add_entries(plan: Plan, added: Mapping[str, Node], order: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from ckptool.files import budget
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
-from ckptool.pickles.tree import Global, Node, children
+from ckptool.pickles.tree import Node
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
@@ -28,12 +28,11 @@ from ckptool.tensors.tensor import (
     TENSORS,
     AnyTensor,
     Packing,
-    Storage,
     TensorInfo,
     is_contiguous,
-    span,
 )
 from ckptool.text import counted, listed, readable, visible
+from ckptool.verbs.ledger import Ledger, stored
 
 if TYPE_CHECKING:  # `check` needs none of them
     from ckptool.documents import looking, shared
@@ -246,7 +245,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     tree = checkpoint.tree
     state = places.locate(checkpoint, at) if at is not None else places.find_or_none(checkpoint)
     paths = [state.at] if at is not None and state else _paths(tree)
-    ledger = _Ledger()
+    ledger = Ledger()
     known: places.Steps = {}
     found = tuple(_place(checkpoint, path, state, ledger, known) for path in paths)
     entries = _tensors(checkpoint, state)
@@ -258,7 +257,7 @@ def survey(checkpoint: Checkpoint, at: str | None = None) -> Survey:
     single = found[0] if len(found) == 1 else None
     ties = single.ties if single else _left_behind(dict(entries)).ties
     storages = ledger.storages()
-    data = sum(_stored(storage) for storage in storages)
+    data = sum(stored(storage) for storage in storages)
     return Survey(
         checkpoint=checkpoint,
         places=found,
@@ -292,13 +291,6 @@ def _left_behind(entries: dict[str, Node]) -> containers.Left:
     return safetensors.left_behind(entries, False)
 
 
-def unused_nbytes(tree: Node) -> int:
-    """Count the bytes of storages that no tensor reaches."""
-    ledger = _Ledger()
-    ledger.take(tree)
-    return ledger.unused()
-
-
 def _first_keys(found: Sequence[Place]) -> list[str]:
     """Return the keys of the first candidate, without wrapper prefixes they all share."""
     return [place.peeling.name(key) for place in found[:1] for key in place.keys]
@@ -319,7 +311,7 @@ def _place(
     checkpoint: Checkpoint,
     path: Path,
     state: StateDict | None,
-    ledger: _Ledger,
+    ledger: Ledger,
     known: places.Steps,
 ) -> Place:
     if state is None or state.at != path:
@@ -391,7 +383,7 @@ def _named(node: Node) -> list[tuple[str, Node]]:
     return labelled(pairs)
 
 
-def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
+def _beside(name: str, node: Node, ledger: Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
     budget.current().spend(2 * budget.NAME)
     before = ledger.nbytes
     count = ledger.take(node)
@@ -402,75 +394,3 @@ def _beside(name: str, node: Node, ledger: _Ledger, said: dict[int, tuple[str, b
             any(isinstance(value, TENSORS) for _, value in named),
         )
     return Beside(name, said[id(node)][0], count, ledger.nbytes - before, said[id(node)][1])
-
-
-# Which bytes of the file belong to what.
-
-
-def _stored(storage: Storage) -> int:
-    return storage.packed_nbytes if storage.packing is Packing.DEFLATED else storage.nbytes
-
-
-class _Ledger:
-    """The storages that a walk has met, and which bytes of each a tensor reaches."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self._seen: set[int] = set()
-        self._reached: dict[Storage, list[tuple[int, int]]] = {}
-
-    def take(self, node: Node) -> int:
-        """Count what was not met before under a node; give the number of tensors."""
-        count = 0
-        stack: list[tuple[Node, bool]] = [(node, False)]
-        while stack:
-            here, of_tensor = stack.pop()
-            if isinstance(here, _LEAVES):
-                continue
-            if isinstance(here, Storage):
-                if not of_tensor:  # one that a tensor is made of says nothing of its own
-                    self._reach(here, 0, here.nbytes)
-                continue
-            if id(here) in self._seen:
-                continue
-            self._seen.add(id(here))
-            if isinstance(here, TensorInfo):
-                self._reach_of(here)
-            count += isinstance(here, TENSORS) and not of_tensor
-            inside = of_tensor or isinstance(here, TENSORS)
-            stack.extend((each, inside) for each in children(here) if not isinstance(each, _LEAVES))
-        return count
-
-    def _reach_of(self, info: TensorInfo) -> None:
-        length = info.dtype.nbytes(span(info.shape, info.stride))
-        self._reach(info.storage, info.start, info.start + length)
-
-    def _reach(self, storage: Storage, start: int, stop: int) -> None:
-        reached = self._reached.get(storage)
-        if reached is None:
-            reached = self._reached[storage] = []
-            self.nbytes += _stored(storage)
-        reached.append((start, stop))
-
-    def storages(self) -> list[Storage]:
-        """List the storages met."""
-        return list(self._reached)
-
-    def unused(self) -> int:
-        """Count the bytes that no tensor reaches."""
-        return sum(
-            storage.nbytes - _covered(reached)
-            for storage, reached in self._reached.items()
-            if storage.packing is Packing.PLAIN and (0, storage.nbytes) not in reached
-        )
-
-
-_LEAVES = (str, int, float, bytes, type(None), Global)
-
-
-def _covered(reached: list[tuple[int, int]]) -> int:
-    covered = end = 0
-    for start, stop in sorted(reached):
-        covered += max(0, stop - max(start, end))
-        end = max(end, stop)
-    return covered
