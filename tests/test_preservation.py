@@ -345,7 +345,7 @@ KINDS = {
         lambda keys: unless(lambda key: not under(first_part(keys), key)),
     ),
     "transfer": Kind(
-        lambda keys: fitting.first_steps([], [], []),
+        lambda keys: [edits.strip_wrappers(required=False)],
         peeled,
         lambda keys: stripped(*wrappers(keys)),
         bare=True,
