@@ -55,7 +55,7 @@ def folded_table(
     rows = folding.rows_folded(rows, key)
     if rows and len(rows[0]) > len(head):
         right, head = (*right, len(head)), (*head, "")
-    return screen.listed(head, rows, width, right, spare)
+    return screen.listed(head, rows, width, right, spare, key)
 
 
 def key_names(entries: Sequence[Entry]) -> list[str]:

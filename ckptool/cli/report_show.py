@@ -1,4 +1,4 @@
-"""Values as torch prints them (torch/_tensor_str.py), and plain values as Python does."""
+"""Values as torch prints them (torch/_tensor_str.py), and plain values as Python writes them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from math import prod
 
 from ckptool.cli.screen import wrapped
 from ckptool.tensors.dtype import DType
-from ckptool.text import visible
+from ckptool.text import measured, visible
 from ckptool.verbs.showing import EDGE, Shown
 
 WIDTH = 80
 DIGITS = 4
+STEP = "  "
 _PREFIX = "tensor("
 # Of numbers that are written without it: torch's default dtypes.
 _UNSAID = (DType.F32, DType.C64, DType.I64, DType.BOOL)
@@ -23,19 +24,48 @@ Write = Callable[[object], str]
 def value_lines(shown: Shown, width: int | None = None) -> list[str]:
     """Write the values of a tensor, or a plain value: closely, and broken, on a terminal."""
     if shown.dtype is None:
-        return [part for line in _plain_lines(shown.values, width) for part in wrapped(line, width)]
+        lines = _plain_lines(shown.values, width or WIDTH)
+        return [part for line in lines for part in wrapped(line, width)]
     assert isinstance(shown.values, list)
     text = _tensor(shown.dtype, shown.shape, shown.kept_shape, shown.values)
     return text.split("\n")
 
 
-def _plain_lines(value: object, width: int | None) -> list[str]:
+def _plain_lines(value: object, width: int) -> list[str]:
     if isinstance(value, str):
         return [visible(value)]
-    from pprint import pformat
+    return [visible(line) for line in _laid("", value, "", width)]
 
-    text = pformat(value, width=width or WIDTH, compact=width is not None, sort_dicts=False)
-    return [visible(line) for line in text.splitlines()]
+
+def _laid(before: str, value: object, after: str, room: int) -> list[str]:
+    """Write a value in a line, or what is in it below, by a step to the right for each level.
+
+    `pprint` would start what is in it behind its name, where a deep value has no room.
+    """
+    line = f"{before}{value!r}{after}"
+    if not value or not isinstance(value, dict | list) or measured(line) <= room:
+        return [line]
+    room -= len(STEP)
+    if isinstance(value, dict):
+        opened, closed = "{}"
+        parts = [_laid(f"{name!r}: ", each, ",", room) for name, each in value.items()]
+    else:
+        opened, closed = "[]"
+        parts = _filled([_laid("", each, ",", room) for each in value], room)
+    return [before + opened, *(STEP + line for part in parts for line in part), closed + after]
+
+
+def _filled(parts: Sequence[list[str]], room: int) -> list[list[str]]:
+    """Join parts of one line each as long as there is room."""
+    lines: list[list[str]] = []
+    for part in parts:
+        if lines and len(part) == len(lines[-1]) == 1:
+            joined = f"{lines[-1][0]} {part[0]}"
+            if measured(joined) <= room:
+                lines[-1] = [joined]
+                continue
+        lines.append(part)
+    return lines
 
 
 def _tensor(

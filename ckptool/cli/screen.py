@@ -48,11 +48,14 @@ def shortened(text: str, width: int) -> str:
 def wrapped(line: str, width: int | None) -> list[str]:
     """Break a line between words, and a word that is too long anywhere; what follows is indented.
 
-    Nothing is left out: it may be what a file would run.
+    Nothing is left out: it may be what a file would run. Of an indent that leaves no room, as that
+    of a deep value, the rest is.
     """
     if width is None or measured(line) <= width:
         return [line]
-    indent = line[: len(line) - len(line.lstrip())]
+    width = max(width, LEAST)
+    indent = line[: min(len(line) - len(line.lstrip()), width - LEAST)]
+    line = indent + line.lstrip()
     lines, current = [], ""
     for gap, atom in _ATOM.findall(line):
         if measured(current + gap + atom) > width and current.strip():
@@ -71,10 +74,12 @@ def table(
     width: int | None,
     right: Sequence[int] = (),
     spare: Sequence[int] = (),
+    key: int | None = None,
 ) -> list[str]:
     """Align columns within a width, if any; those in `right` are numbers, which are never cut.
 
-    Of `spare` columns the first are left out where keys would be cut to less than `ENOUGH`.
+    Of `spare` columns the first are left out where keys would be cut to less than `ENOUGH`. What
+    holds spaces is a sentence, which wraps, but in the column that has keys.
     """
     natural = _natural(rows)
     if width is None or sum(natural) + len(MORE) * (len(natural) - 1) <= width:
@@ -88,7 +93,8 @@ def table(
         widths = fitted(wanted, width, right_now)
         if all(got >= min(size, ENOUGH) for got, size in zip(widths, wanted, strict=True)):
             break
-    cut = [line for row in rows for line in pieces([row[at] for at in shown], widths)]
+    names = shown.index(key) if key is not None else None
+    cut = [line for row in rows for line in pieces([row[at] for at in shown], widths, names)]
     return aligned(cut, right_now)
 
 
@@ -102,6 +108,7 @@ def listed(
     width: int | None,
     right: Sequence[int] = (),
     spare: Sequence[int] = (),
+    key: int = 0,
 ) -> list[str]:
     """Write rows below a head for people, with tabs between for programs, who have no width.
 
@@ -112,7 +119,7 @@ def listed(
     kept = [at for at in range(len(head)) if at not in spare or any(row[at] for row in rows)]
     chosen = [[row[at] for at in kept] for row in (head, *rows)]
     right, spare = ([kept.index(at) for at in each if at in kept] for each in (right, spare))
-    return table(chosen, width, right, spare)
+    return table(chosen, width, right, spare, kept.index(key))
 
 
 def fitted(natural: Sequence[int], width: int, right: Sequence[int] = ()) -> list[int]:
@@ -131,17 +138,20 @@ def fitted(natural: Sequence[int], width: int, right: Sequence[int] = ()) -> lis
     return widths
 
 
-def pieces(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
-    """Divide a row in those of a screen: sentences wrap, keys are cut, paths go before the rest."""
-    cells = [_cell(cell, width) for cell, width in zip(row, widths, strict=True)]
+def pieces(row: Sequence[str], widths: Sequence[int], key: int | None = None) -> list[list[str]]:
+    """Divide a row in those of a screen: sentences wrap; keys, which may hold spaces, are cut."""
+    cells = [
+        _cell(cell, width, wraps=at != key)
+        for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
     height = max(map(len, cells))
     return [[cell[at] if at < len(cell) else "" for cell in cells] for at in range(height)]
 
 
-def _cell(cell: str, width: int) -> list[str]:
+def _cell(cell: str, width: int, *, wraps: bool) -> list[str]:
     if measured(cell) <= width:
         return [cell]
-    if " " in cell.strip() and not cell.startswith("["):
+    if wraps and " " in cell.strip() and not cell.startswith("["):
         return [line.removeprefix(MORE) for line in wrapped(cell, width)]
     return [shortened(cell, width)]
 

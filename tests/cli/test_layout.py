@@ -83,6 +83,28 @@ def test_sentences_lose_nothing() -> None:
         )
 
 
+@pytest.mark.parametrize("width", range(1, 40))
+def test_a_deep_indent_leaves_room(width: int) -> None:
+    """A value may be deeper than the terminal is wide, which may be of hardly any width."""
+    for text in ("'a name': 'a value of words'", "编码" * 20, "x" * 90, "{'path': '" + "y" * 90):
+        lines = screen.wrapped(" " * 60 + text, width)
+        assert "".join("".join(lines).split()) == "".join(text.split())
+        assert max(map(columns, lines)) <= max(width, screen.LEAST)
+
+
+def test_a_key_with_spaces_is_a_row() -> None:
+    """Lightning's callbacks have such keys, and paths in them."""
+    key = "callbacks.ModelCheckpoint{'monitor': 'val_loss', 'mode': 'min'}./a/b/best one.ckpt"
+    rows = [(key, "F32", "[300, 86]", "100.8 KiB"), ("w", "F32", "[]", "4 B")]
+    head = ("KEY", "DTYPE", "SHAPE", "SIZE")
+    lines = screen.listed(head, rows, WIDTH)
+    assert [line.split()[-1] for line in lines] == ["SIZE", "KiB", "B"]
+    assert max(map(columns, lines)) <= WIDTH
+    last = ("equal", key, "differs in a sentence that is long enough to be broken in two, or three")
+    lines = screen.listed(("WHAT", "KEY", "DIFFERENCE"), [last], 60, key=1)
+    assert "".join(line[-18:] for line in lines).replace(" ", "").endswith("intwo,orthree")
+
+
 def test_a_page_is_laid_out_anew() -> None:
     text = (
         "# a: b\n\nOne line of\nwords that go on.\n\n- an item of\n  two lines\n- another\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import shutil
@@ -124,6 +125,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, content in files.items():
         torch.save(content, folder / name)
+    deep: object = {"of_the_innermost": [*range(40)]}
+    for level in range(30):
+        deep = {f"a_module_of_level_{level}": deep, "hooks": "several words in one value"}
+    callback = "ModelCheckpoint{'monitor': 'val_loss', 'mode': 'min', 'every_n_epochs': 1}"
+    best = {"/home/user/packages/checkpoints/best epoch=0.ckpt": torch.ones(())}
+    entries = {"state_dict": layers(3), "callbacks": {callback: best}, "hyper_parameters": deep}
+    torch.save(entries, folder / "callbacks.ckpt")
     for name in ("zero3_ranks", "dcp", "sharded_safetensors"):
         shutil.copytree(FIXTURES / "good" / name, folder / name)
     for name in ("dino.pth", "whole_model.pth", "optimizer.pth", "every_dtype.pth", "tied.pth"):
@@ -139,9 +147,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FILES = (
-    "dp.pth.tar layers.pth wide.pth long.pth dino.pth whole_model.pth optimizer.pth tied.pth "
-    "every_dtype.pth zero3_ranks dcp sharded_safetensors eval_in_namespace.pth crc_mismatch.pth "
-    "html_page.pth absent.pth"
+    "dp.pth.tar callbacks.ckpt layers.pth wide.pth long.pth dino.pth whole_model.pth "
+    "optimizer.pth tied.pth every_dtype.pth zero3_ranks dcp sharded_safetensors "
+    "eval_in_namespace.pth crc_mismatch.pth html_page.pth absent.pth"
 ).split()
 EACH = (
     "keys {}",
@@ -178,6 +186,7 @@ ONCE = (
     "recipe llama-2-7b-meta-to-hf",
     "diff layers.pth more.pth",
     "diff dp.pth.tar ten.pth --ignore-prefix auto",
+    "show callbacks.ckpt hyper_parameters",
     "transfer -n more.pth out.pth --like layers.pth",
     "check .",
     "diff one.pth two.pth",
@@ -236,6 +245,21 @@ def test_off_a_terminal_every_key_is_whole(folder: Path, run: Run, file: str) ->
     assert {line.split("\t")[1] for line in lines} >= set(entries)
     lines = run("add-prefix", "-n", path, "out.pth").out.splitlines()
     assert [line for line in lines if line.startswith("- ")] == [f"- {key}" for key in keys]
+
+
+def test_keys_with_spaces_and_paths_keep_their_rows(folder: Path, show: Show) -> None:
+    head, *rows = show("keys", "-q", "--all", folder / "callbacks.ckpt")
+    assert max(map(columns, [head, *rows])) <= WIDTH
+    assert all(row[head.index("DTYPE") :].startswith(("F32", "BF16")) for row in rows)
+
+
+def test_a_deep_value_goes_on_below_its_name(folder: Path, show: Show) -> None:
+    lines = show("show", folder / "callbacks.ckpt", "hyper_parameters")
+    assert lines[:3] == ["{", "  'a_module_of_level_29': {", "    'a_module_of_level_28': {"]
+    assert max(map(columns, lines)) <= WIDTH
+    wanted = repr(torch.load(folder / "callbacks.ckpt")["hyper_parameters"])
+    said, wanted = ("".join(text.split()) for text in ("".join(lines), wanted))
+    assert ast.literal_eval(said) == ast.literal_eval(wanted)
 
 
 # Folding.
