@@ -18,7 +18,8 @@ def widen(fd: int) -> None:
     with suppress(ImportError, AttributeError, OSError):  # no Linux, no pipe, too many of them
         import fcntl
 
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, ROOM)
+        if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < ROOM:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, ROOM)
 
 
 class Pipe(str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
 
 from ckptool.errors import EditError
 from ckptool.records import dataclass
@@ -13,7 +12,6 @@ from ckptool.text import counted, listed, shape as shown
 
 MAX_DIGITS = 18  # of a row, and of a number in a key
 Patterns = str | Iterable[str]
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ def tensor_of(entries: Entries, key: str) -> TensorInfo:
     return value
 
 
-def tried(name: str, make: Callable[[], Made]) -> Made:
+def tried(name: str, make: Callable[[], TensorInfo]) -> TensorInfo:
     """Return a value; raises `EditError`, with its name, where it cannot be made."""
     try:
         return make()

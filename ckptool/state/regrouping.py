@@ -69,7 +69,10 @@ def _parted(
         for key, held in _matches(source, entries, optional=optional):
             value = tensor_of(entries, key)
             if value.view not in known:
-                known[value.view] = tried(key, lambda value=value: parts(value))  # type: ignore[misc]
+                try:
+                    known[value.view] = parts(value)
+                except ValueError as error:
+                    raise EditError(f"{key}: {error}") from None
             made = enumerate(known[value.view])
             groups.append(Group((key,), tuple((name(held, at), each) for at, each in made)))
         return changed(step, source.template.text, entries, groups, what)
