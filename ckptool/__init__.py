@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         check as check,
         convert as convert,
         download as download,
+        info as info,
         keys as keys,
         strip_prefix as strip_prefix,
         unwrap as unwrap,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from ckptool.verbs.options import WriteOptions as WriteOptions
     from ckptool.verbs.plan import Dropped as Dropped
     from ckptool.verbs.showing import Shown as Shown, show as show
-    from ckptool.verbs.suggestions import info as info
     from ckptool.verbs.surgery import Rewrite as Rewrite, Shard as Shard
     from ckptool.verbs.survey import Suggestion as Suggestion, Survey as Survey
     from ckptool.verbs.transfer import transfer as transfer
@@ -60,7 +60,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "ckptool.verbs.api": "add_prefix check convert download keys strip_prefix unwrap",
+        "ckptool.verbs.api": "add_prefix check convert download info keys strip_prefix unwrap",
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checked": "Checked Status",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
@@ -83,7 +83,6 @@ _PUBLIC = {
         "ckptool.verbs.plan": "Dropped",
         "ckptool.verbs.showing": "Shown show",
         "ckptool.verbs.surgery": "Rewrite Shard",
-        "ckptool.verbs.suggestions": "info",
         "ckptool.verbs.survey": "Suggestion Survey",
         "ckptool.verbs.transfer": "transfer",
         "ckptool.tensors.tensor": "TensorInfo",

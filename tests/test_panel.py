@@ -10,7 +10,7 @@ import pytest
 from conftest import FIXTURES, sampled
 
 import ckptool
-from ckptool.verbs.checking import Checked, Status
+from ckptool.verbs.checked import Checked, Status
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 

@@ -32,6 +32,7 @@ from ckptool.errors import (
 )
 from ckptool.state import edits
 from ckptool.verbs import checking, surgery
+from ckptool.verbs.checked import Status
 from ckptool.verbs.surgery import Options, Rewrite
 
 torch = pytest.importorskip("torch")
@@ -179,10 +180,10 @@ def test_crc_zero_in_storages_alone_means_written_later(source: Path, out: Path)
     rewrite(source, out)
     assert judge.same(judge.load(source), judge.load(out)) == []
     checked = checking.check(source)
-    assert checked.status is checking.Status.OK
+    assert checked.status is Status.OK
     assert f"no checksums recorded for {len(data)} records" in checked.not_checked[0]
     source.write_bytes(source.read_bytes().replace(b"OrderedDict", b"OrderedDicT"))
-    assert checking.check(source).status is not checking.Status.OK
+    assert checking.check(source).status is not Status.OK
 
 
 def test_crc_zero_on_one_record_alone_is_damage(source: Path, out: Path) -> None:

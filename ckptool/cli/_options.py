@@ -261,8 +261,10 @@ def _decorated(
 def edits(*options: str) -> Callable[[Function], Function]:
     """Give a command options for edits; for all that there are where none is named."""
     specs = {spec.option: spec for spec in EDITS}
-    chosen = [specs[option] for option in options or specs]
-    made = [click.option(e.option, multiple=True, metavar=e.metavar, help=e.help) for e in chosen]
+    made = [
+        click.option(spec.option, multiple=True, metavar=spec.metavar, help=spec.help)
+        for spec in (specs[option] for option in options or specs)
+    ]
     return lambda function: _decorated(function, made)
 
 

@@ -35,9 +35,9 @@ def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) ->
 
 def _show(file: str, put: Put, *, at: str | None, as_json: bool) -> None:
     from ckptool.cli import report_info
-    from ckptool.verbs import suggestions
+    from ckptool.verbs import api
 
-    facts = suggestions.info(file, at=at)
+    facts = api.info(file, at=at)
     width = talk.columns()
     lines = report_info.info_table(facts, width) if width else report_info.info_rows(facts)
     put(facts.to_dict() if as_json else lines)

@@ -52,6 +52,7 @@ _NEW_OBJECT = {Global("copyreg", "__newobj__"), Global("copy_reg", "__newobj__")
 NOT_LAZY: frozenset[str] = frozenset()
 _QUANTIZED = Global(UTILS, "_rebuild_qtensor")
 _TYPE_TAG = Global("torch.jit._pickle", "restore_type_tag")
+# Compiled when first used: few files have ids of protocol 0, and a listing writes none.
 _PROTOCOL_0_ID = (
     r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^']*)', '([^']*)', (\d+)(?:, (None))?\)"
 )

@@ -1,4 +1,4 @@
-"""The verbs of the command line as functions: its names, and the results that its JSON is made of.
+"""Verbs of the command line as functions, but for those that have a file of their own name.
 
     import ckptool
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from ckptool.files.download import Downloaded
     from ckptool.verbs.checked import Checked
     from ckptool.verbs.listing import Listing
+    from ckptool.verbs.survey import Survey
 
 
 def keys(
@@ -62,6 +63,25 @@ def keys(
 
     listed = listing.listing(containers.read(path, alone=all), at, every=all)
     return listing.chosen(listed, select, sort, progress if stats else None)
+
+
+def info(path: str | Path, *, at: str | None = None) -> Survey:
+    """Describe what a file is, what is in it, and which commands would help.
+
+    Several state_dicts are all described, unless `at` chooses. Raises what reading raises
+    (`FormatError`), and `NoSuchKey`.
+
+    >>> survey = ckptool.info("model_best.pth.tar")
+    >>> survey.total.count, survey.to_dict()["safety"]
+    (8, 'plain')
+    >>> survey.suggestions[0].command
+    'ckptool strip-prefix model_best.pth.tar model_best.stripped.pth'
+    """
+    from ckptool.verbs import survey
+    from ckptool.verbs.suggestions import suggestions
+
+    facts = survey.survey(containers.read(path, alone=True), at)
+    return replace(facts, suggestions=tuple(suggestions(facts)))
 
 
 def check(

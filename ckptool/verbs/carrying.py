@@ -10,6 +10,8 @@ from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.verbs.options import Options
 
+SHOWN = 6  # foreign names in a note
+
 
 def judge(
     source: Checkpoint, container: str, options: Options, *, bare: bool
@@ -37,8 +39,8 @@ def judge(
     return warnings, [f"copied unchanged: {_names(carried)}"] if carried.foreign else []
 
 
-def _names(verdict: safety.Verdict, limit: int = 6) -> str:
-    """List foreign names in a few words."""
-    shown = [str(each) for each in verdict.foreign]
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(shown[:limit]) + more
+def _names(verdict: safety.Verdict) -> str:
+    """List foreign names in a few words, as they are in the file."""
+    names = [str(each) for each in verdict.foreign]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -46,7 +46,7 @@ from ckptool.tensors.counts import Tally
 from ckptool.text import argument, at_most, counted, listed, parse_size, readable
 from ckptool.verbs import indices
 from ckptool.verbs.casting import Cast, losses, of_checkpoint
-from ckptool.verbs.checked import BYTES_UNSEEN, Checked as Checked, Status as Status
+from ckptool.verbs.checked import BYTES_UNSEEN, Checked, Status
 from ckptool.verbs.finite import floating, not_finite
 from ckptool.verbs.ledger import unused_nbytes
 
@@ -120,13 +120,13 @@ def check(
         found.too_large = f"more than {readable(most)}"
     _structure(checkpoint, found)
     _checksums(checkpoint, found, step)
-    if not finite:
-        found.not_checked.append("NaN and infinity (--finite looks for them)")
-    with _noting(Malformed, checkpoint, found):
-        if finite:
+    if finite:
+        with _noting(Malformed, checkpoint, found):
             _floats(checkpoint, found, step)
-    with _noting(Malformed, checkpoint, found):
-        if cast is not None:
+    else:
+        found.not_checked.append("NaN and infinity (--finite looks for them)")
+    if cast is not None:
+        with _noting(Malformed, checkpoint, found):
             _losses(cast, found, step)
     if hashed:
         _hash(file, said, sha256, found, lambda total: step)

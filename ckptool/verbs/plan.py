@@ -139,9 +139,7 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
         )
     if state is not None and state.module and not bare:
         _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
-    keys = (
-        state.entries if state else dict.fromkeys(name for name, _ in walk.named(checkpoint.tree))
-    )
+    keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
     plan.key_map, plan.edit = edits.apply(steps, keys, argument(checkpoint, options))
     plan.notes = list(checkpoint.notes)
     lost = [key for cast in plan.key_map.casts for key in cast.stripped]
@@ -177,6 +175,10 @@ def argument(checkpoint: Checkpoint, options: Options) -> str:
     """Write the input as a command takes it, with the place that was chosen."""
     at = f"--at {quoted(options.at)} " if options.at is not None else ""
     return f"{at}{text.argument(checkpoint.path)}"
+
+
+def _all_keys(checkpoint: Checkpoint) -> list[str]:
+    return [name for name, _ in walk.named(checkpoint.tree)]
 
 
 def _refuse_attributes(
@@ -318,7 +320,7 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
         plan.checkpoint = replace(plan.checkpoint, tree=tree)
         if plan.state is None:
             plan.not_carried += left
-            here = {name for name, _ in walk.named(plan.checkpoint.tree)}
+            here = set(_all_keys(plan.checkpoint))
             gone = [key for key in plan.key_map.written if key not in here]
             _drop(plan, dict.fromkeys(gone, "needs what is not plain"))
         else:

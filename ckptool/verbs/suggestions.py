@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.files import paths
@@ -22,10 +20,7 @@ from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without, worn
 from ckptool.tensors.tensor import CompositeTensor
 from ckptool.text import HIDDEN, argument, counted, listed, percent, quoted, readable
-from ckptool.verbs.survey import Beside, Place, Suggestion, Survey, survey
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from ckptool.verbs.survey import Beside, Place, Suggestion, Survey
 
 WORTH = 0.1  # share of the file from which what is beside the weights is worth leaving out
 LOST = 0.01  # share of the file from which bytes that nothing uses are
@@ -47,22 +42,6 @@ class Advice:
     options: tuple[str, ...] = ()
     tag: str = ""
     suffix: str = ""
-
-
-def info(path: str | Path, *, at: str | None = None) -> Survey:
-    """Describe what a file is, what is in it, and which commands would help.
-
-    Several state_dicts are all described, unless `at` chooses. Raises what reading raises
-    (`FormatError`), and `NoSuchKey`.
-
-    >>> survey = ckptool.info("model_best.pth.tar")
-    >>> survey.total.count, survey.to_dict()["safety"]
-    (8, 'plain')
-    >>> survey.suggestions[0].command
-    'ckptool strip-prefix model_best.pth.tar model_best.stripped.pth'
-    """
-    facts = survey(containers.read(path, alone=True), at)
-    return replace(facts, suggestions=tuple(suggestions(facts)))
 
 
 def suggestions(facts: Survey) -> list[Suggestion]:

@@ -17,7 +17,7 @@ import pytest
 
 import ckptool
 from ckptool.verbs import checking
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Status
 
 torch = pytest.importorskip("torch")
 Run = Callable[..., Any]

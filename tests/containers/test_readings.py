@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import ckptool
 from ckptool.files.fileio import Reader
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Status
 
 RUN = b"cposix\nsystem\n(X\4\0\0\0trueltR."
 

@@ -27,7 +27,7 @@ from ckptool.errors import (
 from ckptool.state.checkpoint import Checkpoint, text_items
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import TensorInfo
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Status
 from ckptool.verbs.surgery import Options, rewrite
 
 torch = pytest.importorskip("torch")

@@ -12,7 +12,7 @@ import pytest
 from conftest import FIXTURES
 
 from ckptool.verbs import checking
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Status
 
 torch = pytest.importorskip("torch")
 Run = Callable[..., Any]

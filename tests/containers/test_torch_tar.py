@@ -21,7 +21,7 @@ from ckptool.files import tars
 from ckptool.files.fileio import Reader
 from ckptool.state import checkpoint as places
 from ckptool.verbs import surgery
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Status
 from ckptool.verbs.surgery import Options
 
 torch = pytest.importorskip("torch")

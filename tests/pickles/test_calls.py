@@ -22,7 +22,7 @@ from ckptool.pickles.names import Level
 from ckptool.pickles.safety import judge
 from ckptool.pickles.tree import children
 from ckptool.verbs import checking
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Status
 
 sys.path.append(str(FIXTURES))
 

@@ -29,7 +29,7 @@ from ckptool.tensors.counts import Tally
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import FLOATS, swap, tally
 from ckptool.verbs import checking
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Checked, Status
 
 Run = Callable[..., Outcome]
 
@@ -554,7 +554,7 @@ def test_a_defect_at_one_file_hides_no_other(
 ) -> None:
     before = checking.check
 
-    def broken(path: str, **how: Any) -> checking.Checked:
+    def broken(path: str, **how: Any) -> Checked:
         if path == "bad.pth":
             raise ZeroDivisionError("division by zero")
         return before(path, **how)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ckptool
-from ckptool.verbs.checking import Status
+from ckptool.verbs.checked import Status
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYOUTS = {
