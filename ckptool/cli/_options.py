@@ -152,7 +152,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
         help="Leave out other entries of the file: optimizer, '*scheduler*'.",
     ),
     click.option("--keep-records", is_flag=True, help="Keep extra records of a torch zip."),
-    click.option("--force", is_flag=True, help="Replace OUT if it exists."),
+    click.option("--force", is_flag=True, help="Replace an existing OUT (otherwise an error)."),
     _IN_PLACE,
     click.option("-n", "--dry-run", is_flag=True, help="Print the plan, write nothing."),
     *_ANSWERS,

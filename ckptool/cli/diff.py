@@ -94,7 +94,7 @@ def command(
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path, quiet=quiet) as progress:
         for checkpoint in (first, second):
-            talk.warn_once(report.danger_lines(checkpoint))
+            talk.warn_if_any(report.danger_lines(checkpoint))
         found = compare.compared(first, second, asked, progress.begin)
     if sort == "far":
         found = found.farthest_first()

@@ -87,7 +87,7 @@ def _show(
         begin = progress.begin if stats else None
         cells = talk.on_terminal() and not as_json
         found = listing.chosen(found, select, sort, begin, cells=cells)
-    talk.warn_once(report.danger_lines(checkpoint))
+    talk.warn_if_any(report.danger_lines(checkpoint))
     put(found.to_dict() if as_json else _lines(found, stats=stats, **form))
     talk.say(report.listing_lines(found, every=every), quiet=quiet)
 

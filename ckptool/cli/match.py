@@ -20,7 +20,7 @@ AMBIGUOUS = 1
 @click.option("--model", metavar="SPEC", help="Or a model: resnet18, timm:NAME, file.py:factory.")
 @click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="For the model's factory.")
 @click.option("-o", "--output", "target", metavar="FILE", help="Recipe file to write.")
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--force", is_flag=True, help="Replace an existing FILE (otherwise an error).")
 @click.option("--at", metavar="NAME", help="Where the state_dict of A sits (dotted).")
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @answers

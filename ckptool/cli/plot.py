@@ -57,7 +57,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
     metavar="WxH",
     help="Pixels of a PNG, 160 to an inch.",
 )
-@click.option("--force", is_flag=True, help="Replace PICTURE if it exists.")
+@click.option("--force", is_flag=True, help="Replace an existing PICTURE (otherwise an error).")
 @answers
 def command(
     file: str,
@@ -101,7 +101,7 @@ def command(
     )
     sources = [containers.read(path) for path in (file, other) if path is not None]
     for checkpoint in sources:
-        talk.warn_once(report.danger_lines(checkpoint))
+        talk.warn_if_any(report.danger_lines(checkpoint))
     with pictures.drawing():
         pass  # or refuse before values are read
     with talk.Progress(target, quiet=quiet) as progress:

@@ -260,7 +260,7 @@ def warn(line: str, *evidence: str) -> None:
         _warned.append("; ".join([line, *map(str.strip, evidence)]))
 
 
-def warn_once(lines: Sequence[str]) -> None:
+def warn_if_any(lines: Sequence[str]) -> None:
     """Write a warning, its first line, and what shows it, the others; nothing of none."""
     if lines:
         warn(*lines)

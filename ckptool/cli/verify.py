@@ -130,4 +130,4 @@ def _warn(path: str) -> None:
     from ckptool.files import budget
 
     with suppress(CkptoolError), budget.run(anew=True):
-        talk.warn_once(report.danger_lines(containers.read(path)))
+        talk.warn_if_any(report.danger_lines(containers.read(path)))
