@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # a file that is read as it is needs none of it
 
 
 ATTEMPTS = 20
+PAUSE = 0.005  # seconds before the second; they grow, or a writer in a loop wins each time
 
 
 @budget.run()
@@ -70,7 +72,8 @@ def _read_whole(path: str, plugins: bool, alone: bool, values: str) -> tuple[Che
     Returns the file that was read first, too.
     """
     shown, reader = path if paths.is_url(path) else str(path), None
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE * attempt)
         before = _node(shown)
         try:
             is_folder = paths.is_folder(shown)
