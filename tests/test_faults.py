@@ -37,6 +37,7 @@ def survived(*arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_every_command_survives_a_sample_of_faults() -> None:
     told = survived("--every", str(SAMPLE * step(3)), "--coarse", str(step(6)))
     numbers = [int(number) for number in re.findall(r"\d+", told)]
@@ -44,6 +45,7 @@ def test_every_command_survives_a_sample_of_faults() -> None:
     assert min(numbers[1:4]) > 20 // step(5)  # refused, killed, overcome
 
 
+@pytest.mark.long
 def test_one_command_survives_every_fault() -> None:
     """With `--all` every fault; else one in twenty."""
     jobs = [word for job in WHOLE for word in ("--job", job)]

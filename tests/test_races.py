@@ -14,6 +14,7 @@ from conftest import environment, step
 SCRIPT = Path(__file__).parent / "faults/races.py"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 @pytest.mark.parametrize("kind", ["kill", "race", "replaced"])
 def test_whatever_comes_between_no_message_is_wrong(kind: str) -> None:
