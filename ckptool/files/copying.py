@@ -13,6 +13,7 @@ import os
 from _thread import LockType, allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from mmap import mmap
 from typing import NamedTuple
 
@@ -29,9 +30,10 @@ from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
-TASK = 8 * CHUNK  # of many chunks: two threads wait for the interpreter and for each other less
+AT_ONCE = 8  # two threads wait for the interpreter and for each other less
+TASK = AT_ONCE * CHUNK
 WORKERS = 2
-SMALL = CHUNK // 8  # copies up to this size are moved many at a time
+SMALL = CHUNK // 8  # parts up to this size are read many at a time
 NEAR = 4096  # between two of them, where headers and padding are
 
 Progress = Callable[[int], None]  # bytes copied since the last call
@@ -141,17 +143,21 @@ class _Task(NamedTuple):
     job: Copy
     start: int
     nbytes: int
+    place: int  # in the output; of what is only read, in a row of all that is
     grain: int = CHUNK
 
+    @property
+    def source(self) -> int:
+        """Where the part begins in its file."""
+        return self.job.storage.start + self.job.start + self.start
 
-class _Batch(NamedTuple):
-    """Small copies that are close together and in order, both where they are read and written.
+    @property
+    def end(self) -> int:
+        """Where in the output the part ends."""
+        return self.place + self.nbytes
 
-    `first` is the number of the first of them.
-    """
 
-    first: int
-    jobs: list[Copy]
+_Block = list[_Task]  # parts in order and close together in one chunk of the output
 
 
 def run_jobs(
@@ -293,7 +299,7 @@ class _Run:
                 self._error = self._error or error
 
     def _work(self) -> None:
-        # Of whole pages: the kernel copies them faster. The second half is for batches alone.
+        # Of whole pages: the kernel copies them faster. The second half is for blocks alone.
         buffer = memoryview(mmap(-1, 2 * CHUNK))
         ahead = Ahead()
         while self._error is None:
@@ -301,15 +307,19 @@ class _Run:
                 task = next(self._tasks, None)
             if task is None:
                 return
-            if isinstance(task, _Batch):
-                self._copy(task.jobs, task.first, buffer)
+            if isinstance(task, _Task):
+                self._account(task, self._do(task, buffer, ahead))
+                self._progress(task.nbytes)
+                self._write_back.reached(task.end)
                 continue
-            self._account(task, self._do(task, buffer, ahead))
-            self._progress(task.nbytes)
-            self._write_back.reached((task.job.target or 0) + task.start + task.nbytes)
+            for block in task:
+                self._copy(block, buffer)
 
     def _account(self, task: _Task, part: Done) -> None:
         """Add a part to what its job has done, as soon as all before it is done."""
+        if part.nbytes == task.job.nbytes:
+            self.done[task.number] = part
+            return
         with self._lock:
             self._ahead[task.number, task.start] = part
             done = self.done[task.number]
@@ -317,43 +327,61 @@ class _Run:
                 done = done.followed_by(following)
             self.done[task.number] = done
 
-    def _copy(self, jobs: list[Copy], first: int, buffer: memoryview[int]) -> None:
-        """Read and write a batch as a whole; each of its jobs answers for its own bytes."""
-        begin, place = _source(jobs[0]), jobs[0].target
-        source = buffer[: _source(jobs[-1]) + jobs[-1].nbytes - begin]
-        self.readers[jobs[0].storage.path].read_into(source, begin)
-        starts = [_source(job) - begin for job in jobs]
-        parts = [source[at : at + job.nbytes] for at, job in zip(starts, jobs, strict=True)]
+    def _copy(self, block: _Block, buffer: memoryview[int]) -> None:
+        """Read the parts of a block, and write it as a whole; each answers for its own bytes."""
+        begin = block[0].place
+        data, spare = buffer[: block[-1].end - begin], buffer[CHUNK:]
+        parts = [data[task.place - begin : task.end - begin] for task in block]
+        for first, end in _near(block):
+            self._read_near(block[first:end], parts[first:end], data, spare)
         done = [Done(crc32(part), len(part)) for part in parts]
-        if place is not None and self._target is not None:
-            self._write_batch(self._target, place, jobs, parts, done, buffer[CHUNK:])
-        self.done[first : first + len(jobs)] = done
+        if self._target is not None and block[0].job.target is not None:
+            self._write_block(self._target, block, parts, done, data, spare)
+        for task, each in zip(block, done, strict=True):
+            self._account(task, each)
         self._progress(sum(map(len, parts)))
-        self._write_back.reached((place or 0) + len(source))
+        self._write_back.reached(block[-1].end)
 
-    def _write_batch(
+    def _read_near(
+        self,
+        tasks: list[_Task],
+        parts: list[memoryview[int]],
+        block: memoryview[int],
+        spare: memoryview[int],
+    ) -> None:
+        """Fill parts of a block that are close together in their file, by one call."""
+        reader, begin = self.readers[tasks[0].job.storage.path], tasks[0].source
+        if len(tasks) == 1:
+            reader.read_into(parts[0], begin)
+            return
+        source = spare[: tasks[-1].source + tasks[-1].nbytes - begin]
+        reader.read_into(source, begin)
+        for task, part in zip(tasks, parts, strict=True):
+            part[:] = source[task.source - begin :][: len(part)]
+
+    def _write_block(
         self,
         target: Sink,
-        place: int,
-        jobs: list[Copy],
+        block: _Block,
         parts: list[memoryview[int]],
         done: list[Done],
-        buffer: memoryview[int],
+        data: memoryview[int],
+        spare: memoryview[int],
     ) -> None:
         """Write the parts with zeros between them; each of them is read back, where it can be."""
         if isinstance(target, Stream):
-            for job, part in zip(jobs, parts, strict=True):
-                target.write(part, job.target or 0)
+            for task, part in zip(block, parts, strict=True):
+                target.write(part, task.place)
             return
-        ranges = [slice(start := (job.target or 0) - place, start + job.nbytes) for job in jobs]
-        written = buffer[: ranges[-1].stop]
-        written[:] = bytes(len(written))
-        for where, part in zip(ranges, parts, strict=True):
-            written[where] = part
-        write_at(target, written, place)
-        read_back(target, written, place)
-        if [crc32(written[where]) for where in ranges] != [each.crc32 for each in done]:
-            raise OSError(errno.EIO, _READS_OTHERWISE)
+        begin = block[0].place
+        for task, following in pairwise(block):
+            data[task.end - begin : following.place - begin] = bytes(following.place - task.end)
+        write_at(target, data, begin)
+        written = spare[: len(data)]
+        read_back(target, written, begin)
+        for task, each in zip(block, done, strict=True):
+            if crc32(written[task.place - begin : task.end - begin]) != each.crc32:
+                raise OSError(errno.EIO, _READS_OTHERWISE)
 
     def _do(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Done:
         job = task.job
@@ -363,7 +391,7 @@ class _Run:
             blocks = _clipped(data, job.start, job.nbytes)
         else:
             blocks = self._read(task, buffer, ahead)
-        return self._write(blocks, None if job.target is None else job.target + task.start, buffer)
+        return self._write(blocks, None if job.target is None else task.place, buffer)
 
     def _read(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
         """Yield what is read into the buffer, a grain after the other."""
@@ -411,22 +439,76 @@ def _start(work: Callable[[LockType], None], lock: LockType) -> None:
         raise MemoryError(str(error)) from error
 
 
-def _tasks(jobs: Sequence[Copy]) -> Iterator[_Task | _Batch]:
-    batches, batch = _are_in_order(jobs), list[Copy]()
-    for index, job in enumerate(jobs):
-        if batch and not _follows(job, batch):
-            yield _Batch(index - len(batch), batch)
-            batch = []
-        if batches and _is_small(job):
-            batch.append(job)
-        elif job.storage.packing is Packing.DEFLATED:
-            yield _Task(index, job, 0, job.nbytes)
+def _tasks(jobs: Sequence[Copy]) -> Iterator[_Task | list[_Block]]:
+    """Cut jobs into what one thread does at once.
+
+    What is copied just so, to places in order, makes blocks of the output; each is written by one
+    call, wherever its parts are read.
+    """
+    in_order, blocks = _are_in_order(jobs), list[_Block]()
+    for number, job in enumerate(jobs):
+        if in_order and job.storage.packing is Packing.PLAIN:
+            for task in _parts(number, job, blocks[-1][-1] if blocks else None):
+                if blocks and _fits(task, blocks[-1]):
+                    blocks[-1].append(task)
+                    continue
+                if sum(map(len, blocks)) >= AT_ONCE:
+                    yield blocks
+                    blocks = []
+                blocks.append([task])
+            continue
+        if blocks:
+            yield blocks
+            blocks = []
+        place = job.target or 0
+        if job.storage.packing is Packing.DEFLATED:
+            yield _Task(number, job, 0, job.nbytes, place)
         else:
-            task, size = grain(job.storage)
-            for start, end in _cuts(job, 0, job.nbytes, max(TASK, task) if size == CHUNK else task):
-                yield _Task(index, job, start, end - start, size)
-    if batch:
-        yield _Batch(len(jobs) - len(batch), batch)
+            task_size, size = grain(job.storage)
+            many = max(TASK, task_size) if size == CHUNK else task_size
+            for start, end in _cuts(job, 0, job.nbytes, many):
+                yield _Task(number, job, start, end - start, place + start, size)
+    if blocks:
+        yield blocks
+
+
+def _parts(number: int, job: Copy, last: _Task | None) -> Iterator[_Task]:
+    """Cut a job where the output has a multiple of a chunk.
+
+    What is only read is in a row behind the `last`, as far from it as in their file if it is near.
+    """
+    place = job.target
+    if place is None:
+        place = last.end if last else 0
+        source = job.storage.start + job.start
+        if last and last.job.storage.path == job.storage.path:
+            gap = source - last.source - last.nbytes
+            place += gap if 0 <= gap <= NEAR else 0
+    for start, end in _cuts(job, 0, job.nbytes, CHUNK):
+        yield _Task(number, job, start, end - start, place + start)
+
+
+def _fits(task: _Task, block: _Block) -> bool:
+    """Return whether a part is close behind the last of a block, in the same chunk."""
+    near = task.place - block[-1].end <= NEAR
+    return near and task.end <= (block[0].place // CHUNK + 1) * CHUNK
+
+
+def _near(block: _Block) -> Iterator[tuple[int, int]]:
+    """Yield the first and the end of small parts that are close together where they are read."""
+    first = 0
+    for at in range(1, len(block) + 1):
+        if at == len(block) or not _follows(block[at], block[at - 1], block[first]):
+            yield first, at
+            first = at
+
+
+def _follows(task: _Task, last: _Task, first: _Task) -> bool:
+    """Return whether a part can be read together with others, from the first to the last."""
+    if max(task.nbytes, last.nbytes) > SMALL or task.job.storage.path != last.job.storage.path:
+        return False
+    near = 0 <= task.source - last.source - last.nbytes <= NEAR
+    return near and task.source + task.nbytes - first.source <= CHUNK
 
 
 def _are_in_order(jobs: Sequence[Copy]) -> bool:
@@ -438,27 +520,6 @@ def _are_in_order(jobs: Sequence[Copy]) -> bool:
                 return False
             end = job.target + job.nbytes
     return True
-
-
-def _is_small(job: Copy) -> bool:
-    return job.storage.packing is Packing.PLAIN and 0 < job.nbytes <= SMALL
-
-
-def _source(job: Copy) -> int:
-    return job.storage.start + job.start
-
-
-def _follows(job: Copy, batch: list[Copy]) -> bool:
-    """Return whether a job is close behind the last of a batch, which is not full with it."""
-    head, last = batch[0], batch[-1]
-    if not _is_small(job) or job.storage.path != head.storage.path:
-        return False
-    start, end = _source(job), _source(last) + last.nbytes
-    near = 0 <= start - end <= NEAR and start + job.nbytes - _source(head) <= CHUNK
-    if job.target is None or last.target is None or head.target is None:
-        return near and job.target is last.target
-    gap, whole = job.target - last.target - last.nbytes, job.target + job.nbytes - head.target
-    return near and gap <= NEAR and whole <= CHUNK
 
 
 def _cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:

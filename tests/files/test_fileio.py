@@ -286,7 +286,7 @@ def test_bytes_that_nobody_moved_are_missed(
     output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = copying._tasks
-    monkeypatch.setattr(copying, "TASK", CHUNK)
+    monkeypatch.setattr(copying, "AT_ONCE", 1)
     monkeypatch.setattr(copying, "_tasks", lambda jobs: itertools.islice(real(jobs), 2))
     with pytest.raises(RuntimeError, match=f"{2 * CHUNK} of {len(DATA)} bytes"):
         run_jobs([Copy(stored, 0)], output, quiet)
@@ -401,6 +401,35 @@ def test_small_copies_that_nobody_moved_are_missed(
     monkeypatch.setattr(copying._Run, "_copy", lambda *_: None)
     with pytest.raises(RuntimeError, match="0 of 64 bytes"):
         run_jobs(small_copies(stored), output, quiet)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("reading", [False, True], ids=["written", "read"])
+def test_parts_of_several_files_make_one_output(
+    tmp_path: Path, output: int, seed: int, reading: bool
+) -> None:
+    """Of any length, in any order where they are read, with gaps between them in the output."""
+    random_ = random.Random(seed)
+    for name in "ab":
+        (tmp_path / name).write_bytes(DATA if name == "a" else DATA[::-1])
+    jobs, sums, expected = list[Copy](), list[Done](), bytearray()
+    near = 0
+    for number in range(60):
+        nbytes = random_.choice([0, 1, 64, 4000, copying.SMALL, copying.SMALL + 1, CHUNK + 77])
+        name, gap = random_.choice("ab"), random_.choice([0, 0, 5, 64, copying.NEAR + 1])
+        start = near if random_.random() < 0.5 else random_.randrange(len(DATA) - nbytes)
+        start = min(start, len(DATA) - nbytes)
+        near = start + nbytes + random_.choice([0, 0, 30])
+        data = (DATA if name == "a" else DATA[::-1])[start : start + nbytes]
+        expected += bytes(gap)
+        storage = Storage(str(tmp_path / name), str(number), start, nbytes)
+        jobs.append(Copy(storage, None if reading else len(expected)))
+        sums.append(Done(zlib.crc32(data), nbytes))
+        expected += data
+    assert run_jobs(jobs, output, quiet) == sums
+    assert written(tmp_path).ljust(len(expected), b"\0") == (
+        bytes(len(expected)) if reading else expected
+    )
 
 
 def joined(parts: Iterable[bytes]) -> Done:
