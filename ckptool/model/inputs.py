@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -82,8 +82,11 @@ class Inputs:
         return batch
 
 
-def make(spec: ModelLike, options: Options) -> Inputs:
-    """Make the inputs that the options describe; raises `BadInput` for what cannot be made."""
+def make(spec: ModelLike, options: Options, args: Mapping[str, Any] | None = None) -> Inputs:
+    """Make the inputs that the options describe, for a model made with `args`.
+
+    Raises `BadInput` for what cannot be made.
+    """
     if options.batch_size is not None and options.batch_size < 1:
         raise BadInput("a batch has at least one element")
     if sum((bool(options.shapes), options.picture is not None, options.folder is not None)) > 1:
@@ -93,7 +96,7 @@ def make(spec: ModelLike, options: Options) -> Inputs:
     elif options.folder is not None:
         made = _folder(spec, options.folder, options.batch_size or 32)
     else:
-        made = _random(spec, options)
+        made = _random(spec, options, args or {})
     return replace(made, seed=options.seed)
 
 
@@ -111,8 +114,8 @@ def dtype(name: str | None) -> Any:
 # Random.
 
 
-def _random(spec: ModelLike, options: Options) -> Inputs:
-    asked = [_shape(text) for text in several(options.shapes)] or [(default_shape(spec), "")]
+def _random(spec: ModelLike, options: Options, args: Mapping[str, Any]) -> Inputs:
+    asked = [_shape(text) for text in several(options.shapes)] or [(default_shape(spec, args), "")]
     if options.batch_size is not None:
         asked = [((options.batch_size, *sizes[1:]), kind) for sizes, kind in asked]
     torch = libraries.torch()
@@ -157,14 +160,45 @@ def known_shape(spec: ModelLike) -> bool:
     return bool(getattr(_transforms(spec), "crop_size", None))
 
 
-def default_shape(spec: ModelLike) -> tuple[int, ...]:
-    """Return the shape that a model was trained on, where torchvision's registry has it."""
+def default_shape(spec: ModelLike, args: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """Return the shape that a model takes, else the one that it was trained on where that is known.
+
+    torchvision's default weights may be of another size than the model without them.
+    """
     crop = getattr(_transforms(spec), "crop_size", None)
+    if args or crop != [DEFAULT_SHAPE[-1]]:
+        size = _fixed_size(spec, args or {})
+        if size:
+            return (*DEFAULT_SHAPE[:2], *size)
     if not crop:
         return DEFAULT_SHAPE
     builder = libraries.torchvision().models.get_model_builder(zoo.named(spec))
     frames = (16,) if "video" in builder.__module__ else ()
     return (1, 3, *frames, crop[0], crop[-1])
+
+
+def _fixed_size(spec: ModelLike, args: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the height and width that a model of torchvision or timm was made for, if it says so.
+
+    Those are `image_size` of torchvision's ViTs, `img_size` of timm's patches, and `input_size` of
+    its other models.
+    """
+    model: Any = spec
+    if isinstance(spec, str):
+        if not (spec.startswith(zoo.TIMM) or zoo.registered(spec)):
+            return None
+        try:
+            model = zoo.build(spec, args, "meta")
+        except BadInput:  # as of what cannot be made there
+            return None
+    patches = getattr(model, "patch_embed", None)
+    config = getattr(model, "default_cfg", None)
+    found = getattr(model, "image_size", None) or getattr(patches, "img_size", None)
+    if found is None and isinstance(config, dict):
+        found = config.get("input_size")
+    if isinstance(found, int):
+        return found, found
+    return (found[-2], found[-1]) if isinstance(found, tuple | list) and len(found) > 1 else None
 
 
 def _weights(spec: ModelLike) -> Any:

@@ -115,7 +115,7 @@ def layers(
             option="--input-shape 1,3,224,224",
             hint="or what the model takes, once for each argument",
         )
-    made = inputs.make(model, inputs.Options(shapes=shapes))
+    made = inputs.make(model, inputs.Options(shapes=shapes), model_args)
     found = _ran(model, model_args or {}, made, depth)
     if file is None:
         return found

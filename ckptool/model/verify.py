@@ -170,7 +170,7 @@ def _plan(
         other = replace(recipe, spec=options.candidate_model, args=options.candidate_args or {})
     elif options.candidate_args is not None:
         other = replace(recipe, args={**model_args, **options.candidate_args})
-    made = inputs.make(model, options.inputs)
+    made = inputs.make(model, options.inputs, model_args)
     return _Plan(left, right, recipe, other, made, options, progress)
 
 

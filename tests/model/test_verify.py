@@ -670,6 +670,36 @@ def test_the_default_shape_is_that_of_training(spec: str, shape: tuple[int, ...]
     assert inputs.default_shape(spec) == shape
 
 
+@pytest.mark.parametrize(
+    ("spec", "args", "size"),
+    [
+        ("vit_h_14", {}, (224, 224)),  # its weights are of 518
+        ("vit_b_16", {"image_size": 64}, (64, 64)),
+        ("timm:vit_tiny_patch16_384", {}, (384, 384)),
+        ("timm:vit_tiny_patch16_224", {"img_size": (64, 96)}, (64, 96)),
+        ("timm:inception_v3", {}, (299, 299)),
+    ],
+)
+def test_the_default_shape_is_what_the_model_takes(
+    spec: str, args: dict[str, Any], size: tuple[int, int]
+) -> None:
+    if spec.startswith("timm:"):
+        pytest.importorskip("timm")
+    assert inputs.default_shape(spec, args) == (1, 3, *size)
+
+
+def test_a_model_of_another_size_than_its_weights_is_verified(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    models = pytest.importorskip("torchvision").models
+    model = models.vit_b_16(image_size=32)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    files = [tmp_path / "vit.pth"] * 2
+    done = run("verify", *files, "--model", "vit_b_16", "--model-arg", "image_size=32")
+    assert done.code == 1, done.err
+    assert done.out.startswith("inconclusive")
+
+
 @pytest.fixture
 def picture(tmp_path: Path) -> str:
     image = pytest.importorskip("PIL.Image")
