@@ -65,9 +65,9 @@ def give_back() -> None:
 
     def write_at(target: int, data: memoryview, position: int) -> None:
         real(target, data, position)
-        piece = position // PIECE
-        written[target, piece] = written.get((target, piece), 0) + len(data)
-        if written[target, piece] == PIECE:
+        file, piece = os.fstat(target).st_ino, position // PIECE  # shards reuse descriptors
+        written[file, piece] = written.get((file, piece), 0) + len(data)
+        if written[file, piece] == PIECE:
             start, length = ctypes.c_long(piece * PIECE), ctypes.c_long(PIECE)
             libc.fallocate(target, PUNCH_HOLE | KEEP_SIZE, start, length)
 
