@@ -19,7 +19,8 @@ from typing import Any
 from ckptool.containers import torch_zip
 from ckptool.errors import KeyCollision, LimitExceeded
 from ckptool.files import planner
-from ckptool.files.copying import Copy, Done, PlannedFile
+from ckptool.files.copying import Done, PlannedFile
+from ckptool.files.jobs import Copy
 from ckptool.pickles import pickle_writer
 from ckptool.pickles.calls import dangerous
 from ckptool.pickles.names import is_accepted, python3_name

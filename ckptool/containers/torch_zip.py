@@ -29,7 +29,8 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
 
 if TYPE_CHECKING:  # a listing writes nothing
-    from ckptool.files.copying import Copy, Done, PlannedFile
+    from ckptool.files.copying import Done, PlannedFile
+    from ckptool.files.jobs import Copy
 
 ALIGNMENT = 64
 ROOT = "archive"  # as torch names it when it saves to a buffer; a constant, for equal bytes
@@ -140,7 +141,8 @@ def archive(
     `location`, all storages are tagged with that device.
     """
     from ckptool.files import planner
-    from ckptool.files.copying import Copy, PlannedFile
+    from ckptool.files.copying import PlannedFile
+    from ckptool.files.jobs import Copy
     from ckptool.pickles import pickle_writer
 
     lowering = Lowering(location)

@@ -21,20 +21,17 @@ from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
 from ckptool.files import checksums
-from ckptool.files.blocks import Ahead, fill, grain, runs
+from ckptool.files.blocks import Ahead, fill, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
+from ckptool.files.jobs import Block, Copy, Task, cuts, near, tasks
 from ckptool.files.stream import Stream
 from ckptool.records import dataclass
 from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
-AT_ONCE = 8  # two threads wait for the interpreter and for each other less
-TASK = AT_ONCE * CHUNK
 WORKERS = 2
-SMALL = CHUNK // 8  # parts up to this size are read many at a time
-NEAR = 4096  # between two of them, where headers and padding are
 
 Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
@@ -46,29 +43,6 @@ Sink = int | Stream  # a descriptor that is written to anywhere, or in order
 def no_progress(total: int) -> Progress:
     """Draw nothing."""
     return lambda nbytes: None
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Copy `nbytes` of a storage, from `start` in it, to `target` in the output.
-
-    `target` None reads and checks without writing. The recorded CRC-32 of a storage of which
-    copies leave nothing out is checked.
-    """
-
-    storage: Storage
-    target: int | None
-    start: int = 0
-    nbytes: int = -1
-
-    def __post_init__(self) -> None:
-        if self.nbytes < 0:
-            object.__setattr__(self, "nbytes", self.storage.nbytes - self.start)
-
-    @property
-    def whole(self) -> bool:
-        """Whether the copy covers its storage."""
-        return self.nbytes == self.storage.nbytes
 
 
 class Done(NamedTuple):
@@ -134,30 +108,6 @@ class _WriteBack:
             start = max(0, self._next - 2 * FLUSH_EVERY)
             self._next = position + FLUSH_EVERY
         os.posix_fadvise(self._target, start, position - start, os.POSIX_FADV_DONTNEED)
-
-
-class _Task(NamedTuple):
-    """A part of a job for one thread: `nbytes` from `start` in what it moves, `grain` at once."""
-
-    number: int
-    job: Copy
-    start: int
-    nbytes: int
-    place: int  # in the output; of what is only read, in a row of all that is
-    grain: int = CHUNK
-
-    @property
-    def source(self) -> int:
-        """Where the part begins in its file."""
-        return self.job.storage.start + self.job.start + self.start
-
-    @property
-    def end(self) -> int:
-        """Where in the output the part ends."""
-        return self.place + self.nbytes
-
-
-_Block = list[_Task]  # parts in order and close together in one chunk of the output
 
 
 def run_jobs(
@@ -239,7 +189,7 @@ class _Run:
         self._target, self._progress = target, progress
         fd = None if isinstance(target, Stream) else target
         self._write_back = _WriteBack(fd or 0, wanted=sync and fd is not None)
-        self._jobs, self._tasks = jobs, _tasks(jobs)
+        self._jobs, self._tasks = jobs, tasks(jobs)
         self._lock = allocate_lock()
         self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
@@ -307,7 +257,7 @@ class _Run:
                 task = next(self._tasks, None)
             if task is None:
                 return
-            if isinstance(task, _Task):
+            if isinstance(task, Task):
                 self._account(task, self._do(task, buffer, ahead))
                 self._progress(task.nbytes)
                 self._write_back.reached(task.end)
@@ -315,7 +265,7 @@ class _Run:
             for block in task:
                 self._copy(block, buffer)
 
-    def _account(self, task: _Task, part: Done) -> None:
+    def _account(self, task: Task, part: Done) -> None:
         """Add a part to what its job has done, as soon as all before it is done."""
         if part.nbytes == task.job.nbytes:
             self.done[task.number] = part
@@ -327,13 +277,13 @@ class _Run:
                 done = done.followed_by(following)
             self.done[task.number] = done
 
-    def _copy(self, block: _Block, buffer: memoryview[int]) -> None:
+    def _copy(self, block: Block, buffer: memoryview[int]) -> None:
         """Read the parts of a block, and write it as a whole; each answers for its own bytes."""
         begin = block[0].place
         data, spare = buffer[: block[-1].end - begin], buffer[CHUNK:]
         parts = [data[task.place - begin : task.end - begin] for task in block]
-        for first, end in _near(block):
-            self._read_near(block[first:end], parts[first:end], data, spare)
+        for first, end in near(block):
+            self._read_near(block[first:end], parts[first:end], spare)
         done = [Done(crc32(part), len(part)) for part in parts]
         if self._target is not None and block[0].job.target is not None:
             self._write_block(self._target, block, parts, done, data, spare)
@@ -342,27 +292,21 @@ class _Run:
         self._progress(sum(map(len, parts)))
         self._write_back.reached(block[-1].end)
 
-    def _read_near(
-        self,
-        tasks: list[_Task],
-        parts: list[memoryview[int]],
-        block: memoryview[int],
-        spare: memoryview[int],
-    ) -> None:
+    def _read_near(self, run: Block, parts: list[memoryview[int]], spare: memoryview[int]) -> None:
         """Fill parts of a block that are close together in their file, by one call."""
-        reader, begin = self.readers[tasks[0].job.storage.path], tasks[0].source
-        if len(tasks) == 1:
+        reader, begin = self.readers[run[0].job.storage.path], run[0].source
+        if len(run) == 1:
             reader.read_into(parts[0], begin)
             return
-        source = spare[: tasks[-1].source + tasks[-1].nbytes - begin]
+        source = spare[: run[-1].source + run[-1].nbytes - begin]
         reader.read_into(source, begin)
-        for task, part in zip(tasks, parts, strict=True):
+        for task, part in zip(run, parts, strict=True):
             part[:] = source[task.source - begin :][: len(part)]
 
     def _write_block(
         self,
         target: Sink,
-        block: _Block,
+        block: Block,
         parts: list[memoryview[int]],
         done: list[Done],
         data: memoryview[int],
@@ -383,7 +327,7 @@ class _Run:
             if crc32(written[task.place - begin : task.end - begin]) != each.crc32:
                 raise OSError(errno.EIO, _READS_OTHERWISE)
 
-    def _do(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Done:
+    def _do(self, task: Task, buffer: memoryview[int], ahead: Ahead) -> Done:
         job = task.job
         blocks: Iterable[Bytes]
         if job.storage.packing is Packing.DEFLATED:
@@ -393,12 +337,12 @@ class _Run:
             blocks = self._read(task, buffer, ahead)
         return self._write(blocks, None if job.target is None else task.place, buffer)
 
-    def _read(self, task: _Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
+    def _read(self, task: Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
         """Yield what is read into the buffer, a grain after the other."""
         job = task.job
         made = job.storage.chunked or job.storage.computed
         size = made.itemsize if made else 1
-        for start, end in _cuts(job, task.start, task.start + task.nbytes, task.grain):
+        for start, end in cuts(job, task.start, task.start + task.nbytes, task.grain):
             before, behind = (job.start + start) % size, -(job.start + end) % size
             view = buffer[: before + end - start + behind]  # elements that a job has a part of
             self.parts += fill(view, job.storage, job.start + start - before, self.readers, ahead)
@@ -437,105 +381,6 @@ def _start(work: Callable[[LockType], None], lock: LockType) -> None:
         start_new_thread(work, (lock,))
     except RuntimeError as error:  # pthread_create: EAGAIN, for lack of memory or of processes
         raise MemoryError(str(error)) from error
-
-
-def _tasks(jobs: Sequence[Copy]) -> Iterator[_Task | list[_Block]]:
-    """Cut jobs into what one thread does at once.
-
-    What is copied just so, to places in order, makes blocks of the output; each is written by one
-    call, wherever its parts are read.
-    """
-    in_order, blocks = _are_in_order(jobs), list[_Block]()
-    for number, job in enumerate(jobs):
-        if in_order and job.storage.packing is Packing.PLAIN:
-            for task in _parts(number, job, blocks[-1][-1] if blocks else None):
-                if blocks and _fits(task, blocks[-1]):
-                    blocks[-1].append(task)
-                    continue
-                if sum(map(len, blocks)) >= AT_ONCE:
-                    yield blocks
-                    blocks = []
-                blocks.append([task])
-            continue
-        if blocks:
-            yield blocks
-            blocks = []
-        place = job.target or 0
-        if job.storage.packing is Packing.DEFLATED:
-            yield _Task(number, job, 0, job.nbytes, place)
-        else:
-            task_size, size = grain(job.storage)
-            many = max(TASK, task_size) if size == CHUNK else task_size
-            for start, end in _cuts(job, 0, job.nbytes, many):
-                yield _Task(number, job, start, end - start, place + start, size)
-    if blocks:
-        yield blocks
-
-
-def _parts(number: int, job: Copy, last: _Task | None) -> Iterator[_Task]:
-    """Cut a job where the output has a multiple of a chunk.
-
-    What is only read is in a row behind the `last`, as far from it as in their file if it is near.
-    """
-    place = job.target
-    if place is None:
-        place = last.end if last else 0
-        source = job.storage.start + job.start
-        if last and last.job.storage.path == job.storage.path:
-            gap = source - last.source - last.nbytes
-            place += gap if 0 <= gap <= NEAR else 0
-    for start, end in _cuts(job, 0, job.nbytes, CHUNK):
-        yield _Task(number, job, start, end - start, place + start)
-
-
-def _fits(task: _Task, block: _Block) -> bool:
-    """Return whether a part is close behind the last of a block, in the same chunk."""
-    near = task.place - block[-1].end <= NEAR
-    return near and task.end <= (block[0].place // CHUNK + 1) * CHUNK
-
-
-def _near(block: _Block) -> Iterator[tuple[int, int]]:
-    """Yield the first and the end of small parts that are close together where they are read."""
-    first = 0
-    for at in range(1, len(block) + 1):
-        if at == len(block) or not _follows(block[at], block[at - 1], block[first]):
-            yield first, at
-            first = at
-
-
-def _follows(task: _Task, last: _Task, first: _Task) -> bool:
-    """Return whether a part can be read together with others, from the first to the last."""
-    if max(task.nbytes, last.nbytes) > SMALL or task.job.storage.path != last.job.storage.path:
-        return False
-    near = 0 <= task.source - last.source - last.nbytes <= NEAR
-    return near and task.source + task.nbytes - first.source <= CHUNK
-
-
-def _are_in_order(jobs: Sequence[Copy]) -> bool:
-    """Return whether each job writes behind the one before: no third writes between the two."""
-    end = 0
-    for job in jobs:
-        if job.target is not None:
-            if job.target < end:
-                return False
-            end = job.target + job.nbytes
-    return True
-
-
-def _cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of a job where the output has a multiple of so many bytes.
-
-    Pages of the output are then written once, in large folios. What is computed or in chunks is
-    cut at whole elements, what is gathered at whole rows of it.
-    """
-    made = job.storage.chunked or job.storage.computed
-    offset = (job.target or 0) if nbytes <= TASK else job.start
-    if made and (offset - job.start) % made.itemsize:
-        offset = job.start
-    while start < end:
-        cut = min(start + nbytes - (offset + start) % nbytes, end)
-        yield start, cut
-        start = cut
 
 
 def _cut(data: memoryview, position: int) -> Iterator[memoryview]:

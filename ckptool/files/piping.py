@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ckptool.errors import CkptoolError, Malformed
-from ckptool.files.copying import Copy, PlannedFile, Progress, no_bytes, run_jobs
+from ckptool.files.copying import PlannedFile, Progress, no_bytes, run_jobs
+from ckptool.files.jobs import Copy
 from ckptool.files.stream import Pipe, Stream
 from ckptool.tensors import values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ckptool.files import checksums
-from ckptool.files.copying import Copy
+from ckptool.files.jobs import Copy
 from ckptool.tensors import values
 from ckptool.tensors.tensor import Storage, TensorInfo
 

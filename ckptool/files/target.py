@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 
 from ckptool.files import temporary
-from ckptool.files.copying import Copy, PlannedFile
+from ckptool.files.copying import PlannedFile
+from ckptool.files.jobs import Copy
 from ckptool.files.paths import Url
 from ckptool.files.stream import Pipe
 from ckptool.records import dataclass

@@ -16,9 +16,10 @@ from typing import TypedDict
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
-from ckptool.files.copying import NOTHING, Copy, Done, PlannedFile, Progress, move, run_jobs
+from ckptool.files.copying import NOTHING, Done, PlannedFile, Progress, move, run_jobs
 from ckptool.files.fileio import write_at
 from ckptool.files.group import Group
+from ckptool.files.jobs import Copy
 from ckptool.files.target import Output
 from ckptool.tensors.casting import roundings
 from ckptool.tensors.tensor import Packing

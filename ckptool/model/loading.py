@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool import containers
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
-from ckptool.files.copying import Copy, run_jobs
+from ckptool.files.copying import run_jobs
+from ckptool.files.jobs import Copy
 from ckptool.model import libraries, live, staging
 from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike

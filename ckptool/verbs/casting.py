@@ -7,7 +7,8 @@ from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING
 
 from ckptool.errors import FormatError, Overflow
-from ckptool.files.copying import Copy, Progress
+from ckptool.files.copying import Progress
+from ckptool.files.jobs import Copy
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.casting import OVERFLOW, Casting, cast as cast_entries

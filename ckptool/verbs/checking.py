@@ -30,9 +30,10 @@ from ckptool.errors import (
     Unsupported,
 )
 from ckptool.files import budget, fileio, paths, sites
-from ckptool.files.copying import Begin, Copy, Progress, no_progress, run_jobs
+from ckptool.files.copying import Begin, Progress, no_progress, run_jobs
 from ckptool.files.fileio import CHUNK, Reader
 from ckptool.files.filename import hash_in
+from ckptool.files.jobs import Copy
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Call, Verdict

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget, fileio
-from ckptool.files.copying import Begin, Copy, no_progress, run_jobs
+from ckptool.files.copying import Begin, no_progress, run_jobs
 from ckptool.files.fileio import Readers
+from ckptool.files.jobs import Copy
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
 from ckptool.records import dataclass

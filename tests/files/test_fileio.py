@@ -28,16 +28,10 @@ from ckptool.errors import (
     SameFile,
     WriteError,
 )
-from ckptool.files import copying
-from ckptool.files.copying import (
-    NOTHING,
-    Copy,
-    Done,
-    Moved,
-    PlannedFile,
-    run_jobs,
-)
+from ckptool.files import copying, jobs as module
+from ckptool.files.copying import NOTHING, Done, Moved, PlannedFile, run_jobs
 from ckptool.files.fileio import CHUNK, Reader, Readers, unpacked
+from ckptool.files.jobs import Copy
 from ckptool.files.publish import (
     Output,
     Target,
@@ -285,9 +279,9 @@ def test_a_thread_that_never_gets_to_work_is_not_waited_for(
 def test_bytes_that_nobody_moved_are_missed(
     output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = copying._tasks
-    monkeypatch.setattr(copying, "AT_ONCE", 1)
-    monkeypatch.setattr(copying, "_tasks", lambda jobs: itertools.islice(real(jobs), 2))
+    real = copying.tasks
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    monkeypatch.setattr(copying, "tasks", lambda jobs: itertools.islice(real(jobs), 2))
     with pytest.raises(RuntimeError, match=f"{2 * CHUNK} of {len(DATA)} bytes"):
         run_jobs([Copy(stored, 0)], output, quiet)
 
@@ -415,8 +409,8 @@ def test_parts_of_several_files_make_one_output(
     jobs, sums, expected = list[Copy](), list[Done](), bytearray()
     near = 0
     for number in range(60):
-        nbytes = random_.choice([0, 1, 64, 4000, copying.SMALL, copying.SMALL + 1, CHUNK + 77])
-        name, gap = random_.choice("ab"), random_.choice([0, 0, 5, 64, copying.NEAR + 1])
+        nbytes = random_.choice([0, 1, 64, 4000, module.SMALL, module.SMALL + 1, CHUNK + 77])
+        name, gap = random_.choice("ab"), random_.choice([0, 0, 5, 64, module.NEAR + 1])
         start = near if random_.random() < 0.5 else random_.randrange(len(DATA) - nbytes)
         start = min(start, len(DATA) - nbytes)
         near = start + nbytes + random_.choice([0, 0, 30])

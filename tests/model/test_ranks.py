@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 import ckptool
 from ckptool.errors import CkptoolError
 from ckptool.files import blocks, publish, writing
-from ckptool.files.copying import Copy, PlannedFile
+from ckptool.files.copying import PlannedFile
+from ckptool.files.jobs import Copy
 from ckptool.model import pulse, ranks
 from ckptool.model.ranks import Launched
 from ckptool.tensors.tensor import Storage

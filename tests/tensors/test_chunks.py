@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files.blocks import fill
-from ckptool.files.copying import Copy, run_jobs
+from ckptool.files.copying import run_jobs
 from ckptool.files.fileio import Readers
+from ckptool.files.jobs import Copy
 from ckptool.tensors.chunks import tiling_problem
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import Chunk, Chunked, Packing, Storage, TensorInfo

@@ -18,8 +18,9 @@ import ckptool
 from ckptool.errors import Malformed
 from ckptool.files import blocks as files_blocks, copying, planner
 from ckptool.files.blocks import blocks
-from ckptool.files.copying import Copy, run_jobs
+from ckptool.files.copying import run_jobs
 from ckptool.files.fileio import Reader, Readers
+from ckptool.files.jobs import Copy
 from ckptool.state.edits import Change, Edit, Entries
 from ckptool.tensors import numbers, values
 from ckptool.tensors.casting import Rounding

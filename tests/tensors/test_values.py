@@ -23,8 +23,9 @@ from ckptool.cli import _options, convert as convert_command
 from ckptool.errors import EditError, Malformed, NothingMatched, WriteError
 from ckptool.files import planner
 from ckptool.files.blocks import blocks
-from ckptool.files.copying import Copy, run_jobs
+from ckptool.files.copying import run_jobs
 from ckptool.files.fileio import Readers
+from ckptool.files.jobs import Copy
 from ckptool.state import checkpoint as places, edit_options
 from ckptool.state.edit_options import EditSpec
 from ckptool.state.edits import Change, Edit, Entries, Move
