@@ -629,7 +629,10 @@ def test_a_pipe_gets_the_bytes_of_a_file(run: Run, here: Path, edit: str) -> Non
 def test_a_pipe_gets_the_bytes_of_a_file_of_every_fixture(
     run: Run, good: Path, tmp_path: Path, name: str, to: str
 ) -> None:
-    options = ["--to", to, "-q", "--allow-expand"]
+    far = (
+        name == "expanded_far.pth"
+    )  # 4 GiB, which are refused: neither disk nor memory may have them
+    options = ["--to", to, "-q", *([] if far else ["--allow-expand"])]
     alone = run("convert", *options, good / name, tmp_path / "out")
     code, out, _ = piped("convert", *options, good / name, "-")
     assert code == alone.code
