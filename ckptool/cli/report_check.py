@@ -11,6 +11,10 @@ from ckptool.verbs.checked import BYTES_UNSEEN, Checked, Status
 
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8
+FOREIGN = (
+    "foreign names: ckptool imports nothing; torch.load(weights_only=True) refuses them, and "
+    "weights_only=False imports the code that they name"
+)
 _COLOURS = {Status.OK: "green", Status.DAMAGED: "red", Status.UNSAFE: "red"}
 _DETAIL = 36  # columns for it, beside names of files
 _WIDEST_STATUS = max(len(status.value) for status in Status)
@@ -77,6 +81,8 @@ def last_lines(
     if others:
         named = listed(f"{each.file} ({each.detail})" for each in others)
         lines.append(f"{counted(len(others), 'other file')}, not checkpoints: {named}")
+    if any(found.status is not Status.UNSAFE and found.safety == "foreign" for found in results):
+        lines.append(FOREIGN)
     lines += [f"not looked at: {visible(path)} ({visible(skipped[path])})" for path in skipped]
     unseen = dict.fromkeys(line for found in results for line in found.not_checked)
     unhashed = [line for line in unseen if line.startswith(BYTES_UNSEEN)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from ckptool.pickles.calls import Shapes
+from ckptool.pickles.calls import Shapes, innermost
 from ckptool.pickles.names import is_accepted
+from ckptool.pickles.safety import nodes
 from ckptool.pickles.subclasses import number
 from ckptool.pickles.tree import (
     ByteArray,
@@ -32,15 +34,18 @@ _PLAIN_VALUES = (str, int, float, bytes, type(None), ByteArray, LongInteger)
 LONGEST = 255  # bytes of an integer; for more, pickle has an opcode that weights_only lacks
 
 
-def only_plain(tree: Node) -> tuple[Node, list[str]]:
-    """Return the tree with tensors and plain values alone, and the places that were left behind.
+def only_plain(tree: Node) -> tuple[Node, list[str], Counter[str]]:
+    """Return the tree with tensors and plain values alone, the places that were left behind, and
+    how many dicts of which class are plain ones in it.
 
     What holds something left behind goes with it, up to the nearest dictionary entry. A root
     that is itself not plain leaves an empty dictionary.
     """
     pruner = _Pruner()
     pruned = pruner.node(tree, "")
-    return (Dict() if pruned is _LEFT else pruned), pruner.left
+    kept = Dict() if isinstance(pruned, _Left) else pruned
+    flat = pruner.flattened
+    return kept, pruner.left, Counter(flat[id(each)] for each in nodes(kept) if id(each) in flat)
 
 
 class _Pruner:
@@ -49,6 +54,7 @@ class _Pruner:
         self.shapes = Shapes()
         self.done: dict[int, Any] = {}
         self.kept: list[Node] = []
+        self.flattened: dict[int, str] = {}  # classes of what is a plain dict now; `done` keeps it
 
     def node(self, node: Node, path: str) -> Node | _Left:
         if isinstance(node, OldString):  # what torch.load makes of it with encoding="latin1"
@@ -110,7 +116,7 @@ class _Pruner:
         if dangerous or isinstance(args, _Left) or kwargs is _LEFT:
             filled = [pair for kind, payload in node.steps if kind == "setitem" for pair in payload]
             # A dict of a class that is not plain (defaultdict ...) is kept as a plain one.
-            return Dict(self.pairs(filled, path)) if filled else _LEFT
+            return self.flat(node, Dict(self.pairs(filled, path))) if filled else _LEFT
         steps: list[tuple[str, Any]] = []
         for kind, payload in node.steps:
             if kind == "setitem":
@@ -121,6 +127,11 @@ class _Pruner:
                     return _LEFT
                 steps.append((kind, kept))
         return replace(node, callee=callee, args=args, kwargs=kwargs, steps=steps)
+
+    def flat(self, node: Object, plain: Dict) -> Dict:
+        """Note of which class a dict was."""
+        self.flattened[id(plain)] = str(innermost(node.callee) or "a dict of no named class")
+        return plain
 
     def tensor(self, node: TensorInfo, path: str) -> TensorInfo | _Left:
         """Keep the tensor; what hangs on it only if that is plain."""

@@ -82,7 +82,7 @@ def _found_in(group: Group) -> Iterator[str]:
         yield from indexes
         if containers.lacks_index(here):
             yield here
-        sets = [files[0] for files in containers.sets_of_ranks(here)]
+        sets = [_first_of(here, files) for files in containers.sets_of_ranks(here)]
         group.sets |= {*sets}
         yield from sets
         known = {path for first in (*indexes, *sets) for path in (first, *_files_of(first))}
@@ -94,6 +94,12 @@ def _found_in(group: Group) -> Iterator[str]:
             else:
                 group.unseen[path] = "not a regular file"
     yield from (str(error.filename) for error in denied)
+
+
+def _first_of(folder: str, files: Sequence[str]) -> str:
+    """Return what names a set that ranks wrote: its folder, where that reads as this set."""
+    joined = _files_of(folder)
+    return folder if files[0] in joined else files[0]
 
 
 @budget.run(anew=True)

@@ -316,7 +316,10 @@ def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
 def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
     """With --tensors-only, take out what is neither tensor nor plain value; untie on request."""
     if options.tensors_only:
-        tree, left = pruning.only_plain(plan.checkpoint.tree)
+        tree, left, flattened = pruning.only_plain(plan.checkpoint.tree)
+        if flattened:
+            classes = listed(f"{name} x {count}" for name, count in flattened.items())
+            plan.notes.append(f"written as plain dicts, without their class: {classes}")
         plan.checkpoint = replace(plan.checkpoint, tree=tree)
         if plan.state is None:
             plan.not_carried += left

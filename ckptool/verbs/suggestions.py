@@ -269,7 +269,7 @@ def _stays_without_objects(facts: Survey) -> bool:
         return False
     if any(place.module for place in facts.places):
         return True
-    kept, _ = pruning.only_plain(facts.checkpoint.tree)
+    kept, _, _ = pruning.only_plain(facts.checkpoint.tree)
     return any(walk.tensors(kept)) or any(as_pickled(each) is not each for each in entries)
 
 

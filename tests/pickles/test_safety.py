@@ -331,7 +331,7 @@ KEPT: list[tuple[list[tuple[Node, Node]], list[str], list[str]]] = [
 @pytest.mark.parametrize(("pairs", "kept", "left"), KEPT, ids=[str(row[1:]) for row in KEPT])
 def test_only_plain(pairs: list[tuple[Node, Node]], kept: list[str], left: list[str]) -> None:
     tree = Dict(pairs)
-    pruned, behind = only_plain(tree)
+    pruned, behind, _ = only_plain(tree)
     assert [key for key, _ in pruned.pairs] == kept
     assert behind == left
     assert judge(safety.names_in(pruned)).level is Level.PLAIN
@@ -340,14 +340,23 @@ def test_only_plain(pairs: list[tuple[Node, Node]], kept: list[str], left: list[
 
 
 def test_a_root_that_is_not_plain_leaves_an_empty_dict() -> None:
-    pruned, _ = only_plain(BAD)
+    pruned, _, _ = only_plain(BAD)
     assert isinstance(pruned, Dict)
     assert pruned.pairs == []
 
 
+def test_dicts_that_lose_their_class_are_counted_where_they_are_kept() -> None:
+    def of(name: str) -> Object:
+        return Object(Global("m", name), (), "newobj", steps=[("setitem", [("k", 1)])])
+
+    twice = of("Config")
+    tree = Dict([("a", twice), ("b", twice), ("c", of("Config")), ("d", [of("Other"), BAD])])
+    assert only_plain(tree)[2] == {"m.Config": 2}
+
+
 def test_what_is_shared_stays_shared() -> None:
     shared = [1, 2]
-    pruned, _ = only_plain(Dict([("a", shared), ("b", shared), ("c", BAD)]))
+    pruned, _, _ = only_plain(Dict([("a", shared), ("b", shared), ("c", BAD)]))
     values = dict(pruned.pairs)
     assert values["a"] is values["b"]
 
@@ -364,7 +373,7 @@ def test_names_in_a_tree_are_found_everywhere() -> None:
 
 def test_tensors_survive_what_hangs_on_them(hostile: Path) -> None:
     found = containers.read(hostile / "in_hooks.pth")
-    pruned, _ = only_plain(found.tree)
+    pruned, _, _ = only_plain(found.tree)
     assert judge(safety.names_in(pruned)).level is Level.PLAIN
     before, after = dict(found.tree.steps[0][1]), dict(pruned.steps[0][1])
     assert after.keys() == before.keys()
