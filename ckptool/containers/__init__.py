@@ -171,6 +171,14 @@ def sets_of_ranks(folder: str) -> list[tuple[str, ...]]:
     return [each.files for each in _sets.in_folder(folder)]
 
 
+def is_read_from(folder: str, file: str) -> bool:
+    """Check by their names alone whether a file is the one that a folder is read from."""
+    try:
+        return _file_in(folder) == file
+    except CkptoolError:
+        return False
+
+
 def is_joined(path: str) -> bool:
     """Check for a file that makes one checkpoint with others that ranks wrote, which are there."""
     from ckptool.containers import _sets

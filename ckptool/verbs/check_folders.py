@@ -82,10 +82,14 @@ def _found_in(group: Group) -> Iterator[str]:
         yield from indexes
         if containers.lacks_index(here):
             yield here
-        sets = [_first_of(here, files) for files in containers.sets_of_ranks(here)]
-        group.sets |= {*sets}
-        yield from sets
-        known = {path for first in (*indexes, *sets) for path in (first, *_files_of(first))}
+        known = {path for index in indexes for path in (index, *_files_of(index))}
+        for first, *_ in containers.sets_of_ranks(here):
+            name = here if containers.is_read_from(here, first) else first
+            joined = _files_of(name)
+            name = name if joined else first
+            group.sets.add(name)
+            known |= {first, *joined}
+            yield name
         for path in (os.path.join(here, name) for name in sorted(files)):
             if path in known:
                 continue
@@ -94,12 +98,6 @@ def _found_in(group: Group) -> Iterator[str]:
             else:
                 group.unseen[path] = "not a regular file"
     yield from (str(error.filename) for error in denied)
-
-
-def _first_of(folder: str, files: Sequence[str]) -> str:
-    """Return what names a set that ranks wrote: its folder, where that reads as this set."""
-    joined = _files_of(folder)
-    return folder if files[0] in joined else files[0]
 
 
 @budget.run(anew=True)
