@@ -214,7 +214,7 @@ def _about(dtype: DType) -> Any:
     return finfo(_kind(dtype))
 
 
-SLICE = 1 << 15  # numbers that are summed at once: what is made of them fits a second-level cache
+SLICE = 1 << 16  # numbers that are summed at once: what is made of them fits a second-level cache
 _PRODUCTS = 8192  # OpenBLAS starts threads for more than 10 000 (kernel/x86_64/ddot.c)
 
 
