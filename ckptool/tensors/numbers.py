@@ -121,9 +121,20 @@ def rounded(floats: Any, dtype: DType) -> memoryview:
 
     What is beyond the largest number becomes infinite, or NaN where there is no infinity.
     """
+    import numpy as np
+
+    made = np.empty_like(floats, _kind(dtype))
+    _round_into(made, floats, dtype)
+    return memoryview(made.view("u1"))
+
+
+def _round_into(made: Any, floats: Any, dtype: DType) -> None:
+    """Round floats into an array of a dtype."""
+    import numpy as np
+
     if floats.itemsize == 8 and dtype.itemsize < 4:
         floats = _to_odd(floats)
-    return memoryview(floats.astype(_kind(dtype)).view("u1"))
+    np.copyto(made, floats, casting="unsafe")
 
 
 def _to_odd(floats: Any) -> Any:
@@ -214,7 +225,7 @@ def _about(dtype: DType) -> Any:
     return finfo(_kind(dtype))
 
 
-SLICE = 1 << 15  # numbers that are summed at once: what is made of them fits a second-level cache
+SLICE = 1 << 17  # numbers that are computed at once: more outgrow the cache, fewer are more calls
 _PRODUCTS = 8192  # OpenBLAS starts threads for more than 10 000 (kernel/x86_64/ddot.c)
 
 
@@ -239,15 +250,20 @@ def mean(
     made: Any = np.empty(len(bits[0]), f"<u{part.itemsize}")
     room = np.empty((2, min(SLICE, len(made))))
     kept = sums_to_one(weights) and {*dtypes} == {target}
-    inexact = part is DType.F64 or min(weights) < 0  # arithmetic makes 0.0 of -0.0 - -0.0
+    # arithmetic makes 0.0 of -0.0 - -0.0
+    inexact = kept and (part is DType.F64 or min(weights) < 0)
     mask, pattern = map(made.dtype.type, _NOT_FINITE[part])
     overflow = 0
     with np.errstate(all="ignore"):
         for start in range(0, len(made), SLICE):
             here = slice(start, start + SLICE)
             parts, out = [each[here] for each in bits], made[here]
-            out[:] = bits_of(rounded(_sum(parts, dtypes, weights, room[:, : len(out)]), part), part)
-            odd = out & mask == pattern
+            total = _sum(parts, dtypes, weights, room[:, : len(out)])
+            _round_into(out.view(_kind(part)), total, part)
+            masked = out & mask
+            if not inexact and mask == pattern and masked.max() < mask:
+                continue  # all are finite, as of nearly all slices
+            odd = masked == pattern
             if kept and (inexact or odd.any()):
                 same = np.logical_and.reduce([parts[0] == each for each in parts])
                 np.copyto(out, parts[0], where=same)
