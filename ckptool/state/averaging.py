@@ -149,7 +149,7 @@ def _same_keys(names: Sequence[str], states: Sequence[Entries]) -> list[dict[str
     which = names[1:] if len(names) == 2 else [f"{len(differing)} of {len(names) - 1} others"]
     pair = f"{argument(names[0])} {argument(differing[0])}"
     raise EditError(
-        f"{listed(which)} and {names[0]} have not the same keys and shapes; nothing was written",
+        f"{listed(which)} and {names[0]} do not have the same keys and shapes; nothing was written",
         evidence=evidence[: 4 * SHOWN],
         hint=f"ckptool diff --structure --ignore-prefix auto {pair}   lists all",
     )

@@ -108,7 +108,7 @@ def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
             named.setdefault(path, path)
             named.setdefault(".".join(steps[1:depth]) or path, path)
     close = get_close_matches(wanted, list(named)[:20_000], n=3, cutoff=0.7)
-    return [named[name] for name in close]
+    return list(dict.fromkeys(named[name] for name in close))
 
 
 def examples(given: Iterable[str]) -> list[str]:

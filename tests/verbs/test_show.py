@@ -102,6 +102,11 @@ def test_plain_values_are_data(run: Run, good: Path) -> None:
     done = run("show", good / "model_best.pth.tar", "epohc")
     assert (done.code, done.out) == (2, "")
     assert "did you mean epoch?" in done.err
+    done = run("show", good / "model_best.pth.tar", "features.0.weigh")
+    hint = next(line for line in done.err.splitlines() if "did you mean" in line)
+    close = hint.partition("did you mean ")[2].rstrip("?").split(" or ")
+    assert "module.features.0.weight" in close
+    assert len({*close}) == len(close)
     done = run("show", good / "model_best.pth.tar", "nothing.like.it")
     command = f"ckptool keys --all {good / 'model_best.pth.tar'}   lists all tensors by path"
     assert (done.code, f"hint: {command}\n" in done.err) == (2, True)
