@@ -201,7 +201,7 @@ def rewrite(
         late = _pipe(place.pipe, laid.output, progress, judge)
     else:
         begun = progress(laid.output.job_nbytes)
-        del laid
+        del laid, checkpoint  # the plan has what is still needed of both
         send = _send if place.url else publish.publish
         late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
