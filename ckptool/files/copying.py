@@ -259,11 +259,12 @@ class _Run:
                 return
             if isinstance(task, Task):
                 self._account(task, self._do(task, buffer, ahead))
-                self._progress(task.nbytes)
-                self._write_back.reached(task.end)
-                continue
-            for block in task:
-                self._copy(block, buffer)
+                nbytes, end = task.nbytes, task.end
+            else:
+                nbytes = sum(self._copy(block, buffer) for block in task)
+                end = task[-1][-1].end
+            self._progress(nbytes)
+            self._write_back.reached(end)
 
     def _account(self, task: Task, part: Done) -> None:
         """Add a part to what its job has done, as soon as all before it is done."""
@@ -277,8 +278,11 @@ class _Run:
                 done = done.followed_by(following)
             self.done[task.number] = done
 
-    def _copy(self, block: Block, buffer: memoryview[int]) -> None:
-        """Read the parts of a block, and write it as a whole; each answers for its own bytes."""
+    def _copy(self, block: Block, buffer: memoryview[int]) -> int:
+        """Read the parts of a block, and write it as a whole; each answers for its own bytes.
+
+        Returns how many those are.
+        """
         begin = block[0].place
         data, spare = buffer[: block[-1].end - begin], buffer[CHUNK:]
         parts = [data[task.place - begin : task.end - begin] for task in block]
@@ -289,8 +293,7 @@ class _Run:
             self._write_block(self._target, block, parts, done, data, spare)
         for task, each in zip(block, done, strict=True):
             self._account(task, each)
-        self._progress(sum(map(len, parts)))
-        self._write_back.reached(block[-1].end)
+        return sum(map(len, parts))
 
     def _read_near(self, run: Block, parts: list[memoryview[int]], spare: memoryview[int]) -> None:
         """Fill parts of a block that are close together in their file, by one call."""

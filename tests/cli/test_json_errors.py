@@ -133,7 +133,7 @@ def test_there_is_no_talk_and_no_progress(
 ) -> None:
     monkeypatch.setattr(talk, "BAR_AFTER", -1.0)
     monkeypatch.setattr(talk, "LINE_EVERY", -1.0)
-    assert "KiB" in run("convert", "plain.pth", "out.safetensors").err
+    assert "B/s" in run("convert", "plain.pth", "out.safetensors").err
     for line in ("convert plain.pth other.pth", "check plain.pth", "keys --stats plain.pth"):
         done = run(*line.split(), "--json")
         assert (done.code, done.err) == (0, "")

@@ -392,7 +392,7 @@ def test_a_wrong_checksum_is_found_among_small_copies(
 def test_small_copies_that_nobody_moved_are_missed(
     output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying._Run, "_copy", lambda *_: None)
+    monkeypatch.setattr(copying._Run, "_copy", lambda *_: 0)
     with pytest.raises(RuntimeError, match="0 of 64 bytes"):
         run_jobs(small_copies(stored), output, quiet)
 

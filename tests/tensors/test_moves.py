@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import ckptool
 from ckptool.errors import Malformed
-from ckptool.files import blocks as files_blocks, copying, planner
+from ckptool.files import blocks as files_blocks, copying, jobs as files_jobs, planner
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import run_jobs
 from ckptool.files.fileio import Reader, Readers
@@ -640,8 +640,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         (files_blocks, "LONG", 512),
         (files_blocks, "CHUNK", 2048),
         (copying, "CHUNK", 2048),
-        (copying, "SMALL", 256),
-        (copying, "TASK", 8192),
+        (files_jobs, "CHUNK", 2048),
+        (files_jobs, "SMALL", 256),
+        (files_jobs, "TASK", 8192),
     ):
         monkeypatch.setattr(module, name, size)
 
