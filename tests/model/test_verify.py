@@ -380,17 +380,22 @@ def test_a_model_is_run_in_eval_and_inference_mode(net: Any, two_layers: str) ->
     assert check(two_layers, two_layers, spec, vector()).identical
 
 
+def living_nets() -> int:
+    return sum(type(each).__name__ == "Net" for each in gc.get_objects())
+
+
 def test_only_one_model_is_in_memory(net: Any, two_layers: str, file: Files) -> None:
     spec = net("        return self.second(self.first(x))")
     alive: list[int] = []
     make = subject.make
 
     def counting(*given: Any, **more: Any) -> Any:
-        alive.append(sum(type(each).__name__ == "Net" for each in gc.get_objects()))
+        alive.append(living_nets() - before)
         return make(*given, **more)
 
     other = file("other.pth", flipped(torch.load(two_layers), "second.weight"))
     gc.collect()
+    before = living_nets()  # of other tests
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject, "make", counting)
         check(two_layers, other, spec, vector())
@@ -403,10 +408,11 @@ def test_a_model_in_a_cycle_is_given_back(net: Any, two_layers: str) -> None:
     make = subject.make
 
     def counting(*given: Any, **more: Any) -> Any:
-        alive.append(sum(type(each).__name__ == "Net" for each in gc.get_objects()))
+        alive.append(living_nets() - before)
         return make(*given, **more)
 
     gc.collect()
+    before = living_nets()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject, "make", counting)
         check(two_layers, two_layers, spec, vector())
