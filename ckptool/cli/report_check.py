@@ -12,8 +12,8 @@ from ckptool.verbs.checked import BYTES_UNSEEN, Checked, Status
 HEAD = ("FILE", "STATUS", "DETAIL")
 SHOWN_CALLS = 8
 FOREIGN = (
-    "foreign names are imported by no command of ckptool; torch.load as it is by default refuses "
-    "them, and what does load them imports the code that they name"
+    "foreign names are imported by no command of ckptool; torch.load refuses them by default, and "
+    "whatever does load them imports the code that they name"
 )
 _COLOURS = {Status.OK: "green", Status.DAMAGED: "red", Status.UNSAFE: "red"}
 _DETAIL = 36  # columns for it, beside names of files
