@@ -694,6 +694,17 @@ def test_the_default_shape_is_what_the_model_takes(
     assert inputs.default_shape(spec, args) == (1, 3, *size)
 
 
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [(32, (32, 32)), ((32, 48), (32, 48)), ("32", (224, 224)), (None, (224, 224))],
+    ids=str,
+)
+def test_a_model_in_memory_says_its_size(said: object, size: tuple[int, int]) -> None:
+    model = torch.nn.Identity()
+    model.image_size = said
+    assert inputs.default_shape(model) == (1, 3, *size)
+
+
 def test_a_model_of_another_size_than_its_weights_is_verified(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
