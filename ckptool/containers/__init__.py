@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,10 +35,6 @@ if TYPE_CHECKING:  # a file that is read as it is needs none of it
     from ckptool.files.archives import ArchiveMember
 
 
-ATTEMPTS = 20
-PAUSE = 0.005  # seconds before the second; they grow, or a writer in a loop wins each time
-
-
 @budget.run()
 def read(
     path: str | Path, *, plugins: bool = True, alone: bool = False, values: str = ""
@@ -72,9 +66,8 @@ def _read_whole(path: str, plugins: bool, alone: bool, values: str) -> tuple[Che
     Returns the file that was read first, too.
     """
     shown, reader = path if paths.is_url(path) else str(path), None
-    for attempt in range(ATTEMPTS):
-        time.sleep(PAUSE * attempt)
-        before = _node(shown)
+    for _ in paths.tries():
+        before = paths.inode(shown)
         try:
             is_folder = paths.is_folder(shown)
             reader = Reader(_file_in(shown) if is_folder else path)
@@ -88,7 +81,7 @@ def _read_whole(path: str, plugins: bool, alone: bool, values: str) -> tuple[Che
                     refuse_changed(file)
                 return checkpoint, shown if joined else reader.path
         except FormatError:
-            if _node(shown) == before and not (reader and reader.file.replaced()):
+            if paths.inode(shown) == before and not (reader and reader.file.replaced()):
                 raise
         path = shown
     raise Malformed(f"{shown} was replaced each time while its files were read", path=shown)
@@ -100,14 +93,6 @@ def _joined(reader: Reader, values: str) -> Checkpoint | None:
 
     files = _sets.of_file(reader.file)
     return files.join(reader, values) if files else None
-
-
-def _node(path: str) -> int | None:
-    """Identify what is at a path: a folder may be exchanged while it is listed."""
-    try:
-        return os.stat(path).st_ino
-    except (OSError, ValueError):
-        return None
 
 
 def _split(path: str) -> tuple[str, list[str]]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ckptool.errors import of_system
@@ -17,6 +19,8 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 
 STORES = ("s3", "gs", "az", "memory")  # that fsspec knows; the last is its own, for tests
 SCHEMES = ("http", "https", "hf", *STORES)
+PATIENCE = 10.0  # seconds in which files that are replaced all the time are read anew
+PAUSES = tuple(n / 200 for n in range(10))  # seconds; of one length, a writer in step wins each time
 MARK = "::"  # between an archive and the name of a member in it
 
 
@@ -158,6 +162,22 @@ def listing(folder: str, *, sizes: bool = False) -> list[Entry]:
             return sorted(_entry(each, sizes) for each in found)
     except OSError as error:
         raise of_system(error, folder, "listed") from error
+
+
+def inode(path: str) -> int | None:
+    """Identify what is at a path: a folder may be exchanged while it is listed."""
+    try:
+        return os.stat(path).st_ino
+    except (OSError, ValueError):
+        return None
+
+
+def tries() -> Iterator[float]:
+    """Iterate while it is worth to read anew what was replaced meanwhile; pause between."""
+    last = time.monotonic() + PATIENCE
+    for pause in takewhile(lambda _: time.monotonic() < last, cycle(PAUSES)):
+        time.sleep(pause)
+        yield pause
 
 
 def _entry(found: os.DirEntry[str], sizes: bool) -> Entry:

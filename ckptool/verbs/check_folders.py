@@ -12,7 +12,7 @@ from dataclasses import field
 
 from ckptool import containers
 from ckptool.errors import CkptoolError
-from ckptool.files import archives, budget, sites
+from ckptool.files import archives, budget, paths, sites
 from ckptool.records import dataclass
 from ckptool.verbs.checked import Checked, Status
 
@@ -47,9 +47,9 @@ class Group:
         return False
 
 
-def groups(paths: Sequence[str]) -> list[Group]:
+def groups(names: Sequence[str]) -> list[Group]:
     """Return what paths stand for, folders with the files in them and in those in them."""
-    return [_group(path) for path in paths]
+    return [_group(path) for path in names]
 
 
 def _group(path: str) -> Group:
@@ -78,26 +78,42 @@ def _found_in(group: Group) -> Iterator[str]:
                 why = "hidden" if name.startswith(".") else "a link to a folder"
                 group.unseen[os.path.join(here, name)] = why
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        indexes = [os.path.join(here, name) for name in sorted(files) if containers.is_index(name)]
-        yield from indexes
-        if containers.lacks_index(here):
-            yield here
-        known = {path for index in indexes for path in (index, *_files_of(index))}
-        for first, *_ in containers.sets_of_ranks(here):
-            name = here if containers.is_read_from(here, first) else first
-            joined = _files_of(name)
-            name = name if joined else first
-            group.sets.add(name)
-            known |= {first, *joined}
-            yield name
-        for path in (os.path.join(here, name) for name in sorted(files)):
-            if path in known:
-                continue
-            if os.path.isfile(path) or os.path.islink(path):
-                yield path
-            else:
-                group.unseen[path] = "not a regular file"
+        for _ in paths.tries():
+            before = paths.inode(here)
+            found = [*_found_at(here, group)]
+            if paths.inode(here) == before:
+                break
+        yield from found
     yield from (str(error.filename) for error in denied)
+
+
+def _found_at(here: str, group: Group) -> Iterator[str]:
+    """Yield what is in one folder; the folder itself where it is gone by now."""
+    try:
+        with os.scandir(here) as found:
+            files = sorted(each.name for each in found if not each.is_dir())
+    except OSError:
+        yield here
+        return
+    indexes = [os.path.join(here, name) for name in files if containers.is_index(name)]
+    yield from indexes
+    if containers.lacks_index(here):
+        yield here
+    known = {path for index in indexes for path in (index, *_files_of(index))}
+    for first, *_ in containers.sets_of_ranks(here):
+        name = here if containers.is_read_from(here, first) else first
+        joined = _files_of(name)
+        name = name if joined else first
+        group.sets.add(name)
+        known |= {first, *joined}
+        yield name
+    for path in (os.path.join(here, name) for name in files):
+        if path in known:
+            continue
+        if os.path.isfile(path) or os.path.islink(path):
+            yield path
+        else:
+            group.unseen[path] = "not a regular file"
 
 
 @budget.run(anew=True)
