@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 
 STORES = ("s3", "gs", "az", "memory")  # that fsspec knows; the last is its own, for tests
 SCHEMES = ("http", "https", "hf", *STORES)
-PATIENCE = 10.0  # seconds in which files that are replaced all the time are read anew
-PAUSES = tuple(n / 200 for n in range(10))  # seconds; of one length, a writer in step wins each time
+# What is replaced all the time is read anew for so many seconds, with pauses of so many between:
+# were they of one length, a writer in step would win each time.
+PATIENCE, PAUSES = 10.0, tuple(n / 200 for n in range(10))
 MARK = "::"  # between an archive and the name of a member in it
 
 
