@@ -100,8 +100,8 @@ class OpenFile(str):
         """Return whether the path names another file now, or none."""
         try:
             return os.stat(self).st_ino != self.stamp[0]
-        except OSError:
-            return True
+        except OSError as error:  # where the system does not say, it is the one that is open
+            return isinstance(error, FileNotFoundError | NotADirectoryError)
 
     def close(self) -> None:
         """Give the descriptor back; the path is opened again where it still names the file."""

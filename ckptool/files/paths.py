@@ -21,7 +21,7 @@ STORES = ("s3", "gs", "az", "memory")  # that fsspec knows; the last is its own,
 SCHEMES = ("http", "https", "hf", *STORES)
 # What is replaced all the time is read anew for so many seconds, with pauses of so many between:
 # were they of one length, a writer in step would win each time.
-PATIENCE, PAUSES = 10.0, tuple(n / 200 for n in range(10))
+PATIENCE, PAUSES = 3.0, tuple(n / 200 for n in range(10))
 MARK = "::"  # between an archive and the name of a member in it
 
 
