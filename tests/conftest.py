@@ -1,7 +1,7 @@
 """What several test files use: the fixtures, the command line in and out of this process.
 
 Products (fixtures x edits x containers, every byte of a file) are sampled, the same way each time;
-`--all` runs them whole.
+`--all` runs them whole, or more of them where whole ones take minutes.
 """
 
 from __future__ import annotations
@@ -59,31 +59,30 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         options.numprocesses, options.dist = WORKERS, "worksteal"
 
 
-def step(n: int) -> int:
-    """Return the step of a sample of one case in n; with `--all` it is 1."""
-    return 1 if _everything else n
+def step(n: int, more: int = 1) -> int:
+    """Return the step of a sample of one case in n; with `--all` every one, or one in `more`."""
+    return more if _everything else n
 
 
-def sampled(cases: Sequence[Any], n: int) -> Sequence[Any]:
-    """Return one case in n, the first included; with `--all` every one."""
-    return cases[:: step(n)]
+def sampled(cases: Sequence[Any], n: int, more: int = 1) -> Sequence[Any]:
+    """Return one case in n, the first included; with `--all` every one, or one in `more`."""
+    return cases[:: step(n, more)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what would keep one process alone at the end; leave out most of each product."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-    if _everything:
-        return
-    out = left_out(items)
+    out = left_out(items, whole=_everything)
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
     items[:] = [item for item in items if item.nodeid not in out]
 
 
-def left_out(items: Iterable[Any]) -> set[str]:
+def left_out(items: Iterable[Any], *, whole: bool = False) -> set[str]:
     """Return the cases of products that are not in the sample.
 
-    In it is one case in n, chosen by its name, and any that has the value `always` or a value that
-    no case before it has: each fixture, each edit and each container is in some case.
+    In it is one case in n (of a `whole` product one in `more`), chosen by its name, and any that
+    has the value `always` or a value that no case before it has: each fixture, each edit and each
+    container is in some case.
     """
     products = [item for item in items if item.get_closest_marker("product")]
     values = {
@@ -93,7 +92,7 @@ def left_out(items: Iterable[Any]) -> set[str]:
         }
         for item in products
     }
-    chosen = {item.nodeid for item in products if in_sample(item)}
+    chosen = {item.nodeid for item in products if in_sample(item, whole)}
     seen = {value for nodeid in chosen for value in values[nodeid]}
     for nodeid, own in values.items():
         if nodeid not in chosen and not own <= seen:
@@ -102,12 +101,13 @@ def left_out(items: Iterable[Any]) -> set[str]:
     return values.keys() - chosen
 
 
-def in_sample(item: Any) -> bool:
+def in_sample(item: Any, whole: bool) -> bool:
     """Return whether its name, or one of its values, chooses a case of a product."""
     mark = item.get_closest_marker("product")
     name = item.name.replace(str(FIXTURES), "")
     always = mark.kwargs.get("always", mark)
-    return zlib.crc32(name.encode()) % mark.args[0] == 0 or always in item.callspec.params.values()
+    n = mark.kwargs.get("more", 1) if whole else mark.args[0]
+    return zlib.crc32(name.encode()) % n == 0 or always in item.callspec.params.values()
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ KINDS = itertools.cycle(["gz", "zip", "tar.gz"])
 MEMBERS = [(path, kind) for path, kind in zip(FILES, KINDS, strict=False) if path.is_file()]
 
 
-@pytest.mark.parametrize(("path", "kind"), sampled(MEMBERS, 50), ids=str)
+@pytest.mark.parametrize(("path", "kind"), sampled(MEMBERS, 50, 4), ids=str)
 def test_what_is_proposed_for_a_member_of_an_archive_works(
     run: Run,
     path: Path,

@@ -177,7 +177,8 @@ def tries() -> Iterator[float]:
     """Iterate while it is worth to read anew what was replaced meanwhile; pause between."""
     last = time.monotonic() + PATIENCE
     for pause in takewhile(lambda _: time.monotonic() < last, cycle(PAUSES)):
-        time.sleep(pause)
+        if pause:
+            time.sleep(pause)
         yield pause
 
 

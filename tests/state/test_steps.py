@@ -234,7 +234,7 @@ def converted(run: Run, source: Path, target: Path, *options: object) -> dict[st
 SUFFIXES = [".pth .pth", ".pth .safetensors", ".safetensors .pth"]
 
 
-@pytest.mark.product(60)
+@pytest.mark.product(60, more=2)
 @pytest.mark.parametrize("suffixes", SUFFIXES)
 @pytest.mark.parametrize("how", ["plain", "transposed", "sliced", "offset"])
 @pytest.mark.parametrize("dtype", DTYPES)
