@@ -289,5 +289,7 @@ def _is_made_of(trained: TensorInfo, master: TensorInfo, readers: Readers) -> bo
     if trained.dtype not in numbers.CASTS:
         return True
     if trained.dtype is not master.dtype:
-        other = bytes(numbers.cast(memoryview(other), master.dtype, trained.dtype)[0])
-    return one[: count * trained.dtype.itemsize] == other
+        made = bytearray(count * trained.dtype.itemsize)
+        numbers.cast(made, other, master.dtype, trained.dtype)
+        return one[: len(made)] == made
+    return one[: len(other)] == other

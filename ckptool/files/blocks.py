@@ -236,7 +236,7 @@ def _compute(
     """
     args, size = computed.args, computed.itemsize
     if not args:
-        view[:] = computed.kernel(start, start + len(view))
+        computed.kernel(view, start)
         return []
     import numpy as np
 
@@ -253,7 +253,7 @@ def _compute(
                 read[number] = crc32(block, read[number])
             _settle(value, block)
             made.append(block)
-        view[at * size : (at + few) * size] = computed.kernel(*made)
+        computed.kernel(view[at * size : (at + few) * size], *made)
     pairs = zip(found, read, strict=True)
     return [part._replace(crc32=checksum) for part, checksum in pairs if part]
 

@@ -23,7 +23,7 @@ from ckptool.errors import Malformed
 from ckptool.files import checksums
 from ckptool.files.blocks import Ahead, fill, runs
 from ckptool.files.checksums import Part
-from ckptool.files.fileio import CHUNK, Readers, read_back, unpacked, write_at
+from ckptool.files.fileio import CHUNK, OpenFile, Readers, read_back, unpacked, write_at
 from ckptool.files.jobs import Block, Copy, Task, cuts, near, tasks
 from ckptool.files.stream import Stream
 from ckptool.records import dataclass
@@ -194,7 +194,7 @@ class _Run:
         self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
         self._ended = False
-        workers = 1 if isinstance(target, Stream) else WORKERS
+        workers = 1 if isinstance(target, Stream) or _gain_nothing(jobs) else WORKERS
         self._helpers = [allocate_lock() for _ in range(workers - 1)]  # each locked while it works
 
     def all(self) -> None:
@@ -377,6 +377,13 @@ class _Run:
 
 
 _READS_OTHERWISE = "what was written reads back differently"
+
+
+def _gain_nothing(jobs: Sequence[Copy]) -> bool:
+    """Return whether two threads would share a core, and no server would be waited for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    read = (each.path for job in jobs for each in stored(job.storage))
+    return cores == 1 and not any(isinstance(path, OpenFile) and path.far for path in read)
 
 
 def _start(work: Callable[[LockType], None], lock: LockType) -> None:

@@ -101,7 +101,11 @@ def _in_order(value: TensorInfo, made: values.Made) -> TensorInfo:
     """Return a tensor little-endian, as what is summed is: a torch file has one order for all."""
     if value.storage.byteorder == "little":
         return value
-    return replace(values.elementwise(bytes, [value], value.dtype, made), origin=value.origin)
+    return replace(values.elementwise(_same, [value], value.dtype, made), origin=value.origin)
+
+
+def _same(out: memoryview, block: memoryview) -> None:
+    out[:] = block
 
 
 def _not_summed(value: Node) -> str:

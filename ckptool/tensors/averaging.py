@@ -23,9 +23,8 @@ class Mean:
     overflow: int = 0
     _lock: LockType = field(default_factory=allocate_lock, repr=False)
 
-    def __call__(self, *blocks: Block) -> memoryview:
-        """Return the sum of as many elements of each."""
-        made, overflow = numbers.mean(blocks, self.dtypes, self.weights, self.dtypes[0])
+    def __call__(self, out: memoryview, *blocks: Block) -> None:
+        """Fill a view with the sum of as many elements of each."""
+        overflow = numbers.mean(out, blocks, self.dtypes, self.weights, self.dtypes[0])
         with self._lock:
             self.overflow += overflow
-        return made

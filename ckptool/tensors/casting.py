@@ -31,15 +31,14 @@ class Rounding:
     losses: Losses = field(default_factory=Losses)
     _lock: LockType = field(default_factory=allocate_lock, repr=False)
 
-    def __call__(self, block: Block) -> memoryview:
-        """Return the elements of a block in the new dtype."""
-        made, losses = numbers.cast(block, self.source, self.target, clamp=self.clamp)
+    def __call__(self, out: memoryview, block: Block) -> None:
+        """Fill a view with the elements of a block in the new dtype."""
+        losses = numbers.cast(out, block, self.source, self.target, clamp=self.clamp)
         if self.byteorder != "little" and self.target.swap > 1:
-            numbers.swap(made, self.target.swap)
+            numbers.swap(out, self.target.swap)
         with self._lock:
             self.count += len(block) // self.source.itemsize
             self.losses += losses
-        return made
 
     def counted(self) -> list[int]:
         """Return what was counted, as `add` takes it."""

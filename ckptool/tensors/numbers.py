@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from math import fsum
 from typing import Any
@@ -154,12 +154,8 @@ def _to_odd(floats: Any) -> Any:
 
 # Values made from others: kernels over blocks of as many elements.
 
-Kernel = Callable[..., memoryview]
 
-
-def cast(
-    block: Block, source: DType, target: DType, *, clamp: bool = False
-) -> tuple[memoryview, Losses]:
+def cast(out: Block, block: Block, source: DType, target: DType, *, clamp: bool = False) -> Losses:
     """Round real floats of one dtype to another, and count what becomes another kind of number.
 
     With `clamp`, what overflows becomes the largest finite number.
@@ -169,11 +165,11 @@ def cast(
     edges = _edges(source, target)
     with np.errstate(all="ignore"):
         floats = block_floats(block, source)
-        made = rounded(floats, target)
+        _round_into(np.frombuffer(out, _kind(target)), floats, target)
         if edges is None:
-            return made, Losses()
+            return Losses()
         top, bottom = edges
-        bits = bits_of(made, target)
+        bits = bits_of(out, target)
         sign = bits.dtype.type(1 << 8 * bits.itemsize - 1)
         sizes = bits & ~sign
         overflow = zero = small = 0
@@ -188,7 +184,7 @@ def cast(
             if bottom:
                 normal = np.abs(floats) >= _least(source)
                 small = int(np.count_nonzero((sizes < bottom) & (sizes > 0) & normal))
-    return made, Losses(overflow, zero, small)
+    return Losses(overflow, zero, small)
 
 
 @cache
@@ -236,18 +232,22 @@ def dot(one: Any, other: Any) -> float:
 
 
 def mean(
-    blocks: Sequence[Block], dtypes: Sequence[DType], weights: Sequence[float], target: DType
-) -> tuple[memoryview, int]:
+    out: Block,
+    blocks: Sequence[Block],
+    dtypes: Sequence[DType],
+    weights: Sequence[float],
+    target: DType,
+) -> int:
     """Sum weighted floats in double precision, in their order, and round the sum to a dtype.
 
-    What has the same bits in all stays as it is where the weights sum to 1. The count is of finite
-    numbers that made another than that.
+    What has the same bits in all stays as it is where the weights sum to 1. Returns how many finite
+    numbers made another than that.
     """
     import numpy as np
 
     part = part_of(target)
     bits = [bits_of(*pair) for pair in zip(blocks, dtypes, strict=True)]
-    made: Any = np.empty(len(bits[0]), f"<u{part.itemsize}")
+    made = bits_of(out, part)
     room = np.empty((2, min(SLICE, len(made))))
     kept = sums_to_one(weights) and {*dtypes} == {target}
     # arithmetic makes 0.0 of -0.0 - -0.0
@@ -257,22 +257,22 @@ def mean(
     with np.errstate(all="ignore"):
         for start in range(0, len(made), SLICE):
             here = slice(start, start + SLICE)
-            parts, out = [each[here] for each in bits], made[here]
-            total = _sum(parts, dtypes, weights, room[:, : len(out)])
-            _round_into(out.view(_kind(part)), total, part)
-            masked = out & mask
+            parts, summed = [each[here] for each in bits], made[here]
+            total = _sum(parts, dtypes, weights, room[:, : len(summed)])
+            _round_into(summed.view(_kind(part)), total, part)
+            masked = summed & mask
             if not inexact and mask == pattern and masked.max() < mask:
                 continue  # all are finite, as of nearly all slices
             odd = masked == pattern
             if kept and (inexact or odd.any()):
                 same = np.logical_and.reduce([parts[0] == each for each in parts])
-                np.copyto(out, parts[0], where=same)
+                np.copyto(summed, parts[0], where=same)
                 odd &= ~same
             if odd.any():
                 pairs = zip(parts, dtypes, strict=True)
                 finite = [np.isfinite(_widened(*pair)) for pair in pairs]
                 overflow += int(np.count_nonzero(odd & np.logical_and.reduce(finite)))
-    return memoryview(made.view("u1")), overflow
+    return overflow
 
 
 def _sum(parts: Sequence[Any], dtypes: Sequence[DType], weights: Sequence[float], room: Any) -> Any:

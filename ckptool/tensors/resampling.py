@@ -83,8 +83,8 @@ class Interpolation:
     columns: tuple[float, ...]
     dtype: DType
 
-    def __call__(self, *blocks: Block) -> memoryview:
-        """Return the sum of as many elements of each."""
+    def __call__(self, out: memoryview, *blocks: Block) -> None:
+        """Fill a view with the sum of as many elements of each."""
         import numpy as np
 
         with np.errstate(all="ignore"):
@@ -92,7 +92,7 @@ class Interpolation:
             width = len(self.columns)
             starts = range(0, len(floats), width)
             across = [_weighted(floats[at : at + width], self.columns) for at in starts]
-            return rounded(_weighted(across, self.rows), self.dtype)
+            out[:] = rounded(_weighted(across, self.rows), self.dtype)
 
 
 def _weighted(floats: list[Any], weights: tuple[float, ...]) -> Any:
@@ -113,8 +113,8 @@ class Channels:
     dtype: DType
     factor: float = 1.0
 
-    def __call__(self, *blocks: Block) -> memoryview:
-        """Return the sum of as many elements of each."""
+    def __call__(self, out: memoryview, *blocks: Block) -> None:
+        """Fill a view with the sum of as many elements of each."""
         import numpy as np
 
         with np.errstate(all="ignore"):
@@ -122,7 +122,7 @@ class Channels:
             total = first + first.dtype.type(0) if others else first
             for floats in others:
                 total = total + floats
-            return rounded(total * first.dtype.type(self.factor), self.dtype)
+            out[:] = rounded(total * first.dtype.type(self.factor), self.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,7 +133,7 @@ class Total:
     target: DType
     factor: float = 1.0
 
-    def __call__(self, *blocks: Block) -> memoryview:
-        """Return the sum of as many elements of each."""
+    def __call__(self, out: memoryview, *blocks: Block) -> None:
+        """Fill a view with the sum of as many elements of each."""
         count = len(blocks)
-        return mean(blocks, [self.source] * count, [self.factor] * count, self.target)[0]
+        mean(out, blocks, [self.source] * count, [self.factor] * count, self.target)

@@ -71,11 +71,11 @@ class Chunked:
 class Computed:
     """Elements made one by one from those of other tensors, all of one shape.
 
-    `kernel` takes a block of as many elements of each and returns their bytes in the new dtype; of
-    none, those between two bytes of what it holds.
+    `kernel` fills a view with their bytes in the new dtype, from a block of as many elements of
+    each; of none, with what it holds from a byte on.
     """
 
-    kernel: Callable[..., bytes | memoryview]
+    kernel: Callable[..., None]
     args: tuple[TensorInfo, ...]
     itemsize: int
 

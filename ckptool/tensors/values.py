@@ -31,7 +31,7 @@ from ckptool.tensors.tensor import (
     view_stride,
 )
 
-Kernel = Callable[..., bytes | memoryview]
+Kernel = Callable[..., None]
 Box = tuple[tuple[int, ...], TensorInfo]  # where it begins in each dimension, what fills it
 
 
@@ -371,9 +371,12 @@ def computed(kernel: Kernel, args: Sequence[TensorInfo], dtype: DType) -> Tensor
 
 def literal(data: bytes, dtype: DType, shape: Sequence[int], key: str) -> TensorInfo:
     """Return a contiguous tensor of elements that are in memory."""
-    given = Computed(lambda start, stop: data[start:stop], (), 1)
+
+    def fill(out: memoryview, start: int) -> None:
+        out[:] = data[start : start + len(out)]
+
     typed = dtype if dtype.storage_class else None
-    storage = Storage("", key, 0, len(data), typed, computed=given)
+    storage = Storage("", key, 0, len(data), typed, computed=Computed(fill, (), 1))
     storage.packing = Packing.COMPUTED
     return TensorInfo(dtype, tuple(shape), contiguous_stride(shape), storage)
 

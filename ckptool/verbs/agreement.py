@@ -103,7 +103,8 @@ def _of_storage(storage: Storage, files: dict[str, int]) -> Iterator[object]:
         if isinstance(kernel, Rounding):
             yield kernel.source.name, kernel.target.name, kernel.clamp, kernel.byteorder
         if not computed.args:
-            yield sha256(kernel(0, storage.nbytes)).digest()
+            kernel(held := bytearray(storage.nbytes), 0)
+            yield sha256(held).digest()
         yield from _of_values(computed.args, files)
     if chunked := storage.chunked:
         yield chunked.shape, [chunk.offsets for chunk in chunked.chunks]

@@ -155,7 +155,8 @@ def _counted(
     tensors: Mapping[str, TensorInfo], target: DType, progress: Progress
 ) -> tuple[dict[str, Losses], tuple[str, ...]]:
     def count(block: memoryview, dtype: DType) -> Losses:
-        return numbers.cast(block, dtype, target)[1]
+        made = bytearray(len(block) // dtype.itemsize * target.itemsize)
+        return numbers.cast(made, block, dtype, target)
 
     return count_in(tensors.items(), count, Losses(), progress)
 

@@ -30,7 +30,7 @@ from ckptool.errors import (
 )
 from ckptool.files import copying, jobs as module
 from ckptool.files.copying import NOTHING, Done, Moved, PlannedFile, run_jobs
-from ckptool.files.fileio import CHUNK, Reader, Readers, unpacked
+from ckptool.files.fileio import CHUNK, OpenFile, Reader, Readers, unpacked
 from ckptool.files.jobs import Copy
 from ckptool.files.publish import (
     Output,
@@ -233,6 +233,28 @@ def test_an_error_of_the_progress_is_raised(output: int, stored: Storage) -> Non
 # Every job answers for its bytes.
 
 
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+
+@pytest.mark.parametrize(("cores", "far", "threads"), [(1, False, 0), (1, True, 1), (2, False, 1)])
+def test_one_core_has_one_thread_but_for_files_far_away(
+    output: int,
+    stored: Storage,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    far: bool,
+    threads: int,
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
+    monkeypatch.setattr(OpenFile, "far", far)
+    monkeypatch.setattr(copying, "start_new_thread", lambda *_: started.append(1))
+    run_jobs([Copy(replace(stored, path=OpenFile(stored.path)), 0)], output, quiet)
+    assert len(started) == threads
+
+
 def starved(where: str) -> Callable[[int, int], mmap]:
     main = threading.get_ident()
 
@@ -244,6 +266,7 @@ def starved(where: str) -> Callable[[int, int], mmap]:
     return allocate
 
 
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("where", ["all", "helpers"])
 def test_workers_without_memory_end_the_run(
     output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch, where: str
@@ -257,6 +280,7 @@ def slowly(nbytes: int) -> None:
     time.sleep(0.001)  # so that the other thread comes to work
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_a_thread_that_cannot_start_ends_the_run(
     output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,8 +312,10 @@ def test_bytes_that_nobody_moved_are_missed(
 
 @pytest.mark.parametrize("nbytes", [6, 8])
 def test_computed_bytes_are_as_many_as_planned(output: int, nbytes: int) -> None:
-    seven = Computed(lambda start, stop: b"1234567", (), 1)
-    storage = replace(computed(bytes(nbytes)), computed=seven)
+    def seven(out: memoryview, start: int) -> None:
+        out[:] = b"1234567"
+
+    storage = replace(computed(bytes(nbytes)), computed=Computed(seven, (), 1))
     with pytest.raises(ValueError, match="different structures"):
         run_jobs([Copy(storage, 3)], output, quiet)
 

@@ -37,8 +37,9 @@ def bits(values: np.ndarray) -> np.ndarray:
 def cast(values: np.ndarray, target: DType, *, clamp: bool = False) -> tuple[np.ndarray, Losses]:
     """Cast with the kernel, from the dtype of an array."""
     source = next(dtype for dtype, kind in KINDS.items() if values.dtype == kind)
-    made, losses = numbers.cast(values.tobytes(), source, target, clamp=clamp)
-    return np.frombuffer(made, KINDS[target]), losses
+    made = np.empty(values.size, KINDS[target])
+    losses = numbers.cast(made.view("u1").data, values.tobytes(), source, target, clamp=clamp)
+    return made, losses
 
 
 def same(got: np.ndarray, wanted: np.ndarray) -> bool:

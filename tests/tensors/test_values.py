@@ -61,8 +61,9 @@ def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def cast(tensor: torch.Tensor, target: torch.dtype) -> torch.Tensor:
-    made = numbers.cast(raw(tensor), of_torch(tensor.dtype), of_torch(target))[0]
-    return torch.frombuffer(bytearray(made), dtype=target)
+    made = bytearray(tensor.numel() * target.itemsize)
+    numbers.cast(made, raw(tensor), of_torch(tensor.dtype), of_torch(target))
+    return torch.frombuffer(made, dtype=target)
 
 
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
