@@ -73,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Begin with what would keep one process alone at the end; leave out most of each product."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
     out = left_out(items, whole=_everything)
+    if not _everything:
+        out |= {item.nodeid for item in items if item.get_closest_marker("thorough")}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
     items[:] = [item for item in items if item.nodeid not in out]
 

@@ -307,7 +307,7 @@ def test_nothing_in_a_file_is_executed(
 ) -> None:
     """After a warm-up on good files, hostile ones cause no event of another kind.
 
-    In one of seven command lines, with `--all` in one of two, other ones for each file.
+    In one of 14 command lines, with `--all` in one of two, other ones for each file.
     """
     packed = tmp_path_factory.mktemp("packed") / "plain.pth.gz"
     packed.write_bytes(gzip.compress((good / "plain.pth").read_bytes()))
@@ -315,7 +315,7 @@ def test_nothing_in_a_file_is_executed(
     hostile = [str(path) for path in HOSTILE]
     done = subprocess.run(
         [sys.executable, WATCH],
-        input=json.dumps([warm_up, hostile, step(7, 2)]),
+        input=json.dumps([warm_up, hostile, step(14, 2)]),
         capture_output=True, text=True, timeout=300, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -611,6 +611,7 @@ def test_a_tensor_that_declares_gigabytes_is_refused_before_writing(here: Path, 
     assert listing(here) == {}
 
 
+@pytest.mark.thorough
 def test_an_inflating_pickle_is_bounded(here: Path) -> None:
     """A megabyte of deflated zeros would be a gigabyte of pickle."""
     (here / "in.pth").write_bytes(deflated({"archive/data.pkl": 1024, "archive/version": b"3\n"}))

@@ -221,6 +221,7 @@ FILES = [
 ]
 
 
+@pytest.mark.thorough
 def test_torch_and_safetensors_over_the_fixtures() -> None:
     assert len(FILES) > 300
     assert_explained(EXPLAINED, against_torch(FILES), FILES)

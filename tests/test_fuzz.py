@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIXTURES, environment, step
+from conftest import FIXTURES, environment, sampled, step
 
 FUZZ = Path(__file__).parent / "fuzz"
 sys.path.insert(0, str(FUZZ))  # tests/faults has a run.py too
@@ -30,6 +30,7 @@ def fuzzed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_the_corpus_finds_nothing(tmp_path: Path) -> None:
     """One case for each kind of outcome that was ever seen."""
     done = fuzzed(tmp_path, "--corpus")
@@ -37,7 +38,7 @@ def test_the_corpus_finds_nothing(tmp_path: Path) -> None:
     assert f" {len(fuzzer.CORPUS.read_text().split())} cases," in done.stdout
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", sampled(SEEDS, 3))
 def test_a_short_run_finds_nothing(tmp_path: Path, seed: str) -> None:
     count = 200 // step(4)
     done = fuzzed(tmp_path, "--seed", seed, "--cases", str(count))
@@ -180,6 +181,7 @@ def test_what_is_wrong_is_found(
     assert any(each.startswith(what) for _, each, _ in report.complaints), report.complaints
 
 
+@pytest.mark.thorough
 def test_hanging_and_dying_workers_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import costly
 import pytest
-from conftest import FIXTURES, environment
+from conftest import FIXTURES, environment, sampled
 
 from ckptool.cli import main as cli
 from ckptool.cli.main import main
@@ -142,6 +142,7 @@ def test_calls_grow_with_the_file(tmp_path: Path, command: tuple[str, ...], shap
 @pytest.mark.parametrize("verb", ["convert", "transfer"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("storages", ["one each", "one"])
+@pytest.mark.product(8)
 def test_calls_of_writers_grow_with_the_file(
     tmp_path: Path, verb: str, suffix: str, storages: str
 ) -> None:
@@ -237,7 +238,7 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="need
 
 
 @linux
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", sampled(COMMANDS, 3), ids=" ".join)
 def test_hostile_files_need_no_memory(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert limited(command, HOSTILE, tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
@@ -261,6 +262,7 @@ LARGE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.thorough
 @linux
 def test_what_is_meant_to_exhaust_does_not(tmp_path: Path) -> None:
     folder = tmp_path / "large"
@@ -323,8 +325,7 @@ def test_check_streams(tmp_path: Path) -> None:
     assert limited(("check", "--finite"), paths, tmp_path) == ""
 
 
-@pytest.mark.product(5)
-@pytest.mark.parametrize("name", costly.INPUTS)
+@pytest.mark.parametrize("name", sampled([*costly.INPUTS], 5))
 def test_calls_grow_with_what_is_meant_to_cost(tmp_path: Path, name: str) -> None:
     suffix, writer, _ = costly.INPUTS[name]
     counts = {}

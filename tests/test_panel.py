@@ -24,6 +24,7 @@ def asked() -> Iterator[panel.Panel]:
     made.close()
 
 
+@pytest.mark.thorough
 def test_no_fixture_is_ok_of_which_a_consumer_looks_up_more(asked: panel.Panel) -> None:
     for path in sampled(panel.fixtures(), 4):
         assert list(panel.complaints(path, asked)) == []

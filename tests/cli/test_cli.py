@@ -872,6 +872,7 @@ def slow_source(tmp_path: Path, make_safetensors: Callable[..., Path]) -> Path:
     return make_safetensors(tmp_path / "in.safetensors", {"module.weight": [16 << 20]})
 
 
+@pytest.mark.product(6)
 @pytest.mark.parametrize("force", [False, True], ids=["new", "replaced"])
 @pytest.mark.parametrize(
     ("number", "code", "said"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, environment, listing, step
+from conftest import Outcome, environment, listing, sampled, step
 from safetensors.torch import load_file
 from test_cli import on_terminal
 
@@ -625,7 +625,9 @@ def test_a_pipe_gets_the_bytes_of_a_file(run: Run, here: Path, edit: str) -> Non
 
 @pytest.mark.product(8)
 @pytest.mark.parametrize("to", ["torch", "safetensors"])
-@pytest.mark.parametrize("name", sorted(os.listdir(Path(__file__).parents[2] / "fixtures/good")))
+@pytest.mark.parametrize(
+    "name", sampled(sorted(os.listdir(Path(__file__).parents[2] / "fixtures/good")), 5)
+)
 def test_a_pipe_gets_the_bytes_of_a_file_of_every_fixture(
     run: Run, good: Path, tmp_path: Path, name: str, to: str
 ) -> None:

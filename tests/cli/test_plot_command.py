@@ -232,6 +232,7 @@ def overlaps(boxes: list[Text], least: float) -> Iterator[tuple[str, str]]:
 LINES = ["few", "many", "odd", "one", "--stats few", "--stats many", "--stats odd", "many moved"]
 
 
+@pytest.mark.product(4)
 @pytest.mark.parametrize("size", ["640x480", "1920x1200", "4000x2500"])
 @pytest.mark.parametrize("line", LINES)
 def test_no_text_is_over_another_or_off_the_page(

@@ -295,6 +295,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 # A cluster of two.
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
 def test_two_ranks_load_it_and_what_they_save_is_read(tmp_path: Path) -> None:
     torch.manual_seed(1)

@@ -399,6 +399,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ranks.SHORTER, "0.7")
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_lost(
@@ -642,6 +643,7 @@ CASES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("misfortune", sampled([*CASES], 10))
 def test_a_rank_that_ends_or_stops_ends_all(large: Path, tmp_path: Path, misfortune: str) -> None:
     codes, what = CASES[misfortune]
@@ -674,6 +676,7 @@ def test_torchrun_writes_one_output(large: Path, tmp_path: Path) -> None:
     assert done.document["written"] == 12
 
 
+@pytest.mark.thorough
 def test_torchrun_ends_all_where_a_rank_dies(large: Path, tmp_path: Path) -> None:
     line = ["convert", "--distributed", large, "out", "--max-shard-size", "5MB"]
     done = torchrun(tmp_path, HERE / "misfortune.py", *line, misfortune="kill@copy@1")
