@@ -22,6 +22,7 @@ from ckptool import containers
 from ckptool.cli import main as cli
 from ckptool.files import publish
 from ckptool.model import loading
+from ckptool.verbs import check_folders
 
 Run = Callable[..., Outcome]
 
@@ -220,3 +221,27 @@ def test_what_is_loaded_is_what_was_read(
     loaded = loading.load(checkpoint)
     for state, value in ((by_library.state_dict, 1.0), (loaded.state_dict, 2.0)):
         assert {float(each) for tensor in state.values() for each in tensor.unique()} == {value}
+
+
+def test_a_folder_that_is_exchanged_while_it_is_listed_is_listed_anew(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a set of more shards, so that all names but that of the index are others."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("set", 3), ("new", 4)):
+        torch.save({f"a.{n}": torch.ones(40, 50) for n in range(count)}, "in.pth")
+        assert run("convert", "-q", "in.pth", f"{name}/", "--max-shard-size", "9KB").code == 0
+    real, calls = check_folders._files_of, list[str]()
+
+    def exchanging(index: str) -> list[str]:
+        calls.append(index)
+        if len(calls) == 1:
+            os.rename("set", "old")
+            os.rename("new", "set")
+        return real(index)
+
+    monkeypatch.setattr(check_folders, "_files_of", exchanging)
+    done = run("check", "set")
+    assert (done.code, len(calls)) == (0, 2), done
+    assert "4 tensors" in done.out
+    assert done.out.count("\n") == 1
