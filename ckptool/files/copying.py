@@ -194,7 +194,7 @@ class _Run:
         self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
         self._ended = False
-        workers = 1 if isinstance(target, Stream) or _gain_nothing(jobs) else WORKERS
+        workers = 1 if isinstance(target, Stream) or _share_a_core(jobs) else WORKERS
         self._helpers = [allocate_lock() for _ in range(workers - 1)]  # each locked while it works
 
     def all(self) -> None:
@@ -379,7 +379,7 @@ class _Run:
 _READS_OTHERWISE = "what was written reads back differently"
 
 
-def _gain_nothing(jobs: Sequence[Copy]) -> bool:
+def _share_a_core(jobs: Sequence[Copy]) -> bool:
     """Return whether two threads would share a core, and no server would be waited for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     read = (each.path for job in jobs for each in stored(job.storage))

@@ -173,13 +173,13 @@ def inode(path: str) -> int | None:
         return None
 
 
-def tries() -> Iterator[float]:
-    """Iterate while it is worth to read anew what was replaced meanwhile; pause between."""
+def tries() -> Iterator[None]:
+    """Iterate while what was replaced meanwhile is worth reading anew; pause between."""
     last = time.monotonic() + PATIENCE
     for pause in takewhile(lambda _: time.monotonic() < last, cycle(PAUSES)):
         if pause:
             time.sleep(pause)
-        yield pause
+        yield
 
 
 def _entry(found: os.DirEntry[str], sizes: bool) -> Entry:
