@@ -192,21 +192,29 @@ def _is_plain(value: TensorInfo, whole: Storage) -> bool:
     return in_order and value.storage.packing is not Packing.DEFLATED
 
 
-def grain(storage: Storage) -> tuple[int, int]:
-    """Return how many bytes are best asked for in a row, and how many of them at once.
+class Grain(NamedTuple):
+    """How many bytes are best asked for in a row, and how many at once; as whole `rows` or not."""
 
-    Of what is gathered, they are whole rows.
+    in_a_row: int
+    at_once: int
+    rows: bool
+
+
+def grain(storage: Storage) -> Grain:
+    """Return in what portions a storage is best asked for.
+
+    Where rows are columns of what is gathered, a part of a row takes as long as the whole.
     """
     args = arguments(storage)
     if all(is_contiguous(each.shape, each.stride) for each in args):
         below = [grain(each.storage) for each in args]
-        return max(below, default=(CHUNK, CHUNK))
+        return max(below, default=Grain(CHUNK, CHUNK, rows=False))
     shape, size = args[0].shape, args[0].dtype.itemsize
     if storage.chunked:
         shape = storage.chunked.shape
     turned = any(each.stride[-1] != 1 for each in args if each.shape)
     in_a_row = _rows(shape, size, AHEAD if turned else 4 * READ)
-    return in_a_row, min(_rows(shape, size, READ), READ)
+    return Grain(in_a_row, min(_rows(shape, size, READ), READ), turned)
 
 
 def _rows(shape: tuple[int, ...], size: int, most: int) -> int:
@@ -409,6 +417,8 @@ def _gather(
     will be columns lie apart a little: those a power of two away from each other, as most are, have
     one place in the cache.
     """
+    import numpy as np
+
     shape, stride, offset = box
     order = sorted((at for at in range(len(shape)) if stride[at]), key=lambda at: -stride[at])
     outer, run = [*order], 1
@@ -420,7 +430,7 @@ def _gather(
             step += LINE // size
         there[at], step = step, step * shape[at]
     if step * size > len(memory):
-        memory = memoryview(bytearray(step * size))
+        memory = np.empty(step * size, "u1").data  # in large pages
     rows = [(shape[at], stride[at], there[at]) for at in outer]
     _load(memory, 0, rows, run, offset, size, source)
     return memory, tuple(there)

@@ -345,7 +345,8 @@ class _Run:
         job = task.job
         made = job.storage.chunked or job.storage.computed
         size = made.itemsize if made else 1
-        for start, end in cuts(job, task.start, task.start + task.nbytes, task.grain):
+        begin, stop = task.start, task.start + task.nbytes
+        for start, end in cuts(job, begin, stop, task.grain, rows=task.rows):
             before, behind = (job.start + start) % size, -(job.start + end) % size
             view = buffer[: before + end - start + behind]  # elements that a job has a part of
             self.parts += fill(view, job.storage, job.start + start - before, self.readers, ahead)

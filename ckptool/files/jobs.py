@@ -48,6 +48,7 @@ class Task(NamedTuple):
     nbytes: int
     place: int  # in the output; of what is only read, in a row of all that is
     grain: int = CHUNK
+    rows: bool = False  # whether it is whole rows of what is gathered
 
     @property
     def source(self) -> int:
@@ -88,10 +89,11 @@ def tasks(jobs: Sequence[Copy]) -> Iterator[Task | list[Block]]:
         if job.storage.packing is Packing.DEFLATED:
             yield Task(number, job, 0, job.nbytes, place)
         else:
-            task_size, size = grain(job.storage)
-            many = max(TASK, task_size) if size == CHUNK else task_size
-            for start, end in cuts(job, 0, job.nbytes, many):
-                yield Task(number, job, start, end - start, place + start, size)
+            many, size, rows = grain(job.storage)
+            if size == CHUNK:
+                many = max(TASK, many)
+            for start, end in cuts(job, 0, job.nbytes, many, rows=rows):
+                yield Task(number, job, start, end - start, place + start, size, rows)
     if blocks:
         yield blocks
 
@@ -146,14 +148,16 @@ def _are_in_order(jobs: Sequence[Copy]) -> bool:
     return True
 
 
-def cuts(job: Copy, start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
+def cuts(
+    job: Copy, start: int, end: int, nbytes: int, *, rows: bool = False
+) -> Iterator[tuple[int, int]]:
     """Cut a range of a job where the output has a multiple of so many bytes.
 
     Pages of the output are then written once, in large folios. What is computed or in chunks is
-    cut at whole elements, what is gathered at whole rows of it.
+    cut at whole elements; with `rows`, so many bytes are whole rows of what is gathered.
     """
     made = job.storage.chunked or job.storage.computed
-    offset = (job.target or 0) if nbytes <= TASK else job.start
+    offset = job.start if rows else job.target or 0
     if made and (offset - job.start) % made.itemsize:
         offset = job.start
     while start < end:
