@@ -1,7 +1,5 @@
 """The documents of commands that write checkpoints, and of recipes."""
 
-from __future__ import annotations
-
 from typing import Annotated as A, Literal, TypedDict
 
 from ckptool.documents.shared import (
