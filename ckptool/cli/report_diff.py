@@ -52,13 +52,7 @@ def _far(change: Change) -> list[str]:
 
 
 def _special(values: Values) -> dict[str, int]:
-    counts = {
-        "nan_payloads": values.nan_payloads,
-        "nan_one_side": values.nan_one_side,
-        "zero_signs": values.zero_signs,
-        "infinities": values.infinities,
-    }
-    return {name: count for name, count in counts.items() if count}
+    return {name: count for name in _WORDS if (count := getattr(values, name))}
 
 
 def _number(number: float | None) -> str:
@@ -161,11 +155,8 @@ def _counts(found: Difference) -> Iterator[str]:
     for what in filter(counts.get, _NAMES):
         count = counts[what]
         if what == "value":
-            yield (
-                f"{count} entry is not a tensor and differs"
-                if count == 1
-                else (f"{count} entries are not tensors and differ")
-            )
+            differ = "is not a tensor and differs" if count == 1 else "are not tensors and differ"
+            yield f"{counted(count, 'entry')} {differ}"
         else:
             tensors = counted(found.tensors, "tensor")
             yield f"{count} of {tensors} differ in {_NAMES[what]}{equal if what == 'dtype' else ''}"

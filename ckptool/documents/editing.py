@@ -2,15 +2,7 @@
 
 from typing import Annotated as A, Literal, TypedDict
 
-from ckptool.documents.shared import (
-    Cast,
-    Container,
-    DTypeName,
-    Key,
-    KeyMap,
-    NoAt,
-    Shape,
-)
+from ckptool.documents.shared import Cast, Container, DTypeName, Key, KeyMap, NoAt, Shape
 
 
 class Dropped(TypedDict):
