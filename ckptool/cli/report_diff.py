@@ -152,29 +152,22 @@ def _counts(found: Difference) -> Iterator[str]:
     rounded = [change.equal_after_rounding for change in state.changed]
     compared = len(rounded) - rounded.count(None)
     equal = f", {rounded.count(True)} of them equal after rounding" if compared else ""
-    for what in filter(counts.get, _NAMES):
+    for what in filter(counts.get, _ORDER):
         count = counts[what]
         if what == "value":
             differ = "is not a tensor and differs" if count == 1 else "are not tensors and differ"
             yield f"{counted(count, 'entry')} {differ}"
         else:
             tensors = counted(found.tensors, "tensor")
-            yield f"{count} of {tensors} differ in {_NAMES[what]}{equal if what == 'dtype' else ''}"
+            name = "how their integers are read" if what == "quantizer" else what
+            yield f"{count} of {tensors} differ in {name}{equal if what == 'dtype' else ''}"
     beside = found.beside
     count = len(beside.only_left) + len(beside.only_right) + len(beside.changed)
     if count:
         yield f"{counted(count, 'place')} outside the state_dict"
 
 
-_NAMES = {
-    "layout": "layout",
-    "dtype": "dtype",
-    "shape": "shape",
-    "quantizer": "how their integers are read",
-    "attributes": "attributes",
-    "value": "",
-    "values": "values",
-}
+_ORDER = ("layout", "dtype", "shape", "quantizer", "attributes", "value", "values")
 
 
 def _within_lines(found: Difference) -> Iterator[str]:
