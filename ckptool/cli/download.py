@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptool.cli import screen, talk
 from ckptool.cli._options import Command, answers, refuse_idle
-from ckptool.records import plain
 from ckptool.text import readable, visible
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
         hint = "ckptool download --list shows all"
         raise NoSuchModel(f"torchvision has no weights like `{pattern}`", hint=hint)
     if as_json:
-        talk.put_document({"schema": "weights/1", "weights": plain(entries)})
+        talk.put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
     else:
         width = talk.columns()
         talk.put(_table(entries, width) if width else _rows(entries))

@@ -39,7 +39,7 @@ from ckptool.tensors.tensor import (
     TensorInfo,
     contiguous_stride,
 )
-from ckptool.text import counted, listed
+from ckptool.text import listed
 
 INDEX = ".metadata"
 DATA = "__0_0.distcp"  # the first file of rank 0
@@ -99,7 +99,7 @@ class Flat:
         storages = [each.node.storage for each in self.entries if isinstance(each.node, TensorInfo)]
         shared = len(storages) - len(set(storages))
         if shared:
-            more = counted(shared, "copy")
+            more = "1 copy" if shared == 1 else f"{shared} copies"
             yield f"tensors that share storage are written one by one: {more} more"
 
 
