@@ -6,7 +6,8 @@ equality, hash and repr are functions over the names of the fields. Type checker
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass
@@ -42,3 +43,15 @@ else:
             return hash(compared(self))
 
         return equal, hashed
+
+
+def plain(value: Any) -> Any:
+    """Return a record, and what is in it, as JSON has it; a number that JSON lacks is None."""
+    if dataclasses.is_dataclass(value):
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -64,8 +64,8 @@ def length(stated: object, base: int = 0) -> int | None:
 
 
 def counted(count: int, noun: str) -> str:
-    """Write a count with its noun: `1 tensor`, `2 tensors`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """Write a count with its noun: `1 tensor`, `2 tensors`, `2 entries`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {re.sub(r'(?<![aeo])y$', 'ie', noun)}s"
 
 
 def readable(nbytes: int) -> str:

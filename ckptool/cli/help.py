@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from textwrap import wrap
 from typing import Any
 
@@ -16,7 +17,7 @@ from ckptool.errors import NoSuchCommand, of_system
 
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "manual")
 SUFFIX = ".md"
-SCHEMAS = "json"  # the page that lists them, and their folder
+SCHEMAS = "json"  # the page that lists them, and what their own names begin with
 SUBJECTS = (
     "writing many terminal selecting recipes dtypes containers remote whole-models plugins ci "
     "safety trust exit-codes json python numbers scale architecture"
@@ -30,16 +31,21 @@ def topics(context: click.Context) -> dict[str, list[str]]:
     return {"Commands": commands, "Subjects": SUBJECTS}
 
 
-def schemas() -> list[str]:
-    """List the pages that are a JSON Schema of a document: `json/keys-1`."""
-    names = sorted(os.listdir(os.path.join(FOLDER, SCHEMAS)))
-    return [f"{SCHEMAS}/{name.removesuffix('.json')}" for name in names]
+@cache
+def schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON Schemas of documents by the names of their pages: `json/keys-1`."""
+    from ckptool.documents.schemas import schemas
+
+    return {f"{SCHEMAS}/{name.replace('/', '-')}": each for name, each in schemas().items()}
 
 
 def page(topic: str) -> str:
     """Return a page of the manual as it is stored, in Markdown, or a JSON Schema."""
-    suffix = ".json" if "/" in topic else SUFFIX
-    path = os.path.join(FOLDER, topic + suffix)
+    if "/" in topic:
+        import json
+
+        return json.dumps(schemas()[topic], indent=2) + "\n"
+    path = os.path.join(FOLDER, topic + SUFFIX)
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -50,9 +56,7 @@ def page(topic: str) -> str:
 def title(topic: str) -> str:
     """Return what a page is about: its first line, behind the name; a schema's description."""
     if "/" in topic:
-        import json
-
-        return str(json.loads(page(topic))["description"])
+        return str(schemas()[topic]["description"])
     return page(topic).partition("\n")[0].partition(": ")[2]
 
 
@@ -138,9 +142,9 @@ def command(context: click.Context, topic: str | None) -> None:
     if topic is None:
         talk.put(_contents(groups))
         return
-    names = [*(name for names in groups.values() for name in names), *schemas()]
-    if topic not in names:
-        raise _no_such_page(topic, names)
+    names = [name for names in groups.values() for name in names]
+    if topic not in names and topic not in schemas():
+        raise _no_such_page(topic, [*names, *schemas()])
     text = page(topic)
     if "/" not in topic:
         text = shown(text, styled=talk.in_colour(sys.stdout), width=talk.columns())

@@ -22,9 +22,10 @@ from ckptool.text import argument, counted, listed, percent, quoted, readable, s
 from ckptool.verbs.listing import Entry, Listing, rows
 
 if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
+    from ckptool.state.adapting import Adapted
     from ckptool.verbs.casting import Cast
     from ckptool.verbs.combining import Averaged
-    from ckptool.verbs.fitting import Fit
+    from ckptool.verbs.fitting import Fit, Mismatch
     from ckptool.verbs.plotting import Plot
     from ckptool.verbs.surgery import Rewrite
 
@@ -86,17 +87,11 @@ def tree_table(entries: Sequence[Entry], depth: int | None, width: int | None) -
 
 def _preorder(paths: Iterable[str]) -> list[str]:
     """Put each module before what is in it, in the order in which modules first appear."""
-    children: dict[str, list[str]] = {}
-    for path in paths:
+    places: dict[str, tuple[int, ...]] = {"": ()}
+    for number, path in enumerate(paths):
         if path:
-            children.setdefault(path.rpartition(".")[0], []).append(path)
-    ordered: list[str] = []
-    stack = [""]
-    while stack:
-        path = stack.pop()
-        ordered.append(path)
-        stack.extend(reversed(children.get(path, [])))
-    return ordered
+            places[path] = (*places[path.rpartition(".")[0]], number)
+    return sorted(places, key=places.__getitem__)
 
 
 def container_title(name: str) -> str:
@@ -115,12 +110,8 @@ def listing_lines(found: Listing, *, every: bool) -> list[str]:
     else:
         others = sum(1 for value in state.entries.values() if not isinstance(value, TENSORS))
         if others:
-            are = (
-                "entry of the state_dict is not a tensor"
-                if others == 1
-                else ("entries of the state_dict are not tensors")
-            )
-            lines.append(f"{others} more {are}")
+            are = "is not a tensor" if others == 1 else "are not tensors"
+            lines.append(f"{counted(others, 'more entry')} of the state_dict {are}")
         lines += map(visible, (*state.missing, *state.notes))
         verb = "transfer" if state.module else "strip-prefix"
         hint = prefix_line(found.checkpoint.path, state.entries, verb, _taken(found))
@@ -331,24 +322,12 @@ def fit_lines(
     """
     lines = []
     if fit.adapted:
-        lines.append("adapted:")
-        lines += _fit_table(
-            [
-                (visible(each.key), shape(each.here), f"to {shape(each.there)}", each.how)
-                for each in fit.adapted
-            ],
-            width,
-        )
+        adapted = [(each, [f"to {shape(each.there)}", each.how]) for each in fit.adapted]
+        lines += ["adapted:", *_fit_table(adapted, width)]
     if fit.mismatched:
-        lines.append("dropped, shape differs:")
         where = f"in {visible(fit.target)}"
-        lines += _fit_table(
-            [
-                (visible(each.key), f"{shape(each.here)}", f"here, {shape(each.there)} {where}")
-                for each in fit.mismatched
-            ],
-            width,
-        )
+        differ = [(each, [f"here, {shape(each.there)} {where}"]) for each in fit.mismatched]
+        lines += ["dropped, shape differs:", *_fit_table(differ, width)]
     unfilled = [*(each.key for each in fit.mismatched), *fit.missing]
     total = len(fit.matched) + len(unfilled)
 
@@ -368,8 +347,11 @@ def fit_lines(
     return lines
 
 
-def _fit_table(rows: Sequence[tuple[str, ...]], width: int | None) -> list[str]:
-    """Align keys with their shapes, indented."""
+def _fit_table(
+    found: Iterable[tuple[Adapted | Mismatch, Sequence[str]]], width: int | None
+) -> list[str]:
+    """Align keys with their shapes and what becomes of them, indented."""
+    rows = [(visible(each.key), shape(each.here), *what) for each, what in found]
     if width is not None:
         rows = folding.rows_folded(rows)
     return [f"    {line}" for line in screen.table(rows, width and width - 4)]

@@ -52,13 +52,7 @@ def _far(change: Change) -> list[str]:
 
 
 def _special(values: Values) -> dict[str, int]:
-    counts = {
-        "nan_payloads": values.nan_payloads,
-        "nan_one_side": values.nan_one_side,
-        "zero_signs": values.zero_signs,
-        "infinities": values.infinities,
-    }
-    return {name: count for name, count in counts.items() if count}
+    return {name: count for name in _WORDS if (count := getattr(values, name))}
 
 
 def _number(number: float | None) -> str:
@@ -158,32 +152,22 @@ def _counts(found: Difference) -> Iterator[str]:
     rounded = [change.equal_after_rounding for change in state.changed]
     compared = len(rounded) - rounded.count(None)
     equal = f", {rounded.count(True)} of them equal after rounding" if compared else ""
-    for what in filter(counts.get, _NAMES):
+    for what in filter(counts.get, _ORDER):
         count = counts[what]
         if what == "value":
-            yield (
-                f"{count} entry is not a tensor and differs"
-                if count == 1
-                else (f"{count} entries are not tensors and differ")
-            )
+            differ = "is not a tensor and differs" if count == 1 else "are not tensors and differ"
+            yield f"{counted(count, 'entry')} {differ}"
         else:
             tensors = counted(found.tensors, "tensor")
-            yield f"{count} of {tensors} differ in {_NAMES[what]}{equal if what == 'dtype' else ''}"
+            name = "how their integers are read" if what == "quantizer" else what
+            yield f"{count} of {tensors} differ in {name}{equal if what == 'dtype' else ''}"
     beside = found.beside
     count = len(beside.only_left) + len(beside.only_right) + len(beside.changed)
     if count:
         yield f"{counted(count, 'place')} outside the state_dict"
 
 
-_NAMES = {
-    "layout": "layout",
-    "dtype": "dtype",
-    "shape": "shape",
-    "quantizer": "how their integers are read",
-    "attributes": "attributes",
-    "value": "",
-    "values": "values",
-}
+_ORDER = ("layout", "dtype", "shape", "quantizer", "attributes", "value", "values")
 
 
 def _within_lines(found: Difference) -> Iterator[str]:

@@ -157,8 +157,8 @@ def _places(facts: Survey, style: _Style) -> list[Fact]:
             rows.append(("whole model", f"modules: {style.names(kinds, MAX_NAMES)}"))
     others = sum(place.other for place in facts.places)
     if others and style.wide:
-        are = "entry is not a tensor" if others == 1 else "entries are not tensors"
-        rows.append((rows[0][0], f"{others} more {are}"))
+        are = "is not a tensor" if others == 1 else "are not tensors"
+        rows.append((rows[0][0], f"{counted(others, 'more entry')} {are}"))
     return rows
 
 

@@ -144,8 +144,10 @@ def _writer(values: Sequence[object], dtype: DType) -> tuple[Write, int]:
 
 def _floats(values: Sequence[object]) -> tuple[Write, int]:
     """Return what writes floats: as integers with a dot, with four digits, or as powers of ten."""
-    floats = [abs(value) for value in values if isinstance(value, float)]
-    known = [value for value in floats if value and math.isfinite(value)]
+    finite = [
+        value for value in values if isinstance(value, float) and value and math.isfinite(value)
+    ]
+    known = [abs(value) for value in finite]
     whole = all(value.is_integer() for value in known)
     wide = bool(known) and (
         max(known) / min(known) > 1000.0
@@ -154,9 +156,6 @@ def _floats(values: Sequence[object]) -> tuple[Write, int]:
     )
     form = f".{DIGITS}e" if wide else ".0f" if whole else f".{DIGITS}f"
     extra = whole and not wide  # the dot
-    finite = [
-        value for value in values if isinstance(value, float) and value and math.isfinite(value)
-    ]
     width = max((len(format(value, form)) + extra for value in finite), default=1)
 
     def write(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptool.cli import screen
+from ckptool.cli.report import key_rows
 from ckptool.tensors.counts import Statistics
 from ckptool.tensors.statistics import histogram
 from ckptool.text import percent, shape, visible
@@ -18,11 +19,10 @@ _HEAD = ("KEY", "DTYPE", "SHAPE", "MIN", "MAX", "MEAN", "STD", "ZEROS", "NAN", "
 def stat_rows(found: Listing) -> list[str]:
     """List tensors for programs: what `key_rows` has, then min, max, mean, std, zeros, nan, inf."""
     rows = []
-    for key, info in found.entries:
+    for (key, _), row in zip(found.entries, key_rows(found.entries), strict=True):
         figures = _statistics(found, key)
         numbers = _numbers(figures) if figures.count else ("", "", "", "")
-        counts = (figures.zeros, figures.nan, figures.inf)
-        cells = (visible(key), info.dtype.label, shape(info.shape), info.nbytes, *numbers, *counts)
+        cells = (row, *numbers, figures.zeros, figures.nan, figures.inf)
         rows.append("\t".join(map(str, cells)))
     return rows
 
@@ -37,17 +37,8 @@ def stat_table(found: Listing, width: int) -> list[str]:
         numbers = [f"{each:.{digits}g}" for each in known] or [""] * 4
         zeros = percent(figures.zeros / figures.count) if figures.zeros else ""
         others = [str(each) if each else "" for each in (figures.nan, figures.inf)]
-        rows.append(
-            (
-                visible(key),
-                info.dtype.label,
-                shape(info.shape),
-                *numbers,
-                zeros,
-                *others,
-                bar(figures),
-            )
-        )
+        what = (visible(key), info.dtype.label, shape(info.shape))
+        rows.append((*what, *numbers, zeros, *others, bar(figures)))
     return screen.listed(_HEAD, rows, width, range(3, 10), _SPARE)
 
 

@@ -1,5 +1,5 @@
 """The documents of `--json` as types: mypy holds to them what makes a document.
 
-The JSON Schemas in `manual/json` are written from them by `python tests/test_schemas.py`; nothing
-imports them at run time. A text behind a type describes a field; `None` is null.
+Their JSON Schemas, which `ckptool help json/keys-1` prints, are read off them; nothing else loads
+them. A text behind a type describes a field; `None` is null.
 """

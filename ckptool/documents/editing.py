@@ -1,18 +1,8 @@
 """The documents of commands that write checkpoints, and of recipes."""
 
-from __future__ import annotations
-
 from typing import Annotated as A, Literal, TypedDict
 
-from ckptool.documents.shared import (
-    Cast,
-    Container,
-    DTypeName,
-    Key,
-    KeyMap,
-    NoAt,
-    Shape,
-)
+from ckptool.documents.shared import Cast, Container, DTypeName, Key, KeyMap, NoAt, Shape
 
 
 class Dropped(TypedDict):

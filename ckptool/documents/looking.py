@@ -1,7 +1,5 @@
 """The documents of commands that look at files."""
 
-from __future__ import annotations
-
 from typing import Annotated as A, Any, Literal, NotRequired, TypedDict
 
 from ckptool.documents.shared import (

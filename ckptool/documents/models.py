@@ -1,7 +1,5 @@
 """The documents of downloads and of commands that run a model."""
 
-from __future__ import annotations
-
 from typing import Annotated as A, Any, Literal, TypedDict
 
 

@@ -1,7 +1,5 @@
 """What several documents have."""
 
-from __future__ import annotations
-
 from typing import Annotated as A, TypedDict
 
 DTypeName = A[str, "dtype by safetensors' name (F32, BF16, F8_E4M3), or torch's if it has none"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptool.errors import BadInput
@@ -20,7 +20,7 @@ from ckptool.model.inputs import Batch, Inputs
 from ckptool.model.live import CheckpointLike
 from ckptool.model.runner import Place
 from ckptool.model.zoo import ModelLike, named
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.tensors.dtype import BY_TORCH_NAME
 from ckptool.text import several, visible
 
@@ -81,7 +81,7 @@ class Layers:
 
     def to_dict(self) -> models.Layers:
         """Return the document `layers/1`."""
-        return cast("models.Layers", {"schema": "layers/1", **asdict(self)})
+        return cast("models.Layers", {"schema": "layers/1", **plain(self)})
 
 
 def layers(

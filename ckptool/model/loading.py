@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike
 from ckptool.model.revive import Reviver
 from ckptool.pickles.tree import children
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.wrappers import Peeling, peeling
@@ -85,7 +85,7 @@ class Matching:
 
     def to_dict(self) -> dict[str, object]:
         """Return all of it as what JSON can hold."""
-        return dict(asdict(self))
+        return {**plain(self)}
 
 
 def load_state_dict(

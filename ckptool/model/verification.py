@@ -7,14 +7,12 @@ weights: they are `inconclusive`, and so are equal outputs of modules that diffe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ckptool.model.outputs import Difference
 from ckptool.model.parting import Setting
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.text import visible
 
 if TYPE_CHECKING:
@@ -137,12 +135,4 @@ class Verification:
         """Return the document `verify/1`; a number that JSON does not have is null."""
         identical = self.identical if self.candidate is not None else None
         head = {"schema": "verify/1", "verdict": self.verdict, "identical": identical}
-        return cast("models.Verify", {**head, **_finite(asdict(self))})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return cast("models.Verify", {**head, **plain(self)})

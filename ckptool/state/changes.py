@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING
 
 from ckptool.pickles.tree import Node
 from ckptool.records import dataclass
 from ckptool.state.casting import Casting
 from ckptool.state.selecting import select as select
-
-if TYPE_CHECKING:
-    from ckptool.documents import editing
 
 KeyEdit = Callable[[str], str | None]
 Value = Node  # a tensor, or what else is in a state_dict
@@ -33,15 +29,6 @@ class Count:
     rule: str
     count: int
     number: int = 0
-
-    def to_dict(self) -> editing.Rule:
-        """Return the fields of a document."""
-        return {
-            "step": self.step,
-            "rule": self.rule,
-            "count": self.count,
-            "number": self.number,
-        }
 
 
 @dataclass(frozen=True, slots=True)

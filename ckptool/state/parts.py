@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import field, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 from ckptool.errors import PartialCheckpoint
 from ckptool.files import paths
@@ -34,9 +33,6 @@ from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
 from ckptool.records import dataclass
 from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
 from ckptool.text import argument, counted, length, listed, shape
-
-if TYPE_CHECKING:
-    from ckptool.documents import shared
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _RANK = re.compile(r"rank_?([0-9]+)")
@@ -77,10 +73,6 @@ class Part:
         if self.rank is None and self.world:
             which = f"one of {self.world} parts of "
         return f"{which}{self.kind}: {self.where}"
-
-    def to_dict(self) -> shared.Part:
-        """Return the field `part` of a document."""
-        return {"kind": self.kind, "where": self.where, "rank": self.rank, "world": self.world}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,9 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import field
 from math import inf, isfinite, sqrt
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from ckptool.records import dataclass
-
-if TYPE_CHECKING:
-    from ckptool.documents import shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +21,6 @@ class Losses:
     overflow: int = 0
     zero: int = 0
     subnormal: int = 0
-
-    def to_dict(self) -> shared.Losses:
-        """Return the fields of a document."""
-        return {"overflow": self.overflow, "zero": self.zero, "subnormal": self.subnormal}
 
     def __add__(self, other: Losses) -> Losses:
         zero, subnormal = self.zero + other.zero, self.subnormal + other.subnormal

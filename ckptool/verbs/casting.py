@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptool.errors import FormatError, Overflow
 from ckptool.files.copying import Progress
 from ckptool.files.jobs import Copy
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.casting import OVERFLOW, Casting, cast as cast_entries
 from ckptool.state.checkpoint import Checkpoint
@@ -84,8 +84,8 @@ class Cast:
             "kept": self.kept,
             "quantized": self.quantized,
             "scales": self.scales,
-            "total": None if self.total is None else self.total.to_dict(),
-            "losses": [{"key": key, **each.to_dict()} for key, each in self.losses.items()],
+            "total": plain(self.total),
+            "losses": [{"key": key} | plain(each) for key, each in self.losses.items()],
             "not_counted": list(self.skipped),
         }
 

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ckptool.pickles.safety import Call
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state.parts import Part
 from ckptool.tensors.counts import Tally
 from ckptool.text import visible
@@ -110,7 +110,7 @@ def _fields(result: Checked) -> looking.CheckedFile:
             }
             for call in result.calls
         ],
-        "part": result.part.to_dict() if result.part else None,
+        "part": plain(result.part),
         "sha256": result.sha256 or None,
         "not_finite": [
             {"key": key, "nan": tally.nan, "inf": tally.inf} for key, tally in result.not_finite

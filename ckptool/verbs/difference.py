@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state.walk import Path
 from ckptool.tensors.counts import Values
 from ckptool.text import counted, visible
@@ -58,13 +57,13 @@ class Change:
         if self.what == "dtype":
             fields["equal_after_rounding"] = self.equal_after_rounding
         if values is not None:
-            fields["relative"] = _finite(self.relative)
+            fields["relative"] = plain(self.relative)
             fields["cosine"] = self.cosine
             fields["count"] = values.count
             fields["of"] = values.of
             fields["within"] = values.within
-            fields["first"] = None if self.first is None else list(self.first)
-            fields["max_abs"] = _finite(values.max_abs)
+            fields["first"] = plain(self.first)
+            fields["max_abs"] = plain(values.max_abs)
             fields["max_ulp"] = values.max_ulp
             fields["nan_payloads"] = values.nan_payloads
             fields["nan_one_side"] = values.nan_one_side
@@ -75,10 +74,6 @@ class Change:
 
 def _order(change: Change) -> float:
     return 1.0 if change.relative is None else -change.relative
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
 
 
 @dataclass(slots=True)
@@ -118,8 +113,7 @@ class Side:
 
     def to_dict(self) -> looking.DiffSide:
         """Return the fields of `diff/1` for this file."""
-        at = None if self.at is None else list(self.at)
-        return {"file": self.path, "container": self.container, "at": at}
+        return {"file": self.path, "container": self.container, "at": plain(self.at)}
 
 
 @dataclass(frozen=True, slots=True)

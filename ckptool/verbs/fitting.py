@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ckptool import containers
 from ckptool.errors import PoorFit
 from ckptool.files.copying import Begin, no_progress
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state import adapting, checkpoint as places, edits
 from ckptool.state.adapting import Adapted, Asked
 from ckptool.state.checkpoint import Checkpoint
@@ -109,22 +109,10 @@ class Transferred:
             **self.rewrite.to_dict(),
             "schema": "transfer/1",
             "matched": len(fit.matched) if fit else None,
-            "mismatched": [
-                {"key": each.key, "here": list(each.here), "there": list(each.there)}
-                for each in (fit.mismatched if fit else ())
-            ],
+            "mismatched": plain(fit.mismatched) if fit else [],
             "missing": list(fit.missing) if fit else [],
             "filled": fit.filled if fit else None,
-            "adapted": [
-                {
-                    "key": each.key,
-                    "kind": each.kind,
-                    "here": list(each.here),
-                    "there": list(each.there),
-                    "how": each.how,
-                }
-                for each in (fit.adapted if fit else ())
-            ],
+            "adapted": plain(fit.adapted) if fit else [],
             "initialised": list(self.initialised),
         }
 

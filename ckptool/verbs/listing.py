@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptool.pickles.subclasses import NDARRAY, class_of
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state import checkpoint as places, selecting, walk
 from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
@@ -84,7 +84,7 @@ class Listing:
             "nbytes": self.nbytes,
             "tensors": [self._tensor(key, info) for key, info in self.entries],
             "beside": self.beside,
-            "part": self.part.to_dict() if self.part else None,
+            "part": plain(self.part),
             "arrays": [_fields(key, info) for key, info in self.arrays],
         }
 

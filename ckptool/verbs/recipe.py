@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.edits import Count
 from ckptool.state.recipes import Fact, Recipe, differing, facts
@@ -55,9 +55,9 @@ class Tried:
             "reverse": self.reverse,
             "read": self.read,
             "made": self.made,
-            "steps": [each.to_dict() for each in self.counts],
+            "steps": plain(self.counts),
             "unmatched": list(self.unmatched),
-            "map": [[old, new] for old, new in self.map],
+            "map": plain(self.map),
             "like": self.like,
             "differing": [
                 {"key": key, "here": _fact(here), "there": _fact(there)}

@@ -24,7 +24,7 @@ from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
 from ckptool.files.stream import Pipe
 from ckptool.pickles.tree import Node
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
@@ -116,7 +116,7 @@ class Rewrite:
             "source": self.source,
             "target": self.target,
             "container": self.container,
-            "at": None if self.at is None else list(self.at),
+            "at": plain(self.at),
             "module": self.module,
             "read": self.read,
             "kept": self.kept,
@@ -124,8 +124,8 @@ class Rewrite:
             "written": self.written,
             "dropped": [{"key": each.key, "reason": each.reason} for each in self.dropped],
             "not_carried": list(self.not_carried),
-            "map": [[old, new] for old, new in self.map],
-            "rules": [each.to_dict() for each in self.counts],
+            "map": plain(self.map),
+            "rules": plain(self.counts),
             "nbytes": self.nbytes,
             "added": self.added,
             "notes": [*self.warnings, *self.notes],

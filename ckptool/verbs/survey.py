@@ -17,7 +17,7 @@ from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
 from ckptool.pickles.tree import Node
-from ckptool.records import dataclass
+from ckptool.records import dataclass, plain
 from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
@@ -47,10 +47,6 @@ class Total:
     elements: int
     nbytes: int
 
-    def to_dict(self) -> shared.Total:
-        """Return the fields of a document."""
-        return {"count": self.count, "elements": self.elements, "nbytes": self.nbytes}
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -76,9 +72,10 @@ class Place:
 
     def to_dict(self) -> looking.Candidate:
         """Return an entry of the `candidates` of `info/1`."""
+        total: shared.Total = plain(self.total)
         return {
             "at": list(self.at),
-            **self.total.to_dict(),
+            **total,
             "stored": self.stored,
             "prefix": self.prefix,
             "wrappers": list(self.peeling.prefixes),
@@ -172,13 +169,13 @@ class Survey:
             "byteorder": checkpoint.byteorder,
             "file_nbytes": checkpoint.nbytes,
             "framework": self.framework.name if self.framework else None,
-            "part": self.part.to_dict() if self.part else None,
+            "part": plain(self.part),
             "at": list(state.at) if state is not None else None,
             "candidates": [place.to_dict() for place in self.places],
             "count": self.total.count,
             "elements": self.total.elements,
             "nbytes": self.total.nbytes,
-            "dtypes": {label: total.to_dict() for label, total in self.dtypes.items()},
+            "dtypes": plain(self.dtypes),
             "wrappers": list(self.place.peeling.prefixes) if self.place else [],
             "ties": self.ties,
             "views": list(self.views),
@@ -217,9 +214,7 @@ class Survey:
                 *self.notes,
                 *([f"not read: {listed(unread, len(unread))}"] if unread else []),
             ],
-            "suggestions": [
-                {"reason": each.reason, "command": each.command} for each in self.suggestions
-            ],
+            "suggestions": plain(self.suggestions),
         }
 
         if plugin := containers.by_name(checkpoint.container).plugin:

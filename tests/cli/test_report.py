@@ -199,6 +199,15 @@ def test_entries_that_are_no_tensors_are_counted(good: Path) -> None:
     assert any("not tensors" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    "words", ["1 tensor", "2 tensors", "0 keys", "1 entry", "2 more entries", "2 copies"]
+)
+def test_counts_have_their_plural(words: str) -> None:
+    count, _, noun = words.partition(" ")
+    one = noun.replace("ies", "y").removesuffix("s")
+    assert text.counted(int(count), one) == words
+
+
 # Rewrites.
 
 

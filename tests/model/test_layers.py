@@ -102,6 +102,7 @@ def test_modules_that_repeat_or_never_run() -> None:
     assert (found.parameters, found.trainable) == (139, 137)
     assert found.layers[0].kernel == (3, 4, 3, 3)
     assert found.layers[0].weight == (4, 3, 3, 3)
+    assert found.to_dict()["layers"][0]["kernel"] == [3, 4, 3, 3]
     assert {row.dtype for row in found} == {"F32"}
     folded = ckptool.layers(Net(), input_shapes="2,3,8,8", depth=1)
     assert [row.name for row in folded] == ["body", "again", "again", "", "unused"]

@@ -78,15 +78,21 @@ class Net(nn.Sequential):
 """
 
 
-def prepare(folder: Path) -> None:
-    """Put the files that the lines name into a folder."""
-    for line in [*LINES.values()]:
-        for word in line.split():
-            for fixtures in (GOOD, HOSTILE):
-                if (fixtures / word).is_dir():
-                    shutil.copytree(fixtures / word, folder / word, dirs_exist_ok=True)
-                elif (fixtures / word).is_file():
-                    shutil.copyfile(fixtures / word, folder / word)
+def line(name: str) -> list[str]:
+    return (LINES | MODEL_LINES)[name].split()
+
+
+def prepare(name: str, folder: Path) -> None:
+    """Put the files that a line names into a folder."""
+    if name in MODEL_LINES:
+        prepare_models(folder)
+        return
+    for word in line(name):
+        for fixtures in (GOOD, HOSTILE):
+            if (fixtures / word).is_dir():
+                shutil.copytree(fixtures / word, folder / word)
+            elif (fixtures / word).is_file():
+                shutil.copyfile(fixtures / word, folder / word)
     data = (GOOD / "plain.safetensors").read_bytes()
     (folder / "changed.safetensors").write_bytes(data[:-6] + b"\0\0\xc0\x7f\0\x41")
 
@@ -117,25 +123,17 @@ def masked(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "torch": ""} if "torch" in document else document
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", LINES | MODEL_LINES)
 def test_documents_stay(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     if name.startswith("plot"):
         pytest.importorskip("matplotlib")
-    prepare(tmp_path)
+    prepare(name, tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert in_order(run(*LINES[name].split(), "--json").document) == recorded(name)
-
-
-@pytest.mark.parametrize("name", MODEL_LINES)
-def test_documents_of_models_stay(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    prepare_models(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    document = masked(run(*MODEL_LINES[name].split(), "--json").document)
-    assert in_order(document) == recorded(name)
+    document = masked(run(*line(name), "--json").document)
+    recorded = (RECORDED / f"{name}.json").read_text(encoding="utf-8")
+    assert in_order(document) == recorded
 
 
 def in_order(document: dict[str, Any]) -> str:
@@ -154,19 +152,15 @@ def in_order(document: dict[str, Any]) -> str:
     return json.dumps(json.loads(text, object_hook=steady), indent=1) + "\n"
 
 
-def recorded(name: str) -> str:
-    return (RECORDED / f"{name}.json").read_text(encoding="utf-8")
-
-
 def record() -> None:
     from ckptool.cli.main import main
 
-    for name, line in (LINES | MODEL_LINES).items():
+    for name in LINES | MODEL_LINES:
         with tempfile.TemporaryDirectory() as folder:
-            (prepare if name in LINES else prepare_models)(Path(folder))
+            prepare(name, Path(folder))
             os.chdir(folder)
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                main([*line.split(), "--json"])
+                main([*line(name), "--json"])
             document = masked(json.loads(out.getvalue()))
             (RECORDED / f"{name}.json").write_text(in_order(document), encoding="utf-8")
             os.chdir(HERE)
