@@ -165,10 +165,6 @@ def slim(part: Checkpoint) -> Checkpoint:
     return replace(harmful(part), tree=None)
 
 
-def nothing(reader: Reader) -> None:
-    """Read no file alone: what one of a set is, is asked of all of them."""
-
-
 def _kind(name: str) -> tuple[str, str] | None:
     """Return which set a name is of: its module, and the name without what differs in it."""
     for module, pattern in _NAMES:

@@ -396,11 +396,9 @@ CONTAINERS = (
     Container(
         "torch-dcp",
         "distributed checkpoint",
-        "",
-        (),
-        (".metadata", "__*.metadata"),
-        sniff,
-        read,
+        index_patterns=(".metadata", "__*.metadata"),
+        sniff=sniff,
+        read=read,
         traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ckptool.containers import _json, _pieces
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part
+from ckptool.containers._sets import combined, read_part
 from ckptool.errors import EditError, Malformed
 from ckptool.files import budget
 from ckptool.pickles.holdings import Sizes, sizes_of
@@ -115,11 +115,6 @@ CONTAINERS = (
     Container(
         NAME,
         "distributed checkpoint in safetensors",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
         traits=Traits(beside_files=True, remade=True),
         written_as="safetensors",
     ),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part
+from ckptool.containers._sets import combined, read_part
 from ckptool.errors import EditError, PartialCheckpoint
 from ckptool.files import budget
 from ckptool.pickles.pickle_reader import remembered
@@ -68,14 +68,5 @@ def _refuse_missing(ranks: Sequence[str], world: int, path: str) -> None:
 
 
 CONTAINERS = (
-    Container(
-        NAME,
-        "folders of Megatron's ranks",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
-        traits=Traits(beside_files=True, remade=True),
-    ),
+    Container(NAME, "folders of Megatron's ranks", traits=Traits(beside_files=True, remade=True)),
 )

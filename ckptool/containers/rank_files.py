@@ -18,7 +18,7 @@ from typing import Any
 from ckptool.containers import _pieces
 from ckptool.containers._agreement import agree
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, harmful, nothing, read_part
+from ckptool.containers._sets import combined, harmful, read_part
 from ckptool.errors import EditError, FormatError, Malformed, PartialCheckpoint, Unsupported
 from ckptool.files import budget
 from ckptool.files.fileio import Readers
@@ -337,15 +337,4 @@ def _replaced(node: Node, new: Mapping[int, Node], done: dict[int, Node]) -> Nod
     return done[id(node)]
 
 
-CONTAINERS = (
-    Container(
-        NAME,
-        "rank files",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
-        traits=Traits(beside_files=True, remade=True),
-    ),
-)
+CONTAINERS = (Container(NAME, "rank files", traits=Traits(beside_files=True, remade=True)),)

@@ -15,7 +15,7 @@ from typing import Any
 from ckptool.containers import _json
 from ckptool.containers._container import Container
 from ckptool.containers._records import Records, read_records
-from ckptool.containers.torchscript import sniff
+from ckptool.containers.torch_zip import sniff
 from ckptool.errors import Malformed, Unsupported
 from ckptool.files.fileio import Reader
 from ckptool.pickles.torch_objects import StorageId
@@ -129,4 +129,6 @@ def _integer(value: Any) -> int:
     return number
 
 
-CONTAINERS = (Container("torch-export", "torch.export", "", (".pt2",), (), sniff, read),)
+CONTAINERS = (
+    Container("torch-export", "torch.export", suffixes=(".pt2",), sniff=sniff, read=read),
+)

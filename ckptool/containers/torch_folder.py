@@ -84,11 +84,9 @@ CONTAINERS = (
     Container(
         "torch-folder",
         "unpacked torch zip",
-        "",
-        (),
-        (PICKLE,),
-        is_pickle,
-        read,
+        index_patterns=(PICKLE,),
+        sniff=is_pickle,
+        read=read,
         traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

@@ -21,7 +21,7 @@ from math import prod
 
 from ckptool.containers import _zero_agreement as agreement, torch_zip
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part, slim
+from ckptool.containers._sets import combined, read_part, slim
 from ckptool.containers._zero_files import Model, Shapes, Slices, found_in
 from ckptool.errors import EditError, Malformed
 from ckptool.files import budget, paths
@@ -298,14 +298,5 @@ def _frozen(models: Sequence[Model], stage: int) -> dict[str, Node]:
 
 
 CONTAINERS = (
-    Container(
-        NAME,
-        "DeepSpeed ZeRO checkpoint",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
-        traits=Traits(beside_files=True, remade=True),
-    ),
+    Container(NAME, "DeepSpeed ZeRO checkpoint", traits=Traits(beside_files=True, remade=True)),
 )
