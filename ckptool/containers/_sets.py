@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict
-from ckptool.files import fileio, paths
+from ckptool.files import budget, fileio, paths
 from ckptool.files.fileio import Reader
 from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.names import Level
@@ -135,14 +135,15 @@ def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
     return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
-def read_part(path: str, before: int, first: Container | None = None) -> Checkpoint:
+def read_part(files: Sequence[str], number: int, first: Container | None = None) -> Checkpoint:
     """Read one file of a set as it is, by the container that is tried `first`, or any.
 
-    So many files of the set were read before.
+    It may take the share of memory that all files up to it have of the whole.
     """
-    with Reader(path) as reader:
+    budget.current().share = (number + 1) / len(files)
+    with Reader(files[number]) as reader:
         part = _registry.read(reader, shard=True, first=first)
-    fileio.spare(reader.file, before)
+    fileio.spare(reader.file, number + 1)
     return part
 
 

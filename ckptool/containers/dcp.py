@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import field
+from math import prod
 
 from zlib_ng.zlib_ng import crc32
 
@@ -312,7 +313,7 @@ def _assembled(entry: Entry, chunks: list[Chunk], folder: str) -> TensorInfo:
     odd = any(source.lazy or source.origin is not None for source in sources)
     if len(orders) > 1 or packings - {Packing.PLAIN} or odd or dtype.bits % 8:
         raise Unsupported(f"{entry.key} is saved in chunks that cannot be joined byte by byte")
-    nbytes = dtype.nbytes(_count(entry.shape))
+    nbytes = dtype.nbytes(prod(entry.shape))
     storage = Storage(
         folder,
         entry.key,
@@ -328,13 +329,6 @@ def _assembled(entry: Entry, chunks: list[Chunk], folder: str) -> TensorInfo:
     if wrong:
         raise Malformed(f"{entry.key} {wrong}")
     return info
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 # The nested dict.

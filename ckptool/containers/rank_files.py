@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -85,11 +86,10 @@ def _read_all(files: Sequence[str], ranks: list[_Rank]) -> bool:
     """
     spending = budget.current()
     broken: FormatError | None = None
-    for count, path in enumerate(files, 1):
-        spending.share = count / len(files)
+    for number in range(len(files)):
         spent = spending.spent
         try:
-            rank = _rank(read_part(path, count))
+            rank = _rank(read_part(files, number))
         except FormatError as error:
             if ranks:
                 raise
@@ -200,9 +200,9 @@ def _refuse_steps(ranks: Sequence[_Rank]) -> None:
 class _Joining:
     """What is joined of the tensors of all ranks; `readers` are for those that must be equal."""
 
-    def __init__(self, ranks: Sequence[_Rank]) -> None:
+    def __init__(self, ranks: Sequence[_Rank], readers: Readers) -> None:
         self.first, *self.others = ranks
-        self.readers = Readers()
+        self.readers = readers
         self.differing: list[str] = []
         self.made: dict[Any, TensorInfo] = {}
 
@@ -275,11 +275,9 @@ def _in_parameter(tensor: AnyTensor, whole: TensorInfo) -> TensorInfo:
 
 
 def _joined(ranks: Sequence[_Rank]) -> Checkpoint:
-    joining = _Joining(ranks)
-    try:
+    with closing(Readers()) as readers:
+        joining = _Joining(ranks, readers)
         whole = {id(piece): value for piece, value in joining.each()}
-    finally:
-        joining.readers.close()
     first = ranks[0].read
     tree = _replaced(first.tree, whole, {})
     notes = [

@@ -76,10 +76,10 @@ def read(reader: Reader) -> Checkpoint:
     budget.current().spend(len(weight_map) * budget.NODE + len(names) * budget.NAME)
     _refuse_absent(folder, names)
     shards: dict[str, Checkpoint] = {}
+    files = [paths.join(folder, name) for name in names]
     with remembered(shards.values()):
-        for count, name in enumerate(names, 1):
-            budget.current().share = count / len(names)
-            shards[name] = read_part(paths.join(folder, name), count)
+        for number, name in enumerate(names):
+            shards[name] = read_part(files, number)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
     entries, versions, notes = restored(entries, note)

@@ -84,10 +84,9 @@ def _read(
     parsed: Model | None = None
     again: Container | None = None
     known = Dict()  # instead of a tree
-    for count, path in enumerate(files, 1):
-        spending.share = count / len(files)
+    for number, path in enumerate(files):
         spent = spending.spent
-        part = read_part(path, count, again)
+        part = read_part(files, number, again)
         name = os.path.basename(path)
         alike = part.tree is known
         found = parsed.of_another(part) if parsed and alike else found_in(part)
