@@ -19,7 +19,7 @@ from ckptool.pickles.tree import Node, Object, attribute, items, named_items
 from ckptool.records import dataclass
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.numbers import FLOATS
-from ckptool.tensors.tensor import MAX_COUNT, TENSORS, TensorInfo
+from ckptool.tensors.tensor import MAX_COUNT, TensorInfo, tensors_of
 from ckptool.text import length
 
 EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_\d+_model_states\.pt", re.ASCII)
@@ -127,7 +127,7 @@ def found_in(part: Checkpoint) -> Slices | Model | dict[str, Node] | None:
     """Return what a file holds, of experts the tensors; None where it is no part of ZeRO."""
     rank, top = _rank(part), dict(named_items(part.tree))
     if EXPERT.fullmatch(rank.name):
-        return {key: value for key, value in top.items() if isinstance(value, TENSORS)}
+        return tensors_of(top)
     state = dict(named_items(top.get("optimizer_state_dict")))
     key = next((key for key in _FLAT if key in state), None)
     if key is not None:

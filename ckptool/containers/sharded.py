@@ -45,7 +45,7 @@ from ckptool.state.checkpoint import (
     text_items,
 )
 from ckptool.state.replacing import make_state_dict
-from ckptool.tensors.tensor import TENSORS, TensorInfo
+from ckptool.tensors.tensor import TENSORS, TensorInfo, tensors_of
 from ckptool.text import counted, listed
 
 PATTERNS = ("*.index.json", "*.index.*.json")
@@ -273,7 +273,7 @@ def _left_behind(
 
 def _size_notes(total: Any, entries: Mapping[str, Node]) -> list[str]:
     """Note a total size that fits neither all tensors, nor those not tied, nor the storages."""
-    tensors = [value for value in entries.values() if isinstance(value, TENSORS)]
+    tensors = tensors_of(entries).values()
     dense = [value for value in tensors if isinstance(value, TensorInfo)]
     every = sum(value.nbytes for value in tensors)
     untied = sum({value.view: value.nbytes for value in dense}.values())

@@ -18,10 +18,9 @@ from ckptool.model.native import Source
 from ckptool.model.zoo import ModelLike, argument, named
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits
-from ckptool.state.checkpoint import StateDict
 from ckptool.state.walk import dotted
 from ckptool.state.wrappers import BOOKKEEPING, Peeling, peeling
-from ckptool.tensors.tensor import TENSORS
+from ckptool.tensors.tensor import shapes_of
 from ckptool.text import listed, quoted
 
 SHOWN = 6
@@ -143,8 +142,8 @@ def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozens
     """
     wanted = zoo.shapes(recipe.spec, recipe.args)
     outer = wrapped(reference)
-    left = {outer.name(key): sizes for key, sizes in shapes(reference.state).items()}
-    right = shapes(candidate.state)
+    left = {outer.name(key): sizes for key, sizes in shapes_of(reference.state.entries).items()}
+    right = shapes_of(candidate.state.entries)
     common = frozenset(
         key for key, sizes in wanted.items() if left.get(key) == sizes == right.get(key)
     )
@@ -162,15 +161,6 @@ def left_out(recipe: Recipe, common: frozenset[str]) -> list[str]:
     """Name the modules of which not every tensor is loaded on both sides."""
     keys = (key for key in zoo.shapes(recipe.spec, recipe.args) if key not in common)
     return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
-
-
-def shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a state_dict."""
-    return {
-        key: tuple(value.shape)
-        for key, value in state.entries.items()
-        if isinstance(value, TENSORS)
-    }
 
 
 def _does_not_load(recipe: Recipe, source: Source, reference: bool, fit: Fit) -> DoesNotLoad:

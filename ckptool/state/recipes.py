@@ -30,7 +30,7 @@ from ckptool.state import edits
 from ckptool.state.edits import Change, Edit, Entries, KeyMap
 from ckptool.state.recipe_fields import fields_of, is_number, is_text, refuse_unknown, written
 from ckptool.state.steps import STEPS, Given, Step
-from ckptool.tensors.tensor import TENSORS
+from ckptool.tensors.tensor import tensors_of
 from ckptool.text import at_most, counted, listed, quoted, shape
 
 VERSION = 1  # a new step or field raises it
@@ -203,11 +203,7 @@ def _by_field(error: EditError) -> EditError:
 
 def facts(entries: Entries) -> dict[str, Fact]:
     """Return dtype and shape of each tensor."""
-    return {
-        key: (value.dtype.label, value.shape)
-        for key, value in entries.items()
-        if isinstance(value, TENSORS)
-    }
+    return {key: (each.dtype.label, each.shape) for key, each in tensors_of(entries).items()}
 
 
 def differing(

@@ -20,7 +20,7 @@ from ckptool.state.edits import Edit, Value
 from ckptool.state.matching import match
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.tensor import TENSORS, ties
+from ckptool.tensors.tensor import shapes_of, tensors_of, ties
 from ckptool.text import (
     argument as file_argument,
     at_most,
@@ -155,12 +155,10 @@ def reference_of(
     """Take keys and shapes from another checkpoint."""
     entries = places.find(checkpoint, at, "--like-at").entries
     where = f" --like-at {quoted(at)}" if at else ""
-    dtypes = {
-        key: value.dtype.torch_name for key, value in entries.items() if isinstance(value, TENSORS)
-    }
+    dtypes = {key: value.dtype.torch_name for key, value in tensors_of(entries).items()}
     return reference(
         checkpoint.path,
-        _shapes(entries),
+        shapes_of(entries),
         ties(entries),
         dtypes,
         anywhere=anywhere,
@@ -221,14 +219,14 @@ def transfer(
         )
         return Transferred(result, None)
     entries = _entries_after(checkpoint, steps, options)
-    found = fit(_shapes(entries), like)
+    found = fit(shapes_of(entries), like)
     if adapt is not None:
         step, found = _adapted(entries, found, like, adapt)
         steps = [*steps, *step]
     if found.filled < min_match:
         where = f" --at {quoted(options.at)}" if options.at else ""
         named = f"{file_argument(checkpoint.path)}{where}"
-        raise _poor(found, _shapes(entries), like, min_match, named)
+        raise _poor(found, shapes_of(entries), like, min_match, named)
     mismatched = [each.key for each in found.mismatched]
     further = [
         edits.without(mismatched, edits.SHAPE_DIFFERS),
@@ -258,10 +256,6 @@ def _entries_after(
     return edits.apply(steps, state.entries, argument(checkpoint, options))[0].entries
 
 
-def _shapes(entries: Mapping[str, Value]) -> dict[str, Shape]:
-    return {key: value.shape for key, value in entries.items() if isinstance(value, TENSORS)}
-
-
 def _adapted(
     entries: Mapping[str, Value], found: Fit, like: Reference, asked: Asked
 ) -> tuple[list[Edit], Fit]:
@@ -273,7 +267,7 @@ def _adapted(
         return [], found
     step, done = adapting.edit(kinds, wanted, asked)
     after = edits.apply([step], entries)[0].entries
-    return [step], replace(fit(_shapes(after), like), adapted=tuple(done))
+    return [step], replace(fit(shapes_of(after), like), adapted=tuple(done))
 
 
 def _poor(

@@ -29,7 +29,7 @@ from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
-from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
+from ckptool.tensors.tensor import Packing, Storage, TensorInfo, tensors_of
 from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs import casting, destination
 from ckptool.verbs.casting import Cast
@@ -272,9 +272,7 @@ def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options
     """Return what a plan does."""
     entries = plan.state.entries if plan.state is not None else {}
     again = tied(plan)
-    infos = [
-        value for key, value in entries.items() if isinstance(value, TENSORS) and key not in again
-    ]
+    infos = [value for key, value in tensors_of(entries).items() if key not in again]
     if plan.state is None:
         infos = [info for _, info in walk.tensors(plan.checkpoint.tree)]
     not_carried = [*plan.not_carried, *plan.checkpoint.unread]

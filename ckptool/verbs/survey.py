@@ -30,6 +30,7 @@ from ckptool.tensors.tensor import (
     Packing,
     TensorInfo,
     is_contiguous,
+    tensors_of,
 )
 from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs.ledger import Ledger, stored
@@ -304,7 +305,7 @@ def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str,
     """List the tensors of the state_dict by key, or those of the whole file by path."""
     if state is None:
         return list(walk.named(checkpoint.tree))
-    return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
+    return list(tensors_of(state.entries).items())
 
 
 def _place(
@@ -317,7 +318,7 @@ def _place(
     if state is None or state.at != path:
         state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
-    tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
+    tensors = tensors_of(state.entries).values()
     left = _left_behind(state.entries)
     before = ledger.nbytes
     ledger.take(places.state_dict_node(checkpoint.tree, path, known))
