@@ -14,13 +14,7 @@ from collections.abc import Sequence
 
 from ckptool.containers import _registry, _sets
 from ckptool.containers._others import STEMS
-from ckptool.errors import (
-    AmbiguousStateDict,
-    CkptoolError,
-    FormatError,
-    Malformed,
-    NotACheckpoint,
-)
+from ckptool.errors import AmbiguousStateDict, CkptoolError, FormatError, Malformed, NotACheckpoint
 from ckptool.files import paths
 from ckptool.files.paths import Entry
 from ckptool.text import argument, counted, readable, table

@@ -224,10 +224,7 @@ def combined(
             replace(each, pickle_name=called[name] if each.pickle_name else "")
             for name, each in parts.items()
         ),
-        notes=(
-            *notes,
-            *(f"{name}: {note}" for name, each in parts.items() for note in each.notes),
-        ),
+        notes=(*notes, *(f"{name}: {note}" for name, each in parts.items() for note in each.notes)),
     )
 
 

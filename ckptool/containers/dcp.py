@@ -19,13 +19,7 @@ from zlib_ng.zlib_ng import crc32
 from ckptool.containers import _dcp_metadata, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
-from ckptool.errors import (
-    FormatError,
-    LimitExceeded,
-    Malformed,
-    TooCostly,
-    Unsupported,
-)
+from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
 from ckptool.files import budget, fileio, paths
 from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader, safety

@@ -31,12 +31,7 @@ from ckptool.state.parts import SHARDING_INFO
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.tensors.numbers import can_resolve
-from ckptool.tensors.tensor import (
-    CompositeTensor,
-    Storage,
-    TensorInfo,
-    contiguous_stride,
-)
+from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo, contiguous_stride
 from ckptool.text import length
 
 if TYPE_CHECKING:  # a listing writes nothing

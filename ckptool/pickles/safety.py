@@ -9,16 +9,7 @@ from typing import Any, Protocol
 
 from ckptool.pickles import calls as shapes
 from ckptool.pickles.names import Level, import_for, level, torch_for
-from ckptool.pickles.tree import (
-    ByteArray,
-    Dict,
-    Global,
-    Node,
-    Object,
-    OldString,
-    Pairs,
-    children,
-)
+from ckptool.pickles.tree import ByteArray, Dict, Global, Node, Object, OldString, Pairs, children
 from ckptool.records import dataclass
 
 SHOWN = 8  # dangerous calls in a message

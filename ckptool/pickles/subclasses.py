@@ -18,14 +18,7 @@ from math import prod
 # What computes is imported by functions: a listing of plain tensors needs none of it.
 from ckptool.errors import Malformed
 from ckptool.pickles.holdings import FROM_TYPE as FROM_TYPE, holding, sizes_of as sizes_of
-from ckptool.pickles.tree import (
-    ByteArray,
-    Global,
-    Node,
-    Object,
-    OldString,
-    children,
-)
+from ckptool.pickles.tree import ByteArray, Global, Node, Object, OldString, children
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import (
     TENSORS,

@@ -8,16 +8,7 @@ from dataclasses import replace
 from ckptool.errors import EditError, KeyCollision
 from ckptool.records import dataclass
 from ckptool.state.casting import Casting
-from ckptool.state.changes import (
-    PARAMETER,
-    Change,
-    Count,
-    Edit,
-    Entries,
-    KeyEdit,
-    KeyMap,
-    Value,
-)
+from ckptool.state.changes import PARAMETER, Change, Count, Edit, Entries, KeyEdit, KeyMap, Value
 from ckptool.state.selecting import select as select
 from ckptool.state.wrappers import BOOKKEEPING, Peeling
 from ckptool.tensors import values

@@ -88,10 +88,7 @@ def in_order(dims: Sequence[int]) -> list[int]:
 
 
 def reshape(
-    keys: Patterns,
-    shape: Sequence[int],
-    was: Sequence[int] | None = None,
-    optional: bool = False,
+    keys: Patterns, shape: Sequence[int], was: Sequence[int] | None = None, optional: bool = False
 ) -> Edit:
     """Give the elements another shape, in which one size may be -1; `was` is the one before."""
 

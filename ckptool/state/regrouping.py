@@ -31,11 +31,7 @@ from ckptool.text import counted, listed, shape as shown
 
 
 def split(
-    from_: str,
-    to: Sequence[str],
-    dim: int = 0,
-    sizes: Sequence[int] = (),
-    optional: bool = False,
+    from_: str, to: Sequence[str], dim: int = 0, sizes: Sequence[int] = (), optional: bool = False
 ) -> Edit:
     """Cut a tensor along a dimension, into equal parts or by sizes."""
     source, targets = Matcher(from_), _templates(to)
@@ -119,11 +115,7 @@ def _matches(
 
 
 def fuse(
-    from_: Sequence[str],
-    to: str,
-    dim: int = 0,
-    sizes: Sequence[int] = (),
-    optional: bool = False,
+    from_: Sequence[str], to: str, dim: int = 0, sizes: Sequence[int] = (), optional: bool = False
 ) -> Edit:
     """Join tensors along a dimension; `sizes` are those that they must have."""
     sources, target = _templates(from_), template(to)

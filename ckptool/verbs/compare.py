@@ -382,10 +382,7 @@ def refuse_repeats(pairs: Sequence[Pair], left: Checkpoint, right: Checkpoint) -
 def _inflated(pairs: Sequence[Pair]) -> int:
     """Count what deflated storages come to, each as often as it is taken up."""
     nbytes = 0
-    for storages in (
-        [both.left.storage for both in pairs],
-        [both.right.storage for both in pairs],
-    ):
+    for storages in ([both.left.storage for both in pairs], [both.right.storage for both in pairs]):
         for before, storage in zip([None, *storages], storages, strict=False):
             if storage.packing is Packing.DEFLATED and storage != before:
                 nbytes += storage.nbytes

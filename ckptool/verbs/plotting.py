@@ -212,11 +212,7 @@ def _is_float(info: object) -> bool:
 
 
 def _plot(
-    kind: str,
-    found: Listing,
-    other: str | None,
-    layers: Sequence[Layer],
-    notes: Sequence[str] = (),
+    kind: str, found: Listing, other: str | None, layers: Sequence[Layer], notes: Sequence[str] = ()
 ) -> Plot:
     if not layers:
         raise NothingMatched(f"{found.checkpoint.path} has no tensors to draw")

@@ -309,11 +309,7 @@ def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str,
 
 
 def _place(
-    checkpoint: Checkpoint,
-    path: Path,
-    state: StateDict | None,
-    ledger: Ledger,
-    known: places.Steps,
+    checkpoint: Checkpoint, path: Path, state: StateDict | None, ledger: Ledger, known: places.Steps
 ) -> Place:
     if state is None or state.at != path:
         state = places.state_dict_at(checkpoint, path, known)
@@ -390,8 +386,5 @@ def _beside(name: str, node: Node, ledger: Ledger, said: dict[int, tuple[str, bo
     count = ledger.take(node)
     if id(node) not in said:  # one node may be under any number of names
         named = places.text_items(node) or []
-        said[id(node)] = (
-            naming.what(node),
-            any(isinstance(value, TENSORS) for _, value in named),
-        )
+        said[id(node)] = (naming.what(node), any(isinstance(value, TENSORS) for _, value in named))
     return Beside(name, said[id(node)][0], count, ledger.nbytes - before, said[id(node)][1])
