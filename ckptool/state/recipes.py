@@ -20,7 +20,6 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from ckptool.state.edits import Change, Edit, Entries, KeyMap
 from ckptool.state.recipe_fields import fields_of, is_number, is_text, refuse_unknown, written
 from ckptool.state.steps import STEPS, Given, Step
 from ckptool.tensors.tensor import tensors_of
-from ckptool.text import at_most, counted, listed, quoted, shape
+from ckptool.text import at_most, counted, did_you_mean, listed, quoted, shape
 
 VERSION = 1  # a new step or field raises it
 SUFFIX = ".toml"
@@ -256,11 +255,10 @@ def shipped() -> dict[str, str]:
 def _shipped(name: str) -> str:
     known = shipped()
     if name not in known:
-        close = get_close_matches(name, known, n=1)
+        lists = f"ckptool recipe --list names them; a file is ./{name} or {name}{SUFFIX}"
         raise BadRecipe(
             f"no recipe `{name}` comes with ckptool",
-            hint=(f"did you mean `{close[0]}`? " if close else "")
-            + f"ckptool recipe --list names them; a file is ./{name} or {name}{SUFFIX}",
+            hint=f"{did_you_mean(name, known)} {lists}".strip(),
         )
     return known[name]
 
