@@ -39,7 +39,7 @@ def _each(step: str, keys: Patterns, remake: Remake, *, optional: bool = False) 
         for key in chosen:
             value = tensor_of(entries, key)
             if value.view not in known:
-                known[value.view] = tried(key, lambda value=value: remake(value))  # type: ignore[misc]
+                known[value.view] = tried(key, remake, value)
             groups.append(Group((key,), ((key, known[value.view]),)))
         return changed(step, listed(several(keys)), entries, groups)
 

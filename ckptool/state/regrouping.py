@@ -65,10 +65,7 @@ def _parted(
         for key, held in _matches(source, entries, optional=optional):
             value = tensor_of(entries, key)
             if value.view not in known:
-                try:
-                    known[value.view] = parts(value)
-                except ValueError as error:
-                    raise EditError(f"{key}: {error}") from None
+                known[value.view] = tried(key, parts, value)
             made = enumerate(known[value.view])
             groups.append(Group((key,), tuple((name(held, at), each) for at, each in made)))
         return changed(step, source.template.text, entries, groups, what)
@@ -175,8 +172,7 @@ def _joined(
         parts = [tensor_of(entries, key) for key in keys]
         views = tuple(value.view for value in parts)
         if views not in known:
-            named = f"{new} of {listed(keys)}"
-            known[views] = tried(named, lambda parts=parts: join(parts))  # type: ignore[misc]
+            known[views] = tried(f"{new} of {listed(keys)}", join, parts)
         groups.append(Group(keys, ((new, known[views]),)))
     return changed(step, rule, entries, groups)
 
