@@ -8,11 +8,11 @@ to be inert, and any undotted name of a third-party package, which `calls` judge
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from enum import IntEnum
 
+from ckptool.files import tables
 from ckptool.pickles.tree import Global
 from ckptool.tensors.dtype import DType
 
@@ -25,28 +25,15 @@ class Level(IntEnum):
     DANGEROUS = 2
 
 
-def _read() -> dict[str, list[list[str]]]:
-    """Read the sections of `names.txt`: the words of each line, without comments."""
-    sections: dict[str, list[list[str]]] = {}
-    with open(os.path.join(os.path.dirname(__file__), "names.txt"), encoding="ascii") as lines:
-        for line in lines:
-            words = line.partition("#")[0].split()
-            if line.startswith("["):
-                rows = sections[line.strip("[]\n")] = []
-            elif words:
-                rows.append(words)
-    return sections
-
-
-_SECTIONS = _read()
+_TABLES = tables.read(__file__, "names.txt")
 
 
 def _pairs(section: str) -> set[tuple[str, str]]:
-    return {(module, name) for module, *names in _SECTIONS[section] for name in names}
+    return {(module, name) for module, names in _TABLES[section] for name in names.split()}
 
 
 def _words(section: str) -> frozenset[str]:
-    return frozenset(word for words in _SECTIONS[section] for word in words)
+    return frozenset(word for row in _TABLES[section] for cell in row for word in cell.split())
 
 
 _OLD_TENSORS = "Double Float Half Long Int Short Char Byte Bool BFloat16".split()
@@ -75,7 +62,8 @@ _VERSIONS = {
 }
 FOREIGN = frozenset(_pairs("foreign") | _pairs("up to 2.14"))
 RECONSTRUCTORS = {
-    (module, name): tuple(map(int, places)) for module, name, *places in _SECTIONS["reconstructors"]
+    (module, name): tuple(map(int, " ".join(places).split()))
+    for module, name, *places in _TABLES["reconstructors"]
 }
 _CLASS_PACKAGES = _words("packages of inert classes")
 # Classes in or behind these that compile or run what they are given (torch.fx, RPC).
