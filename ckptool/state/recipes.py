@@ -76,6 +76,14 @@ class Asked:
         """Name the step in errors."""
         return f"step {self.number} ({self.step.name})"
 
+    def edit(self) -> Edit:
+        """Make the edit of the step; raises `BadRecipe` for one that cannot be made."""
+        try:
+            made = self.step.make(**self.given)
+        except EditError as error:
+            raise _by_field(error).within(self.where) from None
+        return replace(made, where=self.where, number=self.number)
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -117,7 +125,11 @@ class Recipe:
         Raises `BadRecipe` for a step that has no way back, or that cannot be made; what is not as
         `expect` says raises `NotAsExpected` when it is applied.
         """
-        steps = [self._made(asked) for asked in self.asked(reverse=reverse)]
+        asked = self.asked(reverse=reverse)
+        try:
+            steps = [each.edit() for each in asked]
+        except EditError as error:
+            raise error.within(self.name) from None
 
         def change(entries: Entries) -> Change:
             if reverse:
@@ -146,13 +158,6 @@ class Recipe:
                 raise BadRecipe(f"{self.name}: {asked.where} has no way back: {back}")
             turned.append(Asked(asked.number, STEPS[back[0]], back[1]))
         return turned
-
-    def _made(self, asked: Asked) -> Edit:
-        try:
-            made = asked.step.make(**asked.given)
-            return replace(made, where=asked.where, number=asked.number)
-        except EditError as error:
-            raise _by_field(error).within(asked.where).within(self.name) from None
 
     def _unmatched(self, key_map: KeyMap) -> list[str]:
         """Name the keys that no rule took, or refuse them."""
@@ -299,10 +304,7 @@ def _parsed(name: str, data: bytes, folder: str) -> Recipe:
     about = " ".join(line.lstrip("# ") for line in comment).partition(". ")[0]
     recipe = Recipe(name, steps, expect, about.rstrip("."))
     for step in recipe.steps:  # what can be refused before a checkpoint is read
-        try:
-            step.step.make(**step.given)
-        except EditError as error:
-            raise _by_field(error).within(step.where) from None
+        step.edit()
     return recipe
 
 

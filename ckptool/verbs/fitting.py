@@ -212,38 +212,32 @@ def transfer(
     `rewrite` raises.
     """
     options = options or Options()
-    checkpoint = opened or containers.read(source)
-    if like is None:
-        result = surgery.rewrite(
-            source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint
-        )
-        return Transferred(result, None)
-    entries = _entries_after(checkpoint, steps, options)
-    found = fit(shapes_of(entries), like)
-    if adapt is not None:
-        step, found = _adapted(entries, found, like, adapt)
-        steps = [*steps, *step]
-    if found.filled < min_match:
-        where = f" --at {quoted(options.at)}" if options.at else ""
-        named = f"{file_argument(checkpoint.path)}{where}"
-        raise _poor(found, shapes_of(entries), like, min_match, named)
-    mismatched = [each.key for each in found.mismatched]
-    further = [
-        edits.without(mismatched, edits.SHAPE_DIFFERS),
-        edits.without(found.absent, f"not in {like.name}"),
-    ]
-    unfilled = [*mismatched, *found.missing]
-    with fill(unfilled) if fill else nullcontext({}) as added:
+    checkpoint, found, unfilled = opened or containers.read(source), None, list[str]()
+    if like is not None:
+        entries = _entries_after(checkpoint, steps, options)
+        found = fit(shapes_of(entries), like)
+        if adapt is not None:
+            step, found = _adapted(entries, found, like, adapt)
+            steps = [*steps, *step]
+        if found.filled < min_match:
+            where = f" --at {quoted(options.at)}" if options.at else ""
+            named = f"{file_argument(checkpoint.path)}{where}"
+            raise _poor(found, shapes_of(entries), like, min_match, named)
+        mismatched = [each.key for each in found.mismatched]
+        unfilled = [*mismatched, *found.missing]
+        dropped = edits.without(mismatched, edits.SHAPE_DIFFERS)
+        steps = [*steps, dropped, edits.without(found.absent, f"not in {like.name}")]
+    with fill(unfilled) if like and fill else nullcontext({}) as added:
         result = surgery.rewrite(
             source,
             target,
-            [*steps, *further],
+            steps,
             bare=True,
             options=options,
             progress=progress,
             opened=checkpoint,
             added=added,
-            order=list(like.shapes) if added else (),
+            order=list(like.shapes) if like and added else (),
         )
         return Transferred(result, found, tuple(added))
 
