@@ -91,15 +91,17 @@ def check(
     alone: bool = True,
     progress: Begin = no_progress,
 ) -> Checked:
-    """Check structure, checksums and names of a file; with `finite` also every float.
+    """Check whether a file is whole, and whether loading it elsewhere would run code.
 
-    A file of a set that ranks wrote is checked `alone`, or the set with it; a folder is its set.
+    `sha256` hashes the file, which is done anyway where its name holds the start of one; `finite`
+    counts NaN and infinity, `as_dtype` what a cast to a dtype would make infinite, zero or
+    subnormal; more than `max_size` (bytes, or a text: `100MiB`) is too large, `strict` calls
+    foreign names and the code of TorchScript unsafe too, `plugins` lets installed ones read what
+    no container of ckptool is. A file of a set that ranks wrote is checked `alone`, or the set
+    with it; a folder is its set. Raises nothing for what a file holds: its `status` says that.
 
-    With `as_dtype`, it is damaged for one who wants that dtype where a cast would overflow.
-    With `max_size` (bytes, or a text such as `100MiB`), a checkpoint of more bytes is too large.
-    `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
-    calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
-    container of ckptool is. A file that cannot be read is a result, not an error.
+    >>> ckptool.check("model_best.pth.tar").status
+    <Status.OK: 'ok'>
     """
     file = path = sites.of(path)
     found = _Findings()
