@@ -13,6 +13,7 @@ from dataclasses import replace
 from math import prod
 
 from ckptool.errors import Malformed, Unsupported
+from ckptool.files.tables import grouped
 from ckptool.pickles.holdings import Holding, Mesh, Placement, Sizes
 from ckptool.tensors import values
 from ckptool.tensors.chunks import tiling_problem
@@ -78,9 +79,7 @@ def _of_mesh(key: str, mesh: Mesh, held: Mapping[str, Holding], agree: Agree) ->
     for at in reversed(_cut_order(key, mesh, like)):
         dim, position = like.placements[at].dim, cut.index(at)
         assert dim is not None
-        runs: dict[Sizes, list[TensorInfo]] = {}
-        for place in sorted(found):
-            runs.setdefault(_without(place, position), []).append(found[place])
+        runs = grouped((_without(place, position), found[place]) for place in sorted(found))
         cut.remove(at)
         found = {place: values.joined(run, dim) for place, run in runs.items()}
     (whole,) = found.values()

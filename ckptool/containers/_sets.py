@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict
-from ckptool.files import budget, fileio, paths
+from ckptool.files import budget, fileio, paths, tables
 from ckptool.files.fileio import Reader
 from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.names import Level
@@ -99,11 +99,8 @@ def _of_folders(parent: str, name: str) -> FileSet:
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
     """Group names of files in a folder by the set they are of; others are left out."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for name in sorted(names, key=by_number):
-        kind = _kind(name)
-        if kind is not None:
-            found.setdefault(kind, []).append(paths.join(folder, name))
+    kinds = ((_kind(name), paths.join(folder, name)) for name in sorted(names, key=by_number))
+    found = tables.grouped((kind, path) for kind, path in kinds if kind is not None)
     return [FileSet(module, tuple(files)) for (module, _), files in sorted(found.items())]
 
 

@@ -22,6 +22,7 @@ from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shap
 from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
 from ckptool.files import budget, fileio, paths
 from ckptool.files.fileio import Reader, Stamp
+from ckptool.files.tables import grouped
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Dict, Global, Node, Object
@@ -153,10 +154,8 @@ def _read_parts(
     folder: str, index: Index, beside: Collection[str], seen: _Seen
 ) -> dict[Part, Node]:
     """Read all saved objects, file by file."""
-    wanted: dict[str, list[tuple[Box, Entry]]] = {}
-    for entry in index.entries:
-        for box in entry.boxes:
-            wanted.setdefault(box.part.file, []).append((box, entry))
+    boxes = ((box, entry) for entry in index.entries for box in entry.boxes)
+    wanted = grouped((each[0].part.file, each) for each in boxes)
     if not paths.can_list(folder):
         beside = [name for name in wanted if _is_beside(folder, name)]
     _refuse_missing(wanted, beside, index)

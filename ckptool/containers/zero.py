@@ -27,6 +27,7 @@ from ckptool.errors import EditError, Malformed
 from ckptool.files import budget, paths
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
+from ckptool.files.tables import grouped
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Dict, Node
 from ckptool.state.checkpoint import Checkpoint
@@ -180,11 +181,8 @@ def _tied(model: Model) -> dict[str, str]:
     A placeholder has a storage of its own for each parameter.
     """
     entries, noted = model.entries, model.noted
-    names: dict[object, list[str]] = {}
-    for key in noted:
-        value = entries.get(key)
-        if isinstance(value, TensorInfo):
-            names.setdefault(value.view, []).append(key)
+    held = ((key, entries.get(key)) for key in noted)
+    names = grouped((value.view, key) for key, value in held if isinstance(value, TensorInfo))
     tied: dict[str, str] = {}
     for key, value in entries.items():
         if key not in noted and isinstance(value, TensorInfo):

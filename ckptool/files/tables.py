@@ -1,11 +1,15 @@
-"""Tables of words that come with ckptool, as text: a section each, a line for each row."""
+"""Tables: those of words that come with ckptool, and rows in groups of what they have in common."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from functools import cache
+from typing import TypeVar
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 _SECTION = re.compile(r"\[([\w. ]+)\]")
 _BETWEEN = re.compile(r" {2,}")
 
@@ -22,3 +26,11 @@ def read(module: str, name: str) -> dict[str, list[list[str]]]:
             elif line:
                 rows.append(_BETWEEN.split(line))
     return sections
+
+
+def grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """Return the values of each key, in their order."""
+    groups: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups

@@ -19,6 +19,7 @@ from ckptool import containers
 from ckptool.errors import BadInput, DoesNotLoad, NoDevice, Unsupported
 from ckptool.files.copying import run_jobs
 from ckptool.files.jobs import Copy
+from ckptool.files.tables import grouped
 from ckptool.model import libraries, live, staging
 from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike
@@ -179,10 +180,9 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _ties(model: Any) -> dict[str, tuple[str, ...]]:
     """Map each key of a model to all keys of the same parameter or buffer, itself included."""
-    groups: dict[int, list[str]] = {}
-    for pairs in (model.named_parameters, model.named_buffers):
-        for key, tensor in pairs(remove_duplicate=False):
-            groups.setdefault(id(tensor), []).append(key)
+    both = model.named_parameters, model.named_buffers
+    listed = (each(remove_duplicate=False) for each in both)
+    groups = grouped((id(tensor), key) for pairs in listed for key, tensor in pairs)
     return {key: tuple(keys) for keys in groups.values() for key in keys}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptool.errors import EditError, KeyCollision
+from ckptool.files.tables import grouped
 from ckptool.records import dataclass
 from ckptool.state.casting import Casting
 from ckptool.state.changes import PARAMETER, Change, Count, Edit, Entries, KeyEdit, KeyMap, Value
@@ -59,10 +60,7 @@ def apply(
             lost = ((old, key) for key in gone for old in now[key].olds if old not in kept)
             why = {old: told[key] for old, key in lost} | why
         now = after
-    written: dict[str, list[str | None]] = {}
-    for new, each in now.items():
-        for old in each.olds:
-            written.setdefault(old, []).append(new)
+    written = grouped((old, new) for new, each in now.items() for old in each.olds)
     _own(now)
     key_map = KeyMap(
         pairs=tuple((old, new) for old in entries for new in written.get(old, (None,))),

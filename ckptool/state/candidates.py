@@ -13,6 +13,7 @@ from fnmatch import translate
 from math import prod
 
 from ckptool.errors import FormatError, KeyCollision, LimitExceeded, Malformed
+from ckptool.files.tables import grouped
 from ckptool.pickles.subclasses import as_tensor
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, items
 from ckptool.records import dataclass
@@ -138,10 +139,11 @@ def candidates(tree: Node) -> list[Candidate]:
 
 def _merged(found: list[_Found], nested: Sequence[tuple[Path, Node]]) -> list[_Found]:
     """Join the parts of a dict under a known name, and places with the very same tensors."""
-    under: dict[Path, list[_Found]] = {}
-    for each in found if nested else ():
-        for depth in range(1, len(each.at) + 1):
-            under.setdefault(each.at[:depth], []).append(each)
+    under = grouped(
+        (each.at[:depth], each)
+        for each in (found if nested else ())
+        for depth in range(1, len(each.at) + 1)
+    )
     parts_of_others: set[int] = set()
     for path, node in nested:
         try:

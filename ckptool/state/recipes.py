@@ -24,6 +24,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
+from ckptool.files.tables import grouped
 from ckptool.records import dataclass
 from ckptool.state import edits
 from ckptool.state.edits import Change, Edit, Entries, KeyMap
@@ -228,10 +229,7 @@ def _as_change(
     entries: Entries, key_map: KeyMap, edit: edits.KeyEdit, notes: Sequence[str]
 ) -> Change:
     """Return what several steps did as what one did."""
-    sources: dict[str, list[str]] = {}
-    for old, new in key_map.pairs:
-        if new is not None:
-            sources.setdefault(new, []).append(old)
+    sources = grouped((new, old) for old, new in key_map.pairs if new is not None)
     given = {id(value) for value in entries.values()}
     remade = {
         new

@@ -8,13 +8,14 @@ from typing import Protocol, Self, TypeVar
 
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
+from ckptool.files.tables import grouped
 from ckptool.pickles.tree import Node
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.counts import Tally
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import FLOATS, load, tally
-from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo, without_repeats
+from ckptool.tensors.tensor import CompositeTensor, TensorInfo, without_repeats
 
 BLOCK = 1 << 19
 MAX_REPEATS = 4  # times the bytes of the storages, that overlapping views may add up to
@@ -61,9 +62,7 @@ def count_in(
 
     Returns the counts by name, and the names of views that would take for ever.
     """
-    by_storage: dict[Storage, list[tuple[str, TensorInfo]]] = {}
-    for path, info in tensors:
-        by_storage.setdefault(info.storage, []).append((path, info))
+    by_storage = grouped((info.storage, (path, info)) for path, info in tensors)
     left = MAX_REPEATS * max(SMALL, sum(storage.nbytes for storage in by_storage))
     known: dict[tuple[object, ...], _Count] = {}
     counts: dict[str, _Count] = {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ckptool import containers
 from ckptool.errors import PoorFit
 from ckptool.files.copying import Begin, no_progress
+from ckptool.files.tables import grouped
 from ckptool.records import dataclass
 from ckptool.state import adapting, checkpoint as places, edits
 from ckptool.state.adapting import Adapted, Asked
@@ -341,10 +342,9 @@ def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tup
 
 def _moves(here: Mapping[str, Shape], there: Mapping[str, Shape]) -> list[tuple[str, str]]:
     """List the moves of a prefix that would bring most elements to keys of their shape."""
-    wanted: dict[tuple[str, Shape], list[str]] = {}
-    for key, sizes in there.items():
-        for new, rest in _cut(key):
-            wanted.setdefault((rest, sizes), []).append(new)
+    wanted = grouped(
+        ((rest, sizes), new) for key, sizes in there.items() for new, rest in _cut(key)
+    )
     found: Counter[tuple[str, str]] = Counter()
     for key, sizes in here.items():
         for old, rest in _cut(key):

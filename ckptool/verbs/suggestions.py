@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from ckptool import containers
 from ckptool.files import paths
 from ckptool.files.fileio import MARK
+from ckptool.files.tables import grouped
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.subclasses import as_pickled, class_of
@@ -49,11 +50,8 @@ def suggestions(facts: Survey) -> list[Suggestion]:
     path = facts.checkpoint.path
     if paths.is_url(path) and path.endswith(HIDDEN):
         return []  # a command without what lets us in does not work
-    joined: dict[tuple[object, ...], list[Advice]] = {}
-    for rule in (_part,) if facts.part else _RULES:
-        for advice in rule(facts):
-            key = (advice.verb, advice.options, advice.suffix)
-            joined.setdefault(key, []).append(advice)
+    advised = (each for rule in ((_part,) if facts.part else _RULES) for each in rule(facts))
+    joined = grouped(((each.verb, each.options, each.suffix), each) for each in advised)
     taken: set[str] = set()
     return [
         Suggestion("; ".join(each.reason for each in same), _command(facts, same[0], taken))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.files import budget
+from ckptool.files.tables import grouped
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
@@ -341,9 +342,7 @@ def _total(tensors: Iterable[AnyTensor]) -> Total:
 
 def _by_dtype(entries: Sequence[tuple[str, AnyTensor]]) -> dict[str, Total]:
     """Count tensors by dtype, those of most bytes first."""
-    kinds: dict[str, list[AnyTensor]] = {}
-    for _, info in entries:
-        kinds.setdefault(info.dtype.label, []).append(info)
+    kinds = grouped((info.dtype.label, info) for _, info in entries)
     totals = {label: _total(infos) for label, infos in kinds.items()}
     return dict(sorted(totals.items(), key=lambda item: -item[1].nbytes))
 
