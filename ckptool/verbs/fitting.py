@@ -18,10 +18,11 @@ from ckptool.state import adapting, checkpoint as places, edits
 from ckptool.state.adapting import Adapted, Asked
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit, Value
+from ckptool.state.layouts import Layout, layout_of
 from ckptool.state.matching import match
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.tensor import shapes_of, tensors_of, ties
+from ckptool.tensors.tensor import shapes_of
 from ckptool.text import (
     argument as file_argument,
     at_most,
@@ -130,22 +131,15 @@ class Transferred:
         }
 
 
-def reference(
-    name: str,
-    shapes: Mapping[str, Shape],
-    tied: Mapping[str, str] | None = None,
-    dtypes: Mapping[str, str] | None = None,
-    *,
-    anywhere: bool = False,
-    option: str = "",
-) -> Reference:
-    """Make a reference of keys and shapes, wrappers peeled."""
-    peel = peeling(shapes, anywhere=anywhere)
+def reference(name: str, layout: Layout, *, anywhere: bool = False, option: str = "") -> Reference:
+    """Make a reference of a layout, wrappers peeled."""
+    peel = peeling(layout.shapes, anywhere=anywhere)
+    named = ((peel(key), sizes) for key, sizes in layout.shapes.items())
     return Reference(
         name,
-        {new: tuple(sizes) for key, sizes in shapes.items() if (new := peel(key)) is not None},
-        {peel.name(key): peel.name(first) for key, first in (tied or {}).items()},
-        {peel.name(key): dtype for key, dtype in (dtypes or {}).items()},
+        {key: sizes for key, sizes in named if key is not None},
+        {peel.name(key): peel.name(first) for key, first in layout.ties.items()},
+        {peel.name(key): dtype for key, dtype in layout.dtypes.items()},
         option,
     )
 
@@ -153,18 +147,11 @@ def reference(
 def reference_of(
     checkpoint: Checkpoint, at: str | None = None, *, anywhere: bool = False
 ) -> Reference:
-    """Take keys and shapes from another checkpoint."""
-    entries = places.find(checkpoint, at, "--like-at").entries
+    """Take the layout of another checkpoint."""
+    layout = layout_of(places.find(checkpoint, at, "--like-at").entries)
     where = f" --like-at {quoted(at)}" if at else ""
-    dtypes = {key: value.dtype.torch_name for key, value in tensors_of(entries).items()}
-    return reference(
-        checkpoint.path,
-        shapes_of(entries),
-        ties(entries),
-        dtypes,
-        anywhere=anywhere,
-        option=f"--like {file_argument(checkpoint.path)}{where}",
-    )
+    option = f"--like {file_argument(checkpoint.path)}{where}"
+    return reference(checkpoint.path, layout, anywhere=anywhere, option=option)
 
 
 def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
