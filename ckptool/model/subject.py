@@ -85,10 +85,12 @@ def _into(
         state, done = loading.rekeyed(state, [edits.strip_wrappers()])
         notes += [f"{line} of the reference" for line in done.said]
         notes += [f"not loaded ({BOOKKEEPING}): {listed(done.dropped)}"] if done.dropped else []
-    if recipe.common is None:
-        _strictly(_parallel(model) if parallel else model, state, recipe, source, reference)
-    else:
+    if recipe.common is not None:
         _partly(model, state, recipe)
+        return parallel, notes
+    fit = loading.load_fitting(_parallel(model) if parallel else model, state)
+    if fit.missing or fit.unexpected or fit.mismatched:
+        raise _does_not_load(recipe, source, reference, fit)
     return parallel, notes
 
 
@@ -105,15 +107,6 @@ def _parallel(model: Any, device: Any = None) -> Any:
     torch.nn.Module.__init__(wrapper)
     wrapper.module, wrapper.device_ids = model, []
     return wrapper.eval()
-
-
-def _strictly(
-    model: Any, state: Mapping[str, Any], recipe: Recipe, source: Source, reference: bool
-) -> None:
-    """Load everything; raise `DoesNotLoad` with what is in the way, and what would mend it."""
-    fit = loading.load_fitting(model, state)
-    if fit.missing or fit.unexpected or fit.mismatched:
-        raise _does_not_load(recipe, source, reference, fit)
 
 
 def _partly(model: Any, state: Mapping[str, Any], recipe: Recipe) -> None:
