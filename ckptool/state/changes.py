@@ -36,7 +36,12 @@ class Count:
 
     def to_dict(self) -> editing.Rule:
         """Return the fields of a document."""
-        return {"step": self.step, "rule": self.rule, "count": self.count, "number": self.number}
+        return {
+            "step": self.step,
+            "rule": self.rule,
+            "count": self.count,
+            "number": self.number,
+        }
 
 
 @dataclass(frozen=True, slots=True)

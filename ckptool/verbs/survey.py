@@ -23,7 +23,7 @@ from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
 from ckptool.state.parts import Part
-from ckptool.state.walk import Path, labelled
+from ckptool.state.walk import Path
 from ckptool.state.wrappers import Peeling, peeling, worn
 from ckptool.tensors.tensor import (
     TENSORS,
@@ -366,17 +366,11 @@ def _around(tree: Node, paths: Sequence[Path], known: places.Steps) -> Iterator[
     if not paths:
         inner = {()}
     for level in sorted(inner, key=len):
-        for key, value in dict(_named(places.state_dict_node(tree, level, known))).items():
+        node = places.state_dict_node(tree, level, known)
+        for key, value in dict(places.ways(node, Effort())).items():
             here = (*level, key)
             if here not in taken:
                 yield walk.dotted(here), value
-
-
-def _named(node: Node) -> list[tuple[str, Node]]:
-    pairs = places.items(node)
-    if not pairs:
-        return list(places.ways(node, Effort()))
-    return labelled(pairs)
 
 
 def _beside(name: str, node: Node, ledger: Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
