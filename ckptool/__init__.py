@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ckptool.tensors.tensor import TensorInfo as TensorInfo
     from ckptool.verbs.api import (
         add_prefix as add_prefix,
-        check as check,
         convert as convert,
         download as download,
         info as info,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     )
     from ckptool.verbs.casting import Cast as Cast
     from ckptool.verbs.checked import Checked as Checked, Status as Status
+    from ckptool.verbs.checking import check as check
     from ckptool.verbs.combining import Averaged as Averaged, average as average
     from ckptool.verbs.compare import diff as diff
     from ckptool.verbs.difference import Change as Change, Difference as Difference
@@ -60,9 +60,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "ckptool.verbs.api": "add_prefix check convert download info keys strip_prefix unwrap",
+        "ckptool.verbs.api": "add_prefix convert download info keys strip_prefix unwrap",
         "ckptool.verbs.casting": "Cast",
         "ckptool.verbs.checked": "Checked Status",
+        "ckptool.verbs.checking": "check",
         "ckptool.state.checkpoint": "Checkpoint StateDict",
         "ckptool.verbs.combining": "Averaged average",
         "ckptool.verbs.compare": "diff",

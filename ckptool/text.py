@@ -115,6 +115,14 @@ def at_most(lines: Sequence[str], limit: int, of: str = "") -> list[str]:
     return [*lines[:limit], *([f"and {more} more{of}"] if more > 0 else [])]
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask for the known name that is spelled most like one; an empty text where none is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(known), n=1)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
 def several(given: str | Iterable[str]) -> tuple[str, ...]:
     """Read one text, or any number of them, as several."""
     return (given,) if isinstance(given, str) else tuple(given)

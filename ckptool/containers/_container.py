@@ -62,8 +62,12 @@ class Writer(NamedTuple):
     unfit: Callable[[dict[str, Node], bool], Left] | None = None
 
 
+def nothing(reader: Reader) -> None:
+    """Read no file alone: what one of a set is, is asked of all of them."""
+
+
 class Container(NamedTuple):
-    """One container.
+    """One container; one that reads sets of files alone has no `sniff` and no `read`.
 
     `sniff` sees the first bytes of a file. `read` returns None for a file of another container
     that starts with the same bytes, and raises a `FormatError` for a damaged one. `word` is what
@@ -75,11 +79,11 @@ class Container(NamedTuple):
 
     name: str
     title: str
-    word: str
-    suffixes: tuple[str, ...]
-    index_patterns: tuple[str, ...]
-    sniff: Callable[[bytes], bool]
-    read: Callable[[Reader], Checkpoint | None]
+    word: str = ""
+    suffixes: tuple[str, ...] = ()
+    index_patterns: tuple[str, ...] = ()
+    sniff: Callable[[bytes], bool] = lambda head: False
+    read: Callable[[Reader], Checkpoint | None] = nothing
     writer: Writer | None = None
     traits: Traits = Traits()
     written_as: str = "torch-zip"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from math import prod
 
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
@@ -276,10 +277,8 @@ _SIZE = Global("torch", "Size")
 
 def _checked(key: str, node: Node) -> Sizes:
     found = sizes_of(node)
-    count = 1
-    for size in found or ():
-        count *= size or 1
-    if found is None or len(found) > MAX_DIMENSIONS or count > MAX_COUNT:
+    beyond = prod(size or 1 for size in found or ()) > MAX_COUNT
+    if found is None or len(found) > MAX_DIMENSIONS or beyond:
         what = "is not a tuple of numbers, negative or beyond 2^62"
         raise Malformed(f"a size or offset of {key} {what}")
     return found

@@ -32,13 +32,7 @@ from ckptool.state import tensor_facts, walk
 from ckptool.state.walk import MAX_MEMBERS, Path, label
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import can_resolve
-from ckptool.tensors.tensor import (
-    TENSORS,
-    AnyTensor,
-    Storage,
-    TensorInfo,
-    contiguous_stride,
-)
+from ckptool.tensors.tensor import TENSORS, AnyTensor, Storage, TensorInfo, contiguous_stride
 from ckptool.text import listed
 
 INDEX = ".metadata"

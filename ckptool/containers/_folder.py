@@ -12,15 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ckptool.containers import _registry, _sets
-from ckptool.containers._others import STEMS
-from ckptool.errors import (
-    AmbiguousStateDict,
-    CkptoolError,
-    FormatError,
-    Malformed,
-    NotACheckpoint,
-)
+from ckptool.containers import _others, _registry, _sets
+from ckptool.errors import AmbiguousStateDict, CkptoolError, FormatError, Malformed, NotACheckpoint
 from ckptool.files import paths
 from ckptool.files.paths import Entry
 from ckptool.text import argument, counted, readable, table
@@ -29,7 +22,7 @@ MAX_NAMES = 10_000
 MAX_SHOWN = 12
 MAX_FOLDERS = 100  # that are looked into
 MAX_CHECKPOINTS = 20  # that are named where one must be chosen
-_USUAL = re.compile(rf"({'|'.join(STEMS)})(\.\w+)?\.(safetensors|bin)|.+\.ckpt")
+_USUAL = re.compile(rf"({'|'.join(_others.STEMS)})(\.\w+)?\.(safetensors|bin)|.+\.ckpt")
 _SHARD = re.compile(
     r"(?P<stem>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)", re.ASCII
 )
@@ -37,20 +30,6 @@ _SHARD = re.compile(
 _OF_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # Of training, not of a model.
 _STATES = ("optim", "sched", "rng", "random_states", "training_args", "scaler")
-# Names that must all be there -> what a folder looks like.
-_KINDS: tuple[tuple[str, str], ...] = (
-    ("model_index.json", "a pipeline of diffusers; its models are in the folders inside"),
-    ("trainer_state.json", "a checkpoint of transformers' Trainer"),
-    ("adapter_config.json", "an adapter of PEFT"),
-    ("modules.json config_sentence_transformers.json", "a model of sentence-transformers"),
-    ("random_states_0.pkl", "a checkpoint of accelerate"),
-    ("latest zero_to_fp32.py", "a checkpoint of DeepSpeed without the step that `latest` names"),
-    ("latest_checkpointed_iteration.txt", "checkpoints of Megatron-LM"),
-    ("saved_model.pb", "a TensorFlow SavedModel"),
-    ("checkpoint model.ckpt.index", "a TensorFlow checkpoint"),
-    ("hparams.yaml checkpoints", "a log folder of Lightning; see checkpoints/ inside"),
-    ("config.json weights.th vocabulary", "an unpacked model of AllenNLP"),
-)
 
 
 def checkpoint_in(folder: str) -> str:
@@ -155,7 +134,8 @@ def _refusal(folder: str) -> NotACheckpoint:
         return NotACheckpoint(f"{folder} is a folder", path=folder)
     sizes = {entry.name: entry.nbytes for entry in entries if entry.is_file}
     names = {entry.name for entry in entries}
-    kind = next((f", {what}" for needed, what in _KINDS if names.issuperset(needed.split())), "")
+    kinds = _others.table("names in a folder")
+    kind = next((f", {what}" for needed, what in kinds if names.issuperset(needed.split())), "")
     endings = (*_registry.suffixes(), *archives.SUFFIXES, ".model", ".index.json")
     weights = [name for name in sizes if name.endswith(endings)]
     weights.sort(key=lambda name: (-sizes[name], name))

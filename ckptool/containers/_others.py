@@ -14,7 +14,7 @@ from typing import Any
 
 from ckptool.containers import _json as json_text, _pickles
 from ckptool.errors import LimitExceeded
-from ckptool.files import budget, paths, tars, zips
+from ckptool.files import budget, paths, tables, tars, zips
 from ckptool.files.fileio import Reader
 from ckptool.text import argument, listed, quoted, readable
 
@@ -24,93 +24,11 @@ MAX_JSON = 16 << 20
 SHORT = 200  # bytes of a text that is shown whole
 _AGAIN = "download or copy it again"
 _UNPACK = "unpack it, then look inside"
-_LUA = "torchfile reads it"
-_FLAX = "flax.serialization.msgpack_restore reads it"
 _TENSORFLOW = "tf.train.load_checkpoint reads it"
-# Patterns of the first bytes.
-_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (rb"\x1f\x8b", "a gzip archive", "tar -xzf or gunzip it, then look inside"),
-    (rb"BZh", "a bzip2 archive", _UNPACK),
-    (rb"\xfd7zXZ\0", "an xz archive", _UNPACK),
-    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
-    (rb"Rar!", "a RAR archive", _UNPACK),
-    (rb"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
-    (rb"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
-    (rb"PK\x05\x06", "an empty zip archive", ""),
-    # The magic number of torch's legacy files, what is not ASCII in it replaced.
-    (
-        rb"(\?\x02\?|\xef\xbf\xbd\x02\xef\xbf\xbd)\nl",
-        "a legacy torch file that was saved as text on its way: its bytes are damaged for good",
-        _AGAIN,
-    ),
-    (rb"\x89PNG\r\n", "a PNG image", ""),
-    (rb"\xff\xd8\xff", "a JPEG image", ""),
-    (rb"GIF8", "a GIF image", ""),
-    (rb"%PDF", "a PDF document", ""),
-    (rb"RIFF", "a RIFF file (audio, video or image)", ""),
-    (rb"lmgg", "a model of whisper.cpp or another GGML program", "whisper.cpp reads it"),
-    (rb"tjgg|fmgg|ggml|ggjt", "a GGML file (llama.cpp)", ""),
-    (rb"\x93NUMPY", "a numpy array (.npy)", "numpy.load reads it"),
-    (rb"\x89HDF\r\n", "an HDF5 file (Keras, .h5)", "h5py reads it"),
-    (rb"SQLite format 3\0", "an SQLite database", ""),
-    (rb"PAR1", "a Parquet table", ""),
-    (rb"ARROW1", "an Arrow table", ""),
-    (rb"MATLAB 5\.0", "a MATLAB file (.mat)", "scipy.io.loadmat reads it"),
-    (rb"\x04\0{3}\x01\0{3}\x03\0{3}V 1", "an object of Lua Torch (.t7)", _LUA),
-    (rb"4\n1\n3\nV 1\n", "an object of Lua Torch (.t7), as text", _LUA),
-    # A table: its type, its index, its size, then the type of its first key, a number or text.
-    (rb"\x03\0{3}\x01\0{3}.{3}\0[\x01\x02]\0{3}", "a table of Lua Torch (.t7)", _LUA),
-    (rb"3\n1\n\d+\n[12]\n", "a table of Lua Torch (.t7), as text", _LUA),
-    (rb"ftrt", "a TensorRT engine", ""),
-    (rb"\x7fELF", "a program", ""),
-    (rb"MZ", "a Windows program", ""),
-    (rb".{4}ftyp.", "a video or image", ""),
-    (rb".{4}TFL3.", "a TensorFlow Lite model", ""),
-    (rb".{4}ET\d\d", "a program of ExecuTorch (.pte)", "ExecuTorch runs it"),
-    (rb".{4}ORTM", "a model of onnxruntime (.ort)", "onnxruntime runs it"),
-    (rb"\x12\x01\0{6}", "parameters of MXNet (.params)", "mxnet.nd.load reads it"),
-    (rb"7767517\n", "the network of ncnn (.param); its weights are in the .bin", "ncnn reads it"),
-    # The tag of weights in half precision (ncnn/src/modelbin.cpp).
-    (rb"\x47\x6b\x30\x01", "weights of ncnn (.bin)", "ncnn reads it"),
-    # A map of names, msgpack's of few short texts, to maps or arrays (flax/serialization.py).
-    (
-        rb"[\x81-\x8f][\xa1-\xbf][\w./-]+[\x80-\x8f\xc7-\xc9\xde\xdf]",
-        "a Flax checkpoint (msgpack)",
-        _FLAX,
-    ),
-)
 # What torch.save writes last, or before all else (caffe2/serialize/inline_container.cc): without
 # a pickle, it failed.
-_LEFT_BY_A_FAILURE = {
-    "byteorder",
-    "version",
-    "serialization_id",
-    ".format_version",
-    ".storage_alignment",
-}
-# Ends of names in a zip archive.
-_ZIPS: tuple[tuple[str, str, str], ...] = (
-    (".dist-info/WHEEL", "a Python package (wheel)", "pip install it"),
-    ("META-INF/MANIFEST.MF", "a Java archive", ""),
-    ("[Content_Types].xml", "an office document", ""),
-    ("model.weights.h5", "a Keras model (.keras)", "keras.models.load_model reads it"),
-    ("saved_model.pb", "a TensorFlow SavedModel", _UNPACK),
-    ("archive_format", "a program of torch.export (.pt2)", ""),
-    ("serialized_exported_program.json", "a program of torch.export (.pt2)", ""),
-    (".data/extern_modules", "a package of torch.package: pickles, and code that would run", ""),
-)
-# Keys of a JSON object.
-_OBJECTS: tuple[tuple[str, str], ...] = (
-    ("weight_map", "the index of a sharded checkpoint"),
-    ("architectures", "the configuration of a transformers model"),
-    ("model_type", "the configuration of a transformers model"),
-    ("_diffusers_version", "the configuration of a diffusers model"),
-    ("peft_type", "the configuration of a PEFT adapter"),
-    ("log_history", "the state of transformers' Trainer"),
-    ("sharded_backend", "the marker of a distributed checkpoint of Megatron"),
-    ("added_tokens", "a tokenizer"),
-    ("tokenizer_class", "the configuration of a tokenizer"),
-    ("nbformat", "a Jupyter notebook"),
+_LEFT_BY_A_FAILURE = frozenset(
+    "byteorder version serialization_id .format_version .storage_alignment".split()
 )
 # What transformers, diffusers and peft call weights.
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
@@ -120,6 +38,11 @@ _WEIGHTS = [
     for suffix in (".safetensors", ".bin")
     for index in ("", ".index.json")
 ]
+
+
+def table(section: str) -> list[list[str]]:
+    """Return the rows of a section of the table of formats."""
+    return tables.read(__file__, "formats.txt")[section]
 
 
 def describe(reader: Reader, head: bytes) -> Description:
@@ -135,9 +58,9 @@ def describe(reader: Reader, head: bytes) -> Description:
             return description
     if head.startswith(b"PK\3\4"):
         return _zip(zips.read_directory(reader).members)
-    for signature, name, hint in _SIGNATURES:
-        if re.match(signature, head, re.DOTALL):
-            return f"{name} ({size})", hint
+    for signature, name, *hint in table("first bytes"):
+        if re.match(signature.encode(), head, re.DOTALL):
+            return f"{name} ({size})", "".join(hint)
     if tars.is_tar(head):
         return f"a tar archive ({size})", _UNPACK
     return _pickles.describe(reader, head) or _text(reader, head)
@@ -271,9 +194,9 @@ def _mnn(reader: Reader, head: bytes) -> Description | None:
 def _zip(names: Collection[str]) -> Description:
     if names and all(name.rpartition("/")[2] in _LEFT_BY_A_FAILURE for name in names):
         return "an unfinished torch.save: there is no data.pkl in it", "save it again"
-    for ending, what, hint in _ZIPS:
+    for ending, what, *hint in table("names in a zip"):
         if any(name.endswith(ending) for name in names):
-            return what, hint
+            return what, "".join(hint)
     if names and all(name.endswith(".npy") for name in names):
         arrays = listed((name.removesuffix(".npy") for name in names), 6)
         return f"a zip archive of numpy arrays (.npz): {arrays}", "numpy.load reads it"
@@ -332,7 +255,7 @@ def _json(reader: Reader, size: str) -> Description:
         return what, ""
     if not isinstance(value, dict) or not value:
         return what, ""
-    kind = next((f", {known}" for key, known in _OBJECTS if key in value), None)
+    kind = next((f", {known}" for key, known in table("keys of JSON") if key in value), None)
     return what + (kind or f" with {listed(value, 6)}"), _weights_beside(reader.path)
 
 

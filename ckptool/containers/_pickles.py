@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 
 from ckptool.errors import CkptoolError, FormatError, Malformed, TooCostly
-from ckptool.files import budget
+from ckptool.files import budget, tables
 from ckptool.files.fileio import Reader
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
@@ -24,25 +24,6 @@ _NDARRAY = Global("numpy", "ndarray")
 _RECONSTRUCT = Global("numpy.core.multiarray", "_reconstruct")
 MAX_READ = 64 << 20
 MAX_DESCRIBED = 8 << 20  # bytes of a pickle that are read to describe it
-# The top module of a name in the pickle -> the library that reads it.
-_LIBRARIES = {
-    "sklearn": "scikit-learn",
-    "joblib": "joblib",
-    "xgboost": "XGBoost",
-    "lightgbm": "LightGBM",
-    "catboost": "CatBoost",
-    "pandas": "pandas",
-    "fastai": "fastai (Learner.export)",
-    "skops": "skops",
-    "spacy": "spaCy",
-    "gensim": "gensim",
-    "jax": "JAX",
-    "jaxlib": "JAX",
-    "flax": "Flax",
-    "haiku": "Haiku",
-    "paddle": "PaddlePaddle",
-    "transformers": "transformers",
-}
 
 
 @budget.brief()
@@ -189,5 +170,6 @@ def is_paddle(tree: Node) -> bool:
 
 def _hint(named: Iterable[Global]) -> str:
     tops = {name.module.partition(".")[0] for name in named}
-    library = next((library for top, library in _LIBRARIES.items() if top in tops), "")
+    known = tables.read(__file__, "formats.txt")["libraries of pickles"]
+    library = next((library for top, library in known if top in tops), "")
     return f"{library} reads it" if library else ""

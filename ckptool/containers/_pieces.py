@@ -14,6 +14,7 @@ from math import prod
 
 from ckptool.errors import Malformed, Unsupported
 from ckptool.pickles.holdings import Holding, Mesh, Placement, Sizes
+from ckptool.records import grouped
 from ckptool.tensors import values
 from ckptool.tensors.chunks import tiling_problem
 from ckptool.tensors.tensor import MAX_COUNT, MAX_DIMENSIONS, TensorInfo, contiguous_stride
@@ -34,9 +35,8 @@ def joined(key: str, held: Mapping[str, Holding], agree: Agree) -> TensorInfo:
         if differing := _difference(held[first], held[name]):
             raise Malformed(f"{key}: {differing} in {first} and {name}")
     try:
-        if held[first].mesh is None:
-            return _of_boxes(key, held, agree)
-        return _of_mesh(key, held, agree)
+        mesh = held[first].mesh
+        return _of_mesh(key, mesh, held, agree) if mesh else _of_boxes(key, held, agree)
     except ValueError as error:
         raise Malformed(f"{key}: {error}") from None
 
@@ -59,10 +59,9 @@ def _difference(one: Holding, other: Holding) -> str:
 # Pieces of a mesh.
 
 
-def _of_mesh(key: str, held: Mapping[str, Holding], agree: Agree) -> TensorInfo:
+def _of_mesh(key: str, mesh: Mesh, held: Mapping[str, Holding], agree: Agree) -> TensorInfo:
     like = next(iter(held.values()))
-    assert like.mesh is not None
-    _refuse_placements(key, like.placements, like.mesh)
+    _refuse_placements(key, like.placements, mesh)
     cut = [at for at, each in enumerate(like.placements) if each.kind in _CUTS]
     pieces: dict[Sizes, tuple[str, TensorInfo]] = {}
     for name, each in held.items():
@@ -73,16 +72,14 @@ def _of_mesh(key: str, held: Mapping[str, Holding], agree: Agree) -> TensorInfo:
         of, before = pieces.setdefault(place, (name, piece))
         if before is not piece and not agree(before, piece):
             raise Malformed(f"{key}: {of} and {name} hold the same piece, and differ")
-    sizes = tuple(like.mesh.sizes[at] for at in cut)
+    sizes = tuple(mesh.sizes[at] for at in cut)
     if len(pieces) != prod(sizes):
         raise Malformed(f"{key}: {len(pieces)} of its {prod(sizes)} pieces are there")
     found = {place: piece for place, (_, piece) in pieces.items()}
-    for at in reversed(_cut_order(key, like)):
+    for at in reversed(_cut_order(key, mesh, like)):
         dim, position = like.placements[at].dim, cut.index(at)
         assert dim is not None
-        runs: dict[Sizes, list[TensorInfo]] = {}
-        for place in sorted(found):
-            runs.setdefault(_without(place, position), []).append(found[place])
+        runs = grouped((_without(place, position), found[place]) for place in sorted(found))
         cut.remove(at)
         found = {place: values.joined(run, dim) for place, run in runs.items()}
     (whole,) = found.values()
@@ -108,9 +105,8 @@ def _refuse_placements(key: str, placements: Sequence[Placement], mesh: Mesh) ->
         raise Malformed(f"{key} has {count}")
 
 
-def _cut_order(key: str, held: Holding) -> list[int]:
+def _cut_order(key: str, mesh: Mesh, held: Holding) -> list[int]:
     """Order the dimensions of a mesh as they cut a tensor, first to last."""
-    assert held.mesh is not None
     by_dim: dict[int, list[int]] = {}
     for at, each in enumerate(held.placements):
         if each.kind not in _CUTS:
@@ -118,7 +114,7 @@ def _cut_order(key: str, held: Holding) -> list[int]:
         if type(each.dim) is not int or not 0 <= each.dim < len(held.shape):
             raise Malformed(f"{key} {shape_text(held.shape)} is cut along dimension {each.dim}")
         by_dim.setdefault(each.dim, []).append(at)
-    orders = {dim: _of_dimension(key, held, cuts) for dim, cuts in by_dim.items()}
+    orders = {dim: _of_dimension(key, mesh, held, cuts) for dim, cuts in by_dim.items()}
     for dim, said in held.order or ():
         if sorted(said) != sorted(orders.get(dim, ())):
             raise Malformed(f"{key} has a shard_order that does not fit its placements")
@@ -126,19 +122,18 @@ def _cut_order(key: str, held: Holding) -> list[int]:
     return [at for order in orders.values() for at in order]
 
 
-def _of_dimension(key: str, held: Holding, cuts: Sequence[int]) -> list[int]:
+def _of_dimension(key: str, mesh: Mesh, held: Holding, cuts: Sequence[int]) -> list[int]:
     """Order what cuts one dimension; those further right in the mesh are placed first."""
-    assert held.mesh is not None
     order: list[int] = []
     for at in reversed(cuts):
         placement = held.placements[at]
         if placement.factor == 1:
             order.insert(0, at)
-        elif placement.factor == prod(held.mesh.sizes[each] for each in order):
+        elif placement.factor == prod(mesh.sizes[each] for each in order):
             order.append(at)
         else:
             raise Unsupported(
-                f"{key} is placed as {placement} on a mesh of {shape_text(held.mesh.sizes)}: no "
+                f"{key} is placed as {placement} on a mesh of {shape_text(mesh.sizes)}: no "
                 "plain pieces of it",
                 hint="redistribute it to Shard or Replicate before it is saved",
             )

@@ -52,12 +52,8 @@ class Records:
 
     def byteorder(self) -> str:
         """Read the record that says `little` or `big`; without one it is little."""
-        if "byteorder" not in self.members:
-            return "little"
-        order = self.small("byteorder").decode("latin-1")
-        if order not in ("little", "big"):
-            raise Malformed(f"the byteorder record says {order!r}", path=self.reader.path)
-        return order
+        known = "byteorder" in self.members
+        return byteorder(self.small("byteorder"), self.reader.path) if known else "little"
 
     def load(self, name: str, vocabulary: Vocabulary) -> Pickle:
         """Parse the pickle in a record."""
@@ -111,6 +107,14 @@ class Records:
             Packing.DEFLATED if deflated else Packing.PLAIN,
             member.packed_nbytes if deflated else 0,
         )
+
+
+def byteorder(said: bytes, path: str) -> str:
+    """Read what a record of the byte order says; raises `Malformed`."""
+    order = said.decode("latin-1")
+    if order not in ("little", "big"):
+        raise Malformed(f"the byteorder record says {order!r}", path=path)
+    return order
 
 
 _BESIDE_A_NAME = 32  # what an entry takes in memory besides, in letters

@@ -12,9 +12,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptool import records
 from ckptool.containers import _registry
 from ckptool.errors import AmbiguousStateDict
-from ckptool.files import fileio, paths
+from ckptool.files import budget, fileio, paths
 from ckptool.files.fileio import Reader
 from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.names import Level
@@ -99,11 +100,8 @@ def _of_folders(parent: str, name: str) -> FileSet:
 
 def grouped(folder: str, names: Iterable[str]) -> list[FileSet]:
     """Group names of files in a folder by the set they are of; others are left out."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for name in sorted(names, key=by_number):
-        kind = _kind(name)
-        if kind is not None:
-            found.setdefault(kind, []).append(paths.join(folder, name))
+    kinds = ((_kind(name), paths.join(folder, name)) for name in sorted(names, key=by_number))
+    found = records.grouped((kind, path) for kind, path in kinds if kind is not None)
     return [FileSet(module, tuple(files)) for (module, _), files in sorted(found.items())]
 
 
@@ -135,14 +133,15 @@ def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
     return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
 
 
-def read_part(path: str, before: int, first: Container | None = None) -> Checkpoint:
+def read_part(files: Sequence[str], number: int, first: Container | None = None) -> Checkpoint:
     """Read one file of a set as it is, by the container that is tried `first`, or any.
 
-    So many files of the set were read before.
+    It may take the share of memory that all files up to it have of the whole.
     """
-    with Reader(path) as reader:
+    budget.current().share = (number + 1) / len(files)
+    with Reader(files[number]) as reader:
         part = _registry.read(reader, shard=True, first=first)
-    fileio.spare(reader.file, before)
+    fileio.spare(reader.file, number + 1)
     return part
 
 
@@ -163,10 +162,6 @@ def harmful(part: Checkpoint) -> Checkpoint:
 def slim(part: Checkpoint) -> Checkpoint:
     """Leave out of a part what only the first is asked for: the tree, calls that do nothing."""
     return replace(harmful(part), tree=None)
-
-
-def nothing(reader: Reader) -> None:
-    """Read no file alone: what one of a set is, is asked of all of them."""
 
 
 def _kind(name: str) -> tuple[str, str] | None:
@@ -227,10 +222,7 @@ def combined(
             replace(each, pickle_name=called[name] if each.pickle_name else "")
             for name, each in parts.items()
         ),
-        notes=(
-            *notes,
-            *(f"{name}: {note}" for name, each in parts.items() for note in each.notes),
-        ),
+        notes=(*notes, *(f"{name}: {note}" for name, each in parts.items() for note in each.notes)),
     )
 
 

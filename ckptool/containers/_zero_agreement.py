@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from ckptool.containers._agreement import agree
@@ -63,12 +64,9 @@ def check(
     _refuse_missing(models, first.world if first.stage == 3 else 1)
     for model in models:
         _refuse_other_model(first, models[0], model)
-    readers = Readers()
-    try:
+    with closing(Readers()) as readers:
         _refuse_other_steps(slices, readers)
         return list(_differing(models, readers))
-    finally:
-        readers.close()
 
 
 # More than a join.
@@ -149,19 +147,26 @@ def _without_masters(model: Model) -> FormatError:
 
 def _refuse_other(first: Slices, other: Slices) -> None:
     """Refuse slices that are not cut as the first are."""
-    for what, one, another in (
-        ("ZeRO stage", first.stage, other.stage),
-        ("number of ranks", first.world, other.world),
-        ("number of groups", len(first.flat), len(other.flat)),
-        ("dtype", _dtypes(first), _dtypes(other)),
-        ("`param_alignment_paddings`", first.paddings, other.paddings),
-    ):
+    _refuse_differing(
+        other,
+        (first, "ZeRO stage", first.stage, other.stage),
+        (first, "number of ranks", first.world, other.world),
+        (first, "number of groups", len(first.flat), len(other.flat)),
+        (first, "dtype", _dtypes(first), _dtypes(other)),
+        (first, "`param_alignment_paddings`", first.paddings, other.paddings),
+    )
+
+
+def _refuse_differing(other: Rank, *facts: tuple[Rank, str, object, object]) -> None:
+    """Refuse a file of which a fact is not that of one that was read before."""
+    for known, what, one, another in facts:
         if one != another:
-            raise Malformed(
-                f"{first.name} and {other.name} differ in their {what}: {one} and {another}",
-                path=other.path,
-                hint="they are from different saves",
-            )
+            said = f"{known.name} and {other.name} differ in their {what}: {one} and {another}"
+            raise _of_other_saves(said, other.path)
+
+
+def _of_other_saves(said: str, path: str) -> Malformed:
+    return Malformed(said, path=path, hint="they are from different saves")
 
 
 def _dtypes(slices: Slices) -> str:
@@ -174,7 +179,7 @@ def _refuse_missing(files: Sequence[Rank], world: int) -> None:
     for each in files:
         if names.setdefault(each.rank, each.name) != each.name:
             twice = f"{names[each.rank]} and {each.name} are both of rank {each.rank}"
-            raise Malformed(twice, path=each.path, hint="they are from different saves")
+            raise _of_other_saves(twice, each.path)
     absent = [rank for rank in range(min(world, len(names) + _SHOWN)) if rank not in names]
     like = files[0].name
     if absent:
@@ -186,30 +191,18 @@ def _refuse_missing(files: Sequence[Rank], world: int) -> None:
             hint="each machine that saved it kept its own; copy all files into one folder",
         )
     if beyond := [name for rank, name in names.items() if rank >= world]:
-        raise Malformed(
-            f"{beyond[0]} is there, and {like} is of {counted(world, 'rank')}",
-            path=files[0].path,
-            hint="they are from different saves",
-        )
+        said = f"{beyond[0]} is there, and {like} is of {counted(world, 'rank')}"
+        raise _of_other_saves(said, files[0].path)
 
 
 def _refuse_other_model(first: Slices, model: Model, other: Model) -> None:
-    for what, one, another in (
-        ("number of ranks", first.world, other.world or first.world),
-        ("step", model.steps, other.steps),
-        ("number of groups", 0 if first.stage == 3 else len(first.flat), _groups(first, other)),
-    ):
-        if one != another:
-            name = model.name if what == "step" else first.name
-            raise Malformed(
-                f"{name} and {other.name} differ in their {what}: {one} and {another}",
-                path=other.path,
-                hint="they are from different saves",
-            )
-
-
-def _groups(first: Slices, model: Model) -> int:
-    return 0 if first.stage == 3 else len(model.groups)
+    groups = (0, 0) if first.stage == 3 else (len(first.flat), len(other.groups))
+    _refuse_differing(
+        other,
+        (first, "number of ranks", first.world, other.world or first.world),
+        (model, "step", model.steps, other.steps),
+        (first, "number of groups", *groups),
+    )
 
 
 def _refuse_other_steps(slices: Sequence[Slices], readers: Readers) -> None:
@@ -217,14 +210,10 @@ def _refuse_other_steps(slices: Sequence[Slices], readers: Readers) -> None:
     first, known = slices[0], _number(slices[0].step, readers)
     for each in slices[1:]:
         step = _number(each.step, readers)
-        if (step, each.said) != (known, first.said):
-            what = "step" if step != known else "learning rates"
-            both = f": {known} and {step}" if step != known else ""
-            raise Malformed(
-                f"{first.name} and {each.name} differ in their {what}{both}",
-                path=each.path,
-                hint="they are from different saves",
-            )
+        _refuse_differing(each, (first, "step", known, step))
+        if each.said != first.said:
+            said = f"{first.name} and {each.name} differ in their learning rates"
+            raise _of_other_saves(said, each.path)
 
 
 def _number(step: object, readers: Readers) -> object:
@@ -254,8 +243,7 @@ def of_step(first: Slices, model: Model, entries: Mapping[str, Node]) -> list[st
     An optimizer that was not loaded with its model has stepped less often; the module is then still
     made of the masters. In stage 3 nothing is there to compare.
     """
-    readers = Readers()
-    try:
+    with closing(Readers()) as readers:
         step = _number(first.step, readers)
         if model.steps is None or step is None or step == model.steps - model.skipped:
             return []
@@ -270,14 +258,8 @@ def of_step(first: Slices, model: Model, entries: Mapping[str, Node]) -> list[st
         if not isinstance(master, TensorInfo) or not isinstance(trained, TensorInfo):
             return [said]
         if trained.numel and not _is_made_of(trained, master, readers):
-            raise Malformed(
-                f"{said}, and {key} in it is another",
-                path=model.path,
-                hint="they are from different saves",
-            )
+            raise _of_other_saves(f"{said}, and {key} in it is another", model.path)
         return [said]
-    finally:
-        readers.close()
 
 
 def _is_made_of(trained: TensorInfo, master: TensorInfo, readers: Readers) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import prod
 
 from ckptool.errors import Malformed, Unsupported
@@ -19,7 +19,7 @@ from ckptool.pickles.tree import Node, Object, attribute, items, named_items
 from ckptool.records import dataclass
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.numbers import FLOATS
-from ckptool.tensors.tensor import MAX_COUNT, TENSORS, TensorInfo
+from ckptool.tensors.tensor import MAX_COUNT, TensorInfo, tensors_of
 from ckptool.text import length
 
 EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_\d+_model_states\.pt", re.ASCII)
@@ -92,13 +92,9 @@ class Model(Rank):
 
     def of_another(self, part: Checkpoint) -> Model:
         """Return the model in the file of another rank, whose pickle is the same."""
-        rank = _rank(part)
         return replace(
             self,
-            name=rank.name,
-            path=rank.path,
-            rank=rank.rank,
-            mp_rank=rank.mp_rank,
+            **asdict(_rank(part)),
             entries=_moved({key: self.entries.get(key) for key in self.buffers}, part),
             fragments=_moved(self.fragments, part),
         )
@@ -131,7 +127,7 @@ def found_in(part: Checkpoint) -> Slices | Model | dict[str, Node] | None:
     """Return what a file holds, of experts the tensors; None where it is no part of ZeRO."""
     rank, top = _rank(part), dict(named_items(part.tree))
     if EXPERT.fullmatch(rank.name):
-        return {key: value for key, value in top.items() if isinstance(value, TENSORS)}
+        return tensors_of(top)
     state = dict(named_items(top.get("optimizer_state_dict")))
     key = next((key for key in _FLAT if key in state), None)
     if key is not None:
@@ -148,7 +144,7 @@ def _number(match: re.Match[str] | None, group: int) -> int:
 
 def _slices(rank: Rank, state: Mapping[str, Node], key: str) -> Slices:
     flat = state[key]
-    tensors = [each for each in flat if isinstance(each, TensorInfo)] if type(flat) is list else []
+    tensors = [each for each in _list(state, key) if isinstance(each, TensorInfo)]
     if not isinstance(flat, list) or len(tensors) != len(flat) or any(map(_odd, tensors)):
         raise Malformed(f"`{key}` is not a list of flat tensors of floats", path=rank.path)
     count = state.get("partition_count")
@@ -163,17 +159,14 @@ def _slices(rank: Rank, state: Mapping[str, Node], key: str) -> Slices:
         raise Malformed("its `zero_stage` or `partition_count` is invalid", path=rank.path)
     step, said = _training(state)
     return Slices(
-        rank.name,
-        rank.path,
-        rank.rank,
-        rank.mp_rank,
-        [replace(each, requires_grad=False, origin=None) for each in tensors],
-        known or 1,
-        worlds,
-        state.get("param_alignment_paddings"),
-        step,
-        said,
-        len(set(worlds)) > 1 or "ds_zero_partition_groups" in state,
+        **asdict(rank),
+        flat=[replace(each, requires_grad=False, origin=None) for each in tensors],
+        stage=known or 1,
+        worlds=worlds,
+        paddings=state.get("param_alignment_paddings"),
+        step=step,
+        said=said,
+        experts=len(set(worlds)) > 1 or "ds_zero_partition_groups" in state,
     )
 
 
@@ -188,8 +181,7 @@ def _training(state: Mapping[str, Node]) -> tuple[object, Said]:
     said: list[tuple[str, object]] = []
     for name in ("base_optimizer_state", "optimizer_state_dict"):
         inner = dict(named_items(state.get(name)))
-        groups = inner.get("param_groups")
-        held = [dict(named_items(each)) for each in groups] if isinstance(groups, list) else []
+        held = [dict(named_items(each)) for each in _list(inner, "param_groups")]
         rates = [each.get("lr") for each in held]
         said += [("lr", rate) for rate in rates if type(rate) is float]
         of_each = [dict(named_items(each)) for _, each in items(inner.get("state")) or []]
@@ -211,30 +203,28 @@ def _model(rank: Rank, top: Mapping[str, Node], groups: list[Shapes]) -> Model:
             path=rank.path,
             hint="ds_to_universal.py of DeepSpeed makes one file of each parameter",
         )
-    steps, world = length(top.get("global_steps")), length(top.get("dp_world_size"))
-    numbers = top.get("num_experts")
-    experts = [each for each in numbers if type(each) is int] if isinstance(numbers, list) else []
-    buffers = top.get("buffer_names")
-    names = [each for each in buffers if isinstance(each, str)] if isinstance(buffers, list) else []
     return Model(
-        rank.name,
-        rank.path,
-        rank.rank,
-        rank.mp_rank,
-        dict(named_items(module)),
-        attribute(module, "_metadata"),
-        groups,
-        _shapes(top.get("frozen_param_shapes"), rank.path),
-        dict(named_items(top.get("frozen_param_fragments"))),
-        dict(named_items(top.get("shared_params"))),
-        frozenset(names),
-        steps,
-        length(top.get("skipped_steps")) or 0,
-        world,
-        length(top.get("mp_world_size")) or 1,
-        tuple(experts),
-        not any(top.get(name) for name in _LAYERS),
+        **asdict(rank),
+        entries=dict(named_items(module)),
+        metadata=attribute(module, "_metadata"),
+        groups=groups,
+        frozen=_shapes(top.get("frozen_param_shapes"), rank.path),
+        fragments=dict(named_items(top.get("frozen_param_fragments"))),
+        shared=dict(named_items(top.get("shared_params"))),
+        buffers=frozenset(each for each in _list(top, "buffer_names") if isinstance(each, str)),
+        steps=length(top.get("global_steps")),
+        skipped=length(top.get("skipped_steps")) or 0,
+        world=length(top.get("dp_world_size")),
+        degree=length(top.get("mp_world_size")) or 1,
+        experts=tuple(each for each in _list(top, "num_experts") if type(each) is int),
+        by_expert=not any(top.get(name) for name in _LAYERS),
     )
+
+
+def _list(held: Mapping[str, Node], name: str) -> list[Node]:
+    """Return a list that is held under a name, an empty one for anything else."""
+    found = held.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _shapes(group: Node, path: str) -> Shapes:

@@ -12,25 +12,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import field
+from math import prod
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.containers import _dcp_metadata, torch_zip
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._dcp_metadata import Box, Entry, Index, Part, Step, shape_text
-from ckptool.errors import (
-    FormatError,
-    LimitExceeded,
-    Malformed,
-    TooCostly,
-    Unsupported,
-)
+from ckptool.errors import FormatError, LimitExceeded, Malformed, TooCostly, Unsupported
 from ckptool.files import budget, fileio, paths
 from ckptool.files.fileio import Reader, Stamp
 from ckptool.pickles import pickle_reader, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Dict, Global, Node, Object
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import (
     Chunk,
@@ -158,10 +153,8 @@ def _read_parts(
     folder: str, index: Index, beside: Collection[str], seen: _Seen
 ) -> dict[Part, Node]:
     """Read all saved objects, file by file."""
-    wanted: dict[str, list[tuple[Box, Entry]]] = {}
-    for entry in index.entries:
-        for box in entry.boxes:
-            wanted.setdefault(box.part.file, []).append((box, entry))
+    boxes = ((box, entry) for entry in index.entries for box in entry.boxes)
+    wanted = grouped((each[0].part.file, each) for each in boxes)
     if not paths.can_list(folder):
         beside = [name for name in wanted if _is_beside(folder, name)]
     _refuse_missing(wanted, beside, index)
@@ -312,7 +305,7 @@ def _assembled(entry: Entry, chunks: list[Chunk], folder: str) -> TensorInfo:
     odd = any(source.lazy or source.origin is not None for source in sources)
     if len(orders) > 1 or packings - {Packing.PLAIN} or odd or dtype.bits % 8:
         raise Unsupported(f"{entry.key} is saved in chunks that cannot be joined byte by byte")
-    nbytes = dtype.nbytes(_count(entry.shape))
+    nbytes = dtype.nbytes(prod(entry.shape))
     storage = Storage(
         folder,
         entry.key,
@@ -328,13 +321,6 @@ def _assembled(entry: Entry, chunks: list[Chunk], folder: str) -> TensorInfo:
     if wrong:
         raise Malformed(f"{entry.key} {wrong}")
     return info
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 # The nested dict.
@@ -396,11 +382,9 @@ CONTAINERS = (
     Container(
         "torch-dcp",
         "distributed checkpoint",
-        "",
-        (),
-        (".metadata", "__*.metadata"),
-        sniff,
-        read,
+        index_patterns=(".metadata", "__*.metadata"),
+        sniff=sniff,
+        read=read,
         traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

@@ -15,9 +15,8 @@ from dataclasses import replace
 
 from ckptool.containers import _json, _pieces
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part
+from ckptool.containers._sets import combined, read_part
 from ckptool.errors import EditError, Malformed
-from ckptool.files import budget
 from ckptool.pickles.holdings import Sizes, sizes_of
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import named_items
@@ -41,9 +40,8 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
     pieces: dict[str, list[_Placed]] = {}
     orders: list[list[str]] = []
     with remembered(shards.values()):
-        for count, path in enumerate(files, 1):
-            budget.current().share = count / len(files)
-            shard = read_part(path, count)
+        for number, path in enumerate(files):
+            shard = read_part(files, number)
             if SHARDING_INFO not in shard.metadata:
                 return None
             shards[os.path.basename(path)] = shard
@@ -115,11 +113,6 @@ CONTAINERS = (
     Container(
         NAME,
         "distributed checkpoint in safetensors",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
         traits=Traits(beside_files=True, remade=True),
         written_as="safetensors",
     ),

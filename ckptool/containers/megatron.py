@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part
+from ckptool.containers._sets import combined, read_part
 from ckptool.errors import EditError, PartialCheckpoint
-from ckptool.files import budget
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Node
 from ckptool.state.checkpoint import Checkpoint, beside, locate, part_of
@@ -35,10 +34,9 @@ def join(files: Sequence[str], values: str) -> Checkpoint | None:
     left: list[str] = []
     world = 0
     with remembered(parts.values()):
-        for count, path in enumerate(files, 1):
-            budget.current().share = count / len(files)
+        for number, path in enumerate(files):
             rank = os.path.basename(os.path.dirname(path))
-            read = parts[rank] = read_part(path, count)
+            read = parts[rank] = read_part(files, number)
             state = locate(read)
             part = part_of(read, state)
             if part is None or part.world is None:
@@ -68,14 +66,5 @@ def _refuse_missing(ranks: Sequence[str], world: int, path: str) -> None:
 
 
 CONTAINERS = (
-    Container(
-        NAME,
-        "folders of Megatron's ranks",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
-        traits=Traits(beside_files=True, remade=True),
-    ),
+    Container(NAME, "folders of Megatron's ranks", traits=Traits(beside_files=True, remade=True)),
 )

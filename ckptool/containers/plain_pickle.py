@@ -202,11 +202,9 @@ CONTAINERS = (
     Container(
         "plain-pickle",
         "plain pickle",
-        "",
-        (".joblib",),
-        (),
-        is_pickle,
-        read,
+        suffixes=(".joblib",),
+        sniff=is_pickle,
+        read=read,
         traits=Traits(read_as=("pickle", "zip")),  # it may hold torch zips
     ),
 )

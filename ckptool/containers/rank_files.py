@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 from ckptool.containers import _pieces
 from ckptool.containers._agreement import agree
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, harmful, nothing, read_part
+from ckptool.containers._sets import combined, harmful, read_part
 from ckptool.errors import EditError, FormatError, Malformed, PartialCheckpoint, Unsupported
 from ckptool.files import budget
 from ckptool.files.fileio import Readers
@@ -85,11 +86,10 @@ def _read_all(files: Sequence[str], ranks: list[_Rank]) -> bool:
     """
     spending = budget.current()
     broken: FormatError | None = None
-    for count, path in enumerate(files, 1):
-        spending.share = count / len(files)
+    for number in range(len(files)):
         spent = spending.spent
         try:
-            rank = _rank(read_part(path, count))
+            rank = _rank(read_part(files, number))
         except FormatError as error:
             if ranks:
                 raise
@@ -200,9 +200,9 @@ def _refuse_steps(ranks: Sequence[_Rank]) -> None:
 class _Joining:
     """What is joined of the tensors of all ranks; `readers` are for those that must be equal."""
 
-    def __init__(self, ranks: Sequence[_Rank]) -> None:
+    def __init__(self, ranks: Sequence[_Rank], readers: Readers) -> None:
         self.first, *self.others = ranks
-        self.readers = Readers()
+        self.readers = readers
         self.differing: list[str] = []
         self.made: dict[Any, TensorInfo] = {}
 
@@ -275,11 +275,9 @@ def _in_parameter(tensor: AnyTensor, whole: TensorInfo) -> TensorInfo:
 
 
 def _joined(ranks: Sequence[_Rank]) -> Checkpoint:
-    joining = _Joining(ranks)
-    try:
+    with closing(Readers()) as readers:
+        joining = _Joining(ranks, readers)
         whole = {id(piece): value for piece, value in joining.each()}
-    finally:
-        joining.readers.close()
     first = ranks[0].read
     tree = _replaced(first.tree, whole, {})
     notes = [
@@ -337,15 +335,4 @@ def _replaced(node: Node, new: Mapping[int, Node], done: dict[int, Node]) -> Nod
     return done[id(node)]
 
 
-CONTAINERS = (
-    Container(
-        NAME,
-        "rank files",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
-        traits=Traits(beside_files=True, remade=True),
-    ),
-)
+CONTAINERS = (Container(NAME, "rank files", traits=Traits(beside_files=True, remade=True)),)

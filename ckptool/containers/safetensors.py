@@ -31,12 +31,7 @@ from ckptool.state.parts import SHARDING_INFO
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors.dtype import BY_SAFETENSORS_NAME, DType
 from ckptool.tensors.numbers import can_resolve
-from ckptool.tensors.tensor import (
-    CompositeTensor,
-    Storage,
-    TensorInfo,
-    contiguous_stride,
-)
+from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo, contiguous_stride
 from ckptool.text import length
 
 if TYPE_CHECKING:  # a listing writes nothing
@@ -243,13 +238,12 @@ CONTAINERS = (
     Container(
         "safetensors",
         "safetensors",
-        "safetensors",
-        (".safetensors",),
-        (),
-        sniff,
-        read,
-        Writer(lay_out, ".safetensors", "model", ".safetensors", left_behind),
-        Traits(around=False, strides=False, ties=False, objects=False),
+        word="safetensors",
+        suffixes=(".safetensors",),
+        sniff=sniff,
+        read=read,
+        writer=Writer(lay_out, ".safetensors", "model", ".safetensors", left_behind),
+        traits=Traits(around=False, strides=False, ties=False, objects=False),
         library="safetensors",
     ),
 )

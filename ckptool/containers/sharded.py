@@ -45,7 +45,7 @@ from ckptool.state.checkpoint import (
     text_items,
 )
 from ckptool.state.replacing import make_state_dict
-from ckptool.tensors.tensor import TENSORS, TensorInfo
+from ckptool.tensors.tensor import TENSORS, TensorInfo, tensors_of
 from ckptool.text import counted, listed
 
 PATTERNS = ("*.index.json", "*.index.*.json")
@@ -76,10 +76,10 @@ def read(reader: Reader) -> Checkpoint:
     budget.current().spend(len(weight_map) * budget.NODE + len(names) * budget.NAME)
     _refuse_absent(folder, names)
     shards: dict[str, Checkpoint] = {}
+    files = [paths.join(folder, name) for name in names]
     with remembered(shards.values()):
-        for count, name in enumerate(names, 1):
-            budget.current().share = count / len(names)
-            shards[name] = read_part(paths.join(folder, name), count)
+        for number, name in enumerate(names):
+            shards[name] = read_part(files, number)
         parts = {name: _entries(shard, weight_map, name) for name, shard in shards.items()}
         entries = _joined(weight_map, parts)
     entries, versions, notes = restored(entries, note)
@@ -273,7 +273,7 @@ def _left_behind(
 
 def _size_notes(total: Any, entries: Mapping[str, Node]) -> list[str]:
     """Note a total size that fits neither all tensors, nor those not tied, nor the storages."""
-    tensors = [value for value in entries.values() if isinstance(value, TENSORS)]
+    tensors = tensors_of(entries).values()
     dense = [value for value in tensors if isinstance(value, TensorInfo)]
     every = sum(value.nbytes for value in tensors)
     untied = sum({value.view: value.nbytes for value in dense}.values())
@@ -287,22 +287,18 @@ CONTAINERS = (
     Container(
         "safetensors-sharded",
         "sharded safetensors",
-        "",
-        (),
-        PATTERNS,
-        sniff_safetensors,
-        read,
+        index_patterns=PATTERNS,
+        sniff=sniff_safetensors,
+        read=read,
         traits=Traits(beside_files=True),
         written_as="safetensors",
     ),
     Container(
         "torch-sharded",
         "sharded torch",
-        "",
-        (),
-        PATTERNS,
-        sniff_torch,
-        read,
+        index_patterns=PATTERNS,
+        sniff=sniff_torch,
+        read=read,
         traits=Traits(beside_files=True),
     ),
 )

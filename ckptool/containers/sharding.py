@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from ckptool.containers._order import noted
 from ckptool.containers.sharded import ordered
 from ckptool.pickles.tree import Node
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.tensors.tensor import CompositeTensor, TensorInfo
 
 
@@ -56,9 +56,7 @@ def split(entries: Mapping[str, Node], limit: int, *, storages: bool) -> Split:
 
     With `storages` a storage is written whole, as torch does it; else only what tensors see of it.
     """
-    groups: dict[object, list[str]] = {}
-    for key, value in entries.items():
-        groups.setdefault(_shared(key, value), []).append(key)
+    groups = grouped((_shared(key, value), key) for key, value in entries.items())
     shards: list[list[str]] = []
     current: list[str] = []
     filled = total = 0

@@ -15,7 +15,7 @@ from typing import Any
 from ckptool.containers import _json
 from ckptool.containers._container import Container
 from ckptool.containers._records import Records, read_records
-from ckptool.containers.torchscript import sniff
+from ckptool.containers.torch_zip import sniff
 from ckptool.errors import Malformed, Unsupported
 from ckptool.files.fileio import Reader
 from ckptool.pickles.torch_objects import StorageId
@@ -26,22 +26,14 @@ from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import TensorInfo, problem
 from ckptool.text import length
 
-_DTYPES = {
-    **dict(
-        enumerate(
-            "uint8 int8 int16 int32 int64 float16 float32 float64 complex32 complex64 complex128 "
-            "bool bfloat16".split(),
-            1,
-        )
-    ),
-    **dict(
-        enumerate(
-            "uint16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu "
-            "uint32 uint64".split(),
-            28,
-        )
-    ),
-}
+_OLD_DTYPES = (
+    "uint8 int8 int16 int32 int64 float16 float32 float64 complex32 complex64 complex128 bool "
+    "bfloat16"
+)
+_NEW_DTYPES = (
+    "uint16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu uint32 uint64"
+)
+_DTYPES = {**dict(enumerate(_OLD_DTYPES.split(), 1)), **dict(enumerate(_NEW_DTYPES.split(), 28))}
 _STRIDED = 7
 _CONFIG = re.compile(r"(data/(?:weights|constants)/)[^/]+_config\.json")
 _KNOWN = ("archive_format", "archive_version", "byteorder", ".data/version")
@@ -129,4 +121,6 @@ def _integer(value: Any) -> int:
     return number
 
 
-CONTAINERS = (Container("torch-export", "torch.export", "", (".pt2",), (), sniff, read),)
+CONTAINERS = (
+    Container("torch-export", "torch.export", suffixes=(".pt2",), sniff=sniff, read=read),
+)

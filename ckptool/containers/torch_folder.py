@@ -9,6 +9,7 @@ import re
 
 from ckptool.containers._container import Container, Traits
 from ckptool.containers._pickles import is_pickle
+from ckptool.containers._records import byteorder
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files import fileio, paths
 from ckptool.files.fileio import Reader
@@ -74,21 +75,16 @@ def _byteorder(path: str) -> str:
     if not paths.is_file(path):
         return "little"
     with Reader(path) as reader:
-        order = reader.read(0, min(16, reader.nbytes)).decode("latin-1")
-    if order not in ("little", "big"):
-        raise Malformed(f"the byteorder record says {order!r}")
-    return order
+        return byteorder(reader.read(0, min(16, reader.nbytes)), path)
 
 
 CONTAINERS = (
     Container(
         "torch-folder",
         "unpacked torch zip",
-        "",
-        (),
-        (PICKLE,),
-        is_pickle,
-        read,
+        index_patterns=(PICKLE,),
+        sniff=is_pickle,
+        read=read,
         traits=Traits(beside_files=True, read_as=("pickle",)),
     ),
 )

@@ -158,11 +158,8 @@ CONTAINERS = (
     Container(
         "torch-legacy",
         "legacy torch",
-        "",
-        (),
-        (),
-        sniff,
-        read,
+        sniff=sniff,
+        read=read,
         traits=Traits(read_as=("pickle",)),
         library="torch",
     ),

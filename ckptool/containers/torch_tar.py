@@ -226,5 +226,5 @@ class _TarVocabulary(TorchVocabulary):
 
 
 CONTAINERS = (
-    Container("torch-tar", "torch tar", "", (), (), sniff, read, traits=Traits(read_as=("tar",))),
+    Container("torch-tar", "torch tar", sniff=sniff, read=read, traits=Traits(read_as=("tar",))),
 )

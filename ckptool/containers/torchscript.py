@@ -21,6 +21,7 @@ from ckptool.containers import _model_json
 from ckptool.containers._container import Container
 from ckptool.containers._records import Budget, Records, budget, read_records
 from ckptool.containers._script_source import ScriptClass, parse
+from ckptool.containers.torch_zip import sniff
 from ckptool.errors import LimitExceeded, Malformed
 from ckptool.files import budget as costs
 from ckptool.files.fileio import Reader
@@ -36,11 +37,6 @@ from ckptool.text import counted, listed
 
 SPACE = "__torch__"  # the names of an archive's own classes start with it
 _KNOWN = ("data.pkl", "byteorder", "version", ".data/serialization_id")
-
-
-def sniff(head: bytes) -> bool:
-    """Check for the first bytes of a zip archive."""
-    return head.startswith(b"PK\3\4")
 
 
 def read(reader: Reader) -> Checkpoint | None:
@@ -234,4 +230,6 @@ def _is_buffer(declared: ScriptClass | None, name: str) -> bool:
     return name in declared.buffers and declared.types.get(name, "Tensor") == "Tensor"
 
 
-CONTAINERS = (Container("torchscript", "TorchScript", "", (".jit", ".ptl"), (), sniff, read),)
+CONTAINERS = (
+    Container("torchscript", "TorchScript", suffixes=(".jit", ".ptl"), sniff=sniff, read=read),
+)

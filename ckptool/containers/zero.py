@@ -21,7 +21,7 @@ from math import prod
 
 from ckptool.containers import _zero_agreement as agreement, torch_zip
 from ckptool.containers._container import Container, Traits
-from ckptool.containers._sets import combined, nothing, read_part, slim
+from ckptool.containers._sets import combined, read_part, slim
 from ckptool.containers._zero_files import Model, Shapes, Slices, found_in
 from ckptool.errors import EditError, Malformed
 from ckptool.files import budget, paths
@@ -29,6 +29,7 @@ from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
 from ckptool.pickles.pickle_reader import remembered
 from ckptool.pickles.tree import Dict, Node
+from ckptool.records import grouped
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.replacing import make_state_dict
 from ckptool.tensors import values as cuts
@@ -84,10 +85,9 @@ def _read(
     parsed: Model | None = None
     again: Container | None = None
     known = Dict()  # instead of a tree
-    for count, path in enumerate(files, 1):
-        spending.share = count / len(files)
+    for number, path in enumerate(files):
         spent = spending.spent
-        part = read_part(path, count, again)
+        part = read_part(files, number, again)
         name = os.path.basename(path)
         alike = part.tree is known
         found = parsed.of_another(part) if parsed and alike else found_in(part)
@@ -181,11 +181,8 @@ def _tied(model: Model) -> dict[str, str]:
     A placeholder has a storage of its own for each parameter.
     """
     entries, noted = model.entries, model.noted
-    names: dict[object, list[str]] = {}
-    for key in noted:
-        value = entries.get(key)
-        if isinstance(value, TensorInfo):
-            names.setdefault(value.view, []).append(key)
+    held = ((key, entries.get(key)) for key in noted)
+    names = grouped((value.view, key) for key, value in held if isinstance(value, TensorInfo))
     tied: dict[str, str] = {}
     for key, value in entries.items():
         if key not in noted and isinstance(value, TensorInfo):
@@ -298,14 +295,5 @@ def _frozen(models: Sequence[Model], stage: int) -> dict[str, Node]:
 
 
 CONTAINERS = (
-    Container(
-        NAME,
-        "DeepSpeed ZeRO checkpoint",
-        "",
-        (),
-        (),
-        lambda head: False,
-        nothing,
-        traits=Traits(beside_files=True, remade=True),
-    ),
+    Container(NAME, "DeepSpeed ZeRO checkpoint", traits=Traits(beside_files=True, remade=True)),
 )

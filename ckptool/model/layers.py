@@ -22,6 +22,7 @@ from ckptool.model.runner import Place
 from ckptool.model.zoo import ModelLike, named
 from ckptool.records import dataclass, plain
 from ckptool.tensors.dtype import BY_TORCH_NAME
+from ckptool.tensors.tensor import shapes_of
 from ckptool.text import several, visible
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def layers(
         return found
     with native.opened(file, at) as source:
         outer = subject.wrapped(source)
-        given = {outer.name(key): size for key, size in subject.shapes(source.state).items()}
+        given = {outer.name(key): size for key, size in shapes_of(source.state.entries).items()}
         return _filled(found, zoo.shapes(model, model_args), given, source.path)
 
 

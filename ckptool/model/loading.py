@@ -24,7 +24,7 @@ from ckptool.model.devices import is_out_of_memory, memory_of
 from ckptool.model.live import CheckpointLike
 from ckptool.model.revive import Reviver
 from ckptool.pickles.tree import children
-from ckptool.records import dataclass, plain
+from ckptool.records import dataclass, grouped, plain
 from ckptool.state import checkpoint as places, edits
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.wrappers import Peeling, peeling
@@ -179,10 +179,9 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _ties(model: Any) -> dict[str, tuple[str, ...]]:
     """Map each key of a model to all keys of the same parameter or buffer, itself included."""
-    groups: dict[int, list[str]] = {}
-    for pairs in (model.named_parameters, model.named_buffers):
-        for key, tensor in pairs(remove_duplicate=False):
-            groups.setdefault(id(tensor), []).append(key)
+    both = model.named_parameters, model.named_buffers
+    listed = (each(remove_duplicate=False) for each in both)
+    groups = grouped((id(tensor), key) for pairs in listed for key, tensor in pairs)
     return {key: tuple(keys) for keys in groups.values() for key in keys}
 
 

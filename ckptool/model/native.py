@@ -26,7 +26,7 @@ from ckptool.pickles.names import Level
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
-from ckptool.tensors.tensor import Packing, TensorInfo
+from ckptool.tensors.tensor import Packing, TensorInfo, ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,24 +162,18 @@ def _by_safetensors(source: Source) -> Native:
         if is_out_of_memory(error):
             raise
         raise _Refused(f"safetensors refuses it ({last_line(error)[:160]})") from error
-    ties = _ties(source.state)
-    for alias, kept in ties.items():
+    tied = _both_ways(source.state)
+    for alias, kept in tied.items():
         if alias not in loaded and kept in loaded:
             loaded[alias] = loaded[kept]
     if set(loaded) != set(source.state.entries):
         raise _Refused("safetensors gives other keys")
     ordered = _with_versions({key: loaded[key] for key in source.state.entries}, source)
-    note = f"{source.path} ties {', '.join(list(ties)[:3])}: restored from ckptool's note in it"
-    return Native(ordered, "safetensors", (note,) if ties else ())
+    note = f"{source.path} ties {', '.join(list(tied)[:3])}: restored from ckptool's note in it"
+    return Native(ordered, "safetensors", (note,) if tied else ())
 
 
-def _ties(state: StateDict) -> dict[str, str]:
+def _both_ways(state: StateDict) -> dict[str, str]:
     """Map each key that shares its exact view with another to that one."""
-    first: dict[Any, str] = {}
-    ties = {}
-    for key, info in state.entries.items():
-        if isinstance(info, TensorInfo) and info.nbytes:
-            kept = first.setdefault(info.view, key)
-            if kept != key:
-                ties[key] = kept
-    return ties | {kept: key for key, kept in ties.items()}
+    found = ties(state.entries)
+    return found | {kept: key for key, kept in found.items()}

@@ -20,6 +20,7 @@ from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Reader, Readers
 from ckptool.model import libraries, staging
 from ckptool.pickles.names import python3_name
+from ckptool.pickles.torch_objects import quantizer
 from ckptool.pickles.tree import ByteArray, Dict, Global, LongInteger, Node, Object, OldString, Set
 from ckptool.state.checkpoint import items
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
@@ -34,7 +35,6 @@ _PARAMETERS = {
 }
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _WITH_STATE = {_FROM_TYPE, Global(_UTILS, "_rebuild_parameter_with_state")}
-_QTENSOR = Global(_UTILS, "_rebuild_qtensor")
 _SCHEMES = frozenset(
     "per_tensor_affine per_tensor_symmetric per_channel_affine per_channel_symmetric "
     "per_channel_affine_float_qparams".split()
@@ -156,9 +156,9 @@ class Reviver:
 
     def _tensor(self, info: TensorInfo) -> Any:
         origin = info.origin.callee if isinstance(info.origin, Object) else None
-        quantizer = _quantizer(info.origin)
-        if quantizer is not None:
-            tensor = self._quantized(info, quantizer)
+        parts = None if origin in _PARAMETERS else quantizer(info)
+        if isinstance(parts, tuple):
+            tensor = self._quantized(info, parts)
         elif origin in _PARAMETERS and isinstance(info.origin.args[0], TensorInfo):
             inner = self._value(info.origin.args[0])
             tensor = self._torch.nn.Parameter(inner, info.requires_grad)
@@ -273,16 +273,6 @@ class Reviver:
 def _is_in_order(storage: Storage, dtype: DType) -> bool:
     """Check whether the bytes of a file are those of memory."""
     return storage.packing is Packing.PLAIN and not needs_swap(storage, dtype.swap)
-
-
-def _quantizer(origin: Node) -> tuple[Node, ...] | None:
-    """Return the quantizer among the arguments that rebuild a tensor, None for a plain one."""
-    if not isinstance(origin, Object):
-        return None
-    callee, args = origin.callee, origin.args
-    if callee == _FROM_TYPE:
-        callee, args = args[0], args[2]
-    return args[4] if callee == _QTENSOR and isinstance(args[4], tuple) else None
 
 
 def _is_bytes(node: Node) -> bool:

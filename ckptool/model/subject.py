@@ -18,10 +18,9 @@ from ckptool.model.native import Source
 from ckptool.model.zoo import ModelLike, argument, named
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits
-from ckptool.state.checkpoint import StateDict
 from ckptool.state.walk import dotted
 from ckptool.state.wrappers import BOOKKEEPING, Peeling, peeling
-from ckptool.tensors.tensor import TENSORS
+from ckptool.tensors.tensor import shapes_of
 from ckptool.text import listed, quoted
 
 SHOWN = 6
@@ -86,10 +85,12 @@ def _into(
         state, done = loading.rekeyed(state, [edits.strip_wrappers()])
         notes += [f"{line} of the reference" for line in done.said]
         notes += [f"not loaded ({BOOKKEEPING}): {listed(done.dropped)}"] if done.dropped else []
-    if recipe.common is None:
-        _strictly(_parallel(model) if parallel else model, state, recipe, source, reference)
-    else:
+    if recipe.common is not None:
         _partly(model, state, recipe)
+        return parallel, notes
+    fit = loading.load_fitting(_parallel(model) if parallel else model, state)
+    if fit.missing or fit.unexpected or fit.mismatched:
+        raise _does_not_load(recipe, source, reference, fit)
     return parallel, notes
 
 
@@ -106,15 +107,6 @@ def _parallel(model: Any, device: Any = None) -> Any:
     torch.nn.Module.__init__(wrapper)
     wrapper.module, wrapper.device_ids = model, []
     return wrapper.eval()
-
-
-def _strictly(
-    model: Any, state: Mapping[str, Any], recipe: Recipe, source: Source, reference: bool
-) -> None:
-    """Load everything; raise `DoesNotLoad` with what is in the way, and what would mend it."""
-    fit = loading.load_fitting(model, state)
-    if fit.missing or fit.unexpected or fit.mismatched:
-        raise _does_not_load(recipe, source, reference, fit)
 
 
 def _partly(model: Any, state: Mapping[str, Any], recipe: Recipe) -> None:
@@ -143,8 +135,8 @@ def common_keys(recipe: Recipe, reference: Source, candidate: Source) -> frozens
     """
     wanted = zoo.shapes(recipe.spec, recipe.args)
     outer = wrapped(reference)
-    left = {outer.name(key): sizes for key, sizes in shapes(reference.state).items()}
-    right = shapes(candidate.state)
+    left = {outer.name(key): sizes for key, sizes in shapes_of(reference.state.entries).items()}
+    right = shapes_of(candidate.state.entries)
     common = frozenset(
         key for key, sizes in wanted.items() if left.get(key) == sizes == right.get(key)
     )
@@ -162,15 +154,6 @@ def left_out(recipe: Recipe, common: frozenset[str]) -> list[str]:
     """Name the modules of which not every tensor is loaded on both sides."""
     keys = (key for key in zoo.shapes(recipe.spec, recipe.args) if key not in common)
     return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
-
-
-def shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a state_dict."""
-    return {
-        key: tuple(value.shape)
-        for key, value in state.entries.items()
-        if isinstance(value, TENSORS)
-    }
 
 
 def _does_not_load(recipe: Recipe, source: Source, reference: bool, fit: Fit) -> DoesNotLoad:

@@ -27,7 +27,7 @@ from ckptool.model import devices, inputs, libraries, native, outputs, parting, 
 from ckptool.model.inputs import Batch, Inputs
 from ckptool.model.live import CheckpointLike
 from ckptool.model.native import Source
-from ckptool.model.outputs import Difference
+from ckptool.model.outputs import Difference, Leaf
 from ckptool.model.runner import Kept, Place
 from ckptool.model.subject import Recipe
 from ckptool.model.verification import (
@@ -281,9 +281,7 @@ class _Comparison:
         None where it differs from itself, within the tolerance if there is one.
         """
         plan, again = self._plan, Kept()
-        model = self._model(plan.reference, plan.recipe)
-        devices.seed_everything(plan.recipe.seed + 2)
-        leaves, steps = runner.trace(model, plan.inputs.first(), self._place)
+        leaves, steps = self._traced(plan.reference, plan.recipe, plan.inputs.first(), 2)
         again.add(leaves)
         apart = self._apart(left.kept.outputs[0], again.outputs[0])
         same = not apart and not parting.differing(left.trace, steps)
@@ -365,13 +363,17 @@ class _Comparison:
         pairs = zip(left.kept.outputs, right.kept.outputs, strict=False)
         wanted = next(index for index, pair in enumerate(pairs) if self._apart(*pair))
         batch: Batch = next(islice(plan.inputs, wanted, None))
-        traces = []
-        for source, recipe in ((plan.reference, plan.recipe), (plan.candidate, plan.other)):
-            model = self._model(source, recipe)
-            devices.seed_everything(recipe.seed)
-            traces.append(runner.trace(model, batch, self._place)[1])
-            del model
-        return parting.differing(*traces)
+        _, one = self._traced(plan.reference, plan.recipe, batch)
+        _, other = self._traced(plan.candidate, plan.other, batch)
+        return parting.differing(one, other)
+
+    def _traced(
+        self, source: Source, recipe: Recipe, batch: Batch, later: int = 0
+    ) -> tuple[list[Leaf], runner.Trace]:
+        """Run one side on one batch, with the seed of the recipe or a later one."""
+        model = self._model(source, recipe)
+        devices.seed_everything(recipe.seed + later)
+        return runner.trace(model, batch, self._place)
 
 
 def _named(run: Run, pairs: Sequence[tuple[str, str]]) -> Run:

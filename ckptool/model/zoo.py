@@ -23,11 +23,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptool.errors import BadInput, MissingExtra, NoSuchModel, OutOfMemory
 from ckptool.model import libraries
 from ckptool.model.devices import is_out_of_memory
+from ckptool.state.layouts import Layout, Shapes as Shapes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,20 +91,9 @@ def _copied(model: nn.Module, args: Mapping[str, Any] | None, device: str, spec:
     return copy.deepcopy(model).to(device)
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
 def shapes(spec: ModelLike, args: Mapping[str, Any] | None = None) -> Shapes:
     """Return the shapes of the tensors of a model's state_dict, in order."""
     return layout(spec, args).shapes
-
-
-class Layout(NamedTuple):
-    """What a model's state_dict holds: shapes, torch's names of dtypes, and ties, each by key."""
-
-    shapes: Shapes
-    dtypes: dict[str, str]
-    ties: dict[str, str]
 
 
 def layout(spec: ModelLike, args: Mapping[str, Any] | None = None) -> Layout:

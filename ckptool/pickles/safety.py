@@ -9,16 +9,7 @@ from typing import Any, Protocol
 
 from ckptool.pickles import calls as shapes
 from ckptool.pickles.names import Level, import_for, level, torch_for
-from ckptool.pickles.tree import (
-    ByteArray,
-    Dict,
-    Global,
-    Node,
-    Object,
-    OldString,
-    Pairs,
-    children,
-)
+from ckptool.pickles.tree import ByteArray, Dict, Global, Node, Object, OldString, Pairs, children
 from ckptool.records import dataclass
 
 SHOWN = 8  # dangerous calls in a message
@@ -194,13 +185,6 @@ def _pairs(node: Dict, between: str, depth: int) -> list[str]:
     return [f"{key}{between}{value}" for key, (_, value) in zip(keys, rows, strict=True)] + more
 
 
-def evidence_lines(
-    verdict: Verdict, calls: Iterable[Object], tree: Node, pickle_name: str
-) -> list[str]:
-    """Show what is dangerous in a file, a line for each call."""
-    return [evidence_line(call, pickle_name) for call in evidence(verdict, calls, tree)]
-
-
 def evidence_line(call: Call, pickle_name: str) -> str:
     """Show one call, and where it is."""
     where = f"   at `{call.where}`" if call.where else ""
@@ -236,8 +220,8 @@ def evidence_of(verdict: Verdict, checkpoint: Pickled) -> list[str]:
     lines: list[str] = []
     for part in checkpoint.shards or (checkpoint,):
         here = {name: at for name, at in part.globals.items() if name in verdict.dangerous}
-        found = replace(verdict, dangerous=here)
-        lines += evidence_lines(found, part.calls, part.tree, part.pickle_name)
+        found = evidence(replace(verdict, dangerous=here), part.calls, part.tree)
+        lines += [evidence_line(call, part.pickle_name) for call in found]
     return lines[:SHOWN]
 
 

@@ -17,18 +17,15 @@ from math import prod
 
 # What computes is imported by functions: a listing of plain tensors needs none of it.
 from ckptool.errors import Malformed
-from ckptool.pickles.holdings import FROM_TYPE as FROM_TYPE, holding, sizes_of as sizes_of
-from ckptool.pickles.tree import (
-    ByteArray,
-    Global,
-    Node,
-    Object,
-    OldString,
-    children,
+from ckptool.pickles.holdings import (
+    FROM_TYPE as FROM_TYPE,
+    call_of,
+    holding,
+    sizes_of as sizes_of,
 )
+from ckptool.pickles.tree import ByteArray, Global, Node, Object, OldString, children
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import (
-    TENSORS,
     AnyTensor,
     CompositeTensor,
     TensorInfo,
@@ -185,9 +182,7 @@ def within(origin: Object) -> TensorInfo | None:
 
 def class_of(tensor: AnyTensor) -> str:
     """Name the class of a tensor that is neither a Tensor nor a Parameter; empty for these."""
-    origin = tensor.origin
-    while isinstance(origin, Object) and origin.args and isinstance(origin.args[0], TENSORS):
-        origin = origin.args[0].origin
+    origin = call_of(tensor)
     if not isinstance(origin, Object):
         return ""
     if is_array(origin):
@@ -199,23 +194,10 @@ def class_of(tensor: AnyTensor) -> str:
 # Arrays and numbers of numpy.
 
 _MAKERS = ("numpy.core", "numpy._core")
-_KINDS = {
-    "b1": (DType.BOOL, "?"),
-    "f2": (DType.F16, "e"),
-    "f4": (DType.F32, "f"),
-    "f8": (DType.F64, "d"),
-    "i1": (DType.I8, "b"),
-    "i2": (DType.I16, "h"),
-    "i4": (DType.I32, "i"),
-    "i8": (DType.I64, "q"),
-    "u1": (DType.U8, "B"),
-    "u2": (DType.U16, "H"),
-    "u4": (DType.U32, "I"),
-    "u8": (DType.U64, "Q"),
-    "c8": (DType.C64, ""),
-    "c16": (DType.C128, ""),
-}
-_LETTERS = dict(_KINDS.values())
+_NUMPY = "b1   f2  f4  f8  i1 i2  i4  i8  u1 u2  u4  u8  c8  c16"
+_DTYPES = "BOOL F16 F32 F64 I8 I16 I32 I64 U8 U16 U32 U64 C64 C128"
+_KINDS = {kind: DType[own] for kind, own in zip(_NUMPY.split(), _DTYPES.split(), strict=True)}
+_LETTERS = dict(zip(_KINDS.values(), "?efdbhiqBHIQ", strict=False))  # of `struct`
 
 
 def is_array(node: Node) -> bool:
@@ -270,7 +252,7 @@ def number(node: Node) -> bool | int | float | None:
     match node.args if _made_by(node, "scalar") else ():
         case (kind, data):
             found, raw = _dtype(kind), bytes_of(data)
-            letter = _LETTERS[found[0]] if found else ""
+            letter = _LETTERS.get(found[0], "") if found else ""
             if found and raw and letter and struct.calcsize(letter) == len(raw):
                 value: bool | int | float = struct.unpack(_ENDS[found[1]] + letter, raw)[0]
                 return value
@@ -289,7 +271,7 @@ def _dtype(node: Node) -> tuple[DType, str] | None:
     if isinstance(kind, Global):  # of ml_dtypes
         dtype = BY_TORCH_NAME.get(kind.name)
     else:
-        dtype = _KINDS[kind][0] if kind in _KINDS else None
+        dtype = _KINDS.get(kind) if isinstance(kind, str) else None
     return (dtype, "big" if end == ">" else "little") if dtype else None
 
 

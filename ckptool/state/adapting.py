@@ -241,16 +241,15 @@ def _made(
     """Adapt a tensor; one tensor under two keys is made once."""
     if value.dtype not in numbers.ROUNDED or class_of(value):
         raise EditError(f"{key}: {class_of(value) or value.dtype.label} is not adapted")
-    how = ""
 
-    def make() -> TensorInfo:
-        nonlocal how
+    def make(value: TensorInfo) -> Made:
         made, how = _MAKERS[kind](key, value, there, entries, asked)
         if made.shape != there:
             raise ValueError(f"{shown(value.shape)} cannot be adapted to {shown(there)} ({kind})")
-        return made
+        return made, how
 
-    made = values.in_byteorder(tried(key, make), value.storage.byteorder)
+    made, how = tried(key, make, value)
+    made = values.in_byteorder(made, value.storage.byteorder)
     return replace(made, requires_grad=value.requires_grad), how
 
 

@@ -6,18 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptool.errors import EditError, KeyCollision
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state.casting import Casting
-from ckptool.state.changes import (
-    PARAMETER,
-    Change,
-    Count,
-    Edit,
-    Entries,
-    KeyEdit,
-    KeyMap,
-    Value,
-)
+from ckptool.state.changes import PARAMETER, Change, Count, Edit, Entries, KeyEdit, KeyMap, Value
 from ckptool.state.selecting import select as select
 from ckptool.state.wrappers import BOOKKEEPING, Peeling
 from ckptool.tensors import values
@@ -68,10 +59,7 @@ def apply(
             lost = ((old, key) for key in gone for old in now[key].olds if old not in kept)
             why = {old: told[key] for old, key in lost} | why
         now = after
-    written: dict[str, list[str | None]] = {}
-    for new, each in now.items():
-        for old in each.olds:
-            written.setdefault(old, []).append(new)
+    written = grouped((old, new) for new, each in now.items() for old in each.olds)
     _own(now)
     key_map = KeyMap(
         pairs=tuple((old, new) for old in entries for new in written.get(old, (None,))),

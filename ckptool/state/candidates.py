@@ -15,11 +15,11 @@ from math import prod
 from ckptool.errors import FormatError, KeyCollision, LimitExceeded, Malformed
 from ckptool.pickles.subclasses import as_tensor
 from ckptool.pickles.tree import Dict, Node, Object, Pairs, items
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state import modules
 from ckptool.state.walk import Path, dotted, labelled
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.tensor import TENSORS, AnyTensor
+from ckptool.tensors.tensor import TENSORS, AnyTensor, tensors_of
 
 MAX_CANDIDATE_DEPTH = 4
 MAX_LISTED = 100  # items of a list that are named one by one; a longer one is data
@@ -138,10 +138,11 @@ def candidates(tree: Node) -> list[Candidate]:
 
 def _merged(found: list[_Found], nested: Sequence[tuple[Path, Node]]) -> list[_Found]:
     """Join the parts of a dict under a known name, and places with the very same tensors."""
-    under: dict[Path, list[_Found]] = {}
-    for each in found if nested else ():
-        for depth in range(1, len(each.at) + 1):
-            under.setdefault(each.at[:depth], []).append(each)
+    under = grouped(
+        (each.at[:depth], each)
+        for each in (found if nested else ())
+        for depth in range(1, len(each.at) + 1)
+    )
     parts_of_others: set[int] = set()
     for path, node in nested:
         try:
@@ -153,7 +154,7 @@ def _merged(found: list[_Found], nested: Sequence[tuple[Path, Node]]) -> list[_F
         whole = not any(each.known or each.module for each in (*parts, *below))
         if whole and len({each.shapes(exact=True) for each in parts}) == len(parts) > 1:
             parts_of_others.update(map(id, below))
-            found.append(_Found({path: None}, _tensors_of(joined.entries)))
+            found.append(_Found({path: None}, tensors_of(joined.entries)))
     found = [each for each in found if id(each) not in parts_of_others]
     if len(found) < 2:
         return found
@@ -226,10 +227,10 @@ class Search:
     def dict_of(self, node: Node, path: Path, pairs: Pairs) -> None:
         """Look at a dict that may be a state_dict."""
         texts = {key: value for key, value in pairs if isinstance(key, str)}
-        if _tensors_of(texts):
+        if tensors_of(texts):
             self.add(self.by_node, node, path, dict(labelled(pairs)))
             return
-        if _tensors_of(with_arrays(texts)):
+        if tensors_of(with_arrays(texts)):
             self.add(self.of_arrays, node, path, dict(labelled(pairs)))
         if _is_known(path):
             self.nested.append((path, node))
@@ -253,7 +254,7 @@ class Search:
         except Malformed as error:
             self.problem = error
             return
-        if _tensors_of(state.entries):
+        if tensors_of(state.entries):
             self.add(self.by_node, node, path, state.entries, state.class_name)
 
     def add(
@@ -265,7 +266,7 @@ class Search:
         module: str = "",
     ) -> None:
         """Note what was found at a node, which may have been met under another name."""
-        new = _Found({}, _tensors_of(with_arrays(entries)), module)
+        new = _Found({}, tensors_of(with_arrays(entries)), module)
         found.setdefault(id(node), new).paths[path] = None
 
 
@@ -293,12 +294,8 @@ def _lists_dicts(node: Sequence[Node]) -> bool:
 
 def _only_numbers(node: Node) -> bool:
     """Check for a record of numbers, as a list of losses has them."""
-    tensors = _tensors_of(dict(labelled(items(node) or [])))
+    tensors = tensors_of(dict(labelled(items(node) or [])))
     return bool(tensors) and not any(value.shape for value in tensors.values())
-
-
-def _tensors_of(entries: Mapping[str, Node]) -> dict[str, AnyTensor]:
-    return {key: value for key, value in entries.items() if isinstance(value, TENSORS)}
 
 
 def with_arrays(entries: Mapping[str, Node]) -> dict[str, Node]:
@@ -358,7 +355,7 @@ class Joined:
     def _join(self, node: Node, path: Path) -> None:
         pairs = dict(members(node))
         self._effort.pay(node, len(pairs) + 1)
-        joins = not _tensors_of(pairs)
+        joins = not tensors_of(pairs)
         self._around.add(id(node))
         for key, value in pairs.items():
             name = dotted((*path, key))
@@ -373,7 +370,7 @@ class Joined:
 
     def parts(self) -> list[_Found]:
         """List the dicts inside that hold tensors themselves."""
-        held = ((name, _tensors_of(dict(members(node)))) for name, node in self.inner.items())
+        held = ((name, tensors_of(dict(members(node)))) for name, node in self.inner.items())
         return [_Found({tuple(name.split(".")): None}, each) for name, each in held if each]
 
     def _joins(self, key: str, node: Node) -> bool:

@@ -16,7 +16,7 @@ from os import PathLike
 
 from ckptool.errors import EditError, reason
 from ckptool.records import dataclass
-from ckptool.text import counted, length
+from ckptool.text import counted, did_you_mean, length
 
 NEW = -1
 
@@ -49,17 +49,10 @@ class Rows:
             if not self.names:
                 raise EditError(f"{place}: `{old}` is a name", option="--class-names names.txt")
             several = "several classes are" if old in self.names else "no class is"
-            raise EditError(f"{place}: {several} named `{old}`", hint=_close(old, self.names))
+            raise EditError(f"{place}: {several} named `{old}`", hint=did_you_mean(old, self.names))
         if row >= count:
             raise EditError(f"{place}: there is no row {row} of {count}")
         return row
-
-
-def _close(name: str, names: Sequence[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, names, 1)
-    return f"did you mean `{close[0]}`?" if close else ""
 
 
 Lines = str | PathLike[str] | Sequence[str | int]

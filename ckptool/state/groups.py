@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from ckptool.errors import EditError
 from ckptool.records import dataclass
@@ -12,6 +13,8 @@ from ckptool.text import counted, listed, shape as shown
 
 MAX_DIGITS = 18  # of a row, and of a number in a key
 Patterns = str | Iterable[str]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,10 @@ def tensor_of(entries: Entries, key: str) -> TensorInfo:
     return value
 
 
-def tried(name: str, make: Callable[[], TensorInfo]) -> TensorInfo:
-    """Return a value; raises `EditError`, with its name, where it cannot be made."""
+def tried(name: str, make: Callable[[Given], Made], given: Given) -> Made:
+    """Return what is made of what is given; raises `EditError`, with a name, where it cannot be."""
     try:
-        return make()
+        return make(given)
     except ValueError as error:
         raise EditError(f"{name}: {error}") from None
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from itertools import groupby
 
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state.matching_names import agree, numberless, numbers, words
 from ckptool.state.matching_units import Node, Shape, Unit, trees, units
 
@@ -210,18 +210,12 @@ class _Scope:
 
 
 def _by_kinds(root: Node) -> dict[tuple[int, ...], list[Node]]:
-    found: dict[tuple[int, ...], list[Node]] = {}
-    for node in root.below():
-        found.setdefault(node.kinds, []).append(node)
-    return found
+    return grouped((node.kinds, node) for node in root.below())
 
 
 def _grouped(nodes: Iterable[Node]) -> list[list[Node]]:
     """Return groups of nodes whose names differ in numbers alone."""
-    groups: dict[str, list[Node]] = {}
-    for node in nodes:
-        groups.setdefault(numberless(".".join(node.path)), []).append(node)
-    return list(groups.values())
+    return list(grouped((numberless(".".join(node.path)), node) for node in nodes).values())
 
 
 def _worded(said: frozenset[str]) -> frozenset[str]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state.matching import Ambiguous, Fused, Matching, Pair, resolve
 from ckptool.state.matching_names import numberless
 from ckptool.state.matching_rules import Plan, blocks_of, choices, literal, plan, templates
@@ -100,9 +100,7 @@ def names(pairs: Iterable[Pair]) -> dict[str, str]:
 
 
 def _choices(groups: Iterable[Ambiguous], how: Plan) -> Iterator[Choice]:
-    alike: dict[tuple[tuple[str, ...], ...], list[Ambiguous]] = {}
-    for group in groups:
-        alike.setdefault((_shapes(group.here), _shapes(group.there)), []).append(group)
+    alike = grouped(((_shapes(group.here), _shapes(group.there)), group) for group in groups)
     few = [
         max(len(each.here) * len(each.there) for each in same) <= MANY_CHOICES
         for same in alike.values()
@@ -154,10 +152,11 @@ def _between(path: str, how: Plan) -> str:
 
 
 def _cuts(fused: Iterable[Fused], how: Plan) -> Iterator[Cut]:
-    rows: dict[tuple[bool, int], list[tuple[str, str]]] = {}
-    for each in fused:
-        for whole, parts in _leaves(each, how):
-            rows.setdefault((each.back, len(parts)), []).append((whole, "\n".join(parts)))
+    rows = grouped(
+        ((each.back, len(parts)), (whole, "\n".join(parts)))
+        for each in fused
+        for whole, parts in _leaves(each, how)
+    )
     for (back, _), pairs in rows.items():
         for rule, count in templates(pairs):
             whole, *parts = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state.matching import Pair
 from ckptool.state.matching_names import numberless, numbers
 from ckptool.state.renaming import REGEX, Renaming, Rule
@@ -69,11 +69,7 @@ Forms = Mapping[str, Sequence[str]]  # keys by what a template of their form may
 
 
 def _by_form(keys: Iterable[str]) -> Forms:
-    near: dict[str, list[str]] = {}
-    for key in keys:
-        for prefix, _ in _cuts(_plain(key)):
-            near.setdefault(prefix, []).append(key)
-    return near
+    return grouped((prefix, key) for key in keys for prefix, _ in _cuts(_plain(key)))
 
 
 def _natural(pair: Move) -> tuple[str, tuple[int, ...]]:
@@ -151,9 +147,7 @@ def _generalised(pairs: Sequence[Move], near: Forms) -> list[_Made]:
 
     They take no key that is `near`, but for those of the pairs.
     """
-    groups: dict[Move, list[Move]] = {}
-    for old, new in pairs:
-        groups.setdefault((_plain(old), _plain(new)), []).append((old, new))
+    groups = grouped(((_plain(old), _plain(new)), (old, new)) for old, new in pairs)
     own = {old for old, _ in pairs}
     made = []
     for (form, _), rows in groups.items():
@@ -196,10 +190,7 @@ def _takes(made: _Made, keys: Iterable[str]) -> bool:
 
 def _parts(rows: Sequence[Move], column: Sequence[str]) -> Iterable[list[Move]]:
     """Return rows in groups, by a number of each."""
-    parts: dict[str, list[Move]] = {}
-    for row, number in zip(rows, column, strict=True):
-        parts.setdefault(number, []).append(row)
-    return parts.values()
+    return grouped(zip(column, rows, strict=True)).values()
 
 
 def _of_numbers(rows: Sequence[Move]) -> Iterator[_Made]:

@@ -31,7 +31,7 @@ from ckptool.pickles.holdings import Meshes, held
 from ckptool.pickles.subclasses import sizes_of
 from ckptool.pickles.tree import Dict, Global, Node, Object, items, named_items
 from ckptool.records import dataclass
-from ckptool.tensors.tensor import TENSORS, CompositeTensor, TensorInfo
+from ckptool.tensors.tensor import CompositeTensor, TensorInfo, shapes_of, tensors_of
 from ckptool.text import argument, counted, length, listed, shape
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
@@ -144,11 +144,8 @@ def _zero_optimizer(file: File) -> Part | None:
 
 def _zero_model(file: File) -> Part | None:
     """Recognise a model whose parameters are elsewhere: of other shapes than are noted beside."""
-    empty = [
-        key
-        for key, value in file.entries.items()
-        if key in file.shapes and isinstance(value, TENSORS) and value.shape != file.shapes[key]
-    ]
+    held = shapes_of(file.entries) if file.shapes else {}
+    empty = [key for key, sizes in held.items() if sizes != file.shapes.get(key, sizes)]
     if not empty:
         return None
     world = file.top.get("dp_world_size")
@@ -210,8 +207,7 @@ def is_flat(key: str) -> bool:
 
 def _flat(file: File) -> Part | None:
     """Recognise parameters that FSDP made one, whose names and shapes are not in the file."""
-    flat = [key for key, value in file.entries.items() if isinstance(value, TENSORS)]
-    flat = [key for key in flat if is_flat(key)]
+    flat = [key for key in tensors_of(file.entries) if is_flat(key)]
     if not flat:
         return None
     where = f"{flat[0]} holds parameters in a row, their names and shapes are not in the file"

@@ -39,7 +39,7 @@ def _each(step: str, keys: Patterns, remake: Remake, *, optional: bool = False) 
         for key in chosen:
             value = tensor_of(entries, key)
             if value.view not in known:
-                known[value.view] = tried(key, lambda value=value: remake(value))  # type: ignore[misc]
+                known[value.view] = tried(key, remake, value)
             groups.append(Group((key,), ((key, known[value.view]),)))
         return changed(step, listed(several(keys)), entries, groups)
 
@@ -88,10 +88,7 @@ def in_order(dims: Sequence[int]) -> list[int]:
 
 
 def reshape(
-    keys: Patterns,
-    shape: Sequence[int],
-    was: Sequence[int] | None = None,
-    optional: bool = False,
+    keys: Patterns, shape: Sequence[int], was: Sequence[int] | None = None, optional: bool = False
 ) -> Edit:
     """Give the elements another shape, in which one size may be -1; `was` is the one before."""
 

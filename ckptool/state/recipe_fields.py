@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 from ckptool.errors import BadRecipe
 from ckptool.state.steps import Given, Step
-from ckptool.text import listed
+from ckptool.text import did_you_mean, listed
 
 MAX_SHOWN = 80  # characters of a value in an error
 
@@ -19,11 +18,8 @@ def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -
     """Raise `BadRecipe` for a name that a table does not take."""
     for name in table:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            raise BadRecipe(
-                f"`{name}` is unknown",
-                hint=f"did you mean `{close[0]}`?" if close else f"known are {listed(known, 30)}",
-            ).within(where)
+            hint = did_you_mean(name, known) or f"known are {listed(known, 30)}"
+            raise BadRecipe(f"`{name}` is unknown", hint=hint).within(where)
 
 
 def fields_of(step: Step, value: Any) -> Given:

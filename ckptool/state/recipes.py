@@ -20,18 +20,17 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, Literal
 
 from ckptool.errors import BadRecipe, EditError, NotAsExpected, reason
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state import edits
 from ckptool.state.edits import Change, Edit, Entries, KeyMap
 from ckptool.state.recipe_fields import fields_of, is_number, is_text, refuse_unknown, written
 from ckptool.state.steps import STEPS, Given, Step
-from ckptool.tensors.tensor import TENSORS
-from ckptool.text import at_most, counted, listed, quoted, shape
+from ckptool.tensors.tensor import tensors_of
+from ckptool.text import at_most, counted, did_you_mean, listed, quoted, shape
 
 VERSION = 1  # a new step or field raises it
 SUFFIX = ".toml"
@@ -77,6 +76,14 @@ class Asked:
         """Name the step in errors."""
         return f"step {self.number} ({self.step.name})"
 
+    def edit(self) -> Edit:
+        """Make the edit of the step; raises `BadRecipe` for one that cannot be made."""
+        try:
+            made = self.step.make(**self.given)
+        except EditError as error:
+            raise _by_field(error).within(self.where) from None
+        return replace(made, where=self.where, number=self.number)
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -118,7 +125,11 @@ class Recipe:
         Raises `BadRecipe` for a step that has no way back, or that cannot be made; what is not as
         `expect` says raises `NotAsExpected` when it is applied.
         """
-        steps = [self._made(asked) for asked in self.asked(reverse=reverse)]
+        asked = self.asked(reverse=reverse)
+        try:
+            steps = [each.edit() for each in asked]
+        except EditError as error:
+            raise error.within(self.name) from None
 
         def change(entries: Entries) -> Change:
             if reverse:
@@ -147,13 +158,6 @@ class Recipe:
                 raise BadRecipe(f"{self.name}: {asked.where} has no way back: {back}")
             turned.append(Asked(asked.number, STEPS[back[0]], back[1]))
         return turned
-
-    def _made(self, asked: Asked) -> Edit:
-        try:
-            made = asked.step.make(**asked.given)
-            return replace(made, where=asked.where, number=asked.number)
-        except EditError as error:
-            raise _by_field(error).within(asked.where).within(self.name) from None
 
     def _unmatched(self, key_map: KeyMap) -> list[str]:
         """Name the keys that no rule took, or refuse them."""
@@ -203,11 +207,7 @@ def _by_field(error: EditError) -> EditError:
 
 def facts(entries: Entries) -> dict[str, Fact]:
     """Return dtype and shape of each tensor."""
-    return {
-        key: (value.dtype.label, value.shape)
-        for key, value in entries.items()
-        if isinstance(value, TENSORS)
-    }
+    return {key: (each.dtype.label, each.shape) for key, each in tensors_of(entries).items()}
 
 
 def differing(
@@ -228,10 +228,7 @@ def _as_change(
     entries: Entries, key_map: KeyMap, edit: edits.KeyEdit, notes: Sequence[str]
 ) -> Change:
     """Return what several steps did as what one did."""
-    sources: dict[str, list[str]] = {}
-    for old, new in key_map.pairs:
-        if new is not None:
-            sources.setdefault(new, []).append(old)
+    sources = grouped((new, old) for old, new in key_map.pairs if new is not None)
     given = {id(value) for value in entries.values()}
     remade = {
         new
@@ -260,11 +257,10 @@ def shipped() -> dict[str, str]:
 def _shipped(name: str) -> str:
     known = shipped()
     if name not in known:
-        close = get_close_matches(name, known, n=1)
+        lists = f"ckptool recipe --list names them; a file is ./{name} or {name}{SUFFIX}"
         raise BadRecipe(
             f"no recipe `{name}` comes with ckptool",
-            hint=(f"did you mean `{close[0]}`? " if close else "")
-            + f"ckptool recipe --list names them; a file is ./{name} or {name}{SUFFIX}",
+            hint=f"{did_you_mean(name, known)} {lists}".strip(),
         )
     return known[name]
 
@@ -305,10 +301,7 @@ def _parsed(name: str, data: bytes, folder: str) -> Recipe:
     about = " ".join(line.lstrip("# ") for line in comment).partition(". ")[0]
     recipe = Recipe(name, steps, expect, about.rstrip("."))
     for step in recipe.steps:  # what can be refused before a checkpoint is read
-        try:
-            step.step.make(**step.given)
-        except EditError as error:
-            raise _by_field(error).within(step.where) from None
+        step.edit()
     return recipe
 
 

@@ -31,11 +31,7 @@ from ckptool.text import counted, listed, shape as shown
 
 
 def split(
-    from_: str,
-    to: Sequence[str],
-    dim: int = 0,
-    sizes: Sequence[int] = (),
-    optional: bool = False,
+    from_: str, to: Sequence[str], dim: int = 0, sizes: Sequence[int] = (), optional: bool = False
 ) -> Edit:
     """Cut a tensor along a dimension, into equal parts or by sizes."""
     source, targets = Matcher(from_), _templates(to)
@@ -69,10 +65,7 @@ def _parted(
         for key, held in _matches(source, entries, optional=optional):
             value = tensor_of(entries, key)
             if value.view not in known:
-                try:
-                    known[value.view] = parts(value)
-                except ValueError as error:
-                    raise EditError(f"{key}: {error}") from None
+                known[value.view] = tried(key, parts, value)
             made = enumerate(known[value.view])
             groups.append(Group((key,), tuple((name(held, at), each) for at, each in made)))
         return changed(step, source.template.text, entries, groups, what)
@@ -119,11 +112,7 @@ def _matches(
 
 
 def fuse(
-    from_: Sequence[str],
-    to: str,
-    dim: int = 0,
-    sizes: Sequence[int] = (),
-    optional: bool = False,
+    from_: Sequence[str], to: str, dim: int = 0, sizes: Sequence[int] = (), optional: bool = False
 ) -> Edit:
     """Join tensors along a dimension; `sizes` are those that they must have."""
     sources, target = _templates(from_), template(to)
@@ -183,8 +172,7 @@ def _joined(
         parts = [tensor_of(entries, key) for key in keys]
         views = tuple(value.view for value in parts)
         if views not in known:
-            named = f"{new} of {listed(keys)}"
-            known[views] = tried(named, lambda parts=parts: join(parts))  # type: ignore[misc]
+            known[views] = tried(f"{new} of {listed(keys)}", join, parts)
         groups.append(Group(keys, ((new, known[views]),)))
     return changed(step, rule, entries, groups)
 

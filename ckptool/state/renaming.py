@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from ckptool.errors import EditError
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state.templates import LONGEST, is_template, refuse_kinds, template
 
 REGEX = "re:"
@@ -166,10 +166,8 @@ def _by_component(rules: Sequence[tuple[int, Rule]]) -> dict[str, list[tuple[int
         for _, rule in rules
     ]
     counts = Counter(part for parts in needs for part in parts)
-    groups: dict[str, list[tuple[int, Rule]]] = {}
-    for pair, parts in zip(rules, needs, strict=True):
-        groups.setdefault(min(parts, key=counts.__getitem__, default=""), []).append(pair)
-    return groups
+    rarest = (min(parts, key=counts.__getitem__, default="") for parts in needs)
+    return grouped(zip(rarest, rules, strict=True))
 
 
 def _by_templates(rules: list[tuple[int, Rule]]) -> Find:

@@ -259,6 +259,16 @@ def needs_swap(storage: Storage, width: int) -> bool:
     return width > 1 and storage.byteorder != "little"
 
 
+def tensors_of(entries: Mapping[str, object]) -> dict[str, AnyTensor]:
+    """Return the entries that are tensors."""
+    return {key: value for key, value in entries.items() if isinstance(value, TENSORS)}
+
+
+def shapes_of(entries: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the entries that are tensors."""
+    return {key: value.shape for key, value in tensors_of(entries).items()}
+
+
 def ties(entries: Mapping[str, object]) -> dict[str, str]:
     """Return which keys are exactly the tensor of a key before them."""
     firsts: dict[tuple[object, ...], str] = {}

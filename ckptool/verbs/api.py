@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # each verb loads what it alone needs
     from pathlib import Path
 
     from ckptool.files.download import Downloaded
-    from ckptool.verbs.checked import Checked
     from ckptool.verbs.listing import Listing
     from ckptool.verbs.survey import Survey
 
@@ -82,41 +81,6 @@ def info(path: str | Path, *, at: str | None = None) -> Survey:
 
     facts = survey.survey(containers.read(path, alone=True), at)
     return replace(facts, suggestions=tuple(suggestions(facts)))
-
-
-def check(
-    path: str | Path,
-    *,
-    sha256: bool = False,
-    finite: bool = False,
-    as_dtype: str | None = None,
-    max_size: int | str | None = None,
-    strict: bool = False,
-    plugins: bool = False,
-    progress: Begin = no_progress,
-) -> Checked:
-    """Check whether a file is whole, and whether loading it elsewhere would run code.
-
-    `sha256` hashes the file, `finite` counts NaN and infinity, `as_dtype` what a cast to a dtype
-    would make infinite, zero or subnormal; more than `max_size` (bytes, or a text: `100MiB`) is too
-    large, `strict` calls foreign names unsafe, `plugins` lets installed ones read what no container
-    of ckptool is. Raises nothing for what a file holds: its `status` says that.
-
-    >>> ckptool.check("model_best.pth.tar").status
-    <Status.OK: 'ok'>
-    """
-    from ckptool.verbs import checking
-
-    return checking.check(
-        path,
-        sha256=sha256,
-        finite=finite,
-        as_dtype=as_dtype,
-        max_size=max_size,
-        strict=strict,
-        plugins=plugins,
-        progress=progress,
-    )
 
 
 def strip_prefix(

@@ -91,15 +91,17 @@ def check(
     alone: bool = True,
     progress: Begin = no_progress,
 ) -> Checked:
-    """Check structure, checksums and names of a file; with `finite` also every float.
+    """Check whether a file is whole, and whether loading it elsewhere would run code.
 
-    A file of a set that ranks wrote is checked `alone`, or the set with it; a folder is its set.
+    `sha256` hashes the file, which is done anyway where its name holds the start of one; `finite`
+    counts NaN and infinity, `as_dtype` what a cast to a dtype would make infinite, zero or
+    subnormal; more than `max_size` (bytes, or a text: `100MiB`) is too large, `strict` calls
+    foreign names and the code of TorchScript unsafe too, `plugins` lets installed ones read what
+    no container of ckptool is. A file of a set that ranks wrote is checked `alone`, or the set
+    with it; a folder is its set. Raises nothing for what a file holds: its `status` says that.
 
-    With `as_dtype`, it is damaged for one who wants that dtype where a cast would overflow.
-    With `max_size` (bytes, or a text such as `100MiB`), a checkpoint of more bytes is too large.
-    `sha256` hashes the file, which is done anyway where its name holds the start of one; `strict`
-    calls foreign names and the code of TorchScript unsafe too; with `plugins`, they read what no
-    container of ckptool is. A file that cannot be read is a result, not an error.
+    >>> ckptool.check("model_best.pth.tar").status
+    <Status.OK: 'ok'>
     """
     file = path = sites.of(path)
     found = _Findings()
@@ -131,7 +133,9 @@ def check(
             _losses(cast, found, step)
     if hashed:
         _hash(file, said, sha256, found, lambda total: step)
-    _unchanged(checkpoint, found)
+    with _noting(Malformed, checkpoint, found):
+        for each, _ in checkpoint.files:
+            fileio.refuse_changed(each)
     return _result(path, checkpoint, found, strict=strict)
 
 
@@ -145,11 +149,12 @@ def _work(checkpoint: Checkpoint, cast: Casting | None, *, finite: bool, hashed:
 
 @contextmanager
 def _noting(kind: type[FormatError], checkpoint: Checkpoint, found: _Findings) -> Iterator[None]:
-    """Note what is raised as a problem."""
+    """Note what is raised as a problem, once."""
     try:
         yield
     except kind as error:
-        found.problems.append(_without_path(error, checkpoint.path))
+        said = _without_path(error, checkpoint.path)
+        found.problems += [said] if said not in found.problems else []
 
 
 def _structure(checkpoint: Checkpoint, found: _Findings) -> None:
@@ -211,17 +216,16 @@ def _checksums(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None
 
 def _floats(checkpoint: Checkpoint, found: _Findings, step: Progress) -> None:
     """Count NaN and infinity."""
-    floats = not_finite(checkpoint, step)
+    held, skipped = not_finite(checkpoint, step)
     found.checked.append("NaN and infinity")
-    found.not_finite = floats.found
-    if floats.found:
-        several = len(floats.found) > 1
-        rows = (f"{path} ({_counts(here)})" for path, here in floats.found)
-        tensors = f"{counted(len(floats.found), 'tensor')} {'hold' if several else 'holds'}"
+    found.not_finite = tuple(held.items())
+    if held:
+        rows = (f"{path} ({_counts(here)})" for path, here in held.items())
+        tensors = f"{counted(len(held), 'tensor')} {'hold' if len(held) > 1 else 'holds'}"
         found.problems.append(f"{tensors} NaN or infinity: {listed(rows, SHOWN)}")
-    if floats.skipped:
+    if skipped:
         what = "NaN and infinity in views that overlap many times over"
-        found.not_checked.append(f"{what}: {listed(floats.skipped)}")
+        found.not_checked.append(f"{what}: {listed(skipped)}")
 
 
 def _losses(cast: Casting, found: _Findings, step: Progress) -> None:
@@ -263,15 +267,6 @@ def _hash(path: str, said: str | None, asked: bool, found: _Findings, progress: 
         found.notes.append(f"its sha256 starts with {said}, as its name says")
     elif said:
         found.notes.append(f"its sha256 does not start with {said}, as its name says")
-
-
-def _unchanged(checkpoint: Checkpoint, found: _Findings) -> None:
-    try:
-        for path, _ in checkpoint.files:
-            fileio.refuse_changed(path)
-    except Malformed as error:
-        said = _without_path(error, checkpoint.path)
-        found.problems += [said] if said not in found.problems else []
 
 
 # What it comes to.

@@ -8,14 +8,12 @@ tags are told and decide nothing: containers differ in what they can say of them
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
-from ckptool.errors import EditError, LimitExceeded, Malformed, Unsupported
-from ckptool.files import budget, fileio
+from ckptool.errors import EditError, Malformed, Unsupported
+from ckptool.files import budget
 from ckptool.files.copying import Begin, no_progress, run_jobs
-from ckptool.files.fileio import Readers
 from ckptool.files.jobs import Copy
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
@@ -26,19 +24,15 @@ from ckptool.state.walk import Path
 from ckptool.state.wrappers import peeling
 from ckptool.tensors.counts import Values
 from ckptool.tensors.differences import comparable
-from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Packing, TensorInfo
-from ckptool.text import counted, listed, readable, shape
+from ckptool.tensors.tensor import AnyTensor, CompositeTensor, TensorInfo
+from ckptool.text import counted, listed, shape
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts, tolerance
-from ckptool.verbs.compare_tensors import Pair, compare, pair
+from ckptool.verbs.compare_tensors import Pair, compare, pair, refuse_changed
 from ckptool.verbs.compare_trees import TAKEN, Place, places_of, shown
 from ckptool.verbs.difference import Change, Difference, Found, Side
 
 if TYPE_CHECKING:
     from ckptool.model.live import CheckpointLike
-
-MAX_EXPANSION = 64  # bytes to compare for each byte of the files: views may repeat themselves
-SMALL = 64 << 20  # below this, they may
-
 
 # torch/_utils.py, `_rebuild_sparse_tensor`
 _PARTS = {
@@ -331,16 +325,11 @@ class _Work:
 
     def compare_values(self, progress: Begin) -> None:
         """Read and compare the tensors that are queued, each pair of views once."""
-        distinct = {both.views: both for _, _, both in self._queue}
-        limit = refuse_repeats([*distinct.values()], self.left, self.right)
-        total = sum(both.nbytes for both in distinct.values())
-        known: dict[tuple[object, ...], Values] = {}
-        step = progress(2 * total)
-        with closing(Readers()) as readers:
-            for found, change, both in self._queue:
-                if both.views not in known:
-                    known[both.views] = compare(both, readers, self.asked.tolerance, limit, step)
-                _judge(found, change, both, known[both.views])
+        sides = self.left, self.right
+        pairs = [both for _, _, both in self._queue]
+        known = compare(pairs, sides, progress, self.asked.tolerance)
+        for found, change, both in self._queue:
+            _judge(found, change, both, known[both.views])
         self._note_damage(
             [
                 both
@@ -348,8 +337,7 @@ class _Work:
                 if change.what == "values" and known[both.views].count
             ]
         )
-        for path, _ in (*self.left.files, *self.right.files):
-            fileio.refuse_changed(path)
+        refuse_changed(sides)
 
     def _note_damage(self, differing: list[Pair]) -> None:
         """Note where bytes differ because a file is damaged: they do not match its checksum."""
@@ -363,33 +351,6 @@ class _Work:
             run_jobs(jobs, None, lambda nbytes: None)
         except Malformed as error:
             self.notes.append(f"{error.message}; ckptool check says more")
-
-
-def refuse_repeats(pairs: Sequence[Pair], left: Checkpoint, right: Checkpoint) -> int:
-    """Return how many bytes may be compared; raises `LimitExceeded` for views that repeat more."""
-    limit = max(MAX_EXPANSION * (left.nbytes + right.nbytes), SMALL)
-    work = sum(both.nbytes for both in pairs) + _inflated(pairs)
-    if work > limit:
-        raise LimitExceeded(
-            f"{readable(work)} would be compared of files of {readable(left.nbytes)} "
-            f"and {readable(right.nbytes)}",
-            option="--structure",
-            hint="compares no values, --select some",
-        )
-    return limit
-
-
-def _inflated(pairs: Sequence[Pair]) -> int:
-    """Count what deflated storages come to, each as often as it is taken up."""
-    nbytes = 0
-    for storages in (
-        [both.left.storage for both in pairs],
-        [both.right.storage for both in pairs],
-    ):
-        for before, storage in zip([None, *storages], storages, strict=False):
-            if storage.packing is Packing.DEFLATED and storage != before:
-                nbytes += storage.nbytes
-    return nbytes
 
 
 def _judge(found: Found, change: Change, both: Pair, values: Values) -> None:

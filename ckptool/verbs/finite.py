@@ -9,28 +9,17 @@ from typing import Protocol, Self, TypeVar
 from ckptool.files.blocks import blocks
 from ckptool.files.fileio import Readers
 from ckptool.pickles.tree import Node
-from ckptool.records import dataclass
+from ckptool.records import grouped
 from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.counts import Tally
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import FLOATS, load, tally
-from ckptool.tensors.tensor import CompositeTensor, Storage, TensorInfo, without_repeats
+from ckptool.tensors.tensor import CompositeTensor, TensorInfo, without_repeats
 
 BLOCK = 1 << 19
 MAX_REPEATS = 4  # times the bytes of the storages, that overlapping views may add up to
 SMALL = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Floats:
-    """What the floats of a checkpoint hold: tensors, by path, with NaN or infinity.
-
-    `skipped` are views that overlap so often that to count in them would take for ever.
-    """
-
-    found: tuple[tuple[str, Tally], ...]
-    skipped: tuple[str, ...]
 
 
 def floating(tree: Node) -> Iterator[tuple[str, TensorInfo]]:
@@ -55,11 +44,12 @@ class Count(Protocol):
 _Count = TypeVar("_Count", bound=Count)
 
 
-def not_finite(checkpoint: Checkpoint, progress: Callable[[int], None]) -> Floats:
-    """Count NaN and infinity in every tensor; ties once."""
+def not_finite(
+    checkpoint: Checkpoint, progress: Callable[[int], None]
+) -> tuple[dict[str, Tally], tuple[str, ...]]:
+    """Count NaN and infinity by the path of what holds any; return what `count_in` skips, too."""
     tallies, skipped = count_in(floating(checkpoint.tree), tally, Tally(), progress)
-    found = [(path, here) for path, here in tallies.items() if here != Tally()]
-    return Floats(tuple(found), skipped)
+    return {path: here for path, here in tallies.items() if here != Tally()}, skipped
 
 
 def count_in(
@@ -72,9 +62,7 @@ def count_in(
 
     Returns the counts by name, and the names of views that would take for ever.
     """
-    by_storage: dict[Storage, list[tuple[str, TensorInfo]]] = {}
-    for path, info in tensors:
-        by_storage.setdefault(info.storage, []).append((path, info))
+    by_storage = grouped((info.storage, (path, info)) for path, info in tensors)
     left = MAX_REPEATS * max(SMALL, sum(storage.nbytes for storage in by_storage))
     known: dict[tuple[object, ...], _Count] = {}
     counts: dict[str, _Count] = {}

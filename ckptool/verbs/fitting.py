@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 from ckptool import containers
 from ckptool.errors import PoorFit
 from ckptool.files.copying import Begin, no_progress
-from ckptool.records import dataclass, plain
+from ckptool.records import dataclass, grouped, plain
 from ckptool.state import adapting, checkpoint as places, edits
 from ckptool.state.adapting import Adapted, Asked
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Edit, Value
+from ckptool.state.layouts import Layout, layout_of
 from ckptool.state.matching import match
 from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.tensor import TENSORS, ties
+from ckptool.tensors.tensor import shapes_of
 from ckptool.text import (
     argument as file_argument,
     at_most,
@@ -117,22 +118,15 @@ class Transferred:
         }
 
 
-def reference(
-    name: str,
-    shapes: Mapping[str, Shape],
-    tied: Mapping[str, str] | None = None,
-    dtypes: Mapping[str, str] | None = None,
-    *,
-    anywhere: bool = False,
-    option: str = "",
-) -> Reference:
-    """Make a reference of keys and shapes, wrappers peeled."""
-    peel = peeling(shapes, anywhere=anywhere)
+def reference(name: str, layout: Layout, *, anywhere: bool = False, option: str = "") -> Reference:
+    """Make a reference of a layout, wrappers peeled."""
+    peel = peeling(layout.shapes, anywhere=anywhere)
+    named = ((peel(key), sizes) for key, sizes in layout.shapes.items())
     return Reference(
         name,
-        {new: tuple(sizes) for key, sizes in shapes.items() if (new := peel(key)) is not None},
-        {peel.name(key): peel.name(first) for key, first in (tied or {}).items()},
-        {peel.name(key): dtype for key, dtype in (dtypes or {}).items()},
+        {key: sizes for key, sizes in named if key is not None},
+        {peel.name(key): peel.name(first) for key, first in layout.ties.items()},
+        {peel.name(key): dtype for key, dtype in layout.dtypes.items()},
         option,
     )
 
@@ -140,20 +134,11 @@ def reference(
 def reference_of(
     checkpoint: Checkpoint, at: str | None = None, *, anywhere: bool = False
 ) -> Reference:
-    """Take keys and shapes from another checkpoint."""
-    entries = places.find(checkpoint, at, "--like-at").entries
+    """Take the layout of another checkpoint."""
+    layout = layout_of(places.find(checkpoint, at, "--like-at").entries)
     where = f" --like-at {quoted(at)}" if at else ""
-    dtypes = {
-        key: value.dtype.torch_name for key, value in entries.items() if isinstance(value, TENSORS)
-    }
-    return reference(
-        checkpoint.path,
-        _shapes(entries),
-        ties(entries),
-        dtypes,
-        anywhere=anywhere,
-        option=f"--like {file_argument(checkpoint.path)}{where}",
-    )
+    option = f"--like {file_argument(checkpoint.path)}{where}"
+    return reference(checkpoint.path, layout, anywhere=anywhere, option=option)
 
 
 def fit(shapes: Mapping[str, Shape], target: Reference) -> Fit:
@@ -202,38 +187,32 @@ def transfer(
     `rewrite` raises.
     """
     options = options or Options()
-    checkpoint = opened or containers.read(source)
-    if like is None:
-        result = surgery.rewrite(
-            source, target, steps, bare=True, options=options, progress=progress, opened=checkpoint
-        )
-        return Transferred(result, None)
-    entries = _entries_after(checkpoint, steps, options)
-    found = fit(_shapes(entries), like)
-    if adapt is not None:
-        step, found = _adapted(entries, found, like, adapt)
-        steps = [*steps, *step]
-    if found.filled < min_match:
-        where = f" --at {quoted(options.at)}" if options.at else ""
-        named = f"{file_argument(checkpoint.path)}{where}"
-        raise _poor(found, _shapes(entries), like, min_match, named)
-    mismatched = [each.key for each in found.mismatched]
-    further = [
-        edits.without(mismatched, edits.SHAPE_DIFFERS),
-        edits.without(found.absent, f"not in {like.name}"),
-    ]
-    unfilled = [*mismatched, *found.missing]
-    with fill(unfilled) if fill else nullcontext({}) as added:
+    checkpoint, found, unfilled = opened or containers.read(source), None, list[str]()
+    if like is not None:
+        entries = _entries_after(checkpoint, steps, options)
+        found = fit(shapes_of(entries), like)
+        if adapt is not None:
+            step, found = _adapted(entries, found, like, adapt)
+            steps = [*steps, *step]
+        if found.filled < min_match:
+            where = f" --at {quoted(options.at)}" if options.at else ""
+            named = f"{file_argument(checkpoint.path)}{where}"
+            raise _poor(found, shapes_of(entries), like, min_match, named)
+        mismatched = [each.key for each in found.mismatched]
+        unfilled = [*mismatched, *found.missing]
+        dropped = edits.without(mismatched, edits.SHAPE_DIFFERS)
+        steps = [*steps, dropped, edits.without(found.absent, f"not in {like.name}")]
+    with fill(unfilled) if like and fill else nullcontext({}) as added:
         result = surgery.rewrite(
             source,
             target,
-            [*steps, *further],
+            steps,
             bare=True,
             options=options,
             progress=progress,
             opened=checkpoint,
             added=added,
-            order=list(like.shapes) if added else (),
+            order=list(like.shapes) if like and added else (),
         )
         return Transferred(result, found, tuple(added))
 
@@ -244,10 +223,6 @@ def _entries_after(
     """Return what is there after the first edits."""
     state = places.find(checkpoint, options.at)
     return edits.apply(steps, state.entries, argument(checkpoint, options))[0].entries
-
-
-def _shapes(entries: Mapping[str, Value]) -> dict[str, Shape]:
-    return {key: value.shape for key, value in entries.items() if isinstance(value, TENSORS)}
 
 
 def _adapted(
@@ -261,7 +236,7 @@ def _adapted(
         return [], found
     step, done = adapting.edit(kinds, wanted, asked)
     after = edits.apply([step], entries)[0].entries
-    return [step], replace(fit(_shapes(after), like), adapted=tuple(done))
+    return [step], replace(fit(shapes_of(after), like), adapted=tuple(done))
 
 
 def _poor(
@@ -341,10 +316,9 @@ def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tup
 
 def _moves(here: Mapping[str, Shape], there: Mapping[str, Shape]) -> list[tuple[str, str]]:
     """List the moves of a prefix that would bring most elements to keys of their shape."""
-    wanted: dict[tuple[str, Shape], list[str]] = {}
-    for key, sizes in there.items():
-        for new, rest in _cut(key):
-            wanted.setdefault((rest, sizes), []).append(new)
+    wanted = grouped(
+        ((rest, sizes), new) for key, sizes in there.items() for new, rest in _cut(key)
+    )
     found: Counter[tuple[str, str]] = Counter()
     for key, sizes in here.items():
         for old, rest in _cut(key):

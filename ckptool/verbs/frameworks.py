@@ -79,11 +79,7 @@ _EMA = "`{}` holds the averaged weights, which are the ones usually evaluated"
 
 # The more particular stand first: the first row that fits is taken.
 _ROWS = (
-    _Row(
-        "PyTorch Lightning",
-        "state_dict pytorch-lightning_version|hparams_name",
-        prefix="model.",
-    ),
+    _Row("PyTorch Lightning", "state_dict pytorch-lightning_version|hparams_name", prefix="model."),
     _Row("PyTorch Lightning", "state_dict hyper_parameters", prefix="model."),
     _Row("PyTorch Lightning", "state_dict loops callbacks", prefix="model."),
     _Row("DeepSpeed", "module ds_version|ds_config"),
@@ -147,11 +143,7 @@ _ROWS = (
         also=_rooted("transformers.training_args.TrainingArguments"),
         note="it holds no weights",
     ),
-    _Row(
-        "a random state of transformers' Trainer",
-        "python numpy cpu",
-        note="it holds no weights",
-    ),
+    _Row("a random state of transformers' Trainer", "python numpy cpu", note="it holds no weights"),
     _Row(
         "the state of a scheduler alone (scheduler.pt of transformers' Trainer)",
         "base_lrs last_epoch",

@@ -19,10 +19,8 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors import numbers
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.tensor import CompositeTensor, TensorInfo, without_repeats
+from ckptool.verbs.finite import BLOCK, MAX_REPEATS, SMALL
 
-BLOCK = 1 << 19
-MAX_REPEATS = 4  # times the bytes of the storages: views of indices do not overlap
-SMALL = 1 << 20
 _BY_ROWS, _BY_COLUMNS = ("sparse_csr", "sparse_bsr"), ("sparse_csc", "sparse_bsc")
 _IN_BLOCKS = ("sparse_bsr", "sparse_bsc")
 

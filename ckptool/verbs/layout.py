@@ -15,7 +15,6 @@ from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, module_metadata, replacing, walk
 from ckptool.tensors.tensor import AnyTensor
 from ckptool.text import counted, readable
-from ckptool.verbs.options import Options
 from ckptool.verbs.plan import Plan
 
 if TYPE_CHECKING:
@@ -62,26 +61,26 @@ class Laid:
 
 
 @containers.without_collection()
-def lay_out(plan: Plan, form: Form, options: Options) -> Laid:
+def lay_out(plan: Plan, form: Form) -> Laid:
     """Plan the bytes of the output."""
     if form.distributed:
-        return _distributed(plan, options)
+        return _distributed(plan)
     if form.max_shard_size is not None:
-        return _shards(plan, form.max_shard_size, options)
-    return Laid(Output((_file(plan, options),)), _tensors(plan))
+        return _shards(plan, form.max_shard_size)
+    return Laid(Output((_file(plan),)), _tensors(plan))
 
 
 def _tensors(plan: Plan) -> Tensors:
     """List the tensors of a file, or of all shards."""
-    if plan.state is not None and not containers.by_name(plan.container).traits.around:
+    if plan.state is not None and not plan.kind.traits.around:
         return [((key,), value) for key, value in plan.state.entries.items()]
     return list(walk.tensors(plan.checkpoint.tree))
 
 
-def _file(plan: Plan, options: Options) -> PlannedFile:
+def _file(plan: Plan) -> PlannedFile:
     """Plan a file."""
     entries = plan.state.entries if plan.state is not None else None
-    return _writer(plan.container).lay_out(plan.checkpoint, entries, options.untie)
+    return _writer(plan.container).lay_out(plan.checkpoint, entries, plan.options.untie)
 
 
 def _writer(container: str) -> Writer:
@@ -90,7 +89,7 @@ def _writer(container: str) -> Writer:
     return writer
 
 
-def _distributed(plan: Plan, options: Options) -> Laid:
+def _distributed(plan: Plan) -> Laid:
     """Plan a distributed checkpoint; note what it has no place for."""
     from ckptool.containers import _dcp_output
 
@@ -101,7 +100,7 @@ def _distributed(plan: Plan, options: Options) -> Laid:
             hint="writes only the state_dict" if plan.state is not None else "",
         )
     flat = _dcp_output.flatten(plan.checkpoint.tree)
-    if flat.unfit and not options.tensors_only:
+    if flat.unfit and not plan.options.tensors_only:
         raise NotRepresentable(
             f"a distributed checkpoint cannot hold {counted(len(flat.unfit), 'value')}",
             evidence=[f"{place}: {reason}" for place, reason in list(flat.unfit.items())[:8]],
@@ -119,7 +118,7 @@ def _distributed(plan: Plan, options: Options) -> Laid:
     return Laid(output, list(flat.tensors()))
 
 
-def _shards(plan: Plan, limit: int, options: Options) -> Laid:
+def _shards(plan: Plan, limit: int) -> Laid:
     """Plan the shards of a bare state_dict, and their index where they are several."""
     from ckptool.containers import sharding
 
@@ -130,7 +129,7 @@ def _shards(plan: Plan, limit: int, options: Options) -> Laid:
             evidence=plan.checkpoint.kept[:8],
             hint="leave out --keep-records, or --max-shard-size",
         )
-    named, traits = names(plan.container), containers.by_name(plan.container).traits
+    named, traits = names(plan.container), plan.kind.traits
     if traits.objects:  # a shard has no place for other attributes of the state_dict
         plan.not_carried += module_metadata.left(plan.checkpoint.tree)
     whole = plan.checkpoint = _part(plan, plan.state.entries).checkpoint
@@ -138,7 +137,7 @@ def _shards(plan: Plan, limit: int, options: Options) -> Laid:
     shards = dict(zip(named.shards(len(split.shards)), split.shards, strict=True))
     if len(shards) > 1 and not traits.objects:  # the index holds it
         plan.state = replace(plan.state, metadata=None)
-    files = [replace(_file(_part(plan, keys), options), name=name) for name, keys in shards.items()]
+    files = [replace(_file(_part(plan, keys)), name=name) for name, keys in shards.items()]
     large = sum(file.job_nbytes > limit for file in files)
     if large and len(files) > 1:
         what = "shard is" if large == 1 else "shards are"

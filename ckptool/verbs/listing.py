@@ -14,7 +14,7 @@ from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.parts import Part
 from ckptool.tensors.counts import Statistics
-from ckptool.tensors.tensor import TENSORS, AnyTensor, CompositeTensor, TensorInfo
+from ckptool.tensors.tensor import AnyTensor, CompositeTensor, TensorInfo, tensors_of
 from ckptool.text import counted, html_table, readable, shape, visible
 
 if TYPE_CHECKING:  # the copy engine takes long to load
@@ -151,7 +151,7 @@ def listing(checkpoint: Checkpoint, at: str | None = None, *, every: bool = Fals
             arrays=arrays,
             part=places.part_of(checkpoint, None) if every else None,
         )
-    tensors = [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
+    tensors = list(tensors_of(state.entries).items())
     beside = places.beside(checkpoint.tree, state.at)
     _, arrays = _arrays(checkpoint, [state])
     return Listing(checkpoint, state=state, entries=tensors, beside=beside, at=at, arrays=arrays)

@@ -11,11 +11,10 @@ from ckptool.errors import EditError, LimitExceeded
 from ckptool.files import publish
 from ckptool.records import dataclass
 from ckptool.state import matching, matching_recipe
-from ckptool.state.edits import Entries
 from ckptool.state.matching import Matching
 from ckptool.state.matching_recipe import Draft
 from ckptool.state.matching_units import Node
-from ckptool.tensors.tensor import TENSORS
+from ckptool.tensors.tensor import shapes_of
 from ckptool.text import counted, length, listed, visible
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
@@ -170,20 +169,13 @@ def _side_of(given: CheckpointLike, at: str | None, option: str) -> Side:
     if isinstance(given, str | PathLike) and (rows := listed_keys(given)) is not None:
         return Side(str(given), rows)
     with live.opened(given) as checkpoint:
-        return side(checkpoint.path, places.find(checkpoint, at, option).entries)
+        return Side(checkpoint.path, shapes_of(places.find(checkpoint, at, option).entries))
 
 
 def _model_side(spec: ModelLike, args: Mapping[str, object]) -> Side:
     from ckptool.model import zoo
 
     return Side(zoo.named(spec), zoo.layout(spec, args)[0])
-
-
-def side(name: str, entries: Entries) -> Side:
-    """Return the tensors among entries as a side."""
-    return Side(
-        name, {key: value.shape for key, value in entries.items() if isinstance(value, TENSORS)}
-    )
 
 
 def listed_keys(path: str | Path) -> Shapes | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 
 from ckptool import containers, text
-from ckptool.containers import Left
+from ckptool.containers import Container, Left
 from ckptool.errors import EditError, NothingMatched
 from ckptool.pickles import pruning
 from ckptool.pickles.subclasses import as_pickled, class_of, tensors_in
@@ -53,6 +53,7 @@ class Plan:
     state: StateDict | None
     key_map: KeyMap
     container: str
+    options: Options
     not_carried: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -61,6 +62,11 @@ class Plan:
     bare: bool = False
     edit: edits.KeyEdit = field(default=lambda key: key)
     casts: list[Cast] = field(default_factory=list)  # once they are written
+
+    @property
+    def kind(self) -> Container:
+        """Return the container that is written."""
+        return containers.by_name(self.container)
 
 
 @containers.without_collection()
@@ -74,33 +80,33 @@ def make_plan(
     options: Options,
 ) -> Plan:
     """Edit the tree in memory."""
-    bare = bare or not containers.by_name(container).traits.around or bool(checkpoint.program)
-    plan = Plan(checkpoint, None, edits.KeyMap((), {}), container, bare=bare)
+    plan = Plan(checkpoint, None, edits.KeyMap((), {}), container, options)
+    plan.bare = bare or not plan.kind.traits.around or bool(checkpoint.program)
     try:
-        _find_and_edit(plan, steps, unwrap=unwrap, options=options)
+        _find_and_edit(plan, steps, unwrap=unwrap)
     except EditError:
-        _refuse_unsafe(plan, options)
+        _refuse_unsafe(plan)
         raise
     state = plan.state
-    _keep_records(plan, options)
+    _keep_records(plan)
     if options.drop_beside:
         assert state is not None
         tree, gone = surroundings.without(checkpoint.tree, state.at, options.drop_beside)
         plan.checkpoint, plan.not_carried = replace(plan.checkpoint, tree=tree), gone
-    if options.tensors_only and not bare:
+    if options.tensors_only and not plan.bare:
         _leave_classes(plan)
     if checkpoint.program:
         plan.notes.insert(0, f"took the state_dict out of a {checkpoint.program}")
     if state is not None:
         plan.notes += state.notes
         plan.warnings += state.missing
-        if bare or not state.module or options.tensors_only:
-            _edit_state(plan, state, changed=bool(steps), tensors_only=options.tensors_only)
+        if plan.bare or not state.module or options.tensors_only:
+            _edit_state(plan, state, changed=bool(steps))
     if plan.key_map.pairs and not plan.key_map.written:
         plan.warnings.append(f"nothing is left of {len(plan.key_map.pairs)} keys")
-    _leave_behind(plan, bare=bare, options=options)
+    _leave_behind(plan)
     _refuse_empty(plan, checkpoint)
-    _judge(plan, bare=bare, options=options)
+    _judge(plan)
     if plan.state is not None and not any(step.name.startswith("add ") for step in steps):
         removable = wrappers.worn(plan.state.entries, removable=True)
         for line in wrappers.worn(plan.state.entries):
@@ -109,19 +115,19 @@ def make_plan(
     return plan
 
 
-def _refuse_unsafe(plan: Plan, options: Options) -> None:
+def _refuse_unsafe(plan: Plan) -> None:
     """Raise `UnsafePickle` where an output would run code, as far as it is known what it holds."""
-    if options.tensors_only or (plan.bare and plan.state is None):
+    if plan.options.tensors_only or (plan.bare and plan.state is None):
         return
     if plan.bare and plan.state is not None:
         plan.checkpoint = replace(plan.checkpoint, tree=list(plan.state.entries.values()))
-    _judge(plan, bare=plan.bare, options=options)
+    _judge(plan)
 
 
-def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: Options) -> None:
+def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool) -> None:
     """Find the state_dict and edit its keys and values; nothing is put into the tree yet."""
-    checkpoint, bare = plan.checkpoint, plan.bare
-    needed = bool(steps) or bare or options.at is not None or bool(options.drop_beside)
+    checkpoint, options = plan.checkpoint, plan.options
+    needed = bool(steps) or plan.bare or options.at is not None or bool(options.drop_beside)
     state = places.locate(checkpoint, options.at) if needed else places.find_or_none(checkpoint)
     places.refuse_part(checkpoint, state)
     plan.state = state
@@ -137,8 +143,8 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
             f"{checkpoint.path} is a bare state_dict: nothing to unwrap",
             hint="`ckptool convert` writes it again as it is",
         )
-    if state is not None and state.module and not bare:
-        _refuse_attributes(checkpoint, state, changed=bool(steps), options=options)
+    if state is not None and state.module and not plan.bare:
+        _refuse_attributes(plan, state, changed=bool(steps))
     keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
     plan.key_map, plan.edit = edits.apply(steps, keys, argument(checkpoint, options))
     plan.notes = list(checkpoint.notes)
@@ -147,14 +153,14 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool, options: 
         plan.notes.append(f"not written, attributes of tensors that are cast: {listed(lost, 4)}")
 
 
-def _keep_records(plan: Plan, options: Options) -> None:
+def _keep_records(plan: Plan) -> None:
     """Keep further records of a torch zip if asked to; refuse to lose them in place."""
     source = plan.checkpoint
     found = [name for name in source.unread if not name.startswith("data/")]
     if not containers.by_name(source.container).traits.records or not found:
         return
-    if options.keep_records:
-        if not containers.by_name(plan.container).traits.records:
+    if plan.options.keep_records:
+        if not plan.kind.traits.records:
             raise EditError(
                 "only a torch zip can hold extra records",
                 evidence=found[:8],
@@ -162,7 +168,7 @@ def _keep_records(plan: Plan, options: Options) -> None:
             )
         unread = tuple(name for name in source.unread if name not in found)
         plan.checkpoint = replace(source, unread=unread, kept=tuple(found))
-    elif options.in_place:
+    elif plan.options.in_place:
         raise EditError(
             f"{source.path} holds {counted(len(found), 'extra record')} that --in-place would lose",
             evidence=found[:8],
@@ -181,10 +187,9 @@ def _all_keys(checkpoint: Checkpoint) -> list[str]:
     return [name for name, _ in walk.named(checkpoint.tree)]
 
 
-def _refuse_attributes(
-    checkpoint: Checkpoint, state: StateDict, *, changed: bool, options: Options
-) -> None:
+def _refuse_attributes(plan: Plan, state: StateDict, *, changed: bool) -> None:
     """Refuse to rename what are attributes of Python objects."""
+    checkpoint, options = plan.checkpoint, plan.options
     if not changed and not options.untie and not options.tensors_only:
         return
     at = f" at `{walk.dotted(state.at)}`" if state.at else ""
@@ -219,15 +224,14 @@ def _class_left(state: StateDict) -> str:
     return f"the class {state.module} and its attributes"
 
 
-def _edit_state(plan: Plan, state: StateDict, *, changed: bool, tensors_only: bool) -> None:
+def _edit_state(plan: Plan, state: StateDict, *, changed: bool) -> None:
     """Put the edited state_dict where the old one was, or alone."""
     entries = dict(plan.key_map.entries)
-    if tensors_only or not containers.by_name(plan.container).traits.objects:
+    if plan.options.tensors_only or not plan.kind.traits.objects:
         arrays = {key for key, value in entries.items() if as_pickled(value) is not value}
         entries |= {key: replace(entries[key], origin=None) for key in arrays}
     for old in plan.key_map.dropped:
-        value = state.entries[old]
-        shape = value.shape if isinstance(value, TENSORS) else None
+        shape = getattr(state.entries[old], "shape", None)
         plan.dropped.append(Dropped(old, *plan.key_map.why[old], shape))
     tree = plan.checkpoint.tree
     metadata = module_metadata.cleaned(state.metadata)
@@ -255,7 +259,7 @@ def _edit_state(plan: Plan, state: StateDict, *, changed: bool, tensors_only: bo
 
 def _take_out(plan: Plan, state: StateDict, original: Node) -> None:
     """Make the edited state_dict the whole, and name what is not written."""
-    tree, container = plan.checkpoint.tree, containers.by_name(plan.container)
+    tree, container = plan.checkpoint.tree, plan.kind
     if state.module:
         plan.not_carried.append(_class_left(state))
         plan.notes += _no_part(original, plan.state or state)  # as it was before edits
@@ -313,9 +317,9 @@ def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
     )
 
 
-def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
+def _leave_behind(plan: Plan) -> None:
     """With --tensors-only, take out what is neither tensor nor plain value; untie on request."""
-    if options.tensors_only:
+    if plan.options.tensors_only:
         tree, left, flattened = pruning.only_plain(plan.checkpoint.tree)
         if flattened:
             classes = listed(f"{name} x {count}" for name, count in flattened.items())
@@ -327,18 +331,18 @@ def _leave_behind(plan: Plan, *, bare: bool, options: Options) -> None:
             gone = [key for key in plan.key_map.written if key not in here]
             _drop(plan, dict.fromkeys(gone, "needs what is not plain"))
         else:
-            _leave_entries(plan, left, bare=bare)
-    container = containers.by_name(plan.container)
-    if plan.state is not None and container.writer and container.writer.unfit:
-        _leave_unfit(plan, container.writer.unfit(plan.state.entries, options.untie), options)
-    if options.untie and container.traits.ties:
+            _leave_entries(plan, left)
+    writer, untie = plan.kind.writer, plan.options.untie
+    if plan.state is not None and writer and writer.unfit:
+        _leave_unfit(plan, writer.unfit(plan.state.entries, untie))
+    if untie and plan.kind.traits.ties:
         _untie(plan)
 
 
-def _leave_entries(plan: Plan, left: list[str], *, bare: bool) -> None:
+def _leave_entries(plan: Plan, left: list[str]) -> None:
     """Count the entries that pruning took out of the state_dict, and name what else it took."""
     assert plan.state is not None
-    at = () if bare else plan.state.at
+    at = () if plan.bare else plan.state.at
     try:
         kept = places.state_dict_at(plan.checkpoint, at).entries
     except KeyError:
@@ -376,10 +380,10 @@ def _why_left(value: Node) -> str:
     return "holds tensors in an object" if holds else "neither a tensor nor a plain value"
 
 
-def _leave_unfit(plan: Plan, left: Left, options: Options) -> None:
+def _leave_unfit(plan: Plan, left: Left) -> None:
     """Name what the container leaves out: ties always, what does not fit with --tensors-only."""
     assert plan.state is not None
-    if options.tensors_only:
+    if plan.options.tensors_only:
         _drop(plan, left.unfit)
         entries = {key: value for key, value in plan.state.entries.items() if key not in left.unfit}
         plan.state = replace(plan.state, entries=entries)
@@ -395,8 +399,7 @@ def _drop(plan: Plan, reasons: Mapping[str, str]) -> None:
     plan.key_map = replace(plan.key_map, pairs=pairs)
     for new, reason in reasons.items():
         value = plan.state.entries.get(new) if plan.state else None
-        shape = value.shape if isinstance(value, TENSORS) else None
-        plan.dropped.append(Dropped(old[new], new, reason, shape))
+        plan.dropped.append(Dropped(old[new], new, reason, getattr(value, "shape", None)))
 
 
 def _untie(plan: Plan) -> None:
@@ -417,9 +420,10 @@ def _untie(plan: Plan) -> None:
     _put_in(plan, plan.state)
 
 
-def _judge(plan: Plan, *, bare: bool, options: Options) -> None:
+def _judge(plan: Plan) -> None:
     """Note what is foreign, and refuse to carry on what is dangerous."""
-    warnings, notes = carrying.judge(plan.checkpoint, plan.container, options, bare=bare)
+    named = plan.checkpoint, plan.container
+    warnings, notes = carrying.judge(*named, plan.options, bare=plan.bare)
     plan.warnings += warnings
     plan.notes += notes
 

@@ -6,28 +6,25 @@ the top is a layer itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from ckptool.errors import NothingMatched
-from ckptool.files import fileio
 from ckptool.files.copying import Begin
-from ckptool.files.fileio import Readers
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, selecting
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.counts import NO_TOLERANCE, NOWHERE, Distance, Statistics
+from ckptool.tensors.counts import NOWHERE, Distance, Statistics
 from ckptool.tensors.differences import comparable
 from ckptool.tensors.numbers import FLOATS
 from ckptool.tensors.statistics import quantiles
 from ckptool.tensors.tensor import AnyTensor, TensorInfo
 from ckptool.text import argument, counted
-from ckptool.verbs import compare, compare_sides, compare_tensors
+from ckptool.verbs import compare_sides
 from ckptool.verbs.compare_sides import Asked
-from ckptool.verbs.compare_tensors import Pair
+from ckptool.verbs.compare_tensors import compare, pair, refuse_changed
 from ckptool.verbs.listing import Entry, Listing
 
 if TYPE_CHECKING:
@@ -164,7 +161,7 @@ def change(
         (key, info) for key, info in one.entries.items() if key in chosen and _is_float(info)
     ]
     pairs = {
-        key: compare_tensors.pair(info, twin)
+        key: pair(info, twin)
         for key, info in entries
         if isinstance(twin := other.entries.get(key), TensorInfo) and _alike(info, twin)
     }
@@ -173,7 +170,9 @@ def change(
             f"no tensor of floats has its key and shape in {left.path} and {right.path}",
             hint=f"ckptool diff --structure {argument(left.path)} {argument(right.path)}",
         )
-    moved = _distances(left, right, pairs, progress)
+    found = compare([*pairs.values()], (left, right), progress)
+    refuse_changed((left, right))
+    moved = {key: found[each.views].distance for key, each in pairs.items()}
     layers = [
         replace(_layer(path, inside), moved=sum((moved[key] for key, _ in inside), NOWHERE))
         for path, inside in _by_layer([e for e in entries if e[0] in pairs], depth).items()
@@ -188,35 +187,12 @@ def _alike(left: AnyTensor, right: TensorInfo) -> bool:
     return alike and comparable(left.dtype, right.dtype)
 
 
-def _distances(
-    left: Checkpoint, right: Checkpoint, pairs: Mapping[str, Pair], progress: Begin
-) -> dict[str, Distance]:
-    """Measure pairs of tensors, each pair of views once."""
-    limit = compare.refuse_repeats([*pairs.values()], left, right)
-    known: dict[tuple[object, ...], Distance] = {}
-    step = progress(2 * sum(each.nbytes for each in pairs.values()))
-    with closing(Readers()) as readers:
-        for each in pairs.values():
-            if each.views not in known:
-                done = compare_tensors.compare(
-                    each, readers, NO_TOLERANCE, limit, step, measured=True
-                )
-                known[each.views] = done.distance
-    for path, _ in (*left.files, *right.files):
-        fileio.refuse_changed(path)
-    return {key: known[each.views] for key, each in pairs.items()}
-
-
 def _is_float(info: object) -> bool:
     return isinstance(info, TensorInfo) and info.dtype in FLOATS
 
 
 def _plot(
-    kind: str,
-    found: Listing,
-    other: str | None,
-    layers: Sequence[Layer],
-    notes: Sequence[str] = (),
+    kind: str, found: Listing, other: str | None, layers: Sequence[Layer], notes: Sequence[str] = ()
 ) -> Plot:
     if not layers:
         raise NothingMatched(f"{found.checkpoint.path} has no tensors to draw")

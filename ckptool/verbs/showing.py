@@ -163,7 +163,7 @@ def _inside(node: Node) -> list[tuple[str, Node]]:
     if isinstance(node, Set):
         return _inside(node.items)
     pairs = items(node) or (modules.attributes(node) if isinstance(node, Object) else None) or []
-    return [(name, value) for name, value in walk.labelled(pairs)]
+    return walk.labelled(pairs)
 
 
 # Tensors.

@@ -15,7 +15,7 @@ from ckptool.files.fileio import MARK
 from ckptool.pickles import pruning, safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.subclasses import as_pickled, class_of
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state import checkpoint as places, edits, walk
 from ckptool.state.wrappers import peeling, without, worn
 from ckptool.tensors.tensor import CompositeTensor
@@ -49,11 +49,8 @@ def suggestions(facts: Survey) -> list[Suggestion]:
     path = facts.checkpoint.path
     if paths.is_url(path) and path.endswith(HIDDEN):
         return []  # a command without what lets us in does not work
-    joined: dict[tuple[object, ...], list[Advice]] = {}
-    for rule in (_part,) if facts.part else _RULES:
-        for advice in rule(facts):
-            key = (advice.verb, advice.options, advice.suffix)
-            joined.setdefault(key, []).append(advice)
+    advised = (each for rule in ((_part,) if facts.part else _RULES) for each in rule(facts))
+    joined = grouped(((each.verb, each.options, each.suffix), each) for each in advised)
     taken: set[str] = set()
     return [
         Suggestion("; ".join(each.reason for each in same), _command(facts, same[0], taken))

@@ -29,7 +29,7 @@ from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
-from ckptool.tensors.tensor import TENSORS, Packing, Storage, TensorInfo
+from ckptool.tensors.tensor import Packing, Storage, TensorInfo, tensors_of
 from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs import casting, destination
 from ckptool.verbs.casting import Cast
@@ -181,9 +181,9 @@ def rewrite(
         add_entries(plan, added, order)
     if options.map_location is not None:
         _tag(plan, options.map_location, form)
-    laid = lay_out(plan, form, options)
+    laid = lay_out(plan, form)
     _refuse_expansion(checkpoint, laid.output, options)
-    result = _result(plan, target, laid, place, options)
+    result = _result(plan, target, laid, place)
     publish.refuse_full(place, laid.output.nbytes)
     if group.size > 1:
         from ckptool.verbs import agreement
@@ -194,7 +194,7 @@ def rewrite(
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
     meant = (laid.tensors, laid.output.nbytes)
-    judge = partial(_accept, plan, accept, place, options.in_place)
+    judge = partial(_accept, plan, accept, place)
     check = partial(_check, plan, judge, place, *meant)
     outputs = [laid.output]
     if place.pipe is not None:
@@ -214,7 +214,7 @@ def _tag(plan: Plan, location: str, form: Form) -> None:
     """Have all storages tagged with a device; refuse where the output has no tags."""
     if not re.fullmatch(DEVICES, location, re.ASCII):
         raise EditError(f"`{location}` is not a device", hint="--map-location cpu, or cuda:0")
-    container = containers.by_name(plan.container)
+    container = plan.kind
     if form.distributed or not container.traits.device_tags:
         raise EditError(
             f"{container.title} has no device tags: --map-location is for torch files",
@@ -268,13 +268,11 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     raise WriteError(message, option="--allow-expand", hint="if that is intended")
 
 
-def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options) -> Rewrite:
+def _result(plan: Plan, target: str, laid: Laid, place: Target) -> Rewrite:
     """Return what a plan does."""
     entries = plan.state.entries if plan.state is not None else {}
     again = tied(plan)
-    infos = [
-        value for key, value in entries.items() if isinstance(value, TENSORS) and key not in again
-    ]
+    infos = [value for key, value in tensors_of(entries).items() if key not in again]
     if plan.state is None:
         infos = [info for _, info in walk.tensors(plan.checkpoint.tree)]
     not_carried = [*plan.not_carried, *plan.checkpoint.unread]
@@ -298,7 +296,7 @@ def _result(plan: Plan, target: str, laid: Laid, place: Target, options: Options
         notes=tuple(plan.notes),
         warnings=tuple(plan.warnings),
         bare=plan.bare,
-        dry_run=options.dry_run,
+        dry_run=plan.options.dry_run,
         free=publish.free_space(place),
         shards=laid.shards,
         casts=tuple(map(casting.planned, plan.key_map.casts)),
@@ -312,13 +310,13 @@ def _rearranged(key_map: KeyMap) -> tuple[str, ...]:
     return tuple(old for old in same if old in key_map.remade)
 
 
-def _accept(plan: Plan, accept: Callable[[], None], place: Target, in_place: bool) -> None:
+def _accept(plan: Plan, accept: Callable[[], None], place: Target) -> None:
     """Raise what is wrong with what was read, once all of it was: `Overflow`, for one."""
     accept()
     plan.casts += map(casting.written, plan.key_map.casts)
     for source, _ in plan.checkpoint.files:
         fileio.refuse_changed(source)
-        if in_place and isinstance(source, fileio.OpenFile) and source.replaced():
+        if plan.options.in_place and isinstance(source, fileio.OpenFile) and source.replaced():
             raise OutputExists(
                 f"{place.path} was replaced by another process meanwhile; it was not changed",
                 hint="run it again",
@@ -347,7 +345,7 @@ def _check(
             evidence=[error.message],
             hint="check the disk",
         ) from error
-    traits = containers.by_name(plan.container).traits
+    traits = plan.kind.traits
     strided = traits.strides and not traits.beside_files  # each entry there has its own storage
     meant, found = (
         ((way, _described(info, strided)) for way, info in pairs)

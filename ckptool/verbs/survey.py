@@ -17,12 +17,12 @@ from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.safety import Verdict
 from ckptool.pickles.tree import Node
-from ckptool.records import dataclass, plain
+from ckptool.records import dataclass, grouped, plain
 from ckptool.state import checkpoint as places, naming, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.modules import Effort
 from ckptool.state.parts import Part
-from ckptool.state.walk import Path, labelled
+from ckptool.state.walk import Path
 from ckptool.state.wrappers import Peeling, peeling, worn
 from ckptool.tensors.tensor import (
     TENSORS,
@@ -30,6 +30,7 @@ from ckptool.tensors.tensor import (
     Packing,
     TensorInfo,
     is_contiguous,
+    tensors_of,
 )
 from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs.ledger import Ledger, stored
@@ -299,20 +300,16 @@ def _tensors(checkpoint: Checkpoint, state: StateDict | None) -> list[tuple[str,
     """List the tensors of the state_dict by key, or those of the whole file by path."""
     if state is None:
         return list(walk.named(checkpoint.tree))
-    return [(key, value) for key, value in state.entries.items() if isinstance(value, TENSORS)]
+    return list(tensors_of(state.entries).items())
 
 
 def _place(
-    checkpoint: Checkpoint,
-    path: Path,
-    state: StateDict | None,
-    ledger: Ledger,
-    known: places.Steps,
+    checkpoint: Checkpoint, path: Path, state: StateDict | None, ledger: Ledger, known: places.Steps
 ) -> Place:
     if state is None or state.at != path:
         state = places.state_dict_at(checkpoint, path, known)
     keys = list(state.entries)
-    tensors = [value for value in state.entries.values() if isinstance(value, TENSORS)]
+    tensors = tensors_of(state.entries).values()
     left = _left_behind(state.entries)
     before = ledger.nbytes
     ledger.take(places.state_dict_node(checkpoint.tree, path, known))
@@ -339,9 +336,7 @@ def _total(tensors: Iterable[AnyTensor]) -> Total:
 
 def _by_dtype(entries: Sequence[tuple[str, AnyTensor]]) -> dict[str, Total]:
     """Count tensors by dtype, those of most bytes first."""
-    kinds: dict[str, list[AnyTensor]] = {}
-    for _, info in entries:
-        kinds.setdefault(info.dtype.label, []).append(info)
+    kinds = grouped((info.dtype.label, info) for _, info in entries)
     totals = {label: _total(infos) for label, infos in kinds.items()}
     return dict(sorted(totals.items(), key=lambda item: -item[1].nbytes))
 
@@ -365,17 +360,11 @@ def _around(tree: Node, paths: Sequence[Path], known: places.Steps) -> Iterator[
     if not paths:
         inner = {()}
     for level in sorted(inner, key=len):
-        for key, value in dict(_named(places.state_dict_node(tree, level, known))).items():
+        node = places.state_dict_node(tree, level, known)
+        for key, value in dict(places.ways(node, Effort())).items():
             here = (*level, key)
             if here not in taken:
                 yield walk.dotted(here), value
-
-
-def _named(node: Node) -> list[tuple[str, Node]]:
-    pairs = places.items(node)
-    if not pairs:
-        return list(places.ways(node, Effort()))
-    return labelled(pairs)
 
 
 def _beside(name: str, node: Node, ledger: Ledger, said: dict[int, tuple[str, bool]]) -> Beside:
@@ -384,8 +373,5 @@ def _beside(name: str, node: Node, ledger: Ledger, said: dict[int, tuple[str, bo
     count = ledger.take(node)
     if id(node) not in said:  # one node may be under any number of names
         named = places.text_items(node) or []
-        said[id(node)] = (
-            naming.what(node),
-            any(isinstance(value, TENSORS) for _, value in named),
-        )
+        said[id(node)] = (naming.what(node), any(isinstance(value, TENSORS) for _, value in named))
     return Beside(name, said[id(node)][0], count, ledger.nbytes - before, said[id(node)][1])

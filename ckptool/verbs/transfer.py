@@ -143,11 +143,10 @@ def _model(
 ) -> tuple[Reference, Fill | None]:
     from ckptool.model import initial, zoo
 
-    shapes, dtypes, ties = zoo.layout(spec, args)
+    layout = zoo.layout(spec, args)
     fill = None if seed is None else initial.initial_values(spec, args, seed)
     words = [quoted(zoo.argument(*each)) for each in args.items()]
     option = (
         " --model-arg ".join([f"--model {quoted(spec)}", *words]) if isinstance(spec, str) else ""
     )
-    name = zoo.named(spec)
-    return fitting.reference(name, shapes, ties, dtypes, anywhere=anywhere, option=option), fill
+    return fitting.reference(zoo.named(spec), layout, anywhere=anywhere, option=option), fill

@@ -13,7 +13,7 @@ from conftest import FIXTURES
 
 from ckptool import containers
 from ckptool.containers import Container, Writer
-from ckptool.containers._sets import nothing
+from ckptool.containers._container import nothing
 from ckptool.files.fileio import Reader
 from ckptool.testing import check_container
 

@@ -12,6 +12,7 @@ from conftest import Outcome, listing
 
 from ckptool.containers import read
 from ckptool.errors import PoorFit
+from ckptool.state.layouts import Layout
 from ckptool.verbs import fitting
 from ckptool.verbs.fitting import Mismatch, Reference, fit, reference, reference_of
 
@@ -75,7 +76,8 @@ def test_a_permuted_shape_is_a_mismatch() -> None:
 
 
 def test_a_reference_is_peeled() -> None:
-    made = reference("target", {"_orig_mod.module.a": (1,), "_orig_mod.module.b": (2,)})
+    layout = Layout({"_orig_mod.module.a": (1,), "_orig_mod.module.b": (2,)}, {}, {})
+    made = reference("target", layout)
     assert made == Reference("target", {"a": (1,), "b": (2,)})
 
 
