@@ -33,7 +33,7 @@ def run(request: Request, call: Callable[..., Told]) -> int:
     folder = str(request.target)
     if not paths.is_url(folder) and os.path.lexists(folder[:-1]) and not os.path.isdir(folder):
         raise WriteError(f"{folder[:-1]} is not a folder", hint="name a folder as the output")
-    if len(request.sources) == 1 and not request.as_json:
+    if len(request.sources) == 1 and not talk.speaks_json():
         source = request.sources[0]
         tell(request, call(source, _target(request, source), parents=True))
         return 0
@@ -87,11 +87,11 @@ class _Batch:
         pairs = [(item.source, item.target) for item in self.items if not item.failure]
         batch.refuse_collisions(pairs)
         only_plan = self.request.options["dry_run"]
-        with _many.documents(self.request.as_json and only_plan) as add:
+        with _many.documents(only_plan) as add:
             for item in self.items:
                 self._plan(item, add)
         self._refuse_together()
-        with _many.documents(self.request.as_json and not only_plan) as add:
+        with _many.documents(not only_plan) as add:
             try:
                 if not only_plan:
                     self._write(add)
@@ -152,7 +152,7 @@ class _Batch:
 
     def _finished(self, item: _Item, told: Told, add: Add) -> None:
         """Say in a line what was done, or would be; keep what else there is to say."""
-        result, request = told.result, self.request
+        result = told.result
         item.written = True
         self.counts.update(report.counts(result))
         for line in result.warnings:
@@ -160,10 +160,10 @@ class _Batch:
         self._keep(item, [*report.rewrite_lines(result, fold=talk.folds()), *told.more])
         self._end(item, told.document or result.to_dict(), add)
         line = report.output_line(result)
-        if result.dry_run and not request.as_json:
+        if result.dry_run and not talk.speaks_json():
             talk.put([line])
         else:
-            talk.say([line], quiet=request.quiet)
+            talk.say([line])
 
     def _failed(self, item: _Item, error: Exception) -> CkptoolError:
         """Say in a line why there is no output; keep what would help."""
@@ -172,7 +172,7 @@ class _Batch:
             refused.within(item.source)
         self.worst = max(self.worst, refused.exit_code)
         item.failure = _many.failure(item.source, refused)
-        if not self.request.as_json:
+        if not talk.speaks_json():
             talk.complain(refused, in_a_line=True)
             self._keep(item, [f"hint: {visible(refused.hint)}"] if refused.hint else [])
         return refused
@@ -201,7 +201,7 @@ class _Batch:
         self._leave("interrupted", STOPPED, add)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(self._summary()) from None
-        talk.say([self._summary()])
+        talk.say([self._summary()], always=True)
         raise error
 
     def _refuse_together(self) -> None:
@@ -250,11 +250,11 @@ class _Batch:
         request = self.request
         for line, sources in self.details.items():
             who = sources[0] if len(sources) == 1 else counted(len(sources), "file")
-            talk.say([f"{who}: {line}"], quiet=request.quiet)
-        if request.options["dry_run"] and not request.as_json:
+            talk.say([f"{who}: {line}"])
+        if request.options["dry_run"] and not talk.speaks_json():
             talk.put([self._summary()])
         else:
-            talk.say([self._summary()], quiet=request.quiet and not self.left)
+            talk.say([self._summary()], always=bool(self.left))
 
     def _summary(self) -> str:
         options, files = self.request.options, counted(len(self.items), "file")

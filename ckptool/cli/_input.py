@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptool.cli import talk
+
 if TYPE_CHECKING:
     from ckptool.files.stream import Pipe
 
@@ -38,11 +40,11 @@ class Input(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 INPUT = Input()
 
 
-def standard_output(*, as_json: bool, is_data: bool) -> Pipe:
+def standard_output(*, is_data: bool) -> Pipe:
     """Return standard output as a place for bytes; it takes no document with them."""
     from ckptool.files.stream import Pipe
 
-    if is_data and as_json:
+    if is_data and talk.speaks_json():
         raise click.UsageError("--json and an output that is - both go to stdout")
     if is_data and sys.stdout.isatty():
         what = "- is standard output, which is a terminal: pipe it into a command or a file"

@@ -28,7 +28,7 @@ def command(request: Request, weights: str | None) -> None:
     from ckptool.cli import report
     from ckptool.verbs import combining
 
-    with talk.Progress(request.target or "", quiet=request.quiet) as progress:
+    with talk.Progress(request.target or "") as progress:
         done = combining.average(
             request.sources,
             request.target or "",

@@ -62,7 +62,7 @@ class _InOrder(Command):
     "--overflow",
     type=click.Choice(["refuse", "inf", "clamp"]),
     default="refuse",
-    help="What --dtype does with values beyond its largest number.  [default: refuse]",
+    help="What --dtype does with values beyond its largest number.",
 )
 @click.option(
     "--values",

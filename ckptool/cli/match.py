@@ -33,8 +33,6 @@ def command(
     force: bool,
     at: str | None,
     like_at: str | None,
-    as_json: bool,
-    quiet: bool,
 ) -> int:
     """Map the names of one checkpoint to those of another, as a recipe to review.
 
@@ -62,9 +60,9 @@ def command(
         raise report_match.nothing_alike(found)
     if target is not None:
         verb.write(found, target, [source, *([like] if like else [])], force=force)
-    if as_json:
+    if talk.speaks_json():
         talk.put_document(found.to_dict())
     elif target is None:
         talk.put(report_match.shown(found.text, talk.columns()))
-    talk.say(report_match.lines(found, target), quiet=quiet)
+    talk.say(report_match.lines(found, target))
     return 0 if found.sure else AMBIGUOUS

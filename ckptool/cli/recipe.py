@@ -29,8 +29,6 @@ def command(
     like_at: str | None,
     reverse: bool,
     listed: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> int:
     """Check a recipe: what each step changes in a checkpoint. Writes nothing.
 
@@ -56,11 +54,11 @@ def command(
     recipe = recipes.Recipe.load(file)
     if source is None:
         talk.put(report_recipe.step_lines(recipe, talk.columns(), reverse=reverse))
-        talk.say([f"{len(recipe.steps)} steps; --from A tries them"], quiet=quiet)
+        talk.say([f"{len(recipe.steps)} steps; --from A tries them"])
         return 0
     from ckptool.verbs import recipe as verb
 
     found = verb.tried(recipe, source, at=at, like=like, like_at=like_at, reverse=reverse)
     lines = report_recipe.tried_lines(found)
-    talk.answer(found, report_recipe.count_lines, lines, as_json=as_json, quiet=quiet)
+    talk.answer(found, report_recipe.count_lines, lines)
     return 0 if found.fits else DIFFERENT

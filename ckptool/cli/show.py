@@ -15,9 +15,7 @@ from ckptool.cli._options import INPUT, Command, answers
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Up to 1 000 000 values, not 1 000.")
 @answers
-def command(
-    file: str, key: str, index: str, at: str | None, every: bool, as_json: bool, quiet: bool
-) -> None:
+def command(file: str, key: str, index: str, at: str | None, every: bool) -> None:
     """Show values of a tensor as torch prints them, or a plain value of the file.
 
     \b
@@ -32,4 +30,4 @@ def command(
     from ckptool.verbs.showing import show
 
     shown = show(file, key, at=at, slice=index, all=every)
-    talk.answer(shown, report_show.value_lines, (), as_json=as_json, quiet=quiet)
+    talk.answer(shown, report_show.value_lines, ())
