@@ -30,7 +30,7 @@ from ckptool.errors import (
     of_system,
 )
 from ckptool.files import fileio, filename, http, parts, publish
-from ckptool.files.http import Answer, Limits, shown
+from ckptool.files.http import Answer, Client, Range, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
 from ckptool.files.temporary import ELSEWHERE, temporary_folder
@@ -91,7 +91,7 @@ class _Job:
     sync: bool
     resumable: bool
     progress: Progress
-    limits: Limits
+    client: Client
     headers: Mapping[str, str]
 
     def fits(self, sha256: str) -> bool:
@@ -125,7 +125,7 @@ def download(
     sync: bool = True,
     resumable: bool = True,
     progress: Progress | None = None,
-    limits: Limits | None = None,
+    client: Client | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Downloaded:
     """Download a URL into a folder or to a file, and check it.
@@ -137,13 +137,13 @@ def download(
     `OutputExists`, `NoSpace` or `WriteError`.
     """
     http.parsed(url)
-    limits = limits or Limits()
+    client, headers = client or Client(), headers or {}
     with _folder(target) as folder:
-        name = filename.of_url(url) or (_served_name(url, limits, headers or {}) if folder else "")
+        name = filename.of_url(url) or (_served_name(url, client, headers) if folder else "")
         path = os.path.join(folder, name) if folder else os.fspath(target)
         hashes = _hashes(name, sha256, expected_prefix)
         show = progress or (lambda done, total: None)
-        job = _Job(url, path, *hashes, force, sync, resumable, show, limits, headers or {})
+        job = _Job(url, path, *hashes, force, sync, resumable, show, client, headers)
         return _existing(job) or _fetched(job)
 
 
@@ -152,7 +152,7 @@ def temporary(
     url: str,
     *,
     progress: Progress | None = None,
-    limits: Limits | None = None,
+    client: Client | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Iterator[Downloaded]:
     """Download to a temporary folder, gone when the block ends."""
@@ -164,7 +164,7 @@ def temporary(
                 sync=False,
                 resumable=False,
                 progress=progress,
-                limits=limits,
+                client=client,
                 headers=headers,
             )
         except WriteError as error:
@@ -216,9 +216,9 @@ def _folder(target: str | Path) -> Iterator[str]:
         raise
 
 
-def _served_name(url: str, limits: Limits, headers: Mapping[str, str]) -> str:
+def _served_name(url: str, client: Client, headers: Mapping[str, str]) -> str:
     """Return the file name that the server gives where the URL has none."""
-    with http.asked(url, headers, limits) as answer:
+    with client.asked(url, headers) as answer:
         disposition = filename.of_disposition(answer.header("Content-Disposition"))
         name = disposition or filename.of_url(answer.url)
     if not name:
@@ -234,7 +234,7 @@ def _existing(job: _Job) -> Downloaded | None:
     hint = "--force replaces it, -o names another output"
     nbytes = os.path.getsize(job.path)
     if not job.prefixes:
-        with http.asked(job.url, job.headers, job.limits) as answer:
+        with job.client.asked(job.url, job.headers) as answer:
             if nbytes != answer.nbytes:
                 what = "exists, in another size than the server's, and no hash is known"
                 raise OutputExists(f"{job.path} {what}", hint=hint)
@@ -273,12 +273,12 @@ def _grown(job: _Job, target: Target, part: Part) -> Downloaded:
     part.kept = partial.nbytes > 0
     if partial.nbytes:
         ranged = {"Range": f"bytes={partial.nbytes}-", "If-Range": partial.validator}
-        with http.asked(job.url, {**job.headers, **ranged}, job.limits) as answer:
+        with job.client.asked(job.url, {**job.headers, **ranged}) as answer:
             if _continues(answer, partial):
                 return _taken(job, target, part, answer, partial)
             if answer.body.status == 200:
                 return _taken(job, target, part, answer, _Partial())
-    with http.asked(job.url, job.headers, job.limits) as answer:
+    with job.client.asked(job.url, job.headers) as answer:
         return _taken(job, target, part, answer, _Partial())
 
 
@@ -303,14 +303,9 @@ def _left(part: Part, url: str) -> _Partial:
 
 def _continues(answer: Answer, partial: _Partial) -> bool:
     """Return whether an answer holds exactly the rest of the same file."""
-    content_range = f"bytes {partial.nbytes}-{partial.total - 1}/{partial.total}"
     validator = answer.header("ETag" if partial.validator.startswith('"') else "Last-Modified")
-    return (
-        answer.body.status == 206
-        and answer.header("Content-Range").lower() == content_range
-        and validator in ("", partial.validator)
-        and answer.nbytes in (None, partial.total - partial.nbytes)
-    )
+    rest = Range(partial.nbytes, partial.total, partial.total)
+    return answer.range == rest and validator in ("", partial.validator)
 
 
 def _begun(part: Part, url: str, answer: Answer) -> bool:
@@ -353,7 +348,7 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, partial: _Part
     for data in chain([head], stream):
         if done + len(data) > limit:
             part.kept = False
-            if total is None and limit < job.limits.nbytes:
+            if total is None and limit < job.client.limits.nbytes:
                 what = f"the server states no length, and {readable(limit)} that came are half"
                 raise NoSpace(
                     f"{shown(job.url)}: {what} of the free space of {os.path.dirname(target.path)}",
@@ -389,4 +384,4 @@ def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
         publish.refuse_full(target, total - start)
         return total
     free = publish.free_space(target)
-    return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 2)
+    return job.client.limits.nbytes if free is None else min(job.client.limits.nbytes, free // 2)

@@ -108,9 +108,7 @@ class Hub:
         """Ask which commit a revision is, and what is in it."""
         address = f"{self._endpoint}/api/models/{name}/revision/{quote(revision, safe='')}?blobs=1"
         try:
-            with http.asked(
-                address, self._headers(), self._web.limits, self._web.connections
-            ) as answer:
+            with self._web.client.asked(address, self._headers()) as answer:
                 data = bytearray()
                 for chunk in answer.chunks():
                     data += chunk

@@ -70,10 +70,14 @@ def _copied(source: Source) -> Copy:
 
 
 class Site(Protocol):
-    """What answers for the files and folders of a site."""
+    """What opens the files of a site."""
 
     def open(self, url: Url) -> Source:
         """Open a file, or a temporary copy of it."""
+
+
+class Folders(Site, Protocol):
+    """A site whose files and folders are known."""
 
     def is_file(self, url: Url) -> bool:
         """Check whether there is a file that is not open."""
@@ -85,7 +89,7 @@ class Site(Protocol):
         """List what is in a folder."""
 
 
-class Store(Site, Protocol):
+class Store(Folders, Protocol):
     """A site that takes files."""
 
     def put(self, file: str, url: Url, *, replace: bool) -> None:
@@ -121,7 +125,7 @@ class View:
         if url.full in self._files:
             return True
         if self.can_list:
-            return self._site.is_file(url)
+            return cast("Folders", self._site).is_file(url)
         try:
             self.opened(url)
         except DownloadFailed as error:
@@ -132,11 +136,11 @@ class View:
 
     def is_folder(self, url: Url) -> bool:
         """Check whether there is a folder."""
-        return self.can_list and self._site.is_folder(url)
+        return self.can_list and cast("Folders", self._site).is_folder(url)
 
     def listing(self, url: Url) -> list[Entry]:
         """List what is in a folder; nothing where nothing can be listed."""
-        return self._site.listing(url) if self.can_list else []
+        return cast("Folders", self._site).listing(url) if self.can_list else []
 
     def put(self, file: str, url: Url, *, replace: bool) -> None:
         """Write a file of this machine to a store, as a whole."""

@@ -8,22 +8,19 @@ that has expired.
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
 from ckptool.errors import DownloadFailed, Malformed
 from ckptool.files import download, http, remote
-from ckptool.files.connections import Connections
-from ckptool.files.http import Answer, Limits, shown
-from ckptool.text import length, readable
+from ckptool.files.http import Answer, Client, Limits, Range, shown
+from ckptool.text import readable
 
 if TYPE_CHECKING:
-    from ckptool.files.paths import Entry, Url
+    from ckptool.files.paths import Url
     from ckptool.files.remote import Source
 
 FIRST = 1 << 14  # bytes that are asked for first
@@ -31,7 +28,6 @@ ENOUGH = 1 << 16  # that an answer may break off after as often as it likes
 EXPIRED = (400, 401, 403, 404, 410)  # what servers say of a link that was good for a while
 Say = Callable[[str], None]
 Shown = Callable[[str], AbstractContextManager[Any]]
-_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.IGNORECASE | re.ASCII)
 _NO_VERSION = (
     "the server gives neither ETag nor Last-Modified: a file of the same size that replaces this "
     "one while it is read would not be noticed"
@@ -47,34 +43,22 @@ class Web:
         say: Say | None,
         progress: Callable[[str], AbstractContextManager[Any]],
     ) -> None:
-        self.limits = Limits(timeout=timeout)
-        self.connections = Connections()
+        self.client = Client(Limits(timeout=timeout))
         self._say, self._progress = say, progress
 
     def open(self, url: Url) -> Source:
         """Open a file; raises `DownloadFailed`."""
         return self.ranged(url.full, {})
 
-    def is_file(self, url: Url) -> bool:
-        """Return False: nothing is known of files that are not open."""
-        return False
-
-    def is_folder(self, url: Url) -> bool:
-        """Return False: there are files alone."""
-        return False
-
-    def listing(self, url: Url) -> list[Entry]:
-        """Return nothing: no server lists its files."""
-        return []
-
     def ranged(self, url: str, headers: Mapping[str, str], name: str = "") -> Source:
         """Open the file at a URL, as it is called in messages: its ranges, or all of it."""
-        name, headers, url = name or shown(url), {**headers, **_login(url)}, http.without_login(url)
+        name, headers = name or shown(url), {**headers, **http.login(url)}
+        url = http.without_login(url)
         asked = {**headers, "Range": f"bytes=0-{FIRST - 1}"}
-        with http.asked(url, asked, self.limits, self.connections) as answer:
+        with self.client.asked(url, asked) as answer:
             if answer.body.status == 416:  # nothing begins at 0
                 http.refuse_page(url, answer, b"", 0)
-            found = _range(answer)
+            found = answer.range
             if found is not None and found.start == 0:
                 ranges = Ranges(self, url, headers, name, answer, found.whole)
                 ranges.head = ranges.begun(answer, found)
@@ -92,41 +76,13 @@ class Web:
         with ExitStack() as stack, self._progress(name) as bar:
             progress = bar.reached if hasattr(bar, "reached") else None
             copy = stack.enter_context(
-                download.temporary(url, progress=progress, limits=self.limits, headers=headers)
+                download.temporary(url, progress=progress, client=self.client, headers=headers)
             )
             file = stack.enter_context(open(copy.path, "rb"))
             identity = int.from_bytes(bytes.fromhex(copy.sha256)[:8], "big")
             source = remote.Copy(file, identity, "" if self._say else note)
             weakref.finalize(source, stack.pop_all().close)
         return source
-
-
-def _login(url: str) -> dict[str, str]:
-    """Return the header for the user and the password in a URL."""
-    from urllib3.util import make_headers
-
-    login = unquote(http.parsed(url).netloc.rpartition("@")[0])
-    return {str(name): str(text) for name, text in make_headers(basic_auth=login or None).items()}
-
-
-class Range(NamedTuple):
-    """The bytes of an answer, from `start` to before `stop`, of so many in the whole file."""
-
-    start: int
-    stop: int
-    whole: int
-
-
-def _range(answer: Answer) -> Range | None:
-    """Return which bytes an answer holds, None where it does not say, or what cannot be."""
-    match = _RANGE.fullmatch(answer.header("Content-Range"))
-    if match is None or answer.body.status != 206:
-        return None
-    start, last, whole = (length(text, 10) or 0 for text in match.groups())
-    stated = length(answer.header("Content-Length"), 10)
-    if not start <= last < whole or stated not in (None, last + 1 - start):
-        return None
-    return Range(start, last + 1, whole)
 
 
 class Ranges:
@@ -168,7 +124,7 @@ class Ranges:
 
     def _fill(self, data: bytearray, start: int, done: int) -> None:
         """Ask for what is missing until all is there, or too many answers broke off."""
-        limits, failures = self._web.limits, 0
+        limits, failures = self._web.client.limits, 0
         error: DownloadFailed | None
         while done < len(data):
             error, before = None, done
@@ -196,14 +152,13 @@ class Ranges:
         return self._asked(self._url, view, start)
 
     def _asked(self, url: str, view: memoryview[int], start: int) -> int:
-        headers = {**self._headers, "Range": f"bytes={start}-{start + len(view) - 1}"}
-        if urlsplit(url)[:2] != urlsplit(self._url)[:2]:
-            headers.pop("authorization", None)
+        headers = http.for_server(url, self._url, self._headers)
+        headers["Range"] = f"bytes={start}-{start + len(view) - 1}"
         if self._etag.startswith('"'):
             headers["If-Range"] = self._etag
-        with http.asked(url, headers, self._web.limits, self._web.connections) as answer:
+        with self._web.client.asked(url, headers) as answer:
             self._refuse_change(answer)
-            found = _range(answer)
+            found = answer.range
             if found is None or found.start != start or found.stop > start + len(view):
                 said = answer.header("Content-Range") or f"status {answer.body.status}"
                 what = f": bytes {start}-{start + len(view) - 1} were asked for, and {said} came"
@@ -228,7 +183,7 @@ class Ranges:
 
     def _refuse_change(self, answer: Answer) -> None:
         """Raise `Malformed` for an answer of another version."""
-        found = _range(answer)
+        found = answer.range
         etag, modified = answer.header("ETag"), answer.header("Last-Modified")
         is_strong = self._etag.startswith('"')
         if self._etag:

@@ -35,6 +35,7 @@ from ckptool.errors import (
 )
 from ckptool.files import fileio
 from ckptool.files.download import NOTHING, download, temporary
+from ckptool.files.http import Client
 
 
 def test_a_file_is_downloaded_whole_and_hashed(server: Server, tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_temporary_download_goes(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with temporary(server.on("/f.pth", Reply(BODY)), limits=QUICK) as done:
+    with temporary(server.on("/f.pth", Reply(BODY)), client=Client(QUICK)) as done:
         assert Path(done.path).read_bytes() == BODY
         assert Path(done.path).parent.parent == tmp_path
     assert names(tmp_path) == []
@@ -140,7 +141,7 @@ def test_a_temporary_download_that_fails_keeps_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     url = server.on("/f.pth", Reply(BODY, stop=0.4, etag='"v1"'))
-    with pytest.raises(DownloadFailed) as caught, temporary(url, limits=QUICK):
+    with pytest.raises(DownloadFailed) as caught, temporary(url, client=Client(QUICK)):
         pass
     assert caught.value.hint == "run it again"
     assert names(tmp_path) == []
