@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote as quote, unquote as unquote, urljoin, urlsplit
 
 from ckptool.errors import DownloadFailed
 from ckptool.files.connections import Connections

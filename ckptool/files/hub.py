@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ckptool.errors import DownloadFailed, NoSuchFile
-from ckptool.files import budget, http
+from ckptool.files import budget, http, remote
 from ckptool.files.http import shown
 from ckptool.files.paths import Entry, stays_inside
 from ckptool.records import dataclass
@@ -53,8 +53,10 @@ class Repository:
 class Hub:
     """What is asked of the Hugging Face Hub in one run; each revision becomes one commit once."""
 
+    is_web = False
+
     def __init__(self, web: Web) -> None:
-        self._web = web
+        self._web, self.opened = web, remote.Opened(self.open)
         self._endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         http.parsed(self._endpoint)
         self._found: dict[tuple[str, str], Repository] = {}

@@ -20,11 +20,12 @@ from ckptool.files.http import Answer, Client, Limits, Range, shown
 from ckptool.text import readable
 
 if TYPE_CHECKING:
-    from ckptool.files.paths import Url
+    from ckptool.files.paths import Entry, Url
     from ckptool.files.remote import Source
 
 FIRST = 1 << 14  # bytes that are asked for first
 ENOUGH = 1 << 16  # that an answer may break off after as often as it likes
+GONE = (404, 410)  # what servers say of a file that is not there
 EXPIRED = (400, 401, 403, 404, 410)  # what servers say of a link that was good for a while
 Say = Callable[[str], None]
 Shown = Callable[[str], AbstractContextManager[Any]]
@@ -37,6 +38,8 @@ _NO_VERSION = (
 class Web:
     """What is asked of web servers in one run."""
 
+    is_web = True
+
     def __init__(
         self,
         timeout: float,
@@ -44,11 +47,30 @@ class Web:
         progress: Callable[[str], AbstractContextManager[Any]],
     ) -> None:
         self.client = Client(Limits(timeout=timeout))
+        self.opened = remote.Opened(self.open)
         self._say, self._progress = say, progress
 
     def open(self, url: Url) -> Source:
         """Open a file; raises `DownloadFailed`."""
         return self.ranged(url.full, {})
+
+    def is_file(self, url: Url) -> bool:
+        """Check whether there is a file; nothing can be listed, so it is opened."""
+        try:
+            self.opened(url)
+        except DownloadFailed as error:
+            if error.status in GONE:
+                return False
+            raise
+        return True
+
+    def is_folder(self, url: Url) -> bool:
+        """Return False: there are files alone."""
+        return False
+
+    def listing(self, url: Url) -> list[Entry]:
+        """Return nothing: no server lists its files."""
+        return []
 
     def ranged(self, url: str, headers: Mapping[str, str], name: str = "") -> Source:
         """Open the file at a URL, as it is called in messages: its ranges, or all of it."""
