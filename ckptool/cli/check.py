@@ -83,21 +83,21 @@ def _checked(
     for group in groups:
         lines = 0
         for path in group.files:
-            for found in _one(path, {**how, "alone": path not in group.sets}, bugs):
-                listed = group.lists(found)
-                lines += listed
-                if listed or group.other(found):
-                    yield found, listed
-        if not lines and group.folder:
-            yield from ((found, True) for found in _one(group.path, how, bugs))
+            found = _one(path, {**how, "alone": path not in group.sets}, bugs)
+            listed = found is not None and group.lists(found)
+            lines += listed
+            if found and (listed or group.other(found)):
+                yield found, listed
+        if not lines and group.folder and (found := _one(group.path, how, bugs)):
+            yield found, True
 
 
-def _one(path: str, how: dict[str, Any], bugs: dict[str, Exception]) -> Iterator[Checked]:
+def _one(path: str, how: dict[str, Any], bugs: dict[str, Exception]) -> Checked | None:
     from ckptool.verbs import checking
 
     try:
         with talk.Progress(path) as progress:
-            found = checking.check(path, progress=progress.begin, **how)
+            return checking.check(path, progress=progress.begin, **how)
     except EditError:  # of an option: no file would fare better
         raise
     except Exception as error:
@@ -105,8 +105,7 @@ def _one(path: str, how: dict[str, Any], bugs: dict[str, Exception]) -> Iterator
             error = talk.refusal(error)
         talk.say([f"{visible(path)}: {_failure(error)}"], always=True)
         bugs[path] = error
-    else:
-        yield found
+        return None
 
 
 def _failure(error: Exception) -> str:

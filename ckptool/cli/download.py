@@ -33,14 +33,7 @@ if TYPE_CHECKING:
 @no_sync
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
 @answers
-def command(
-    what: str | None,
-    target: str,
-    sha256: str | None,
-    force: bool,
-    no_sync: bool,
-    show: bool,
-) -> None:
+def command(what: str | None, target: str, no_sync: bool, show: bool, **how: Any) -> None:
     """Download weights of torchvision by name, or any URL, and check what came.
 
     \b
@@ -67,11 +60,10 @@ def command(
         done = api.download(
             what,
             target,
-            sha256=sha256,
-            force=force,
             sync=not no_sync,
             timeout=sites.manner().timeout,
             progress=progress.reached,
+            **how,
         )
     for line in done.warnings:
         talk.warn(visible(line))

@@ -69,8 +69,7 @@ def _show(
     every: bool,
     select: Sequence[str],
     sort: str,
-    stats: bool,
-    **form: Any,
+    **how: Any,
 ) -> None:
     from ckptool import containers
     from ckptool.cli import report
@@ -79,11 +78,11 @@ def _show(
     checkpoint = containers.read(file, alone=every)
     found = listing.listing(checkpoint, at, every=every)
     with talk.Progress(checkpoint.path) as progress:
-        begin = progress.begin if stats else None
+        begin = progress.begin if how["stats"] else None
         cells = talk.on_terminal() and not talk.speaks_json()
         found = listing.chosen(found, select, sort, begin, cells=cells)
     talk.warn_if_any(report.danger_lines(checkpoint))
-    put(found.to_dict() if talk.speaks_json() else _lines(found, stats=stats, **form))
+    put(found.to_dict() if talk.speaks_json() else _lines(found, **how))
     talk.say(report.listing_lines(found, every=every))
 
 
