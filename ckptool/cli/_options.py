@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from inspect import cleandoc
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,33 +21,9 @@ from ckptool.cli._request import Request as Request, Told as Told, tell as tell
 from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
 
-if TYPE_CHECKING:
-    from ckptool.files.sites import Manner
-
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
-
-_MOST, _SECONDS = "ckptool.max_memory", "ckptool.timeout"
-
-
-def _limit(context: click.Context, _: click.Parameter, size: str | None) -> None:
-    context.meta[_MOST] = None if size is None else parse_size(size, "--max-memory 2GiB")
-
-
-def _ask(context: click.Context, _: click.Parameter, seconds: int) -> None:
-    context.meta[_SECONDS] = float(seconds)
-
-
-def _manner(context: click.Context) -> Manner:
-    """Return how servers are asked: each of them once for all that the command reads."""
-    from ckptool.files.sites import Manner
-
-    return Manner(context.meta[_SECONDS], lambda line: talk.say([visible(line)]), talk.Progress, {})
-
-
-def _hush(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    talk.hush(wanted)
 
 
 class Command(click.Command):
@@ -63,23 +39,25 @@ class Command(click.Command):
             type=click.IntRange(1, 86_400),
             metavar="SECONDS",
             default=60,
-            expose_value=False,
-            callback=_ask,
             help="Give up on a server that sends less than 1 KiB/s for this long.",
         )
         what = "Memory that reading metadata may take.  [default: by its size, at most 256MiB]"
-        memory = click.Option(
-            ["--max-memory"], metavar="SIZE", help=what, expose_value=False, callback=_limit
-        )
+        memory = click.Option(["--max-memory"], metavar="SIZE", help=what)
         self.params += [timeout, memory] if reads else []
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Do it under one budget, and ask servers as the command line says."""
-        if _MOST not in ctx.meta:
+        """Do it under one budget; talk, and ask each server once, as the command line says."""
+        if "timeout" not in ctx.params:
             return super().invoke(ctx)
         from ckptool.files import budget, sites
 
-        with budget.run(ctx.meta[_MOST], anew=True), sites.asking(_manner(ctx)):
+        given = ctx.params
+        del given["as_json"]  # as `talk` knows
+        talk.hush(given.pop("quiet"))
+        seconds, size = given.pop("timeout"), given.pop("max_memory")
+        most = None if size is None else parse_size(size, "--max-memory 2GiB")
+        manner = sites.Manner(seconds, lambda line: talk.say([visible(line)]), talk.Progress, {})
+        with budget.run(most, anew=True), sites.asking(manner):
             return super().invoke(ctx)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -128,17 +106,8 @@ def _together(*options: Decorator) -> Decorator:
 
 # Of what a command prints, which `talk` knows.
 answers = _together(
-    click.option(
-        "--json", "as_json", is_flag=True, expose_value=False, help="Print one JSON document."
-    ),
-    click.option(
-        "-q",
-        "--quiet",
-        is_flag=True,
-        expose_value=False,
-        callback=_hush,
-        help="Only data, errors and warnings.",
-    ),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings."),
 )
 # Of how prefixes are removed.
 strips = _together(

@@ -119,9 +119,7 @@ def _list(pattern: str | None) -> None:
         width = talk.columns()
         talk.put(_table(entries, width) if width else _rows(entries))
     defaults = sum(entry.default for entry in entries)
-    talk.say(
-        [f"{len(entries)} weights of {defaults} models; * is the default of a bare name"],
-    )
+    talk.say([f"{len(entries)} weights of {defaults} models; * is the default of a bare name"])
 
 
 def _rows(entries: Sequence[Weights]) -> list[str]:

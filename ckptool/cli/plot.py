@@ -92,10 +92,9 @@ def command(
             f"{target} ends in none of {', '.join(f'.{each}' for each in pictures.FORMATS)}",
             hint="the suffix of -o says what it becomes",
         )
-    place = publish.refuse_target(
-        target, [each for each in (file, other) if each], force=force, sync=True
-    )
-    sources = [containers.read(path) for path in (file, other) if path is not None]
+    files = [file] if other is None else [file, other]
+    place = publish.refuse_target(target, files, force=force, sync=True)
+    sources = [containers.read(path) for path in files]
     for checkpoint in sources:
         talk.warn_if_any(report.danger_lines(checkpoint))
     with pictures.drawing():
