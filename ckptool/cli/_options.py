@@ -249,10 +249,7 @@ def _request(sources: Sequence[str], target: str | None, given: dict[str, Any]) 
 
 
 def run(
-    request: Request,
-    verb: Callable[..., Any],
-    told: Callable[[Any], Told] = Told,
-    **arguments: Any,
+    request: Request, verb: Callable[..., Any], told: Callable[[Any], Told] = Told, **arguments: Any
 ) -> int:
     """Call a verb of the library and say what was done; for several inputs, one after the other."""
 

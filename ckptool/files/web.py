@@ -111,13 +111,7 @@ class Ranges:
     """One version of a file on a server."""
 
     def __init__(
-        self,
-        web: Web,
-        url: str,
-        headers: Mapping[str, str],
-        name: str,
-        answer: Answer,
-        nbytes: int,
+        self, web: Web, url: str, headers: Mapping[str, str], name: str, answer: Answer, nbytes: int
     ) -> None:
         self._web, self._url, self._headers, self._name = web, url, headers, name
         self._at = answer.url  # where redirects led
