@@ -18,6 +18,7 @@ import click
 from ckptool.cli import talk
 from ckptool.cli._input import INPUT as INPUT, STANDARD, standard_output
 from ckptool.cli._request import Request as Request, Told as Told, tell as tell
+from ckptool.errors import EditError, NothingMatched, reason
 from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
 
@@ -279,14 +280,10 @@ def patterns(given: Sequence[str]) -> list[str]:
             with open(text[1:], encoding="utf-8") as lines:
                 read = [line.strip() for line in lines]
         except (OSError, UnicodeDecodeError) as error:
-            from ckptool.errors import EditError, reason
-
             why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
             raise EditError(f"the pattern file {text[1:]} cannot be read: {why}") from None
         named = [line for line in read if line and not line.startswith("#")]
         if not named:
-            from ckptool.errors import NothingMatched
-
             raise NothingMatched(f"the pattern file {text[1:]} holds no pattern")
         found += named
     return found

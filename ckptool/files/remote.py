@@ -12,7 +12,9 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Any, NamedTuple, Protocol
+from functools import partial
+from operator import itemgetter
+from typing import IO, NamedTuple, Protocol
 
 from ckptool.files import fileio
 from ckptool.files.fileio import OpenFile
@@ -186,7 +188,7 @@ class RemoteFile(OpenFile):
         if start >= stop:
             return 0
         self._settle(start, stop)
-        window = lambda limit: self._window(start, stop, limit)  # noqa: E731
+        window = partial(self._window, start, stop)
         held = self._kept.get(self._source.identity, start, window, self._source.fetch)
         count = min(stop, held.stop) - start
         view[:count] = memoryview(held.data)[start - held.start :][:count]
@@ -206,14 +208,14 @@ class RemoteFile(OpenFile):
         """Do a check once bytes of a range are read, not before."""
         with self._lock:
             self._pending.insert(
-                bisect_right(self._pending, start, key=_first), (start, stop, check)
+                bisect_right(self._pending, start, key=itemgetter(0)), (start, stop, check)
             )
 
     def _settle(self, start: int, stop: int) -> None:
         if not self._pending:
             return
         with self._lock:
-            end = bisect_right(self._pending, stop - 1, key=_first)
+            end = bisect_right(self._pending, stop - 1, key=itemgetter(0))
             begin = end
             while begin and self._pending[begin - 1][1] > start:
                 begin -= 1
@@ -225,7 +227,7 @@ class RemoteFile(OpenFile):
     def _window(self, start: int, stop: int, limit: int) -> tuple[int, int]:
         """Return what to fetch so that the bytes from `start` to `stop` are here; up to `limit`."""
         nbytes, first = self._source.nbytes, start // PAGE * PAGE
-        at = bisect_right(self._expected, start, key=_first) - 1
+        at = bisect_right(self._expected, start, key=itemgetter(0)) - 1
         if at >= 0 and start < self._expected[at][1]:
             last = min(first + BLOCK, self._expected[at][1])
         else:
@@ -255,8 +257,3 @@ class RemoteFile(OpenFile):
         """Keep nothing open that another file could need."""
 
     __del__ = close
-
-
-def _first(each: tuple[Any, ...]) -> int:
-    start: int = each[0]
-    return start
