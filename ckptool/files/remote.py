@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +49,7 @@ class Copy:
     def __init__(self, file: IO[bytes], identity: int, note: str = "") -> None:
         self.file, self.identity, self.note = file, identity, note
         self.nbytes = os.fstat(file.fileno()).st_size
+        weakref.finalize(self, file.close)
 
     def fetch(self, start: int, stop: int) -> bytearray:
         """Return bytes of the copy."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ckptool.errors import DownloadFailed, Malformed
@@ -86,25 +85,19 @@ class Web:
                 ranges.head = ranges.begun(answer, found)
                 http.refuse_page(url, answer, ranges.head, ranges.nbytes)
                 return ranges
-            nbytes, why = answer.nbytes, "sends no ranges"
+            nbytes = answer.nbytes
         size = "" if nbytes is None else f" ({readable(nbytes)})"
-        note = f"the server {why}: the whole file{size} is fetched to a temporary place"
+        note = f"the server sends no ranges: the whole file{size} is fetched to a temporary place"
         return self._whole(url, headers, name, note)
 
     def _whole(self, url: str, headers: Mapping[str, str], name: str, note: str) -> Source:
         """Fetch a file to a temporary place, from which it goes with what reads it."""
         if self._say:
             self._say(f"{name}: {note}")
-        with ExitStack() as stack, self._progress(name) as bar:
-            progress = bar.reached if hasattr(bar, "reached") else None
-            copy = stack.enter_context(
-                download.temporary(url, progress=progress, client=self.client, headers=headers)
-            )
-            file = stack.enter_context(open(copy.path, "rb"))
-            identity = int.from_bytes(bytes.fromhex(copy.sha256)[:8], "big")
-            source = remote.Copy(file, identity, "" if self._say else note)
-            weakref.finalize(source, stack.pop_all().close)
-        return source
+        with self._progress(name) as bar:
+            reached = getattr(bar, "reached", None)
+            file, sha256 = download.unnamed(url, self.client, headers, reached)
+        return remote.Copy(file, int(sha256[:16], 16), "" if self._say else note)
 
 
 class Ranges:
