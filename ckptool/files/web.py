@@ -39,12 +39,7 @@ class Web:
 
     is_web = True
 
-    def __init__(
-        self,
-        timeout: float,
-        say: Say | None,
-        progress: Callable[[str], AbstractContextManager[Any]],
-    ) -> None:
+    def __init__(self, timeout: float, say: Say | None, progress: Shown) -> None:
         self.client = Client(Limits(timeout=timeout))
         self.opened = remote.Opened(self.open)
         self._say, self._progress = say, progress
@@ -81,8 +76,7 @@ class Web:
                 http.refuse_page(url, answer, b"", 0)
             found = answer.range
             if found is not None and found.start == 0:
-                ranges = Ranges(self, url, headers, name, answer, found.whole)
-                ranges.head = ranges.begun(answer, found)
+                ranges = Ranges(self, url, headers, name, answer, found)
                 http.refuse_page(url, answer, ranges.head, ranges.nbytes)
                 return ranges
             nbytes = answer.nbytes
@@ -101,26 +95,22 @@ class Web:
 
 
 class Ranges:
-    """One version of a file on a server."""
+    """One version of a file on a server, begun with an answer that holds its first bytes."""
 
     def __init__(
-        self, web: Web, url: str, headers: Mapping[str, str], name: str, answer: Answer, nbytes: int
+        self, web: Web, url: str, headers: Mapping[str, str], name: str, answer: Answer, part: Range
     ) -> None:
-        self._web, self._url, self._headers, self._name = web, url, headers, name
+        self._client, self._url, self._headers, self._name = web.client, url, headers, name
         self._at = answer.url  # where redirects led
         self._etag, self._modified = answer.header("ETag"), answer.header("Last-Modified")
-        self.nbytes = nbytes
+        self.nbytes = part.whole
         self.note = "" if self._etag or self._modified else _NO_VERSION
         self.said = answer.said
-        version = "\n".join((url, self._etag, self._modified, str(nbytes)))
+        version = "\n".join((url, self._etag, self._modified, str(self.nbytes)))
         self.identity = int.from_bytes(hashlib.sha256(version.encode()).digest()[:8], "big")
-        self.head: bytes | bytearray = b""
-
-    def begun(self, answer: Answer, found: Range) -> bytearray:
-        """Return the first bytes, those of an answer that is here and what is missing of them."""
-        data = bytearray(min(FIRST, self.nbytes))
-        self._fill(data, 0, self._taken(answer, found, memoryview(data)))
-        return data
+        head = bytearray(min(FIRST, self.nbytes))
+        self._fill(head, 0, self._taken(answer, part, memoryview(head)))
+        self.head: bytes | bytearray = head
 
     def fetch(self, start: int, stop: int) -> bytearray:
         """Return exactly these bytes of this version.
@@ -133,7 +123,7 @@ class Ranges:
 
     def _fill(self, data: bytearray, start: int, done: int) -> None:
         """Ask for what is missing until all is there, or too many answers broke off."""
-        limits, failures = self._web.client.limits, 0
+        limits, failures = self._client.limits, 0
         error: DownloadFailed | None
         while done < len(data):
             error, before = None, done
@@ -165,7 +155,7 @@ class Ranges:
         headers["Range"] = f"bytes={start}-{start + len(view) - 1}"
         if self._etag.startswith('"'):
             headers["If-Range"] = self._etag
-        with self._web.client.asked(url, headers) as answer:
+        with self._client.asked(url, headers) as answer:
             self._refuse_change(answer)
             found = answer.range
             if found is None or found.start != start or found.stop > start + len(view):
