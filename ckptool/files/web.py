@@ -91,7 +91,8 @@ class Web:
         with self._progress(name) as bar:
             reached = getattr(bar, "reached", None)
             file, sha256 = download.unnamed(url, self.client, headers, reached)
-        return remote.Copy(file, int(sha256[:16], 16), "" if self._say else note)
+        identity = int.from_bytes(bytes.fromhex(sha256)[:8], "big")
+        return remote.Copy(file, identity, "" if self._say else note)
 
 
 class Ranges:
