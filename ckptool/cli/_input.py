@@ -28,12 +28,12 @@ class Input(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         if sys.stdin is None or sys.stdin.isatty():
             what = "which is a terminal" if sys.stdin else "which is closed"
             self.fail(f"- is standard input, {what}: pipe a file into it", param, ctx)
-        if ctx is not None and ctx.meta.setdefault(_TAKEN, self) is not self:
+        meta = ctx.meta if ctx else {}
+        if meta.get(_TAKEN):
             self.fail("- is standard input, which can be read once", param, ctx)
         from ckptool.files.spool import streamed
 
-        if ctx is not None:
-            ctx.meta[_TAKEN] = value
+        meta[_TAKEN] = True
         return streamed(STANDARD, sys.stdin.fileno())
 
 
