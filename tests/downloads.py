@@ -13,7 +13,7 @@ from server import Reply, Server, serving
 
 from ckptool.errors import CkptoolError
 from ckptool.files.download import download
-from ckptool.files.http import Limits
+from ckptool.files.http import Client, Limits
 
 BODY = random.Random(1).randbytes(500_000)
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -38,8 +38,8 @@ def server_fixture() -> Iterator[Server]:
         yield server
 
 
-def get(url: str, target: object, **more: Any) -> Any:
-    return download(url, str(target), **{"limits": QUICK, "sync": False, **more})
+def get(url: str, target: object, limits: Limits = QUICK, **more: Any) -> Any:
+    return download(url, str(target), client=Client(limits), **{"sync": False, **more})
 
 
 def refused(kind: type[CkptoolError], url: str, target: Path, **more: Any) -> Any:

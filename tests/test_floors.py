@@ -119,11 +119,8 @@ OWNERS = {
     r"ml_dtypes": ("tensors/numbers.py",),
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (
         "files/http.py",
-        "files/download.py",
         "files/connections.py",
-        "files/web.py",
         "files/hub.py",
-        "files/sites.py",
         "files/filename.py",
         "files/patience.py",
     ),

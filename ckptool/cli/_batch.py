@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ckptool.cli import _many, report, talk
 from ckptool.cli._request import Request, Told, tell
-from ckptool.errors import CkptoolError, EditError, NoSpace, SameFile, WriteError
+from ckptool.errors import CkptoolError, EditError, Interrupted, NoSpace, SameFile, WriteError
 from ckptool.files import budget, paths, sites
 from ckptool.files.publish import Target, free_space
 from ckptool.records import dataclass
@@ -33,7 +33,7 @@ def run(request: Request, call: Callable[..., Told]) -> int:
     folder = str(request.target)
     if not paths.is_url(folder) and os.path.lexists(folder[:-1]) and not os.path.isdir(folder):
         raise WriteError(f"{folder[:-1]} is not a folder", hint="name a folder as the output")
-    if len(request.sources) == 1 and not request.as_json:
+    if len(request.sources) == 1 and not talk.speaks_json():
         source = request.sources[0]
         tell(request, call(source, _target(request, source), parents=True))
         return 0
@@ -50,22 +50,22 @@ def _target(request: Request, source: str) -> str:
 class _Item:
     """An input on its way: where it goes, how large that is, which files it is read from.
 
-    `before` identifies what was at the target; it was `written` there, and `ended` where that was
-    told.
+    `before` identifies what was at the target; it was `refused`, or `written` there, and `ended`
+    where that was told.
     """
 
     source: str
     target: str = ""
     nbytes: int = 0
     files: Sequence[str] = ()
-    failure: Document | None = None
+    refused: CkptoolError | None = None
     before: int | None = None
     written: bool = False
     ended: bool = False
 
     def look(self) -> bool:
         """Return whether it was written, which a run that is interrupted may not know."""
-        self.written |= not self.failure and _node(self.target) not in (None, self.before)
+        self.written |= not self.refused and _node(self.target) not in (None, self.before)
         return self.written
 
 
@@ -81,19 +81,28 @@ class _Batch:
     left: list[str] = field(default_factory=list)  # inputs that were not reached
     details: dict[str, list[str]] = field(default_factory=dict)  # what is said -> of which inputs
 
+    @property
+    def dry_run(self) -> bool:
+        """Return whether all that is asked for is the plan."""
+        return bool(self.request.options["dry_run"])
+
     def run(self) -> int:
         """Plan, refuse and write; return the worst exit code."""
         self.items = [self._named(source) for source in self.request.sources]
-        pairs = [(item.source, item.target) for item in self.items if not item.failure]
+        pairs = [(item.source, item.target) for item in self.items if not item.refused]
         batch.refuse_collisions(pairs)
-        only_plan = self.request.options["dry_run"]
-        with _many.documents(self.request.as_json and only_plan) as add:
+        with _many.documents(self.dry_run) as add:
             for item in self.items:
-                self._plan(item, add)
+                told = self._called(item, dry_run=True)
+                if told:
+                    item.nbytes, item.files = told.result.nbytes, told.result.files
+                    item.before = _node(item.target)
+                if self.dry_run:
+                    self._end(item, told, add)
         self._refuse_together()
-        with _many.documents(self.request.as_json and not only_plan) as add:
+        with _many.documents(not self.dry_run) as add:
             try:
-                if not only_plan:
+                if not self.dry_run:
                     self._write(add)
                 self._tell_rest()
             except (KeyboardInterrupt, SystemExit) as error:
@@ -110,72 +119,59 @@ class _Batch:
             self._failed(item, error)
         return item
 
-    def _plan(self, item: _Item, add: Add) -> None:
-        """Plan one output; with --dry-run that is all, and is shown."""
-        only_plan = self.request.options["dry_run"]
-        if not item.failure:
-            try:
-                told = self._called(item, dry_run=True)
-            except Exception as error:
-                self._failed(item, error)
-            else:
-                item.nbytes, item.files = told.result.nbytes, told.result.files
-                item.before = _node(item.target)
-                if only_plan:
-                    self._finished(item, told, add)
-        if item.failure and only_plan:
-            self._end(item, item.failure, add)
-
     def _write(self, add: Add) -> None:
         """Write what is planned; a full disk leaves out the rest."""
         for item in self.items:
-            told = refused = None
-            try:
-                told = None if item.failure else self._called(item)
-            except Exception as error:
-                refused = self._failed(item, error)
-            if told:
-                self._finished(item, told, add)
-            else:
-                self._end(item, item.failure or {}, add)
-            if isinstance(refused, NoSpace):
-                self._leave("the disk is full", refused.exit_code, add)
+            planned = not item.refused
+            self._end(item, self._called(item), add)
+            if planned and isinstance(item.refused, NoSpace):
+                self._leave("the disk is full", item.refused.exit_code, add)
                 return
 
-    def _end(self, item: _Item, document: Document, add: Add) -> None:
+    def _called(self, item: _Item, **more: Any) -> Told | None:
+        """Plan or write one output; None where it is refused, or was before."""
+        if not item.refused:
+            try:
+                with budget.run(anew=True):
+                    return self.call(item.source, item.target, parents=True, **more)
+            except Exception as error:
+                self._failed(item, error)
+        return None
+
+    def _end(self, item: _Item, told: Told | None, add: Add) -> None:
+        """Tell what became of an input."""
+        document: Document = {}
+        if told:
+            self._finished(item, told)
+            document = told.document or told.result.to_dict()
+        elif item.refused:
+            document = _many.failure(item.source, item.refused)
         item.ended = True
         add(document)
 
-    def _called(self, item: _Item, **more: Any) -> Told:
-        with budget.run(anew=True):
-            return self.call(item.source, item.target, parents=True, **more)
-
-    def _finished(self, item: _Item, told: Told, add: Add) -> None:
+    def _finished(self, item: _Item, told: Told) -> None:
         """Say in a line what was done, or would be; keep what else there is to say."""
-        result, request = told.result, self.request
+        result = told.result
         item.written = True
         self.counts.update(report.counts(result))
         for line in result.warnings:
             talk.warn(visible(line if item.source in line else f"{item.source}: {line}"))
         self._keep(item, [*report.rewrite_lines(result, fold=talk.folds()), *told.more])
-        self._end(item, told.document or result.to_dict(), add)
         line = report.output_line(result)
-        if result.dry_run and not request.as_json:
+        if result.dry_run and not talk.speaks_json():
             talk.put([line])
         else:
-            talk.say([line], quiet=request.quiet)
+            talk.say([line])
 
-    def _failed(self, item: _Item, error: Exception) -> CkptoolError:
+    def _failed(self, item: _Item, error: Exception) -> None:
         """Say in a line why there is no output; keep what would help."""
-        refused = _many.refusal(error)
+        item.refused = refused = _many.refusal(error)
         if not any(name and name in refused.message for name in (item.source, item.target)):
             refused.within(item.source)
         self.worst = max(self.worst, refused.exit_code)
-        item.failure = _many.failure(item.source, refused)
-        if not self.request.as_json:
+        if not talk.speaks_json():
             talk.complain(refused, in_a_line=True)
             self._keep(item, [f"hint: {visible(refused.hint)}"] if refused.hint else [])
-        return refused
 
     def _keep(self, item: _Item, lines: Iterable[str]) -> None:
         for line in lines:
@@ -186,22 +182,24 @@ class _Batch:
         for item in self.items:
             if item.ended:
                 continue
+            if item.refused:
+                self._end(item, None, add)
+                continue
             if item.look():
-                document = _unfinished(item, "interrupted", f"{item.target} was written", exit_code)
-            elif item.failure:
-                document = item.failure
+                error, message = "interrupted", f"{item.target} was written"
             else:
+                error, message = "not-reached", f"{item.source} was not written: {why}"
                 self.left.append(item.source)
-                message = f"{item.source} was not written: {why}"
-                document = _unfinished(item, "not-reached", message, exit_code)
-            self._end(item, document, add)
+            document = _many.failure(item.source, Interrupted(message))
+            item.ended = True
+            add({**document, "error": error, "exit": exit_code})
 
     def _interrupted(self, error: BaseException, add: Add) -> NoReturn:
         """Name what was not reached, and say what was done in the words of what ends the run."""
         self._leave("interrupted", STOPPED, add)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(self._summary()) from None
-        talk.say([self._summary()])
+        talk.say([self._summary()], always=True)
         raise error
 
     def _refuse_together(self) -> None:
@@ -211,7 +209,7 @@ class _Batch:
         would replace another input before that is read, `NoSpace` one that finds no room behind
         those before it.
         """
-        items = [item for item in self.items if not item.failure]
+        items = [item for item in self.items if not item.refused]
         wholes: dict[tuple[str, ...], _Item] = {}
         for item in items:
             first = wholes.setdefault(tuple(sorted(item.files)), item)
@@ -247,19 +245,17 @@ class _Batch:
 
     def _tell_rest(self) -> None:
         """Say once what there is to say of several inputs, then how many outputs there are."""
-        request = self.request
         for line, sources in self.details.items():
             who = sources[0] if len(sources) == 1 else counted(len(sources), "file")
-            talk.say([f"{who}: {line}"], quiet=request.quiet)
-        if request.options["dry_run"] and not request.as_json:
+            talk.say([f"{who}: {line}"])
+        if self.dry_run and not talk.speaks_json():
             talk.put([self._summary()])
         else:
-            talk.say([self._summary()], quiet=request.quiet and not self.left)
+            talk.say([self._summary()], always=bool(self.left))
 
     def _summary(self) -> str:
-        options, files = self.request.options, counted(len(self.items), "file")
-        verb, room = "written", ""
-        if options["dry_run"]:
+        files, verb, room = counted(len(self.items), "file"), "written", ""
+        if self.dry_run:
             free = self._free()
             nbytes = readable(sum(item.nbytes for item in self.items))
             verb = "would be written"
@@ -278,14 +274,3 @@ def _node(path: str) -> int | None:
 def _size(path: str) -> int:
     """Return the size of a file that will be replaced; none where there is no file."""
     return os.path.getsize(path) if os.path.isfile(path) else 0
-
-
-def _unfinished(item: _Item, slug: str, message: str, exit_code: int) -> Document:
-    return {
-        "file": talk.without_secrets(item.source),
-        "error": slug,
-        "message": message,
-        "evidence": [],
-        "hint": "",
-        "exit": exit_code,
-    }

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptool.cli import talk
+
 if TYPE_CHECKING:
     from ckptool.files.stream import Pipe
 
@@ -26,23 +28,23 @@ class Input(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         if sys.stdin is None or sys.stdin.isatty():
             what = "which is a terminal" if sys.stdin else "which is closed"
             self.fail(f"- is standard input, {what}: pipe a file into it", param, ctx)
-        if ctx is not None and ctx.meta.setdefault(_TAKEN, self) is not self:
+        meta = ctx.meta if ctx else {}
+        if meta.get(_TAKEN):
             self.fail("- is standard input, which can be read once", param, ctx)
         from ckptool.files.spool import streamed
 
-        if ctx is not None:
-            ctx.meta[_TAKEN] = value
+        meta[_TAKEN] = True
         return streamed(STANDARD, sys.stdin.fileno())
 
 
 INPUT = Input()
 
 
-def standard_output(*, as_json: bool, is_data: bool) -> Pipe:
+def standard_output(*, is_data: bool) -> Pipe:
     """Return standard output as a place for bytes; it takes no document with them."""
     from ckptool.files.stream import Pipe
 
-    if is_data and as_json:
+    if is_data and talk.speaks_json():
         raise click.UsageError("--json and an output that is - both go to stdout")
     if is_data and sys.stdout.isatty():
         what = "- is standard output, which is a terminal: pipe it into a command or a file"

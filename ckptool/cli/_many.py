@@ -14,7 +14,7 @@ Data = Sequence[str] | Mapping[str, object]  # lines, or with --json a document
 Put = Callable[[Data], None]
 
 
-def each(files: Sequence[str], show: Callable[[str, Put], None], *, as_json: bool) -> int:
+def each(files: Sequence[str], show: Callable[[str, Put], None]) -> int:
     """Show files one after the other; return the worst exit code.
 
     One alone is shown as it is, and what it raises is raised. Of several, lines begin with the
@@ -26,7 +26,7 @@ def each(files: Sequence[str], show: Callable[[str, Put], None], *, as_json: boo
     from ckptool.files import budget
 
     worst, wide = 0, talk.on_terminal()
-    with documents(as_json) as add:
+    with documents() as add:
         for number, file in enumerate(files):
 
             def put(data: Data, file: str = file, first: bool = not number) -> None:
@@ -42,7 +42,7 @@ def each(files: Sequence[str], show: Callable[[str, Put], None], *, as_json: boo
                 refused = refusal(error)
                 worst = max(worst, refused.exit_code)
                 add(failure(file, refused))
-                if not as_json:
+                if not talk.speaks_json():
                     talk.complain(refused)
     return worst
 
@@ -81,12 +81,12 @@ def failure(file: str, refused: CkptoolError) -> dict[str, object]:
 
 
 @contextmanager
-def documents(as_json: bool) -> Iterator[Callable[[Mapping[str, object]], None]]:
+def documents(wanted: bool = True) -> Iterator[Callable[[Mapping[str, object]], None]]:
     """Print one document of several as they come: it is whole, too, where the block is left early.
 
-    Gives what takes them, which does nothing without `as_json`.
+    Gives what takes them, which does nothing without --json.
     """
-    if not as_json:
+    if not (wanted and talk.speaks_json()):
         yield lambda document: None
         return
     before = f'{{\n  "schema": "{SCHEMA}",\n  "files": ['

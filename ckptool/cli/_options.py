@@ -11,48 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from inspect import cleandoc
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ckptool.cli import talk
 from ckptool.cli._input import INPUT as INPUT, STANDARD, standard_output
 from ckptool.cli._request import Request as Request, Told as Told, tell as tell
+from ckptool.errors import EditError, NothingMatched, reason
 from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
 
-if TYPE_CHECKING:
-    from ckptool.files.sites import Manner
-
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
-
-
-_MOST, _SECONDS = "ckptool.max_memory", "ckptool.timeout"
-
-
-def _limit(context: click.Context, _: click.Parameter, size: str | None) -> None:
-    context.meta[_MOST] = None if size is None else parse_size(size, "--max-memory 2GiB")
-
-
-def _ask(context: click.Context, _: click.Parameter, seconds: int) -> None:
-    context.meta[_SECONDS] = float(seconds)
-
-
-def _manner(context: click.Context) -> Manner:
-    """Return how servers are asked: each of them once for all that the command reads."""
-    from ckptool.files.sites import Manner
-
-    def quiet() -> bool:
-        return bool(context.params.get("quiet"))
-
-    def say(line: str) -> None:
-        talk.say([visible(line)], quiet=quiet())
-
-    def progress(what: str) -> talk.Progress:
-        return talk.Progress(what, quiet=quiet())
-
-    return Manner(context.meta[_SECONDS], say, progress, {})
+Decorator = Callable[[Function], Function]
 
 
 class Command(click.Command):
@@ -68,24 +40,25 @@ class Command(click.Command):
             type=click.IntRange(1, 86_400),
             metavar="SECONDS",
             default=60,
-            show_default=True,
-            expose_value=False,
-            callback=_ask,
             help="Give up on a server that sends less than 1 KiB/s for this long.",
         )
         what = "Memory that reading metadata may take.  [default: by its size, at most 256MiB]"
-        memory = click.Option(
-            ["--max-memory"], metavar="SIZE", help=what, expose_value=False, callback=_limit
-        )
+        memory = click.Option(["--max-memory"], metavar="SIZE", help=what)
         self.params += [timeout, memory] if reads else []
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Do it under one budget, and ask servers as the command line says."""
-        if _MOST not in ctx.meta:
+        """Do it under one budget; talk, and ask each server once, as the command line says."""
+        if "timeout" not in ctx.params:
             return super().invoke(ctx)
         from ckptool.files import budget, sites
 
-        with budget.run(ctx.meta[_MOST], anew=True), sites.asking(_manner(ctx)):
+        given = ctx.params
+        del given["as_json"]  # as `talk` knows
+        talk.hush(given.pop("quiet"))
+        seconds, size = given.pop("timeout"), given.pop("max_memory")
+        most = None if size is None else parse_size(size, "--max-memory 2GiB")
+        manner = sites.Manner(seconds, lambda line: talk.say([visible(line)]), talk.Progress, {})
+        with budget.run(most, anew=True), sites.asking(manner):
             return super().invoke(ctx)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -121,24 +94,32 @@ class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no C
         return str(super().convert(value, param, ctx))
 
 
-_ANSWERS: tuple[Callable[[Function], Function], ...] = (
+def _together(*options: Decorator) -> Decorator:
+    """Make one decorator of those of several options."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# Of what a command prints, which `talk` knows.
+answers = _together(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
     click.option("-q", "--quiet", is_flag=True, help="Only data, errors and warnings."),
 )
-
-
-def answers(function: Function) -> Function:
-    """Give a command the options of what it prints."""
-    return _decorated(function, _ANSWERS)
-
-
-_STRIPS = (
+# Of how prefixes are removed.
+strips = _together(
     click.option("--anywhere", is_flag=True, help="Also inside keys, as whole components."),
     click.option("--keep-bookkeeping", is_flag=True, help="Keep a wrapper's own entries."),
 )
-_PATHS = click.argument("paths", metavar="IN... OUT", nargs=-1, required=True)
+no_sync = click.option(
+    "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
+)
 _IN_PLACE = click.option("--in-place", is_flag=True, help="Replace IN; takes no OUT.")
-_WRITES: tuple[Callable[[Function], Function], ...] = (
+_WRITES = (
     click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top)."),
     click.option(
         "--to",
@@ -155,7 +136,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option("--force", is_flag=True, help="Replace an existing OUT (otherwise an error)."),
     _IN_PLACE,
     click.option("-n", "--dry-run", is_flag=True, help="Print the plan, write nothing."),
-    *_ANSWERS,
+    answers,
     click.option(
         "--tensors-only",
         is_flag=True,
@@ -170,9 +151,7 @@ _WRITES: tuple[Callable[[Function], Function], ...] = (
     click.option(
         "--map-location", metavar="DEVICE", help="Tag every storage with a device: cpu, cuda:0."
     ),
-    click.option(
-        "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
-    ),
+    no_sync,
 )
 
 
@@ -186,8 +165,7 @@ def refuse_idle(needs: Mapping[str, str]) -> None:
     options = {each.name: each.opts[0] for each in context.command.params}
 
     def given(name: str) -> bool:
-        source = context.get_parameter_source(name)
-        return source is click.core.ParameterSource.COMMANDLINE
+        return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
     for name, others in needs.items():
         if not given(name):
@@ -205,23 +183,21 @@ def writes(function: Function) -> Function:
 
     @wraps(function)
     def gathered(paths: tuple[str, ...], **given: Any) -> Any:
-        read, target = (paths[:-1], paths[-1]) if len(paths) > 1 else (paths, None)
-        context = click.get_current_context()
-        sources = [INPUT.convert(each, None, context) for each in read]
+        sources, target = (paths[:-1], paths[-1]) if len(paths) > 1 else (paths, None)
         is_set = bool(given.get("max_shard_size")) or given["to"] == "dcp"
         whole = target is None or given["in_place"]
-        folder = not whole and _is_folder(sources, str(target), is_set)
+        folder = not whole and _is_folder(len(sources) > 1, str(target), is_set)
         if folder and given.get("distributed"):
             raise click.UsageError("--distributed writes one output: name it")
-        request = _request(sources, target, given)
-        return function(replace(request, folder=folder, is_set=is_set), **given)
+        request = replace(_request(sources, target, given), folder=folder, is_set=is_set)
+        return function(request, **given)
 
-    return _decorated(gathered, (_PATHS, *_WRITES))
+    argument = click.argument("paths", metavar="IN... OUT", nargs=-1, required=True)
+    return _together(argument, *_WRITES)(gathered)
 
 
-def _is_folder(sources: Sequence[str], target: str, is_set: bool) -> bool:
+def _is_folder(several: bool, target: str, is_set: bool) -> bool:
     """Check whether outputs go into OUT by the names of inputs; else OUT is the output."""
-    several = len(sources) > 1
     if target.endswith(("/", os.sep)):
         return several or not is_set
     if several and target == STANDARD:
@@ -239,75 +215,47 @@ def combines(function: Function) -> Function:
     def gathered(paths: tuple[str, ...], **given: Any) -> Any:
         if len(paths) < 2 and not given["in_place"]:
             raise click.UsageError("name an output OUT last")
-        *sources, target = paths
-        context = click.get_current_context()
-        read = [INPUT.convert(each, None, context) for each in sources or paths]
-        return function(_request(read, target, given), **given)
+        return function(_request(paths[:-1] or paths, paths[-1], given), **given)
 
     argument = click.argument("paths", metavar="IN IN... OUT", nargs=-1, required=True)
     in_place = click.option("--in-place", is_flag=True, hidden=True)  # refused: it has several
     others = [each for each in _WRITES if each is not _IN_PLACE]
-    return _decorated(gathered, (argument, *others, in_place))
+    return _together(argument, *others, in_place)(gathered)
 
 
-def _decorated(
-    function: Function, decorators: Sequence[Callable[[Function], Function]]
-) -> Function:
-    for decorate in reversed(decorators):
-        function = decorate(function)
-    return function
-
-
-def edits(*options: str) -> Callable[[Function], Function]:
+def edits(*options: str) -> Decorator:
     """Give a command options for edits; for all that there are where none is named."""
     specs = {spec.option: spec for spec in EDITS}
     made = [
         click.option(spec.option, multiple=True, metavar=spec.metavar, help=spec.help)
         for spec in (specs[option] for option in options or specs)
     ]
-    return lambda function: _decorated(function, made)
-
-
-def strips(function: Function) -> Function:
-    """Give a command the options of how prefixes are removed."""
-    return _decorated(function, _STRIPS)
-
-
-_OPTIONS = (
-    "at to keep_records force in_place dry_run tensors_only untie allow_expand map_location"
-).split()
+    return _together(*made)
 
 
 def _request(sources: Sequence[str], target: str | None, given: dict[str, Any]) -> Request:
     """Take what all commands share out of what was given."""
-    if target is None and not given["in_place"]:
+    from ckptool.verbs.options import WriteOptions
+
+    context = click.get_current_context()
+    read = [INPUT.convert(each, None, context) for each in sources]
+    given["sync"] = not given.pop("no_sync")
+    given["drop_beside"] = patterns(given["drop_beside"])
+    options = {name: given.pop(name) for name in WriteOptions.__annotations__ if name in given}
+    if target is None and not options["in_place"]:
         raise click.UsageError("name an output OUT, or use --in-place")
-    if target == STANDARD and not given["in_place"]:
-        target = standard_output(as_json=given["as_json"], is_data=not given["dry_run"])
-    options = {name: given.pop(name) for name in _OPTIONS}
-    return Request(
-        sources=sources,
-        target=target,
-        options={
-            **options,
-            "drop_beside": patterns(given.pop("drop_beside")),
-            "sync": not given.pop("no_sync"),
-        },
-        as_json=given.pop("as_json"),
-        quiet=given.pop("quiet"),
-    )
+    if target == STANDARD and not options["in_place"]:
+        target = standard_output(is_data=not options["dry_run"])
+    return Request(read, target, options)
 
 
 def run(
-    request: Request,
-    verb: Callable[..., Any],
-    told: Callable[[Any], Told] = Told,
-    **arguments: Any,
+    request: Request, verb: Callable[..., Any], told: Callable[[Any], Told] = Told, **arguments: Any
 ) -> int:
     """Call a verb of the library and say what was done; for several inputs, one after the other."""
 
     def call(source: str, target: str | None, **more: Any) -> Told:
-        with talk.Progress(target or source, quiet=request.quiet or request.silent) as progress:
+        with talk.Progress(target or source, quiet=request.silent) as progress:
             options = {**request.options, **arguments, **more}
             return told(verb(source, target, progress=progress.begin, **options))
 
@@ -332,14 +280,10 @@ def patterns(given: Sequence[str]) -> list[str]:
             with open(text[1:], encoding="utf-8") as lines:
                 read = [line.strip() for line in lines]
         except (OSError, UnicodeDecodeError) as error:
-            from ckptool.errors import EditError, reason
-
             why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
             raise EditError(f"the pattern file {text[1:]} cannot be read: {why}") from None
         named = [line for line in read if line and not line.startswith("#")]
         if not named:
-            from ckptool.errors import NothingMatched
-
             raise NothingMatched(f"the pattern file {text[1:]} holds no pattern")
         found += named
     return found

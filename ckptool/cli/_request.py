@@ -23,8 +23,6 @@ class Request:
     sources: Sequence[str]
     target: str | None
     options: dict[str, Any]
-    as_json: bool
-    quiet: bool
     silent: bool = False  # another process says it all
     folder: bool = False
     is_set: bool = False
@@ -47,11 +45,11 @@ def tell(request: Request, told: Told) -> None:
     result, counts = told.result, told.counts
     for line in result.warnings:
         talk.warn(visible(line))
-    if request.as_json:
+    if talk.speaks_json():
         talk.put_document(told.document or result.to_dict())
     elif result.dry_run:
         talk.put(report_plan.plan_lines(result, counts, talk.columns()))
     what = report.rewrite_lines(result, fold=talk.folds())
     written = report.written_lines(result, counts)
-    planned = result.dry_run and not request.as_json  # the plan counts too
-    talk.say([*what, *told.more, *([] if planned else written)], quiet=request.quiet)
+    planned = result.dry_run and not talk.speaks_json()  # the plan counts too
+    talk.say([*what, *told.more, *([] if planned else written)])

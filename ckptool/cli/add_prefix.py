@@ -9,7 +9,7 @@ from ckptool.cli._options import PREFIX, Command, Request, run, writes
 
 @click.command("add-prefix", cls=Command)
 @writes
-@click.option("--prefix", default=PREFIX, show_default=True, help="The prefix to add.")
+@click.option("--prefix", default=PREFIX, help="The prefix to add.")
 def command(request: Request, prefix: str) -> int:
     """Add the DataParallel prefix `module.` to keys.
 

@@ -28,7 +28,7 @@ def command(request: Request, weights: str | None) -> None:
     from ckptool.cli import report
     from ckptool.verbs import combining
 
-    with talk.Progress(request.target or "", quiet=request.quiet) as progress:
+    with talk.Progress(request.target or "") as progress:
         done = combining.average(
             request.sources,
             request.target or "",
@@ -43,11 +43,12 @@ def command(request: Request, weights: str | None) -> None:
 def _numbers(text: str) -> list[float]:
     """Read weights with commas or spaces between them."""
     words = text.split(",") if "," in text else text.split()
+    numbers = []
     for word in words:
         try:
-            float(word)
+            numbers.append(float(word))
         except ValueError:
             from ckptool.errors import EditError
 
             raise EditError(f"`{word}` is not a number", hint="--weights 0.5,0.25,0.25") from None
-    return [float(word) for word in words]
+    return numbers

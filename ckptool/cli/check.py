@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Foreign names and TorchScript code are unsafe, too.")
 @click.option("--plugins", is_flag=True, help="Let plugins read other formats.")
 @answers
-def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int:
+def command(files: Sequence[str], **how: Any) -> int:
     """Check structure, checksums and safety of files; nothing in them is loaded.
 
     \b
@@ -49,21 +49,21 @@ def command(files: Sequence[str], as_json: bool, quiet: bool, **how: Any) -> int
     paths = [path for group in groups for path in group.files]
     results: list[Checked] = []
     others: list[Checked] = []
-    width = None if as_json else talk.columns()
+    width = None if talk.speaks_json() else talk.columns()
     if width:
         talk.put(report_check.aligned(None, paths, width, _paint))
     bugs: dict[str, Exception] = {}
-    for found, listed in _checked(groups, quiet, how, bugs):
+    for found, listed in _checked(groups, how, bugs):
         (results if listed else others).append(found)
-        if listed and not as_json:
+        if listed and not talk.speaks_json():
             talk.put(report_check.aligned(found, paths, width, _paint))
     unseen = {path: why for group in groups for path, why in group.unseen.items()}
-    if as_json:  # it has what is warned of
+    if talk.speaks_json():  # it has what is warned of
         failed = {path: _failure(error) for path, error in bugs.items()}
         talk.put_document(checked.document(results, others, unseen | failed))
     for found in results:
-        _tell(found, quiet)
-    talk.say(report_check.last_lines(results, others, unseen), quiet=quiet)
+        _tell(found)
+    talk.say(report_check.last_lines(results, others, unseen))
     if bugs:
         raise next(iter(bugs.values()))
     return max((found.status.exit_code for found in results), default=0)
@@ -74,7 +74,7 @@ def _paint(text: str, colour: str) -> str:
 
 
 def _checked(
-    groups: Sequence[Group], quiet: bool, how: dict[str, Any], bugs: dict[str, Exception]
+    groups: Sequence[Group], how: dict[str, Any], bugs: dict[str, Exception]
 ) -> Iterator[tuple[Checked, bool]]:
     """Check one file after the other, and say which get a line.
 
@@ -83,32 +83,29 @@ def _checked(
     for group in groups:
         lines = 0
         for path in group.files:
-            for found in _one(path, quiet, {**how, "alone": path not in group.sets}, bugs):
-                listed = group.lists(found)
-                lines += listed
-                if listed or group.other(found):
-                    yield found, listed
-        if not lines and group.folder:
-            yield from ((found, True) for found in _one(group.path, quiet, how, bugs))
+            found = _one(path, {**how, "alone": path not in group.sets}, bugs)
+            listed = found is not None and group.lists(found)
+            lines += listed
+            if found and (listed or group.other(found)):
+                yield found, listed
+        if not lines and group.folder and (found := _one(group.path, how, bugs)):
+            yield found, True
 
 
-def _one(
-    path: str, quiet: bool, how: dict[str, Any], bugs: dict[str, Exception]
-) -> Iterator[Checked]:
+def _one(path: str, how: dict[str, Any], bugs: dict[str, Exception]) -> Checked | None:
     from ckptool.verbs import checking
 
     try:
-        with talk.Progress(path, quiet=quiet) as progress:
-            found = checking.check(path, progress=progress.begin, **how)
+        with talk.Progress(path) as progress:
+            return checking.check(path, progress=progress.begin, **how)
     except EditError:  # of an option: no file would fare better
         raise
     except Exception as error:
         if isinstance(error, OSError) and not is_out_of_memory(error):
             error = talk.refusal(error)
-        talk.say([f"{visible(path)}: {_failure(error)}"])
+        talk.say([f"{visible(path)}: {_failure(error)}"], always=True)
         bugs[path] = error
-    else:
-        yield found
+        return None
 
 
 def _failure(error: Exception) -> str:
@@ -116,9 +113,9 @@ def _failure(error: Exception) -> str:
     return f"error[{slug}]: {type(error).__name__}: not checked"
 
 
-def _tell(found: Checked, quiet: bool) -> None:
+def _tell(found: Checked) -> None:
     from ckptool.cli import report_check
 
     if lines := report_check.evidence_lines(found):
         talk.warn(*lines)
-    talk.say(report_check.note_lines(found), quiet=quiet)
+    talk.say(report_check.note_lines(found))

@@ -36,16 +36,9 @@ class _InOrder(Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["ckptool.given"] = list(args)
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        taken: dict[str, int] = {}
-        ordered: list[tuple[str, Any]] = []
-        for parameter in order:
-            name = parameter.name or ""
-            value = values.get(name)
-            if isinstance(value, list):
-                index = taken.get(name, 0)
-                taken[name] = index + 1
-                ordered.append((name, value[index]))
-        ctx.meta["ckptool.ordered"] = ordered
+        given = {name: iter(value) for name, value in values.items() if isinstance(value, list)}
+        names = [each.name for each in order if each.name in given]
+        ctx.meta["ckptool.ordered"] = [(name, next(given[name])) for name in names]
         return super().parse_args(ctx, args)
 
 
@@ -62,7 +55,7 @@ class _InOrder(Command):
     "--overflow",
     type=click.Choice(["refuse", "inf", "clamp"]),
     default="refuse",
-    help="What --dtype does with values beyond its largest number.  [default: refuse]",
+    help="What --dtype does with values beyond its largest number.",
 )
 @click.option(
     "--values",

@@ -32,13 +32,12 @@ DIFFERENT = 1
     "--ignore-prefix", multiple=True, metavar="P", help="Compare without a prefix, or auto."
 )
 @click.option("--anywhere", is_flag=True, help="Ignore it inside keys too.")
-@click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
-@click.option("--rtol", default=0.0, show_default=True, help="Allowed relative to A's value.")
+@click.option("--atol", default=0.0, help="Absolute difference allowed.")
+@click.option("--rtol", default=0.0, help="Allowed relative to A's value.")
 @click.option(
     "--sort",
     type=click.Choice(["file", "far"]),
     default="file",
-    show_default=True,
     help="Order of what differs; far: the largest change first.",
 )
 @answers
@@ -51,8 +50,6 @@ def command(
     atol: float,
     rtol: float,
     sort: str,
-    as_json: bool,
-    quiet: bool,
     **how: Any,
 ) -> int:
     """Compare two checkpoints in any containers: keys, dtypes, shapes and values, bit for bit.
@@ -92,12 +89,12 @@ def command(
         **how,
     )
     first, second = containers.read(left), containers.read(right)
-    with talk.Progress(second.path, quiet=quiet) as progress:
+    with talk.Progress(second.path) as progress:
         for checkpoint in (first, second):
             talk.warn_if_any(report.danger_lines(checkpoint))
         found = compare.compared(first, second, asked, progress.begin)
     if sort == "far":
         found = found.farthest_first()
     lines = report_diff.difference_lines(found)
-    talk.answer(found, report_diff.differences, lines, as_json=as_json, quiet=quiet)
+    talk.answer(found, report_diff.differences, lines)
     return 0 if found.equal else DIFFERENT

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptool.cli import screen, talk
-from ckptool.cli._options import Command, answers, refuse_idle
+from ckptool.cli._options import Command, answers, no_sync, refuse_idle
 from ckptool.text import readable, visible
 
 if TYPE_CHECKING:
@@ -24,26 +24,16 @@ if TYPE_CHECKING:
     "--output",
     "target",
     default=".",
+    show_default=False,
     metavar="DIR_OR_FILE",
     help="Folder or file (end a new folder with /).  [default: this folder]",
 )
 @click.option("--sha256", metavar="HEX", help="Expected sha256 of the file.")
 @click.option("--force", is_flag=True, help="Overwrite a different file.")
-@click.option(
-    "--no-sync", is_flag=True, help="Do not fsync: faster, but a power loss can lose the file."
-)
+@no_sync
 @click.option("--list", "show", is_flag=True, help="List torchvision's weights: all, or by name.")
 @answers
-def command(
-    what: str | None,
-    target: str,
-    sha256: str | None,
-    force: bool,
-    no_sync: bool,
-    show: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(what: str | None, target: str, no_sync: bool, show: bool, **how: Any) -> None:
     """Download weights of torchvision by name, or any URL, and check what came.
 
     \b
@@ -58,31 +48,30 @@ def command(
     """
     refuse_idle(dict.fromkeys(["target", "sha256", "force", "no_sync", "timeout"], "not show"))
     if show:
-        _list(what, as_json=as_json, quiet=quiet)
+        _list(what)
         return
     if what is None:
         raise click.UsageError("name weights or a URL, or use --list")
     from ckptool.files import http, sites
     from ckptool.verbs import api
 
-    url = what if "://" in what else _url(what, quiet=quiet)
-    with talk.Progress(http.shown(url), quiet=quiet) as progress:
+    url = what if "://" in what else _url(what)
+    with talk.Progress(http.shown(url)) as progress:
         done = api.download(
             what,
             target,
-            sha256=sha256,
-            force=force,
             sync=not no_sync,
             timeout=sites.manner().timeout,
             progress=progress.reached,
+            **how,
         )
     for line in done.warnings:
         talk.warn(visible(line))
-    if as_json:
+    if talk.speaks_json():
         talk.put_document(done.to_dict())
     else:
         talk.put([visible(done.path)])
-    talk.say(_lines(done), quiet=quiet)
+    talk.say(_lines(done))
 
 
 def _checked(done: Downloaded) -> str:
@@ -92,11 +81,11 @@ def _checked(done: Downloaded) -> str:
     return f"checked: {done.checked}"
 
 
-def _url(name: str, *, quiet: bool) -> str:
+def _url(name: str) -> str:
     from ckptool.model import weights
 
     entry = weights.resolve(name)
-    talk.say([f"{visible(name)}: {entry.member}, {entry.url}"], quiet=quiet)
+    talk.say([f"{visible(name)}: {entry.member}, {entry.url}"])
     return entry.url
 
 
@@ -116,7 +105,7 @@ def _lines(done: Downloaded) -> list[str]:
     return [written, sha256]
 
 
-def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
+def _list(pattern: str | None) -> None:
     from ckptool.errors import NoSuchModel
     from ckptool.model import weights
 
@@ -124,16 +113,13 @@ def _list(pattern: str | None, *, as_json: bool, quiet: bool) -> None:
     if not entries:
         hint = "ckptool download --list shows all"
         raise NoSuchModel(f"torchvision has no weights like `{pattern}`", hint=hint)
-    if as_json:
+    if talk.speaks_json():
         talk.put_document({"schema": "weights/1", "weights": [asdict(entry) for entry in entries]})
     else:
         width = talk.columns()
         talk.put(_table(entries, width) if width else _rows(entries))
     defaults = sum(entry.default for entry in entries)
-    talk.say(
-        [f"{len(entries)} weights of {defaults} models; * is the default of a bare name"],
-        quiet=quiet,
-    )
+    talk.say([f"{len(entries)} weights of {defaults} models; * is the default of a bare name"])
 
 
 def _rows(entries: Sequence[Weights]) -> list[str]:

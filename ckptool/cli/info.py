@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=INPUT)
 @click.option("--at", metavar="NAME", help="Describe this state_dict (dotted; . is the top).")
 @answers
-def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) -> int:
+def command(files: Sequence[str], at: str | None) -> int:
     """Say what a file is, what is in it, and which commands would help.
 
     \b
@@ -30,14 +30,14 @@ def command(files: Sequence[str], at: str | None, as_json: bool, quiet: bool) ->
 
     For a file that is not a checkpoint it says what the file is, exit 3.
     """
-    return _many.each(files, partial(_show, at=at, as_json=as_json), as_json=as_json)
+    return _many.each(files, partial(_show, at=at))
 
 
-def _show(file: str, put: Put, *, at: str | None, as_json: bool) -> None:
+def _show(file: str, put: Put, *, at: str | None) -> None:
     from ckptool.cli import report_info
     from ckptool.verbs import api
 
     facts = api.info(file, at=at)
     width = talk.columns()
     lines = report_info.info_table(facts, width) if width else report_info.info_rows(facts)
-    put(facts.to_dict() if as_json else lines)
+    put(facts.to_dict() if talk.speaks_json() else lines)

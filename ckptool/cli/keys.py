@@ -28,15 +28,12 @@ if TYPE_CHECKING:
     "--sort",
     type=click.Choice(["file", "size", "name", "absmax", "nan", "std"]),
     default="file",
-    show_default=True,
     help="Order of the list; the last three need --stats.",
 )
 @click.option("--stats", is_flag=True, help="Min, max, mean, std ... of the values.")
 @click.option("--no-fold", "every_row", is_flag=True, help="A row for each, on a terminal too.")
 @answers
-def command(
-    files: Sequence[str], select: Sequence[str], sort: str, stats: bool, as_json: bool, **how: Any
-) -> int:
+def command(files: Sequence[str], select: Sequence[str], sort: str, stats: bool, **how: Any) -> int:
     """List the tensors of a checkpoint: key, dtype, shape, bytes.
 
     \b
@@ -55,13 +52,13 @@ def command(
     refuse_idle({"every_row": "not names tree stats as_json"})
     if sort in ("absmax", "nan", "std") and not stats:
         raise click.UsageError(f"--sort {sort} needs --stats")
-    forms = {"--names": how["names"], "--tree": how["tree"], "--json": as_json}
+    forms = {"--names": how["names"], "--tree": how["tree"], "--json": talk.speaks_json()}
     wanted = [option for option, given in forms.items() if given]
     if len(wanted) > 1:
         raise click.UsageError(f"{' and '.join(wanted)} do not go together")
-    how |= {"select": patterns(select), "sort": sort, "stats": stats, "as_json": as_json}
+    how |= {"select": patterns(select), "sort": sort, "stats": stats}
     show = partial(_show, **how)
-    return _many.each(files, show, as_json=as_json)
+    return _many.each(files, show)
 
 
 def _show(
@@ -72,10 +69,7 @@ def _show(
     every: bool,
     select: Sequence[str],
     sort: str,
-    stats: bool,
-    as_json: bool,
-    quiet: bool,
-    **form: Any,
+    **how: Any,
 ) -> None:
     from ckptool import containers
     from ckptool.cli import report
@@ -83,13 +77,13 @@ def _show(
 
     checkpoint = containers.read(file, alone=every)
     found = listing.listing(checkpoint, at, every=every)
-    with talk.Progress(checkpoint.path, quiet=quiet) as progress:
-        begin = progress.begin if stats else None
-        cells = talk.on_terminal() and not as_json
+    with talk.Progress(checkpoint.path) as progress:
+        begin = progress.begin if how["stats"] else None
+        cells = talk.on_terminal() and not talk.speaks_json()
         found = listing.chosen(found, select, sort, begin, cells=cells)
     talk.warn_if_any(report.danger_lines(checkpoint))
-    put(found.to_dict() if as_json else _lines(found, stats=stats, **form))
-    talk.say(report.listing_lines(found, every=every), quiet=quiet)
+    put(found.to_dict() if talk.speaks_json() else _lines(found, **how))
+    talk.say(report.listing_lines(found, every=every))
 
 
 def _lines(

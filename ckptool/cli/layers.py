@@ -27,9 +27,7 @@ from ckptool.cli._options import INPUT, Command, answers, refuse_idle
 @click.option("--depth", type=click.IntRange(0), metavar="N", help="Fold modules deeper than N.")
 @click.option("--at", metavar="NAME", help="Where the state_dict of FILE sits (dotted).")
 @answers
-def command(
-    file: str | None, model_arg: Sequence[str], as_json: bool, quiet: bool, **how: Any
-) -> int:
+def command(file: str | None, model_arg: Sequence[str], **how: Any) -> int:
     """List the layers of a model in the order in which they run.
 
     \b
@@ -49,5 +47,5 @@ def command(
     refuse_idle({"at": "file"})
     found = layers.layers(file=file, model_args=zoo.arguments(model_arg), **how)
     lines = report_layers.lines(found)
-    talk.answer(found, report_layers.rows, lines, as_json=as_json, quiet=quiet)
+    talk.answer(found, report_layers.rows, lines)
     return 0

@@ -109,7 +109,11 @@ def _no_such_command(name: str, known: list[str]) -> NoSuchCommand:
 @click.group(
     cls=_Commands,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
 )
 @click.option(
     "--debug", is_flag=True, envvar="CKPTOOL_DEBUG", help="Show the traceback of an error."

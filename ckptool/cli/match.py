@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -25,16 +26,7 @@ AMBIGUOUS = 1
 @click.option("--like-at", metavar="NAME", help="Where the state_dict of B sits.")
 @answers
 def command(
-    source: str,
-    like: str | None,
-    model: str | None,
-    model_arg: Sequence[str],
-    target: str | None,
-    force: bool,
-    at: str | None,
-    like_at: str | None,
-    as_json: bool,
-    quiet: bool,
+    source: str, model_arg: Sequence[str], target: str | None, force: bool, **how: Any
 ) -> int:
     """Map the names of one checkpoint to those of another, as a recipe to review.
 
@@ -53,18 +45,16 @@ def command(
     from ckptool.verbs import match as verb
 
     refuse_idle({"like_at": "like", "model_arg": "model", "force": "target"})
-    if (like is None) == (model is None):
+    if (how["like"] is None) == (how["model"] is None):
         raise click.UsageError("give --like B or --model SPEC")
-    found = verb.match(
-        source, like=like, at=at, like_at=like_at, model=model, model_args=zoo.arguments(model_arg)
-    )
+    found = verb.match(source, model_args=zoo.arguments(model_arg), **how)
     if not found.anything:
         raise report_match.nothing_alike(found)
     if target is not None:
-        verb.write(found, target, [source, *([like] if like else [])], force=force)
-    if as_json:
+        verb.write(found, target, [*filter(None, (source, how["like"]))], force=force)
+    if talk.speaks_json():
         talk.put_document(found.to_dict())
     elif target is None:
         talk.put(report_match.shown(found.text, talk.columns()))
-    talk.say(report_match.lines(found, target), quiet=quiet)
+    talk.say(report_match.lines(found, target))
     return 0 if found.sure else AMBIGUOUS

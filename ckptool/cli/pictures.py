@@ -158,11 +158,7 @@ class Page:
             for x, y, wide, high in boxes
         ]
         made = PolyCollection(
-            corners,
-            facecolors=colours,
-            edgecolors=edge,
-            linewidths=line,
-            joinstyle="miter",
+            corners, facecolors=colours, edgecolors=edge, linewidths=line, joinstyle="miter"
         )
         self._add(made)
 

@@ -43,7 +43,6 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
     "--by",
     type=click.Choice(["bytes", "parameters"]),
     default="bytes",
-    show_default=True,
     help="What the areas of sizes are.",
 )
 @click.option("--depth", type=click.IntRange(1), metavar="N", help="Fold modules deeper than N.")
@@ -53,7 +52,6 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has none
     "--size",
     type=_Size(),
     default="1920x1200",
-    show_default=True,
     metavar="WxH",
     help="Pixels of a PNG, 160 to an inch.",
 )
@@ -70,8 +68,6 @@ def command(
     at: str | None,
     size: tuple[int, int],
     force: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Draw the sizes of modules, their values, or how far each moved from another checkpoint.
 
@@ -96,15 +92,14 @@ def command(
             f"{target} ends in none of {', '.join(f'.{each}' for each in pictures.FORMATS)}",
             hint="the suffix of -o says what it becomes",
         )
-    place = publish.refuse_target(
-        target, [each for each in (file, other) if each], force=force, sync=True
-    )
-    sources = [containers.read(path) for path in (file, other) if path is not None]
+    files = [file] if other is None else [file, other]
+    place = publish.refuse_target(target, files, force=force, sync=True)
+    sources = [containers.read(path) for path in files]
     for checkpoint in sources:
         talk.warn_if_any(report.danger_lines(checkpoint))
     with pictures.drawing():
         pass  # or refuse before values are read
-    with talk.Progress(target, quiet=quiet) as progress:
+    with talk.Progress(target) as progress:
         begin = progress.begin
         chosen = patterns(select)
         if other is not None:
@@ -114,6 +109,6 @@ def command(
             found = listing.chosen(found, chosen, "file", begin if stats else None, cells=True)
             plot = plotting.of_one(found, depth, stats=stats, every=bool(chosen))
     publish.write(place, charts.picture(plot, form, size, by=by))
-    if as_json:
+    if talk.speaks_json():
         talk.put_document({**plot.to_dict(), "target": target})
-    talk.say(report.plot_lines(plot, target), quiet=quiet)
+    talk.say(report.plot_lines(plot, target))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ckptool.cli import talk
@@ -21,17 +23,7 @@ DIFFERENT = 1
 @click.option("--reverse", is_flag=True, help="Do the steps backwards.")
 @click.option("--list", "listed", is_flag=True, help="List the recipes that come with ckptool.")
 @answers
-def command(
-    file: str | None,
-    source: str | None,
-    at: str | None,
-    like: str | None,
-    like_at: str | None,
-    reverse: bool,
-    listed: bool,
-    as_json: bool,
-    quiet: bool,
-) -> int:
+def command(file: str | None, source: str | None, reverse: bool, listed: bool, **how: Any) -> int:
     """Check a recipe: what each step changes in a checkpoint. Writes nothing.
 
     \b
@@ -56,11 +48,11 @@ def command(
     recipe = recipes.Recipe.load(file)
     if source is None:
         talk.put(report_recipe.step_lines(recipe, talk.columns(), reverse=reverse))
-        talk.say([f"{len(recipe.steps)} steps; --from A tries them"], quiet=quiet)
+        talk.say([f"{len(recipe.steps)} steps; --from A tries them"])
         return 0
     from ckptool.verbs import recipe as verb
 
-    found = verb.tried(recipe, source, at=at, like=like, like_at=like_at, reverse=reverse)
+    found = verb.tried(recipe, source, reverse=reverse, **how)
     lines = report_recipe.tried_lines(found)
-    talk.answer(found, report_recipe.count_lines, lines, as_json=as_json, quiet=quiet)
+    talk.answer(found, report_recipe.count_lines, lines)
     return 0 if found.fits else DIFFERENT

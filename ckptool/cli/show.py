@@ -11,13 +11,11 @@ from ckptool.cli._options import INPUT, Command, answers
 @click.command("show", cls=Command)
 @click.argument("file", metavar="FILE", type=INPUT)
 @click.argument("key", metavar="KEY")
-@click.option("--slice", "index", default="", metavar="INDEX", help="Elements, as torch: '0,:5'.")
+@click.option("--slice", "index", metavar="INDEX", help="Elements, as torch: '0,:5'.")
 @click.option("--at", metavar="NAME", help="Where the state_dict sits (dotted; . is the top).")
 @click.option("--all", "every", is_flag=True, help="Up to 1 000 000 values, not 1 000.")
 @answers
-def command(
-    file: str, key: str, index: str, at: str | None, every: bool, as_json: bool, quiet: bool
-) -> None:
+def command(file: str, key: str, index: str | None, at: str | None, every: bool) -> None:
     """Show values of a tensor as torch prints them, or a plain value of the file.
 
     \b
@@ -31,5 +29,5 @@ def command(
     from ckptool.cli import report_show
     from ckptool.verbs.showing import show
 
-    shown = show(file, key, at=at, slice=index, all=every)
-    talk.answer(shown, report_show.value_lines, (), as_json=as_json, quiet=quiet)
+    shown = show(file, key, at=at, slice=index or "", all=every)
+    talk.answer(shown, report_show.value_lines, ())

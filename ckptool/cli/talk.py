@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 import click
@@ -44,14 +43,15 @@ LINE_EVERY = 10.0  # seconds between lines of progress off a terminal
 
 
 _warned: list[str] | None = None  # with --json: the warnings of the next document
+_quiet = False  # with -q
 
 
 @contextmanager
 def documents(wanted: bool) -> Iterator[None]:
     """Say nothing but documents, where that is wanted; libraries' warnings go into them too."""
-    global _warned
-    before = _warned
-    _warned = [] if wanted else None
+    global _warned, _quiet
+    before = _warned, _quiet
+    _warned, _quiet = [] if wanted else None, False
     try:
         if not wanted:
             yield
@@ -62,7 +62,13 @@ def documents(wanted: bool) -> Iterator[None]:
             warnings.showwarning = lambda message, *_: warn(str(message))
             yield
     finally:
-        _warned = before
+        _warned, _quiet = before
+
+
+def hush(wanted: bool) -> None:
+    """Say no more than errors and warnings, where that is wanted."""
+    global _quiet
+    _quiet = wanted
 
 
 def speaks_json() -> bool:
@@ -70,9 +76,9 @@ def speaks_json() -> bool:
     return _warned is not None
 
 
-def say(lines: Iterable[str], *, quiet: bool = False) -> None:
-    """Write lines of talk to stderr; on a terminal, broken between words."""
-    if not quiet and not speaks_json():
+def say(lines: Iterable[str], *, always: bool = False) -> None:
+    """Write lines of talk to stderr, with -q not but `always`; on a terminal, broken at words."""
+    if (always or not _quiet) and not speaks_json():
         width = columns(sys.stderr)
         _to_stderr("".join(f"{part}\n" for line in lines for part in wrapped(line, width)))
 
@@ -116,19 +122,14 @@ _Result = TypeVar("_Result", bound=Result)
 
 
 def answer(
-    found: _Result,
-    rows: Callable[[_Result, int | None], Sequence[str]],
-    lines: Iterable[str],
-    *,
-    as_json: bool,
-    quiet: bool,
+    found: _Result, rows: Callable[[_Result, int | None], Sequence[str]], lines: Iterable[str]
 ) -> None:
     """Write what a verb found: its document, or rows as wide as a terminal is, and the talk."""
-    if as_json:
+    if speaks_json():
         put_document(found.to_dict())
     else:
         put(rows(found, columns()))
-    say(lines, quiet=quiet)
+    say(lines)
 
 
 def refusal(error: Exception) -> CkptoolError:
@@ -219,7 +220,7 @@ def complain(error: CkptoolError, *, in_a_line: bool = False) -> int:
         lines += [f"    {visible(line)}" for line in error.evidence]
     if error.hint and not in_a_line:
         lines.append(f"{coloured('hint', 'cyan')}: {visible(error.hint)}")
-    say(lines)
+    say(lines, always=True)
     return error.exit_code
 
 
@@ -229,7 +230,7 @@ def say_interrupted(stopped: Interrupted) -> int:
         return complain(stopped)
     # The line of a terminal ends in ^C by now.
     last = ["", stopped.message] if sys.stderr.isatty() else [stopped.message]
-    say(map(visible, [*stopped.evidence, *last]))
+    say(map(visible, [*stopped.evidence, *last]), always=True)
     return stopped.exit_code
 
 
@@ -255,7 +256,7 @@ def failure(error: CkptoolError) -> looking.Error:
 
 def warn(line: str, *evidence: str) -> None:
     """Write a warning and what shows it, which -q silences no more than errors."""
-    say([f"{coloured('warning', 'yellow')}: {line}", *evidence])
+    say([f"{coloured('warning', 'yellow')}: {line}", *evidence], always=True)
     if _warned is not None:
         _warned.append("; ".join([line, *map(str.strip, evidence)]))
 
@@ -288,11 +289,11 @@ class _Unlocked(nullcontext[None]):
 class Progress:
     """A bar on a terminal once a job takes longer than a second, plain lines elsewhere."""
 
-    def __init__(self, what: str, *, quiet: bool, unit: str = "B") -> None:
+    def __init__(self, what: str, *, quiet: bool = False, unit: str = "B") -> None:
         self._what = visible(os.path.basename(without_secrets(what)))
         self._unit = unit
         self._total = 0
-        self._quiet = quiet or speaks_json()
+        self._quiet = quiet or _quiet or speaks_json()
         self._done = 0
         self._bar: Any = None
         self._lock = threading.Lock()
@@ -358,12 +359,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
             if kind is KeyboardInterrupt:  # what the terminal wrote behind the bar is still there

@@ -54,12 +54,11 @@ if TYPE_CHECKING:
     help="Fill new keys: '*.bias=zeros', fc=normal:std=0.01, xavier_uniform ...",
 )
 @click.option("--init-missing", is_flag=True, help="Fill the rest as the model initialises it.")
-@click.option("--seed", default=0, show_default=True, help="For --init and --init-missing.")
+@click.option("--seed", default=0, help="For --init and --init-missing.")
 @click.option(
     "--min-match",
     type=click.FloatRange(0, 1),
     default=0.5,
-    show_default=True,
     help="Share of the target's parameters that must be filled.",
 )
 def command(

@@ -31,7 +31,6 @@ DIFFERENT = 1
     "devices",
     multiple=True,
     default=["auto"],
-    show_default=True,
     metavar="NAME",
     help="auto, cpu, cuda, cuda:N or mps; may be repeated.",
 )
@@ -49,11 +48,9 @@ DIFFERENT = 1
 @click.option("--data", metavar="FOLDER", help="Run on folders of pictures by class.")
 @click.option("--dtype", metavar="NAME", help="f32, f16, bf16 or f64 (float32 ... too).")
 @click.option("--channels-last", is_flag=True, help="Use torch's channels_last memory format.")
-@click.option(
-    "--seed", default=0, show_default=True, help="Seed of the inputs and of all randomness."
-)
-@click.option("--atol", default=0.0, show_default=True, help="Absolute difference allowed.")
-@click.option("--rtol", default=0.0, show_default=True, help="Relative difference allowed.")
+@click.option("--seed", default=0, help="Seed of the inputs and of all randomness.")
+@click.option("--atol", default=0.0, help="Absolute difference allowed.")
+@click.option("--rtol", default=0.0, help="Relative difference allowed.")
 @click.option("--allow-tf32", is_flag=True, help="Let a GPU use TF32 for float32 products.")
 @click.option(
     "--allow-inconclusive",
@@ -73,8 +70,6 @@ def command(
     model_arg: Sequence[str],
     candidate_arg: Sequence[str],
     allow_inconclusive: bool,
-    as_json: bool,
-    quiet: bool,
     **how: Any,
 ) -> int:
     """Run a model on the weights of two files, and compare the outputs bit for bit.
@@ -101,7 +96,7 @@ def command(
     from ckptool.model.verification import IDENTICAL, INCONCLUSIVE
     from ckptool.verbs import models
 
-    with talk.Progress("", quiet=quiet, unit="batch") as bar:
+    with talk.Progress("", unit="batch") as bar:
 
         def progress(what: str, done: int, total: int) -> None:
             if total > 4:  # a batch and a random one on each side are no progress
@@ -117,7 +112,7 @@ def command(
             **how,
         )
     lines = report_model.verification_lines(verification)
-    talk.answer(verification, report_model.rows, lines, as_json=as_json, quiet=quiet)
+    talk.answer(verification, report_model.rows, lines)
     allowed = verification.verdict == INCONCLUSIVE and verification.same_digests
     done = verification.verdict in (None, IDENTICAL) or (allow_inconclusive and allowed)
     return 0 if done else DIFFERENT

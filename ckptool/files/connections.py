@@ -20,31 +20,27 @@ class Connections:
     def __init__(self) -> None:
         self._managers: dict[str, PoolManager] = {}
         self._asking = threading.local()  # whose request a thread waits for
-        self._lock = threading.Lock()
 
     def manager(self, url: str, patience: Patience) -> PoolManager:
         """Return what requests a URL; what comes on this thread is read with this patience."""
         self._asking.patience = patience
         proxy = _proxy(url)
-        with self._lock:
-            manager = self._managers.get(proxy) or _made(proxy)
-            self._managers[proxy] = manager
-            pool = manager.connection_from_url(url)
-            if not hasattr(pool.ConnectionCls, "patient"):
-                pool.ConnectionCls = self._patient(pool.ConnectionCls)
-        return manager
+        if proxy not in self._managers:
+            manager = _made(proxy)
+            pools = manager.pool_classes_by_scheme.items()
+            manager.pool_classes_by_scheme = {name: self._patient(pool) for name, pool in pools}
+            self._managers.setdefault(proxy, manager)
+        return self._managers[proxy]
 
-    def _patient(self, make: Any) -> Any:
-        def connection(*args: Any, **kwargs: Any) -> Any:
-            made = make(*args, **kwargs)
-            made.response_class = self._respond  # what `http.client` makes of a connection
-            return made
+    def _patient(self, pool: Any) -> Any:
+        """Return a class of pools whose connections make the responses of `http.client` here."""
 
-        connection.patient = True  # type: ignore[attr-defined]
-        return connection
+        def respond(*args: Any, **kwargs: Any) -> Any:
+            return self._asking.patience.respond(*args, **kwargs)
 
-    def _respond(self, *args: Any, **kwargs: Any) -> Any:
-        return self._asking.patience.respond(*args, **kwargs)
+        made = pool.ConnectionCls
+        made = type(made.__name__, (made,), {"response_class": staticmethod(respond)})
+        return type(pool.__name__, (pool,), {"ConnectionCls": made})
 
 
 def _proxy(url: str) -> str:

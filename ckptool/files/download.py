@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ckptool.errors import (
     BadInput,
@@ -29,11 +29,10 @@ from ckptool.errors import (
     WriteError,
     of_system,
 )
-from ckptool.files import fileio, filename, http, parts, publish
-from ckptool.files.http import Answer, Limits, shown
+from ckptool.files import fileio, filename, http, parts, publish, temporary
+from ckptool.files.http import Answer, Client, Range, shown
 from ckptool.files.parts import Part
 from ckptool.files.publish import Target
-from ckptool.files.temporary import ELSEWHERE, temporary_folder
 from ckptool.records import dataclass
 from ckptool.text import length, quoted, readable
 
@@ -87,12 +86,11 @@ class _Job:
     path: str
     prefixes: tuple[str, ...]
     checked: str
-    force: bool
-    sync: bool
-    resumable: bool
-    progress: Progress
-    limits: Limits
-    headers: Mapping[str, str]
+    client: Client
+    progress: Progress | None
+    force: bool = False
+    sync: bool = True
+    resumable: bool = True
 
     def fits(self, sha256: str) -> bool:
         """Return whether a file of this sha256 is the expected one."""
@@ -123,57 +121,49 @@ def download(
     expected_prefix: str | None = None,
     force: bool = False,
     sync: bool = True,
-    resumable: bool = True,
     progress: Progress | None = None,
-    limits: Limits | None = None,
-    headers: Mapping[str, str] | None = None,
+    client: Client | None = None,
 ) -> Downloaded:
     """Download a URL into a folder or to a file, and check it.
 
     A file that is there already is checked and left alone; `force` replaces one that is not what
     is expected. `expected_prefix` is the start of a sha256 that binds, as torchvision's registry
     knows it; without it, a hash in the URL's file name binds unless `sha256` is given. A run that
-    fails keeps what came, if it is `resumable`. Raises `DownloadFailed`, `HashMismatch`,
-    `OutputExists`, `NoSpace` or `WriteError`.
+    fails keeps what came, if the server can go on with it. Raises `DownloadFailed`,
+    `HashMismatch`, `OutputExists`, `NoSpace` or `WriteError`.
     """
     http.parsed(url)
-    limits = limits or Limits()
+    client = client or Client()
     with _folder(target) as folder:
-        name = filename.of_url(url) or (_served_name(url, limits, headers or {}) if folder else "")
+        name = filename.of_url(url) or (_asked_name(url, client) if folder else "")
         path = os.path.join(folder, name) if folder else os.fspath(target)
         hashes = _hashes(name, sha256, expected_prefix)
-        show = progress or (lambda done, total: None)
-        job = _Job(url, path, *hashes, force, sync, resumable, show, limits, headers or {})
+        job = _Job(url, path, *hashes, client, progress, force, sync)
         return _existing(job) or _fetched(job)
 
 
-@contextmanager
-def temporary(
-    url: str,
-    *,
-    progress: Progress | None = None,
-    limits: Limits | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Iterator[Downloaded]:
-    """Download to a temporary folder, gone when the block ends."""
-    with temporary_folder() as folder:
+def unnamed(
+    url: str, client: Client, headers: Mapping[str, str], progress: Progress | None
+) -> tuple[IO[bytes], str]:
+    """Download to a temporary file, gone when it is closed; return it with its sha256."""
+    with client.asked(url, headers) as answer, temporary.temporary():
+        name = filename.of_url(url) or _served_name(answer)
+        target = Target(os.path.join(temporary.where(), name))
+        job = _Job(url, target.path, *_hashes(name), client, progress, resumable=False)
+        file = temporary.unnamed()
         try:
-            done = download(
-                url,
-                folder,
-                sync=False,
-                resumable=False,
-                progress=progress,
-                limits=limits,
-                headers=headers,
-            )
-        except WriteError as error:
-            error.hint = ELSEWHERE
+            part = Part(file.fileno(), target.path)
+            return file, _taken(job, target, part, answer, _Partial()).sha256
+        except BaseException as error:
+            file.close()
+            if isinstance(error, WriteError):
+                error.hint = temporary.ELSEWHERE
             raise
-        yield done
 
 
-def _hashes(name: str, sha256: str | None, registry: str | None) -> tuple[tuple[str, ...], str]:
+def _hashes(
+    name: str, sha256: str | None = None, registry: str | None = None
+) -> tuple[tuple[str, ...], str]:
     """Return what a sha256 must start with, and who says so; a given one overrides the name's."""
     given = () if sha256 is None else (_full_hash(sha256),)
     if registry is not None:
@@ -216,11 +206,16 @@ def _folder(target: str | Path) -> Iterator[str]:
         raise
 
 
-def _served_name(url: str, limits: Limits, headers: Mapping[str, str]) -> str:
-    """Return the file name that the server gives where the URL has none."""
-    with http.asked(url, headers, limits) as answer:
-        disposition = filename.of_disposition(answer.header("Content-Disposition"))
-        name = disposition or filename.of_url(answer.url)
+def _served_name(answer: Answer) -> str:
+    """Return the file name that a server gives; an empty string for none."""
+    disposition = filename.of_disposition(answer.header("Content-Disposition"))
+    return disposition or filename.of_url(answer.url)
+
+
+def _asked_name(url: str, client: Client) -> str:
+    """Ask the server for the file name that the URL lacks."""
+    with client.asked(url, {}) as answer:
+        name = _served_name(answer)
     if not name:
         what = ": neither the URL nor the server names the file"
         raise http.failed(url, what, "name it yourself: -o FILE")
@@ -234,7 +229,7 @@ def _existing(job: _Job) -> Downloaded | None:
     hint = "--force replaces it, -o names another output"
     nbytes = os.path.getsize(job.path)
     if not job.prefixes:
-        with http.asked(job.url, job.headers, job.limits) as answer:
+        with job.client.asked(job.url, {}) as answer:
             if nbytes != answer.nbytes:
                 what = "exists, in another size than the server's, and no hash is known"
                 raise OutputExists(f"{job.path} {what}", hint=hint)
@@ -273,12 +268,12 @@ def _grown(job: _Job, target: Target, part: Part) -> Downloaded:
     part.kept = partial.nbytes > 0
     if partial.nbytes:
         ranged = {"Range": f"bytes={partial.nbytes}-", "If-Range": partial.validator}
-        with http.asked(job.url, {**job.headers, **ranged}, job.limits) as answer:
+        with job.client.asked(job.url, ranged) as answer:
             if _continues(answer, partial):
                 return _taken(job, target, part, answer, partial)
             if answer.body.status == 200:
                 return _taken(job, target, part, answer, _Partial())
-    with http.asked(job.url, job.headers, job.limits) as answer:
+    with job.client.asked(job.url, {}) as answer:
         return _taken(job, target, part, answer, _Partial())
 
 
@@ -303,14 +298,9 @@ def _left(part: Part, url: str) -> _Partial:
 
 def _continues(answer: Answer, partial: _Partial) -> bool:
     """Return whether an answer holds exactly the rest of the same file."""
-    content_range = f"bytes {partial.nbytes}-{partial.total - 1}/{partial.total}"
     validator = answer.header("ETag" if partial.validator.startswith('"') else "Last-Modified")
-    return (
-        answer.body.status == 206
-        and answer.header("Content-Range").lower() == content_range
-        and validator in ("", partial.validator)
-        and answer.nbytes in (None, partial.total - partial.nbytes)
-    )
+    rest = Range(partial.nbytes, partial.total, partial.total)
+    return answer.range == rest and validator in ("", partial.validator)
 
 
 def _begun(part: Part, url: str, answer: Answer) -> bool:
@@ -348,12 +338,13 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, partial: _Part
     if not done:
         http.refuse_page(job.url, answer, head, answer.nbytes)
     limit = _room(job, target, total, done)
-    resumable = bool(done) or (_begun(part, job.url, answer) and job.resumable)
-    job.progress(done, total)
+    resumable = bool(done) or (job.resumable and _begun(part, job.url, answer))
+    show = job.progress or (lambda done, total: None)
+    show(done, total)
     for data in chain([head], stream):
         if done + len(data) > limit:
             part.kept = False
-            if total is None and limit < job.limits.nbytes:
+            if total is None and limit < job.client.limits.nbytes:
                 what = f"the server states no length, and {readable(limit)} that came are half"
                 raise NoSpace(
                     f"{shown(job.url)}: {what} of the free space of {os.path.dirname(target.path)}",
@@ -365,7 +356,7 @@ def _taken(job: _Job, target: Target, part: Part, answer: Answer, partial: _Part
         fileio.write_at(part.fd, data, done)
         done += len(data)
         part.kept = resumable and done > 1
-        job.progress(done, total)
+        show(done, total)
     if total is not None and done < total:
         what = f": the body ended after {done} of {total} bytes"
         raise http.failed(job.url, what, "run it again")
@@ -389,4 +380,4 @@ def _room(job: _Job, target: Target, total: int | None, start: int) -> int:
         publish.refuse_full(target, total - start)
         return total
     free = publish.free_space(target)
-    return job.limits.nbytes if free is None else min(job.limits.nbytes, free // 2)
+    return job.client.limits.nbytes if free is None else min(job.client.limits.nbytes, free // 2)

@@ -116,7 +116,7 @@ class OpenFile(str):
 def opened(path: str | Path) -> OpenFile:
     """Open a file, of this machine or of a URL."""
     if isinstance(path, paths.Url):
-        far: OpenFile = path.view.opened(path)
+        far: OpenFile = path.site.opened(path)
         return far
     return OpenFile(str(path))
 

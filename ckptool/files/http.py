@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from urllib.parse import SplitResult, quote as quote, unquote as unquote, urljoin, urlsplit
 
 from ckptool.errors import DownloadFailed
 from ckptool.files.connections import Connections
@@ -22,7 +22,7 @@ from ckptool.records import dataclass
 from ckptool.text import HIDDEN, length
 
 if TYPE_CHECKING:
-    from urllib3 import BaseHTTPResponse, PoolManager, Retry
+    from urllib3 import BaseHTTPResponse, Retry
 
 AGAIN = (429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10
@@ -31,6 +31,7 @@ HEAD = 512  # bytes that show what a body is
 CHUNK = 1 << 17
 OF_HUB = ("X-Linked-Size", "X-Linked-Etag", "X-Repo-Commit")
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "ckptool"}
+_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.IGNORECASE | re.ASCII)
 _CHUNK = re.compile(rb"([^\s;]*)(?:[ \t]*;[^\n]*)?\r\n")  # white space is allowed before extensions
 _HINTS = {
     401: "the server wants a login; it goes before the host: https://USER:PASSWORD@HOST/...",
@@ -56,6 +57,14 @@ class Limits:
     nbytes: int = 1 << 40  # of a body whose length the server does not say
 
 
+class Range(NamedTuple):
+    """The bytes of an answer, from `start` to before `stop`, of so many in the whole file."""
+
+    start: int
+    stop: int
+    whole: int
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A server's answer with its body unread; `url` is where redirects ended.
@@ -67,6 +76,18 @@ class Answer:
     body: BaseHTTPResponse
     patience: Patience
     said: Mapping[str, str]
+
+    @property
+    def range(self) -> Range | None:
+        """Return which bytes the body holds, None where it does not say, or what cannot be."""
+        match = _RANGE.fullmatch(self.header("Content-Range"))
+        if match is None or self.body.status != 206:
+            return None
+        start, last, whole = (length(text, 10) or 0 for text in match.groups())
+        stated = length(self.header("Content-Length"), 10)
+        if not start <= last < whole or stated not in (None, last + 1 - start):
+            return None
+        return Range(start, last + 1, whole)
 
     def header(self, name: str) -> str:
         """Return a header, an empty string for none."""
@@ -165,54 +186,80 @@ def parsed(url: str) -> SplitResult:
     return parts
 
 
-@contextmanager
-def asked(
-    url: str, headers: Mapping[str, str], limits: Limits, connections: Connections | None = None
-) -> Iterator[Answer]:
-    """Request a URL and yield an answer that may hold its file; redirects are followed.
+class Client:
+    """What requests files; its connections are kept from one request to the next."""
 
-    The status is 200, after a `Range` also 206 or 416. Raises `DownloadFailed`, also for what
-    goes wrong while the block reads the body.
-    """
-    from urllib3.exceptions import HTTPError
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits, self._connections = limits or Limits(), Connections()
 
-    try:
-        answer = _followed(url, headers, limits, connections or Connections())
-        with closing(answer.body):
-            _refuse(url, answer, ranged="Range" in headers)
-            yield answer
-    except (HTTPError, UnicodeError) as error:
-        raise _failure(url, error) from None
+    @contextmanager
+    def asked(self, url: str, headers: Mapping[str, str]) -> Iterator[Answer]:
+        """Request a URL and yield an answer that may hold its file; redirects are followed.
+
+        The status is 200, after a `Range` also 206 or 416. Raises `DownloadFailed`, also for what
+        goes wrong while the block reads the body.
+        """
+        from urllib3.exceptions import HTTPError
+
+        try:
+            answer = self._followed(url, {**HEADERS, **headers, **login(url)})
+            with closing(answer.body):
+                _refuse(url, answer, ranged="Range" in headers)
+                yield answer
+        except (HTTPError, UnicodeError) as error:
+            raise _failure(url, error) from None
+
+    def _followed(self, url: str, headers: dict[str, str]) -> Answer:
+        patience = Patience(self.limits.timeout, partial(failed, url))
+        retries = _retry(self.limits)
+        url = without_login(url)
+        seen, said = [url], dict[str, str]()
+        while True:
+            response = self._requested(url, headers, retries, patience)
+            retries = response.retries or retries
+            said |= {name: response.headers.get(name, "") for name in OF_HUB if not said.get(name)}
+            location = response.get_redirect_location()
+            if location is False:
+                return Answer(url, response, patience, said)
+            response.close()
+            target = redirected(url, (location or "").strip())
+            if target in seen or len(seen) > MAX_REDIRECTS:
+                why = "in a circle" if target in seen else f"more than {MAX_REDIRECTS} times"
+                raise failed(url, f": the server redirects {why}", _HINTS[404])
+            headers = for_server(target, url, headers)
+            url = target
+            seen.append(url)
+
+    def _requested(
+        self, url: str, headers: Mapping[str, str], retries: Retry, patience: Patience
+    ) -> BaseHTTPResponse:
+        from urllib3 import Timeout
+
+        connect = min(self.limits.connect, self.limits.timeout)
+        return self._connections.manager(url, patience).urlopen(
+            "GET",
+            url,
+            headers=headers,
+            timeout=Timeout(connect=connect, read=self.limits.timeout),
+            retries=retries,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+            enforce_content_length=False,  # the caller counts
+        )
 
 
-def _followed(
-    url: str, headers: Mapping[str, str], limits: Limits, connections: Connections
-) -> Answer:
+def login(url: str) -> dict[str, str]:
+    """Return the header for the user and the password in a URL."""
     from urllib3.util import make_headers
 
-    parts = parsed(url)
-    login = unquote(parts.netloc.rpartition("@")[0])
-    headers = {**HEADERS, **headers, **make_headers(basic_auth=login or None)}
-    patience, retries = Patience(limits.timeout, partial(failed, url)), _retry(limits)
-    url = _without_login(parts)
-    seen, said = [url], dict[str, str]()
-    while True:
-        manager = connections.manager(url, patience)
-        response = _requested(url, headers, limits, retries, manager)
-        retries = response.retries or retries
-        said |= {name: response.headers.get(name, "") for name in OF_HUB if not said.get(name)}
-        location = response.get_redirect_location()
-        if location is False:
-            return Answer(url, response, patience, said)
-        response.close()
-        target = redirected(url, (location or "").strip())
-        if target in seen or len(seen) > MAX_REDIRECTS:
-            why = "in a circle" if target in seen else f"more than {MAX_REDIRECTS} times"
-            raise failed(url, f": the server redirects {why}", _HINTS[404])
-        if urlsplit(target)[:2] != urlsplit(url)[:2]:  # another scheme, host or port
-            headers.pop("authorization", None)
-        url = target
-        seen.append(url)
+    return dict(make_headers(basic_auth=unquote(parsed(url).netloc.rpartition("@")[0]) or None))
+
+
+def for_server(target: str, url: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers for a URL as another one may get them: a login stays with its server."""
+    same = urlsplit(target)[:2] == urlsplit(url)[:2]  # scheme, host and port
+    return {name: value for name, value in headers.items() if same or name != "authorization"}
 
 
 def redirected(url: str, location: str) -> str:
@@ -232,25 +279,6 @@ def redirected(url: str, location: str) -> str:
             "give that URL itself if that is what you want",
         )
     return _without_login(parts)
-
-
-def _requested(
-    url: str, headers: Mapping[str, str], limits: Limits, retries: Retry, manager: PoolManager
-) -> BaseHTTPResponse:
-    from urllib3 import Timeout
-
-    connect = min(limits.connect, limits.timeout)
-    return manager.urlopen(
-        "GET",
-        url,
-        headers=headers,
-        timeout=Timeout(connect=connect, read=limits.timeout),
-        retries=retries,
-        redirect=False,
-        preload_content=False,
-        decode_content=False,
-        enforce_content_length=False,  # the caller counts
-    )
 
 
 def _retry(limits: Limits) -> Retry:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ckptool.errors import DownloadFailed, NoSuchFile
-from ckptool.files import budget, http
+from ckptool.files import budget, http, remote
 from ckptool.files.http import shown
 from ckptool.files.paths import Entry, stays_inside
 from ckptool.records import dataclass
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 ENDPOINT = "https://huggingface.co"
 MAX_ANSWER = 16 << 20  # of the list of a repository's files
-_REF = re.compile(r"refs/(?:convert|pr)/[\w.-]+")  # the revisions with a slash that are not quoted
+_PARTS = re.compile(  # of revisions, those of `refs/` alone may have slashes that are not quoted
+    r"([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[\w.-]+|[^/]+))?(?:/+(.*))?", re.ASCII | re.DOTALL
+)
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _YES = ("1", "true", "yes", "on")
@@ -51,8 +53,10 @@ class Repository:
 class Hub:
     """What is asked of the Hugging Face Hub in one run; each revision becomes one commit once."""
 
+    is_web = False
+
     def __init__(self, web: Web) -> None:
-        self._web = web
+        self._web, self.opened = web, remote.Opened(self.open)
         self._endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         http.parsed(self._endpoint)
         self._found: dict[tuple[str, str], Repository] = {}
@@ -106,9 +110,7 @@ class Hub:
         """Ask which commit a revision is, and what is in it."""
         address = f"{self._endpoint}/api/models/{name}/revision/{quote(revision, safe='')}?blobs=1"
         try:
-            with http.asked(
-                address, self._headers(), self._web.limits, self._web.connections
-            ) as answer:
+            with self._web.client.asked(address, self._headers()) as answer:
                 data = bytearray()
                 for chunk in answer.chunks():
                     data += chunk
@@ -160,19 +162,10 @@ def token(of: Callable[[str], str | None] = os.environ.get) -> str:
 
 def _parts(url: Url) -> tuple[str, str, str]:
     """Return the name of a repository, the revision, and the path of a file in it."""
-    rest = url.full.partition("://")[2].partition("?")[0].rstrip("/")
-    org, _, rest = rest.partition("/")
-    repo, at, rest = (rest, "", "") if "@" not in rest.partition("/")[0] else rest.partition("@")
-    if at:
-        ref = _REF.match(rest)
-        end = ref.end() if ref else len(rest.partition("/")[0])
-        revision, path = rest[:end], rest[end:].lstrip("/")
-    else:
-        repo, _, path = repo.partition("/")
-        revision = "main"
-    if not (_NAME.fullmatch(org) and _NAME.fullmatch(repo) and revision):
+    found = _PARTS.fullmatch(url.full.partition("://")[2].partition("?")[0].rstrip("/"))
+    if found is None:
         raise NoSuchFile(f"{url} names no repository", path=url, hint=_FORM)
-    return f"{org}/{repo}", unquote(revision), path
+    return found[1], unquote(found[2] or "main"), found[3] or ""
 
 
 def _absent(url: Url, repository: Repository, path: str) -> NoSuchFile:

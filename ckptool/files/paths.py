@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import cycle, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -35,15 +35,13 @@ class Entry(NamedTuple):
     nbytes: int = -1
 
 
-class View(Protocol):
-    """One view of a place far away: what is asked twice in a run is answered the same.
+class Site(Protocol):
+    """A place far away: what is asked twice in a run is answered the same.
 
-    `can_list` says whether it has folders; names are written in its URLs by `quote`.
+    `is_web` says that its folders cannot be listed, and that names are quoted in its URLs.
     """
 
-    can_list: bool
-    quote: Callable[[str], str]
-    unquote: Callable[[str], str]
+    is_web: bool
 
     def opened(self, url: Url) -> Any:
         """Open a file: an `OpenFile`."""
@@ -57,45 +55,43 @@ class View(Protocol):
     def listing(self, url: Url) -> list[Entry]:
         """List what is in a folder by name."""
 
-    def put(self, file: str, url: Url, *, replace: bool) -> None:
-        """Write a file of this machine there, as a whole."""
-
-    def remove(self, url: Url) -> None:
-        """Remove what was written there."""
-
 
 class Url(str):
     """A URL as it may be shown; `full` is what is asked for, with what may be a secret."""
 
     full: str
-    view: View
+    site: Site
 
-    def __new__(cls, full: str, view: View) -> Url:
+    def __new__(cls, full: str, site: Site) -> Url:
         """Take a URL that was not shown yet."""
         from ckptool.files import http
 
         self = super().__new__(cls, http.shown(full))
-        self.full, self.view = full, view
+        self.full, self.site = full, site
         return self
 
     def inside(self, *names: str) -> Url:
         """Return the URL of what is in this folder; a query stays, which may let us in."""
+        from ckptool.files.http import quote
+
         path, mark, query = self.full.partition("?")
-        steps = "/".join(map(self.view.quote, names))
-        return Url(f"{path.rstrip('/')}/{steps}{mark}{query}", self.view)
+        steps = "/".join(map(quote, names) if self.site.is_web else names)
+        return Url(f"{path.rstrip('/')}/{steps}{mark}{query}", self.site)
 
     def cut(self) -> tuple[Url, str]:
         """Return the URL of the folder, and the last name."""
+        from ckptool.files.http import unquote
+
         path, mark, query = self.full.partition("?")
         folder, _, name = path.rpartition("/")
-        return Url(f"{folder}{mark}{query}", self.view), self.view.unquote(name)
+        return Url(f"{folder}{mark}{query}", self.site), unquote(name) if self.site.is_web else name
 
     def members(self) -> tuple[Url, list[str]]:
         """Return the URL of an archive, and the names of a member in it; `::` is in hosts, too."""
         scheme, _, rest = self.full.partition("://")
         host, slash, path = rest.partition("/")
         file, *names = path.split(MARK)
-        return Url(f"{scheme}://{host}{slash}{file}", self.view), names
+        return Url(f"{scheme}://{host}{slash}{file}", self.site), names
 
 
 def is_url(path: str | Path) -> bool:
@@ -135,19 +131,19 @@ def name_of(path: str) -> str:
 def is_file(path: str) -> bool:
     """Check whether there is a file."""
     url = _url(path)
-    return os.path.isfile(path) if url is None else url.view.is_file(url)
+    return os.path.isfile(path) if url is None else url.site.is_file(url)
 
 
 def is_folder(path: str) -> bool:
     """Check whether there is a folder; on the web there is none."""
     url = _url(path)
-    return os.path.isdir(path) if url is None else url.view.is_folder(url)
+    return os.path.isdir(path) if url is None else url.site.is_folder(url)
 
 
 def can_list(folder: str) -> bool:
     """Check whether what is in a folder can be listed: on the web it cannot."""
     url = _url(folder)
-    return url is None or url.view.can_list
+    return url is None or not url.site.is_web
 
 
 def listing(folder: str, *, sizes: bool = False) -> list[Entry]:
@@ -157,7 +153,7 @@ def listing(folder: str, *, sizes: bool = False) -> list[Entry]:
     """
     url = _url(folder)
     if url is not None:
-        return sorted(url.view.listing(url))
+        return sorted(url.site.listing(url))
     try:
         with os.scandir(folder or ".") as found:
             return sorted(_entry(each, sizes) for each in found)

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from functools import partial
+from operator import itemgetter
+from typing import IO, NamedTuple, Protocol
 
-from ckptool.errors import DownloadFailed
 from ckptool.files import fileio
 from ckptool.files.fileio import OpenFile
-from ckptool.files.paths import Entry, Url
-
-if TYPE_CHECKING:
-    from mmap import mmap
+from ckptool.files.paths import Url
 
 BLOCK = 4 << 20  # as much as one of the two threads of a copy moves at once
 NEAR = 1 << 16  # bytes between two ranges that are fetched rather than asked for anew
 KEPT = 3 * BLOCK  # bytes of a site: of both threads, and what is read between
-GONE = (404, 410)  # what servers say of a file that is not there
 PAGE = 1 << 12  # what is fetched begins at one, for there is a header before what is read
 MOST = 1 << 16  # bytes that are fetched for a small read, or of a smaller file
 SHARE = 13  # a 2 ** 13th of it, but a page
@@ -51,6 +49,7 @@ class Copy:
     def __init__(self, file: IO[bytes], identity: int, note: str = "") -> None:
         self.file, self.identity, self.note = file, identity, note
         self.nbytes = os.fstat(file.fileno()).st_size
+        weakref.finalize(self, file.close)
 
     def fetch(self, start: int, stop: int) -> bytearray:
         """Return bytes of the copy."""
@@ -69,82 +68,21 @@ def _copied(source: Source) -> Copy:
     return Copy(file, source.identity, source.note)
 
 
-class Site(Protocol):
-    """What answers for the files and folders of a site."""
+class Opened:
+    """The files of a site, each opened once, and the bytes that were fetched last."""
 
-    def open(self, url: Url) -> Source:
-        """Open a file, or a temporary copy of it."""
-
-    def is_file(self, url: Url) -> bool:
-        """Check whether there is a file that is not open."""
-
-    def is_folder(self, url: Url) -> bool:
-        """Check whether there is a folder."""
-
-    def listing(self, url: Url) -> list[Entry]:
-        """List what is in a folder."""
-
-
-class Store(Site, Protocol):
-    """A site that takes files."""
-
-    def put(self, file: str, url: Url, *, replace: bool) -> None:
-        """Write an object as a whole."""
-
-    def remove(self, url: Url) -> None:
-        """Remove an object."""
-
-
-class View:
-    """One view of a site: its files, each opened once, and the bytes that were fetched last."""
-
-    def __init__(
-        self,
-        site: Site,
-        *,
-        can_list: bool = True,
-        quote: Callable[[str], str] = str,
-        unquote: Callable[[str], str] = str,
-    ) -> None:
-        self.can_list, self.quote, self.unquote = can_list, quote, unquote
-        self._site, self._kept = site, Kept()
+    def __init__(self, open: Callable[[Url], Source]) -> None:
+        self._open, self._kept = open, Kept()
         self._files: dict[str, RemoteFile] = {}
 
-    def opened(self, url: Url) -> RemoteFile:
+    def __contains__(self, url: Url) -> bool:
+        return url.full in self._files
+
+    def __call__(self, url: Url) -> RemoteFile:
         """Open a file once; raises what says why it cannot be."""
-        if url.full not in self._files:
-            self._files[url.full] = RemoteFile(url, self._site.open(url), self._kept)
+        if url not in self:
+            self._files[url.full] = RemoteFile(url, self._open(url), self._kept)
         return self._files[url.full]
-
-    def is_file(self, url: Url) -> bool:
-        """Check whether there is a file; where nothing can be listed it is opened."""
-        if url.full in self._files:
-            return True
-        if self.can_list:
-            return self._site.is_file(url)
-        try:
-            self.opened(url)
-        except DownloadFailed as error:
-            if error.status in GONE:
-                return False
-            raise
-        return True
-
-    def is_folder(self, url: Url) -> bool:
-        """Check whether there is a folder."""
-        return self.can_list and self._site.is_folder(url)
-
-    def listing(self, url: Url) -> list[Entry]:
-        """List what is in a folder; nothing where nothing can be listed."""
-        return self._site.listing(url) if self.can_list else []
-
-    def put(self, file: str, url: Url, *, replace: bool) -> None:
-        """Write a file of this machine to a store, as a whole."""
-        cast("Store", self._site).put(file, url, replace=replace)
-
-    def remove(self, url: Url) -> None:
-        """Remove what was written to a store."""
-        cast("Store", self._site).remove(url)
 
 
 class Held(NamedTuple):
@@ -252,7 +190,7 @@ class RemoteFile(OpenFile):
         if start >= stop:
             return 0
         self._settle(start, stop)
-        window = lambda limit: self._window(start, stop, limit)  # noqa: E731
+        window = partial(self._window, start, stop)
         held = self._kept.get(self._source.identity, start, window, self._source.fetch)
         count = min(stop, held.stop) - start
         view[:count] = memoryview(held.data)[start - held.start :][:count]
@@ -272,14 +210,14 @@ class RemoteFile(OpenFile):
         """Do a check once bytes of a range are read, not before."""
         with self._lock:
             self._pending.insert(
-                bisect_right(self._pending, start, key=_first), (start, stop, check)
+                bisect_right(self._pending, start, key=itemgetter(0)), (start, stop, check)
             )
 
     def _settle(self, start: int, stop: int) -> None:
         if not self._pending:
             return
         with self._lock:
-            end = bisect_right(self._pending, stop - 1, key=_first)
+            end = bisect_right(self._pending, stop - 1, key=itemgetter(0))
             begin = end
             while begin and self._pending[begin - 1][1] > start:
                 begin -= 1
@@ -291,7 +229,7 @@ class RemoteFile(OpenFile):
     def _window(self, start: int, stop: int, limit: int) -> tuple[int, int]:
         """Return what to fetch so that the bytes from `start` to `stop` are here; up to `limit`."""
         nbytes, first = self._source.nbytes, start // PAGE * PAGE
-        at = bisect_right(self._expected, start, key=_first) - 1
+        at = bisect_right(self._expected, start, key=itemgetter(0)) - 1
         if at >= 0 and start < self._expected[at][1]:
             last = min(first + BLOCK, self._expected[at][1])
         else:
@@ -301,12 +239,6 @@ class RemoteFile(OpenFile):
             if last == nbytes:  # the directory of an archive is before its end
                 first = max(0, min(first, nbytes - least))
         return first, min(last, limit)
-
-    def mapped(self) -> mmap:
-        """Map a temporary copy of the whole file."""
-        from mmap import ACCESS_COPY, mmap
-
-        return mmap(self.fileno(), 0, access=ACCESS_COPY)
 
     def fileno(self) -> int:
         """Return the descriptor of a temporary copy of the whole file, for other libraries."""
@@ -327,8 +259,3 @@ class RemoteFile(OpenFile):
         """Keep nothing open that another file could need."""
 
     __del__ = close
-
-
-def _first(each: tuple[Any, ...]) -> int:
-    start: int = each[0]
-    return start

@@ -12,20 +12,20 @@ from ckptool.files import paths
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
-    from ckptool.files.remote import View
+    from ckptool.files.paths import Site
 
 
 class Manner(NamedTuple):
     """How long to wait for a server, in seconds, and who is told what takes longer than expected.
 
     `progress` shows how a file comes that is fetched as a whole. What is known of sites is shared
-    by all that is read while they are asked so; without `views`, by the files of a set.
+    by all that is read while they are asked so; without `sites`, by the files of a set.
     """
 
     timeout: float = 60.0
     say: Callable[[str], None] | None = None
     progress: Callable[[str], AbstractContextManager[Any]] = nullcontext
-    views: dict[str, View] | None = None
+    sites: dict[str, Site] | None = None
 
 
 _manner: ContextVar[Manner | None] = ContextVar("manner", default=None)
@@ -52,30 +52,24 @@ def of(path: str | Path) -> str:
         return str(path)
     if not paths.is_url(path) or isinstance(path, paths.Url) or hasattr(path, "url"):
         return path
-    scheme, views = path.partition("://")[0].lower(), manner().views
-    view = views.get(scheme) if views is not None else None
-    if view is None:
-        view = _view(scheme)
-    if views is not None:
-        views[scheme] = view
-    return paths.Url(path, view)
+    scheme, known = path.partition("://")[0].lower(), manner().sites
+    known = {} if known is None else known
+    if scheme not in known:
+        known[scheme] = _site(scheme)
+    return paths.Url(path, known[scheme])
 
 
-def _view(scheme: str) -> View:
-    from urllib.parse import quote, unquote
-
-    from ckptool.files import remote
-
+def _site(scheme: str) -> Site:
     asked = manner()
     if scheme in paths.STORES:
         from ckptool.files import stores
 
-        return remote.View(stores.Store(scheme, asked.timeout))
+        return stores.Store(scheme, asked.timeout)
     from ckptool.files import web
 
     servers = web.Web(asked.timeout, asked.say, asked.progress)
     if scheme == "hf":
         from ckptool.files import hub
 
-        return remote.View(hub.Hub(servers))
-    return remote.View(servers, can_list=False, quote=quote, unquote=unquote)
+        return hub.Hub(servers)
+    return servers

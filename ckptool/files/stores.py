@@ -26,6 +26,7 @@ from ckptool.errors import (
     WriteError,
     is_out_of_memory,
 )
+from ckptool.files import remote
 from ckptool.files.paths import Entry
 from ckptool.text import length
 
@@ -43,8 +44,10 @@ _REASON = 200  # characters of what a library says
 class Store:
     """What is asked of a store in one run."""
 
+    is_web = False
+
     def __init__(self, scheme: str, timeout: float) -> None:
-        self._system = _system(scheme, timeout)
+        self._system, self.opened = _system(scheme, timeout), remote.Opened(self.open)
 
     def open(self, url: Url) -> Object:
         """Open an object; raises what says why it cannot be."""
@@ -53,7 +56,7 @@ class Store:
     def is_file(self, url: Url) -> bool:
         """Check whether there is an object."""
         with _reading(url):
-            return bool(self._system.isfile(url.full))
+            return url in self.opened or bool(self._system.isfile(url.full))
 
     def is_folder(self, url: Url) -> bool:
         """Check whether there are objects whose names begin as a path does."""

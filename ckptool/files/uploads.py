@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ckptool.errors import OutputExists, SameFile, WriteError
 from ckptool.files import paths, publish as here
@@ -16,6 +16,9 @@ from ckptool.files.copying import Moved, Progress
 from ckptool.files.paths import Url
 from ckptool.files.target import Output, Owns, Target
 from ckptool.files.temporary import ELSEWHERE, temporary_folder
+
+if TYPE_CHECKING:
+    from ckptool.files.stores import Store
 
 _PLACES = "outputs go to files, and to s3://, gs:// and az://"
 
@@ -50,6 +53,7 @@ def publish(
     Raises a `WriteError`.
     """
     url = cast("Url", place.url)
+    store = cast("Store", url.site)  # as `refuse` saw
     with temporary_folder() as folder:
         local = os.path.join(folder, paths.name_of(url) or "output")
         try:
@@ -63,10 +67,10 @@ def publish(
         try:
             for name, file in files.items():
                 to = url.inside(name) if name else url
-                url.view.put(file, to, replace=place.force)
+                store.put(file, to, replace=place.force)
                 put.append(to)
         except BaseException:
             for each in put:
-                url.view.remove(each)
+                store.remove(each)
             raise
     return late

@@ -8,19 +8,15 @@ that has expired.
 from __future__ import annotations
 
 import hashlib
-import re
 import time
-import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from ckptool.errors import DownloadFailed, Malformed
 from ckptool.files import download, http, remote
-from ckptool.files.connections import Connections
-from ckptool.files.http import Answer, Limits, shown
-from ckptool.text import length, readable
+from ckptool.files.http import Answer, Client, Limits, Range, shown
+from ckptool.text import readable
 
 if TYPE_CHECKING:
     from ckptool.files.paths import Entry, Url
@@ -28,10 +24,10 @@ if TYPE_CHECKING:
 
 FIRST = 1 << 14  # bytes that are asked for first
 ENOUGH = 1 << 16  # that an answer may break off after as often as it likes
+GONE = (404, 410)  # what servers say of a file that is not there
 EXPIRED = (400, 401, 403, 404, 410)  # what servers say of a link that was good for a while
 Say = Callable[[str], None]
 Shown = Callable[[str], AbstractContextManager[Any]]
-_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.IGNORECASE | re.ASCII)
 _NO_VERSION = (
     "the server gives neither ETag nor Last-Modified: a file of the same size that replaces this "
     "one while it is read would not be noticed"
@@ -41,14 +37,11 @@ _NO_VERSION = (
 class Web:
     """What is asked of web servers in one run."""
 
-    def __init__(
-        self,
-        timeout: float,
-        say: Say | None,
-        progress: Callable[[str], AbstractContextManager[Any]],
-    ) -> None:
-        self.limits = Limits(timeout=timeout)
-        self.connections = Connections()
+    is_web = True
+
+    def __init__(self, timeout: float, say: Say | None, progress: Shown) -> None:
+        self.client = Client(Limits(timeout=timeout))
+        self.opened = remote.Opened(self.open)
         self._say, self._progress = say, progress
 
     def open(self, url: Url) -> Source:
@@ -56,8 +49,14 @@ class Web:
         return self.ranged(url.full, {})
 
     def is_file(self, url: Url) -> bool:
-        """Return False: nothing is known of files that are not open."""
-        return False
+        """Check whether there is a file; nothing can be listed, so it is opened."""
+        try:
+            self.opened(url)
+        except DownloadFailed as error:
+            if error.status in GONE:
+                return False
+            raise
+        return True
 
     def is_folder(self, url: Url) -> bool:
         """Return False: there are files alone."""
@@ -69,93 +68,50 @@ class Web:
 
     def ranged(self, url: str, headers: Mapping[str, str], name: str = "") -> Source:
         """Open the file at a URL, as it is called in messages: its ranges, or all of it."""
-        name, headers, url = name or shown(url), {**headers, **_login(url)}, http.without_login(url)
+        name, headers = name or shown(url), {**headers, **http.login(url)}
+        url = http.without_login(url)
         asked = {**headers, "Range": f"bytes=0-{FIRST - 1}"}
-        with http.asked(url, asked, self.limits, self.connections) as answer:
+        with self.client.asked(url, asked) as answer:
             if answer.body.status == 416:  # nothing begins at 0
                 http.refuse_page(url, answer, b"", 0)
-            found = _range(answer)
+            found = answer.range
             if found is not None and found.start == 0:
-                ranges = Ranges(self, url, headers, name, answer, found.whole)
-                ranges.head = ranges.begun(answer, found)
+                ranges = Ranges(self, url, headers, name, answer, found)
                 http.refuse_page(url, answer, ranges.head, ranges.nbytes)
                 return ranges
-            nbytes, why = answer.nbytes, "sends no ranges"
+            nbytes = answer.nbytes
         size = "" if nbytes is None else f" ({readable(nbytes)})"
-        note = f"the server {why}: the whole file{size} is fetched to a temporary place"
+        note = f"the server sends no ranges: the whole file{size} is fetched to a temporary place"
         return self._whole(url, headers, name, note)
 
     def _whole(self, url: str, headers: Mapping[str, str], name: str, note: str) -> Source:
         """Fetch a file to a temporary place, from which it goes with what reads it."""
         if self._say:
             self._say(f"{name}: {note}")
-        with ExitStack() as stack, self._progress(name) as bar:
-            progress = bar.reached if hasattr(bar, "reached") else None
-            copy = stack.enter_context(
-                download.temporary(url, progress=progress, limits=self.limits, headers=headers)
-            )
-            file = stack.enter_context(open(copy.path, "rb"))
-            identity = int.from_bytes(bytes.fromhex(copy.sha256)[:8], "big")
-            source = remote.Copy(file, identity, "" if self._say else note)
-            weakref.finalize(source, stack.pop_all().close)
-        return source
-
-
-def _login(url: str) -> dict[str, str]:
-    """Return the header for the user and the password in a URL."""
-    from urllib3.util import make_headers
-
-    login = unquote(http.parsed(url).netloc.rpartition("@")[0])
-    return {str(name): str(text) for name, text in make_headers(basic_auth=login or None).items()}
-
-
-class Range(NamedTuple):
-    """The bytes of an answer, from `start` to before `stop`, of so many in the whole file."""
-
-    start: int
-    stop: int
-    whole: int
-
-
-def _range(answer: Answer) -> Range | None:
-    """Return which bytes an answer holds, None where it does not say, or what cannot be."""
-    match = _RANGE.fullmatch(answer.header("Content-Range"))
-    if match is None or answer.body.status != 206:
-        return None
-    start, last, whole = (length(text, 10) or 0 for text in match.groups())
-    stated = length(answer.header("Content-Length"), 10)
-    if not start <= last < whole or stated not in (None, last + 1 - start):
-        return None
-    return Range(start, last + 1, whole)
+        with self._progress(name) as bar:
+            reached = getattr(bar, "reached", None)
+            file, sha256 = download.unnamed(url, self.client, headers, reached)
+        identity = int.from_bytes(bytes.fromhex(sha256)[:8], "big")
+        return remote.Copy(file, identity, "" if self._say else note)
 
 
 class Ranges:
-    """One version of a file on a server."""
+    """One version of a file on a server, begun with an answer that holds its first bytes."""
 
     def __init__(
-        self,
-        web: Web,
-        url: str,
-        headers: Mapping[str, str],
-        name: str,
-        answer: Answer,
-        nbytes: int,
+        self, web: Web, url: str, headers: Mapping[str, str], name: str, answer: Answer, part: Range
     ) -> None:
-        self._web, self._url, self._headers, self._name = web, url, headers, name
+        self._client, self._url, self._headers, self._name = web.client, url, headers, name
         self._at = answer.url  # where redirects led
         self._etag, self._modified = answer.header("ETag"), answer.header("Last-Modified")
-        self.nbytes = nbytes
+        self.nbytes = part.whole
         self.note = "" if self._etag or self._modified else _NO_VERSION
         self.said = answer.said
-        version = "\n".join((url, self._etag, self._modified, str(nbytes)))
+        version = "\n".join((url, self._etag, self._modified, str(self.nbytes)))
         self.identity = int.from_bytes(hashlib.sha256(version.encode()).digest()[:8], "big")
-        self.head: bytes | bytearray = b""
-
-    def begun(self, answer: Answer, found: Range) -> bytearray:
-        """Return the first bytes, those of an answer that is here and what is missing of them."""
-        data = bytearray(min(FIRST, self.nbytes))
-        self._fill(data, 0, self._taken(answer, found, memoryview(data)))
-        return data
+        head = bytearray(min(FIRST, self.nbytes))
+        self._fill(head, 0, self._taken(answer, part, memoryview(head)))
+        self.head: bytes | bytearray = head
 
     def fetch(self, start: int, stop: int) -> bytearray:
         """Return exactly these bytes of this version.
@@ -168,7 +124,7 @@ class Ranges:
 
     def _fill(self, data: bytearray, start: int, done: int) -> None:
         """Ask for what is missing until all is there, or too many answers broke off."""
-        limits, failures = self._web.limits, 0
+        limits, failures = self._client.limits, 0
         error: DownloadFailed | None
         while done < len(data):
             error, before = None, done
@@ -196,14 +152,13 @@ class Ranges:
         return self._asked(self._url, view, start)
 
     def _asked(self, url: str, view: memoryview[int], start: int) -> int:
-        headers = {**self._headers, "Range": f"bytes={start}-{start + len(view) - 1}"}
-        if urlsplit(url)[:2] != urlsplit(self._url)[:2]:
-            headers.pop("authorization", None)
+        headers = http.for_server(url, self._url, self._headers)
+        headers["Range"] = f"bytes={start}-{start + len(view) - 1}"
         if self._etag.startswith('"'):
             headers["If-Range"] = self._etag
-        with http.asked(url, headers, self._web.limits, self._web.connections) as answer:
+        with self._client.asked(url, headers) as answer:
             self._refuse_change(answer)
-            found = _range(answer)
+            found = answer.range
             if found is None or found.start != start or found.stop > start + len(view):
                 said = answer.header("Content-Range") or f"status {answer.body.status}"
                 what = f": bytes {start}-{start + len(view) - 1} were asked for, and {said} came"
@@ -228,7 +183,7 @@ class Ranges:
 
     def _refuse_change(self, answer: Answer) -> None:
         """Raise `Malformed` for an answer of another version."""
-        found = _range(answer)
+        found = answer.range
         etag, modified = answer.header("ETag"), answer.header("Last-Modified")
         is_strong = self._etag.startswith('"')
         if self._etag:

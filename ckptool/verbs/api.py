@@ -235,7 +235,7 @@ def download(
     'weights/resnet18-f37072fd.pth'
     """
     from ckptool.files.download import download as fetch
-    from ckptool.files.http import Limits
+    from ckptool.files.http import Client, Limits
     from ckptool.model import weights
 
     known = None if "://" in what else weights.resolve(what)
@@ -247,6 +247,6 @@ def download(
         force=force,
         sync=sync,
         progress=progress,
-        limits=Limits(timeout=timeout),
+        client=Client(Limits(timeout=timeout)),
     )
     return replace(done, weights=known.member if known else None)

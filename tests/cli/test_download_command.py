@@ -179,13 +179,13 @@ def test_every_command_that_takes_a_url_takes_a_timeout(
     run: Run, server: Server, here: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     seen = []
-    real = http._requested
+    real = http.Client._requested
 
-    def asked(url: str, headers: Any, limits: http.Limits, *more: Any) -> Any:
-        seen.append(limits.timeout)
-        return real(url, headers, limits, *more)
+    def asked(client: http.Client, *more: Any) -> Any:
+        seen.append(client.limits.timeout)
+        return real(client, *more)
 
-    monkeypatch.setattr(http, "_requested", asked)
+    monkeypatch.setattr(http.Client, "_requested", asked)
     (here / "f.pth").write_bytes(GOOD.read_bytes())
     url = server.on("/g.pth", Reply(GOOD.read_bytes()))
     arguments = [url if word == "URL" else word for word in words]

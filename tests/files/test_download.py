@@ -34,7 +34,8 @@ from ckptool.errors import (
     WriteError,
 )
 from ckptool.files import fileio
-from ckptool.files.download import NOTHING, download, temporary
+from ckptool.files.download import NOTHING, download, unnamed
+from ckptool.files.http import Client
 
 
 def test_a_file_is_downloaded_whole_and_hashed(server: Server, tmp_path: Path) -> None:
@@ -129,9 +130,11 @@ def test_a_temporary_download_goes(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with temporary(server.on("/f.pth", Reply(BODY)), limits=QUICK) as done:
-        assert Path(done.path).read_bytes() == BODY
-        assert Path(done.path).parent.parent == tmp_path
+    file, sha256 = unnamed(server.on("/f.pth", Reply(BODY)), Client(QUICK), {}, None)
+    with file:
+        file.seek(0)
+        assert (file.read(), sha256) == (BODY, SHA)
+        assert os.fstat(file.fileno()).st_dev == os.stat(tmp_path).st_dev
     assert names(tmp_path) == []
 
 
@@ -140,8 +143,8 @@ def test_a_temporary_download_that_fails_keeps_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     url = server.on("/f.pth", Reply(BODY, stop=0.4, etag='"v1"'))
-    with pytest.raises(DownloadFailed) as caught, temporary(url, limits=QUICK):
-        pass
+    with pytest.raises(DownloadFailed) as caught:
+        unnamed(url, Client(QUICK), {}, None)
     assert caught.value.hint == "run it again"
     assert names(tmp_path) == []
 
