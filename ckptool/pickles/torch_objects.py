@@ -223,7 +223,8 @@ class TorchVocabulary(Vocabulary):
             if number >= len(memo) or memo[number] is not callee:
                 return None
             memo.spelled[spelling] = phrases.template(call), memo.spelled[call.spelling]
-        return memo.spelled[spelling]
+        known: tuple[Template, _Like] = memo.spelled[spelling]
+        return known
 
     def _alike(self, like: _Like, key: bytes, offset: int) -> TensorInfo:
         """Make a tensor that differs from another in its storage alone."""
