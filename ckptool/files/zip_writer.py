@@ -61,21 +61,24 @@ def headers(records: Iterable[Record], alignment: int) -> Iterator[tuple[int, by
     """Yield `(offset, bytes)` of all headers, the directory and the end records."""
     data, count, position = bytearray(), 0, 0
     for record in _placed(records, alignment):
-        yield record.header, _local_header(record)
-        data += _central_header(record)
+        common = _common(record)
+        yield record.header, _local_header(record, common)
+        data += _central_header(record, common)
         count, position = count + 1, record.start + record.nbytes
     yield position, bytes(data) + _end_records(count, position, len(data))
 
 
 # Version 4.5 on FAT, as miniz and Python's zipfile write zip64; the date is 1980-01-01.
 _VERSION, _UTF8, _NO_TIME, _FIRST_DAY = 45, 0x0800, 0, 0x21
+_U16 = struct.Struct("<H").pack
 _CENTRAL_START = b"PK\1\2" + struct.pack("<H", _VERSION)  # by which it was made
 
 
-def _common(record: Record, extra: bytes) -> bytes:
+def _common(record: Record) -> bytes:
+    """Write what both headers of a record say, all but the size of the extra field."""
     size = min(record.nbytes, BIG32)
     facts = (_VERSION, _UTF8, STORED, _NO_TIME, _FIRST_DAY, record.crc32, size, size)
-    return COMMON.pack(*facts, len(record.name), len(extra))
+    return COMMON.pack(*facts, len(record.name), 0)[:-2]
 
 
 def _wide_extra(record: Record) -> bytes:
@@ -84,11 +87,12 @@ def _wide_extra(record: Record) -> bytes:
     return struct.pack("<HHQQ", 1, 16, record.nbytes, record.nbytes)
 
 
-def _local_header(record: Record) -> bytes:
+def _local_header(record: Record, common: bytes) -> bytes:
     name, wide = record.name, _wide_extra(record)
-    padding = record.start - record.header - LOCAL_NBYTES - len(name) - len(wide) - 4
-    extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    return b"PK\3\4" + _common(record, extra) + name + extra
+    size = record.start - record.header - LOCAL_NBYTES - len(name)
+    padding = size - len(wide) - 4
+    filled = (common, _U16(size), name, wide, _U16(padding), b"Z" * padding)
+    return b"PK\3\4%b%b%b%bFB%b%b" % filled
 
 
 def _central_extra(record: Record) -> bytes:
@@ -98,10 +102,10 @@ def _central_extra(record: Record) -> bytes:
     return struct.pack("<HH", 1, len(values)) + values
 
 
-def _central_header(record: Record) -> bytes:
+def _central_header(record: Record, common: bytes) -> bytes:
     extra = _central_extra(record)
     rest = REST.pack(0, 0, 0, 0, min(record.header, BIG32))
-    return _CENTRAL_START + _common(record, extra) + rest + record.name + extra
+    return b"%b%b%b%b%b%b" % (_CENTRAL_START, common, _U16(len(extra)), rest, record.name, extra)
 
 
 def _end_records(count: int, offset: int, nbytes: int) -> bytes:

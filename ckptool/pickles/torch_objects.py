@@ -121,8 +121,12 @@ class TorchVocabulary(Vocabulary):
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._find(said)
-            found = (known.key, known.dtype, known.location, known.nbytes)
-            if found != (key, said.dtype, said.location, said.nbytes):
+            if (
+                known.nbytes != said.nbytes
+                or known.dtype is not said.dtype
+                or known.location != said.location
+                or known.key != key
+            ):
                 self._said[key] = said
             return known
         before = self._said.get(key) or _said_of(known)

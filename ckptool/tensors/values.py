@@ -436,12 +436,11 @@ def leaves(value: TensorInfo) -> Iterator[TensorInfo]:
         yield from leaves(each)
 
 
-def stored(storage: Storage) -> Iterator[Storage]:
+def stored(storage: Storage) -> Iterable[Storage]:
     """Iterate over the storages in files that a storage is made of, or the storage itself."""
     if storage.computed is None and storage.chunked is None:
-        yield storage
-    for value in arguments(storage):
-        yield from stored(value.storage)
+        return (storage,)
+    return (each for value in arguments(storage) for each in stored(value.storage))
 
 
 def has_numbers(storage: Storage) -> bool:

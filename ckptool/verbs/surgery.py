@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -394,10 +394,11 @@ def _is_moved(storage: Storage, done: Done | None) -> bool:
     )
 
 
-def _storages(tensor: AnyTensor) -> Iterator[Storage]:
+def _storages(tensor: AnyTensor) -> Iterable[Storage]:
     """Iterate over the storages that a tensor is in, those of chunks for a chunked one."""
-    for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
-        yield from values.stored(part.storage)
+    if isinstance(tensor, TensorInfo):
+        return values.stored(tensor.storage)
+    return (each for part in tensor.parts for each in values.stored(part.storage))
 
 
 def _described(info: AnyTensor, strided: bool) -> tuple[object, ...]:
