@@ -75,9 +75,10 @@ class Records:
         member = self.members.get(name)
         if member is None:
             raise Malformed(f"there is no record of storage {said.key}", path=self.reader.path)
-        if member.nbytes != said.nbytes:
+        nbytes = said.nbytes
+        if member.nbytes != nbytes:
             raise Malformed(
-                f"storage {said.key} should have {said.nbytes} bytes and has {member.nbytes}",
+                f"storage {said.key} should have {nbytes} bytes and has {member.nbytes}",
                 path=self.reader.path,
                 offset=member.start,
             )

@@ -93,10 +93,13 @@ class LocalHeaders:
         `said` are the fields of the entry in the order of `Header`, without the last. The header
         may defer all of sizes and checksum, as torch's does. 0 for another header, or none.
         """
-        end = header + LOCAL_NBYTES + len(name)
+        nbytes = LOCAL_NBYTES + len(name)
+        end = header + nbytes
         if end > self._reader.nbytes or flags & (_ENCRYPTED | _PATCHED):
             return 0
-        at = self._find(header, LOCAL_NBYTES + len(name))
+        at = header - self._start
+        if at < 0 or at + nbytes > len(self._data):
+            at = self._find(header, nbytes)
         here = self._data[at : at + LOCAL_NBYTES]
         if here[4:28] != said:
             deferred = b"%b%b%b" % (said[:10], bytes(12), said[22:])

@@ -283,10 +283,11 @@ def _beyond_descriptor(gap: int, before: str) -> int:
 
 
 def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
-    names = [member.name for member in members]
-    differ = len(set(map(str.casefold, names))) == len(names)
-    if differ and not _ODD_LINE.search("\n".join(names)):
-        return
+    lines = "".join(f"\n{member.name}" for member in members)
+    if not any(part in f"{lines}\n" for part in _ODD_PARTS):
+        names = lines.casefold().split("\n")
+        if len(set(names)) == len(names) == len(members) + 1:
+            return
     seen: set[str] = set()
     for member in members:
         folded = member.name.casefold()
@@ -299,7 +300,7 @@ def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
 
 
 _ODD_NAME = re.compile(r"\A(/|\Z)|[\0\\]|(\A|/)\.\.(/|\Z)")
-_ODD_LINE = re.compile(r"^(/|$)|[\0\\]|(^|/)\.\.(/|$)", re.MULTILINE)  # of all names, at once
+_ODD_PARTS = ("\n/", "\n\n", "\0", "\\", "..")  # one is in lines of which one is odd
 
 
 def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> bytes:

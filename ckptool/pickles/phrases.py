@@ -62,19 +62,13 @@ class Template(NamedTuple):
     tail: int
     step: int
     nbytes: int  # of the tail
+    around: int  # bytes of a call, but for the key
     view_nbytes: int  # from the opcode on that refers to the storage
 
     def written(self, key: bytes, number: int) -> bytes:
         """Write a call whose numbers in the memo begin with this one."""
-        return b"%b%c\0\0\0%b%b" % (self.head, len(key), key, self.behind(number))
-
-    def nbytes_with(self, key: bytes) -> int:
-        """Count the bytes of a call with this key."""
-        return len(self.head) + 4 + len(key) + self.nbytes
-
-    def behind(self, number: int) -> bytes:
-        """Return what follows the key."""
-        return (self.tail + number * self.step).to_bytes(self.nbytes, "little")
+        tail = (self.tail + number * self.step).to_bytes(self.nbytes, "little")
+        return b"%b%c\0\0\0%b%b" % (self.head, len(key), key, tail)
 
     def key_in(self, data: bytes, start: int, number: int) -> bytes:
         """Return the key of a call that begins at `start` and is written so; empty for another."""
@@ -82,8 +76,8 @@ class Template(NamedTuple):
             return b""
         start += len(self.head) + 4
         key = data[start : start + int.from_bytes(data[start - 4 : start], "little")]
-        whole = key.isdigit() and data.startswith(self.behind(number), start + len(key))
-        return key if whole else b""
+        tail = (self.tail + number * self.step).to_bytes(self.nbytes, "little")
+        return key if key.isdigit() and data.startswith(tail, start + len(key)) else b""
 
 
 def call_at(data: bytes, start: int) -> Call | None:
@@ -106,4 +100,5 @@ def template(call: Call) -> Template:
     raw = found.string[start : found.end()]
     step = sum(1 << 8 * (found.start(put) + 1 - start) for put in _PUT_GROUPS)
     tail = int.from_bytes(raw, "little") - call.number * step
-    return Template(head, tail, step, len(raw), found.end() - call.storage_at)
+    around, view = len(head) + 4 + len(raw), found.end() - call.storage_at
+    return Template(head, tail, step, len(raw), around, view)

@@ -205,7 +205,7 @@ class TorchVocabulary(Vocabulary):
                 name = data[text_at:end].decode("utf-8", "surrogatepass")
             except UnicodeDecodeError:  # which the opcode is to blame for
                 break
-            position = end + 5 + template.nbytes_with(key)
+            position = end + 5 + template.around + len(key)
             info = self._alike(like, key, position - template.view_nbytes)
             nodes += (name, info)
             opcodes += 3 + like[-1]
@@ -522,9 +522,8 @@ class Lowering:
             return None
         template = self._spelled.get(_spelling(node))
         key = str(len(self.storages))
-        if template is None or node.storage in self.storages or key in memo:
+        if template is None or key in memo or self.storages.setdefault(node.storage, key) != key:
             return None
-        self.storages[node.storage] = key
         return template[0].written(key.encode(), first), key, PUTS
 
     def learn(self, node: Any, written: bytes) -> None:

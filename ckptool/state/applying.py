@@ -111,10 +111,10 @@ def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -
     """Return what a step makes of entries."""
     if step.change is not None:
         return step.change(entries)
-    given = dict(entries)
+    given = entries
     if step.name == "drop":  # what went with a wrapper may be named all the same
         went = (name for name, reason in why.values() if reason == BOOKKEEPING)
-        given |= {name.rpartition(".")[2]: None for name in went}
+        given = {**entries, **{name.rpartition(".")[2]: None for name in went}}
     edit = step.make(given)
     after = {key: edit(key) for key in entries}
     said = edit.said(list(entries)) if isinstance(edit, Peeling) else _said(step, after)

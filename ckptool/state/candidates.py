@@ -361,7 +361,7 @@ class Joined:
         joins = not _tensors_of(pairs)
         self._around.add(id(node))
         for key, value in pairs.items():
-            name = dotted((*path, key))
+            name = dotted((*path, key)) if path else key
             if joins and id(value) not in self._around and self._joins(key, value):
                 self.inner[name] = value
                 self._join(value, (*path, key))
