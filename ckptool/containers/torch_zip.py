@@ -21,7 +21,6 @@ from zlib_ng.zlib_ng import crc32
 from ckptool.containers._container import Container, Traits, Writer
 from ckptool.containers._records import Records, read_records
 from ckptool.errors import NotRepresentable
-from ckptool.files import zip_writer
 from ckptool.files.fileio import Reader
 from ckptool.pickles.torch_objects import Lowering, StorageId, TorchVocabulary
 from ckptool.pickles.tree import Node
@@ -29,6 +28,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
 
 if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.files import zip_writer
     from ckptool.files.copying import Done, PlannedFile
     from ckptool.files.jobs import Copy
 
@@ -140,7 +140,7 @@ def archive(
     `job` returns what writes the bytes of a storage to a place in the archive: a copy. With a
     `location`, all storages are tagged with that device.
     """
-    from ckptool.files import planner
+    from ckptool.files import planner, zip_writer
     from ckptool.files.copying import PlannedFile
     from ckptool.files.jobs import Copy
     from ckptool.pickles import pickle_writer
@@ -177,6 +177,8 @@ def archive(
 
 
 def _record(name: str, nbytes: int, checksum: int) -> zip_writer.Record:
+    from ckptool.files import zip_writer
+
     return zip_writer.Record(f"{ROOT}/{name}".encode(), nbytes, checksum)
 
 
