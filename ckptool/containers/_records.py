@@ -71,9 +71,10 @@ class Records:
         member = self.members.get(name)
         if member is None:
             raise Malformed(f"there is no record of storage {said.key}", path=self.reader.path)
-        if member.nbytes != said.nbytes:
+        nbytes = said.nbytes
+        if member.nbytes != nbytes:
             raise Malformed(
-                f"storage {said.key} should have {said.nbytes} bytes and has {member.nbytes}",
+                f"storage {said.key} should have {nbytes} bytes and has {member.nbytes}",
                 path=self.reader.path,
                 offset=member.start,
             )
@@ -94,7 +95,9 @@ class Records:
         if isinstance(member, Storage):  # two pickles of an archive share it
             return replace(member, key=said.key, dtype=said.dtype, location=said.location)
         deflated = member.method == zips.DEFLATED
-        recorded = self.data_recorded if _is_data(name) else self.recorded
+        recorded = self.recorded
+        if recorded != self.data_recorded and _is_data(name):
+            recorded = self.data_recorded
         return Storage(
             self.reader.file,
             said.key,
@@ -158,15 +161,16 @@ def read_records(reader: Reader, wanted: str) -> Records | None:
     if len(found) > 1:
         raise Malformed(f"a zip archive with more than one {wanted}", path=reader.path)
     root = found[0].removesuffix(wanted)
-    names = (*members, *directory.folders)
-    outside = [name for name in names if not name.startswith(root)]
+    outside = [name for name in (*members, *directory.folders) if not name.startswith(root)]
     if outside:  # torch takes the first entry's folder, and nothing may shadow what is in it
         raise Malformed(f"record {outside[0]} is outside {root}", path=reader.path)
+    start = len(root)
     inside: dict[str, zips.Member | Storage] = {
-        name.removeprefix(root): member for name, member in members.items()
+        name[start:]: member for name, member in members.items()
     }
-    summed = [name.removeprefix(root) for name, member in members.items() if member.crc32]
-    return Records(reader, inside, bool(summed), any(map(_is_data, summed)), directory.unlisted)
+    recorded = any(member.crc32 for member in members.values())
+    data_recorded = any(member.crc32 and _is_data(name[start:]) for name, member in members.items())
+    return Records(reader, inside, recorded, data_recorded, directory.unlisted)
 
 
 def _is_data(name: str) -> bool:

@@ -21,7 +21,6 @@ from zlib_ng.zlib_ng import crc32
 from ckptool.containers._container import Container, Traits, Writer
 from ckptool.containers._records import Records, read_records
 from ckptool.errors import NotRepresentable
-from ckptool.files import zip_writer
 from ckptool.files.fileio import Reader
 from ckptool.pickles.torch_objects import Lowering, StorageId, TorchVocabulary
 from ckptool.pickles.tree import Node
@@ -29,6 +28,7 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.tensors.tensor import Storage, TensorInfo
 
 if TYPE_CHECKING:  # a listing writes nothing
+    from ckptool.files import zip_writer
     from ckptool.files.copying import Done, PlannedFile
     from ckptool.files.jobs import Copy
 
@@ -140,7 +140,7 @@ def archive(
     `job` returns what writes the bytes of a storage to a place in the archive: a copy. With a
     `location`, all storages are tagged with that device.
     """
-    from ckptool.files import planner
+    from ckptool.files import planner, zip_writer
     from ckptool.files.copying import PlannedFile
     from ckptool.files.jobs import Copy
     from ckptool.pickles import pickle_writer
@@ -151,8 +151,8 @@ def archive(
     if len(orders) > 1:
         raise NotRepresentable("tensors of two byte orders cannot be in one torch file")
     byteorder = orders.pop() if orders else "little"
-    before = [_record("data.pkl", pickled), _record("byteorder", byteorder.encode())]
-    after = [_record("version", b"3\n")]
+    small = {"data.pkl": pickled, "byteorder": byteorder.encode(), "version": b"3\n"}
+    *before, after = (_record(name, len(data), crc32(data)) for name, data in small.items())
     held = {f"data/{key}": storage for key, storage in enumerate(lowering.storages)}
     held |= further or {}
     storages = tuple(held.values())
@@ -160,8 +160,8 @@ def archive(
     def records(checksums: Iterable[int]) -> Iterator[zip_writer.Record]:
         yield from before
         for (name, storage), checksum in zip(held.items(), checksums, strict=False):
-            yield zip_writer.Record(f"{ROOT}/{name}".encode(), storage.nbytes, None, checksum)
-        yield from after
+            yield _record(name, storage.nbytes, checksum)
+        yield after
 
     starts, nbytes = zip_writer.lay_out(records(repeat(0)), ALIGNMENT)
     places = zip(storages, starts[2:-1], strict=True)
@@ -170,14 +170,16 @@ def archive(
         jobs += planner.checks(jobs, storages)
 
     def finish(done: Sequence[Done]) -> Iterable[tuple[int, bytes]]:
-        return zip_writer.headers(records(each.crc32 for each in done), ALIGNMENT)
+        return zip_writer.headers(records(each.crc32 for each in done), starts)
 
-    literals = [(record.start, record.data or b"") for record in (*before, *after)]
+    literals = [*zip((*starts[:2], starts[-1]), small.values(), strict=True)]
     return PlannedFile("", nbytes, literals, jobs, finish)
 
 
-def _record(name: str, data: bytes) -> zip_writer.Record:
-    return zip_writer.Record(f"{ROOT}/{name}".encode(), len(data), data, crc32(data))
+def _record(name: str, nbytes: int, checksum: int) -> zip_writer.Record:
+    from ckptool.files import zip_writer
+
+    return zip_writer.Record(f"{ROOT}/{name}".encode(), nbytes, checksum)
 
 
 CONTAINERS = (

@@ -125,7 +125,7 @@ def run_jobs(
         for number, job in enumerate(jobs):
             if (job.target is None) is not reading:
                 continue
-            if job.whole and job.storage in known:
+            if known and job.whole and job.storage in known:
                 done[number] = Done(known[job.storage], job.nbytes)
                 progress(job.nbytes)
             else:
@@ -150,9 +150,9 @@ def move(
     """
     numbers, plain = list[int](), list[Copy]()
     for number, job in enumerate(jobs):
-        for piece in _taken_apart(job):
-            numbers.append(number)
-            plain.append(piece)
+        pieces = [job] if job.storage.chunked is None else [*_taken_apart(job)]
+        numbers += [number] * len(pieces)
+        plain += pieces
     run = _Run(plain, target, progress, sync=sync)
     parts, done = run.finished() if jobs else [], [NOTHING] * len(jobs)
     for number, piece, moved in zip(numbers, plain, run.done, strict=True):
@@ -328,7 +328,7 @@ class _Run:
         read_back(target, written, begin)
         for task, each in zip(block, done, strict=True):
             if crc32(written[task.place - begin : task.end - begin]) != each.crc32:
-                raise OSError(errno.EIO, _READS_OTHERWISE)
+                raise OSError(errno.EIO, READS_OTHERWISE)
 
     def _do(self, task: Task, buffer: memoryview[int], ahead: Ahead) -> Done:
         job = task.job
@@ -373,11 +373,11 @@ class _Run:
                     written = crc32(view, written)
                 nbytes += len(data)
         if target is not None and written != checksum:
-            raise OSError(errno.EIO, _READS_OTHERWISE)
+            raise OSError(errno.EIO, READS_OTHERWISE)
         return Done(checksum, nbytes)
 
 
-_READS_OTHERWISE = "what was written reads back differently"
+READS_OTHERWISE = "what was written reads back differently"
 
 
 def _share_a_core(jobs: Sequence[Copy]) -> bool:

@@ -110,6 +110,9 @@ def _parts(number: int, job: Copy, last: Task | None) -> Iterator[Task]:
         if last and last.job.storage.path == job.storage.path:
             gap = source - last.source - last.nbytes
             place += gap if 0 <= gap <= NEAR else 0
+    if 0 < job.nbytes <= CHUNK - place % CHUNK and job.target is not None:  # as nearly all of many
+        yield Task(number, job, 0, job.nbytes, place)
+        return
     for start, end in cuts(job, 0, job.nbytes, CHUNK):
         yield Task(number, job, start, end - start, place + start)
 

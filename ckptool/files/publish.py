@@ -220,7 +220,9 @@ def publish(
     temporary, published, missing = beside(place), False, place.missing
     try:
         with moves.Folder(place) as folder:
-            output = _publish(temporary, place, output, progress, check, folder, group)
+            planned = [output]
+            del output  # what jobs copy goes with them, before the output is read back
+            output = _publish(temporary, place, planned.pop(), progress, check, folder, group)
             published = True
             late = [*moves.removed(temporary, place, output), *moves.flushed(place, missing)]
         return group.share(lambda: late)

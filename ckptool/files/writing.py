@@ -16,10 +16,18 @@ from typing import TypedDict
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
-from ckptool.files.copying import NOTHING, Done, PlannedFile, Progress, move, run_jobs
-from ckptool.files.fileio import write_at
+from ckptool.files.copying import (
+    NOTHING,
+    READS_OTHERWISE,
+    Done,
+    PlannedFile,
+    Progress,
+    move,
+    run_jobs,
+)
+from ckptool.files.fileio import CHUNK, read_back, write_at
 from ckptool.files.group import Group
-from ckptool.files.jobs import Copy
+from ckptool.files.jobs import NEAR as BETWEEN, Copy
 from ckptool.files.target import Output
 from ckptool.tensors.casting import roundings
 from ckptool.tensors.tensor import Packing
@@ -38,9 +46,39 @@ def write_file(
     """
     reserve(fd, planned.nbytes)
     done = run_jobs(planned.jobs, fd, progress, sync=sync)
-    for offset, data in chain(planned.literals, planned.finish(done)):  # some are between jobs
-        write_at(fd, data, offset)
+    _write_pieces(fd, chain(planned.literals, planned.finish(done)))  # some are between jobs
     return done
+
+
+def _write_pieces(fd: int, pieces: Iterable[tuple[int, bytes]]) -> None:
+    """Write pieces of a file, those that are close together by one call."""
+    block: list[tuple[int, bytes]] = []
+    end = 0
+    for offset, data in pieces:
+        if block and not (0 <= offset - end <= BETWEEN and offset - block[0][0] <= CHUNK):
+            _write_block(fd, block, end)
+            block = []
+        block.append((offset, data))
+        end = offset + len(data)
+    if block:
+        _write_block(fd, block, end)
+
+
+def _write_block(fd: int, block: Sequence[tuple[int, bytes]], end: int) -> None:
+    """Write pieces in order, and what is between them again as it is; that is read back."""
+    begin = block[0][0]
+    if len(block) == 1:
+        write_at(fd, block[0][1], begin)
+        return
+    written = bytearray(end - begin)
+    read_back(fd, memoryview(written), begin)
+    for offset, data in block:
+        written[offset - begin : offset - begin + len(data)] = data
+    write_at(fd, written, begin)
+    again = bytearray(len(written))
+    read_back(fd, memoryview(again), begin)
+    if again != written:
+        raise OSError(errno.EIO, READS_OTHERWISE)
 
 
 def reserve(fd: int, nbytes: int) -> None:

@@ -87,6 +87,28 @@ class LocalHeaders:
             self._start = start
         return start - self._start
 
+    def usual_start(self, said: bytes, flags: int, name: bytes, header: int) -> int:
+        """Return where the data starts behind a header that says the same as its entry.
+
+        `said` are the fields of the entry in the order of `Header`, without the last. The header
+        may defer all of sizes and checksum, as torch's does. 0 for another header, or none.
+        """
+        nbytes = LOCAL_NBYTES + len(name)
+        end = header + nbytes
+        if end > self._reader.nbytes or flags & (_ENCRYPTED | _PATCHED):
+            return 0
+        at = header - self._start
+        if at < 0 or at + nbytes > len(self._data):
+            at = self._find(header, nbytes)
+        here = self._data[at : at + LOCAL_NBYTES]
+        if here[4:28] != said:
+            deferred = b"%b%b%b" % (said[:10], bytes(12), said[22:])
+            if not flags & _DESCRIPTOR or here[4:28] != deferred:
+                return 0
+        if not here.startswith(b"PK\3\4") or not self._data.startswith(name, at + LOCAL_NBYTES):
+            return 0
+        return end + here[28] + (here[29] << 8)
+
     def data_start(self, name: bytes, entry: Header, header: int) -> int:
         """Check a local header against its entry, and return where the data starts."""
         reader, name_end = self._reader, LOCAL_NBYTES + len(name)
@@ -117,6 +139,10 @@ class FarHeaders:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._listed: dict[int, tuple[bytes, Header]] = {}
+
+    def usual_start(self, said: bytes, flags: int, name: bytes, header: int) -> int:
+        """Know of no header what it says."""
+        return 0
 
     def data_start(self, name: bytes, entry: Header, header: int) -> int:
         """Note an entry; `placed` says later where its data starts."""

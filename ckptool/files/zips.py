@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple, NoReturn
 
 from zlib_ng.zlib_ng import crc32
@@ -179,6 +180,11 @@ def _central_entries(
     while position < len(data):
         if len(data) - position < CENTRAL_NBYTES:
             fail(reader, "the archive's directory is cut off", base + position)
+        usual = _usual_entry(data, position, headers)
+        if usual is not None:
+            yield usual[0]
+            position = usual[1]
+            continue
         signature, _, *common, comment_size, disk, _, attributes, header = _CENTRAL.unpack_from(
             data, position
         )
@@ -207,6 +213,29 @@ def _central_entries(
         sizes = (entry.crc32, entry.packed, entry.nbytes)
         yield Member(name, entry.method, *sizes, header, start)
         position = end
+
+
+def _usual_entry(
+    data: bytes, position: int, headers: LocalHeaders | FarHeaders
+) -> tuple[Member, int] | None:
+    """Return an entry with nothing special about it, as there may be many, and where it ends."""
+    (
+        signature, _, _, flags, method, _, _, checksum, packed, nbytes, name_size, extra_size,
+        comment_size, disk, _, attributes, header,
+    ) = _CENTRAL.unpack_from(data, position)  # fmt: skip
+    if extra_size or comment_size or disk or attributes or signature != b"PK\1\2":
+        return None
+    if method != STORED or packed != nbytes or nbytes == BIG32 or header == BIG32:
+        return None
+    name_at = position + CENTRAL_NBYTES
+    end = name_at + name_size
+    said, name = data[position + 6 : position + 30], data[name_at:end]
+    start = headers.usual_start(said, flags, name, header) if end <= len(data) else 0
+    return (
+        (Member(text(name), method, checksum, packed, nbytes, header, start), end)
+        if start
+        else None
+    )
 
 
 def _second_name(extra: bytes) -> bytes:
@@ -238,11 +267,12 @@ def _wide(reader: Reader, extra: bytes, values: tuple[int, ...], offset: int) ->
 def _unlisted(reader: Reader, members: Sequence[Member], directory: int) -> int:
     """Refuse records that overlap; count the bytes between them that are no data descriptor."""
     end, before, unlisted = 0, "", 0
-    for member in sorted(members, key=lambda member: member.header):
-        if member.header < end:
-            fail(reader, f"records {before} and {member.name} overlap", member.header)
-        unlisted += _beyond_descriptor(member.header - end, before)
-        end, before = member.start + member.packed_nbytes, member.name
+    for name, _, _, nbytes, _, header, start in sorted(members, key=attrgetter("header")):
+        if header < end:
+            fail(reader, f"records {before} and {name} overlap", header)
+        if header > end:
+            unlisted += _beyond_descriptor(header - end, before)
+        end, before = start + nbytes, name
     if end > directory:
         fail(reader, f"record {before} reaches into the archive's directory", directory)
     return unlisted + _beyond_descriptor(directory - end, before)
@@ -253,6 +283,11 @@ def _beyond_descriptor(gap: int, before: str) -> int:
 
 
 def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
+    lines = "".join(f"\n{member.name}" for member in members)
+    if not any(part in f"{lines}\n" for part in _ODD_PARTS):
+        names = lines.casefold().split("\n")
+        if len(set(names)) == len(names) == len(members) + 1:
+            return
     seen: set[str] = set()
     for member in members:
         folded = member.name.casefold()
@@ -265,6 +300,7 @@ def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
 
 
 _ODD_NAME = re.compile(r"\A(/|\Z)|[\0\\]|(\A|/)\.\.(/|\Z)")
+_ODD_PARTS = ("\n/", "\n\n", "\0", "\\", "..")  # one is in lines of which one is odd
 
 
 def read_member(reader: Reader, member: Member, limit: int, *, check: bool) -> bytes:

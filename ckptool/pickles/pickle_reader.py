@@ -9,6 +9,7 @@ import codecs
 import re
 import struct
 import sys
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ class Memo(list[Node]):
                 count = len(self.fetched)
                 self.fetched.update(key for key in block if key < len(data))
                 budget.current().spend((len(self.fetched) - count) * budget.PAIR)
+        self._in_order = sorted(self.fetched)
 
     @property
     def entries(self) -> int:
@@ -106,6 +108,15 @@ class Memo(list[Node]):
         """Leave numbers out, as our own writer does after each tensor."""
         self += [_NEVER] * gap
         self.gaps += gap
+
+    def leave_out(self, count: int) -> None:
+        """Make entries that nothing fetches."""
+        self += [None] * count
+
+    def next_fetched(self, number: int) -> int:
+        """Return the next number, from this one on, that something fetches."""
+        at = bisect_left(self._in_order, number)
+        return self._in_order[at] if at < len(self._in_order) else sys.maxsize
 
     def get(self, key: int) -> Node:
         """Return an entry; raises `KeyError` where there is none."""
@@ -134,7 +145,12 @@ def _key(found: re.Match[bytes]) -> int:
     return length(found[1], 10) or 0 if is_text else int.from_bytes(found[1], "little")
 
 
-Phrase = tuple[Node, int, int]  # what was read, where it ends, how many opcodes that was
+class Phrase(NamedTuple):
+    """What was read at once: a node, and texts and nodes in turn; its end, and how many opcodes."""
+
+    nodes: list[Node]
+    end: int
+    opcodes: int
 
 
 class Vocabulary:
@@ -149,7 +165,10 @@ class Vocabulary:
         return node
 
     def phrase(self, callee: Global, data: bytes, start: int, memo: Memo) -> Phrase | None:
-        """Read a whole call at once from the MARK of its arguments; None reads opcode by opcode."""
+        """Read a whole call at once from the MARK of its arguments, and what follows it alike.
+
+        None reads opcode by opcode.
+        """
         return None
 
     def built(self, node: Node, state: Node) -> Node | None:
@@ -312,9 +331,8 @@ class _Machine:
                     levels.append(_Level(stack, self.made, number, len(memo), self.changes))
                     stack = self.stack = []
                 else:
-                    stack[-1], position, count = whole
-                    self.lasting += budget.TENSOR
-                    self.passed += count
+                    stack[-1:], position, count = whole
+                    self.read_at_once(whole)
                     deque(islice(steps, count - 1), maxlen=0)
             elif op == 0x4D:  # BININT2
                 stack.append(_U16(data, position)[0])
@@ -367,6 +385,13 @@ class _Machine:
                 handler(self)
                 position, stack = self.position, self.stack
         raise LimitExceeded(f"a pickle of more than {MAX_OPCODES} opcodes", offset=position)
+
+    def read_at_once(self, phrase: Phrase) -> None:
+        """Count what was read at once: of its texts all, of its other opcodes what they made."""
+        texts = phrase.nodes[1::2]
+        self.made += sum(map(str.__sizeof__, texts))
+        self.lasting += (1 + len(texts)) * budget.TENSOR
+        self.passed += phrase.opcodes - 3 * len(texts)
 
     def blocks(self) -> Iterator[range]:
         """Yield numbers of opcodes in blocks, and count what was made of each."""

@@ -27,6 +27,7 @@ from ckptool.pickles.tree import (
 
 BATCH = 1000  # as Lib/pickle.py: items between a MARK and its SETITEMS or APPENDS
 
+_U32 = struct.Struct("<I").pack
 _ENCODE = Global("_codecs", "encode")
 _BYTEARRAY = Global("__builtin__", "bytearray")
 _SETS = {False: Global("__builtin__", "set"), True: Global("__builtin__", "frozenset")}
@@ -93,14 +94,14 @@ class _Writer:
         index = self.memo.get(key)
         if index is None:
             return False
-        self.emit(b"h" + bytes((index,)) if index < 256 else b"j" + struct.pack("<I", index))
+        self.emit(b"h" + bytes((index,)) if index < 256 else b"j" + _U32(index))
         return True
 
     def remember(self, key: Any) -> None:
         index = self.memoized
         self.memo[key] = index
         self.memoized += 1
-        self.emit(b"q" + bytes((index,)) if index < 256 else b"r" + struct.pack("<I", index))
+        self.emit(b"q" + bytes((index,)) if index < 256 else b"r" + _U32(index))
 
     def lowered(self, node: Node) -> None:
         """Write a node of a higher floor as what it is made of, and remember it as itself."""
@@ -149,7 +150,7 @@ class _Writer:
     def length(self, data: bytes) -> bytes:
         if len(data) >= 1 << 31:
             raise NotRepresentable("a value of 2 GiB or more does not fit pickle protocol 2")
-        return struct.pack("<I", len(data))
+        return _U32(len(data))
 
     def text(self, node: str) -> None:
         if not self.known(node):

@@ -12,12 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container
 from dataclasses import replace
-from itertools import chain
-from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.errors import Malformed
-from ckptool.pickles import subclasses
+from ckptool.pickles import phrases, subclasses
+from ckptool.pickles.phrases import PUTS, Template
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
 from ckptool.pickles.subclasses import FROM_TYPE, UTILS, dtype_of, sizes_of
 from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
@@ -58,32 +57,8 @@ _PROTOCOL_0_ID = (
 )
 
 
-# A call of `_rebuild_tensor_v2` from the mark of its arguments on, as picklers write nearly all of
-# them under protocol 2 once what they share is in the memo: about 30 opcodes. In groups: what
-# tells the tensor from others, but for the key of its storage and what the memo calls its parts.
-_GET, _PUT, _INT = rb"(?:h.|j.{4})", rb"(r.{4})", rb"(?:K.|M..|J.{4})"
-_SIZES = rb"(?:INT\x85|INTINT\x86|INTINTINT\x87|\((?:INT)+t)".replace(b"INT", _INT)
-_STORAGE = [
-    b"(",
-    _GET,
-    _GET,
-    rb")X([\x01-\x0a])\0\0\0([0-9]+)",
-    _PUT,
-    b"(",
-    _GET,
-    _INT,
-    b"t)",
-    _PUT,
-]
-_VIEW = [b"(Q", _INT, _SIZES, b")", _PUT, b"(", _SIZES, b")", _PUT, rb"([\x88\x89]", _GET, rb"\)R)"]
-_CALL_OPCODES = b"".join([rb"\(\(", *_STORAGE, *_VIEW, _PUT, b"t", _PUT, b"R", _PUT])
-_CALL = re.compile(_CALL_OPCODES, re.DOTALL)
-_WRITTEN = _GET + _CALL_OPCODES
-_SIZE_GROUP, _KEY_GROUP, _PUT_GROUPS = 2, 3, (4, 6, 8, 10, 12, 13, 14)
-_PUTS = 7
-_FIRST_PUTS = sum((ord("r") + (at << 8)) << 40 * at for at in range(_PUTS))
-_NEXT_PUTS = sum(1 << 40 * at + 8 for at in range(_PUTS))
-_UNFETCHED = [None] * (_PUTS - 1)
+_AT_ONCE, _LONGEST_KEY = 1 << 8, 1 << 10
+_Like = tuple[TensorInfo, DType | None, str, int, int]  # its storage's words, how many opcodes
 
 
 class StorageId(NamedTuple):
@@ -146,8 +121,12 @@ class TorchVocabulary(Vocabulary):
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._find(said)
-            found = (known.key, known.dtype, known.location, known.nbytes)
-            if found != (key, said.dtype, said.location, said.nbytes):
+            if (
+                known.nbytes != said.nbytes
+                or known.dtype is not said.dtype
+                or known.location != said.location
+                or known.key != key
+            ):
                 self._said[key] = said
             return known
         before = self._said.get(key) or _said_of(known)
@@ -173,35 +152,91 @@ class TorchVocabulary(Vocabulary):
         raise Malformed("the view of a storage is not (key, offset, size)", offset=offset)
 
     def phrase(self, callee: Global, data: bytes, start: int, memo: Memo) -> Phrase | None:
-        """Read a plain tensor at once; None where anything about it is out of the ordinary."""
+        """Read a plain tensor at once, and the keys and plain tensors that follow it.
+
+        None where anything about the first is out of the ordinary.
+        """
         if callee.name != "_rebuild_tensor_v2" or callee.module != UTILS or memo.changed:
             return None
-        call = _CALL.match(data, start - 1)
-        if call is None:
+        call, number = phrases.call_at(data, start - 1), len(memo)
+        last = number + PUTS - 1
+        if call is None or call.number != number or memo.next_fetched(number) < last:
             return None
-        kind, size, key, p0, place, p1, view, p2, stride, p3, rest, p4, p5, p6 = call.groups()
-        number = int.from_bytes(p0[1:], "little")
-        puts = int.from_bytes(b"".join((p0, p1, p2, p3, p4, p5, p6)), "little")
-        if (
-            number != len(memo)
-            or puts != _FIRST_PUTS + number * _NEXT_PUTS
-            or len(key) != size[0]
-            or not memo.fetched.isdisjoint(range(number, number + _PUTS - 1))
-        ):
+        like = memo.spelled.get(call.spelling)
+        if like is None:  # the first of its kind: `called` learns what it is
+            self._spelling = memo, call.spelling
             return None
-        spelling = (kind, place, view, stride, rest)
-        known = memo.spelled.get(spelling)
-        if known is None:  # the first of its kind: `called` learns what it is
-            self._spelling = memo, spelling
+        info = self._alike(like, call.key, call.storage_at)
+        memo.leave_out(PUTS - 1)
+        memo.append(info if last in memo.fetched else None)
+        return self._followed(Phrase([info], call.found.end(), like[-1]), callee, data, memo)
+
+    def _followed(self, begun: Phrase, callee: Global, data: bytes, memo: Memo) -> Phrase:
+        """Read the keys and plain tensors that follow a tensor, of which nothing is fetched.
+
+        The number before that of a key may be left out, as our own writer does.
+        """
+        nodes, position, opcodes = begun
+        before = number = len(memo)
+        fetched, recent = memo.next_fetched(number), list[tuple[Template, _Like]]()
+        while len(nodes) < _AT_ONCE:
+            text_at = position + 5
+            end = text_at + int.from_bytes(data[position + 1 : text_at], "little")
+            put = int.from_bytes(data[end + 1 : end + 5], "little")
+            following = put + 1 + PUTS
+            if (
+                data[position : position + 1] != b"X"
+                or data[end : end + 1] != b"r"
+                or end - text_at > _LONGEST_KEY
+                or not number <= put <= number + 1
+                or following > fetched
+            ):
+                break
+            for known in recent:
+                if key := known[0].key_in(data, end + 5, put + 1):
+                    break
+            else:
+                new = self._template(callee, data, end + 5, memo)
+                if not new or not (key := new[0].key_in(data, end + 5, put + 1)):
+                    break
+                known, recent = new, [new, *recent[:1]]
+            template, like = known
+            try:
+                name = data[text_at:end].decode("utf-8", "surrogatepass")
+            except UnicodeDecodeError:  # which the opcode is to blame for
+                break
+            position = end + 5 + template.around + len(key)
+            info = self._alike(like, key, position - template.view_nbytes)
+            nodes += (name, info)
+            opcodes += 3 + like[-1]
+            memo.gaps += put - number
+            number = following
+        memo += [None] * (number - before)
+        return Phrase(nodes, position, opcodes)
+
+    def _template(
+        self, callee: Global, data: bytes, start: int, memo: Memo
+    ) -> tuple[Template, _Like] | None:
+        """Return how the tensor there is written, and one of its kind; None for what is new."""
+        call = phrases.call_at(data, start)
+        if call is None or call.get is None or call.spelling not in memo.spelled:
             return None
-        like, said, opcodes = known
-        storage = self._place(StorageId(key.decode(), *said), call.end(6))
-        info = TensorInfo(
-            like.dtype, like.shape, like.stride, storage, like.storage_offset, like.requires_grad
+        spelling = (call.get, *call.spelling)
+        if spelling not in memo.spelled:
+            number = int.from_bytes(call.get[1:], "little")
+            if number >= len(memo) or memo[number] is not callee:
+                return None
+            memo.spelled[spelling] = phrases.template(call), memo.spelled[call.spelling]
+        known: tuple[Template, _Like] = memo.spelled[spelling]
+        return known
+
+    def _alike(self, like: _Like, key: bytes, offset: int) -> TensorInfo:
+        """Make a tensor that differs from another in its storage alone."""
+        info, dtype, location, numel, _ = like
+        storage = self._place(StorageId(key.decode(), dtype, location, numel), offset)
+        return TensorInfo(
+            info.dtype, info.shape, info.stride, storage, info.storage_offset, info.requires_grad
         )
-        memo += _UNFETCHED
-        memo.append(info if number + _PUTS - 1 in memo.fetched else None)
-        return info, call.end(), opcodes
 
     def _learn(self, info: TensorInfo, memo: Memo, spelling: tuple[bytes, ...]) -> None:
         """Remember a tensor as the pattern of others that are spelled like it."""
@@ -210,7 +245,7 @@ class TorchVocabulary(Vocabulary):
         if info.origin is None and key not in self._said and self._known.get(key) is info.storage:
             dimensions = len(info.shape)
             opcodes = 25 + 2 * dimensions + (2 if dimensions > 3 else 0)
-            memo.spelled[spelling] = info, _said_of(info.storage)[1:], opcodes
+            memo.spelled[spelling] = info, *_said_of(info.storage)[1:], opcodes
 
     def called(self, node: Object) -> Node:
         """Turn a call of one of torch's rebuild functions into a tensor."""
@@ -479,34 +514,25 @@ class Lowering:
     def __init__(self, location: str = "") -> None:
         self._location = location
         self.storages: dict[Storage, str] = {}
-        self._spelled: dict[tuple[object, ...], tuple[bytes, Struct, list[bytes], TensorInfo]] = {}
+        self._spelled: dict[tuple[object, ...], tuple[Template, TensorInfo]] = {}
 
     def phrase(self, node: Any, memo: Container[object], first: int) -> Written | None:
         """Write a plain tensor as another was that differs in its storage alone."""
         if type(node) is not TensorInfo or node.origin is not None:
             return None
-        like = self._spelled.get(_spelling(node))
+        template = self._spelled.get(_spelling(node))
         key = str(len(self.storages))
-        if like is None or node.storage in self.storages or key in memo:
+        if template is None or key in memo or self.storages.setdefault(node.storage, key) != key:
             return None
-        head, tail, literals, _ = like
-        numbers = chain.from_iterable(zip(literals, range(first, first + _PUTS), strict=True))
-        self.storages[node.storage] = key
-        opcodes = (head, len(key), key.encode(), tail.pack(*numbers))
-        return b"%bX%c\0\0\0%b%b" % opcodes, key, _PUTS
+        return template[0].written(key.encode(), first), key, PUTS
 
     def learn(self, node: Any, written: bytes) -> None:
         """Remember how a plain tensor was written, between the key and the memo numbers."""
-        call = re.fullmatch(_WRITTEN, written, re.DOTALL)
-        if call is None or type(node) is not TensorInfo or node.origin is not None:
+        if type(node) is not TensorInfo or node.origin is not None:
             return
-        literals, end = [], call.end(_KEY_GROUP)
-        for put in _PUT_GROUPS:
-            literals.append(written[end : call.start(put) + 1])
-            end = call.end(put)
-        tail = Struct("<" + "".join(f"{len(literal)}sI" for literal in literals))
-        head = written[: call.start(_SIZE_GROUP) - 1]
-        self._spelled[_spelling(node)] = head, tail, literals, node
+        call = phrases.call_at(written, 0)
+        if call is not None and call.get is not None and call.found.end() == len(written):
+            self._spelled[_spelling(node)] = phrases.template(call), node
 
     def __call__(self, node: Any) -> Node:
         """Return the tree that rebuilds a record."""

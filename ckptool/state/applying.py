@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from ckptool.errors import EditError, KeyCollision
-from ckptool.records import dataclass, grouped
+from ckptool.records import dataclass
 from ckptool.state.casting import Casting
 from ckptool.state.changes import PARAMETER, Change, Count, Edit, Entries, KeyEdit, KeyMap, Value
 from ckptool.state.selecting import select as select
@@ -51,23 +52,28 @@ def apply(
         counts += [replace(each, number=each.number or step.number) for each in change.counts]
         for cast in change.casts:
             cast.where = cast.where or step.where
-        matched.update(old for key in change.matched for old in now[key].olds)
-        used = {key for sources, _, _ in change.moves for key in sources}
-        if gone := [key for key in now if key not in used]:
+        matched.update(chain.from_iterable(now[key].olds for key in change.matched))
+        used = set(chain.from_iterable(sources for sources, _, _ in change.moves))
+        if gone := [key for key in now if key not in used] if len(used) < len(now) else []:
             kept = {old for each in after.values() for old in each.olds}
             told = {key: change.why.get(key, (key, step.reason)) for key in gone}
             lost = ((old, key) for key in gone for old in now[key].olds if old not in kept)
             why = {old: told[key] for old, key in lost} | why
         now = after
-    written = grouped((old, new) for new, each in now.items() for old in each.olds)
     _own(now)
+    pairs = _in_order(entries, [(old, new) for new, each in now.items() for old in each.olds])
+    unmatched = (
+        {old: None for old, new in pairs if new is not None and old not in matched}
+        if len(matched) < len(entries)
+        else ()
+    )
     key_map = KeyMap(
-        pairs=tuple((old, new) for old in entries for new in written.get(old, (None,))),
+        pairs=tuple(pairs),
         why=why,
         said=tuple(said),
         entries={key: each.value for key, each in now.items()},
         remade=frozenset(old for each in now.values() if each.remade for old in each.olds),
-        unmatched=tuple(old for old in entries if old in written and old not in matched),
+        unmatched=tuple(unmatched),
         counts=tuple(counts),
         casts=tuple(casts),
     )
@@ -81,6 +87,18 @@ def apply(
         return result
 
     return key_map, all_of
+
+
+def _in_order(
+    entries: Iterable[str], pairs: list[tuple[str, str | None]]
+) -> list[tuple[str, str | None]]:
+    """Return pairs in the order of their old keys, those too that have no new one."""
+    if [old for old, _ in pairs] == list(entries):
+        return pairs
+    written: dict[str, list[str | None]] = {}
+    for old, new in pairs:
+        written.setdefault(old, []).append(new)
+    return [(old, new) for old in entries for new in written.get(old, (None,))]
 
 
 def _own(entries: Mapping[str, _Entry]) -> None:
@@ -99,10 +117,10 @@ def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -
     """Return what a step makes of entries."""
     if step.change is not None:
         return step.change(entries)
-    given = dict(entries)
+    given = entries
     if step.name == "drop":  # what went with a wrapper may be named all the same
         went = (name for name, reason in why.values() if reason == BOOKKEEPING)
-        given |= {name.rpartition(".")[2]: None for name in went}
+        given = {**entries, **{name.rpartition(".")[2]: None for name in went}}
     edit = step.make(given)
     after = {key: edit(key) for key in entries}
     said = edit.said(list(entries)) if isinstance(edit, Peeling) else _said(step, after)

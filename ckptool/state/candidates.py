@@ -7,7 +7,7 @@ part), or where it is asked for: its keys are those of the parts, joined by dots
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from fnmatch import translate
 from math import prod
@@ -227,7 +227,7 @@ class Search:
     def dict_of(self, node: Node, path: Path, pairs: Pairs) -> None:
         """Look at a dict that may be a state_dict."""
         texts = {key: value for key, value in pairs if isinstance(key, str)}
-        if tensors_of(texts):
+        if _holds_tensors(texts.values()):
             self.add(self.by_node, node, path, dict(labelled(pairs)))
             return
         if tensors_of(with_arrays(texts)):
@@ -254,7 +254,7 @@ class Search:
         except Malformed as error:
             self.problem = error
             return
-        if tensors_of(state.entries):
+        if _holds_tensors(state.entries.values()):
             self.add(self.by_node, node, path, state.entries, state.class_name)
 
     def add(
@@ -298,9 +298,14 @@ def _only_numbers(node: Node) -> bool:
     return bool(tensors) and not any(value.shape for value in tensors.values())
 
 
+def _holds_tensors(nodes: Iterable[Node]) -> bool:
+    return any(isinstance(node, TENSORS) for node in nodes)
+
+
 def with_arrays(entries: Mapping[str, Node]) -> dict[str, Node]:
     """Return entries with arrays of numpy as the tensors that they are in a state_dict."""
-    return {key: as_tensor(value) for key, value in entries.items()}
+    arrays = {key: as_tensor(value) for key, value in entries.items() if type(value) is Object}
+    return {**entries, **arrays}
 
 
 WAYS = (Dict, Object, list, tuple)
@@ -355,10 +360,13 @@ class Joined:
     def _join(self, node: Node, path: Path) -> None:
         pairs = dict(members(node))
         self._effort.pay(node, len(pairs) + 1)
-        joins = not tensors_of(pairs)
+        joins = not _holds_tensors(pairs.values())
+        if not joins and not path:
+            self.entries |= pairs
+            return
         self._around.add(id(node))
         for key, value in pairs.items():
-            name = dotted((*path, key))
+            name = dotted((*path, key)) if path else key
             if joins and id(value) not in self._around and self._joins(key, value):
                 self.inner[name] = value
                 self._join(value, (*path, key))

@@ -363,6 +363,8 @@ def state_dict_at(checkpoint: Checkpoint, path: Path, known: Steps | None = None
 
 def _repeated(checkpoint: Checkpoint, pairs: list[tuple[str, Node]]) -> list[str]:
     """List keys that are there twice; torch takes the last, so that values must not differ."""
+    if len({key for key, _ in pairs}) == len(pairs):
+        return []
     seen: dict[str, Node] = {}
     repeated = []
     for key, value in pairs:

@@ -29,6 +29,7 @@ WRAPPERS = {
 }
 _HAS_WRAPPER = re.compile("|".join(map(re.escape, WRAPPERS)))
 COUNTERS = ("n_averaged", "step", "initted")
+_NO_TENSORS = (*COUNTERS, "_metadata")
 BOOKKEEPING = "bookkeeping"  # the reason that reports state
 _ONLY_BESIDE = {"ema_model.": {"step", "initted"}}  # else it may be any module's name
 _AVERAGED = {("module.", "n_averaged"): "AveragedModel"}
@@ -106,7 +107,8 @@ def peeling(
     gone: set[str] = set()
     keys, offset = list(entries), 0
     while True:
-        counters = {key: key[offset:] for key in keys if is_counter(key[offset:], entries[key])}
+        ends = (key for key in keys if key.endswith(_NO_TENSORS))  # of few keys, more is asked
+        counters = {key: key[offset:] for key in ends if is_counter(key[offset:], entries[key])}
         others = [key for key in keys if key not in counters] if counters else keys
         beside = set(counters.values())
         prefix = _shared(others, offset, beside)
@@ -120,6 +122,8 @@ def peeling(
     found = Peeling(tuple(prefixes), tuple(kinds), (), frozenset(gone), keep)
     start = int(not (prefixes or anywhere))
     inner = replace(found, inside=_inside(entries, found, anywhere, start), start=start)
+    if not inner.inside:
+        return inner
     # Where two keys would become one, a component is no wrapper.
     distinct = (len(set(map(each.name, entries))) for each in (inner, found))
     return inner if next(distinct) == next(distinct) else found

@@ -436,17 +436,17 @@ def leaves(value: TensorInfo) -> Iterator[TensorInfo]:
         yield from leaves(each)
 
 
-def stored(storage: Storage) -> Iterator[Storage]:
+def stored(storage: Storage) -> Iterable[Storage]:
     """Iterate over the storages in files that a storage is made of, or the storage itself."""
-    below = arguments(storage)
-    if not below and storage.computed is None:
-        yield storage
-    for value in below:
-        yield from stored(value.storage)
+    if storage.computed is None and storage.chunked is None:
+        return (storage,)
+    return (each for value in arguments(storage) for each in stored(value.storage))
 
 
 def has_numbers(storage: Storage) -> bool:
     """Return whether elements of a storage are computed or gathered, as numpy does it."""
+    if storage.computed is None and storage.chunked is None:
+        return False
     below = arguments(storage)
     odd = any(each.lazy or not is_contiguous(each.shape, each.stride) for each in below)
     return odd or storage.computed is not None or any(has_numbers(each.storage) for each in below)

@@ -60,7 +60,6 @@ class Laid:
     shards: tuple[Shard, ...] = ()
 
 
-@containers.without_collection()
 def lay_out(plan: Plan, form: Form) -> Laid:
     """Plan the bytes of the output."""
     if form.distributed:

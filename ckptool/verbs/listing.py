@@ -13,13 +13,13 @@ from ckptool.state import checkpoint as places, selecting, walk
 from ckptool.state.candidates import Candidate
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.parts import Part
-from ckptool.tensors.counts import Statistics
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, TensorInfo, tensors_of
 from ckptool.text import counted, html_table, readable, shape, visible
 
 if TYPE_CHECKING:  # the copy engine takes long to load
     from ckptool.documents import looking
     from ckptool.files.copying import Begin
+    from ckptool.tensors.counts import Statistics
 
 Entry = tuple[str, AnyTensor]
 
@@ -92,6 +92,8 @@ class Listing:
         """Describe a tensor, with its statistics where they were asked for."""
         fields = _fields(key, info)
         if self.statistics is not None:
+            from ckptool.tensors.counts import Statistics
+
             found = self.statistics.get(key, Statistics())
             numbers = found.numbers
             fields["min"], fields["max"] = numbers["min"], numbers["max"]
@@ -207,6 +209,7 @@ def _with_statistics(listed: Listing, progress: Begin, cells: bool) -> Listing:
 
     Views that overlap so often that to read them would take for ever have none.
     """
+    from ckptool.tensors.counts import Statistics
     from ckptool.tensors.statistics import is_counted, statistics
     from ckptool.verbs.finite import count_in
 

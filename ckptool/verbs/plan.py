@@ -68,8 +68,13 @@ class Plan:
         """Return the container that is written."""
         return containers.by_name(self.container)
 
+    def let_go(self) -> None:
+        """Keep no tensors: to read the output back takes as much memory again."""
+        self.checkpoint = replace(self.checkpoint, tree=None, records={})
+        self.key_map = replace(self.key_map, entries={})
+        self.state = None
 
-@containers.without_collection()
+
 def make_plan(
     checkpoint: Checkpoint,
     steps: Sequence[Edit],
@@ -108,8 +113,9 @@ def make_plan(
     _refuse_empty(plan, checkpoint)
     _judge(plan)
     if plan.state is not None and not any(step.name.startswith("add ") for step in steps):
-        removable = wrappers.worn(plan.state.entries, removable=True)
-        for line in wrappers.worn(plan.state.entries):
+        worn = wrappers.worn(plan.state.entries)
+        removable = wrappers.worn(plan.state.entries, removable=True) if worn else []
+        for line in worn:
             remedy = "; `ckptool transfer` removes it" if line in removable else ""
             plan.notes.append(f"in the output, {line}{remedy}")
     return plan

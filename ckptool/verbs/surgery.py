@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import starmap, zip_longest
-from operator import eq
 from typing import TYPE_CHECKING
 
 from ckptool import containers
 from ckptool.errors import EditError, FormatError, OutputExists, WriteError
 from ckptool.files import budget, fileio, paths, publish, sites
-from ckptool.files.copying import Begin, Moved, Progress, no_progress
+from ckptool.files.copying import Begin, Done, Moved, Progress, no_progress
 from ckptool.files.group import ALONE, Group
 from ckptool.files.publish import Output, Target
 from ckptool.files.stream import Pipe
@@ -29,7 +27,7 @@ from ckptool.state import walk
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.edits import Count, Edit, KeyMap
 from ckptool.tensors import numbers, values
-from ckptool.tensors.tensor import Packing, Storage, TensorInfo, tensors_of
+from ckptool.tensors.tensor import AnyTensor, Packing, Storage, TensorInfo, tensors_of
 from ckptool.text import counted, listed, readable, visible
 from ckptool.verbs import casting, destination
 from ckptool.verbs.casting import Cast
@@ -38,7 +36,6 @@ from ckptool.verbs.layout import (
     Form as Form,
     Laid,
     Shard as Shard,
-    Tensors,
     lay_out,
     tied,
 )
@@ -138,6 +135,7 @@ class Rewrite:
         }
 
 
+@containers.without_collection()
 def rewrite(
     source: str | Path,
     target: str | Path | None,
@@ -193,15 +191,15 @@ def rewrite(
         return result
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
-    meant = (laid.tensors, laid.output.nbytes)
     judge = partial(_accept, plan, accept, place)
-    check = partial(_check, plan, judge, place, *meant)
+    check = partial(_check, plan, judge, place, _meant(plan, laid), laid.output.nbytes)
     outputs = [laid.output]
     if place.pipe is not None:
         late = _pipe(place.pipe, laid.output, progress, judge)
     else:
         begun = progress(laid.output.job_nbytes)
         del laid, checkpoint  # the plan has what is still needed of both
+        plan.let_go()
         send = _send if place.url else publish.publish
         late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
@@ -221,7 +219,8 @@ def _tag(plan: Plan, location: str, form: Form) -> None:
             hint="leave it out: what loads the file chooses the device",
         )
     location = "cuda:0" if location == "cuda" else location
-    found = {storage for storage in _stored(plan.checkpoint.tree) if storage.location != location}
+    stored = (each for _, info in walk.tensors(plan.checkpoint.tree) for each in _storages(info))
+    found = {storage for storage in stored if storage.location != location}
     tags = Counter(storage.location for storage in found)
     were = [f"{counted(count, 'storage')} of {tag}" for tag, count in tags.items()]
     plan.notes.append(f"tagged {location}: {listed(were) if were else 'all storages were'}")
@@ -255,7 +254,8 @@ def _refuse_expansion(checkpoint: Checkpoint, output: Output, options: Options) 
     if options.allow_expand:
         return
     limit = max(MAX_EXPANSION * checkpoint.nbytes, SMALL_OUTPUT)
-    read = (each for job in output.jobs for each in {*values.stored(job.storage)})
+    packed = (job.storage for job in output.jobs if job.storage.packing is not Packing.PLAIN)
+    read = (each for storage in packed for each in {*values.stored(storage)})
     inflated = sum(each.nbytes for each in read if each.packing is not Packing.PLAIN)
     available = readable(checkpoint.nbytes)
     nbytes = output.nbytes + casting.saved(output.jobs)
@@ -323,12 +323,11 @@ def _accept(plan: Plan, accept: Callable[[], None], place: Target) -> None:
             )
 
 
-@containers.without_collection()
 def _check(
     plan: Plan,
     accept: Callable[[], None],
     place: Target,
-    tensors: Tensors,
+    meant: Meant,
     nbytes: int,
     path: str,
     moved: Moved,
@@ -345,38 +344,62 @@ def _check(
             evidence=[error.message],
             hint="check the disk",
         ) from error
-    traits = plan.kind.traits
-    strided = traits.strides and not traits.beside_files  # each entry there has its own storage
-    meant, found = (
-        ((way, _described(info, strided)) for way, info in pairs)
-        for pairs in (tensors, walk.tensors(written.tree))
-    )
     kept = plan.checkpoint.kept == (written.unread if plan.checkpoint.kept else ())
-    same = written.nbytes == nbytes and kept and all(starmap(eq, zip_longest(meant, found)))
-    if not same or not all(_is_moved(storage, moved) for storage in _stored(written.tree)):
+    if not (kept and written.nbytes == nbytes and _is_meant(written.tree, meant, moved)):
         raise RuntimeError("the written file does not read back as written")
     for file, _ in (*plan.checkpoint.files, *written.files):
         fileio.close(file)  # Windows replaces no file that is open
 
 
-def _stored(tree: Node) -> Iterator[Storage]:
-    """Yield the storages that tensors are in, those of chunks for a chunked one."""
-    for _, tensor in walk.tensors(tree):
-        for part in (tensor,) if isinstance(tensor, TensorInfo) else tensor.parts:
-            yield from values.stored(part.storage)
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """The tensors that an output is to read back as: the path of each, and what there is of it.
+
+    With `strided`, that is also how it is in its storage.
+    """
+
+    tensors: list[tuple[walk.Path, tuple[object, ...]]]
+    strided: bool
 
 
-def _is_moved(storage: Storage, moved: Moved) -> bool:
+def _meant(plan: Plan, laid: Laid) -> Meant:
+    traits = plan.kind.traits
+    strided = traits.strides and not traits.beside_files  # each entry there has its own storage
+    known: dict[tuple[object, ...], tuple[object, ...]] = {}
+    described = ((path, _described(info, strided)) for path, info in laid.tensors)
+    return Meant([(path, known.setdefault(each, each)) for path, each in described], strided)
+
+
+def _is_meant(tree: Node, meant: Meant, moved: Moved) -> bool:
+    """Return whether a tree has the tensors that were meant, with the bytes that jobs wrote."""
+    expected, files = iter(meant.tensors), dict[str, dict[int, Done]]()
+    for path, info in walk.tensors(tree):
+        if next(expected, None) != (path, _described(info, meant.strided)):
+            return False
+        for storage in _storages(info):
+            file = files.get(storage.path)
+            if file is None:
+                file = files[storage.path] = moved.get(os.path.basename(storage.path), {})
+            if storage.nbytes and not _is_moved(storage, file.get(storage.start)):
+                return False
+    return next(expected, None) is None
+
+
+def _is_moved(storage: Storage, done: Done | None) -> bool:
     """Return whether a job has written these bytes, with the checksum that the file records."""
-    if not storage.nbytes:
-        return True
-    done = moved.get(os.path.basename(storage.path), {}).get(storage.start)
-    if done is None or done.nbytes != storage.nbytes:
-        return False
-    return storage.crc32 in (None, done.crc32)
+    return (
+        done is not None and done.nbytes == storage.nbytes and storage.crc32 in (None, done.crc32)
+    )
 
 
-def _described(info: Node, strided: bool) -> tuple[object, ...]:
+def _storages(tensor: AnyTensor) -> Iterable[Storage]:
+    """Iterate over the storages that a tensor is in, those of chunks for a chunked one."""
+    if isinstance(tensor, TensorInfo):
+        return values.stored(tensor.storage)
+    return (each for part in tensor.parts for each in values.stored(part.storage))
+
+
+def _described(info: AnyTensor, strided: bool) -> tuple[object, ...]:
     if strided and isinstance(info, TensorInfo):
         layout = (info.stride, info.storage_offset, info.storage.nbytes, info.requires_grad)
         return (info.dtype, info.shape, *layout)

@@ -661,7 +661,7 @@ def described(data: bytes) -> tuple[object, ...]:
     lines = [
         (key, *value.view, value.requires_grad, first.setdefault(id(value), key))
         if isinstance(value, TensorInfo)
-        else (key, value)
+        else (key, repr(value))
         for key, value in tree.pairs
     ]
     return lines, read.globals, read.end
@@ -699,6 +699,42 @@ def test_tensors_written_at_once_are_those_written_by_opcodes(
     assert described(at_once)[0][:-6] == described(many_tensors())[0]
     one_by_one(monkeypatch)
     assert pickle_writer.dump(tree, Lowering()) == at_once
+
+
+def alike(writer: str) -> bytes:
+    """Write many tensors of two kinds in turn, by torch or by ckptool, which skips numbers."""
+    file = io.BytesIO()
+    kinds = [torch.zeros(4, 4), torch.zeros(3, dtype=torch.int8)]
+    torch.save({f"layers.{n}.weight": kinds[n % 2].clone() for n in range(42)}, file)
+    with zipfile.ZipFile(file) as archive:
+        data = archive.read("archive/data.pkl")
+    return data if writer == "torch" else pickle_writer.dump(reread(data), Lowering())
+
+
+def read_or_refused(data: bytes) -> object:
+    try:
+        return described(data)
+    except CkptoolError as error:
+        return type(error), str(error), error.offset
+
+
+@pytest.mark.parametrize("writer", ["torch", "ckptool"])
+def test_any_byte_among_tensors_read_at_once_means_what_opcodes_say(
+    writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = alike(writer)
+    start, end = data.index(b"layers.36.") - 5, data.index(b"layers.38.")
+    values = (0x00, 0x01, 0x30, 0x68, 0xFF)
+    changed = [
+        data[:at] + bytes((value,)) + data[at + 1 :] for at in range(start, end) for value in values
+    ]
+    changed += [data[:at] + data[at + 1 :] for at in range(start, end)]
+    changed += [data[:at] for at in range(start, end)]
+    at_once = [read_or_refused(each) for each in changed]
+    assert any(isinstance(each[0], list) for each in at_once)
+    one_by_one(monkeypatch)
+    for each, found in zip(changed, at_once, strict=True):
+        assert read_or_refused(each) == found
 
 
 def test_opcodes_read_at_once_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import shutil
@@ -11,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ import pytest
 from conftest import Outcome, environment, listing, sampled
 from test_cli import SLOW
 
+from ckptool import containers
 from ckptool.files import publish
 from ckptool.files.copying import Done
+from ckptool.state.checkpoint import Checkpoint
+from ckptool.tensors.tensor import Storage
 
 Run = Callable[..., Outcome]
 TARGETS = ["out.pth", "out.safetensors"]
@@ -204,6 +209,47 @@ def test_what_does_not_read_back_is_not_published(
         done = run("convert", "in.pth", "out.safetensors")
     assert done.code != 0
     assert listing(here) == before
+
+
+def test_headers_that_are_written_with_tensors_between_them_are_read_back(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors were read back when they were copied, and are written once more."""
+    assert run("convert", "in.pth", "good.pth").code == 0
+    with zipfile.ZipFile("good.pth") as archive:
+        record = archive.getinfo("archive/data/1")
+    place, real, flipped = record.header_offset - 1, os.pwrite, list[int]()
+    assert record.file_size < 4096
+
+    def wrong(fd: int, data: Any, position: int) -> int:
+        written = bytearray(data)
+        if b"PK\3\4" in written and 0 <= (at := place - position) < len(written):
+            written[at] ^= 1
+            flipped.append(at)
+        return real(fd, written, position)
+
+    before = listing(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", wrong)
+        done = run("convert", "in.pth", "out.pth")
+    assert (len(flipped), done.code, "reads back differently" in done.err) == (1, 5, True)
+    assert listing(here) == before
+
+
+def test_the_input_is_let_go_before_the_output_is_read_back(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both at once are what a file of many tensors would take most memory for."""
+    real, held = containers.read, list[int]()
+
+    def read(path: Any, **more: Any) -> Checkpoint:
+        storages = (each for each in gc.get_objects() if type(each) is Storage)
+        held.append(sum(each.path.endswith("in.pth") for each in storages))
+        return real(path, **more)
+
+    monkeypatch.setattr(containers, "read", read)
+    assert run("convert", "in.pth", "out.pth").code == 0
+    assert held == [0, 0]
 
 
 # Full disks.
