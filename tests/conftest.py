@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 WORKERS = 2  # more would fit, but for the memory that some tests limit
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch spin while they wait for a core
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # What changes how ckptool talks; tests that want it say so.
 TALK = (
