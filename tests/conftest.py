@@ -80,6 +80,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item.nodeid not in out]
 
 
+def pytest_collection_finish() -> None:
+    """Let no search for garbage look at what stays to the end: the tests, torch and their like."""
+    gc.freeze()
+
+
 def left_out(items: Iterable[Any], *, whole: bool = False) -> set[str]:
     """Return the cases of products that are not in the sample.
 

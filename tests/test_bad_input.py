@@ -236,9 +236,7 @@ def test_every_hostile_file_is_in_one_table() -> None:
 
 
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
-def test_hostile_files(
-    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, path: Path
-) -> None:
+def test_hostile_files(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """What each command says of each file; what it writes is sound and carries nothing on."""
     # Modules that repeat each other are followed for a second: with `--all`, and in other tests.
     monkeypatch.setattr(modules, "MAX_REPEATS", modules.MAX_REPEATS // step(50))

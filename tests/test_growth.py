@@ -161,7 +161,6 @@ def test_calls_of_writers_grow_with_the_file(
 def test_the_count_can_fail() -> None:
     """Work that grows as a square is seen."""
 
-
     def square(n: int) -> int:
         return sum(len("") for _ in range(n) for _ in range(n))
 

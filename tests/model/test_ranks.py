@@ -728,9 +728,14 @@ def test_no_torch(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("target", ["-", "s3://bucket/out.pth", "https://host/out"])
-def test_what_is_on_no_file_system(spawn: Callable[..., Outcome], large: Path, target: str) -> None:
-    done = spawn("convert", "--distributed", large, target)
+@pytest.mark.parametrize(
+    ("target", "how"),
+    [("-", "spawn"), ("s3://bucket/out.pth", "run"), ("https://host/out", "run")],
+)
+def test_what_is_on_no_file_system(
+    request: pytest.FixtureRequest, large: Path, target: str, how: str
+) -> None:
+    done = request.getfixturevalue(how)("convert", "--distributed", large, target)
     assert (done.code, done.out) == (2, "")
     assert f"{target} is not on a file system" in done.err
 
