@@ -501,6 +501,16 @@ def odd_places(here: Path) -> Iterator[Path]:
     listener.close()
 
 
+RUN = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from ckptool.cli.main import main
+outcomes = []
+for line in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        outcomes.append((main(line), out.getvalue(), err.getvalue()))
+print(json.dumps(outcomes))
+"""
 ODD_PLACES = [
     ("folder", "not-a-checkpoint", "folder is a folder"),
     ("folder/", "not-a-checkpoint", "folder/ is a folder"),
@@ -524,20 +534,23 @@ ODD_PLACES = [
 def test_what_is_no_regular_file_is_named(
     odd_places: Path, good: Path, place: str, slug: str, said: str
 ) -> None:
-    """In processes of their own, so that one that hangs can be ended."""
-    for arguments in (
+    """In a process of their own, so that one that hangs can be ended."""
+    lines = [
         ["keys", place],
         ["convert", place, "out.pth"],
         ["transfer", str(good / "plain.pth"), "out.pth", "--like", place],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "ckptool", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=20, check=False, env=environment(),
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (3, "")
-        assert done.stderr.startswith(f"error[{slug}]: ")
-        assert said in done.stderr
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(lines)], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=60, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert len(outcomes) == len(lines)
+    for code, out, err in outcomes:
+        assert (code, out) == (3, "")
+        assert err.startswith(f"error[{slug}]: ")
+        assert said in err
     assert not (odd_places / "out.pth").exists()
 
 

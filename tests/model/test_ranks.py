@@ -159,7 +159,7 @@ def bytes_of(path: Path) -> object:
     return listing(path) if path.is_dir() else path.read_bytes()
 
 
-@pytest.mark.product(5, always=3)
+@pytest.mark.product(10, always=3)
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("source", ["in.pth", "in.safetensors", "in_dcp"])
@@ -667,6 +667,7 @@ def torchrun(folder: Path, *line: object, misfortune: str = "") -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.thorough
 def test_torchrun_writes_one_output(large: Path, tmp_path: Path) -> None:
     line = ["convert", "--distributed", large, "out", "--max-shard-size", "5MB", "--json"]
     done = torchrun(tmp_path, "-m", "ckptool", *line)
