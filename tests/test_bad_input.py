@@ -235,11 +235,16 @@ def test_every_hostile_file_is_in_one_table() -> None:
     assert sorted(named) == [path.name for path in HOSTILE]
 
 
-@pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
-def test_hostile_files(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """What each command says of each file; what it writes is sound and carries nothing on."""
-    # Modules that repeat each other are followed for a second: with `--all`, and in other tests.
+@pytest.fixture
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow modules that repeat each other for a second with `--all` alone, and in `check`."""
     monkeypatch.setattr(modules, "MAX_REPEATS", modules.MAX_REPEATS // step(50))
+
+
+@pytest.mark.usefixtures("few_repeats")
+@pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
+def test_hostile_files(run: Run, here: Path, path: Path) -> None:
+    """What each command says of each file; what it writes is sound and carries nothing on."""
     for command, slug in zip(COMMANDS, EXPECTED[path.name], strict=True):
         done = run(*(part.format(source=path) for part in command))
         assert done.code == CODES[slug], (command, done.err)
@@ -259,6 +264,7 @@ def test_hostile_files(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, pa
         assert not (path.parent / MARKER).exists()
 
 
+@pytest.mark.usefixtures("few_repeats")
 @pytest.mark.product(8)
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
 @pytest.mark.parametrize(
