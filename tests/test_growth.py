@@ -314,7 +314,7 @@ def test_check_streams(tmp_path: Path) -> None:
     assert limited(("check", "--finite"), paths, tmp_path) == ""
 
 
-@pytest.mark.parametrize("name", sampled([*costly.INPUTS], 5))
+@pytest.mark.parametrize("name", sampled([*costly.INPUTS], 8))
 def test_calls_grow_with_what_is_meant_to_cost(tmp_path: Path, name: str) -> None:
     suffix, writer, _ = costly.INPUTS[name]
     counts = {}
