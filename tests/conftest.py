@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import takewhile
+from itertools import count, takewhile
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 
 WORKERS = 2  # more would fit, but for the memory that some tests limit
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch spin while they wait for a core
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # What changes how ckptool talks; tests that want it say so.
 TALK = (
@@ -77,6 +79,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         out |= {item.nodeid for item in items if item.get_closest_marker("thorough")}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
     items[:] = [item for item in items if item.nodeid not in out]
+
+
+def pytest_collection_finish() -> None:
+    """Let no search for garbage look at what stays to the end: the tests, torch and their like."""
+    gc.freeze()
 
 
 def left_out(items: Iterable[Any], *, whole: bool = False) -> set[str]:
@@ -135,6 +142,16 @@ def good() -> Path:
 @pytest.fixture(scope="session")
 def hostile() -> Path:
     return FIXTURES / "hostile"
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder as pytest does, without the link to the latest, which takes longer than it."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    return tmp_path_factory.mktemp(f"{name}{next(_folders)}", numbered=False)
+
+
+_folders = count()
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from ckptool import containers
 from ckptool.errors import CkptoolError, FormatError
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
+from ckptool.state import modules
 from ckptool.verbs import surgery
 from ckptool.verbs.surgery import Options
 
@@ -234,6 +235,13 @@ def test_every_hostile_file_is_in_one_table() -> None:
     assert sorted(named) == [path.name for path in HOSTILE]
 
 
+@pytest.fixture
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow modules that repeat each other for a second with `--all` alone, and in `check`."""
+    monkeypatch.setattr(modules, "MAX_REPEATS", modules.MAX_REPEATS // step(50))
+
+
+@pytest.mark.usefixtures("few_repeats")
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
 def test_hostile_files(run: Run, here: Path, path: Path) -> None:
     """What each command says of each file; what it writes is sound and carries nothing on."""
@@ -256,6 +264,7 @@ def test_hostile_files(run: Run, here: Path, path: Path) -> None:
         assert not (path.parent / MARKER).exists()
 
 
+@pytest.mark.usefixtures("few_repeats")
 @pytest.mark.product(8)
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
 @pytest.mark.parametrize(
@@ -498,6 +507,16 @@ def odd_places(here: Path) -> Iterator[Path]:
     listener.close()
 
 
+RUN = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from ckptool.cli.main import main
+outcomes = []
+for line in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        outcomes.append((main(line), out.getvalue(), err.getvalue()))
+print(json.dumps(outcomes))
+"""
 ODD_PLACES = [
     ("folder", "not-a-checkpoint", "folder is a folder"),
     ("folder/", "not-a-checkpoint", "folder/ is a folder"),
@@ -521,20 +540,23 @@ ODD_PLACES = [
 def test_what_is_no_regular_file_is_named(
     odd_places: Path, good: Path, place: str, slug: str, said: str
 ) -> None:
-    """In processes of their own, so that one that hangs can be ended."""
-    for arguments in (
+    """In a process of their own, so that one that hangs can be ended."""
+    lines = [
         ["keys", place],
         ["convert", place, "out.pth"],
         ["transfer", str(good / "plain.pth"), "out.pth", "--like", place],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "ckptool", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=20, check=False, env=environment(),
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (3, "")
-        assert done.stderr.startswith(f"error[{slug}]: ")
-        assert said in done.stderr
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(lines)], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=60, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert len(outcomes) == len(lines)
+    for code, out, err in outcomes:
+        assert (code, out) == (3, "")
+        assert err.startswith(f"error[{slug}]: ")
+        assert said in err
     assert not (odd_places / "out.pth").exists()
 
 

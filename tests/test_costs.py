@@ -48,7 +48,7 @@ def measured(*line: str | Path) -> dict[str, Any]:
 @linux
 @pytest.mark.product(12)
 @pytest.mark.parametrize("command", ["check", "info"])
-@pytest.mark.parametrize("name", sampled([*costly.INPUTS], 5))
+@pytest.mark.parametrize("name", sampled([*costly.INPUTS], 8))
 def test_memory_is_bounded_by_the_metadata_as_stored(
     tmp_path: Path, name: str, command: str
 ) -> None:

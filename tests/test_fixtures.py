@@ -89,6 +89,7 @@ def test_readme_has_one_row_per_file() -> None:
     assert sorted(name for name, _ in ROWS) == sorted(map(name_of, FILES))
 
 
+@pytest.mark.thorough
 @SINCE_2_8
 def test_make_writes_these_files_and_no_others(made: Path) -> None:
     again = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
@@ -96,12 +97,14 @@ def test_make_writes_these_files_and_no_others(made: Path) -> None:
     assert again == {*here, "README.md"}
 
 
+@pytest.mark.thorough
 @SINCE_2_8
 def test_readme_is_what_make_writes(made: Path) -> None:
     again = ROW.findall((made / "README.md").read_text(encoding="utf-8"))
     assert [name for name, _ in again] == [name for name, _ in ROWS]
 
 
+@pytest.mark.thorough
 @SINCE_2_8
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_fixture_is_what_make_makes(path: Path, made: Path) -> None:

@@ -58,6 +58,7 @@ def file_of(module: str) -> str | None:
     return next((name for name in names if name in FILES), None)
 
 
+@cache
 def parsed(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
@@ -68,10 +69,11 @@ def packages(name: str) -> set[str]:
     return {module.partition(".")[0] for module, _ in imports(parsed(name))}
 
 
+@cache
 def own_imports(name: str) -> set[str]:
     tree = parsed(name)
     if name == "__init__.py":  # the face names all rooms to checkers, and imports none
-        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+        tree = ast.Module([node for node in tree.body if not isinstance(node, ast.If)], [])
     found = {file_of(module) for module, _ in imports(tree)}
     return {each for each in found if each}
 
@@ -203,10 +205,10 @@ def test_heavy_modules_are_imported_inside_functions(name: str) -> None:
             assert id(node) in inside | typing, f"{name} imports {module} at its top"
 
 
-def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(parsed(name)):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+@cache
+def calls(name: str) -> list[tuple[str, ast.Call]]:
+    called = (node for node in ast.walk(parsed(name)) if isinstance(node, ast.Call))
+    return [(ast.unparse(node.func), node) for node in called]
 
 
 TALKING = ("__main__.py", "cli/*.py")
@@ -287,6 +289,7 @@ def test_opcodes_stay_in_the_pickle_rooms() -> None:
             assert "_rebuild_" not in code, name
 
 
+@cache
 def literals(name: str) -> list[str]:
     docstrings = {
         id(node.body[0].value)

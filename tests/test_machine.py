@@ -214,7 +214,7 @@ LINES = [
 ]  # fmt: skip
 
 
-@pytest.mark.product(4)
+@pytest.mark.product(8)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("line", LINES)
 def test_no_refusal_of_the_system_is_a_bug(

@@ -66,13 +66,21 @@ def test_the_options_are_those_of_the_command(name: str) -> None:
     assert found[0] == options(name), "python tests/test_manual.py writes them anew"
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder of what the examples find."""
+    folder = tmp_path_factory.mktemp("examples")
+    for file, fixture in FILES.items():
+        shutil.copy(ROOT / "fixtures" / fixture, folder / file)
+    for command, _ in examples(FIRST):
+        on_terminal(command, folder)
+    return folder
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals are those of POSIX")
 @pytest.mark.parametrize("name", [name for name in PAGES if examples(manual.page(name))])
-def test_the_examples_give_what_they_show(name: str, tmp_path: Path) -> None:
-    for file, fixture in FILES.items():
-        shutil.copy(ROOT / "fixtures" / fixture, tmp_path / file)
-    for command, _ in examples(FIRST):
-        on_terminal(command, tmp_path)
+def test_the_examples_give_what_they_show(name: str, found: Path, tmp_path: Path) -> None:
+    shutil.copytree(found, tmp_path, dirs_exist_ok=True)
     for command, expected in examples(manual.page(name)):
         shown = on_terminal(command, tmp_path)
         assert matches(shown, expected), f"$ {command}\n" + "\n".join(shown)

@@ -550,7 +550,7 @@ def assert_counts(result: Rewrite, name: str, kind: str) -> None:
 CASES = [(name, kind) for name in FILES for kind in KINDS]
 
 
-@pytest.mark.product(6, always="no edit")
+@pytest.mark.product(12, always="no edit")
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_torch_output_loads_as_the_original_did(name: str, kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out.pth"
@@ -616,7 +616,7 @@ def data_start(path: Path, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + name + extra
 
 
-@pytest.mark.product(6, always="no edit")
+@pytest.mark.product(12, always="no edit")
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_safetensors_output_is_that_of_the_library(name: str, kind: str, tmp_path: Path) -> None:
     out, back = tmp_path / "out.safetensors", tmp_path / "back.pth"

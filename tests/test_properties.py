@@ -134,6 +134,9 @@ def state_dicts(draw: Any, legacy: bool, bases: list[Any]) -> Any:
     found = draw(st.lists(keys, min_size=1, max_size=6, unique=True))
     prefix = draw(st.sampled_from(["", "", "module.", "_orig_mod.module."]))
     pairs = [(prefix + key, draw(tensors(legacy, bases))) for key in found]
+    # Two weights without elements are what one rank of several has, and refused as that.
+    ends = [key.rpartition(".")[2] for key, tensor in pairs if tensor.shape == (0,)]
+    assume(ends.count("weight") < 2)
     if draw(st.booleans()):
         return dict(pairs)
     state = OrderedDict(pairs)

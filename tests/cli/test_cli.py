@@ -39,7 +39,7 @@ WRITERS = ["strip-prefix", "add-prefix", "unwrap", "transfer", "convert", "avera
 # A run of a command with every read slowed down, so that a test can step in while it copies.
 SLOW = """
 import os, sys, time
-PAUSE = 0.1
+PAUSE = 0.04
 for name in ("preadv", "pread", "copy_file_range", "sendfile"):
     if hasattr(os, name):
         def slow(*arguments, real=getattr(os, name)):
@@ -50,7 +50,7 @@ from ckptool.cli.main import entry
 entry()
 """
 # To its end in about a second, which is long enough to show how far it is.
-SLOWISH = "from ckptool.cli import talk; talk.BAR_AFTER = 0.1\n" + SLOW.replace("0.1", "0.02")
+SLOWISH = "from ckptool.cli import talk; talk.BAR_AFTER = 0.1\n" + SLOW.replace("0.04", "0.006")
 
 
 def everything(ours: int) -> bytes:

@@ -623,7 +623,7 @@ def test_a_pipe_gets_the_bytes_of_a_file(run: Run, here: Path, edit: str) -> Non
     assert piped(*edit.split(), "-", "-", given=given)[:2] == (0, out)
 
 
-@pytest.mark.product(8)
+@pytest.mark.product(16)
 @pytest.mark.parametrize("to", ["torch", "safetensors"])
 @pytest.mark.parametrize(
     "name", sampled(sorted(os.listdir(Path(__file__).parents[2] / "fixtures/good")), 5)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -364,26 +365,24 @@ RC = "axes.facecolor: red\nfont.size: 30\nsavefig.dpi: 10\nbackend: tkagg\nsvg.f
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
 def test_the_same_bytes_whatever_is_set(
-    spawn: Callable[..., Outcome], tmp_path: Path, models: dict[str, Path], suffix: str
+    run: Callable[..., Outcome],
+    spawn: Callable[..., Outcome],
+    tmp_path: Path,
+    models: dict[str, Path],
+    suffix: str,
 ) -> None:
     """The settings of a user, a backend that is not there, a folder that cannot be written."""
     rc = tmp_path / "matplotlibrc"
     rc.write_text(RC)
     nowhere = tmp_path / "file"
     nowhere.write_text("")
-    made = []
-    for number, more in enumerate(
-        (
-            {},
-            {"MATPLOTLIBRC": str(rc), "MPLBACKEND": "nonsense", "MPLCONFIGDIR": str(nowhere / "x")},
-        )
-    ):
-        target = tmp_path / f"{number}.{suffix}"
-        done = spawn("plot", models["few"], "-o", target, env=environment(more))
+    more = {"MATPLOTLIBRC": str(rc), "MPLBACKEND": "nonsense", "MPLCONFIGDIR": str(nowhere / "x")}
+    targets = [tmp_path / f"{number}.{suffix}" for number in range(2)]
+    for target, plot in zip(targets, (run, partial(spawn, env=environment(more))), strict=True):
+        done = plot("plot", models["few"], "-o", target)
         assert done.code == 0, done.err
         assert [line for line in done.err.splitlines() if "sizes of" not in line] == []
-        made.append(target.read_bytes())
-    assert made[0] == made[1]
+    assert targets[0].read_bytes() == targets[1].read_bytes()
 
 
 def test_matplotlib_is_an_extra(

@@ -111,7 +111,8 @@ def test_check_says_which_file_without_its_secret(run: Run, far: Far, here: Path
     assert "hidden" not in done.out + done.err
 
 
-def test_debug_shows_no_query(run: Run, here: Path) -> None:
+def test_debug_shows_no_query(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     done = run("--debug", "keys", "http://127.0.0.1:9/f.pth?token=hidden")
     assert done.code == 6
     assert "Traceback" in done.err

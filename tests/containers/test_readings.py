@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_anew
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -112,7 +113,7 @@ def test_headers_of_any_length_are_no_pickles(tmp_path: Path) -> None:
     body = b'{"a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     for size, high in itertools.product(range(256), (1, 40)):
         whole = 256 * high + size
-        path.write_bytes(struct.pack("<Q", whole) + body.ljust(whole) + b"\n\0\x93.")
+        write_anew(path, struct.pack("<Q", whole) + body.ljust(whole) + b"\n\0\x93.")
         assert ckptool.check(path).status is Status.OK, whole
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_anew
 
 import ckptool
 from ckptool import containers as formats
@@ -56,7 +57,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def read(path: Path, content: bytes) -> Checkpoint:
-    path.write_bytes(content)
+    write_anew(path, content)
     return formats.read(path)
 
 

@@ -8,16 +8,21 @@ The full disks are small tmpfs mounts, where this process may mount (as root).
 from __future__ import annotations
 
 import argparse
+import io
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from faults import JOBS, Count, at_each_call, at_each_size, on_full_disks
+from faults import JOBS, Count, at_each_call, at_each_size, lay_out, on_full_disks
+
+from ckptool.cli import main as cli
 
 
 def main() -> int:
@@ -62,9 +67,13 @@ def told(count: Count) -> str:
 
 
 def warm_up() -> None:
-    """Load what the forks would load, each on its own."""
-    import ckptool.cli.convert
-    import ckptool.cli.report  # noqa: F401
+    """Load what the forks would load, each on its own: run each command line once."""
+    for job in JOBS:
+        with tempfile.TemporaryDirectory() as name:
+            lay_out(Path(name, "run"), job)
+            quiet = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
+            with chdir(Path(name, "run")), quiet[0], quiet[1]:
+                assert cli.main(job.arguments) == 0, job
 
 
 def can_mount(disk: Path) -> bool:
@@ -78,9 +87,9 @@ def can_mount(disk: Path) -> bool:
 
 def remount(disk: Path, nbytes: int) -> None:
     """Give the file system another size, and nothing in it."""
-    subprocess.run(["umount", str(disk)], check=True)
-    size = f"size={nbytes}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], check=True)
+    for path in disk.iterdir():
+        shutil.rmtree(path)
+    subprocess.run(["mount", "-o", f"remount,size={nbytes}", str(disk)], check=True)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def bytes_of(path: Path) -> object:
     return listing(path) if path.is_dir() else path.read_bytes()
 
 
-@pytest.mark.product(5, always=3)
+@pytest.mark.product(10, always=3)
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("source", ["in.pth", "in.safetensors", "in_dcp"])
@@ -667,6 +667,7 @@ def torchrun(folder: Path, *line: object, misfortune: str = "") -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.thorough
 def test_torchrun_writes_one_output(large: Path, tmp_path: Path) -> None:
     line = ["convert", "--distributed", large, "out", "--max-shard-size", "5MB", "--json"]
     done = torchrun(tmp_path, "-m", "ckptool", *line)
@@ -728,9 +729,14 @@ def test_no_torch(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("target", ["-", "s3://bucket/out.pth", "https://host/out"])
-def test_what_is_on_no_file_system(spawn: Callable[..., Outcome], large: Path, target: str) -> None:
-    done = spawn("convert", "--distributed", large, target)
+@pytest.mark.parametrize(
+    ("target", "how"),
+    [("-", "spawn"), ("s3://bucket/out.pth", "run"), ("https://host/out", "run")],
+)
+def test_what_is_on_no_file_system(
+    request: pytest.FixtureRequest, large: Path, target: str, how: str
+) -> None:
+    done = request.getfixturevalue(how)("convert", "--distributed", large, target)
     assert (done.code, done.out) == (2, "")
     assert f"{target} is not on a file system" in done.err
 

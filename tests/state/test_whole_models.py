@@ -119,9 +119,9 @@ def shrunk(model: Any) -> Any:
 
 
 def test_every_torchvision_classifier(tmp_path: Path) -> None:
-    """With `--all`; else one in eight of them."""
+    """With `--all`; else one in sixteen of them."""
     states, classes = {}, {}
-    chosen = sampled(ARCHITECTURES, 8)
+    chosen = sampled(ARCHITECTURES, 16)
     for number, name in enumerate(chosen):
         more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         with quick_init():

@@ -60,6 +60,7 @@ WRONG = {
 }
 
 
+@pytest.mark.thorough
 def test_a_script_is_checked_by_mypy(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "right.py").write_text(RIGHT)
