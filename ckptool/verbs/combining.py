@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import field, replace
+from functools import cache
 from math import fsum, isfinite
 from typing import TYPE_CHECKING, Unpack
 
@@ -99,7 +100,8 @@ def average(
     factors = _factors(weights, len(sources))
     if how.in_place:
         raise EditError("--in-place replaces one file, and an average has several: name an output")
-    inputs = [containers.read(source) for source in sources]
+    read = cache(containers.read)  # a file that is named twice is read once
+    inputs = [read(os.fspath(source)) for source in sources]
     names = tuple(each.path for each in inputs)
     _, *others = (_found(each, how.at) for each in inputs)
     done: list[Averaging] = []

@@ -188,6 +188,8 @@ def rewrite(
 
         agreement.refuse_others(group, plan.checkpoint, place, laid.output)
     if options.dry_run:
+        for file, _ in checkpoint.files:  # an interruption of a finalizer is lost
+            fileio.close(file)
         return result
     if any(values.has_numbers(job.storage) for job in laid.output.jobs):
         numbers.load()
