@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import chain
 
 from ckptool.errors import EditError, KeyCollision
-from ckptool.records import dataclass
+from ckptool.records import dataclass, grouped
 from ckptool.state.casting import Casting
 from ckptool.state.changes import PARAMETER, Change, Count, Edit, Entries, KeyEdit, KeyMap, Value
 from ckptool.state.selecting import select as select
@@ -95,9 +95,7 @@ def _in_order(
     """Return pairs in the order of their old keys, those too that have no new one."""
     if [old for old, _ in pairs] == list(entries):
         return pairs
-    written: dict[str, list[str | None]] = {}
-    for old, new in pairs:
-        written.setdefault(old, []).append(new)
+    written = grouped(pairs)
     return [(old, new) for old in entries for new in written.get(old, (None,))]
 
 
