@@ -46,7 +46,7 @@ EXAMPLES = (
 )
 COMPLETION = "_CKPTOOL_COMPLETE"  # the variable of click's shell completion
 NOTHING_WRITTEN = "nothing was written"
-ROOM = 24 << 20  # of the address space: what is imported, two buffers, a thread
+ROOM = 28 << 20  # of the address space: what is imported, two buffers, a thread
 PIPE_CLOSED = 141
 SIGNALLED = 128  # and the number of the signal
 

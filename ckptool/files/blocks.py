@@ -7,16 +7,27 @@ block of each of their arguments; as kernels work element by element, any range 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from operator import mul
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, Readers, unpacked
+from ckptool.files.gathering import (
+    BAND,
+    READ,
+    TURNED,
+    Ahead,
+    Fetch,
+    Portion,
+    are_turned,
+    array,
+    boxes,
+)
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import Piece, pieces
 from ckptool.tensors.tensor import (
@@ -29,21 +40,13 @@ from ckptool.tensors.tensor import (
     contiguous_stride,
     is_contiguous,
     needs_swap,
-    span,
 )
 from ckptool.tensors.values import arguments
 
-AHEAD = 16 << 20  # of what lies apart: what is read with it is read again for the next
-READ = 1 << 20  # at once, to gather from
 LONG = 64 << 10  # pieces of it, on average, are read and written each alone
-NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
 AT_ONCE = 4 << 20  # of all tensors that elements are made of
-LINE = 64  # bytes of a line of the cache
-STRIP = 512  # rows that are turned at once: so many lines are in the first cache
 
 Bytes = memoryview  # of bytes, in row-major order of elements
-Fetch = Callable[[memoryview, int], object]  # fill a view from this byte of an unpacked storage
-Box = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, stride, offset; in elements
 
 
 def blocks(value: TensorInfo, readers: Readers, limit: int = 1 << 20) -> Iterator[memoryview]:
@@ -120,6 +123,11 @@ def _fetch(storage: Storage, readers: Readers, ahead: Ahead) -> Fetch:
     if storage.packing is Packing.DEFLATED:
         return readers.unpacked(storage).read_into
     return lambda view, start: fill(view, storage, start, readers, ahead)
+
+
+def read_portion(portion: Portion, readers: Readers, ahead: Ahead) -> None:
+    """Read a portion of what all threads gather together."""
+    portion.read(_fetch(portion.info.storage, readers, ahead), ahead.parts)
 
 
 def fill(
@@ -200,30 +208,39 @@ class Grain(NamedTuple):
     rows: bool
 
 
-def grain(storage: Storage) -> Grain:
-    """Return in what portions a storage is best asked for.
+def grain(storage: Storage, room: int = BAND) -> Grain:
+    """Return in what portions a storage is best asked for, with room for what is gathered.
 
     Where rows are columns of what is gathered, a part of a row takes as long as the whole.
     """
-    args = arguments(storage)
+    made, args = storage.chunked or storage.computed, arguments(storage)
+    if made is None or not args:
+        return Grain(CHUNK, CHUNK, rows=False)
+    size = made.itemsize
+    room //= len(args) if storage.computed else 1
     if all(is_contiguous(each.shape, each.stride) for each in args):
-        below = [grain(each.storage) for each in args]
-        return max(below, default=Grain(CHUNK, CHUNK, rows=False))
-    shape, size = args[0].shape, args[0].dtype.itemsize
-    if storage.chunked:
-        shape = storage.chunked.shape
-    turned = any(each.stride[-1] != 1 for each in args if each.shape)
-    in_a_row = _rows(shape, size, AHEAD if turned else 4 * READ)
-    return Grain(in_a_row, min(_rows(shape, size, READ), READ), turned)
+        below = [(grain(each.storage, room), each.dtype.itemsize) for each in args]
+        rows = [
+            Grain(many // before * size, min(few // before * size, TURNED), rows)
+            for (many, few, rows), before in below
+            if rows
+        ]
+        return min(rows) if rows else max(each for each, _ in below)
+    shape = storage.chunked.shape if storage.chunked else args[0].shape
+    turned = any(map(are_turned, args))
+    most = (room if turned else 4 * READ) // max(each.dtype.itemsize for each in args)
+    few = TURNED if turned else READ
+    return Grain(_rows(shape, most) * size, min(_rows(shape, few // size) * size, few), turned)
 
 
-def _rows(shape: tuple[int, ...], size: int, most: int) -> int:
-    """Return as many bytes as fit into `most`, in whole rows of as many dimensions as fit."""
+def _rows(shape: tuple[int, ...], most: int) -> int:
+    """Return as many elements, up to so many, as are whole rows of all dimensions that fit."""
+    row = 1
     for length in reversed(shape):
-        if size * length > most:
+        if row * length > most:
             break
-        size *= max(length, 1)
-    return max(most // size, 1) * size
+        row *= max(length, 1)
+    return max(most // row, 1) * row
 
 
 def _read(
@@ -274,13 +291,13 @@ def _place(
     steps = contiguous_stride(chunked.shape)
     start = sum(map(mul, piece.chunk.offsets, steps)) - first
     shape, stride = coalesced(piece.chunk.source.shape, steps)
-    for box in _boxes(shape, stride, start, piece.first, piece.count):
+    for box in boxes(shape, stride, start, piece.first, piece.count):
         count = prod(box[0])
         if is_contiguous(*box[:2]):
             target[box[2] * size : (box[2] + count) * size] = data[: count * size]
         else:
-            source = _array(data, (box[0], contiguous_stride(box[0]), 0), size)
-            _array(target, box, size)[...] = source
+            source = array(data, (box[0], contiguous_stride(box[0]), 0), size)
+            array(target, box, size)[...] = source
         data = data[count * size :]
 
 
@@ -301,182 +318,3 @@ def read_elements(
         fetch(target, info.start + first * info.dtype.itemsize)
     else:
         ahead.read(info, first, target, fetch, among)
-
-
-def _array(memory: memoryview | bytearray, box: Box, itemsize: int) -> Any:
-    """Return the elements of a box in memory as an array of any dtype of that size."""
-    import numpy as np
-
-    dtype = np.dtype(f"u{itemsize}" if itemsize <= 8 else f"c{itemsize}")
-    shape, stride, offset = box
-    steps = [step * itemsize for step in stride]
-    return np.ndarray(shape, dtype, memory, offset * itemsize, steps)
-
-
-def _boxes(
-    shape: tuple[int, ...], stride: tuple[int, ...], offset: int, first: int, count: int
-) -> Iterator[Box]:
-    """Cut a range of elements into whole rows and the parts of rows around them."""
-    if not shape:
-        yield shape, stride, offset
-        return
-    row = prod(shape[1:])
-    while count:
-        index, within = divmod(first, row)
-        start = offset + index * stride[0]
-        rows = count // row
-        if within or not rows:
-            taken = min(row - within, count)
-            yield from _boxes(shape[1:], stride[1:], start, within, taken)
-        else:
-            taken = rows * row
-            yield (rows, *shape[1:]), stride, start
-        first, count = first + taken, count - taken
-
-
-class Ahead:
-    """What was read of views whose elements lie apart, for the blocks that are asked for next.
-
-    A block of a transposed tensor has a few elements of every row: with those of more columns,
-    each row is read less often. There is room for so many bytes, of a worker of its own.
-    """
-
-    def __init__(self, nbytes: int = AHEAD) -> None:
-        self.parts: list[Part] = []  # what was read in order
-        self._room = nbytes
-        self._held: dict[int, _Gathered] = {}
-
-    def read(
-        self, info: TensorInfo, first: int, target: memoryview, fetch: Fetch, among: int
-    ) -> None:
-        """Fill `target` with the elements from `first` on."""
-        size = info.dtype.itemsize
-        while target:
-            held = self._holding(info, first) or self._gathered(info, first, fetch, among)
-            count = min(len(target) // size, held.end - first)
-            for box in _boxes(*held.box, first - held.first, count):
-                elements = _array(target, (box[0], contiguous_stride(box[0]), 0), size)
-                _turn(elements, _array(held.memory, box, size))
-                target = target[elements.nbytes :]
-            first += count
-            del held
-
-    def _holding(self, info: TensorInfo, first: int) -> _Gathered | None:
-        held = self._held.get(id(info))
-        return held if held and held.info is info and held.first <= first < held.end else None
-
-    def _gathered(self, info: TensorInfo, first: int, fetch: Fetch, among: int) -> _Gathered:
-        """Read what fits into the room of one among so many."""
-        memory = memoryview(b"")
-        while id(info) in self._held or len(self._held) >= among:
-            name = id(info) if id(info) in self._held else next(iter(self._held))
-            memory = self._held.pop(name).memory
-        shape, stride = coalesced(info.shape, info.stride)
-        room = self._room if stride[-1] != 1 else min(self._room, 2 * READ)
-        most = max(room // among // info.dtype.itemsize, 1)
-        box = next(_boxes(shape, stride, info.storage_offset, first, min(most, info.numel - first)))
-        source = _Source(info.storage, fetch, min(self._room // 2, READ), self.parts)
-        memory, there = _gather(box, info.dtype.itemsize, memory, source)
-        held = _Gathered(info, first, first + prod(box[0]), (box[0], there, 0), memory)
-        self._held[id(info)] = held
-        return held
-
-
-class _Gathered(NamedTuple):
-    """Elements of a view, from `first` to `end`, and how they lie in memory."""
-
-    info: TensorInfo
-    first: int
-    end: int
-    box: Box
-    memory: memoryview
-
-
-class _Source(NamedTuple):
-    """What elements are gathered from, how many bytes at once; `parts` are those read in order."""
-
-    storage: Storage
-    fetch: Fetch
-    limit: int
-    parts: list[Part]
-
-    def read(self, view: memoryview, start: int, *, dense: bool) -> None:
-        """Fill a view from a byte on; `dense` tells that all of it is wanted."""
-        self.fetch(view, start)
-        found = checksums.part(self.storage, start, len(view)) if dense else None
-        if found is not None:
-            self.parts.append(found._replace(crc32=crc32(view)))
-
-
-def _gather(
-    box: Box, size: int, memory: memoryview, source: _Source
-) -> tuple[memoryview, tuple[int, ...]]:
-    """Read a box; return its elements, and their strides there.
-
-    They are in the order of the storage, in the memory given where it is large enough. Rows that
-    will be columns lie apart a little: those a power of two away from each other, as most are, have
-    one place in the cache.
-    """
-    import numpy as np
-
-    shape, stride, offset = box
-    order = sorted((at for at in range(len(shape)) if stride[at]), key=lambda at: -stride[at])
-    outer, run = [*order], 1
-    while outer and stride[outer[-1]] == run:
-        run *= shape[outer.pop()]
-    there, step = [0] * len(shape), 1
-    for at in reversed(order):
-        if outer and at == outer[-1] and run * size >= 8 * LINE:
-            step += LINE // size
-        there[at], step = step, step * shape[at]
-    if step * size > len(memory):
-        memory = np.empty(step * size, "u1").data  # in large pages
-    rows = [(shape[at], stride[at], there[at]) for at in outer]
-    _load(memory, 0, rows, run, offset, size, source)
-    return memory, tuple(there)
-
-
-def _load(
-    memory: memoryview,
-    place: int,
-    rows: list[tuple[int, int, int]],
-    run: int,
-    offset: int,
-    size: int,
-    source: _Source,
-) -> None:
-    """Read runs of elements, which are apart in a storage and in memory, in rows of rows.
-
-    Where little of what is between first and last is wanted, each run is read alone.
-    """
-    import numpy as np
-
-    if not rows:
-        source.read(memory[place * size : (place + run) * size], offset * size, dense=True)
-        return
-    shape, stride, there = zip(*rows, strict=True)
-    nbytes = (span(shape, stride) + run - 1) * size
-    count = prod(shape)
-    near = nbytes <= max(4 * count * run * size, NEAR * count)
-    if near and nbytes <= source.limit:
-        data = np.empty(nbytes, "u1").data
-        source.read(data, offset * size, dense=nbytes == count * run * size)
-        _array(memory, ((*shape, run), (*there, 1), place), size)[...] = _array(
-            data, ((*shape, run), (*stride, 1), 0), size
-        )
-        return
-    head, *rest = rows
-    half = max(head[0] // 2, 1) if near else 1
-    parts = ((at, min(half, head[0] - at)) for at in range(0, head[0], half))
-    for at, length in parts:
-        inner = [(length, *head[1:]), *rest] if length > 1 else rest
-        _load(memory, place + at * head[2], inner, run, offset + at * head[1], size, source)
-
-
-def _turn(target: Any, source: Any) -> None:
-    """Copy an array into another of the same shape, a strip of rows after the other."""
-    if source.ndim < 2 or source.strides[-1] == source.itemsize:
-        target[...] = source
-        return
-    for start in range(0, source.shape[-1], STRIP):
-        target[..., start : start + STRIP] = source[..., start : start + STRIP]

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import errno
 import os
-from _thread import LockType, allocate_lock, start_new_thread
+from _thread import LockType, allocate_lock, get_ident, start_new_thread
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from mmap import mmap
+from threading import Condition
 from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from ckptool.errors import Malformed
 from ckptool.files import checksums
-from ckptool.files.blocks import Ahead, fill, runs
+from ckptool.files.blocks import fill, read_portion, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, OpenFile, Readers, read_back, unpacked, write_at
-from ckptool.files.jobs import Block, Copy, Task, cuts, near, tasks
+from ckptool.files.gathering import TURNED, Ahead, Band, Portion
+from ckptool.files.jobs import Block, Copy, Task, Together, cuts, near, tasks
 from ckptool.files.stream import Stream
 from ckptool.records import dataclass
 from ckptool.tensors.tensor import Packing, Storage
@@ -32,6 +34,8 @@ from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
 WORKERS = 2
+WRITTEN = 2 * CHUNK  # at once, where it is made in larger parts
+LOST = 1  # second, after which a thread that waits for others looks whether one has failed
 
 Progress = Callable[[int], None]  # bytes copied since the last call
 Begin = Callable[[int], Progress]  # how many bytes there will be -> what counts them
@@ -189,7 +193,9 @@ class _Run:
         self._target, self._progress = target, progress
         fd = None if isinstance(target, Stream) else target
         self._write_back = _WriteBack(fd or 0, wanted=sync and fd is not None)
-        self._jobs, self._tasks = jobs, tasks(jobs)
+        self._jobs, self._band = jobs, Band()
+        self._tasks = tasks(jobs, self._band)
+        self._turn, self._at_work, self._together = Condition(), set[int](), False
         self._lock = allocate_lock()
         self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
@@ -249,22 +255,49 @@ class _Run:
                 self._error = self._error or error
 
     def _work(self) -> None:
-        # Of whole pages: the kernel copies them faster. The second half is for blocks alone.
-        buffer = memoryview(mmap(-1, 2 * CHUNK))
-        ahead = Ahead()
-        while self._error is None:
-            with self._lock:
+        # Of whole pages: the kernel copies them faster.
+        buffer = memoryview(mmap(-1, WRITTEN + TURNED))
+        ahead = Ahead(parts=self.parts, band=self._band)
+        try:
+            while (task := self._next_task()) is not None:
+                if isinstance(task, Portion):
+                    read_portion(task, self.readers, ahead)
+                    continue
+                if isinstance(task, Task):
+                    self._account(task, self._do(task, buffer, ahead))
+                    nbytes, end = task.nbytes, task.end
+                else:
+                    nbytes = sum(self._copy(block, buffer) for block in task)
+                    end = task[-1][-1].end
+                self._progress(nbytes)
+                self._write_back.reached(end)
+        finally:
+            self._pause()
+
+    def _pause(self) -> None:
+        """Note that this thread works on nothing."""
+        with self._turn:
+            self._at_work.discard(get_ident())
+            self._turn.notify_all()
+
+    def _next_task(self) -> Task | list[Block] | Portion | None:
+        """Return what to do next, None once all is done, or something went wrong.
+
+        Where the tasks before must be done by all, that is waited for.
+        """
+        self._pause()
+        with self._turn:
+            while self._error is None:
+                if self._together and self._at_work:
+                    self._turn.wait(LOST)
+                    continue
                 task = next(self._tasks, None)
-            if task is None:
-                return
-            if isinstance(task, Task):
-                self._account(task, self._do(task, buffer, ahead))
-                nbytes, end = task.nbytes, task.end
-            else:
-                nbytes = sum(self._copy(block, buffer) for block in task)
-                end = task[-1][-1].end
-            self._progress(nbytes)
-            self._write_back.reached(end)
+                self._together = isinstance(task, Together)
+                if not isinstance(task, Together):
+                    if task is not None:
+                        self._at_work.add(get_ident())
+                    return task
+        return None
 
     def _account(self, task: Task, part: Done) -> None:
         """Add a part to what its job has done, as soon as all before it is done."""
@@ -341,18 +374,25 @@ class _Run:
         return self._write(blocks, None if job.target is None else task.place, buffer)
 
     def _read(self, task: Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
-        """Yield what is read into the buffer, a grain after the other."""
+        """Yield what is read into the buffer, a grain after the other.
+
+        Of rows, what is behind the last multiple of what is written at once waits for the next.
+        """
         job = task.job
         made = job.storage.chunked or job.storage.computed
         size = made.itemsize if made else 1
-        begin, stop = task.start, task.start + task.nbytes
+        begin, stop, kept = task.start, task.start + task.nbytes, 0
         for start, end in cuts(job, begin, stop, task.grain, rows=task.rows):
             before, behind = (job.start + start) % size, -(job.start + end) % size
-            view = buffer[: before + end - start + behind]  # elements that a job has a part of
+            # The elements that a job has a part of, behind what is kept.
+            view = buffer[WRITTEN : WRITTEN + before + end - start + behind]
             self.parts += fill(view, job.storage, job.start + start - before, self.readers, ahead)
-            yield view[before : before + end - start]
-        self.parts += ahead.parts
-        ahead.parts.clear()
+            first, ready = WRITTEN + before - kept, WRITTEN + before + end - start
+            kept = 0
+            if task.rows and end < stop:
+                kept = min((task.place + end - begin) % WRITTEN, ready - first)
+            yield buffer[first : ready - kept]
+            buffer[WRITTEN - kept : WRITTEN] = buffer[ready - kept : ready]
 
     def _write(
         self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
@@ -395,10 +435,10 @@ def _start(work: Callable[[LockType], None], lock: LockType) -> None:
 
 
 def _cut(data: memoryview, position: int) -> Iterator[memoryview]:
-    """Cut what goes to a position of the output at the multiples of a chunk there."""
+    """Cut what goes to a position of the output at the multiples of what is written at once."""
     start = 0
     while start < len(data):
-        cut = start + CHUNK - (position + start) % CHUNK
+        cut = start + WRITTEN - (position + start) % WRITTEN
         yield data[start:cut]
         start = cut
 

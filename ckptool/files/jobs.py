@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 from ckptool.files.blocks import grain
 from ckptool.files.fileio import CHUNK
+from ckptool.files.gathering import Band, Portion
 from ckptool.records import dataclass
 from ckptool.tensors.tensor import Packing, Storage
 
 AT_ONCE = 8  # two threads wait for the interpreter and for each other less
 TASK = AT_ONCE * CHUNK
+ALONE = 8  # of what all threads gather together, one does so small a part alone
+SHARES = 2  # in which they turn it
 SMALL = CHUNK // 8  # parts up to this size are read many at a time
 NEAR = 4096  # between two of them, where headers and padding are
 
@@ -64,11 +67,15 @@ class Task(NamedTuple):
 Block = list[Task]  # parts in order and close together in one chunk of the output
 
 
-def tasks(jobs: Sequence[Copy]) -> Iterator[Task | list[Block]]:
+class Together:
+    """A place between tasks: those before it are done by all threads before one begins the next."""
+
+
+def tasks(jobs: Sequence[Copy], band: Band) -> Iterator[Task | list[Block] | Portion | Together]:
     """Cut jobs into what one thread does at once.
 
     What is copied just so, to places in order, makes blocks of the output; each is written by one
-    call, wherever its parts are read.
+    call, wherever its parts are read. What is turned is read into the `band` before.
     """
     in_order, blocks = _are_in_order(jobs), list[Block]()
     for number, job in enumerate(jobs):
@@ -93,7 +100,16 @@ def tasks(jobs: Sequence[Copy]) -> Iterator[Task | list[Block]]:
             if size == CHUNK:
                 many = max(TASK, many)
             for start, end in cuts(job, 0, job.nbytes, many, rows=rows):
-                yield Task(number, job, start, end - start, place + start, size, rows)
+                if not rows or end - start <= many // ALONE:
+                    yield Task(number, job, start, end - start, place + start, size, rows)
+                    continue
+                yield Together()
+                yield from band.begin(job.storage, job.start + start, end - start)
+                yield Together()
+                share = -(-(end - start) // (SHARES * CHUNK)) * CHUNK
+                for first in range(start, end, share):
+                    nbytes = min(share, end - first)
+                    yield Task(number, job, first, nbytes, place + first, size, rows)
     if blocks:
         yield blocks
 

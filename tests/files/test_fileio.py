@@ -305,7 +305,7 @@ def test_bytes_that_nobody_moved_are_missed(
 ) -> None:
     real = copying.tasks
     monkeypatch.setattr(module, "AT_ONCE", 1)
-    monkeypatch.setattr(copying, "tasks", lambda jobs: itertools.islice(real(jobs), 2))
+    monkeypatch.setattr(copying, "tasks", lambda *given: itertools.islice(real(*given), 2))
     with pytest.raises(RuntimeError, match=f"{2 * CHUNK} of {len(DATA)} bytes"):
         run_jobs([Copy(stored, 0)], output, quiet)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, permutations
 from math import prod
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import ckptool
 from ckptool.errors import Malformed
-from ckptool.files import blocks as files_blocks, copying, jobs as files_jobs, planner
+from ckptool.files import blocks as files_blocks, copying, gathering, jobs as files_jobs, planner
 from ckptool.files.blocks import blocks
 from ckptool.files.copying import run_jobs
 from ckptool.files.fileio import Reader, Readers
@@ -632,14 +634,19 @@ def test_a_parameter_that_was_moved_is_one_again_where_its_origin_is_put_back(
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_blocks.Ahead.__init__, "__defaults__", (20_000,))
+    monkeypatch.setattr(gathering.Ahead.__init__, "__defaults__", (5000, None, None))
+    monkeypatch.setattr(files_blocks.grain, "__defaults__", (40_000,))
     for module, name, size in (
-        (files_blocks, "AHEAD", 20_000),
         (files_blocks, "READ", 4096),
-        (files_blocks, "NEAR", 256),
+        (files_blocks, "TURNED", 8192),
+        (gathering, "READ", 4096),
+        (gathering, "LEAST", 512),
+        (gathering, "NEAR", 256),
         (files_blocks, "LONG", 512),
         (files_blocks, "CHUNK", 2048),
         (copying, "CHUNK", 2048),
+        (copying, "WRITTEN", 4096),
+        (copying, "TURNED", 8192),
         (files_jobs, "CHUNK", 2048),
         (files_jobs, "SMALL", 256),
         (files_jobs, "TASK", 8192),
@@ -707,3 +714,92 @@ def test_large_tensors_are_moved_in_tasks(
         make(stored(base((120, columns), torch.float32), packing, tmp_path / "in")),
         tmp_path / "out",
     )
+
+
+def turned(path: Path, columns: int = 256) -> Pair:
+    """Return a matrix that two threads transpose together, in `columns` / 83 bands."""
+    made = stored(base((120, columns), torch.float32), "plain", path)
+    return made.both(
+        lambda value: values.own(values.permuted(value, (1, 0))), lambda tensor: tensor.t()
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("columns", [83, 256])
+@pytest.mark.parametrize("sound", [True, False], ids=["sound", "damaged"])
+def test_what_is_turned_is_checked_without_another_reading(
+    columns: int, sound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in"
+    pair = turned(path, columns)
+    asked: list[int] = []
+    before = Reader.read_into
+
+    def counting(self: Reader, view: memoryview, start: int) -> None:
+        asked.append(len(view))
+        before(self, view, start)
+
+    monkeypatch.setattr(Reader, "read_into", counting)
+    jobs = planner.jobs([(pair.value, 0)])
+    with (tmp_path / "out").open("w+b") as file:
+        run_jobs(jobs[:1], file.fileno(), lambda nbytes: None)  # without the check
+        to_turn = sum(asked)
+        asked.clear()
+        assert [job for job in jobs if job.target is None]
+        if sound:
+            run_jobs(jobs, file.fileno(), lambda nbytes: None)
+            assert (tmp_path / "out").read_bytes() == raw(pair.tensor)
+        else:
+            path.write_bytes(path.read_bytes()[:-1] + b"\1")
+            with pytest.raises(Malformed, match="do not match their checksum"):
+                run_jobs(jobs, file.fileno(), lambda nbytes: None)
+    assert pair.value.nbytes <= sum(asked) == to_turn
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("slow", ["the caller", "its helper"])
+def test_nothing_is_turned_before_all_of_it_is_read(
+    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, load = get_ident(), gathering.Portion.load
+
+    def slowly(self: gathering.Portion, source: Any) -> None:
+        if (get_ident() == caller) is (slow == "the caller"):
+            time.sleep(0.001)
+        load(self, source)
+
+    monkeypatch.setattr(gathering.Portion, "load", slowly)
+    pair = turned(tmp_path / "in")
+    assert written(pair.value, tmp_path / "out") == raw(pair.tensor)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("failing", ["the caller", "its helper"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_no_thread_waits_for_one_that_failed(
+    failing: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, load = get_ident(), gathering.Portion.load
+
+    def fails(self: gathering.Portion, source: Any) -> None:
+        if (get_ident() == caller) is (failing == "the caller"):
+            raise error("of this one")
+        time.sleep(0.001)  # the other has its turn too
+        load(self, source)
+
+    monkeypatch.setattr(gathering.Portion, "load", fails)
+    with pytest.raises(error, match="of this one"):
+        written(turned(tmp_path / "in").value, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_memory_that_is_short_for_what_is_turned_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(nbytes: int) -> memoryview:
+        raise MemoryError
+
+    pair = turned(tmp_path / "in")
+    monkeypatch.setattr(gathering, "_large", short)
+    with pytest.raises(MemoryError):
+        written(pair.value, tmp_path / "out")
