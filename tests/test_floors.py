@@ -116,7 +116,6 @@ OWNERS = {
         "tensors/numbers.py",
         "tensors/resampling.py",
         "tensors/statistics.py",
-        "files/blocks.py",
     ),
     r"ml_dtypes": ("tensors/numbers.py",),
     r"urllib3|socket|ssl|http|urllib|requests|ftplib|asyncio": (

@@ -25,7 +25,6 @@ from ckptool.files.gathering import (
     Fetch,
     Portion,
     are_turned,
-    array,
     boxes,
 )
 from ckptool.tensors import numbers
@@ -263,8 +262,6 @@ def _compute(
     if not args:
         computed.kernel(view, start)
         return []
-    import numpy as np
-
     first, count = start // size, len(view) // size
     found = [checksums.part_of(value, first, count) for value in args]
     read = [0] * len(args)
@@ -272,7 +269,7 @@ def _compute(
     for at in range(0, count, most):
         few, made = min(most, count - at), []
         for number, value in enumerate(args):
-            block = np.empty(few * value.dtype.itemsize, "u1").data
+            block = numbers.allocated(few * value.dtype.itemsize)
             read_elements(value, first + at, block, readers, ahead, len(args))
             if found[number]:
                 read[number] = crc32(block, read[number])
@@ -296,8 +293,8 @@ def _place(
         if is_contiguous(*box[:2]):
             target[box[2] * size : (box[2] + count) * size] = data[: count * size]
         else:
-            source = array(data, (box[0], contiguous_stride(box[0]), 0), size)
-            array(target, box, size)[...] = source
+            source = numbers.array(data, (box[0], contiguous_stride(box[0]), 0), size)
+            numbers.array(target, box, size)[...] = source
         data = data[count * size :]
 
 

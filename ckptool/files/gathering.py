@@ -14,7 +14,9 @@ from zlib_ng.zlib_ng import crc32
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
+from ckptool.tensors import numbers
 from ckptool.tensors.chunks import pieces
+from ckptool.tensors.numbers import Box
 from ckptool.tensors.tensor import (
     Storage,
     TensorInfo,
@@ -35,17 +37,6 @@ LINE = 64  # bytes of a line of the cache
 STRIP = 512  # rows that are turned at once: so many lines are in the first cache
 
 Fetch = Callable[[memoryview, int], object]  # fill a view from this byte of an unpacked storage
-Box = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, stride, offset; in elements
-
-
-def array(memory: memoryview | bytearray, box: Box, itemsize: int) -> Any:
-    """Return the elements of a box in memory as an array of any dtype of that size."""
-    import numpy as np
-
-    dtype = np.dtype(f"u{itemsize}" if itemsize <= 8 else f"c{itemsize}")
-    shape, stride, offset = box
-    steps = [step * itemsize for step in stride]
-    return np.ndarray(shape, dtype, memory, offset * itemsize, steps)
 
 
 def boxes(
@@ -98,8 +89,8 @@ class Ahead:
             held = self._holding(info, first) or self._gathered(info, first, fetch, among)
             count = min(len(target) // size, held.end - first)
             for box in boxes(*held.box, first - held.first, count):
-                elements = array(target, (box[0], contiguous_stride(box[0]), 0), size)
-                _turn(elements, array(held.memory, box, size))
+                elements = numbers.array(target, (box[0], contiguous_stride(box[0]), 0), size)
+                _turn(elements, numbers.array(held.memory, box, size))
                 target = target[elements.nbytes :]
             first += count
             del held
@@ -121,7 +112,7 @@ class Ahead:
         box = next(_boxes_of(info, first, min(most, info.numel - first)))
         layout = _laid_out(box, info.dtype.itemsize)
         if layout.nbytes > len(memory):
-            memory = _large(layout.nbytes)
+            memory = numbers.allocated(layout.nbytes)
         portion, held = _placed(info, first, box, layout, memory)
         portion.load(_Source(info, fetch, min(self._room // 2, READ), self.parts))
         self._held[id(info)] = held
@@ -149,7 +140,7 @@ class Band:
         needed = sum(layout.nbytes for *_, layout in found)
         if needed > len(self._memory):
             self._memory = memoryview(b"")  # let go first
-            self._memory = _large(needed)
+            self._memory = numbers.allocated(needed)
         portions, memory = list[Portion](), self._memory
         for info, first, box, layout in found:
             whole, held = _placed(info, first, box, layout, memory[: layout.nbytes])
@@ -186,13 +177,6 @@ def _turned(storage: Storage, start: int, nbytes: int) -> Iterator[tuple[TensorI
 def _boxes_of(info: TensorInfo, first: int, count: int) -> Iterator[Box]:
     shape, stride = coalesced(info.shape, info.stride)
     return boxes(shape, stride, info.storage_offset, first, count)
-
-
-def _large(nbytes: int) -> memoryview:
-    """Allocate memory; numpy asks for large pages."""
-    import numpy as np
-
-    return np.empty(nbytes, "u1").data
 
 
 class _Gathered(NamedTuple):
@@ -310,15 +294,14 @@ class Portion(NamedTuple):
             for part in self._cut(max(shape[0] // 2, 1) if near else 1):
                 part.load(source)
             return
-        whole = self._whole_rows(source.limit)
-        data = _large(whole or nbytes)
-        source.read(data, self.offset, all_of=bool(whole) or nbytes == wanted)
-        array(self.memory, ((*shape, run), (*there, 1), self.place), size)[...] = array(
-            data, ((*shape, run), (*stride, 1), 0), size
-        )
+        whole = self._whole_rows()
+        data = numbers.allocated(whole if nbytes <= whole <= source.limit else nbytes)
+        source.read(data, self.offset, all_of=len(data) == whole or nbytes == wanted)
+        target = numbers.array(self.memory, ((*shape, run), (*there, 1), self.place), size)
+        target[...] = numbers.array(data, ((*shape, run), (*stride, 1), 0), size)
 
-    def _whole_rows(self, limit: int) -> int:
-        """Return how many bytes it is with what is between one row and the next, or 0.
+    def _whole_rows(self) -> int:
+        """Return how many bytes it is with what is between each row and the next, or 0.
 
         It is not 0 where rows begin here that have a recorded checksum: they are read once for all
         of it.
@@ -328,8 +311,7 @@ class Portion(NamedTuple):
         if not begun or checksums.part(storage, 0, 0) is None:
             return 0
         size = self.info.dtype.itemsize
-        nbytes = min(count * stride * size, storage.nbytes - self.offset * size)
-        return nbytes if nbytes <= limit else 0
+        return min(count * stride * size, storage.nbytes - self.offset * size)
 
 
 def _turn(target: Any, source: Any) -> None:

@@ -17,6 +17,7 @@ from ckptool.tensors.counts import Losses, Tally
 from ckptool.tensors.dtype import DType
 
 Block = bytes | bytearray | memoryview  # of bytes
+Box = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, stride, offset; in elements
 
 # The dtype of the parts of a complex number, and of the integers that a quantized tensor stores.
 _PARTS = {
@@ -66,6 +67,23 @@ def load() -> None:
     import numpy as np
 
     np.empty(LARGEST, "u1")
+
+
+def allocated(nbytes: int) -> memoryview:
+    """Allocate memory; for much of it, numpy asks for large pages."""
+    import numpy as np
+
+    return np.empty(nbytes, "u1").data
+
+
+def array(memory: memoryview | bytearray, box: Box, itemsize: int) -> Any:
+    """Return the elements of a box in memory as an array of any dtype of that size."""
+    import numpy as np
+
+    dtype = np.dtype(f"u{itemsize}" if itemsize <= 8 else f"c{itemsize}")
+    shape, stride, offset = box
+    steps = [step * itemsize for step in stride]
+    return np.ndarray(shape, dtype, memory, offset * itemsize, steps)
 
 
 def part_of(dtype: DType) -> DType:

@@ -687,6 +687,10 @@ LARGE: dict[str, Callable[[Pair], Pair]] = {
     "a few columns": lambda pair: pair.both(
         lambda value: values.part(value, 1, 3, 5), lambda tensor: tensor[:, 3:5]
     ),
+    "overlapping": lambda pair: pair.both(
+        lambda value: values.own(replace(value, shape=(900, 300), stride=(1, 2))),
+        lambda tensor: tensor.as_strided((900, 300), (1, 2)),
+    ),
     "in three dimensions": lambda pair: pair.both(
         lambda value: values.permuted(
             values.shaped(value, (12, 10, -(-value.numel // 120))), (2, 0, 1)
@@ -800,6 +804,6 @@ def test_memory_that_is_short_for_what_is_turned_ends_all(
         raise MemoryError
 
     pair = turned(tmp_path / "in")
-    monkeypatch.setattr(gathering, "_large", short)
+    monkeypatch.setattr(numbers, "allocated", short)
     with pytest.raises(MemoryError):
         written(pair.value, tmp_path / "out")
