@@ -2,4 +2,4 @@
 
 import gc
 
-gc.set_threshold(50_000)  # modules and trees are no garbage: the search for it takes long
+gc.set_threshold(200_000)  # modules and trees are no garbage: the search for it takes long

@@ -6,12 +6,12 @@ stdout is data, stderr is talk. A command is loaded when it is called for, so th
 
 from __future__ import annotations
 
-import gc
 import importlib
 import io
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -142,11 +142,16 @@ def entry() -> None:
     """Run the command line of this process.
 
     OpenBLAS, which comes with numpy, starts a thread for each core that waits busily at first: for
-    nothing here, and beside ours.
+    nothing here, and beside ours. Objects go with the process: to take each apart before takes 4
+    ms. What torch wants to do at the end, it does.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     code = main()
-    gc.freeze()  # or the interpreter searches all of it for garbage before it ends, three times
+    if "torch" not in sys.modules:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
 
 

@@ -16,7 +16,7 @@ from zlib_ng.zlib_ng import crc32
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
-from ckptool.files.fileio import CHUNK, Readers, unpacked
+from ckptool.files.fileio import Readers, unpacked
 from ckptool.files.gathering import (
     BAND,
     READ,
@@ -214,7 +214,7 @@ def grain(storage: Storage, room: int = BAND) -> Grain:
     """
     made, args = storage.chunked or storage.computed, arguments(storage)
     if made is None or not args:
-        return Grain(CHUNK, CHUNK, rows=False)
+        return Grain(READ, READ, rows=False)
     size = made.itemsize
     room //= len(args) if storage.computed else 1
     if all(is_contiguous(each.shape, each.stride) for each in args):

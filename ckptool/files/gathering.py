@@ -16,7 +16,7 @@ from ckptool.files import checksums
 from ckptool.files.checksums import Part
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import pieces
-from ckptool.tensors.numbers import Box
+from ckptool.tensors.numbers import LINE, Box
 from ckptool.tensors.tensor import (
     Storage,
     TensorInfo,
@@ -33,7 +33,6 @@ READ = 1 << 20  # at once, to gather from
 TURNED = 2 * READ  # at once, of rows that were columns
 LEAST = READ // 8  # of what a thread does not gather alone
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
-LINE = 64  # bytes of a line of the cache
 STRIP = 512  # rows that are turned at once: so many lines are in the first cache
 
 Fetch = Callable[[memoryview, int], object]  # fill a view from this byte of an unpacked storage

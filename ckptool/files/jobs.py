@@ -97,7 +97,7 @@ def tasks(jobs: Sequence[Copy], band: Band) -> Iterator[Task | list[Block] | Por
             yield Task(number, job, 0, job.nbytes, place)
         else:
             many, size, rows = grain(job.storage)
-            if size == CHUNK:
+            if not rows:
                 many = max(TASK, many)
             for start, end in cuts(job, 0, job.nbytes, many, rows=rows):
                 if not rows or end - start <= many // ALONE:

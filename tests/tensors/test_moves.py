@@ -643,7 +643,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         (gathering, "LEAST", 512),
         (gathering, "NEAR", 256),
         (files_blocks, "LONG", 512),
-        (files_blocks, "CHUNK", 2048),
         (copying, "CHUNK", 2048),
         (copying, "WRITTEN", 4096),
         (copying, "TURNED", 8192),
