@@ -46,6 +46,8 @@ def made(dataclass):
     class With:
         x: int
         doubled: int = dataclasses.field(init=False)
+        seen: list[int] = dataclasses.field(init=False, default_factory=list)
+        known: int = dataclasses.field(init=False, default=3)
 
         def __post_init__(self):
             self.doubled = 2 * self.x
@@ -74,7 +76,7 @@ def shown(dataclass):
         (same == same, same == Same(1), Own(1) == 5, hash(Own(1))),
         (dataclasses.asdict(c), dataclasses.replace(c, y=5) == Point(1, 5), Point.__match_args__),
         [str(inspect.signature(each)) for each in (Point, Bag, Nothing, Same, Own, With)],
-        (With(2).doubled, With(2) == With(2)),
+        (With(2).doubled, With(2).seen, With(2).known, With(2) == With(2)),
         (copy.copy(c) == c, copy.deepcopy(Bag([1])) == Bag([1])),
     ]
 

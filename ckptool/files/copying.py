@@ -29,12 +29,12 @@ from ckptool.files.gathering import TURNED, Ahead, Band, Portion
 from ckptool.files.jobs import Block, Copy, Task, Together, cuts, near, tasks
 from ckptool.files.stream import Stream
 from ckptool.records import dataclass
+from ckptool.tensors.numbers import LINE
 from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
 WORKERS = 2
-WRITTEN = 2 * CHUNK  # at once, where it is made in larger parts
 LOST = 1  # second, after which a thread that waits for others looks whether one has failed
 
 Progress = Callable[[int], None]  # bytes copied since the last call
@@ -256,7 +256,7 @@ class _Run:
 
     def _work(self) -> None:
         # Of whole pages: the kernel copies them faster.
-        buffer = memoryview(mmap(-1, WRITTEN + TURNED))
+        buffer = memoryview(mmap(-1, CHUNK + LINE + TURNED))
         ahead = Ahead(parts=self.parts, band=self._band)
         try:
             while (task := self._next_task()) is not None:
@@ -376,7 +376,7 @@ class _Run:
     def _read(self, task: Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
         """Yield what is read into the buffer, a grain after the other.
 
-        Of rows, what is behind the last multiple of what is written at once waits for the next.
+        Of rows, what does not fill a chunk of the output waits for the next.
         """
         job = task.job
         made = job.storage.chunked or job.storage.computed
@@ -384,15 +384,17 @@ class _Run:
         begin, stop, kept = task.start, task.start + task.nbytes, 0
         for start, end in cuts(job, begin, stop, task.grain, rows=task.rows):
             before, behind = (job.start + start) % size, -(job.start + end) % size
+            first = _spot(task.place + start - begin - before, size)
             # The elements that a job has a part of, behind what is kept.
-            view = buffer[WRITTEN : WRITTEN + before + end - start + behind]
+            view = buffer[first : first + before + end - start + behind]
             self.parts += fill(view, job.storage, job.start + start - before, self.readers, ahead)
-            first, ready = WRITTEN + before - kept, WRITTEN + before + end - start
-            kept = 0
+            first, ready = first + before - kept, first + before + end - start
+            place, kept = task.place + end - begin, 0
             if task.rows and end < stop:
-                kept = min((task.place + end - begin) % WRITTEN, ready - first)
+                kept = min(place % CHUNK, ready - first)
             yield buffer[first : ready - kept]
-            buffer[WRITTEN - kept : WRITTEN] = buffer[ready - kept : ready]
+            first = _spot(place, size)
+            buffer[first - kept : first] = buffer[ready - kept : ready]
 
     def _write(
         self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
@@ -434,11 +436,19 @@ def _start(work: Callable[[LockType], None], lock: LockType) -> None:
         raise MemoryError(str(error)) from error
 
 
+def _spot(place: int, itemsize: int) -> int:
+    """Return where in a buffer, behind a chunk, to make elements that go to a place in the output.
+
+    Where both are as far from a line of the cache, the kernel copies faster.
+    """
+    return CHUNK + (0 if place % LINE % itemsize else place % LINE)
+
+
 def _cut(data: memoryview, position: int) -> Iterator[memoryview]:
-    """Cut what goes to a position of the output at the multiples of what is written at once."""
+    """Cut what goes to a position of the output at the multiples of a chunk there."""
     start = 0
     while start < len(data):
-        cut = start + WRITTEN - (position + start) % WRITTEN
+        cut = start + CHUNK - (position + start) % CHUNK
         yield data[start:cut]
         start = cut
 

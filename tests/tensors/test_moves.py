@@ -644,7 +644,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         (gathering, "NEAR", 256),
         (files_blocks, "LONG", 512),
         (copying, "CHUNK", 2048),
-        (copying, "WRITTEN", 4096),
         (copying, "TURNED", 8192),
         (files_jobs, "CHUNK", 2048),
         (files_jobs, "SMALL", 256),
