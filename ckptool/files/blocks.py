@@ -265,17 +265,20 @@ def _compute(
     first, count = start // size, len(view) // size
     found = [checksums.part_of(value, first, count) for value in args]
     read = [0] * len(args)
-    most = max(AT_ONCE // sum(value.dtype.itemsize for value in args), 1)
+    most = min(max(AT_ONCE // sum(value.dtype.itemsize for value in args), 1), count)
+    rooms = [ahead.take(most * value.dtype.itemsize) for value in args]
     for at in range(0, count, most):
         few, made = min(most, count - at), []
         for number, value in enumerate(args):
-            block = numbers.allocated(few * value.dtype.itemsize)
+            block = rooms[number][: few * value.dtype.itemsize]
             read_elements(value, first + at, block, readers, ahead, len(args))
             if found[number]:
                 read[number] = crc32(block, read[number])
             _settle(value, block)
             made.append(block)
         computed.kernel(view[at * size : (at + few) * size], *made)
+    for room in rooms:
+        ahead.give(room)
     pairs = zip(found, read, strict=True)
     return [part._replace(crc32=checksum) for part, checksum in pairs if part]
 

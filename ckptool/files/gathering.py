@@ -78,6 +78,16 @@ class Ahead:
         self.parts = [] if parts is None else parts
         self._room, self._band = nbytes, band
         self._held: dict[int, _Gathered] = {}
+        self._spare: list[memoryview] = []
+
+    def take(self, nbytes: int) -> memoryview:
+        """Return memory of so many bytes or more, until it is given back."""
+        memory = self._spare.pop() if self._spare else memoryview(b"")
+        return memory if len(memory) >= nbytes else numbers.allocated(nbytes)
+
+    def give(self, memory: memoryview) -> None:
+        """Take memory back."""
+        self._spare.append(memory)
 
     def read(
         self, info: TensorInfo, first: int, target: memoryview, fetch: Fetch, among: int

@@ -78,7 +78,7 @@ def allocated(nbytes: int) -> memoryview:
     import numpy as np
 
     memory = np.empty(nbytes + LINE, "u1")
-    start = -memory.ctypes.data % LINE
+    start = -memory.__array_interface__["data"][0] % LINE
     return memory[start : start + nbytes].data
 
 
