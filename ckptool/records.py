@@ -1,6 +1,6 @@
 """Records: dataclasses that start fast, as JSON has them, and in groups.
 
-Of the methods of a dataclass only `__init__` is compiled for each class, from a short text.
+Of the methods of a dataclass only `__init__` is compiled for each class.
 `dataclasses.dataclass` compiles six for each frozen one, 0.5 ms of every start each time. Here
 equality, hash and repr are functions over the names of the fields. Type checkers see the one of
 `dataclasses`, which has them refuse an assignment to a frozen field; nothing else refuses it.
@@ -24,8 +24,7 @@ else:
         if cls is None:
             return lambda cls: dataclass(cls, frozen=frozen, slots=slots, eq=eq)
         own = vars(cls)
-        made = dataclasses.dataclass(cls, slots=slots, eq=False, repr=False, init=False)
-        made.__init__ = _init(made)
+        made = dataclasses.dataclass(cls, slots=slots, eq=False, repr=False)
         if "__repr__" not in own:
             made.__repr__ = _repr
         if eq and "__eq__" not in own:
@@ -34,37 +33,6 @@ else:
             if own.get("__hash__") is None:
                 made.__hash__ = hashed if frozen else None
         return made
-
-    class _Factory:
-        def __repr__(self):
-            return "<factory>"
-
-    def _init(made):
-        parameters, lines, types = ["self"], [], {}
-        names = {"factory": _Factory()}
-        for field in dataclasses.fields(made):
-            name, new = field.name, f"new_{field.name}"
-            if field.default_factory is not dataclasses.MISSING:
-                names[new] = field.default_factory
-                value = f"{new}() if {name} is factory else {name}" if field.init else f"{new}()"
-                parameter = f"{name}=factory"
-            elif field.default is not dataclasses.MISSING:
-                names[new] = field.default
-                value, parameter = name if field.init else new, f"{name}={new}"
-            else:
-                value = parameter = name
-            if field.init:
-                parameters.append(parameter)
-                types[name] = field.type
-            if field.init or value != name:
-                lines.append(f"self.{name}={value}")
-        if hasattr(made, "__post_init__"):
-            lines.append("self.__post_init__()")
-        exec(f"def __init__({','.join(parameters)}):{';'.join(lines) or 'pass'}", names)
-        init = names["__init__"]
-        init.__qualname__ = f"{made.__qualname__}.__init__"
-        init.__annotations__ = types | {"return": None}
-        return init
 
     def _repr(self):
         fields = (field for field in dataclasses.fields(self) if field.repr)

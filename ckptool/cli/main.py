@@ -6,6 +6,7 @@ stdout is data, stderr is talk. A command is loaded when it is called for, so th
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import os
@@ -142,13 +143,14 @@ def entry() -> None:
     """Run the command line of this process.
 
     OpenBLAS, which comes with numpy, starts a thread for each core that waits busily at first: for
-    nothing here, and beside ours. Objects go with the process: to take each apart before takes 4
-    ms. What torch wants to do at the end, it does.
+    nothing here, and beside ours. At the end, objects go with the process: to take each apart takes
+    4 ms. Temporary files with names go before, and torch ends as it wants to.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     code = main()
     if "torch" not in sys.modules:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, KeyboardInterrupt):
+            atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

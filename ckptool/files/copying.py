@@ -238,7 +238,10 @@ class _Run:
             if not agrees and job.storage.chunked is None:
                 found = checksums.part(job.storage, job.start, job.nbytes)
                 self.parts += [found._replace(crc32=done.crc32)] if found else []
-        return self.parts
+        # A helper that has let go of its lock may hold this object for a moment yet.
+        parts, self.parts, self._jobs, self.readers = self.parts, [], (), Readers()
+        self._tasks, self._band = iter(()), Band()
+        return parts
 
     def _wait(self) -> None:
         self._ended = True

@@ -29,7 +29,7 @@ from typing import Any
 
 from ckptool.cli import main as cli
 from ckptool.containers import torch_zip
-from ckptool.files import blocks, copying, fileio, moves, publish, spool, zips
+from ckptool.files import blocks, copying, fileio, gathering, moves, publish, spool, zips
 from ckptool.tensors import numbers, tensor
 
 GOOD = Path(__file__).parents[2] / "fixtures/good"
@@ -62,7 +62,9 @@ ERRORS: dict[str, tuple[int, ...]] = {
 HALVED = ("pwrite", "write", "preadv")
 # Names of our modules under which buffers are allocated and threads started.
 MEMORY = ("bytearray", "memoryview", "bytes", "mmap", "start_new_thread")
-STARVED: tuple[Any, ...] = (blocks, copying, fileio, numbers, spool, tensor, torch_zip, zips)
+STARVED: tuple[Any, ...] = (
+    blocks, copying, fileio, gathering, numbers, spool, tensor, torch_zip, zips,
+)  # fmt: skip
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
