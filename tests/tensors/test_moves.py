@@ -455,6 +455,20 @@ def test_the_checksum_of_what_was_cut_is_compared(pair: Pair) -> None:
             run_jobs(jobs, None, lambda nbytes: None)
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note how many bytes are read, each time."""
+    sizes: list[int] = []
+    before = Reader.read_into
+
+    def counting(self: Reader, view: memoryview, start: int) -> None:
+        sizes.append(len(view))
+        before(self, view, start)
+
+    monkeypatch.setattr(Reader, "read_into", counting)
+    return sizes
+
+
 def halves(value: TensorInfo) -> list[TensorInfo]:
     return [values.own(values.part(value, 0, *cut)) for cut in ((0, 6), (6, 12))]
 
@@ -476,19 +490,11 @@ def test_what_is_read_in_parts_is_checked_without_another_reading(
     sound: bool,
     pair: Pair,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    asked: list[int],
 ) -> None:
     path = Path(pair.value.storage.path)
     if not sound:
         path.write_bytes(b"\1" + path.read_bytes()[1:])
-    asked: list[int] = []
-    before = Reader.read_into
-
-    def counting(self: Reader, view: memoryview, start: int) -> None:
-        asked.append(len(view))
-        before(self, view, start)
-
-    monkeypatch.setattr(Reader, "read_into", counting)
     made = make(pair.value)
     starts = accumulate([value.nbytes for value in made], initial=0)
     jobs = planner.jobs(zip(made, starts, strict=False))
@@ -730,18 +736,10 @@ def turned(path: Path, columns: int = 256) -> Pair:
 @pytest.mark.parametrize("columns", [83, 256])
 @pytest.mark.parametrize("sound", [True, False], ids=["sound", "damaged"])
 def test_what_is_turned_is_checked_without_another_reading(
-    columns: int, sound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    columns: int, sound: bool, tmp_path: Path, asked: list[int]
 ) -> None:
     path = tmp_path / "in"
     pair = turned(path, columns)
-    asked: list[int] = []
-    before = Reader.read_into
-
-    def counting(self: Reader, view: memoryview, start: int) -> None:
-        asked.append(len(view))
-        before(self, view, start)
-
-    monkeypatch.setattr(Reader, "read_into", counting)
     jobs = planner.jobs([(pair.value, 0)])
     with (tmp_path / "out").open("w+b") as file:
         run_jobs(jobs[:1], file.fileno(), lambda nbytes: None)  # without the check
