@@ -148,8 +148,8 @@ class Band:
                 first += prod(box[0])
         needed = sum(layout.nbytes for *_, layout in found)
         if needed > len(self._memory):
-            self._memory = memoryview(b"")  # let go first
-            self._memory = numbers.allocated(needed)
+            # Once for nearly all: rows grow by an eighth at most, and what is unused costs nothing.
+            self._memory = numbers.allocated(max(needed, BAND + BAND // 8))
         portions, memory = list[Portion](), self._memory
         for info, first, box, layout in found:
             whole, held = _placed(info, first, box, layout, memory[: layout.nbytes])

@@ -66,13 +66,15 @@ STARVED: tuple[Any, ...] = (
     blocks, copying, fileio, gathering, numbers, spool, tensor, torch_zip, zips,
 )  # fmt: skip
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+RECIPE = Path(__file__).with_name("turned.toml")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command line: `{s}` stands for the input; what is at the target beforehand, if anything.
+    """A command line; what is at the target beforehand, if anything.
 
-    That of a `batch` is a folder: the input and `SECOND`, a copy of it, are written there each.
+    `{s}` stands for the input, `{r}` for a recipe. The target of a `batch` is a folder: the input
+    and `SECOND`, a copy of it, are written there each.
     """
 
     line: str
@@ -84,7 +86,7 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        return self.line.format(s=self.source).split()
+        return self.line.format(s=self.source, r=RECIPE).split()
 
     @property
     def before(self) -> object:
@@ -125,6 +127,7 @@ JOBS = (
         "convert --to safetensors {s} second.pth out/", "plain.pth", "out", folder=True, batch=True
     ),
     Job("average {s} {s} out.safetensors", "plain.pth", "out.safetensors"),
+    Job("convert --recipe {r} {s} out.pth", "plain.pth", "out.pth"),
 )
 
 
@@ -265,6 +268,7 @@ def _child(
         if prepare:
             prepare()
         exit_, close = os._exit, os.close
+        gathering.LEAST, blocks.grain.__defaults__ = 1, (64,)  # both threads turn the small ones
         counter.install()
         try:
             code = cli.main(job.arguments)
