@@ -136,5 +136,5 @@ def test_a_silent_end_of_the_workers_is_found(tmp_path: Path) -> None:
 def test_carelessness_is_found(tmp_path: Path, prepare: Callable[[], None], said: str) -> None:
     count = faults.Count()
     job = faults.Job("convert --force {s} out.pth", "plain.safetensors", "out.pth", old=True)
-    faults.at_each_call(tmp_path, job, count, 17, prepare=prepare)
+    faults.at_each_call(tmp_path, job, count, 7, prepare=prepare)
     assert any(said in line for line in count.wrong), count.wrong[:5]
