@@ -134,6 +134,7 @@ def main(args: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     _prepare_streams()
     _prepare_signals()
+    _published().clear()
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     with documents("--json" in options):
         return _run(arguments, debug)
@@ -234,8 +235,16 @@ def _invoke(arguments: list[str]) -> int:
 
 def _left(arguments: list[str]) -> str:
     """Return what a command that was interrupted left behind; nothing of one that never writes."""
+    if published := _published():
+        return f"{published[-1]} was written"
     reading = {*GROUPS["Look"], *GROUPS["Manual"], "layers", "verify"} - {"plot"}
     return "" if set(arguments[:1]) & reading else NOTHING_WRITTEN
+
+
+def _published() -> list[str]:
+    """Return what this process has published: an interruption may come while that is reported."""
+    publish = sys.modules.get("ckptool.files.publish")
+    return publish.PUBLISHED if publish else []
 
 
 def _trace(error: BaseException, debug: bool) -> None:

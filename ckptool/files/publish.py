@@ -39,6 +39,8 @@ from ckptool.text import counted, listed, quoted, readable
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path
 
+PUBLISHED: list[str] = []  # last by this process: an interruption after that wrote it
+
 # What can be refused before a byte is written.
 
 _FOLDERS = (
@@ -199,6 +201,7 @@ def write(place: Target, data: bytes) -> None:
     """Write and publish a file from memory; raises `NoSpace`, `OutputExists` or `WriteError`."""
     output = Output((PlannedFile("", len(data), [(0, data)]),))
     publish(place, output, no_progress(0), lambda *_: None)
+    PUBLISHED[:] = [place.path]
 
 
 def publish(

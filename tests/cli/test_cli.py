@@ -1246,6 +1246,28 @@ def test_interrupted_says_nothing_of_writing_where_nothing_writes(
     assert (done.code, done.out, done.err) == (130, "", said)
 
 
+@pytest.mark.parametrize(
+    "line", ["convert {s} out.safetensors", "convert -q --dtype bf16 {s} out.pth",
+             "average {s} {s} out.pth", "convert -n {s} out.pth"],
+)  # fmt: skip
+def test_interrupted_says_what_was_written_before(
+    run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    arguments = line.format(s=good / "plain.pth").split()
+    monkeypatch.setattr("ckptool.cli._options.tell", interrupted)
+    done = run(*arguments)
+    written, target = "-n" not in arguments, tmp_path / arguments[-1]
+    assert (done.code, done.out) == (130, "")
+    assert done.err.endswith(f"interrupted; {target if written else 'nothing'} was written\n")
+    assert target.exists() is written
+    again = run("convert", good / "nothing.pth", "other.pth")
+    assert "was written" not in again.err
+
+
 @pytest.mark.parametrize("options", [("--to", "safetensors"), ("--in-place",)])
 def test_a_suffix_that_says_another_container_is_noted(
     run: Run, good: Path, tmp_path: Path, options: tuple[str, ...]
