@@ -204,7 +204,7 @@ def rewrite(
         plan.let_go()
         send = _send if place.url else publish.publish
         late = send(place, outputs.pop(), begun, check, group)  # the only one to keep its jobs
-    publish.PUBLISHED.append(place.path)
+    publish.PUBLISHED[:] = [place.path]
     return replace(result, warnings=(*result.warnings, *late), casts=tuple(plan.casts))
 
 
