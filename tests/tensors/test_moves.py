@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file
 
 import ckptool
 from ckptool.errors import Malformed
@@ -803,3 +806,29 @@ def test_memory_that_is_short_for_what_is_turned_ends_all(
     monkeypatch.setattr(numbers, "allocated", short)
     with pytest.raises(MemoryError):
         written(pair.value, tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["out.safetensors", "out.pth", "-"])
+def test_large_matrices_are_transposed_as_torch_does(target: str, tmp_path: Path) -> None:
+    """With the sizes that users meet: one matrix in one band, one in two, one for a thread."""
+    shapes = {"large": (2999, 2001), "larger": (3001, 3003), "small": (500, 900)}
+    tensors = {name: base(shape, torch.int32) for name, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "in.pth")
+    (tmp_path / "turn.toml").write_text("recipe = 1\n[[step]]\ntranspose = {keys = '*'}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "ckptool",
+        "convert",
+        "--recipe",
+        "turn.toml",
+        "in.pth",
+        target,
+    ]
+    with (tmp_path / "piped.pth").open("wb") as file:
+        subprocess.run(command, cwd=tmp_path, stdout=file, check=True)
+    made = tmp_path / ("piped.pth" if target == "-" else target)
+    state = load_file(made) if made.suffix == ".safetensors" else torch.load(made)
+    assert {*state} == {*tensors}
+    for name, tensor in tensors.items():
+        assert torch.equal(state[name], tensor.t())
