@@ -16,7 +16,9 @@ Value = TypeVar("Value")
 
 if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass
+    from typing import NamedTuple as NamedTuple
 else:
+    from collections import namedtuple
     from operator import attrgetter
 
     def dataclass(cls=None, /, *, frozen=False, slots=False, eq=True):
@@ -48,6 +50,24 @@ else:
             return hash(compared(self))
 
         return equal, hashed
+
+    class _Named(type):
+        """Make a `collections.namedtuple` of a class, and give it what else is in that."""
+
+        def __new__(cls, name, bases, space):
+            plain = super().__new__(cls, name, (), space)
+            if not bases:
+                return plain
+            types = plain.__annotations__
+            defaults = [space[each] for each in types if each in space]
+            made = namedtuple(name, types, defaults=defaults)
+            made.__annotations__ = made.__new__.__annotations__ = types
+            for each in space.keys() - types.keys():
+                setattr(made, each, space[each])
+            return made
+
+    class NamedTuple(metaclass=_Named):
+        """A tuple with names for its parts: `typing` compiles the type of each, 0.1 ms a class."""
 
 
 def plain(value: Any) -> Any:

@@ -4,10 +4,11 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import typing
 
 import pytest
 
-from ckptool.records import dataclass as ours
+from ckptool.records import NamedTuple, dataclass as ours
 
 
 def made(dataclass):
@@ -94,3 +95,48 @@ class Pickled:
 
 def test_they_can_be_pickled():
     assert pickle.loads(pickle.dumps(Pickled(1, (2,)))) == Pickled(1, (2,))
+
+
+def named(base):
+    class Span(base):
+        start: int
+        end: int = 7
+        note: str = ""
+
+        @property
+        def length(self):
+            return self.end - self.start
+
+        def moved(self, by):
+            return Span(self.start + by, self.end + by)
+
+    return Span
+
+
+def of_named(Span):
+    """Return what can be seen of tuples of a class."""
+    a = Span(1)
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'start'"):
+        Span()
+    with pytest.raises(AttributeError):
+        a.start = 2
+    return [
+        (a == (1, 7, ""), hash(a) == hash((1, 7, "")), [*a], a[0], a.length, a.moved(2)),
+        (a._replace(note="n"), a._asdict(), Span._make([1, 2, "m"])),
+        (Span._fields, Span._field_defaults, Span.__match_args__, Span.__doc__, Span.__module__),
+        (str(inspect.signature(Span)), Span.__name__, Span.__qualname__, repr(copy.copy(a))),
+    ]
+
+
+def test_named_tuples_are_as_those_of_typing():
+    theirs = str(of_named(named(typing.NamedTuple)))
+    assert str(of_named(named(NamedTuple))) == theirs
+
+
+class PickledTuple(NamedTuple):
+    x: int
+    y: tuple[int, ...] = ()
+
+
+def test_named_tuples_can_be_pickled():
+    assert pickle.loads(pickle.dumps(PickledTuple(1, (2,)))) == PickledTuple(1, (2,))

@@ -6,10 +6,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from math import asinh, ceil, floor, inf, isfinite, log10
-from typing import NamedTuple
 
 from ckptool.cli.pictures import GREY, INK, PAPER, RULE, Page, drawing
 from ckptool.cli.treemap import Box, Placed, placed, tree
+from ckptool.records import NamedTuple
 from ckptool.text import counted, readable, visible
 from ckptool.verbs.plotting import Layer, Plot
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ckptool.cli import report
-from ckptool.tensors.counts import Values
+from ckptool.tensors.summaries import Values
 from ckptool.text import counted, listed, readable, shape, visible
 from ckptool.verbs.difference import Change, Difference, Found, Side
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ckptool.cli import screen
 from ckptool.cli.report import key_rows
-from ckptool.tensors.counts import Statistics
 from ckptool.tensors.statistics import histogram
+from ckptool.tensors.summaries import Statistics
 from ckptool.text import percent, shape, visible
 from ckptool.verbs.listing import Listing
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import field
 from itertools import accumulate
-from typing import NamedTuple
 
-from ckptool.records import dataclass
+from ckptool.records import NamedTuple, dataclass
 
 DEEP = 64  # modules in each other: those further in are one name
 NARROW = 1.5  # a side in which no box can be told from another

@@ -6,7 +6,9 @@ These are named tuples because a dataclass takes ten times as long to make, at e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from ckptool.records import NamedTuple
 
 if TYPE_CHECKING:
     from ckptool.files.copying import PlannedFile

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptool import records
 from ckptool.containers import _registry
@@ -19,6 +19,7 @@ from ckptool.files import budget, fileio, paths
 from ckptool.files.fileio import Reader
 from ckptool.pickles import calls as shapes, safety
 from ckptool.pickles.names import Level
+from ckptool.records import NamedTuple
 from ckptool.state.checkpoint import Checkpoint
 from ckptool.text import counted, listed
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 MAX_SETS = 20  # that are named where one must be chosen
 LATEST = "latest"  # of DeepSpeed (engine.py, `_save_checkpoint`): the folder of the last step
 MAX_LATEST = 1 << 12
-_STEP = re.compile(r"global_step(\d+)", re.ASCII)
+_STEP = r"(?a:global_step(\d+))"
 # Module of the container -> names; what the group `part` matches differs between files of a set.
 # Its `join(files, values)` reads them as one checkpoint, of those `values` where there are several;
 # None where what is in them says that they are no parts.
@@ -112,7 +113,7 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
     """
     sets = grouped(folder, names)
     if not sets:
-        steps = [name for name in folders if _STEP.fullmatch(name)]
+        steps = [name for name in folders if re.fullmatch(_STEP, name)]
         if LATEST in names and (latest := _latest(folder)) in folders:
             steps = [latest]
         if len(steps) > 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import prod
 from operator import mul
-from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
@@ -27,6 +26,7 @@ from ckptool.files.gathering import (
     are_turned,
     boxes,
 )
+from ckptool.records import NamedTuple
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import Piece, pieces
 from ckptool.tensors.tensor import (
@@ -248,7 +248,7 @@ def _read(
     """Read elements as they are stored; return what that was of a recorded checksum."""
     read_elements(value, first, block, readers, ahead, among)
     found = checksums.part_of(value, first, len(block) // value.dtype.itemsize)
-    return [found._replace(crc32=crc32(block))] if found else []
+    return [found.read(crc32(block))] if found else []
 
 
 def _compute(
@@ -280,7 +280,7 @@ def _compute(
     for room in rooms:
         ahead.give(room)
     pairs = zip(found, read, strict=True)
-    return [part._replace(crc32=checksum) for part, checksum in pairs if part]
+    return [part.read(checksum) for part, checksum in pairs if part]
 
 
 def _place(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32_combine
 
 from ckptool.errors import Malformed
+from ckptool.records import NamedTuple
 from ckptool.tensors import values
 from ckptool.tensors.tensor import Storage, TensorInfo, is_contiguous
 
@@ -19,6 +19,10 @@ class Part(NamedTuple):
     start: int
     nbytes: int
     crc32: int = 0
+
+    def read(self, checksum: int) -> Part:
+        """Return the part with the CRC-32 of what was read."""
+        return Part(self.storage, self.start, self.nbytes, checksum)
 
 
 def recorded(storage: Storage) -> Iterator[Storage]:

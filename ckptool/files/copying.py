@@ -16,7 +16,6 @@ from contextlib import suppress
 from itertools import pairwise
 from mmap import mmap
 from threading import Condition
-from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
 
@@ -28,7 +27,7 @@ from ckptool.files.fileio import CHUNK, OpenFile, Readers, read_back, unpacked, 
 from ckptool.files.gathering import TURNED, Ahead, Band, Portion
 from ckptool.files.jobs import Block, Copy, Task, Together, cuts, near, tasks
 from ckptool.files.stream import Stream
-from ckptool.records import dataclass
+from ckptool.records import NamedTuple, dataclass
 from ckptool.tensors.numbers import LINE
 from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
@@ -163,7 +162,7 @@ def move(
         done[number] = done[number].followed_by(moved)
         if piece.storage is not jobs[number].storage and piece.whole:
             found = checksums.part(piece.storage, 0, piece.nbytes)
-            parts += [found._replace(crc32=moved.crc32)] if found else []
+            parts += [found.read(moved.crc32)] if found else []
     return done, parts
 
 
@@ -237,7 +236,7 @@ class _Run:
             agrees = job.whole and job.storage.crc32 == done.crc32  # as nearly all of many do
             if not agrees and job.storage.chunked is None:
                 found = checksums.part(job.storage, job.start, job.nbytes)
-                self.parts += [found._replace(crc32=done.crc32)] if found else []
+                self.parts += [found.read(done.crc32)] if found else []
         # A helper that has let go of its lock may hold this object for a moment yet.
         parts, self.parts, self._jobs, self.readers = self.parts, [], (), Readers()
         self._tasks, self._band = iter(()), Band()
@@ -288,8 +287,10 @@ class _Run:
 
         Where the tasks before must be done by all, that is waited for.
         """
-        self._pause()
         with self._turn:
+            self._at_work.discard(get_ident())
+            if self._together:
+                self._turn.notify_all()
             while self._error is None:
                 if self._together and self._at_work:
                     self._turn.wait(LOST)

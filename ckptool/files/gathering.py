@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
 from ckptool.files import checksums
 from ckptool.files.checksums import Part
+from ckptool.records import NamedTuple
 from ckptool.tensors import numbers
 from ckptool.tensors.chunks import pieces
 from ckptool.tensors.numbers import LINE, Box
@@ -257,7 +258,7 @@ class _Source(NamedTuple):
         self.fetch(view, start)
         found = checksums.part(self.info.storage, start, len(view)) if all_of else None
         if found is not None:
-            self.parts.append(found._replace(crc32=crc32(view)))
+            self.parts.append(found.read(crc32(view)))
 
 
 class Portion(NamedTuple):

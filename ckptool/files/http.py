@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, quote as quote, unquote as unquote, urljoin, urlsplit
 
 from ckptool.errors import DownloadFailed
 from ckptool.files.connections import Connections
 from ckptool.files.patience import IDLE, Patience
-from ckptool.records import dataclass
+from ckptool.records import NamedTuple, dataclass
 from ckptool.text import HIDDEN, length
 
 if TYPE_CHECKING:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from ckptool.files.blocks import grain
 from ckptool.files.fileio import CHUNK
 from ckptool.files.gathering import Band, Portion
-from ckptool.records import dataclass
+from ckptool.records import NamedTuple, dataclass
 from ckptool.tensors.tensor import Packing, Storage
 
 AT_ONCE = 8  # two threads wait for the interpreter and for each other less

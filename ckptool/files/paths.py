@@ -10,9 +10,10 @@ import re
 import time
 from collections.abc import Iterator
 from itertools import cycle, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptool.errors import of_system
+from ckptool.records import NamedTuple
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path

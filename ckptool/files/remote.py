@@ -15,11 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import IO, NamedTuple, Protocol
+from typing import IO, Protocol
 
 from ckptool.files import fileio
 from ckptool.files.fileio import OpenFile
 from ckptool.files.paths import Url
+from ckptool.records import NamedTuple
 
 BLOCK = 4 << 20  # as much as one of the two threads of a copy moves at once
 NEAR = 1 << 16  # bytes between two ranges that are fetched rather than asked for anew

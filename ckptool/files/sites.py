@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ckptool.files import paths
+from ckptool.records import NamedTuple
 
 if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
     from pathlib import Path

@@ -10,11 +10,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from ckptool.errors import Malformed, Unsupported
 from ckptool.files import budget
 from ckptool.files.fileio import Reader
+from ckptool.records import NamedTuple
 
 STORED, DEFLATED = 0, 8
 COMMON = struct.Struct("<5H3L2H")  # of a local header and an entry of the directory: `Header`

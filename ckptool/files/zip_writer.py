@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from ckptool.files.zips import (
     BIG16,
@@ -19,6 +18,7 @@ from ckptool.files.zips import (
     REST,
     STORED,
 )
+from ckptool.records import NamedTuple
 
 
 class Record(NamedTuple):

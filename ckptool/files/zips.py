@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from zlib_ng.zlib_ng import crc32
 
@@ -37,6 +37,7 @@ from ckptool.files.zip_headers import (
     refuse_packing,
     text,
 )
+from ckptool.records import NamedTuple
 from ckptool.tensors.tensor import Packing, Storage
 
 MAX_MEMBERS = 1_000_000

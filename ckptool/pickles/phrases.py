@@ -7,7 +7,8 @@ share is in the memo, is about 30 opcodes from the mark of its arguments on.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+from ckptool.records import NamedTuple
 
 # In groups: what tells the tensor from others, but for the key of its storage and what the memo
 # calls its parts.

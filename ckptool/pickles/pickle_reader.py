@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from ckptool.errors import FormatError, LimitExceeded, Malformed, Unsupported
 from ckptool.files import budget
@@ -31,7 +31,7 @@ from ckptool.pickles.tree import (
     PersistentId,
     Set,
 )
-from ckptool.records import dataclass
+from ckptool.records import NamedTuple, dataclass
 from ckptool.text import length
 
 MAX_OPCODES = 10_000_000

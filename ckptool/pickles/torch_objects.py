@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ckptool.errors import Malformed
 from ckptool.pickles import phrases, subclasses
@@ -20,7 +20,7 @@ from ckptool.pickles.phrases import PUTS, Template
 from ckptool.pickles.pickle_reader import Memo, Phrase, Vocabulary
 from ckptool.pickles.subclasses import FROM_TYPE, UTILS, dtype_of, sizes_of
 from ckptool.pickles.tree import ORDERED_DICT, Dict, Global, Node, Object, PersistentId, items
-from ckptool.records import dataclass
+from ckptool.records import NamedTuple, dataclass
 from ckptool.tensors.dtype import BY_STORAGE_CLASS, DType
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, Storage, TensorInfo, problem
 from ckptool.text import length

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
+from ckptool.records import NamedTuple
 from ckptool.tensors.tensor import shapes_of, tensors_of, ties
 
 Shapes = dict[str, tuple[int, ...]]

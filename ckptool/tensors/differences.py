@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from ckptool.tensors.counts import NOWHERE, Distance, Tolerance, Values
 from ckptool.tensors.dtype import DType
 from ckptool.tensors.numbers import (
     COMPLEX,
@@ -20,6 +19,7 @@ from ckptool.tensors.numbers import (
     rounded,
 )
 from ckptool.tensors.statistics import doubles, is_counted
+from ckptool.tensors.summaries import NOWHERE, Distance, Tolerance, Values
 
 
 def differences(dtype: DType, left: Block, right: Block, tolerance: Tolerance) -> Values:

@@ -7,7 +7,6 @@ from math import isfinite
 from struct import unpack
 from typing import Any
 
-from ckptool.tensors.counts import Cells, Statistics, packed
 from ckptool.tensors.dtype import PACKED, DType
 from ckptool.tensors.numbers import (
     COMPLEX,
@@ -20,6 +19,7 @@ from ckptool.tensors.numbers import (
     floats_of,
     part_of,
 )
+from ckptool.tensors.summaries import Cells, Statistics, packed
 
 Number = int | float | complex | bool
 CELLS, _SHIFT = 4096, 20  # of a histogram: sign, exponent and three more bits of single precision

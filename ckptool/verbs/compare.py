@@ -22,8 +22,8 @@ from ckptool.state import checkpoint as places, module_metadata, replacing, sele
 from ckptool.state.checkpoint import Checkpoint, StateDict
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import peeling
-from ckptool.tensors.counts import Values
 from ckptool.tensors.differences import comparable
+from ckptool.tensors.summaries import Values
 from ckptool.tensors.tensor import AnyTensor, CompositeTensor, TensorInfo
 from ckptool.text import counted, listed, shape
 from ckptool.verbs.compare_sides import Asked, edited, notes, state_dicts, tolerance

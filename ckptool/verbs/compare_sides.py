@@ -15,7 +15,7 @@ from ckptool.state.edit_options import recipe_edits, stripping
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import BOOKKEEPING
-from ckptool.tensors.counts import NO_TOLERANCE, Tolerance
+from ckptool.tensors.summaries import NO_TOLERANCE, Tolerance
 from ckptool.tensors.tensor import TENSORS, AnyTensor, TensorInfo, ties
 from ckptool.text import listed, several
 

@@ -14,10 +14,10 @@ from ckptool.files.copying import Begin
 from ckptool.files.fileio import Readers
 from ckptool.records import dataclass
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.counts import NO_TOLERANCE, NOWHERE, Tolerance, Values
 from ckptool.tensors.differences import differences, norm, rounded_differences
 from ckptool.tensors.numbers import SLICE, load
 from ckptool.tensors.statistics import is_counted
+from ckptool.tensors.summaries import NO_TOLERANCE, NOWHERE, Tolerance, Values
 from ckptool.tensors.tensor import (
     Packing,
     TensorInfo,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptool.records import dataclass, plain
 from ckptool.state.walk import Path
-from ckptool.tensors.counts import Values
+from ckptool.tensors.summaries import Values
 from ckptool.text import counted, visible
 from ckptool.verbs.compare_sides import Asked
 

@@ -19,7 +19,7 @@ from ckptool.text import counted, html_table, readable, shape, visible
 if TYPE_CHECKING:  # the copy engine takes long to load
     from ckptool.documents import looking
     from ckptool.files.copying import Begin
-    from ckptool.tensors.counts import Statistics
+    from ckptool.tensors.summaries import Statistics
 
 Entry = tuple[str, AnyTensor]
 
@@ -92,7 +92,7 @@ class Listing:
         """Describe a tensor, with its statistics where they were asked for."""
         fields = _fields(key, info)
         if self.statistics is not None:
-            from ckptool.tensors.counts import Statistics
+            from ckptool.tensors.summaries import Statistics
 
             found = self.statistics.get(key, Statistics())
             numbers = found.numbers
@@ -209,8 +209,8 @@ def _with_statistics(listed: Listing, progress: Begin, cells: bool) -> Listing:
 
     Views that overlap so often that to read them would take for ever have none.
     """
-    from ckptool.tensors.counts import Statistics
     from ckptool.tensors.statistics import is_counted, statistics
+    from ckptool.tensors.summaries import Statistics
     from ckptool.verbs.finite import count_in
 
     tensors = [

@@ -16,10 +16,10 @@ from ckptool.files.copying import Begin
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, selecting
 from ckptool.state.checkpoint import Checkpoint
-from ckptool.tensors.counts import NOWHERE, Distance, Statistics
 from ckptool.tensors.differences import comparable
 from ckptool.tensors.numbers import FLOATS
 from ckptool.tensors.statistics import quantiles
+from ckptool.tensors.summaries import NOWHERE, Distance, Statistics
 from ckptool.tensors.tensor import AnyTensor, TensorInfo
 from ckptool.text import argument, counted
 from ckptool.verbs import compare_sides

@@ -14,9 +14,9 @@ import pytest
 
 import ckptool
 from ckptool.tensors import numbers
-from ckptool.tensors.counts import Tolerance, Values
 from ckptool.tensors.differences import differences
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
+from ckptool.tensors.summaries import Tolerance, Values
 from ckptool.verbs.difference import Change, Difference
 
 hypothesis = pytest.importorskip("hypothesis")
