@@ -27,7 +27,35 @@ Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
 
-class Command(click.Command):
+class Helped(click.Command):
+    """A command whose `--help` is not translated: to look for that takes a ms of every start."""
+
+    _help: click.Option | None = None
+
+    def get_help_option(self, ctx: click.Context) -> click.Option:
+        """Return the option, the same each time."""
+        if self._help is None:
+            names = self.get_help_option_names(ctx)
+            self._help = at_once(
+                *names, text="Show this message and exit.", of=click.Context.get_help
+            )
+        return self._help
+
+
+def at_once(*names: str, text: str, of: Callable[[click.Context], str]) -> click.Option:
+    """Return an option that prints what it makes of the context, and ends the command."""
+
+    def show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            click.echo(of(ctx), color=ctx.color)
+            ctx.exit()
+
+    return click.Option(
+        names, is_flag=True, is_eager=True, expose_value=False, help=text, callback=show
+    )
+
+
+class Command(Helped):
     """A command with examples in its help: the second paragraph of its docstring.
 
     All commands that read have the options for how long, and how much memory, they may take.

@@ -40,7 +40,7 @@ class Told:
 
 def tell(request: Request, told: Told) -> None:
     """Print the document, the plan or the talk of a rewrite."""
-    from ckptool.cli import report, report_plan
+    from ckptool.cli import report
 
     result, counts = told.result, told.counts
     for line in result.warnings:
@@ -48,6 +48,8 @@ def tell(request: Request, told: Told) -> None:
     if talk.speaks_json():
         talk.put_document(told.document or result.to_dict())
     elif result.dry_run:
+        from ckptool.cli import report_plan
+
         talk.put(report_plan.plan_lines(result, counts, talk.columns()))
     what = report.rewrite_lines(result, fold=talk.folds())
     written = report.written_lines(result, counts)

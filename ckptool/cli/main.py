@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from ckptool import __version__
+from ckptool.cli._options import Helped, at_once
 from ckptool.cli.talk import (
     complain,
     documents,
@@ -52,7 +53,7 @@ PIPE_CLOSED = 141
 SIGNALLED = 128  # and the number of the signal
 
 
-class _Commands(click.Group):
+class _Commands(Helped, click.Group):
     """Commands by name, each in a module of `ckptool.cli`, loaded when needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -119,12 +120,20 @@ def _no_such_command(name: str, known: list[str]) -> NoSuchCommand:
 @click.option(
     "--debug", is_flag=True, envvar="CKPTOOL_DEBUG", help="Show the traceback of an error."
 )
-@click.version_option(__version__, "-V", "--version", message="ckptool %(version)s")
 @click.pass_context
 def ckptool(ctx: click.Context, debug: bool) -> None:
     """ckptool: look into PyTorch checkpoints and edit them, without running what is in them."""
     if ctx.invoked_subcommand is None:
         put([ctx.get_help()])
+
+
+ckptool.params.append(
+    at_once(
+        *("-V", "--version"),
+        text="Show the version and exit.",
+        of=lambda _: f"ckptool {__version__}",
+    )
+)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -19,13 +19,13 @@ from ckptool.state.checkpoint import Checkpoint
 from ckptool.state.wrappers import peeling, worn
 from ckptool.tensors.tensor import TENSORS
 from ckptool.text import argument, counted, listed, percent, quoted, readable, shape, visible
-from ckptool.verbs.listing import Entry, Listing, rows
 
-if TYPE_CHECKING:  # `keys` needs neither, and they take time to load
+if TYPE_CHECKING:  # they take time to load, and no command needs them all
     from ckptool.state.adapting import Adapted
     from ckptool.verbs.casting import Cast
     from ckptool.verbs.combining import Averaged
     from ckptool.verbs.fitting import Fit, Mismatch
+    from ckptool.verbs.listing import Entry, Listing
     from ckptool.verbs.plotting import Plot
     from ckptool.verbs.surgery import Rewrite
 
@@ -40,6 +40,8 @@ def key_rows(entries: Sequence[Entry]) -> list[str]:
 
 def key_table(entries: Sequence[Entry], width: int, *, fold: bool = True) -> list[str]:
     """List tensors for people: those of a kind in each of several layers as one."""
+    from ckptool.verbs.listing import rows
+
     head, *listed = rows(entries)
     return folded_table(head, listed, width) if fold else screen.listed(head, listed, width)
 

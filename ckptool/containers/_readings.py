@@ -23,17 +23,16 @@ _WINDOW, _WIDEST = 1 << 12, 8 << 20  # of a line that goes on, the latter
 _MAX_STEPS = 10_000  # arguments that are passed over: what starts as a pickle by chance has few
 _MAX_NAME = 1 << 16  # bytes of a name that could be one of a module
 _UNCLEAR = Global("", "")
-_PICKLE = re.compile(r"(?<!\Adata)(?<!\Aconstants)\.pkl\Z")  # what is no part of a checkpoint
+_READ = ("data.pkl", "constants.pkl")  # the pickles of a checkpoint itself
 
 Pickles = tuple[dict[Global, int], list[Object]]  # what they name, and call
 
 # Opcodes that name nothing: without an argument, with one of fixed size, or with a line
 # (CPython's pickletools.py). What they do to the stack is not followed: unpicklers may go further
 # than ckptool's would.
-_FIXED = re.compile(
+_FIXED = (
     rb"(?:[]()}0-2NRa-bdelostu\x81\x85-\x89\x8f-\x92\x94\x97\x98]|[Kqh\x80].|M..|[Jrj].{4}|G.{8}|"
-    rb"[IFLgp][-+.\w \t]*\n)*+",
-    re.DOTALL,
+    rb"[IFLgp][-+.\w \t]*\n)*+"
 )
 _TEXTS = {b"U": 1, b"X": 4, b"T": 4, b"\x8c": 1, b"\x8d": 8}  # the sizes of their lengths
 _LENGTHS = {**_TEXTS, b"C": 1, b"B": 4, b"\x8e": 8, b"\x96": 8, b"\x8a": 1, b"\x8b": 4}
@@ -73,7 +72,8 @@ def unread(reader: Reader, checkpoint: Checkpoint) -> Pickles:
     unread = set(checkpoint.unread)
     with closing(Readers()) as readers:
         for name, storage in checkpoint.records.items():
-            if not storage.nbytes or not (name in unread or _PICKLE.search(name)):
+            is_more = name.endswith(".pkl") and name not in _READ
+            if not storage.nbytes or not (name in unread or is_more):
                 continue
             if storage.packing is Packing.DEFLATED:
                 part = readers.unpacked(storage)
@@ -106,7 +106,7 @@ def _names(reader: Reader) -> Iterator[tuple[Global, int]]:
     texts: list[str] = []
     for _ in range(_MAX_STEPS):
         data = reader.read(position, min(_WINDOW, reader.nbytes - position))
-        code, end = data[:1], _FIXED.match(data).end()  # type: ignore[union-attr]
+        code, end = data[:1], re.match(_FIXED, data, re.DOTALL).end()  # type: ignore[union-attr]
         if not end and code in _LENGTHS:
             start = 1 + _LENGTHS[code]
             length = int.from_bytes(data[1:start], "little", signed=code in (b"T", b"\x8b"))

@@ -39,8 +39,8 @@ _OTHERS = {
 # Headers about the next member: L and K (long name and link of GNU) or x (pax); a g (pax, about all
 # members that follow) may come before them.
 _ABOUT_NEXT = (b"", b"L", b"K", b"LK", b"KL", b"x")
-_GLOBAL_NAMES = re.compile(rb"path\Z|size\Z|GNU\.sparse\.")
-_OCTAL = re.compile(rb" *[0-7]*[\0 ]*")
+_GLOBAL_NAMES = rb"path\Z|size\Z|GNU\.sparse\."
+_OCTAL = rb" *[0-7]*[\0 ]*"
 # What `tarfile` takes for the start of a checksum: white space, a sign, an octal digit, or the flag
 # of a binary number. Other files are spared the import.
 _CHECKSUM_STARTS = b"\0\t\n\v\f\r\x1c\x1d\x1e\x1f +-01234567\x80\xff"
@@ -150,7 +150,9 @@ def _starts(reader: Reader) -> Iterator[int]:
             everywhere, records = everywhere | records.keys(), {}
         if count > MAX_MEMBERS:
             raise LimitExceeded(f"an archive of more than {MAX_MEMBERS} members")
-        if len(everywhere) > MAX_GLOBAL or any(map(_GLOBAL_NAMES.match, everywhere)):
+        if len(everywhere) > MAX_GLOBAL or any(
+            re.match(_GLOBAL_NAMES, name) for name in everywhere
+        ):
             _fail("a header about all members that names one, or states too much", position)
         position = end
 
@@ -158,9 +160,9 @@ def _starts(reader: Reader) -> Iterator[int]:
 def _header(block: bytes, offset: int) -> TarInfo:
     """Parse a raw header; its checksum and size must be numbers to every reader."""
     header, is_binary = _parsed(block), block[124:125] >= b"\x80"
-    if not is_binary and not _OCTAL.fullmatch(block[124:136]):
+    if not is_binary and not re.fullmatch(_OCTAL, block[124:136]):
         _fail("the size of a member is not an octal number", offset)
-    if header is None or not _OCTAL.fullmatch(block[148:156]):
+    if header is None or not re.fullmatch(_OCTAL, block[148:156]):
         _fail("the header of a member does not match its checksum", offset)
     if length(header.size) is None:
         _fail("the size of a member is negative or beyond 2^63", offset)

@@ -67,9 +67,7 @@ RECONSTRUCTORS = {
 }
 _CLASS_PACKAGES = _words("packages of inert classes")
 # Classes in or behind these that compile or run what they are given (torch.fx, RPC).
-_RUNS_CODE = re.compile(
-    r"(Graph|GraphModule|Node|Tracer|Interpreter|CodeGen|RRef)$|\.feature_extraction\."
-)
+_RUNS_CODE = r"(Graph|GraphModule|Node|Tracer|Interpreter|CodeGen|RRef)$|\.feature_extraction\."
 _EXECUTORS, _RUNNERS, _RESERVED = map(_words, ("executors", "runners", "reserved"))
 _PYTHON_2_MODULES = frozenset(["__builtin__", "copy_reg", "exceptions"])
 
@@ -141,4 +139,5 @@ def _is_known_class(module: str, name: str) -> bool:
     inside = any(
         module == package or module.startswith(package + ".") for package in _CLASS_PACKAGES
     )
-    return inside and name.lstrip("_")[:1].isupper() and not _RUNS_CODE.search(f"{module}.{name}")
+    is_class = inside and name.lstrip("_")[:1].isupper()
+    return is_class and not re.search(_RUNS_CODE, f"{module}.{name}")

@@ -33,10 +33,8 @@ NOT_STATE_DICTS = (
     *("optimizer*", "*scheduler*", "callbacks", "rng*", "loops", "scaler"),
     "*_extra_state",  # an entry of a state_dict (torch/nn/modules/module.py, get_extra_state)
 )
-_NOT_MODELS = (*NOT_STATE_DICTS, "hyper_parameters", "hparams")  # copies of modules to be trained
-_NO_STATE_DICT, _NO_MODEL = (
-    re.compile("|".join(map(translate, names))) for names in (NOT_STATE_DICTS, _NOT_MODELS)
-)
+_NO_STATE_DICT = re.compile("|".join(map(translate, NOT_STATE_DICTS)))
+_NO_MODELS = ("hyper_parameters", "hparams")  # copies of modules to be trained
 # What a copy may lack: an average of the parameters leaves out the buffers of norms.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -243,7 +241,7 @@ class Search:
             if not _holds_any(value):
                 continue
             deeper = dicts and not (_only_numbers(value) if listed else is_no_state_dict(key))
-            also = models and (listed or not _NO_MODEL.match(key))
+            also = models and (listed or not (key in _NO_MODELS or is_no_state_dict(key)))
             if deeper or also:
                 self.visit(value, (*path, key), dicts=deeper, models=also)
 

@@ -9,6 +9,7 @@ share) is made from them; once made, an edit of keys is a plain function of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ckptool.errors import EditError, NothingMatched
 from ckptool.state import casting, wrappers
@@ -24,10 +25,12 @@ from ckptool.state.changes import (
     Move as Move,
     Value as Value,
 )
-from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.selecting import close_matches, examples, nothing_matched, select as select
 from ckptool.state.wrappers import BOOKKEEPING, WRAPPERS
 from ckptool.text import counted, several
+
+if TYPE_CHECKING:
+    from ckptool.state.renaming import Renaming
 
 DEFAULT_PREFIX = "module."
 AUTO = "auto"  # the prefix that is every known wrapper
@@ -167,6 +170,8 @@ def renames(rules: Pairs, *, optional: bool = False, back: Renaming | None = Non
     Each rule must take something, unless they are `optional`. `back` are the rules the other way
     round: where they do not lead back to a key, it is refused. Raises also `KeyCollision`.
     """
+    from ckptool.state.renaming import Renaming, Rule
+
     renaming = Renaming([Rule(*pair) for pair in rules])
 
     def change(entries: Entries) -> Change:
@@ -194,6 +199,8 @@ Found = Mapping[str, tuple[int, str]]  # for a key the number of the rule, and t
 
 def _refuse_idle(renaming: Renaming, counts: Sequence[int], keys: Sequence[str]) -> None:
     """Raise an error for a rule that takes nothing."""
+    from ckptool.state.renaming import Renaming
+
     for number, (rule, count) in enumerate(zip(renaming.rules, counts, strict=True)):
         if count:
             continue

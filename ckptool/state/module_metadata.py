@@ -54,7 +54,7 @@ _FORMAT = {"format": "pt"}
 MAX_LETTERS = 64 << 20  # of `_metadata` as JSON: a pickle may name one value in many places
 LETTERS = 64  # that a value counts for which is not text
 MAX_DEPTH = 16
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE = "[\ud800-\udfff]"
 
 
 def with_texts(state_dict: Node, texts: Mapping[str, str]) -> Node:
@@ -140,7 +140,7 @@ def _plain(node: Node, budget: list[int], depth: int = 0) -> Any:
 
 def is_text(node: Node) -> bool:
     """Return whether a value is text that JSON can hold: without half a character."""
-    return isinstance(node, str) and not _SURROGATE.search(node)
+    return isinstance(node, str) and (node.isascii() or not re.search(_SURROGATE, node))
 
 
 def from_json(metadata: Mapping[str, Any]) -> Node:

@@ -43,7 +43,7 @@ _PERSISTENT = Global("torch_utils.persistence", "_reconstruct_persistent_obj")
 _GRAPH_MODULE = Global("torch.fx.graph_module", "reduce_graph_module")
 _COMPILED = Global("torch._dynamo.eval_frame", "OptimizedModule")
 # Classes of torch with an own `_save_to_state_dict`, whose entries are packed or plain numbers.
-_PACKED = re.compile(
+_PACKED = (
     r"torch\.(ao\.)?nn\.(intrinsic\.)?(sparse\.)?quantized\..*"
     r"\.(\w*Linear\w*|\w*Conv\w*|Embedding\w*|QFunctional|PackedParameter|LSTM|GRU|\w*RNN\w*)"
 )
@@ -256,7 +256,7 @@ class _Collector:
 
     def is_packed(self, named: Global | None) -> bool:
         if named not in self.packed:
-            self.packed[named] = bool(_PACKED.fullmatch(_dotted(named)))
+            self.packed[named] = bool(re.fullmatch(_PACKED, _dotted(named)))
         return self.packed[named]
 
 

@@ -12,7 +12,6 @@ from fnmatch import translate
 
 from ckptool.errors import EditError, NothingMatched
 from ckptool.state import wrappers
-from ckptool.state.templates import LONGEST, is_template, template
 from ckptool.text import counted, several
 
 
@@ -21,14 +20,16 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
     Raises `EditError` for a regular expression that is none.
     """
+    from ckptool.state import templates
+
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
             raise EditError(f"`{pattern[3:]}` is not a regular expression: {error}") from None
-        return lambda key: len(key) <= LONGEST and expression.fullmatch(key) is not None
-    if is_template(pattern):
-        source, _ = template(pattern.rstrip(".")).regex(1)
+        return lambda key: len(key) <= templates.LONGEST and expression.fullmatch(key) is not None
+    if templates.is_template(pattern):
+        source, _ = templates.template(pattern.rstrip(".")).regex(1)
         under = re.compile(rf"{source}(?:\..*)?", re.DOTALL)
         return lambda key: under.fullmatch(key) is not None
     if any(sign in pattern for sign in "*?["):

@@ -17,7 +17,7 @@ DIGITS = frozenset("ijklmne")
 LONGEST = 1000  # characters of a key that is tried in many ways
 MOST_CHOICES = 1
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:\*\*)?\}")
-_UNCLEAR = re.compile(r"\}\{|:\*\*\}\.\{[^{}]*:\*\*\}")
+_UNCLEAR = r"\}\{|:\*\*\}\.\{[^{}]*:\*\*\}"
 _CLEAR = (
     "put a text between them, more than a dot between {a:**} and {b:**}, of which two are the most"
 )
@@ -51,7 +51,7 @@ class Template:
     @property
     def unclear(self) -> str:
         """Return why a key does not tell how much of it each field holds, or an empty text."""
-        if _UNCLEAR.search(self.text):
+        if re.search(_UNCLEAR, self.text):
             return f"`{self.text}` does not say where one field ends and the next begins"
         many = self.choices > MOST_CHOICES
         return f"`{self.text}` can be read in too many ways" if many else ""
