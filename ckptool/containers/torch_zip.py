@@ -152,15 +152,19 @@ def archive(
         raise NotRepresentable("tensors of two byte orders cannot be in one torch file")
     byteorder = orders.pop() if orders else "little"
     small = {"data.pkl": pickled, "byteorder": byteorder.encode(), "version": b"3\n"}
-    *before, after = (_record(name, len(data), crc32(data)) for name, data in small.items())
     held = {f"data/{key}": storage for key, storage in enumerate(lowering.storages)}
     held |= further or {}
     storages = tuple(held.values())
 
+    def record(name: str, nbytes: int, checksum: int) -> zip_writer.Record:
+        return zip_writer.Record(f"{ROOT}/{name}".encode(), nbytes, checksum)
+
+    *before, after = (record(name, len(data), crc32(data)) for name, data in small.items())
+
     def records(checksums: Iterable[int]) -> Iterator[zip_writer.Record]:
         yield from before
         for (name, storage), checksum in zip(held.items(), checksums, strict=False):
-            yield _record(name, storage.nbytes, checksum)
+            yield record(name, storage.nbytes, checksum)
         yield after
 
     starts, nbytes = zip_writer.lay_out(records(repeat(0)), ALIGNMENT)
@@ -174,12 +178,6 @@ def archive(
 
     literals = [*zip((*starts[:2], starts[-1]), small.values(), strict=True)]
     return PlannedFile("", nbytes, literals, jobs, finish)
-
-
-def _record(name: str, nbytes: int, checksum: int) -> zip_writer.Record:
-    from ckptool.files import zip_writer
-
-    return zip_writer.Record(f"{ROOT}/{name}".encode(), nbytes, checksum)
 
 
 CONTAINERS = (

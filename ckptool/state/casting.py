@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import field, replace
+from dataclasses import field
 
 from ckptool.errors import EditError
 from ckptool.pickles.subclasses import class_of
@@ -76,8 +76,8 @@ def cast(entries: Mapping[str, Node], to: DType, chosen: Collection[str], overfl
                 kernel = Rounding(value.dtype, to, overflow == "clamp", order)
                 rounded = values.elementwise(kernel, [value], to, made)
                 rounded.storage.byteorder = order
-                origin = value.origin if is_parameter(value) else None
-                known[id(value)] = replace(rounded, origin=origin)
+                rounded.origin = value.origin if is_parameter(value) else None
+                known[id(value)] = rounded
             if attributes(value) is not None and not is_parameter(value):
                 done.stripped.append(key)
             done.tensors[key] = (value, known[id(value)])

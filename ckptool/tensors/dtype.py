@@ -77,6 +77,8 @@ class DType(Enum):
         self.swap = swap
         self.rank = len(type(self).__members__)
 
+    __hash__ = object.__hash__  # of members, as `==` is; that of Enum is a function of Python
+
     @property
     def label(self) -> str:
         """Name it as reports do: safetensors' name, torch's where safetensors has none."""

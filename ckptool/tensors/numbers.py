@@ -104,13 +104,16 @@ def bits_of(block: Block, dtype: DType) -> Any:
     return np.frombuffer(block, f"<u{part_of(dtype).itemsize}")
 
 
+@cache
 def _kind(dtype: DType) -> Any:
     """Return the dtype of numpy or ml_dtypes for a real float."""
+    import numpy as np
+
     if dtype in (DType.F64, DType.F32, DType.F16):
-        return f"<f{dtype.itemsize}"
+        return np.dtype(f"<f{dtype.itemsize}")
     import ml_dtypes
 
-    return getattr(ml_dtypes, dtype.torch_name)
+    return np.dtype(getattr(ml_dtypes, dtype.torch_name))
 
 
 def _widened(bits: Any, dtype: DType) -> Any:
@@ -186,14 +189,13 @@ def cast(out: Block, block: Block, source: DType, target: DType, *, clamp: bool 
     """
     import numpy as np
 
-    edges = _edges(source, target)
+    edges, bits = _edges(source, target), bits_of(out, target)
     with np.errstate(all="ignore"):
         floats = block_floats(block, source)
-        _round_into(np.frombuffer(out, _kind(target)), floats, target)
+        _round_into(bits.view(_kind(target)), floats, target)
         if edges is None:
             return Losses()
         top, bottom = edges
-        bits = bits_of(out, target)
         sign = 1 << 8 * bits.itemsize - 1
         largest, least = _sizes(bits, sign)
         overflow = zero = small = 0
@@ -218,11 +220,13 @@ def _sizes(bits: Any, sign: int) -> tuple[int, int]:
 
     Of negative ones, as unsigned integers they are above the sign, as signed ones above minus it.
     """
+    import numpy as np
+
     if not len(bits):
         return 0, sign
-    signed = bits.view(f"<i{bits.itemsize}")
-    largest = max(int(signed.max()), int(bits.max()) - sign)
-    return largest, min(int(bits.min()), int(signed.min()) + sign)
+    signed, most, least = bits.view(f"<i{bits.itemsize}"), np.maximum.reduce, np.minimum.reduce
+    largest = max(int(most(signed)), int(most(bits)) - sign)
+    return largest, min(int(least(bits)), int(least(signed)) + sign)
 
 
 @cache

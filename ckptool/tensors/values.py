@@ -392,17 +392,20 @@ def elementwise(kernel: Kernel, args: Sequence[TensorInfo], dtype: DType, made: 
     """
     first = args[0]
     wholes = [_whole(value) for value in args]
-    views = {
-        (each.shape, value.view[1:4], value.lazy) for each, value in zip(wholes, args, strict=True)
-    }
-    alike = len(views) == 1
-    key = (dtype, *(value.view for value in (wholes if alike else args)))
-    if key not in made:
-        made[key] = computed(kernel, wholes if alike else args, dtype).storage
-    if alike:
-        return replace(first, dtype=dtype, storage=made[key], origin=None)
-    stride = contiguous_stride(first.shape)
-    return TensorInfo(dtype, first.shape, stride, made[key], requires_grad=first.requires_grad)
+    laid = [
+        (each.shape, value.shape, value.stride, value.storage_offset, value.lazy)
+        for each, value in zip(wholes, args, strict=True)
+    ]
+    shape, stride, start, lazy = first.shape, first.stride, first.storage_offset, first.lazy
+    if laid.count(laid[0]) == len(laid):
+        args = wholes
+    else:
+        stride, start, lazy = contiguous_stride(shape), 0, frozenset()
+    key = (dtype, *(value.view for value in args))
+    storage = made.get(key)
+    if storage is None:
+        storage = made[key] = computed(kernel, args, dtype).storage
+    return TensorInfo(dtype, shape, stride, storage, start, first.requires_grad, lazy)
 
 
 def _whole(value: TensorInfo) -> TensorInfo:
