@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptool import containers
-from ckptool.cli import folding, screen
+from ckptool.cli import screen
 from ckptool.pickles import safety
 from ckptool.pickles.names import Level
 from ckptool.pickles.tree import Node
@@ -55,7 +55,9 @@ def folded_table(
     spare: Sequence[int] = (),
 ) -> list[str]:
     """Write a table for people, with a column for how often where rows were folded."""
-    rows = folding.rows_folded(rows, key)
+    from ckptool.cli.folding import rows_folded
+
+    rows = rows_folded(rows, key)
     if rows and len(rows[0]) > len(head):
         right, head = (*right, len(head)), (*head, "")
     return screen.listed(head, rows, width, right, spare, key)
@@ -302,7 +304,9 @@ def _named(names: Iterable[tuple[str, str]], *, fold: bool) -> str:
     """Write keys in a line, each with what is behind it; repetitions as one where they fold."""
     shown = [(visible(name), visible(more)) for name, more in names]
     if fold:
-        return folding.names_folded(shown)
+        from ckptool.cli.folding import names_folded
+
+        return names_folded(shown)
     return listed(" ".join(filter(None, each)) for each in shown)
 
 
@@ -355,5 +359,7 @@ def _fit_table(
     """Align keys with their shapes and what becomes of them, indented."""
     rows = [(visible(each.key), shape(each.here), *what) for each, what in found]
     if width is not None:
-        rows = folding.rows_folded(rows)
+        from ckptool.cli.folding import rows_folded
+
+        rows = rows_folded(rows)
     return [f"    {line}" for line in screen.table(rows, width and width - 4)]

@@ -19,7 +19,7 @@ LEAST = 8  # columns that a column of a table keeps
 ENOUGH = 24  # columns of a key that are worth the room of a column that can be missed
 _PASTED = ("ckptool ", "/")
 # A command up to the words behind it, a text in backticks, a word.
-_ATOM = re.compile(r"( *)(`[^`]*`\S*|ckptool (?:(?!   |; ).)*|\S+)")
+_ATOM = r"( *)(`[^`]*`\S*|ckptool (?:(?!   |; ).)*|\S+)"
 
 
 def shortened(text: str, width: int) -> str:
@@ -57,7 +57,7 @@ def wrapped(line: str, width: int | None) -> list[str]:
     indent = line[: min(len(line) - len(line.lstrip()), width - LEAST)]
     line = indent + line.lstrip()
     lines, current = [], ""
-    for gap, atom in _ATOM.findall(line):
+    for gap, atom in re.findall(_ATOM, line):
         if measured(current + gap + atom) > width and current.strip():
             lines.append(current)
             current, gap = "", indent + MORE

@@ -11,7 +11,6 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import closing
 
-from ckptool.containers import _pickles
 from ckptool.files import tars, zips
 from ckptool.files.fileio import Reader, Readers
 from ckptool.pickles.tree import Global, Object
@@ -81,6 +80,8 @@ def unread(reader: Reader, checkpoint: Checkpoint) -> Pickles:
                 part = reader.part(storage.start - reader.base, storage.nbytes, reader.path)
             for each in _pickles_in(part):
                 head = each.read(0, min(_WINDOW, each.nbytes))
+                from ckptool.containers import _pickles
+
                 more, called = _pickles.pickled(each, head)
                 named |= more
                 calls += called

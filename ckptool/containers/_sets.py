@@ -34,27 +34,22 @@ _STEP = r"(?a:global_step(\d+))"
 # Module of the container -> names; what the group `part` matches differs between files of a set.
 # Its `join(files, values)` reads them as one checkpoint, of those `values` where there are several;
 # None where what is in them says that they are no parts.
-_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
+_NAMES = (
     # torch/distributed/checkpoint/_hf_utils.py, `_gen_file_name`: of a rank, a part of the model
-    (
-        "dcp_safetensors",
-        re.compile(r"shard-(?P<part>\d{5}-model-\d{5})-of-\d{5}\.safetensors", re.ASCII),
-    ),
+    ("dcp_safetensors", r"(?a:shard-(?P<part>\d{5}-model-\d{5})-of-\d{5}\.safetensors)"),
     # deepspeed/runtime/engine.py, `_get_ckpt_name`, `_get_zero_ckpt_name`
     (
         "zero",
-        re.compile(
-            r"(?P<part>\w*?((zero_pp|expp)_rank_\d+_)?mp_rank_\d+_(model|optim)_states)\.pt",
-            re.ASCII,
-        ),
+        r"(?a:(?P<part>\w*?((zero_pp|expp)_rank_\d+_)?mp_rank_\d+_(model|optim)_states)\.pt)",
     ),
     # verl, torchtune, accelerate and others: model_world_size_2_rank_0.pt, model.rank_0.pth
-    ("rank_files", re.compile(r".*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt)", re.ASCII)),
+    ("rank_files", r"(?a:.*rank[-_]?(?P<part>\d+)[^/]*\.(pt|pth|bin|ckpt))"),
 )
+_IN_NAMES = ("shard-", "rank")  # one is in each: most files are of no set
 # Megatron-LM and NeMo have a folder for each rank of a model, with a file of one name in each
 # (megatron/training/checkpointing.py, `get_checkpoint_name`).
-_FOLDER = re.compile(r"[mt]p_rank_\d+(_(pp_rank_)?\d+)?", re.ASCII)
-_IN_FOLDER = re.compile(r"model(_\w+)?\.(pt|ckpt)", re.ASCII)
+_FOLDER = r"(?a:[mt]p_rank_\d+(_(pp_rank_)?\d+)?)"
+_IN_FOLDER = r"(?a:model(_\w+)?\.(pt|ckpt))"
 
 
 class FileSet(NamedTuple):
@@ -77,7 +72,7 @@ class FileSet(NamedTuple):
 def of_file(path: str) -> FileSet | None:
     """Return the files that a file may be in one set with, itself among them."""
     folder, name = paths.split(path)
-    if _IN_FOLDER.fullmatch(name) and _FOLDER.fullmatch(paths.split(folder)[1]):
+    if re.fullmatch(_IN_FOLDER, name) and re.fullmatch(_FOLDER, paths.split(folder)[1]):
         return _of_folders(paths.split(folder)[0], name)
     if _kind(name) is None:
         return None
@@ -94,7 +89,7 @@ def in_folder(folder: str) -> list[FileSet]:
 def _of_folders(parent: str, name: str) -> FileSet:
     """Return the files of one name in the folders of ranks."""
     names = (each.name for each in paths.listing(parent))
-    folders = sorted(filter(_FOLDER.fullmatch, names), key=by_number)
+    folders = sorted(filter(_of_rank, names), key=by_number)
     files = (paths.join(parent, folder, name) for folder in folders)
     return FileSet("megatron", tuple(filter(paths.is_file, files)))
 
@@ -129,9 +124,14 @@ def file_in(folder: str, names: Sequence[str], folders: Sequence[str]) -> str:
 
 def _in_folders(folder: str, folders: Sequence[str]) -> list[FileSet]:
     """List the sets that have a file in the folder of each rank."""
-    first = next(filter(_FOLDER.fullmatch, folders), None)
+    first = next(filter(_of_rank, folders), None)
     names = [each.name for each in paths.listing(paths.join(folder, first))] if first else []
-    return [_of_folders(folder, name) for name in sorted(filter(_IN_FOLDER.fullmatch, names))]
+    found = sorted(name for name in names if re.fullmatch(_IN_FOLDER, name))
+    return [_of_folders(folder, name) for name in found]
+
+
+def _of_rank(folder: str) -> bool:
+    return re.fullmatch(_FOLDER, folder) is not None
 
 
 def read_part(files: Sequence[str], number: int, first: Container | None = None) -> Checkpoint:
@@ -167,8 +167,8 @@ def slim(part: Checkpoint) -> Checkpoint:
 
 def _kind(name: str) -> tuple[str, str] | None:
     """Return which set a name is of: its module, and the name without what differs in it."""
-    for module, pattern in _NAMES:
-        match = pattern.fullmatch(name)
+    for module, pattern in _NAMES if any(part in name for part in _IN_NAMES) else ():
+        match = re.fullmatch(pattern, name)
         if match is not None:
             return module, name[: match.start("part")] + name[match.end("part") :]
     return None

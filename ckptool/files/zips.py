@@ -296,11 +296,11 @@ def _refuse_odd_names(reader: Reader, members: Sequence[Member]) -> None:
             first = next(other.name for other in members if other.name.casefold() == folded)
             fail(reader, f"two records are named {first} and {member.name}", member.header)
         seen.add(folded)
-        if _ODD_NAME.search(member.name):
+        if re.search(_ODD_NAME, member.name):
             fail(reader, f"a record named {member.name!r}", member.header)
 
 
-_ODD_NAME = re.compile(r"\A(/|\Z)|[\0\\]|(\A|/)\.\.(/|\Z)")
+_ODD_NAME = r"\A(/|\Z)|[\0\\]|(\A|/)\.\.(/|\Z)"
 _ODD_PARTS = ("\n/", "\n\n", "\0", "\\", "..")  # one is in lines of which one is odd
 
 

@@ -35,8 +35,8 @@ from ckptool.tensors.tensor import CompositeTensor, TensorInfo, shapes_of, tenso
 from ckptool.text import argument, counted, length, listed, shape
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
-_RANK = re.compile(r"rank_?([0-9]+)")
-_FLAT = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
+_RANK = r"rank_?([0-9]+)"
+_FLAT = r"(.*\.)?_?flat_param(_\d+)?"
 _OF_RANK = {  # the rank is the group; where it is empty, parts are numbered differently
     r"consolidated\.(\d+)\.pth": "a model-parallel checkpoint of Llama",
     r"()layer_\d+-model_\d+-model_states\.pt": "a pipeline-parallel checkpoint of DeepSpeed",
@@ -95,7 +95,7 @@ class File:
         self, kind: str, where: str, rank: int | None = None, world: int | None = None
     ) -> Part:
         """Make a part; its name tells the rank where its content does not."""
-        if rank is None and (named := _RANK.search(os.path.basename(self.path))):
+        if rank is None and (named := re.search(_RANK, os.path.basename(self.path))):
             rank = int(named[1])
         return Part(kind, where, rank, world if world and world > (rank or 0) else None)
 
@@ -202,7 +202,7 @@ def _pieces(file: File) -> Part | None:
 
 def is_flat(key: str) -> bool:
     """Check for the key of parameters that FSDP made one."""
-    return "flat_param" in key and _FLAT.fullmatch(key) is not None
+    return "flat_param" in key and re.fullmatch(_FLAT, key) is not None
 
 
 def _flat(file: File) -> Part | None:

@@ -17,12 +17,12 @@ from ckptool.pickles.tree import Node
 from ckptool.tensors.dtype import DType
 
 _SCALE = re.compile("(?i)scale|absmax|amax|quant_map|zero|codebook|centroid|^scb$|^q?biases$")
-_ZERO_POINT = re.compile("(?i)zero_?point")
+_ZERO_POINT = "(?i)zero_?point"
 _WITH_SCALE = {dtype for dtype in DType if dtype.quantized}  # torch keeps it in the tensor
 # Not I64, which is that of counters and indices, nor BOOL, that of masks.
 _PACKED = {
     *(DType.I8, DType.U8, DType.I16, DType.U16, DType.I32, DType.U32),
-    *(dtype for dtype in DType if re.match("F[468]", dtype.safetensors_name)),
+    *(dtype for dtype in DType if dtype.safetensors_name.startswith(("F4", "F6", "F8"))),
     *_WITH_SCALE,
 }
 
@@ -44,7 +44,7 @@ def quantized(entries: Mapping[str, Node]) -> tuple[set[str], set[str]]:
         is_scale = _SCALE.search(name)
         if is_scale:
             scales.setdefault(module, set()).add(key)
-        if _ZERO_POINT.search(name) if is_scale else dtypes & _PACKED:
+        if re.search(_ZERO_POINT, name) if is_scale else dtypes & _PACKED:
             packed.setdefault(module, set()).add(key)
         if dtypes & _WITH_SCALE:
             modules.add(module)

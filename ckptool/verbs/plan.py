@@ -8,7 +8,6 @@ from dataclasses import field, replace
 from ckptool import containers, text
 from ckptool.containers import Container, Left
 from ckptool.errors import EditError, NothingMatched
-from ckptool.pickles import pruning
 from ckptool.pickles.subclasses import as_pickled, class_of, tensors_in
 from ckptool.pickles.tree import Node
 from ckptool.records import dataclass
@@ -326,6 +325,8 @@ def _is_whole(node: Node, entries: dict[str, Node]) -> bool:
 def _leave_behind(plan: Plan) -> None:
     """With --tensors-only, take out what is neither tensor nor plain value; untie on request."""
     if plan.options.tensors_only:
+        from ckptool.pickles import pruning
+
         tree, left, flattened = pruning.only_plain(plan.checkpoint.tree)
         if flattened:
             classes = listed(f"{name} x {count}" for name, count in flattened.items())
