@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from zlib_ng.zlib_ng import crc32_combine
 
@@ -60,9 +60,9 @@ def checksums(found: Iterable[Part]) -> dict[Storage, int]:
     return {each: ends[each.nbytes] for each, ends in reached.items() if each.nbytes in ends}
 
 
-def compare(found: Iterable[Part]) -> None:
-    """Raise `Malformed` for a storage whose checksum is not that of its parts."""
-    for storage, checksum in checksums(found).items():
+def compare(found: Mapping[Storage, int]) -> None:
+    """Raise `Malformed` for a storage whose recorded checksum is another than was found."""
+    for storage, checksum in found.items():
         if storage.crc32 != checksum:
             raise Malformed(
                 f"{storage.path}: the bytes of storage {storage.key} do not match their checksum",

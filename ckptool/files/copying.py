@@ -134,13 +134,14 @@ def run_jobs(
             else:
                 left.append(number)
         moved, found = move([jobs[number] for number in left], target, progress, sync=sync)
-        parts += found
         for number, each in zip(left, moved, strict=True):
             done[number] = each
-        if reading or all(job.target is not None for job in jobs):
+        if found:
+            parts += found
+            known = checksums.checksums(parts)
+        if all(job.target is not None for job in jobs):
             break
-        known = checksums.checksums(parts)
-    checksums.compare(parts)
+    checksums.compare(known)
     return done
 
 

@@ -225,7 +225,8 @@ class Work:
         return self._numbered(move(mine, None, self._progress)[1])
 
     def _compare(self, answers: Iterable[Iterable[Sequence[int]]]) -> None:
-        checksums.compare([*self._parts, *self._named(chain.from_iterable(answers))])
+        parts = [*self._parts, *self._named(chain.from_iterable(answers))]
+        checksums.compare(checksums.checksums(parts))
 
     def _numbered(self, parts: Iterable[Part]) -> list[list[int]]:
         return [[self._recorded[each.storage], *each[1:]] for each in parts]

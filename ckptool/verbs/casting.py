@@ -121,16 +121,20 @@ def written(casting: Casting) -> Cast:
     What is one view of a storage was counted with it, if each element was computed once. Of others,
     those that lost anything are read again, or where that would take for ever, count for the whole.
     """
+    nothing = Losses()
+    lossy: dict[str, Rounding] = {}
+    for key, (_, after) in casting.tensors.items():
+        kernel = after.storage.computed.kernel if after.storage.computed else None
+        if isinstance(kernel, Rounding) and kernel.losses != nothing:
+            lossy[key] = kernel
     views: dict[Storage, set[tuple[object, ...]]] = {}
-    for _, after in casting.tensors.values():
+    for _, after in casting.tensors.values() if lossy else ():
         views.setdefault(after.storage, set()).add(after.view)
     known: dict[str, Losses] = {}
     again: dict[str, TensorInfo] = {}
     all_of: dict[str, Losses] = {}
-    for key, (before, after) in casting.tensors.items():
-        kernel = after.storage.computed.kernel if after.storage.computed else None
-        if not isinstance(kernel, Rounding) or kernel.losses == Losses():
-            continue
+    for key, kernel in lossy.items():
+        before, after = casting.tensors[key]
         once = kernel.count == after.numel and len(views[after.storage]) == 1
         if once and _is_whole(after):
             known[key] = kernel.losses
