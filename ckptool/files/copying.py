@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from mmap import mmap
-from threading import Condition
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
 
@@ -195,7 +194,11 @@ class _Run:
         self._write_back = _WriteBack(fd or 0, wanted=sync and fd is not None)
         self._jobs, self._band = jobs, Band()
         self._tasks = tasks(jobs, self._band)
-        self._turn, self._at_work, self._together = Condition(), set[int](), False
+        # Locks of C alone: a Ctrl-C may come between any two lines of Python, and one that is
+        # taken there would be held for ever.
+        self._turn, self._at_work, self._together = allocate_lock(), set[int](), False
+        self._gate = allocate_lock()  # held where nobody has left what others wait for
+        self._gate.acquire()
         self._lock = allocate_lock()
         self._ahead: dict[tuple[int, int], Done] = {}  # parts whose predecessors are not done
         self._error: BaseException | None = None
@@ -274,34 +277,35 @@ class _Run:
                     end = task[-1][-1].end
                 self._progress(nbytes)
                 self._write_back.reached(end)
+        except BaseException as error:
+            self._error = self._error or error
+            raise
         finally:
-            self._pause()
+            with self._turn:
+                self._pause()
 
     def _pause(self) -> None:
         """Note that this thread works on nothing."""
-        with self._turn:
-            self._at_work.discard(get_ident())
-            self._turn.notify_all()
+        self._at_work.discard(get_ident())
+        if self._gate.locked():
+            self._gate.release()
 
     def _next_task(self) -> Task | list[Block] | Portion | None:
         """Return what to do next, None once all is done, or something went wrong.
 
         Where the tasks before must be done by all, that is waited for.
         """
-        with self._turn:
-            self._at_work.discard(get_ident())
-            if self._together:
-                self._turn.notify_all()
-            while self._error is None:
-                if self._together and self._at_work:
-                    self._turn.wait(LOST)
-                    continue
-                task = next(self._tasks, None)
-                self._together = isinstance(task, Together)
-                if not isinstance(task, Together):
-                    if task is not None:
-                        self._at_work.add(get_ident())
-                    return task
+        while self._error is None:
+            with self._turn:
+                self._pause()
+                while not (self._together and self._at_work):
+                    task = next(self._tasks, None)
+                    self._together = isinstance(task, Together)
+                    if not isinstance(task, Together):
+                        if task is not None:
+                            self._at_work.add(get_ident())
+                        return task
+            self._gate.acquire(timeout=LOST)
         return None
 
     def _account(self, task: Task, part: Done) -> None:
