@@ -227,9 +227,18 @@ def grain(storage: Storage, room: int = BAND) -> Grain:
         return min(rows) if rows else max(each for each, _ in below)
     shape = storage.chunked.shape if storage.chunked else args[0].shape
     turned = any(map(are_turned, args))
-    most = (room if turned else 4 * READ) // max(each.dtype.itemsize for each in args)
+    widest = max(max(each.dtype.itemsize, _turned_width(each)) for each in args)
+    most = (room if turned else 4 * READ) // widest
     few = TURNED if turned else READ
     return Grain(_rows(shape, most) * size, min(_rows(shape, few // size) * size, few), turned)
+
+
+def _turned_width(value: TensorInfo) -> int:
+    """Count the bytes that are read ahead of what is turned, for an element made of it."""
+    if not is_contiguous(value.shape, value.stride):
+        return value.dtype.itemsize if are_turned(value) else 0
+    below = [_turned_width(each) for each in arguments(value.storage)]
+    return sum(below) if value.storage.computed else max(below, default=0)
 
 
 def _rows(shape: tuple[int, ...], most: int) -> int:

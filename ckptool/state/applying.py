@@ -39,6 +39,7 @@ def apply(
     now = {key: _Entry((key,), value) for key, value in entries.items()}
     why: dict[str, tuple[str, str]] = {}
     key_edits, said, counts, casts = list[KeyEdit](), list[str](), list[Count](), list[Casting]()
+    notes: list[str] = []
     matched: set[str] = set()
     for step in steps:
         try:
@@ -48,6 +49,7 @@ def apply(
             raise error.within(step.where) from None
         key_edits.append(change.edit)
         said += change.said
+        notes += change.notes
         casts += change.casts
         counts += [replace(each, number=each.number or step.number) for each in change.counts]
         for cast in change.casts:
@@ -61,6 +63,7 @@ def apply(
             why = {old: told[key] for old, key in lost} | why
         now = after
     _own(now)
+    _note_remade(casts, now)
     pairs = _in_order(entries, [(old, new) for new, each in now.items() for old in each.olds])
     unmatched = (
         {old: None for old, new in pairs if new is not None and old not in matched}
@@ -76,6 +79,7 @@ def apply(
         unmatched=tuple(unmatched),
         counts=tuple(counts),
         casts=tuple(casts),
+        notes=tuple(notes),
     )
 
     def all_of(key: str) -> str | None:
@@ -111,6 +115,16 @@ def _own(entries: Mapping[str, _Entry]) -> None:
                 raise EditError(f"{key}: {error}") from None
 
 
+def _note_remade(casts: Iterable[Casting], entries: Mapping[str, _Entry]) -> None:
+    """Note which tensors that were cast are not in the output as they are."""
+    if casts:
+        values = (each.value for each in entries.values())
+        written = {id(each.storage) for each in values if isinstance(each, TensorInfo)}
+    for cast in casts:
+        made = cast.tensors.items()
+        cast.remade = {key for key, (_, after) in made if id(after.storage) not in written}
+
+
 def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -> Change:
     """Return what a step makes of entries."""
     if step.change is not None:
@@ -123,7 +137,8 @@ def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -
     after = {key: edit(key) for key in entries}
     said = edit.said(list(entries)) if isinstance(edit, Peeling) else _said(step, after)
     moves = [((key,), new, entries[key]) for key, new in after.items() if new is not None]
-    matched = {key: step.name for key, new in after.items() if new != key}
+    keeps = step.name == "keep"
+    matched = {key: step.name for key, new in after.items() if keeps or new != key}
     return Change(moves, said, edit, matched=matched)
 
 

@@ -11,6 +11,7 @@ from ckptool.pickles.subclasses import class_of
 from ckptool.pickles.torch_objects import attributes, is_parameter
 from ckptool.pickles.tree import Node
 from ckptool.records import dataclass
+from ckptool.state import walk
 from ckptool.state.quantized import quantized
 from ckptool.tensors import dtype as dtypes, numbers, values
 from ckptool.tensors.casting import Rounding
@@ -25,7 +26,7 @@ class Casting:
     """What a cast made of a state_dict: `tensors` are pairs of before and after, by key.
 
     `kept` counts the others by dtype, but for `quantized` ones and their `scales`. `where` is the
-    step of a recipe.
+    step of a recipe, `remade` are keys of tensors that later steps made others of.
     """
 
     target: DType
@@ -36,6 +37,7 @@ class Casting:
     quantized: int = 0
     scales: int = 0
     stripped: list[str] = field(default_factory=list)  # of attributes that Python keeps on them
+    remade: set[str] = field(default_factory=set)
 
 
 def target(word: str, overflow: str = OVERFLOW[0]) -> DType:
@@ -84,6 +86,8 @@ def cast(entries: Mapping[str, Node], to: DType, chosen: Collection[str], overfl
         elif isinstance(value, TENSORS):
             layout = f"{value.layout} " if isinstance(value, CompositeTensor) else ""
             done.kept[class_of(value) or layout + value.dtype.label] += 1
+        else:  # what a module keeps as its extra state, a list
+            done.kept.update(f"{each.dtype.label} in {key}" for _, each in walk.tensors(value))
     return done
 
 

@@ -37,7 +37,8 @@ class Change:
 
     A key without a move is dropped, `why` tells under which name and for which reason. `edit`
     moves the paths of modules, `remade` are new keys of tensors that were cut, joined or
-    rearranged, `matched` the keys that a rule took, changed or not, and the rule.
+    rearranged, `matched` the keys that a rule took, changed or not, and the rule. `said` tells
+    what it did, `notes` what there is to know of that.
     """
 
     moves: Sequence[Move]
@@ -48,6 +49,7 @@ class Change:
     matched: Mapping[str, str] = field(default_factory=dict)
     counts: Sequence[Count] = ()
     casts: Sequence[Casting] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,10 @@ class KeyMap:
     """What edits did, in order: pairs of old key and new key, None for dropped ones.
 
     `why` gives for each dropped key the name it had when it was dropped, and the reason; `said`
-    tells in words what each step did, `counts` in numbers. An entry that was split has several
-    pairs, and one that was joined is the new key of several; `remade` are the old keys of those,
-    and `unmatched` those that no rule took. `entries` are the values under the new keys, `casts`
-    what was cast.
+    tells in words what each step did, `counts` in numbers, `notes` what there is to know of it. An
+    entry that was split has several pairs, and one that was joined is the new key of several;
+    `remade` are the old keys of those, and `unmatched` those that no rule took. `entries` are the
+    values under the new keys, `casts` what was cast.
     """
 
     pairs: tuple[tuple[str, str | None], ...]
@@ -69,6 +71,7 @@ class KeyMap:
     unmatched: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
     casts: tuple[Casting, ...] = field(default=(), compare=False, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def renamed(self) -> list[tuple[str, str]]:

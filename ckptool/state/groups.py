@@ -8,7 +8,7 @@ from typing import TypeVar
 from ckptool.errors import EditError
 from ckptool.records import dataclass
 from ckptool.state.edits import Change, Count, Entries, Value
-from ckptool.tensors.tensor import TensorInfo, ties
+from ckptool.tensors.tensor import MAX_DIMENSIONS, TensorInfo, ties
 from ckptool.text import counted, listed, shape as shown
 
 MAX_DIGITS = 18  # of a row, and of a number in a key
@@ -70,7 +70,8 @@ def tensor_of(entries: Entries, key: str) -> TensorInfo:
     """Return a tensor that can be cut; raises `EditError` for what cannot."""
     value = entries[key]
     if not isinstance(value, TensorInfo):
-        what = "a tensor made of others" if hasattr(value, "layout") else "not a tensor"
+        layout = getattr(value, "layout", "")
+        what = f"a {layout} tensor" if layout else "not a tensor"
         raise EditError(f"{key} is {what}: it is not changed", hint=f"leave {key} out of the step")
     return value
 
@@ -78,9 +79,14 @@ def tensor_of(entries: Entries, key: str) -> TensorInfo:
 def tried(name: str, make: Callable[[Given], Made], given: Given) -> Made:
     """Return what is made of what is given; raises `EditError`, with a name, where it cannot be."""
     try:
-        return make(given)
+        made = make(given)
     except ValueError as error:
         raise EditError(f"{name}: {error}") from None
+    for value in made if isinstance(made, list) else [made]:
+        if isinstance(value, TensorInfo) and len(value.shape) > MAX_DIMENSIONS:
+            what = f"{len(value.shape)} dimensions: torch takes {MAX_DIMENSIONS}"
+            raise EditError(f"{name} would have {what}")
+    return made
 
 
 def dimension(value: TensorInfo, dim: int, more: int = 0) -> int:

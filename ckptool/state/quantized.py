@@ -22,7 +22,7 @@ _WITH_SCALE = {dtype for dtype in DType if dtype.quantized}  # torch keeps it in
 # Not I64, which is that of counters and indices, nor BOOL, that of masks.
 _PACKED = {
     *(DType.I8, DType.U8, DType.I16, DType.U16, DType.I32, DType.U32),
-    *(dtype for dtype in DType if dtype.safetensors_name.startswith(("F4", "F6", "F8"))),
+    *(dtype for dtype in DType if dtype.safetensors_name.startswith(("F4", "F6_", "F8_"))),
     *_WITH_SCALE,
 }
 

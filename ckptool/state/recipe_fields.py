@@ -85,13 +85,13 @@ def _is_pair(value: Any) -> bool:
     return _list_of(is_text, value) and len(value) == 2
 
 
-_ONE_OR_MORE = (lambda value: is_text(value) or _list_of(is_text, value), "a text or a list")
+_ONE_OR_MORE = (lambda value: is_text(value) or _list_of(is_text, value), "one or more texts")
 _NUMBERS = (partial(_list_of, is_number, least=0), "a list of whole numbers")
 # By the annotation of a parameter, as it is written: to evaluate it would run it as code.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "str": (is_text, "a text"),
     "int": (is_number, "a whole number"),
-    "Sequence[str]": (partial(_list_of, is_text), "a list of texts"),
+    "Sequence[str]": (partial(_list_of, is_text), "a list of one or more texts"),
     "Sequence[int]": _NUMBERS,
     "Sequence[int] | None": _NUMBERS,
     "Patterns": _ONE_OR_MORE,

@@ -238,13 +238,14 @@ def _as_change(
     left = {*key_map.unmatched}
     return Change(
         [(tuple(sources[new]), new, value) for new, value in key_map.entries.items()],
-        [*key_map.said, *notes],
+        key_map.said,
         edit,
         key_map.why,
         remade,
         {old: "recipe" for old, _ in key_map.pairs if old not in left},
         key_map.counts,
         key_map.casts,
+        [*key_map.notes, *notes],
     )
 
 

@@ -26,7 +26,7 @@ from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.selecting import nothing_matched
 from ckptool.state.templates import DIGITS, Matcher, Template, refuse_fields, template
 from ckptool.tensors import values
-from ckptool.tensors.tensor import TensorInfo
+from ckptool.tensors.tensor import TensorInfo, ties
 from ckptool.text import counted, listed, shape as shown
 
 
@@ -137,7 +137,7 @@ def fuse(
                         f"{listed(bound[new])} and {listed(keys)} would both become {new}"
                     )
         fused = _joined("fuse", to, entries, bound, join)
-        return fused if sizes else replace(fused, said=[*fused.said, *_unequal(entries, bound)])
+        return fused if sizes else replace(fused, notes=[*fused.notes, *_unequal(entries, bound)])
 
     return Edit("fuse", change=change)
 
@@ -174,7 +174,18 @@ def _joined(
         if views not in known:
             known[views] = tried(f"{new} of {listed(keys)}", join, parts)
         groups.append(Group(keys, ((new, known[views]),)))
-    return changed(step, rule, entries, groups)
+    return replace(changed(step, rule, entries, groups), notes=[*_untied(step, entries, bound)])
+
+
+def _untied(step: str, entries: Entries, bound: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Say which tensors were one, and have bytes of their own in what they are joined to."""
+    tied = ties(entries)
+    for new, keys in bound.items():
+        one = [key for key in keys if key in tied and tied[key] in keys]
+        if one:
+            both = listed([tied[one[0]], *(key for key in one if tied[key] == tied[one[0]])])
+            yield f"{step}: {both} are one tensor; in {new} each has its own bytes"
+            return
 
 
 def _refuse_unlike(parts: Sequence[TensorInfo], dim: int | None = None) -> None:

@@ -50,7 +50,8 @@ def read_rule(text: str, option: str = "--rename") -> Rule:
     cut = text.rpartition if text.startswith(REGEX) else text.partition
     old, sign, new = cut("=")
     if not sign or old == new:
-        raise EditError(f"`{text}` is not OLD=NEW", hint=f"{option} classifier=head")
+        what = "changes nothing" if sign else "is not OLD=NEW"
+        raise EditError(f"`{text}` {what}", hint=f"{option} classifier=head")
     return Rule(old, new)
 
 
@@ -195,11 +196,13 @@ def _by_templates(rules: list[tuple[int, Rule]]) -> Find:
 
 def _by_regex(number: int, rule: Rule) -> Find:
     pattern = rule.old.removeprefix(REGEX)
+    what = f"`{pattern}` is not a regular expression"
     try:
         regex = re.compile(pattern)
+        what = f"`{rule.new}` is not a replacement for `{pattern}`"
         regex.sub(rule.new, "", count=1)
-    except (re.error, IndexError) as error:
-        raise EditError(f"`{pattern}` is not a regular expression: {error}") from None
+    except (re.error, IndexError, RecursionError, OverflowError) as error:
+        raise EditError(f"{what}: {error}") from None
 
     def find(key: str) -> tuple[int, str] | None:
         found = regex.fullmatch(key) if len(key) <= LONGEST else None

@@ -25,7 +25,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise EditError(f"`{pattern[3:]}` is not a regular expression: {error}") from None
         return lambda key: len(key) <= templates.LONGEST and expression.fullmatch(key) is not None
     if templates.is_template(pattern):
@@ -109,7 +109,7 @@ def close_matches(wanted: str, keys: Sequence[str]) -> list[str]:
             named.setdefault(path, path)
             named.setdefault(".".join(steps[1:depth]) or path, path)
     close = get_close_matches(wanted, list(named)[:20_000], n=3, cutoff=0.7)
-    return list(dict.fromkeys(named[name] for name in close))
+    return [name for name in dict.fromkeys(named[name] for name in close) if name != wanted]
 
 
 def examples(given: Iterable[str]) -> list[str]:

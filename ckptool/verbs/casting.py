@@ -136,7 +136,7 @@ def written(casting: Casting) -> Cast:
     for key, kernel in lossy.items():
         before, after = casting.tensors[key]
         once = kernel.count == after.numel and len(views[after.storage]) == 1
-        if once and _is_whole(after):
+        if once and _is_whole(after) and key not in casting.remade:
             known[key] = kernel.losses
         else:
             again[key], all_of[key] = before, kernel.losses

@@ -231,6 +231,6 @@ def _refuse_overflow(made: Averaging) -> None:
         f"{counted(sum(lost.values()), 'value')} in {counted(len(lost), 'tensor')} would be beyond "
         "the largest number of the dtype; nothing was written",
         evidence=at_most(rows, SHOWN),
-        hint="the dtypes are those of the first input: name one first that has a wider one "
-        "(ckptool convert --dtype f32), or smaller --weights",
+        hint="use smaller --weights, or name an input first whose dtype is wider: the output has "
+        "the dtypes of the first",
     )

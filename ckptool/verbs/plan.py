@@ -152,7 +152,7 @@ def _find_and_edit(plan: Plan, steps: Sequence[Edit], *, unwrap: bool) -> None:
         _refuse_attributes(plan, state, changed=bool(steps))
     keys = state.entries if state else dict.fromkeys(_all_keys(checkpoint))
     plan.key_map, plan.edit = edits.apply(steps, keys, argument(checkpoint, options))
-    plan.notes = list(checkpoint.notes)
+    plan.notes = [*checkpoint.notes, *plan.key_map.notes]
     lost = [key for cast in plan.key_map.casts for key in cast.stripped]
     if lost:
         plan.notes.append(f"not written, attributes of tensors that are cast: {listed(lost, 4)}")

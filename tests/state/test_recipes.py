@@ -79,7 +79,7 @@ BAD = {
     "missing field": (STEP + "split = {from = 'a'}\n", f"{ONE} (split): `to` is missing"),
     "text for a list": (
         STEP + "split = {from = 'a', to = 'b'}\n",
-        f"{ONE} (split): to = 'b': it must be a list of texts",
+        f"{ONE} (split): to = 'b': it must be a list of one or more texts",
     ),
     "text for a number": (
         SPLIT + ", dim = '0'}\n",
@@ -95,7 +95,7 @@ BAD = {
     ),
     "table for patterns": (
         STEP + "drop = {patterns = 'epoch'}\n",
-        f"{ONE} (drop): drop = {{'patterns': 'epoch'}}: it must be a text or a list",
+        f"{ONE} (drop): drop = {{'patterns': 'epoch'}}: it must be one or more texts",
     ),
     "number for a prefix": (STEP + "add = 1\n", f"{ONE} (add): add = 1: it must be a text"),
     "no prefix": (STEP + "strip = ''\n", f"{ONE} (strip): the prefix is empty: nothing to do"),
@@ -173,8 +173,8 @@ BAD = {
     ),
     "group": (
         STEP + "rename = [['h', 'g'], ['re:h(.*)', 'b\\2']]\n",
-        f"{ONE} (rename), rule 2: `h(.*)` is not a "
-        "regular expression: invalid group reference 2 at position 2",
+        f"{ONE} (rename), rule 2: `b\\2` is not a replacement for `h(.*)`: "
+        "invalid group reference 2 at position 2",
     ),
     "field of NEW": (
         STEP + "rename = [['x', 'y'], ['h.{i}', 'b.{j}']]\n",
@@ -298,7 +298,7 @@ BAD = {
     ),
     "sparse": (
         STEP + "transpose = {keys = 'sparse'}\n",
-        f"{ONE} (transpose): sparse is a tensor made of others: it is not changed",
+        f"{ONE} (transpose): sparse is a sparse_coo tensor: it is not changed",
     ),
     "copy of nothing": (
         STEP + "copy = {from = 'nope', to = 'h'}\n",
@@ -532,3 +532,59 @@ def test_fields_that_cannot_be_told_apart_are_fine_where_none_is_sought(
 def test_a_template_takes_no_power_of_a_long_key(text: str, key: str) -> None:
     """Times would tell of the machine: a failed match of more fields would never end."""
     assert Matcher(text)(f"{key}z") is None
+
+
+def test_keep_takes_what_it_keeps(run: Run, folder: Path) -> None:
+    torch.save({"a.w": torch.ones(2), "b.w": torch.ones(2), "c": torch.ones(1)}, "k.pth")
+    Path("r.toml").write_text(
+        "recipe = 1\n[[step]]\nkeep = ['a.w', 'b.w']\n[expect]\nunmatched = 'refuse'\n"
+    )
+    assert run("convert", "--recipe", "r.toml", "k.pth", "o.pth").code == 0
+    assert keys("o.pth") == ["a.w", "b.w"]
+
+
+def test_the_document_has_what_is_noted(run: Run, folder: Path) -> None:
+    one = torch.ones(2)
+    state = {"a": torch.ones(4), "b": torch.ones(2), "q": one, "k": one, "c": torch.ones(1)}
+    torch.save(state, "k.pth")
+    Path("r.toml").write_text(
+        "recipe = 1\n[[step]]\nrename = [['a', 'x']]\n"
+        "[[step]]\nfuse = {from = ['x', 'b'], to = 'f'}\n"
+        "[[step]]\nfuse = {from = ['q', 'k'], to = 'qk'}\n"
+    )
+    torch.save(
+        {"a": torch.ones(4), "b": torch.ones(2), "q": one, "k": one, "c": torch.ones(1)}, "k.pth"
+    )
+    notes = [
+        "fuse: f is of [4], [2]: it can be reversed only with `sizes`",
+        "fuse: q, k are one tensor; in qk each has its own bytes",
+        "1 key that no rule matches: c",
+    ]
+    done = run("convert", "--recipe", "r.toml", "k.pth", "o.pth")
+    assert [line for line in done.err.splitlines() if line in notes] == notes
+    done = run("convert", "--force", "--json", "--recipe", "r.toml", "k.pth", "o.pth")
+    assert json.loads(done.out)["notes"] == notes
+
+
+def test_more_dimensions_than_torch_takes(run: Run, folder: Path) -> None:
+    torch.save({"a": torch.ones(2)}, "k.pth")
+    step = "[[step]]\nunsqueeze = {keys = 'a', dim = 0}\n"
+    Path("r.toml").write_text("recipe = 1\n" + 64 * step)
+    done = run("convert", "--recipe", "r.toml", "k.pth", "o.pth")
+    why = "r.toml, step 64 (unsqueeze): a would have 65 dimensions: torch takes 64"
+    assert (done.code, done.err.splitlines()[0]) == (2, f"error[edit-error]: {why}")
+
+
+@pytest.mark.parametrize("option", ["--rename", "--drop", "--keep"])
+def test_an_expression_that_is_too_deep(run: Run, folder: Path, option: str) -> None:
+    torch.save({"a": torch.ones(2)}, "k.pth")
+    deep = "re:" + "(" * 5000 + "a" + ")" * 5000 + ("=b" if option == "--rename" else "")
+    assert run("convert", option, deep, "k.pth", "o.pth").code == 2
+
+
+def test_no_name_is_offered_for_itself(run: Run, folder: Path) -> None:
+    torch.save({"a.w": torch.ones(2)}, "k.pth")
+    Path("r.toml").write_text("recipe = 1\n[[step]]\nsplit = {from = 'a', to = ['x', 'y']}\n")
+    done = run("convert", "--recipe", "r.toml", "k.pth", "o.pth")
+    assert done.code == 2
+    assert "did you mean `a`" not in done.err

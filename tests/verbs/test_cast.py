@@ -548,3 +548,41 @@ def test_the_counts_of_quantized_ones_are_in_the_document(run: Run, here: Path) 
     done = run("convert", "--dtype", "bf16", "--json", "q.safetensors", "out.pth")
     (found,) = json.loads(done.out)["casts"]
     assert (found["tensors"], found["quantized"], found["scales"], found["kept"]) == (1, 1, 1, {})
+
+
+def test_doubles_are_not_taken_for_packed_integers(run: Run, here: Path) -> None:
+    """A module with a `scale` is quantized where it has integers or six-bit floats, not F64."""
+    doubles = torch.randn(3, dtype=torch.float64)
+    torch.save(
+        {"norm.scale": doubles, "norm.bias": doubles + 1, "head.weight": doubles + 2}, "d.pth"
+    )
+    done = run("convert", "--dtype", "f32", "d.pth", "o.pth")
+    assert done.code == 0
+    assert "quantized" not in done.err
+    read_back = torch.load("o.pth", weights_only=True)
+    assert {each.dtype for each in read_back.values()} == {torch.float32}
+    torch.save({"n.scale": torch.tensor([1e300]), "n.w": doubles * 1e300}, "large.pth")
+    assert run("check", "--as", "f16", "large.pth").code == 1
+
+
+def test_tensors_inside_other_entries_are_counted(run: Run, here: Path) -> None:
+    inside = {"k": torch.ones(2)}
+    torch.save({"a": torch.ones(3), "m._extra_state": inside, "n": [torch.ones(1).half()]}, "x.pth")
+    done = run("convert", "--dtype", "bf16", "x.pth", "o.pth")
+    assert "cast 1 tensor to BF16; not cast: 1 F32 in m._extra_state, 1 F16 in n" in done.err
+    done = run("convert", "--json", "--force", "--dtype", "bf16", "x.pth", "o.pth")
+    (cast,) = json.loads(done.out)["casts"]
+    assert cast["kept"] == {"F32 in m._extra_state": 1, "F16 in n": 1}
+
+
+def test_what_is_taken_twice_loses_once(run: Run, here: Path) -> None:
+    """The rows that a later step takes twice are half of the tensor: as many as all of it."""
+    values = torch.ones(10, 4)
+    values[0, 0], values[1, 1] = 1e30, 1e-30
+    torch.save({"w": values}, "w.pth")
+    cast = "[[step]]\ncast = {to = 'f16', overflow = 'inf'}\n"
+    for wanted in ("0:10", "0:5,0:5"):
+        rows = f"[[step]]\nslice = {{keys = 'w', rows = '{wanted}'}}\n"
+        Path("r.toml").write_text(f"recipe = 1\n{cast}{rows}")
+        done = run("convert", "--force", "--recipe", "r.toml", "w.pth", "o.pth")
+        assert "1 value became infinite (w), 1 zero" in done.err
