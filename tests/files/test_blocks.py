@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from ckptool.errors import Malformed
-from ckptool.files.blocks import blocks, equal, runs
+from ckptool.files.blocks import blocks, equal, grain, runs
 from ckptool.files.fileio import Reader, Readers
-from ckptool.tensors import numbers
+from ckptool.files.gathering import BAND, Band
+from ckptool.tensors import numbers, values
+from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
 from ckptool.tensors.tensor import Packing, Storage, TensorInfo
 from ckptool.tensors.values import joined, literal
@@ -303,3 +305,19 @@ def test_runs_of_any_bytes_of_what_is_put_together(monkeypatch: pytest.MonkeyPat
             for kernel, out, at in read:
                 kernel(out, at)
             assert b"".join(out for _, out, _ in read) == data[start:end]
+
+
+def test_what_is_turned_below_a_cast_keeps_to_the_room_of_a_band() -> None:
+    """A byte of the output may be made of eight that are read ahead."""
+    wide = TensorInfo(DType.F64, (8192, 4096), (1, 8192), Storage("a", "0", 0, 1 << 28, DType.F64))
+    cast = values.computed(Rounding(DType.F64, DType.F8_E4M3), [wide], DType.F8_E4M3)
+    small = Storage("b", "0", 0, 4096 * 640, DType.F8_E4M3)
+    turned = TensorInfo(DType.F8_E4M3, (640, 4096), (1, 640), small)
+    storage = values.joined([cast, turned], 0).storage
+    nbytes = min(grain(storage).in_a_row, storage.nbytes)
+    tracemalloc.start()
+    portions = Band().begin(storage, 0, nbytes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert portions
+    assert BAND // 2 < peak <= BAND // 8 * 9 + (1 << 20)
