@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from test_docs import FILES, ROOT, examples, matches, on_terminal
 
 from ckptool.cli import help as manual
 from ckptool.cli.main import ckptool
+from ckptool.state.steps import STEPS, Step
 
 PAGES = sorted(path.stem for path in Path(manual.FOLDER).glob("*.md"))
 OPTIONS = re.compile(r"(?<=\n## Options\n\n```text\n).*?(?=```\n)", re.DOTALL)
@@ -84,6 +86,15 @@ def test_the_examples_give_what_they_show(name: str, found: Path, tmp_path: Path
     for command, expected in examples(manual.page(name)):
         shown = on_terminal(command, tmp_path)
         assert matches(shown, expected), f"$ {command}\n" + "\n".join(shown)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.name)
+def test_the_fields_of_steps_are_named(step: Step) -> None:
+    row = next(line for line in manual.page("recipes").splitlines() if f"`{step.name} " in line)
+    written = row[row.index(f"`{step.name} ") :].split("`")[1]
+    fields = {name.rstrip("_") for name in inspect.signature(step.make).parameters}
+    named = set(re.findall(r"[a-z]+(?= *[=,}])", written.partition("{")[2]))
+    assert named == (set() if step.alone else fields - {"optional", "back"})
 
 
 def lines_named(text: str) -> list[str]:
