@@ -8,6 +8,7 @@ import click
 
 from ckptool.cli import talk
 from ckptool.cli._options import INPUT, Command, answers, refuse_idle
+from ckptool.text import counted
 
 DIFFERENT = 1
 
@@ -48,7 +49,7 @@ def command(file: str | None, source: str | None, reverse: bool, listed: bool, *
     recipe = recipes.Recipe.load(file)
     if source is None:
         talk.put(report_recipe.step_lines(recipe, talk.columns(), reverse=reverse))
-        talk.say([f"{len(recipe.steps)} steps; --from A tries them"])
+        talk.say([f"{counted(len(recipe.steps), 'step')}; --from A tries the recipe"])
         return 0
     from ckptool.verbs import recipe as verb
 

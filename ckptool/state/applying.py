@@ -53,7 +53,7 @@ def apply(
         casts += change.casts
         counts += [replace(each, number=each.number or step.number) for each in change.counts]
         for cast in change.casts:
-            cast.where = cast.where or step.where
+            cast.where = ", ".join(filter(None, (step.where, cast.where)))
         matched.update(chain.from_iterable(now[key].olds for key in change.matched))
         used = set(chain.from_iterable(sources for sources, _, _ in change.moves))
         if gone := [key for key in now if key not in used] if len(used) < len(now) else []:
@@ -168,12 +168,13 @@ def _collision(change: Change, new: str, source: str) -> EditError:
         return KeyCollision(f"{listed(first)} would become {new} twice")
     both = [next((key for key in keys if key != new), new) for keys in (first, second)]
     rules = {key: change.matched[key] for key in both if key in change.matched}
+    last = new if new in both else both[1]  # what moves there is wanted more than what is there
     return KeyCollision(
         f"{both[0]} and {both[1]} would both become {new}",
         evidence=[f"{key}: by `{rule}`" for key, rule in rules.items()],
-        hint=f"drop one first: ckptool convert --drop {quoted(both[1])} {source} OUT"
+        hint=f"drop one first: ckptool convert --drop {quoted(last)} {source} OUT"
         if source
-        else f"drop {both[1]} first",
+        else f"drop {last} first",
     )
 
 

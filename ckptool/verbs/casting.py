@@ -185,12 +185,13 @@ def _refuse(casting: Casting, cast: Cast) -> None:
     ]
     wider = _WIDER.get(casting.target, DType.BF16).label.lower()
     inf = "" if casting.target is DType.F8_E4M3 else ", inf infinite"
+    clamp = "overflow = 'clamp'" if casting.where else "clamp"
     raise Overflow(
         f"{counted(total, 'value')} in {counted(len(lost), 'tensor')} would be beyond the largest "
         f"{label}, {largest:g}; nothing was written",
         evidence=at_most(rows, SHOWN),
         option="" if casting.where else "--overflow clamp",
-        hint=f"clamp makes them that{inf}; {wider} holds them",
+        hint=f"{clamp} makes them that{inf}; {wider} holds them",
     ).within(casting.where)
 
 

@@ -588,3 +588,12 @@ def test_no_name_is_offered_for_itself(run: Run, folder: Path) -> None:
     done = run("convert", "--recipe", "r.toml", "k.pth", "o.pth")
     assert done.code == 2
     assert "did you mean `a`" not in done.err
+
+
+def test_what_is_dropped_before_a_collision_is_what_stands_there(run: Run, folder: Path) -> None:
+    torch.save({"a.w": torch.ones(2), "b.w": torch.zeros(2)}, "two.pth")
+    done = run("convert", "--rename", "b=a", "two.pth", "o.pth")
+    assert done.code == 2
+    assert "drop one first: ckptool convert --drop a.w two.pth OUT" in done.err
+    assert run("convert", "--drop", "a.w", "two.pth", "one.pth").code == 0
+    assert run("convert", "--rename", "b=a", "one.pth", "o.pth").code == 0

@@ -405,7 +405,7 @@ def test_a_cast_is_a_step_of_a_recipe(run: Run, here: Path) -> None:
     for fields, code, said in (
         ("to = 'float16', overflow = 'clamp', except = ['small']", 0, "cast 6 tensors to F16"),
         ("to = 'f16', only = ['small', 'hidden']", 0, "cast 2 tensors to F16; not cast: 5 F32"),
-        ("to = 'f16'", 1, "error[overflow]: step 2 (cast): 2008 values in 5 tensors"),
+        ("to = 'f16'", 1, "error[overflow]: r.toml, step 2 (cast): 2008 values in 5 tensors"),
         ("to = 'f16', only = ['x.weight']", 2, "x.weight and x.tied are one tensor"),
         ("to = 'f15'", 2, "step 2 (cast): `f15` is not a dtype of floats"),
         ("to = 'f16', overflow = 'wrap'", 2, "overflow is not one of refuse, inf, clamp: `wrap`"),
