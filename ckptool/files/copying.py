@@ -194,8 +194,8 @@ class _Run:
         self._write_back = _WriteBack(fd or 0, wanted=sync and fd is not None)
         self._jobs, self._band = jobs, Band()
         self._tasks = tasks(jobs, self._band)
-        # Locks of C alone: a Ctrl-C may come between any two lines of Python, and one that is
-        # taken there would be held for ever.
+        # Locks of C, which `with` takes and leaves at once: Condition of threading does it in Python,
+        # where Ctrl-C may come in between, and the lock is held for ever.
         self._turn, self._at_work, self._together = allocate_lock(), set[int](), False
         self._gate = allocate_lock()  # held where nobody has left what others wait for
         self._gate.acquire()
@@ -285,10 +285,11 @@ class _Run:
                 self._pause()
 
     def _pause(self) -> None:
-        """Note that this thread works on nothing."""
-        self._at_work.discard(get_ident())
-        if self._gate.locked():
-            self._gate.release()
+        """Note that this thread works on nothing; what waits for it may go on."""
+        if get_ident() in self._at_work:
+            self._at_work.remove(get_ident())
+            if self._gate.locked():
+                self._gate.release()
 
     def _next_task(self) -> Task | list[Block] | Portion | None:
         """Return what to do next, None once all is done, or something went wrong.
