@@ -194,8 +194,8 @@ class _Run:
         self._write_back = _WriteBack(fd or 0, wanted=sync and fd is not None)
         self._jobs, self._band = jobs, Band()
         self._tasks = tasks(jobs, self._band)
-        # Locks of C, which `with` takes and leaves at once: `threading.Condition` does it in Python,
-        # where Ctrl-C may come in between, and the lock is held for ever.
+        # Locks of C, which `with` takes and leaves at once: a Condition does it in Python, where
+        # Ctrl-C may come in between, and the lock is held for ever.
         self._turn, self._at_work, self._together = allocate_lock(), set[int](), False
         self._gate = allocate_lock()  # held where nobody has left what others wait for
         self._gate.acquire()
