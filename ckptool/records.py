@@ -55,22 +55,6 @@ else:
         """Make a `collections.namedtuple` of a class, and give it what else is in that."""
 
         def __new__(cls, name, bases, space):
-            if not bases:
-                return super().__new__(cls, name, bases, space)
-            names = space.get("__annotations__", ())
-            defaults = [space.pop(each) for each in names if each in space]
-            made = namedtuple(name, names, defaults=defaults)
-            for each, value in space.items():
-                setattr(made, each, value)
-            return made
-
-    class NamedTuple(metaclass=_Named):
-        """A tuple with names for its parts: `typing` compiles the type of each, 0.1 ms a class."""
-
-    class _Named(type):
-        """Make a `collections.namedtuple` of a class, and give it what else is in that."""
-
-        def __new__(cls, name, bases, space):
             plain = super().__new__(cls, name, (), space)
             if not bases:
                 return plain
