@@ -87,7 +87,8 @@ def cast(entries: Mapping[str, Node], to: DType, chosen: Collection[str], overfl
             layout = f"{value.layout} " if isinstance(value, CompositeTensor) else ""
             done.kept[class_of(value) or layout + value.dtype.label] += 1
         else:  # what a module keeps as its extra state, a list
-            done.kept.update(f"{each.dtype.label} in {key}" for _, each in walk.tensors(value))
+            inside = (each.dtype.label for _, each in walk.tensors(value))
+            done.kept.update(f"{label} inside other entries" for label in inside)
     return done
 
 

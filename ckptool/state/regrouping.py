@@ -26,7 +26,7 @@ from ckptool.state.renaming import Renaming, Rule
 from ckptool.state.selecting import nothing_matched
 from ckptool.state.templates import DIGITS, Matcher, Template, refuse_fields, template
 from ckptool.tensors import values
-from ckptool.tensors.tensor import TensorInfo, ties
+from ckptool.tensors.tensor import TensorInfo
 from ckptool.text import counted, listed, shape as shown
 
 
@@ -161,7 +161,7 @@ def _joined(
 ) -> Change:
     """Join the tensors of each group; the same tensors make one."""
     known: dict[tuple[object, ...], TensorInfo] = {}
-    groups = []
+    groups, notes = [], list[str]()
     for new, keys in bound.items():
         missing = [key for key in keys if key not in entries]
         if missing:
@@ -171,21 +171,13 @@ def _joined(
             )
         parts = [tensor_of(entries, key) for key in keys]
         views = tuple(value.view for value in parts)
+        one = [key for key, view in zip(keys, views, strict=True) if views.count(view) > 1]
+        if one and parts[0].numel and not notes:
+            notes.append(f"{step}: {listed(one)} are one tensor; in {new} each has its own bytes")
         if views not in known:
             known[views] = tried(f"{new} of {listed(keys)}", join, parts)
         groups.append(Group(keys, ((new, known[views]),)))
-    return replace(changed(step, rule, entries, groups), notes=[*_untied(step, entries, bound)])
-
-
-def _untied(step: str, entries: Entries, bound: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Say which tensors were one, and have bytes of their own in what they are joined to."""
-    tied = ties(entries)
-    for new, keys in bound.items():
-        one = [key for key in keys if key in tied and tied[key] in keys]
-        if one:
-            both = listed([tied[one[0]], *(key for key in one if tied[key] == tied[one[0]])])
-            yield f"{step}: {both} are one tensor; in {new} each has its own bytes"
-            return
+    return replace(changed(step, rule, entries, groups), notes=notes)
 
 
 def _refuse_unlike(parts: Sequence[TensorInfo], dim: int | None = None) -> None:
