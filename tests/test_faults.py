@@ -117,9 +117,9 @@ def test_a_silent_end_of_the_workers_is_found(tmp_path: Path) -> None:
     new, calls = faults.undisturbed(tmp_path, job)
     assert isinstance(new, bytes)
     faults.lay_out(tmp_path / "run", job)
-    action = faults.Counter(calls.index("mmap") + 1, "memory")
+    action = faults.Counter(calls.index("large_pages") + 1, "memory")
     done = faults.run(tmp_path / "run", job, action, deaf)
-    found = list(faults.complaints(tmp_path / "run", job, new, done, "memory", "mmap"))
+    found = list(faults.complaints(tmp_path / "run", job, new, done, "memory", "large_pages"))
     assert any("0 of" in line and "bytes of a job were moved" in line for line in found), found
 
 

@@ -214,7 +214,7 @@ def grain(storage: Storage, room: int = BAND) -> Grain:
     """
     made, args = storage.chunked or storage.computed, arguments(storage)
     if made is None or not args:
-        return Grain(READ, READ, rows=False)
+        return Grain(TURNED, TURNED, rows=False)
     size = made.itemsize
     room //= len(args) if storage.computed else 1
     if all(is_contiguous(each.shape, each.stride) for each in args):

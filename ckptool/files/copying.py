@@ -14,7 +14,6 @@ from _thread import LockType, allocate_lock, get_ident, start_new_thread
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from mmap import mmap
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
 
@@ -23,7 +22,7 @@ from ckptool.files import checksums
 from ckptool.files.blocks import fill, read_portion, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, OpenFile, Readers, read_back, unpacked, write_at
-from ckptool.files.gathering import TURNED, Ahead, Band, Portion
+from ckptool.files.gathering import TURNED, Ahead, Band, Portion, large_pages
 from ckptool.files.jobs import Block, Copy, Task, Together, cuts, near, tasks
 from ckptool.files.stream import Stream
 from ckptool.records import NamedTuple, dataclass
@@ -32,6 +31,7 @@ from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
+AT_ONCE = 2 * CHUNK  # written, of what is made: larger folios are often not to be had at once
 WORKERS = 2
 LOST = 1  # second, after which a thread that waits for others looks whether one has failed
 
@@ -261,8 +261,7 @@ class _Run:
                 self._error = self._error or error
 
     def _work(self) -> None:
-        # Of whole pages: the kernel copies them faster.
-        buffer = memoryview(mmap(-1, CHUNK + LINE + TURNED))
+        buffer = large_pages(CHUNK + LINE + TURNED)
         ahead = Ahead(parts=self.parts, band=self._band)
         try:
             while (task := self._next_task()) is not None:
@@ -409,7 +408,10 @@ class _Run:
     def _write(
         self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
     ) -> Done:
-        """Write blocks one after the other; each is read back into the buffer, where it may be."""
+        """Write blocks one after the other; each is read back into the buffer, where it may be.
+
+        What is still to be written lies behind as many bytes.
+        """
         target = None if position is None else self._target
         checksum = written = nbytes = 0
         for block in blocks:
@@ -455,10 +457,10 @@ def _spot(place: int, itemsize: int) -> int:
 
 
 def _cut(data: memoryview, position: int) -> Iterator[memoryview]:
-    """Cut what goes to a position of the output at the multiples of a chunk there."""
+    """Cut what goes to a position of the output at multiples of what is written at once."""
     start = 0
     while start < len(data):
-        cut = start + CHUNK - (position + start) % CHUNK
+        cut = start + AT_ONCE - (position + start) % AT_ONCE
         yield data[start:cut]
         start = cut
 

@@ -6,7 +6,9 @@ room for are read at once, so that each row is read as seldom as that allows.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -34,6 +36,7 @@ READ = 1 << 20  # at once, to gather from
 TURNED = 2 * READ  # at once, of rows that were columns
 LEAST = READ // 8  # of what a thread does not gather alone
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
+PAGE = 2 << 20  # a large one
 STRIP = 512  # rows that are turned at once: so many lines are in the first cache
 
 Fetch = Callable[[memoryview, int], object]  # fill a view from this byte of an unpacked storage
@@ -66,6 +69,21 @@ def are_turned(value: TensorInfo) -> bool:
     return bool(stride) and stride[-1] != 1
 
 
+def large_pages(nbytes: int) -> memoryview:
+    """Allocate so many bytes or more, to be kept, in large pages where the system has them.
+
+    To clear a small one, when it is first written to, takes longer than to fill it.
+    """
+    nbytes = -(-nbytes // PAGE) * PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, nbytes))
+    # Large pages of memory that is shared, as mmap has it, are off by default.
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
 class Ahead:
     """What a thread has read of views for the blocks that it is asked for next.
 
@@ -84,7 +102,7 @@ class Ahead:
     def take(self, nbytes: int) -> memoryview:
         """Return memory of so many bytes or more, until it is given back."""
         memory = self._spare.pop() if self._spare else memoryview(b"")
-        return memory if len(memory) >= nbytes else numbers.allocated(nbytes)
+        return memory if len(memory) >= nbytes else large_pages(nbytes)
 
     def give(self, memory: memoryview) -> None:
         """Take memory back."""
@@ -122,7 +140,7 @@ class Ahead:
         box = next(_boxes_of(info, first, min(most, info.numel - first)))
         layout = _laid_out(box, info.dtype.itemsize)
         if layout.nbytes > len(memory):
-            memory = numbers.allocated(layout.nbytes)
+            memory = large_pages(layout.nbytes)
         portion, held = _placed(info, first, box, layout, memory)
         portion.load(_Source(info, fetch, min(self._room // 2, READ), self.parts))
         self._held[id(info)] = held

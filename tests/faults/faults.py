@@ -61,7 +61,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
 }
 HALVED = ("pwrite", "write", "preadv")
 # Names of our modules under which buffers are allocated and threads started.
-MEMORY = ("bytearray", "memoryview", "bytes", "mmap", "start_new_thread")
+MEMORY = ("bytearray", "memoryview", "bytes", "large_pages", "start_new_thread")
 STARVED: tuple[Any, ...] = (
     blocks, copying, fileio, gathering, numbers, spool, tensor, torch_zip, zips,
 )  # fmt: skip

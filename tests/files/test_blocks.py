@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import pytest
 from ckptool.errors import Malformed
 from ckptool.files.blocks import blocks, equal, grain, runs
 from ckptool.files.fileio import Reader, Readers
-from ckptool.files.gathering import BAND, Band
+from ckptool.files.gathering import BAND, Band, large_pages
 from ckptool.tensors import numbers, values
 from ckptool.tensors.casting import Rounding
 from ckptool.tensors.dtype import BY_TORCH_NAME, DType
@@ -321,3 +323,26 @@ def test_what_is_turned_below_a_cast_keeps_to_the_room_of_a_band() -> None:
     tracemalloc.stop()
     assert portions
     assert BAND // 2 < peak <= BAND // 8 * 9 + (1 << 20)
+
+
+@pytest.mark.parametrize("how", ["large", "unknown", "refused"])
+def test_memory_is_had_where_a_system_has_no_large_pages(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    asked = list[int]()
+
+    class Mapped(mmap.mmap):
+        def madvise(self, advice: int, *_: int) -> None:
+            asked.append(advice)
+            if how == "refused":
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Mapped)
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    if how == "unknown":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    memory = large_pages(3 << 20)
+    memory[-1] = 7
+    assert len(memory) == 4 << 20
+    assert bytes(memory[:2]) == bytes(2)
+    assert len(asked) == (0 if how == "unknown" else 1)

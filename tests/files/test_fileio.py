@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +254,13 @@ def test_one_core_has_one_thread_but_for_files_far_away(
     assert len(started) == threads
 
 
-def starved(where: str) -> Callable[[int, int], mmap]:
+def starved(where: str) -> Callable[[int], memoryview]:
     main = threading.get_ident()
 
-    def allocate(fd: int, nbytes: int) -> mmap:
+    def allocate(nbytes: int) -> memoryview:
         if where == "all" or threading.get_ident() != main:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        return mmap(fd, nbytes)
+        return memoryview(bytearray(nbytes))
 
     return allocate
 
@@ -271,7 +270,7 @@ def starved(where: str) -> Callable[[int, int], mmap]:
 def test_workers_without_memory_end_the_run(
     output: int, stored: Storage, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr(copying, "mmap", starved(where))
+    monkeypatch.setattr(copying, "large_pages", starved(where))
     with pytest.raises(OSError, match="allocate memory"):
         run_jobs([Copy(stored, 0)] * 200, output, slowly)
 
