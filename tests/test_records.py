@@ -87,6 +87,35 @@ def test_they_are_as_those_of_dataclasses():
     assert [str(each).replace("made.<locals>.", "") for each in shown(ours)] == theirs
 
 
+@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("count", range(12))
+def test_any_number_of_fields_is_set(count, slots):
+    fields = [(f"field_{number}", int) for number in range(count)]
+    if count > 2:
+        fields[-1] = ("last", int, 5)
+    names = [name for name, *_ in fields]
+
+    def seen(dataclass):
+        space = {"__annotations__": dict(each[:2] for each in fields)}
+        space |= {each[0]: each[2] for each in fields[2:] if len(each) > 2}
+        made = dataclass(slots=slots)(type("Made", (), space | {"__module__": __name__}))
+        values = [[*range(count)], {name: at for at, name in enumerate(names)}]
+        few = [*range(count - (count > 2))]
+        found = [made(*values[0]), made(**values[1]), made(*few)]
+        said = [
+            str(inspect.signature(made)),
+            [getattr(each, name) for each in found for name in names],
+        ]
+        for wrong in ((), range(count + 1)):
+            if len(wrong) not in range(len(few), count + 1):
+                with pytest.raises(TypeError) as caught:
+                    made(*wrong)
+                said.append(str(caught.value))
+        return said
+
+    assert seen(ours) == seen(dataclasses.dataclass)
+
+
 @ours(frozen=True, slots=True)
 class Pickled:
     x: int
