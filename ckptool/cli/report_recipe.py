@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptool.cli import screen
 from ckptool.state.recipes import Recipe, described
-from ckptool.text import at_most, counted, listed, visible
+from ckptool.text import at_most, counted, visible
 from ckptool.verbs.recipe import Tried
 
 SHOWN = 12  # differing keys in talk; --json has all
@@ -54,9 +54,7 @@ def count_lines(found: Tried, width: int | None) -> list[str]:
 def tried_lines(found: Tried) -> list[str]:
     """Return what comes out, what no rule takes, and what is otherwise than in `like`."""
     lines = [f"{visible(found.source)}: {counted(found.read, 'key')} in, {found.made} out"]
-    if found.unmatched:
-        what = f"{counted(len(found.unmatched), 'key')} that no rule matches"
-        lines.append(visible(f"{what}: {listed(found.unmatched)}"))
+    lines += map(visible, found.notes)
     if found.like is None:
         return lines
     if found.fits:

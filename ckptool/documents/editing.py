@@ -129,6 +129,7 @@ class Recipe(TypedDict):
     read: A[int, "number of entries read"]
     made: A[int, "number of entries that come out"]
     steps: A[list[Rule], "rules with the number of entries they changed"]
+    notes: list[str]
     unmatched: A[list[str], "keys that no rule changed"]
     map: KeyMap
     like: A[str | None, "checkpoint that the result was compared with"]

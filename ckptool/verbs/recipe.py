@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # pathlib takes as long to load as half the engine
 class Tried:
     """What a recipe does to a checkpoint.
 
-    `counts` say how many entries, or groups of them, each rule of each step takes; `unmatched` are
-    the keys that none takes. `differing` are keys with what they are here and in `like`, where
-    that was given, None for a key that is missing.
+    `counts` say how many entries, or groups of them, each rule of each step takes; `notes` are what
+    there is to know of that, `unmatched` the keys that none takes. `differing` are keys with what
+    they are here and in `like`, where that was given, None for a key that is missing.
     """
 
     recipe: str
@@ -32,6 +32,7 @@ class Tried:
     counts: tuple[Count, ...]
     read: int
     made: int
+    notes: tuple[str, ...]
     unmatched: tuple[str, ...]
     map: tuple[tuple[str, str | None], ...]
     like: str | None = None
@@ -56,6 +57,7 @@ class Tried:
             "read": self.read,
             "made": self.made,
             "steps": plain(self.counts),
+            "notes": list(self.notes),
             "unmatched": list(self.unmatched),
             "map": plain(self.map),
             "like": self.like,
@@ -97,6 +99,7 @@ def tried(
         counts=key_map.counts,
         read=len(state.entries),
         made=len(key_map.entries),
+        notes=key_map.notes,
         unmatched=key_map.unmatched,
         map=key_map.pairs,
         like=None if like is None else str(like),

@@ -564,6 +564,9 @@ def test_the_document_has_what_is_noted(run: Run, folder: Path) -> None:
     assert [line for line in done.err.splitlines() if line in notes] == notes
     done = run("convert", "--force", "--json", "--recipe", "r.toml", "k.pth", "o.pth")
     assert json.loads(done.out)["notes"] == notes
+    tried = run("recipe", "r.toml", "--from", "k.pth")
+    assert [line for line in tried.err.splitlines() if line in notes] == notes
+    assert json.loads(run("recipe", "r.toml", "--from", "k.pth", "--json").out)["notes"] == notes
 
 
 def test_more_dimensions_than_torch_takes(run: Run, folder: Path) -> None:
