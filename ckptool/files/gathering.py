@@ -33,7 +33,7 @@ from ckptool.tensors.values import arguments
 BAND = 32 << 20  # of what lies apart, for all threads: what is read with it is read again
 AHEAD = BAND // 8  # for a thread of its own
 READ = 1 << 20  # at once, to gather from
-TURNED = 2 * READ  # at once, of rows that were columns
+TURNED = 2 * READ  # at once, of what is made, rows that were columns too
 LEAST = READ // 8  # of what a thread does not gather alone
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
 PAGE = 2 << 20  # a large one
