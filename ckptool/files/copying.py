@@ -31,7 +31,6 @@ from ckptool.tensors.tensor import Packing, Storage
 from ckptool.tensors.values import stored
 
 FLUSH_EVERY = 32 << 20
-AT_ONCE = 2 * CHUNK  # written, of what is made: larger folios are often not to be had at once
 WORKERS = 2
 LOST = 1  # second, after which a thread that waits for others looks whether one has failed
 
@@ -408,10 +407,7 @@ class _Run:
     def _write(
         self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
     ) -> Done:
-        """Write blocks one after the other; each is read back into the buffer, where it may be.
-
-        What is still to be written lies behind as many bytes.
-        """
+        """Write blocks one after the other; each is read back into the buffer, where it may be."""
         target = None if position is None else self._target
         checksum = written = nbytes = 0
         for block in blocks:
@@ -457,10 +453,10 @@ def _spot(place: int, itemsize: int) -> int:
 
 
 def _cut(data: memoryview, position: int) -> Iterator[memoryview]:
-    """Cut what goes to a position of the output at multiples of what is written at once."""
+    """Cut what goes to a position of the output at the multiples of a chunk there."""
     start = 0
     while start < len(data):
-        cut = start + AT_ONCE - (position + start) % AT_ONCE
+        cut = start + CHUNK - (position + start) % CHUNK
         yield data[start:cut]
         start = cut
 
