@@ -379,9 +379,7 @@ class _Run:
             blocks = _clipped(data, job.start, job.nbytes)
         else:
             blocks = self._read(task, buffer, ahead)
-        # Moves take a tenth less time in larger folios; casts more, once the page cache is full.
-        at_once = CHUNK if job.storage.computed else 2 * CHUNK
-        return self._write(blocks, None if job.target is None else task.place, buffer, at_once)
+        return self._write(blocks, None if job.target is None else task.place, buffer)
 
     def _read(self, task: Task, buffer: memoryview[int], ahead: Ahead) -> Iterator[Bytes]:
         """Yield what is read into the buffer, a grain after the other.
@@ -407,21 +405,13 @@ class _Run:
             buffer[first - kept : first] = buffer[ready - kept : ready]
 
     def _write(
-        self,
-        blocks: Iterable[Bytes],
-        position: int | None,
-        buffer: memoryview[int],
-        at_once: int,
+        self, blocks: Iterable[Bytes], position: int | None, buffer: memoryview[int]
     ) -> Done:
-        """Write blocks one after the other, so many bytes at once.
-
-        Each is read back into the buffer, where it may be: what is still to be written lies behind
-        as many bytes.
-        """
+        """Write blocks one after the other; each is read back into the buffer, where it may be."""
         target = None if position is None else self._target
         checksum = written = nbytes = 0
         for block in blocks:
-            for data in _cut(memoryview(block), (position or 0) + nbytes, at_once):
+            for data in _cut(memoryview(block), (position or 0) + nbytes):
                 checksum = crc32(data, checksum)
                 if isinstance(target, Stream):
                     target.write(data, (position or 0) + nbytes)
@@ -462,11 +452,11 @@ def _spot(place: int, itemsize: int) -> int:
     return CHUNK + (0 if place % LINE % itemsize else place % LINE)
 
 
-def _cut(data: memoryview, position: int, at_once: int) -> Iterator[memoryview]:
-    """Cut what goes to a position of the output at multiples of so many bytes there."""
+def _cut(data: memoryview, position: int) -> Iterator[memoryview]:
+    """Cut what goes to a position of the output at the multiples of a chunk there."""
     start = 0
     while start < len(data):
-        cut = start + at_once - (position + start) % at_once
+        cut = start + CHUNK - (position + start) % CHUNK
         yield data[start:cut]
         start = cut
 
