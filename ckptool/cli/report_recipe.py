@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ckptool.cli import screen
-from ckptool.state.recipes import Recipe, described
+from ckptool.state.recipes import Recipe, described, left_over
 from ckptool.text import at_most, counted, visible
 from ckptool.verbs.recipe import Tried
 
@@ -52,9 +52,13 @@ def count_lines(found: Tried, width: int | None) -> list[str]:
 
 
 def tried_lines(found: Tried) -> list[str]:
-    """Return what comes out, what no rule takes, and what is otherwise than in `like`."""
+    """Return what comes out, what there is to know of it, and what is otherwise than in `like`.
+
+    What no rule takes is said even where the recipe allows it.
+    """
     lines = [f"{visible(found.source)}: {counted(found.read, 'key')} in, {found.made} out"]
-    lines += map(visible, found.notes)
+    left = [left_over(found.unmatched)[1]] if found.unmatched else []
+    lines += map(visible, dict.fromkeys([*found.notes, *left]))
     if found.like is None:
         return lines
     if found.fits:

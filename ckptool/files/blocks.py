@@ -18,8 +18,8 @@ from ckptool.files.checksums import Part
 from ckptool.files.fileio import Readers, unpacked
 from ckptool.files.gathering import (
     BAND,
+    MADE,
     READ,
-    TURNED,
     Ahead,
     Fetch,
     Portion,
@@ -214,13 +214,13 @@ def grain(storage: Storage, room: int = BAND) -> Grain:
     """
     made, args = storage.chunked or storage.computed, arguments(storage)
     if made is None or not args:
-        return Grain(TURNED, TURNED, rows=False)
+        return Grain(MADE, MADE, rows=False)
     size = made.itemsize
     room //= len(args) if storage.computed else 1
     if all(is_contiguous(each.shape, each.stride) for each in args):
         below = [(grain(each.storage, room), each.dtype.itemsize) for each in args]
         rows = [
-            Grain(many // before * size, min(few // before * size, TURNED), rows)
+            Grain(many // before * size, min(few // before * size, MADE), rows)
             for (many, few, rows), before in below
             if rows
         ]
@@ -229,7 +229,7 @@ def grain(storage: Storage, room: int = BAND) -> Grain:
     turned = any(map(are_turned, args))
     widest = max(max(each.dtype.itemsize, _turned_width(each)) for each in args)
     most = (room if turned else 4 * READ) // widest
-    few = TURNED if turned else READ
+    few = MADE if turned else READ
     return Grain(_rows(shape, most) * size, min(_rows(shape, few // size) * size, few), turned)
 
 

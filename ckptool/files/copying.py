@@ -22,7 +22,7 @@ from ckptool.files import checksums
 from ckptool.files.blocks import fill, read_portion, runs
 from ckptool.files.checksums import Part
 from ckptool.files.fileio import CHUNK, OpenFile, Readers, read_back, unpacked, write_at
-from ckptool.files.gathering import TURNED, Ahead, Band, Portion, large_pages
+from ckptool.files.gathering import MADE, Ahead, Band, Portion, large_pages
 from ckptool.files.jobs import Block, Copy, Task, Together, cuts, near, tasks
 from ckptool.files.stream import Stream
 from ckptool.records import NamedTuple, dataclass
@@ -260,7 +260,7 @@ class _Run:
                 self._error = self._error or error
 
     def _work(self) -> None:
-        buffer = large_pages(CHUNK + LINE + TURNED)
+        buffer = large_pages(CHUNK + LINE + MADE)
         ahead = Ahead(parts=self.parts, band=self._band)
         try:
             while (task := self._next_task()) is not None:

@@ -33,7 +33,7 @@ from ckptool.tensors.values import arguments
 BAND = 32 << 20  # of what lies apart, for all threads: what is read with it is read again
 AHEAD = BAND // 8  # for a thread of its own
 READ = 1 << 20  # at once, to gather from
-TURNED = 2 * READ  # at once, of what is made, rows that were columns too
+MADE = 2 * READ  # at once, of what is read from several places or computed
 LEAST = READ // 8  # of what a thread does not gather alone
 NEAR = 32 << 10  # reading on to what is no farther takes less time than another call
 PAGE = 2 << 20  # a large one
@@ -70,10 +70,13 @@ def are_turned(value: TensorInfo) -> bool:
 
 
 def large_pages(nbytes: int) -> memoryview:
-    """Allocate so many bytes or more, to be kept, in large pages where the system has them.
+    """Allocate so many bytes or more; those of a large page or more in such, where there are any.
 
-    To clear a small one, when it is first written to, takes longer than to fill it.
+    To clear a small page, when it is first written to, takes longer than to fill it; to clear a
+    large one takes longer than to allocate what is less.
     """
+    if nbytes < PAGE:
+        return numbers.allocated(nbytes)
     nbytes = -(-nbytes // PAGE) * PAGE
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(mmap.mmap(-1, nbytes))

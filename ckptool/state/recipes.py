@@ -164,14 +164,14 @@ class Recipe:
         left = key_map.unmatched
         if not left or self.expect.unmatched == "allow":
             return []
-        what = f"{counted(len(left), 'key')} that no rule matches"
+        what, line = left_over(left)
         if self.expect.unmatched == "refuse":
             raise NotAsExpected(
                 f"{self.name}: {what}; nothing was written",
                 evidence=left[:8],
                 hint="add rules for them, or write unmatched = 'name' under [expect]",
             )
-        return [f"{what}: {listed(left)}"]
+        return [line]
 
     def _refuse_unexpected(self, entries: Entries) -> None:
         """Raise `NotAsExpected` for entries that are not what the recipe says."""
@@ -217,6 +217,12 @@ def differing(
     for key in dict.fromkeys([*there, *here]):
         if here.get(key) != there.get(key):
             yield key, here.get(key), there.get(key)
+
+
+def left_over(keys: Sequence[str]) -> tuple[str, str]:
+    """Return how many keys no rule matches, and the line that lists them."""
+    what = f"{counted(len(keys), 'key')} that no rule matches"
+    return what, f"{what}: {listed(keys)}"
 
 
 def described(fact: Fact | None) -> str:

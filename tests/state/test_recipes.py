@@ -567,6 +567,10 @@ def test_the_document_has_what_is_noted(run: Run, folder: Path) -> None:
     tried = run("recipe", "r.toml", "--from", "k.pth")
     assert [line for line in tried.err.splitlines() if line in notes] == notes
     assert json.loads(run("recipe", "r.toml", "--from", "k.pth", "--json").out)["notes"] == notes
+    with Path("r.toml").open("a") as file:
+        file.write("[expect]\nunmatched = 'allow'\n")
+    tried = run("recipe", "r.toml", "--from", "k.pth")
+    assert [line for line in tried.err.splitlines() if line in notes] == notes
 
 
 def test_more_dimensions_than_torch_takes(run: Run, folder: Path) -> None:

@@ -647,13 +647,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files_blocks.grain, "__defaults__", (40_000,))
     for module, name, size in (
         (files_blocks, "READ", 4096),
-        (files_blocks, "TURNED", 8192),
+        (files_blocks, "MADE", 8192),
         (gathering, "READ", 4096),
         (gathering, "LEAST", 512),
         (gathering, "NEAR", 256),
         (files_blocks, "LONG", 512),
         (copying, "CHUNK", 2048),
-        (copying, "TURNED", 8192),
+        (copying, "MADE", 8192),
         (files_jobs, "CHUNK", 2048),
         (files_jobs, "SMALL", 256),
         (files_jobs, "TASK", 8192),
