@@ -329,6 +329,7 @@ class Progress:
 
             tqdm.set_lock(_Unlocked())
             tqdm.monitor_interval = 0  # no thread of its own
+            # What is interrupted in here is drawn by nobody, and takes no line from the next.
             self._bar = tqdm(
                 total=self._total or None,
                 desc=self._what,
@@ -337,13 +338,14 @@ class Progress:
                 unit_divisor=1024,
                 ascii=True,
                 leave=False,
+                delay=BAR_AFTER,
+                position=0,
                 # tqdm draws nothing where a terminal does not know its own size.
                 ncols=(columns(sys.stderr) or COLUMNS) - len(TYPED) - 1,
                 nrows=24,
             )
             self._bar.start_t -= now - self._started
-            self._bar.last_print_t -= now - self._started
-            self._bar.n = self._done
+            self._bar.n = self._bar.last_print_n = self._done
             self._bar.refresh()
         elif now - self._said > LINE_EVERY:
             self._said = now
