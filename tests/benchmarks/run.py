@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from limits import LIMITS, MIB, Reading, Round, judge, table_of_readings, table_of_verdicts
+from memory import fetch_large_pages, kept_from_host
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -53,6 +54,7 @@ KEY_COUNTS = (320, 10_000)
 TENSOR_COUNTS = (10_000, 100_000)  # a mixture of experts has 90 000
 GIB = 2**30
 SPARE = 512 * MIB
+ROOM = 8  # inputs: what they, outputs and copies take, by small and by large blocks
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode cached
 
 
@@ -245,14 +247,14 @@ def settle(source: Path) -> None:
     """Bring page cache, free memory and disk into the same state, whatever ran before.
 
     A copy that is thrown away reads the input into the page cache and leaves as much memory free
-    that was in use a moment ago: a virtual machine gives idle memory back to its host, and to
-    write into what has to be fetched again takes twice as long.
+    that was in use a moment ago: a virtual machine gives idle memory back to its host (memory.py).
     """
     scratch = source.with_name("scratch")
     os.sync()
     shutil.copyfile(source, scratch)
     scratch.unlink()
     os.sync()
+    fetch_large_pages()
 
 
 def see_written(name: str, target: Path, nbytes: float) -> None:
@@ -266,14 +268,16 @@ def run_rounds(tasks: tuple[Task, ...], rounds: int, what: str) -> list[Round]:
 
     The first run of each is not counted: it compiles, and in a virtual machine touches new memory.
     """
-    say(f"{what}: warming up")
-    for task in tasks:
-        measure(task)
-    readings = []
-    for number in range(rounds):
-        say(f"{what}: round {number + 1} of {rounds}")
-        first = number % len(tasks)
-        readings.append({task.name: measure(task) for task in tasks[first:] + tasks[:first]})
+    largest = max((task.source.stat().st_size for task in tasks if task.source), default=0)
+    with kept_from_host(ROOM * largest):
+        say(f"{what}: warming up")
+        for task in tasks:
+            measure(task)
+        readings = []
+        for number in range(rounds):
+            say(f"{what}: round {number + 1} of {rounds}")
+            first = number % len(tasks)
+            readings.append({task.name: measure(task) for task in tasks[first:] + tasks[:first]})
     return readings
 
 
