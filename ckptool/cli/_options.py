@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from inspect import cleandoc
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +22,9 @@ from ckptool.cli._request import Request as Request, Told as Told, tell as tell
 from ckptool.errors import EditError, NothingMatched, reason
 from ckptool.state.edit_options import EDITS
 from ckptool.text import parse_size, visible
+
+if TYPE_CHECKING:
+    from ckptool.state.edits import Edit
 
 PREFIX = "module."  # the default of edits.strip_prefix, which --help does not load
 Function = Callable[..., Any]
@@ -107,6 +111,19 @@ class Command(Helped):
 
     def _paragraphs(self) -> list[str]:
         return cleandoc(self.help or "").split("\n\n")
+
+
+class InOrder(Command):
+    """A command that knows in which order its options stood."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note the words, and what each option that may be repeated was given, in order."""
+        ctx.meta["ckptool.given"] = list(args)
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        given = {name: iter(value) for name, value in values.items() if isinstance(value, list)}
+        names = [each.name for each in order if each.name in given]
+        ctx.meta["ckptool.ordered"] = [(name, next(given[name])) for name in names]
+        return super().parse_args(ctx, args)
 
 
 class _Containers(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no Choice[str]
@@ -259,6 +276,20 @@ def edits(*options: str) -> Decorator:
         for spec in (specs[option] for option in options or specs)
     ]
     return _together(*made)
+
+
+def edits_in_order(given: Mapping[str, Any]) -> list[Edit]:
+    """Make the edits of a command line, an `InOrder`; several --keep in a row select together."""
+    specs = {spec.name: spec for spec in EDITS}
+    ordered = click.get_current_context().meta["ckptool.ordered"]
+    steps = []
+    for name, group in groupby(ordered, key=lambda pair: pair[0]):
+        if spec := specs.get(name):
+            texts = [text for _, text in group]
+            flags = {flag: given[flag] for flag in spec.flags}
+            for each in [texts] if spec.together else [[text] for text in texts]:
+                steps.append(spec.parse(patterns(each) if spec.selects else each, **flags))
+    return steps
 
 
 def _request(sources: Sequence[str], target: str | None, given: dict[str, Any]) -> Request:

@@ -4,45 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptool.cli._options import (
-    Command,
+    InOrder,
     Request,
     Told,
     edits,
+    edits_in_order,
     patterns,
     refuse_idle,
     run,
     strips,
     writes,
 )
-from ckptool.state.edit_options import EDITS, STRIP_FLAGS
+from ckptool.state.edit_options import STRIP_FLAGS
 from ckptool.text import quoted
 
 if TYPE_CHECKING:
-    from ckptool.state.edits import Edit
     from ckptool.verbs.surgery import Rewrite
 
 _CAST = ("dtype", "dtype_only", "dtype_except", "overflow")
 
 
-class _InOrder(Command):
-    """A command that knows in which order its options stood."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["ckptool.given"] = list(args)
-        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        given = {name: iter(value) for name, value in values.items() if isinstance(value, list)}
-        names = [each.name for each in order if each.name in given]
-        ctx.meta["ckptool.ordered"] = [(name, next(given[name])) for name in names]
-        return super().parse_args(ctx, args)
-
-
-@click.command("convert", cls=_InOrder)
+@click.command("convert", cls=InOrder)
 @writes
 @click.option("--unwrap", is_flag=True, help="Write only the state_dict.")
 @edits()
@@ -93,7 +80,7 @@ def command(request: Request, **given: Any) -> int:
 def _convert(request: Request, given: Mapping[str, Any]) -> int:
     from ckptool.verbs import api
 
-    steps = _steps(click.get_current_context().meta["ckptool.ordered"], given)
+    steps = edits_in_order(given)
     cast = {name: given[name] for name in _CAST}
     for name in ("dtype_only", "dtype_except"):
         cast[name] = patterns(cast[name])
@@ -105,16 +92,3 @@ def _convert(request: Request, given: Mapping[str, Any]) -> int:
         return Told(result, ["the state_dict is bare already: nothing to unwrap"] if bare else ())
 
     return run(request, api.convert, told, steps=steps, **cast, **form)
-
-
-def _steps(ordered: list[tuple[str, str]], options: Mapping[str, Any]) -> list[Edit]:
-    """Make the edits in order; several --keep in a row select together."""
-    specs = {spec.name: spec for spec in EDITS}
-    steps = []
-    for name, group in groupby(ordered, key=lambda pair: pair[0]):
-        if spec := specs.get(name):
-            texts = [text for _, text in group]
-            flags = {flag: options[flag] for flag in spec.flags}
-            for given in [texts] if spec.together else [[text] for text in texts]:
-                steps.append(spec.parse(patterns(given) if spec.selects else given, **flags))
-    return steps

@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from ckptool.cli import talk
-from ckptool.cli._options import INPUT, Command, answers, patterns, refuse_idle
+from ckptool.cli._options import INPUT, InOrder, answers, edits_in_order, patterns, refuse_idle
 
 DIFFERENT = 1
+EDITED = ("rename", "recipe", "reverse")
 
 
-@click.command("diff", cls=Command)
+@click.command("diff", cls=InOrder)
 @click.argument("left", metavar="A", type=INPUT)
 @click.argument("right", metavar="B", type=INPUT)
 @click.option("--at", metavar="NAME", help="Where both state_dicts sit (dotted; . is the top).")
@@ -23,7 +24,7 @@ DIFFERENT = 1
 @click.option("--structure", is_flag=True, help="Keys, dtypes and shapes; no values.")
 @click.option("--select", multiple=True, metavar="PATTERN", help="Only the keys selected.")
 @click.option("--rename", multiple=True, metavar="RULE", help="A's OLD is B's NEW: OLD=NEW.")
-@click.option("--map", "moves", multiple=True, hidden=True)
+@click.option("--map", "rename", multiple=True, hidden=True)
 @click.option(
     "--recipe", multiple=True, metavar="FILE", help="Recipe that turns A's tensors into B's."
 )
@@ -45,12 +46,10 @@ def command(
     left: str,
     right: str,
     select: Sequence[str],
-    rename: Sequence[str],
-    moves: Sequence[str],
     atol: float,
     rtol: float,
     sort: str,
-    **how: Any,
+    **given: Any,
 ) -> int:
     """Compare two checkpoints in any containers: keys, dtypes, shapes and values, bit for bit.
 
@@ -74,19 +73,18 @@ def command(
     """
     refuse_idle(dict.fromkeys(("atol", "rtol", "sort"), "not structure"))
     refuse_idle({"reverse": "recipe", "anywhere": "ignore_prefix"})
-    if None not in (how["at"], how["left_at"], how["right_at"]):
+    if None not in (given["at"], given["left_at"], given["right_at"]):
         refuse_idle({"at": "not left_at"})
     from ckptool import containers
     from ckptool.cli import report, report_diff
-    from ckptool.state.renaming import read_rule
     from ckptool.verbs import compare
     from ckptool.verbs.compare_sides import Asked, tolerance
 
     asked = Asked(
         tolerance=tolerance(atol, rtol),
         select=patterns(select),
-        rename=[(rule.old, rule.new) for rule in map(read_rule, (*rename, *moves))],
-        **how,
+        steps=edits_in_order(given),
+        **{name: each for name, each in given.items() if name not in EDITED},
     )
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path) as progress:

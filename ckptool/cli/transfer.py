@@ -11,24 +11,27 @@ import click
 from ckptool.cli import talk
 from ckptool.cli._options import (
     INPUT,
-    Command,
+    InOrder,
     Request,
     Told,
     edits,
-    patterns,
+    edits_in_order,
     refuse_idle,
     run,
     strips,
     writes,
 )
+from ckptool.state.edit_options import RECIPE_FLAGS
 
 if TYPE_CHECKING:
     from ckptool.verbs.fitting import Transferred
 
+EDITED = ("drop", "keep", "rename", "recipe")
 
-@click.command("transfer", cls=Command)
+
+@click.command("transfer", cls=InOrder)
 @writes
-@edits("--drop", "--keep", "--rename", "--recipe")
+@edits(*(f"--{name}" for name in EDITED))
 @click.option("--reverse", is_flag=True, help="Apply --recipe backwards.")
 @strips
 @click.option(
@@ -62,13 +65,7 @@ if TYPE_CHECKING:
     help="Share of the target's parameters that must be filled.",
 )
 def command(
-    request: Request,
-    drop: Sequence[str],
-    keep: Sequence[str],
-    rename: Sequence[str],
-    model_arg: Sequence[str],
-    class_names: str | None,
-    **how: Any,
+    request: Request, model_arg: Sequence[str], class_names: str | None, **given: Any
 ) -> int:
     """Extract weights to fine-tune from: the state_dict without wrapper prefixes, what fits.
 
@@ -78,8 +75,8 @@ def command(
     ckptool transfer resnet18.pth init.pth --model resnet18 --model-arg num_classes=10
     ckptool transfer https://example.org/resnet18.pth init.pth --drop fc
 
-    Takes the state_dict out, peels wrapper prefixes, drops what is not wanted. Patterns are
-    matched against the peeled keys.
+    Takes the state_dict out, peels wrapper prefixes, drops what is not wanted. Edits are applied
+    to the peeled keys, in the order given.
     """
     refuse_idle(
         {
@@ -93,8 +90,10 @@ def command(
     )
     from ckptool.cli import report
     from ckptool.model import zoo
-    from ckptool.state.renaming import read_rule
     from ckptool.verbs.transfer import transfer
+
+    steps = edits_in_order(given)
+    how = {name: each for name, each in given.items() if name not in (*EDITED, *RECIPE_FLAGS)}
 
     def told(done: Transferred) -> Told:
         lines = []
@@ -108,9 +107,7 @@ def command(
         request,
         transfer,
         told,
-        drop=patterns(drop),
-        keep=patterns(keep),
-        rename=[(rule.old, rule.new) for rule in map(read_rule, rename)],
+        steps=steps,
         model_args=zoo.arguments(model_arg),
         class_names=class_names or (),
         **how,

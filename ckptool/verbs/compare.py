@@ -18,8 +18,9 @@ from ckptool.files.jobs import Copy
 from ckptool.pickles.torch_objects import attributes, quantizer
 from ckptool.pickles.tree import Dict, Node
 from ckptool.records import dataclass
-from ckptool.state import checkpoint as places, module_metadata, replacing, selecting, walk
+from ckptool.state import checkpoint as places, edits, module_metadata, replacing, selecting, walk
 from ckptool.state.checkpoint import Checkpoint, StateDict
+from ckptool.state.edit_options import recipe_edits
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import peeling
 from ckptool.tensors.differences import comparable
@@ -79,6 +80,8 @@ def diff(
     """
     from ckptool.model import live
 
+    steps = [edits.renames(map.items())] if map else []
+    steps += recipe_edits(recipe, reverse=reverse)
     asked = Asked(
         at=at,
         left_at=left_at,
@@ -87,9 +90,7 @@ def diff(
         structure=structure,
         tolerance=tolerance(atol, rtol),
         select=select,
-        rename=tuple((map or {}).items()),
-        recipe=recipe,
-        reverse=reverse,
+        steps=steps,
         ignore_prefix=ignore_prefix or (),
         anywhere=anywhere,
     )
@@ -168,8 +169,9 @@ class _Work:
 
     def compare_trees(self) -> None:
         """Compare all there is, tensors by their paths."""
-        if self.asked.rename or self.asked.ignore_prefix:
-            raise EditError("--rename and --ignore-prefix need a state_dict on both sides")
+        if self.asked.steps or self.asked.ignore_prefix:
+            what = "--rename, --recipe and --ignore-prefix need a state_dict on both sides"
+            raise EditError(what)
         found = list(places_of(self.left.tree, self.right.tree))
         selected = None
         if self.asked.select:

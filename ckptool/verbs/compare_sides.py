@@ -11,7 +11,7 @@ from ckptool.pickles.torch_objects import attributes, is_parameter, python_type
 from ckptool.records import dataclass
 from ckptool.state import checkpoint as places, edits, module_metadata
 from ckptool.state.checkpoint import Checkpoint, StateDict
-from ckptool.state.edit_options import recipe_edits, stripping
+from ckptool.state.edit_options import stripping
 from ckptool.state.edits import Edit
 from ckptool.state.walk import Path
 from ckptool.state.wrappers import BOOKKEEPING
@@ -25,8 +25,7 @@ class Asked:
     """What is to be compared, and how.
 
     `ignore_prefix` are prefixes, or `auto` for the wrappers that all keys of a side share, with
-    `anywhere` inside keys too; `rename` are rules, pairs of what the left and the right call it,
-    and `recipe` names recipes that make the right's tensors of the left's.
+    `anywhere` inside keys too; `steps` make the right's tensors of the left's.
     """
 
     at: str | None = None
@@ -36,9 +35,7 @@ class Asked:
     structure: bool = False
     tolerance: Tolerance = NO_TOLERANCE
     select: str | Sequence[str] = ()
-    rename: Sequence[tuple[str, str]] = ()
-    recipe: str | Sequence[str] = ()
-    reverse: bool = False
+    steps: Sequence[Edit] = ()
     ignore_prefix: str | Sequence[str] = ()
     anywhere: bool = False
 
@@ -98,7 +95,7 @@ def _state_dict(checkpoint: Checkpoint, at: str | None, option: str) -> StateDic
 
 
 def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, StateDict]:
-    """Remove the prefixes that are to be ignored, and give the left's keys the right's names.
+    """Remove the prefixes that are to be ignored, and make the right's tensors of the left's.
 
     A side may lack a prefix, or not both. What a wrapper keeps for itself is not compared, which
     a note says.
@@ -116,9 +113,7 @@ def edited(asked: Asked, left: StateDict, right: StateDict) -> tuple[StateDict, 
         if len(missing) == len(sides) and prefix != edits.AUTO:
             raise missing[0]
         sides = done[0], done[1]
-    steps = [edits.renames(asked.rename)] if asked.rename else []
-    steps += recipe_edits(asked.recipe, reverse=asked.reverse)
-    return _rekeyed(sides[0], steps), sides[1]
+    return _rekeyed(sides[0], asked.steps), sides[1]
 
 
 def _rekeyed(state: StateDict, steps: Sequence[Edit]) -> StateDict:

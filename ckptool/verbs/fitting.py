@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import field, replace
 from math import prod
@@ -197,7 +197,10 @@ def transfer(
         if found.filled < min_match:
             where = f" --at {quoted(options.at)}" if options.at else ""
             named = f"{file_argument(checkpoint.path)}{where}"
-            raise _poor(found, shapes_of(entries), like, min_match, named)
+            renamed = set[str]()
+            if steps and steps[-1].name == "rename":
+                renamed = entries.keys() - _entries_after(checkpoint, steps[:-1], options).keys()
+            raise _poor(found, shapes_of(entries), like, min_match, named, renamed)
         mismatched = [each.key for each in found.mismatched]
         unfilled = [*mismatched, *found.missing]
         dropped = edits.without(mismatched, edits.SHAPE_DIFFERS)
@@ -240,10 +243,15 @@ def _adapted(
 
 
 def _poor(
-    found: Fit, shapes: Mapping[str, Shape], like: Reference, min_match: float, source: str
+    found: Fit,
+    shapes: Mapping[str, Shape],
+    like: Reference,
+    min_match: float,
+    source: str,
+    renamed: Set[str],
 ) -> PoorFit:
     total = len(like.shapes)
-    option, share, others = _mending(shapes, like, found.filled)
+    option, share, others = _mending(shapes, like, found.filled, renamed)
     lower = int((share or found.filled) * 100) / 100
     hint = f"would fill {percent(share)}{others}" if share else "accepts that" if lower else ""
     paired = _paired(shapes, like, max(share, found.filled, min_match))
@@ -296,14 +304,19 @@ def _compared(side: str, keys: Sequence[str]) -> list[str]:
     return [f"keys only {side} look like {key}" for key in keys[:1]]
 
 
-def _mending(shapes: Mapping[str, Shape], like: Reference, filled: float) -> tuple[str, float, str]:
+def _mending(
+    shapes: Mapping[str, Shape], like: Reference, filled: float, renamed: Set[str]
+) -> tuple[str, float, str]:
     """Find the move of one prefix to another that would fill most, and much more; and how much.
 
     The last text names other prefixes that would fill as much: a model has an encoder of keys too.
+    Another --rename would be of the step that has `renamed` keys, and each is renamed once.
     """
     best, options, to = max(2 * filled, filled + 0.2), list[str](), ""
     for old, new in _moves(shapes, like.shapes):
         move = Renaming([Rule(old, new)])
+        if any(move(key) != key for key in renamed):
+            continue
         moved = {move(key): sizes for key, sizes in shapes.items()}
         share = fit(moved, like).filled
         again = bool(options) and share == best and new == to

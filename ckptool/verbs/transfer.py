@@ -25,12 +25,14 @@ if TYPE_CHECKING:  # a transfer without a model loads none of it
     from ckptool.model.live import CheckpointLike
     from ckptool.model.zoo import ModelLike
     from ckptool.state.classes import Lines
+    from ckptool.state.edits import Edit
 
 
 def transfer(
     source: CheckpointLike,
     target: str | Path | None = None,
     *,
+    steps: Sequence[Edit] = (),
     drop: str | Sequence[str] = (),
     keep: str | Sequence[str] = (),
     rename: Mapping[str, str] | Sequence[tuple[str, str]] = (),
@@ -57,11 +59,11 @@ def transfer(
     """Write the bare state_dict with what fits a target: another checkpoint, or a model.
 
     `source` and `like` are files, state_dicts or modules; `model` is a spec (`resnet18`,
-    `file.py:factory`) made with `model_args`, or an `nn.Module`. `drop` and `keep` take a pattern
-    or several, matched after wrapper prefixes came off, with `anywhere` every `module.` inside
-    keys too; what a wrapper keeps for itself goes with it, unless `keep_bookkeeping`; `rename`
-    are rules as of `--rename`, all of one step, and `recipe` names recipes that come after them,
-    backwards with `reverse`.
+    `file.py:factory`) made with `model_args`, or an `nn.Module`. Wrapper prefixes come off first,
+    with `anywhere` every `module.` inside keys too; what a wrapper keeps for itself goes with it,
+    unless `keep_bookkeeping`. Then come `steps` of `ckptool.edits` in order, then `drop` and
+    `keep`, a pattern or several each, then `rename`, rules as of `--rename`, all of one step, and
+    `recipe`, names of recipes, backwards with `reverse`.
     `adapt` are kinds of tensors to bring into the target's shape (`pos-embed`, `in-chans`,
     `classes`, `vocab`), patterns of keys, or `PATTERN=KIND`; `classes` is a file or a list with
     the row or the name of what each class was, `class_names` one with the names in the file;
@@ -91,7 +93,7 @@ def transfer(
         raise EditError("--classes, --class-names, --pos-grid and --pos-prefix need --adapt")
     pairs = list(rename.items() if isinstance(rename, Mapping) else rename)
     flags = {"anywhere": anywhere, "keep_bookkeeping": keep_bookkeeping}
-    steps = [edits.strip_wrappers(required=False, **flags)]
+    steps = [edits.strip_wrappers(required=False, **flags), *steps]
     steps += [edits.drop(drop)] if drop else []
     steps += [edits.keep(keep)] if keep else []
     steps += [edits.renames(pairs)] if pairs else []

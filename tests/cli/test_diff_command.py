@@ -371,6 +371,23 @@ def test_renamed_keys_pair(run: Run, tmp_path: Path, entries: dict[str, Any]) ->
     assert "--rename classifier=head" in bad.err
 
 
+def test_renames_and_recipes_are_applied_in_the_order_given(
+    run: Run, tmp_path: Path, entries: dict[str, Any]
+) -> None:
+    one = saved(tmp_path / "one.pth", entries)
+    renamed = {key.replace("head", "fc.last"): value for key, value in entries.items()}
+    other = saved(tmp_path / "other.pth", renamed)
+    recipe = tmp_path / "last.toml"
+    recipe.write_text("recipe = 1\n[[step]]\nrename = [['fc', 'fc.last']]\n")
+    for options, code in (
+        (("--rename", "head=fc", "--recipe", recipe), 0),
+        (("--recipe", recipe, "--rename", "head=fc"), 2),
+        (("--recipe", recipe, "--reverse", "--rename", "fc=head"), 0),
+    ):
+        pair = (one, other) if "--reverse" not in options else (other, one)
+        assert run("diff", *options, *pair).code == code
+
+
 def test_select_chooses_keys(run: Run, tmp_path: Path, entries: dict[str, Any]) -> None:
     one = saved(tmp_path / "one.pth", entries)
     other = saved(
@@ -406,6 +423,7 @@ def test_all_compares_by_path(run: Run, tmp_path: Path, good: Path) -> None:
     assert ("only-right", "module.classifier.bias") in found
     assert run("diff", "--all", "--at", "state_dict", one, one).code == 2
     assert run("diff", "--all", "--map", "a=b", one, one).code == 2
+    assert run("diff", "--all", "--recipe", "lightning-to-plain", one, one).code == 2
 
 
 # Told, and of no weight.

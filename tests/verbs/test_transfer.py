@@ -150,21 +150,25 @@ def test_without_a_target_it_unwraps_and_peels(run: Run, good: Path, here: Path)
     assert run("transfer", good / "plain.pth", "bare.pth").code == 0
 
 
-def test_patterns_are_matched_after_peeling_and_before_renaming(
-    run: Run, make: Callable[[str, Shapes], str]
+def test_edits_are_applied_after_peeling_in_the_order_given(
+    run: Run, make: Callable[[str, Shapes], str], here: Path
 ) -> None:
     source = make("in.safetensors", prefixed("module.backbone.", {**BODY, **HEAD}))
+    (here / "strip.toml").write_text("recipe = 1\n[[step]]\nstrip = 'backbone.'\n")
     for options, keys in (
         (["--drop", "backbone.fc"], list(prefixed("backbone.", BODY))),
-        (["--rename", "backbone=", "--drop", "backbone.fc"], list(BODY)),
-        (["--rename", "backbone=", "--keep", "backbone.fc"], list(HEAD)),
-        (["--rename", "backbone=", "--keep", "backbone.fc", "--drop", "*.bias"], ["fc.weight"]),
+        (["--drop", "backbone.fc", "--rename", "backbone="], list(BODY)),
+        (["--rename", "backbone=", "--drop", "fc"], list(BODY)),
+        (["--keep", "backbone.fc", "--recipe", "strip.toml"], list(HEAD)),
+        (["--recipe", "strip.toml", "--keep", "fc"], list(HEAD)),
+        (["--rename", "backbone=", "--keep", "fc", "--drop", "*.bias"], ["fc.weight"]),
     ):
         done = run("transfer", "--force", source, "out.safetensors", *options)
         assert done.code == 0, done.err
         names = run("keys", "--names", "out.safetensors").out.split()
         assert sorted(names) == sorted(keys)
-    assert run("transfer", "--force", source, "out.safetensors", "--drop", "fc").code == 2
+    for options in (["--drop", "fc"], ["--rename", "backbone=", "--drop", "backbone.fc"]):
+        assert run("transfer", "--force", source, "out.safetensors", *options).code == 2
 
 
 MATCHES = [
@@ -271,6 +275,21 @@ def test_a_poor_fit_shows_both_shapes_and_the_move_that_fills_most(
     hint = done.err.splitlines()[-1]
     assert " --rename model.encoder=net.trunk --min-match 0." in hint  # not half of it, even so
     assert paste(run, hint).code == 0
+
+
+def test_a_hint_to_rename_works_behind_a_rename(
+    run: Run, make: Callable[[str, Shapes], str]
+) -> None:
+    source = make("in.safetensors", {**prefixed("student.", BODY), "projection.weight": (9, 9)})
+    like = make("like.safetensors", {**prefixed("net.", BODY), **SMALL_HEAD})
+    options = ("--rename", "projection=head", "--drop", "*.bias")
+    for given in (options[:2], options):  # in the same step, and in the next
+        hint = run("transfer", source, "out.pth", "--like", like, *given).err.splitlines()[-1]
+        assert " --rename student=net" in hint
+        assert paste(run, f"{hint.split('   ')[0]} --force").code == 0
+    again = run("transfer", source, "out.pth", "--like", like, "--rename", "student=teacher")
+    assert again.code == 1
+    assert "--rename teacher" not in again.err  # no step renames a key twice
 
 
 @pytest.mark.parametrize("which", ["file", "model"])
