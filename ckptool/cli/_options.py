@@ -283,12 +283,13 @@ def edits_in_order(given: Mapping[str, Any]) -> list[Edit]:
     specs = {spec.name: spec for spec in EDITS}
     ordered = click.get_current_context().meta["ckptool.ordered"]
     steps = []
-    for name, group in groupby(ordered, key=lambda pair: pair[0]):
-        if spec := specs.get(name):
-            texts = [text for _, text in group]
-            flags = {flag: given[flag] for flag in spec.flags}
-            for each in [texts] if spec.together else [[text] for text in texts]:
-                steps.append(spec.parse(patterns(each) if spec.selects else each, **flags))
+    for name, group in groupby(
+        (pair for pair in ordered if pair[0] in specs), lambda pair: pair[0]
+    ):
+        spec, texts = specs[name], [text for _, text in group]
+        flags = {flag: given[flag] for flag in spec.flags}
+        for each in [texts] if spec.together else [[text] for text in texts]:
+            steps.append(spec.parse(patterns(each) if spec.selects else each, **flags))
     return steps
 
 

@@ -93,6 +93,6 @@ EDITS = (
     EditSpec("--add-prefix", "P", "Add a prefix to keys.", _add_prefix),
     EditSpec("--rename", "RULE", "OLD=NEW: a prefix, a template.", _rename, together=True),
     EditSpec("--recipe", "FILE", "Do the steps of a recipe.", _recipe, flags=RECIPE_FLAGS),
-    EditSpec("--drop", "PATTERN", "Drop keys.", _drop, selects=True),
+    EditSpec("--drop", "PATTERN", "Drop keys.", _drop, selects=True, together=True),
     EditSpec("--keep", "PATTERN", "Drop all other keys.", _keep, selects=True, together=True),
 )

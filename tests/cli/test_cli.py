@@ -787,6 +787,21 @@ def test_convert_applies_edits_in_the_order_given(run: Run, good: Path, tmp_path
     assert run("convert", "-n", source, out, "--rename", "a.features=b", "--add-prefix", "a").code
 
 
+@pytest.mark.parametrize("command", ["convert", "transfer"])
+def test_edits_of_one_kind_are_one_step(run: Run, good: Path, tmp_path: Path, command: str) -> None:
+    """Also where options that are no edits stand between them."""
+    for options, count in (
+        (("--drop", "classifier", "--drop", "classifier.bias"), 6),
+        (("--keep", "features.0", "--drop-beside", "epoch", "--keep", "classifier"), 3),
+        (("--rename", "classifier=features", "--force", "--rename", "features=classifier"), 8),
+    ):
+        prefix = ["--strip-prefix", "module."] if command == "convert" else []
+        words = [command, "-n", "--json", *prefix, *options]
+        done = run(*words, good / "model_best.pth.tar", tmp_path / "o.pth")
+        assert done.code == 0, done.err
+        assert done.document["written"] == count
+
+
 def test_patterns_after_at_work_for_drop_and_keep(
     run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
