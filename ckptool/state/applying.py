@@ -139,7 +139,9 @@ def _changed(step: Edit, entries: Entries, why: Mapping[str, tuple[str, str]]) -
     moves = [((key,), new, entries[key]) for key, new in after.items() if new is not None]
     keeps = step.name == "keep"
     matched = {key: step.name for key, new in after.items() if keeps or new != key}
-    return Change(moves, said, edit, matched=matched)
+    taken = len(moves) if keeps else len(matched)
+    counts = [Count(step.name.partition(" ")[0], step.rule, taken)] if step.rule else []
+    return Change(moves, said, edit, matched=matched, counts=counts)
 
 
 def _after(change: Change, now: Mapping[str, _Entry], source: str) -> dict[str, _Entry]:

@@ -94,7 +94,8 @@ class Edit:
     """One step of an edit, as the user asked for it: `reason` is what a dropped key is told.
 
     `make` makes an edit of keys, `change`, where there is one, that of values and keys. `where`
-    names the step in errors, where it is one of several, and `number` says which it is.
+    names the step in errors, where it is one of several, and `number` says which it is; `rule` is
+    what one without a `change` counts as.
     """
 
     name: str
@@ -103,3 +104,4 @@ class Edit:
     change: Callable[[Entries], Change] | None = None
     where: str = ""
     number: int = 0
+    rule: str = ""

@@ -30,7 +30,7 @@ from ckptool.state.edits import Change, Edit, Entries, KeyMap
 from ckptool.state.recipe_fields import fields_of, is_number, is_text, refuse_unknown, written
 from ckptool.state.steps import STEPS, Given, Step
 from ckptool.tensors.tensor import tensors_of
-from ckptool.text import at_most, counted, did_you_mean, listed, quoted, shape
+from ckptool.text import at_most, counted, did_you_mean, listed, quoted, several, shape
 
 VERSION = 1  # a new step or field raises it
 SUFFIX = ".toml"
@@ -82,7 +82,8 @@ class Asked:
             made = self.step.make(**self.given)
         except EditError as error:
             raise _by_field(error).within(self.where) from None
-        return replace(made, where=self.where, number=self.number)
+        rule = "" if made.change else " ".join(several(self.given[self.step.alone]))
+        return replace(made, where=self.where, number=self.number, rule=rule)
 
 
 @dataclass(frozen=True, slots=True)

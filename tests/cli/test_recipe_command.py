@@ -87,6 +87,18 @@ def test_it_says_what_each_rule_takes_and_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_it_says_what_steps_without_rules_take(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(
+        "recipe = 1\n[[step]]\nadd = 'net.'\n[[step]]\ndrop = ['net.conv', '*.bias']\n"
+        "[[step]]\nkeep = ['net.fc']\n[[step]]\nstrip = 'net.'\n"
+    )
+    done = run("recipe", tmp_path / "r.toml", "--from", model)
+    assert done.out.splitlines() == [
+        "1\tadd\t4\tnet.", "2\tdrop\t2\tnet.conv *.bias", "3\tkeep\t1\tnet.fc",
+        "4\tstrip\t1\tnet.",
+    ]  # fmt: skip
+
+
 def test_what_comes_out_is_compared(run: Run, recipe: Path, model: Path, tmp_path: Path) -> None:
     same = run("recipe", recipe, "--from", model, "--like", like(tmp_path / "same.safetensors"))
     assert same.code == 0
