@@ -20,7 +20,7 @@ from ckptool.cli import talk
 from ckptool.cli._input import INPUT as INPUT, STANDARD, standard_output
 from ckptool.cli._request import Request as Request, Told as Told, tell as tell
 from ckptool.errors import EditError, NothingMatched, reason
-from ckptool.state.edit_options import EDITS
+from ckptool.state.edit_options import EDITS, RECIPE_FLAGS
 from ckptool.text import parse_size, visible
 
 if TYPE_CHECKING:
@@ -278,18 +278,22 @@ def edits(*options: str) -> Decorator:
     return _together(*made)
 
 
-def edits_in_order(given: Mapping[str, Any]) -> list[Edit]:
-    """Make the edits of a command line, an `InOrder`; several --keep in a row select together."""
+def edits_in_order(given: dict[str, Any]) -> list[Edit]:
+    """Make the edits of a command line, an `InOrder`, and take them out of what was given.
+
+    Several in a row, such as --keep, make one edit, whatever other options stand between.
+    """
     specs = {spec.name: spec for spec in EDITS}
     ordered = click.get_current_context().meta["ckptool.ordered"]
+    asked = [pair for pair in ordered if pair[0] in specs]
     steps = []
-    for name, group in groupby(
-        (pair for pair in ordered if pair[0] in specs), lambda pair: pair[0]
-    ):
+    for name, group in groupby(asked, lambda pair: pair[0]):
         spec, texts = specs[name], [text for _, text in group]
         flags = {flag: given[flag] for flag in spec.flags}
         for each in [texts] if spec.together else [[text] for text in texts]:
             steps.append(spec.parse(patterns(each) if spec.selects else each, **flags))
+    for name in (*specs, *RECIPE_FLAGS):
+        given.pop(name, None)
     return steps
 
 

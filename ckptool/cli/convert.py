@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,7 @@ def command(request: Request, **given: Any) -> int:
         return _convert(replace(request, silent=group.rank > 0), given)
 
 
-def _convert(request: Request, given: Mapping[str, Any]) -> int:
+def _convert(request: Request, given: dict[str, Any]) -> int:
     from ckptool.verbs import api
 
     steps = edits_in_order(given)

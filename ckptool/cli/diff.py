@@ -11,7 +11,6 @@ from ckptool.cli import talk
 from ckptool.cli._options import INPUT, InOrder, answers, edits_in_order, patterns, refuse_idle
 
 DIFFERENT = 1
-EDITED = ("rename", "recipe", "reverse")
 
 
 @click.command("diff", cls=InOrder)
@@ -84,7 +83,7 @@ def command(
         tolerance=tolerance(atol, rtol),
         select=patterns(select),
         steps=edits_in_order(given),
-        **{name: each for name, each in given.items() if name not in EDITED},
+        **given,
     )
     first, second = containers.read(left), containers.read(right)
     with talk.Progress(second.path) as progress:

@@ -21,17 +21,14 @@ from ckptool.cli._options import (
     strips,
     writes,
 )
-from ckptool.state.edit_options import RECIPE_FLAGS
 
 if TYPE_CHECKING:
     from ckptool.verbs.fitting import Transferred
 
-EDITED = ("drop", "keep", "rename", "recipe")
-
 
 @click.command("transfer", cls=InOrder)
 @writes
-@edits(*(f"--{name}" for name in EDITED))
+@edits("--drop", "--keep", "--rename", "--recipe")
 @click.option("--reverse", is_flag=True, help="Apply --recipe backwards.")
 @strips
 @click.option(
@@ -93,12 +90,11 @@ def command(
     from ckptool.verbs.transfer import transfer
 
     steps = edits_in_order(given)
-    how = {name: each for name, each in given.items() if name not in (*EDITED, *RECIPE_FLAGS)}
 
     def told(done: Transferred) -> Told:
         lines = []
         if done.fit:
-            flags = {"ruled": bool(how["init"]), "model": how["model"] is not None}
+            flags = {"ruled": bool(given["init"]), "model": given["model"] is not None}
             width = talk.columns(sys.stderr)
             lines = report.fit_lines(done.fit, added=done.initialised, width=width, **flags)
         return Told(done.rewrite, lines, done.to_dict())
@@ -110,5 +106,5 @@ def command(
         steps=steps,
         model_args=zoo.arguments(model_arg),
         class_names=class_names or (),
-        **how,
+        **given,
     )

@@ -189,7 +189,7 @@ def transfer(
     options = options or Options()
     checkpoint, found, unfilled = opened or containers.read(source), None, list[str]()
     if like is not None:
-        entries = _entries_after(checkpoint, steps, options)
+        entries, given = _entries_after(checkpoint, steps, options), steps
         found = fit(shapes_of(entries), like)
         if adapt is not None:
             step, found = _adapted(entries, found, like, adapt)
@@ -198,8 +198,8 @@ def transfer(
             where = f" --at {quoted(options.at)}" if options.at else ""
             named = f"{file_argument(checkpoint.path)}{where}"
             renamed = set[str]()
-            if steps and steps[-1].name == "rename":
-                renamed = entries.keys() - _entries_after(checkpoint, steps[:-1], options).keys()
+            if given and given[-1].name == "rename":
+                renamed = entries.keys() - _entries_after(checkpoint, given[:-1], options).keys()
             raise _poor(found, shapes_of(entries), like, min_match, named, renamed)
         mismatched = [each.key for each in found.mismatched]
         unfilled = [*mismatched, *found.missing]

@@ -382,6 +382,8 @@ def test_renames_and_recipes_are_applied_in_the_order_given(
     for options, code in (
         (("--rename", "head=fc", "--recipe", recipe), 0),
         (("--recipe", recipe, "--rename", "head=fc"), 2),
+        (("--map", "head=fc", "--recipe", recipe), 0),
+        (("--map", "head=fc", "--rename", "fc=fc.last"), 2),  # one step, which sees `head` alone
         (("--recipe", recipe, "--reverse", "--rename", "fc=head"), 0),
     ):
         pair = (one, other) if "--reverse" not in options else (other, one)

@@ -287,9 +287,13 @@ def test_a_hint_to_rename_works_behind_a_rename(
         hint = run("transfer", source, "out.pth", "--like", like, *given).err.splitlines()[-1]
         assert " --rename student=net" in hint
         assert paste(run, f"{hint.split('   ')[0]} --force").code == 0
-    again = run("transfer", source, "out.pth", "--like", like, "--rename", "student=teacher")
-    assert again.code == 1
-    assert "--rename teacher" not in again.err  # no step renames a key twice
+    source = make("in.safetensors", {**prefixed("student.", BODY), "patch": (1, 3, 2, 2)})
+    like = make("like.safetensors", {**prefixed("net.", BODY), "patch": (1, 1, 2, 2)})
+    for more in ((), ("--adapt", "patch=in-chans", "--min-match", "0.9")):
+        options = ("--like", like, "--rename", "student=teacher", *more)
+        again = run("transfer", source, "out.pth", *options)
+        assert "error[poor-fit]" in again.err
+        assert "--rename teacher" not in again.err  # no step renames a key twice
 
 
 @pytest.mark.parametrize("which", ["file", "model"])
