@@ -207,7 +207,11 @@ def _refuse_idle(renaming: Renaming, counts: Sequence[int], keys: Sequence[str])
         alone = Renaming([rule])
         taken = [match[0] for key in keys if alone.match(key) and (match := renaming.match(key))]
         if not taken:
-            raise nothing_matched(rule.old, keys).within(renaming.place(number))
+            error = nothing_matched(rule.old, keys)
+            before = [each for each in renaming.rules if each.new == rule.old]
+            if before:
+                error.hint = f"rules of one step see keys as they were: {before[0].old}={rule.new}"
+            raise error.within(renaming.place(number))
         first = renaming.rules[taken[0]]
         raise EditError(
             f"`{rule}` takes nothing: {counted(len(taken), 'key')} that it matches went to the "
